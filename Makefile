@@ -1,0 +1,47 @@
+# make demo   trains two X-rays -> CT on the built-in phantom and shows how good it is (about ten minutes on two cores)
+# make test   everything that has to hold before a change is shared
+# make setup  only the environment that both need
+#
+# Each sets up .venv by itself on a machine with Python 3.11 or newer, and is quick the second time.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= runs/drr2ct
+QUIET := NUMEXPR_MAX_THREADS=2 PYTHONWARNINGS=ignore TF_CPP_MIN_LOG_LEVEL=3
+export PATH := $(abspath $(BIN)):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export MPLBACKEND = agg
+
+.PHONY: setup demo test readme clean
+
+setup: $(STAMP)
+
+$(STAMP): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "ct_nb needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name another: make setup PYTHON=python3.12"; exit 1; }
+	@echo "setting up $(VENV): PyTorch and the pinned stack, some minutes the first time ..."
+	@$(PYTHON) -m venv $(VENV) || { echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
+	@touch $@
+	@echo "$(VENV) is ready"
+
+demo: $(STAMP)
+	@mkdir -p runs
+	@echo "training on the phantom: papermill nbs/train_drr2ct.ipynb runs/train_drr2ct.ipynb"
+	@$(QUIET) $(BIN)/papermill nbs/train_drr2ct.ipynb runs/train_drr2ct.ipynb --log-output --no-progress-bar </dev/null
+
+test: $(STAMP)
+	@echo "== notebooks are clean and the library is their export"
+	@$(BIN)/python tests/check_notebooks.py
+	@echo "== the notebooks' own tests"
+	@$(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing
+	@echo "== pytest, with the smoke recipe by papermill"
+	@$(QUIET) $(BIN)/python -m pytest
+
+readme: $(STAMP)
+	@$(BIN)/python tests/check_notebooks.py --write
+
+clean:
+	rm -rf runs/* _proc _docs
