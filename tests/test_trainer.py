@@ -1,0 +1,97 @@
+"""The trainer under a kill, a full disk, two processes; the weights files under abuse."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ct_nb.files import atomic_write
+from ct_nb.learn.checkpoints import STATE_FILE, WeightsError, load_state, load_weights, read_config, save_weights
+
+PROGRAM = Path(__file__).parent / "programs" / "train_line.py"
+
+
+def train(out, *words, launcher=(sys.executable,), expect=0, **environment):
+    done = subprocess.run([*launcher, str(PROGRAM), str(out), *words], capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    train(out)
+    return torch.load(out / "final.pt", weights_only=True)
+
+
+def test_killed_in_mid_checkpoint_resumes_to_the_same_weights(tmp_path, undisturbed):
+    train(tmp_path, "kill-in-save", expect=-signal.SIGKILL)
+    assert load_state(tmp_path)["step"] == 10  # the first checkpoint stands whole; the second was being written
+    train(tmp_path, "resume")
+    assert torch.equal(torch.load(tmp_path / "final.pt", weights_only=True), undisturbed)
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(tmp_path, undisturbed):
+    done = train(tmp_path, "small-disk", expect=1)
+    assert STATE_FILE in done.stderr.splitlines()[-1] and "could not be written" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*.pt"))
+    train(tmp_path, "resume")
+    assert torch.equal(torch.load(tmp_path / "final.pt", weights_only=True), undisturbed)
+
+
+def test_two_processes_give_the_single_process_result(tmp_path, undisturbed):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = train(tmp_path, launcher=torchrun, ACCELERATE_USE_CPU="true")
+    assert done.stdout.count("weights") == 1, "each process should not train on its own"
+    both = torch.load(tmp_path / "final.pt", weights_only=True)
+    assert torch.allclose(both, undisturbed, atol=2e-6), (both - undisturbed).abs().max()
+
+
+def test_resume_with_other_settings_is_refused(tmp_path):
+    from dataclasses import replace
+    from programs.train_line import Points, collate, step
+    from ct_nb.learn.trainer import Trainer, TrainerConfig
+    config = TrainerConfig(steps=4, batch_size=2, checkpoint_every=2, validate_every=0)
+    Trainer(torch.nn.Linear(8, 1), step, Points(), config, tmp_path, collate).fit(progress=False)
+    with pytest.raises(ValueError, match="learning_rate=0.001, this run asks for 0.5"):
+        Trainer(torch.nn.Linear(8, 1), step, Points(), replace(config, learning_rate=0.5), tmp_path, collate).fit(resume=True, progress=False)
+
+
+def test_out_of_memory_cuts_the_batch_and_keeps_the_step(tmp_path):
+    from programs.train_line import Points, collate, step
+    from ct_nb.learn.trainer import Trainer, TrainerConfig
+
+    def hungry(model, batch):
+        if len(batch["ids"]) > 2: raise torch.cuda.OutOfMemoryError("simulated")
+        return step(model, batch)
+
+    finals = []
+    for name, function in (("whole", step), ("hungry", hungry)):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(8, 1)
+        config = TrainerConfig(steps=5, batch_size=4, validate_every=0)
+        Trainer(model, function, Points(), config, tmp_path / name, collate).fit(progress=False)
+        finals.append(model.weight.detach())
+    assert torch.allclose(*finals, atol=1e-6)
+
+
+def test_weights_of_another_model_missing_or_broken(tmp_path):
+    save_weights(tmp_path, torch.nn.Linear(3, 2), {"system": "drr2ct", "network": {}})
+    with pytest.raises(WeightsError, match="another model"): load_weights(tmp_path, torch.nn.Linear(3, 4))
+    with pytest.raises(WeightsError, match="'drr2ct', but 'vae' was asked for"): read_config(tmp_path, "vae")
+    with pytest.raises(WeightsError, match="no such file"): read_config(tmp_path / "nowhere")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(WeightsError, match="not a whole safetensors file"): load_weights(tmp_path, torch.nn.Linear(3, 2))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match="not readable JSON"): read_config(tmp_path)
+
+
+def test_unwritable_folder_is_a_sentence(tmp_path):
+    (tmp_path / "a_file").write_text("x")
+    with pytest.raises(OSError, match="cannot be written to"):
+        with atomic_write(tmp_path / "a_file" / "b.txt"): pass
