@@ -52,6 +52,13 @@ class Grid:
     @property
     def center_mm(self) -> np.ndarray: return self.affine[:3, :3] @ ((np.array(self.shape[::-1]) - 1) / 2) + self.affine[:3, 3]
 
+    @property
+    def bounds_mm(self) -> np.ndarray:
+        "The LPS box around all voxels, half a voxel beyond the outermost centres: (2, 3), lowest and highest corner."
+        ends = [(-0.5, n - 0.5) for n in self.shape[::-1]]
+        corners = self.index_to_mm(np.stack(np.meshgrid(*ends), axis=-1).reshape(-1, 3))
+        return np.stack([corners.min(axis=0), corners.max(axis=0)])
+
     def index_to_mm(self, index_xyz): return np.asarray(index_xyz) @ self.affine[:3, :3].T + self.affine[:3, 3]
     def mm_to_index(self, points_mm):
         inverse = np.linalg.inv(self.affine)
@@ -181,25 +188,28 @@ def _resample_oblique(hu, matrix, offset, shape) -> np.ndarray:
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-014
 def find_body(volume: "Volume", spacing_mm: float = 5.0) -> tuple[np.ndarray, Grid]:
-    """The patient without couch and clothes: a boolean mask (D, H, W) on a coarse grid along LPS, and that grid.
+    """The patient without couch and clothes: a boolean mask (D, H, W) on a coarse grid along LPS, and that grid. No body: `ValueError`.
 
-    Tissue above -300 HU is opened by a ball (couch tops and tubes are thin), filled slice by slice (lungs), and its largest component kept."""
-    from scipy.ndimage import binary_fill_holes, binary_opening, generate_binary_structure, iterate_structure, label
-    corners = volume.grid.index_to_mm(np.array([[x, y, z] for x in (-.5, volume.hu.shape[2] - .5) for y in (-.5, volume.hu.shape[1] - .5)
-                                                for z in (-.5, volume.hu.shape[0] - .5)]))
-    low, high = corners.min(axis=0), corners.max(axis=0)
+    Tissue above -300 HU, opened to drop sheets (couch tops, blankets), filled slice by slice (lungs), opened again to cut tubes, largest piece."""
+    from scipy.ndimage import binary_fill_holes, binary_opening, generate_binary_structure, label
+    low, high = volume.grid.bounds_mm
     count = np.maximum(np.ceil((high - low) / spacing_mm - 1e-6), 1).astype(int)
     affine = np.diag([*(high - low) / count, 1.0])
     affine[:3, 3] = low + (high - low) / count / 2
     grid = Grid(tuple(count[::-1]), affine)
     tissue = np.pad(volume.resample_onto(grid).hu > -300, 2, mode="edge")  # a body cut by the field of view goes on beyond it
-    tissue = binary_opening(tissue, iterate_structure(generate_binary_structure(3, 1), 2))
-    tissue = np.stack([binary_fill_holes(s) for s in tissue])[2:-2, 2:-2, 2:-2]
-    parts, number = label(tissue)
+    cross = generate_binary_structure(3, 1)
+    solid = np.stack([binary_fill_holes(s) for s in binary_opening(tissue, cross)])
+    parts, number = label(binary_opening(solid, cross, iterations=2)[2:-2, 2:-2, 2:-2])
     if number == 0: raise ValueError(f"volume: no body in it (nothing larger than {4 * spacing_mm:g} mm above -300 HU); is it a CT of a patient in HU?")
     return parts == 1 + np.bincount(parts.ravel())[1:].argmax(), grid
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-015
+def _middle_mm(mask: np.ndarray, grid: Grid) -> np.ndarray:
+    ends = [np.flatnonzero(mask.any(axis=axes))[[0, -1]] for axes in ((0, 1), (0, 2), (1, 2))]  # along x, y, z
+    return np.round(grid.index_to_mm([e.mean() for e in ends]))
+
+# %% ../../nbs/physics/00_volume.ipynb #cell-016
 @contextmanager
 def atomic_path(path):
     "A temporary name beside `path` to write to, renamed to `path` when the block ends well and removed when not. Failures to write are one `OSError` sentence."
@@ -215,7 +225,7 @@ def atomic_path(path):
         try: temporary.unlink(missing_ok=True)
         except OSError: pass
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-016
+# %% ../../nbs/physics/00_volume.ipynb #cell-017
 @dataclass(eq=False)
 class Volume:
     "A CT: Hounsfield units on a grid."
@@ -245,10 +255,8 @@ class Volume:
 
     @property
     def body_center_mm(self) -> np.ndarray:
-        "Middle of the body's extent in LPS mm, to the nearest millimetre, couch left out."
-        mask, grid = find_body(self)
-        middle = [np.flatnonzero(mask.any(axis=axes))[[0, -1]].mean() for axes in ((0, 1), (0, 2), (1, 2))]
-        return np.round(grid.index_to_mm(middle))
+        "Middle of the body's extent in LPS mm, to the nearest millimetre, couch left out. No body: `ValueError`."
+        return _middle_mm(*find_body(self))
 
     def to_grid(self, size: int, side_mm: float = 320.0) -> "Volume":
         """The canonical cube: `size`³ voxels, `side_mm` a side, axes along LPS, centred on the body. Values are floored at -1000 HU first.
@@ -256,7 +264,7 @@ class Volume:
         The cube's affine says where it lies in the patient, so `cube.resample_onto(original.grid)` overlays the input.
         A note says what share of the body lies outside the cube. No body in the volume: `ValueError`."""
         mask, coarse = find_body(self)
-        center = self.body_center_mm
+        center = _middle_mm(mask, coarse)
         points = coarse.index_to_mm(np.argwhere(mask)[:, ::-1])
         outside = (np.abs(points - center) > side_mm / 2).any(axis=1).mean()
         notes = self.notes + [f"{outside:.1%} of the body lies outside the {side_mm:g} mm cube"]
@@ -267,14 +275,14 @@ class Volume:
         "Write as .nii.gz, .nii, .nrrd, .mha or .npz (by the name's ending): int16 where all values are whole, else float32. Written beside, then renamed."
         save_volume(self, path)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-017
+# %% ../../nbs/physics/00_volume.ipynb #cell-018
 def get_window(window: "str | Window") -> Window:
     "The window of that name, or the window itself."
     if isinstance(window, Window): return window
     if window not in WINDOWS: raise ValueError(f"window: there is none named {window!r}; choose one of {', '.join(WINDOWS)}")
     return WINDOWS[window]
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-018
+# %% ../../nbs/physics/00_volume.ipynb #cell-019
 FLIP_XY = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm <-> LPS mm, its own inverse
 AFFINE_NOTE = "ct_nb LPS affine: "  # NIfTI-1 keeps float32; the exact numbers travel in a comment extension
 
@@ -290,7 +298,7 @@ def save_volume(volume: Volume, path) -> None:
 
 def _write_npz(path, hu, affine): np.savez_compressed(path, hu=hu, affine=affine)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-019
+# %% ../../nbs/physics/00_volume.ipynb #cell-020
 def _write_nifti(path, hu, affine):
     import nibabel, json
     image = nibabel.Nifti1Image(hu.transpose(2, 1, 0), FLIP_XY @ affine)
@@ -299,7 +307,7 @@ def _write_nifti(path, hu, affine):
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", (AFFINE_NOTE + json.dumps(affine.tolist())).encode()))
     nibabel.save(image, path)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-020
+# %% ../../nbs/physics/00_volume.ipynb #cell-021
 def _write_itk(path, hu, affine):
     import SimpleITK
     image = SimpleITK.GetImageFromArray(hu)
