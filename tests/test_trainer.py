@@ -66,7 +66,7 @@ def test_out_of_memory_cuts_the_batch_and_keeps_the_step(tmp_path):
     from ct_nb.learn.trainer import Trainer, TrainerConfig
 
     def hungry(model, batch):
-        if len(batch["ids"]) > 2: raise torch.cuda.OutOfMemoryError("simulated")
+        if len(batch["id"]) > 2: raise torch.cuda.OutOfMemoryError("simulated")
         return step(model, batch)
 
     finals = []

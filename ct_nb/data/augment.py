@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..physics.volume import AIR_HU
-
 # %% ../../nbs/data/02_augment.ipynb #cell-005
 @dataclass(frozen=True)
 class VolumeAugmentation:
@@ -39,8 +37,8 @@ class VolumeAugmentation:
         if self.elastic_mm > limit:
             raise ValueError(f"VolumeAugmentation: elastic_mm of {self.elastic_mm} could fold the body onto itself; with control points "
                              f"{self.elastic_spacing_mm} mm apart it must not exceed {limit:.1f}")
-        if max(self.lung_hu, self.soft_hu, self.bone_hu) > 250:
-            raise ValueError("VolumeAugmentation: lung_hu, soft_hu and bone_hu must not exceed 250, or tissues would change places")
+        if self.lung_hu > 100 or max(self.soft_hu, self.bone_hu) > 250:
+            raise ValueError("VolumeAugmentation: lung_hu must not exceed 100, soft_hu and bone_hu 250, or tissues would change places")
 
     @classmethod
     def gentle(cls) -> "VolumeAugmentation":
@@ -134,8 +132,8 @@ def augment(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     "A changed copy of a cube and of its labels; the generator's state decides everything."
     field, mirrored = draw_field(hu.shape[-1], float(side_mm), config, generator)
-    sample = functools.partial(F.grid_sample, grid=field[None], padding_mode="zeros", align_corners=False)
-    result = sample((hu - AIR_HU)[None, None], mode="bilinear")[0, 0] + AIR_HU  # so that what is padded with zeros is air
+    sample = functools.partial(F.grid_sample, grid=field[None], padding_mode="border", align_corners=False)
+    result = sample(hu[None, None], mode="bilinear")[0, 0]
     lung, soft, bone = (_uniform(generator, 3) * torch.tensor([config.lung_hu, config.soft_hu, config.bone_hu])).tolist()
     result = shift_tissues(result, lung, soft, bone)
     if labels is None: return result, None

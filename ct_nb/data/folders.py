@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .cache import code_digest, content_digest, files_digest
-from .sources import Case, CTSource, _Memory, block_mean, block_mode, sample_arrays
+from .cache import MemoryCache, code_digest, content_digest, files_digest
+from .sources import Case, CTSource, block_mean, block_mode, sample_arrays
 from .thorax import ThoraxMeasure, ThoraxRule, measure_thorax
 from ..physics.volume import AIR_HU, Grid, Volume, resample
 
@@ -37,7 +37,9 @@ def stem(path: Path) -> str:
 def _is_dicom(path: Path) -> bool:
     "By the name or by the four letters that follow DICOM's preamble."
     if path.suffix.lower() in (".dcm", ".ima"): return True
-    with open(path, "rb") as file: return file.read(132)[128:] == b"DICM"
+    try:
+        with open(path, "rb") as file: return file.read(132)[128:] == b"DICM"
+    except OSError: return False
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-006
 def find_cases(
@@ -171,14 +173,15 @@ def _open_case(found: Found, size, side_mm, hold_lungs, cache) -> tuple[Case, di
     prepared = prepared_identity(found.path)
     if prepared is None: load = functools.partial(convert, found.path, found.label_path, size, side_mm, hold_lungs)
     else: load = functools.partial(fit_prepared, found.path, size, side_mm)
-    code = code_digest("physics/volume.py", "physics/readers.py", "physics/dicom.py", "data/thorax.py", "data/folders.py")
-    digest = content_digest("case", files_digest(_files(found), cache), [size, side_mm, hold_lungs and prepared is None], code)
+    content = content_digest(files_digest(_files(found), cache), found.label_path is not None)
+    code = code_digest("physics/*.py", "data/thorax.py", "data/folders.py")
+    digest = content_digest("case", content, [size, side_mm, hold_lungs and prepared is None], code)
     def summarise():
         arrays = cache.get(digest, load)
         return {"about": arrays["about"], "voxels": np.array(content_digest(arrays["hu"]))}
     summary = cache.get(content_digest("summary", digest), summarise)
     id, patient = prepared or (found.id, found.patient)
-    return Case(id, patient, digest, load), json.loads(str(summary["about"])) | {"voxels": str(summary["voxels"])}
+    return Case(id, patient, content, digest, load), json.loads(str(summary["about"])) | {"voxels": str(summary["voxels"])}
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-017
 def read_folder(
@@ -192,7 +195,7 @@ def read_folder(
     "All CTs of a folder. None there, or none left: `ValueError`. What is left out is warned of by name and stands in `.skipped`."
     from tqdm.auto import tqdm
     if on_error not in ("raise", "skip"): raise ValueError(f"on_error: must be 'raise' or 'skip', got {on_error!r}")
-    root, cache = Path(path), _Memory() if cache is None else cache
+    root, cache = Path(path), MemoryCache() if cache is None else cache
     rule = ThoraxRule() if thorax_only is True else thorax_only
     paths = find_cases(root)
     if not paths: raise ValueError(f"{root}: holds no CT; expected files ending in {', '.join(CT_SUFFIXES)}, or folders of DICOM files")
@@ -201,13 +204,13 @@ def read_folder(
         try: case, known = _open_case(found, size, side_mm, bool(rule), cache)
         except (ValueError, OSError) as error:
             if on_error == "raise": raise
-            reasons = [str(error)]
+            reasons = [str(error).removeprefix(f"{found.path}: ")]
         else: reasons = rule.reasons(ThoraxMeasure(**known["thorax"])) if rule and known.get("thorax") else []
         if reasons: skipped.append((found.name, "; ".join(reasons)))
         else:
             cases.append(case)
             about[case.id] = known
-    for name, reason in skipped: warnings.warn(f"left out: {reason if name in reason else f'{name}: {reason}'}", stacklevel=2)
+    if skipped: warnings.warn(f"{root}: {len(skipped)} of {len(paths)} cases are left out\n" + "\n".join(f"  {name}: {reason}" for name, reason in skipped), stacklevel=3)
     if not cases: raise ValueError(f"{root}: none of its {len(paths)} cases can be used; the first, {skipped[0][0]}: {skipped[0][1]}")
     return CTSource(_join_twins(cases, about), size, side_mm, skipped, cache)
 

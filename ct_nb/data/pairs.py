@@ -43,7 +43,7 @@ def stream(
 class XrayPairs(torch.utils.data.Dataset):
     """X-rays and targets of a source. Item: `id`, `patient`, `hu` (N, N, N) float32 HU, `xrays` (V, R, C) float32 line integrals,
     `geometry` as recorded, on the target's grid in the frame of the cube, `affine` (4, 4) float64 of that grid in the patient's frame,
-    and `labels` (N, N, N) uint8 where the case has them."""
+    and `labels` (N, N, N) uint8 where the case has them. `pairs[index]` is `pairs.at(0, index)`."""
 
     def __init__(
         self,
@@ -67,24 +67,20 @@ class XrayPairs(torch.utils.data.Dataset):
         self.geometry = (ConeBeam.biplanar(grid=self.grid) if geometry is None else geometry).on(self.grid)
         if self.geometry.batch_shape: raise ValueError(f"XrayPairs: geometry must be of one scan, got a batch {self.geometry.batch_shape}")
         self.cache = None if cache_dir is None else DiskCache(cache_dir)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it change
-        self._code = code_digest("physics/projector.py", "physics/joseph*.py", "physics/volume.py", "data/pairs.py", "data/sources.py")
+        self._code = code_digest("physics/*.py", "data/pairs.py", "data/sources.py")
 
     def __len__(self): return len(self.source)
     @property
     def ids(self) -> list[str]: return self.source.ids
     @property
     def patients(self) -> list[str]: return self.source.patients
-
-    def set_epoch(self, epoch: int) -> None:
-        "What augmentation and noise are drawn for; the trainer calls it."
-        self._epoch.fill_(epoch)
+    def __getitem__(self, index: int) -> dict: return self.at(0, index)
 
 # %% ../../nbs/data/01_pairs.ipynb #cell-012
 @patch_to(XrayPairs)
-def _cube(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None, Sample]:
+def _cube(self, index: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None, Sample]:
     "HU and labels of a case at the size that is rendered."
-    sample, factor = self.source[index], self.source.size // self.render_size
+    sample, factor = self.source.load(index, keep), self.source.size // self.render_size
     return block_mean(sample.volume.tensor(), factor), None if sample.labels is None else block_mode(torch.from_numpy(sample.labels), factor), sample
 
 @patch_to(XrayPairs)
@@ -100,7 +96,7 @@ def _arrays(self, hu, labels, geometry, sample: Sample) -> dict:
 def _clean(self, index: int) -> dict:
     "The arrays as they are without augmentation, pose and noise; from the cache where there is one."
     def build():
-        hu, labels, sample = self._cube(index)
+        hu, labels, sample = self._cube(index, keep=False)
         return {key: value.numpy() for key, value in self._arrays(hu, labels, self.geometry, sample).items()}
     name = content_digest("pair", self.source.cases[index].digest, [self.size, self.render_size, self.energy_kev], self.geometry.to_json(), self._code)
     return {key: torch.from_numpy(value) for key, value in (build() if self.cache is None else self.cache.get(name, build)).items()}
@@ -108,7 +104,7 @@ def _clean(self, index: int) -> dict:
 @patch_to(XrayPairs)
 def _changed(self, index: int, key: tuple) -> tuple[dict, ConeBeam]:
     "The arrays with augmentation and pose noise, and the geometry that is recorded."
-    hu, labels, sample = self._cube(index)
+    hu, labels, sample = self._cube(index, keep=True)
     if self.augmentation != VolumeAugmentation():
         hu, labels = augment(hu, self.source.side_mm, self.augmentation, stream(*key, "volume"), labels, sample.label_names)
     true, recorded = perturb_pose(self.geometry, self.pose, stream(*key, "pose"))
@@ -116,9 +112,10 @@ def _changed(self, index: int, key: tuple) -> tuple[dict, ConeBeam]:
 
 # %% ../../nbs/data/01_pairs.ipynb #cell-014
 @patch_to(XrayPairs)
-def __getitem__(self, index: int) -> dict:
+def at(self, epoch: int, index: int) -> dict:
+    "The item of a case in an epoch: each epoch draws its own augmentation, pose and noise."
     index = range(len(self))[index]
-    key, geometry = (self.seed, int(self._epoch), index), self.geometry
+    key, geometry = (self.seed, epoch, index), self.geometry
     if self.augmentation == VolumeAugmentation() and self.pose == PoseNoise(): arrays = self._clean(index)
     else: arrays, geometry = self._changed(index, key)
     if self.noise != XrayNoise():
@@ -126,11 +123,6 @@ def __getitem__(self, index: int) -> dict:
         arrays["xrays"] = add_xray_noise(arrays["xrays"], self.noise, generator)
         if self.noise.cutout_mm: arrays["xrays"] = cut_out(arrays["xrays"], geometry, self.noise.cutout_mm, generator)
     return {"id": self.ids[index], "patient": self.patients[index], "geometry": geometry, **arrays}
-
-@patch_to(XrayPairs)
-def render(self, index: int, geometry: ConeBeam) -> torch.Tensor:
-    "Clean X-rays (V, R, C) of a case as it is, from any geometry about the origin: held-out views, for instance."
-    return take_xrays(self._cube(index)[0], geometry.on(self.grid), self.energy_kev)
 
 # %% ../../nbs/data/01_pairs.ipynb #cell-020
 def collate(items: list[dict]) -> dict:

@@ -18,7 +18,8 @@ from typing import Callable
 import numpy as np
 import torch
 
-from .cache import DiskCache, code_digest, content_digest
+import ct_nb
+from .cache import DiskCache, MemoryCache, code_digest, content_digest
 from ..physics.geometry import patch_to
 from ..physics.volume import Grid, Volume
 
@@ -40,7 +41,8 @@ class Case:
     "What is known of a case before its cube is loaded."
     id: str
     patient: str
-    digest: str  # of everything that decides the cube
+    content: str  # digest of the data it is made of
+    digest: str  # of everything that decides the cube: the content, the parameters, the code that converts
     load: Callable[[], dict]  # -> the arrays of `sample_arrays`
 
 # %% ../../nbs/data/00_sources.ipynb #cell-008
@@ -67,19 +69,13 @@ def block_mode(labels: torch.Tensor, factor: int) -> torch.Tensor:
     return blocks.mode(-1).values
 
 # %% ../../nbs/data/00_sources.ipynb #cell-013
-class _Memory(dict):
-    "What `DiskCache` does, in this process's memory."
-    def get(self, name, build):
-        if name not in self: self[name] = build()
-        return self[name]
-
 class CTSource(Sequence):
     "Cases on the canonical cube: `source[i]` is a `Sample`. Made by `from_folder`, `phantoms`, `from_list` or `open_source`."
 
     def __init__(self, cases, size: int, side_mm: float = 320.0, skipped=(), cache=None):
         self.cases, self.size, self.side_mm = list(cases), int(size), float(side_mm)
         self.skipped = list(skipped)  # (name, reason) of what was left out
-        self.cache = _Memory() if cache is None else cache
+        self.cache = MemoryCache() if cache is None else cache
         twice = sorted(id for id in set(self.ids) if self.ids.count(id) > 1) if len(set(self.ids)) < len(self) else []
         if twice: raise ValueError(f"source: two cases are named {twice[0]!r}; give every case a name of its own")
 
@@ -91,16 +87,25 @@ class CTSource(Sequence):
     def __len__(self): return len(self.cases)
     def __getitem__(self, index):
         if isinstance(index, slice): return self.subset(range(len(self))[index])
-        return _sample(self.cases[index], self.cache.get(self.cases[index].digest, self.cases[index].load))
+        return self.load(index)
     def __repr__(self): return f"CTSource({len(self)} cases of {len(set(self.patients))} patients, {self.size}³ in {self.side_mm:g} mm, {len(self.skipped)} left out)"
+
+    def load(self, index: int, keep: bool = True) -> Sample:
+        "A case; with `keep=False` it is not put into the cache, for those who will not ask again."
+        case = self.cases[index]
+        return _sample(case, self.cache.get(case.digest, case.load, keep))
 
     def subset(self, indices) -> "CTSource":
         "The cases at these indices, in this order."
         return CTSource([self.cases[i] for i in indices], self.size, self.side_mm, self.skipped, self.cache)
 
+    def one_per_patient(self) -> "CTSource":
+        "The first case of each patient: what a score that counts patients wants."
+        return self.subset(sorted({patient: i for i, patient in reversed(list(enumerate(self.patients)))}.values()))
+
     def fingerprint(self) -> str:
         "A digest over names and contents of all cases, whatever their order: which data a run saw."
-        return content_digest(sorted((case.id, case.patient, case.digest) for case in self.cases))
+        return content_digest(sorted((case.id, case.patient, case.content) for case in self.cases), [self.size, self.side_mm])
 
 # %% ../../nbs/data/00_sources.ipynb #cell-015
 @patch_to(CTSource)
@@ -134,7 +139,7 @@ def from_list(
         if label is not None: label = nearest_labels(label, volume.grid, cube.grid)
         arrays = sample_arrays(cube, label, label_names)
         digest = content_digest(*(arrays[key] for key in sorted(arrays)))
-        cases.append(Case(id, patient, digest, functools.partial(dict, arrays)))
+        cases.append(Case(id, patient, digest, digest, functools.partial(dict, arrays)))
     return cls(cases, size, side_mm)
 
 def nearest_labels(labels: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
@@ -148,10 +153,11 @@ def nearest_labels(labels: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
 def phantoms(cls, count: int, size: int, first_seed: int = 0, side_mm: float = 320.0, cache=None) -> CTSource:
     "`count` phantoms with the seeds from `first_seed` on."
     if count < 1: raise ValueError(f"phantoms: at least one is needed, got a count of {count}")
-    code = code_digest("physics/phantom*.py", "physics/anatomy.py", "physics/shapes.py")
+    code = code_digest("physics/*.py")
     names = [f"phantom-{seed:05d}" for seed in range(first_seed, first_seed + count)]
-    cases = [Case(name, name, content_digest("phantom", seed, size, side_mm, code), functools.partial(_phantom_arrays, seed, size, side_mm))
-             for seed, name in enumerate(names, first_seed)]
+    contents = [content_digest("phantom", [seed, size, side_mm], ct_nb.__version__) for seed in range(first_seed, first_seed + count)]
+    cases = [Case(name, name, content, content_digest(content, code), functools.partial(_phantom_arrays, seed, size, side_mm))
+             for seed, (name, content) in enumerate(zip(names, contents), first_seed)]
     return cls(cases, size, side_mm, cache=cache)
 
 def _phantom_arrays(seed, size, side_mm) -> dict:
@@ -191,7 +197,7 @@ def split(
 # %% ../../nbs/data/00_sources.ipynb #cell-026
 @patch_to(CTSource, cls_method=True)
 def from_folder(cls, path, size: int, side_mm: float = 320.0, on_error: str = "raise", thorax_only=False, cache=None) -> CTSource:
-    "All CTs of a folder: `ct_nb.data.folders.read_folder`, which see."
+    "All CTs of a folder; see `ct_nb.data.folders.read_folder`, which does it."
     from ct_nb.data.folders import read_folder
     return read_folder(path, size, side_mm, on_error, thorax_only, cache)
 
@@ -204,11 +210,12 @@ def open_source(
     cache_dir=None,  # keeps cubes between runs; `ct_nb.data.cache.default_cache_dir()` is a good place
 ) -> CTSource:
     "The cases of a source by its name. What is neither 'phantom' nor there: `ValueError`."
+    from ct_nb.data.folders import read_folder
     cache = None if cache_dir is None else DiskCache(cache_dir)
     sources = []
     for part in [str(data)] if Path(data).expanduser().exists() else str(data).split("+"):
         word = re.fullmatch(r"phantom(?::(\d+))?", part)
         if word: sources.append(CTSource.phantoms(int(word[1] or 48), size, side_mm=side_mm, cache=cache))
-        elif Path(part).expanduser().exists(): sources.append(CTSource.from_folder(Path(part).expanduser(), size, side_mm, on_error, thorax_only, cache))
+        elif Path(part).expanduser().exists(): sources.append(read_folder(Path(part).expanduser(), size, side_mm, on_error, thorax_only, cache))
         else: raise ValueError(f"data: {part!r} is neither 'phantom', 'phantom:COUNT' nor a folder or file that exists; check the path")
     return functools.reduce(CTSource.__add__, sources)

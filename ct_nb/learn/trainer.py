@@ -83,13 +83,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-015
 def _pieces(batch: dict, count: int) -> list[dict]:
-    "Cut a batch into `count` parts along its first axis; tensors, lists and batched geometries have one."
-    size = max(len(value) for value in batch.values() if isinstance(value, (list, torch.Tensor)))
+    "Cut a batch into `count` parts along its first axis."
+    size = len(batch["id"])
     bounds = torch.linspace(0, size, min(count, size) + 1).round().int().tolist()
-    def cut(value, a, b):
-        if isinstance(value, (list, torch.Tensor)): return value[a:b]
-        return value.take(range(a, b)) if hasattr(value, "take") else value
-    return [{name: cut(value, a, b) for name, value in batch.items()} for a, b in zip(bounds, bounds[1:])]
+    return [{name: value[a:b] for name, value in batch.items()} for a, b in zip(bounds, bounds[1:])]
 
 def _to_device(batch: dict, device) -> dict:
     return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
@@ -130,7 +127,7 @@ class Trainer:
         data: Dataset,  # cases; `.at(epoch, index)` is used where there is one
         config: TrainerConfig,
         out,  # folder for checkpoint and logs
-        collate: Callable[[list], dict],  # cases -> batch
+        collate: Callable[[list], dict],  # cases -> batch: every entry has the cases along its first axis, `id` names them
         validate: Callable[[torch.nn.Module], dict] | None = None,  # figures of the averaged model
     ):
         from accelerate import Accelerator
@@ -182,9 +179,9 @@ def _accumulate(self: Trainer, batch: dict) -> tuple[float, dict]:
         try:
             self.optimizer.zero_grad(set_to_none=True)
             parts, total, figures = _pieces(batch, self.pieces), 0.0, {}
-            size = sum(len(part["ids"]) for part in parts)
+            size = sum(len(part["id"]) for part in parts)
             for number, part in enumerate(parts):
-                share = len(part["ids"]) / size
+                share = len(part["id"]) / size
                 last = number == len(parts) - 1
                 context = self.accelerator.no_sync(self.model) if not last else self.accelerator.autocast()
                 with context, self.accelerator.autocast():
@@ -276,5 +273,5 @@ def _stop_if_not_finite(self: Trainer, step: int, loss: float, norm: float, batc
     from safetensors.torch import save_file
     tensors = {name: value.contiguous() for name, value in batch.items() if isinstance(value, torch.Tensor)}
     with atomic_write(kept) as temporary: save_file(tensors, temporary)
-    raise TrainingStopped(f"training stopped at step {step}: loss {loss:.4g}, gradient norm {norm:.4g}, cases {', '.join(map(str, batch['ids']))}; "
+    raise TrainingStopped(f"training stopped at step {step}: loss {loss:.4g}, gradient norm {norm:.4g}, cases {', '.join(map(str, batch['id']))}; "
                           f"the batch is kept in {kept.name}, and the last checkpoint is whole: lower the learning rate or look at these cases.")

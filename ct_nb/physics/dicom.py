@@ -150,11 +150,11 @@ def _drop_duplicates(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-015
 def _check_even(path, slices: list[Slice]) -> None:
-    "The slices are evenly spaced to a tenth of a step, or a `CTReadError` that says which slice is missing or where the spacing changes."
+    "The slices are evenly spaced to a tenth of a step (or of a millimetre, as headers round), or a `CTReadError` that says which slice is missing or where the spacing changes."
     positions = np.array([s.position_mm for s in slices])
     steps = np.diff(positions)
     usual = np.sort(steps)[(len(steps) - 1) // 2]
-    if np.abs(positions - np.linspace(positions[0], positions[-1], len(positions))).max() <= 0.1 * usual: return
+    if np.abs(positions - np.linspace(positions[0], positions[-1], len(positions))).max() <= max(0.1 * usual, 0.1): return
     odd = np.flatnonzero(np.abs(steps - usual) > 0.1 * usual)
     counts = np.round(steps[odd] / usual).astype(int)
     first = odd[0] if len(odd) else int(steps.argmax())

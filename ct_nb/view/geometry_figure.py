@@ -70,6 +70,10 @@ def _corners(geometry: ConeBeam) -> np.ndarray:
     plates = geometry.detector_center_mm[:, None] + around[:, :1] * columns * geometry.column_step_mm[:, None] + around[:, 1:] * rows * geometry.row_step_mm[:, None]
     return plates.cpu().numpy()
 
+def _halo():  # a white rim that keeps a label legible on lines
+    from matplotlib.patheffects import withStroke
+    return [withStroke(linewidth=2.5, foreground="white")]
+
 def _hang_xray(axes, corners, image, cells=112):
     "The image as a textured rectangle: (rows, columns) line integrals, bright where dense."
     rows, columns = (min(cells, n) for n in image.shape)
@@ -90,7 +94,7 @@ def _draw_view(axes, source, corners, center, color, name, image):
     axes.add_collection3d(Line3DCollection([[source, corner] for corner in corners], color=color, lw=0.8, alpha=0.7))
     axes.plot(*np.stack([source, center]).T, color=color, lw=1.4, ls=(0, (6, 3)))
     axes.scatter(*source, color=color, s=70, edgecolor="white", linewidth=1, depthshade=False)
-    axes.text(*(source + [0, 0, 55]), name, color=color, ha="center", fontsize=10, fontweight="bold")
+    axes.text(*(source + [0, 0, 55]), name, color=color, ha="center", fontsize=10, fontweight="bold", path_effects=_halo(), zorder=1e6)
 
 def _draw_box(axes, grid: Grid):
     ends = np.array([[-0.5, n - 0.5] for n in grid.shape[::-1]])
@@ -113,7 +117,7 @@ def _draw_scene(axes, geometry, body, images, names):
     low, high = everything.min(0), everything.max(0)
     margin = 0.03 * (high - low).max()
     axes.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin), zlim=(low[2] - margin, high[2] + margin))
-    axes.set_box_aspect(high - low + 2 * margin, zoom=1.12)
+    axes.set_box_aspect(high - low + 2 * margin)
     axes.set_proj_type("persp", focal_length=0.6)
     axes.view_init(elev=21, azim=-120)  # from the upper right front of the patient: sources near, detectors far
     axes.set(xlabel="Left, mm", ylabel="Posterior, mm", zlabel="Head, mm")
@@ -121,7 +125,21 @@ def _draw_scene(axes, geometry, body, images, names):
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis): axis.pane.set(facecolor="white", edgecolor="0.85")
     axes.zaxis.set_major_locator(MultipleLocator(200)); axes.xaxis.set_major_locator(MultipleLocator(500)); axes.yaxis.set_major_locator(MultipleLocator(500))
 
-# %% ../../nbs/view/01_geometry_figure.ipynb #cell-015
+# %% ../../nbs/view/01_geometry_figure.ipynb #cell-014
+def _fit(axes, room):
+    "Scale and shift the 3D panel so that its box fills `room` (left, bottom, right, top) of the figure: mplot3d leaves wide margins that depend on the scene."
+    from mpl_toolkits.mplot3d.proj3d import proj_transform
+    corners = np.array(np.meshgrid(axes.get_xlim(), axes.get_ylim(), axes.get_zlim())).reshape(3, -1)
+    axes.apply_aspect()
+    x, y, _ = proj_transform(*corners, axes.get_proj())
+    seen = axes.figure.transFigure.inverted().transform(axes.transData.transform(np.stack([x, y], -1)))
+    low, high, room = seen.min(0), seen.max(0), np.array(room).reshape(2, 2)
+    scale = ((room[1] - room[0]) / (high - low)).min()
+    box = axes.get_position(original=False)
+    corner = np.array([box.x0, box.y0])
+    axes.set_position((*(room.mean(0) + scale * (corner - (low + high) / 2)), scale * box.width, scale * box.height))
+
+# %% ../../nbs/view/01_geometry_figure.ipynb #cell-016
 def _draw_flat(panel, geometry, body, names, across, down, title):
     "One panel: LPS axes `across` and `down` (0 x, 1 y, 2 z) of the scene, with the CT's middle slice behind."
     from matplotlib.ticker import MultipleLocator
@@ -139,7 +157,7 @@ def _draw_flat(panel, geometry, body, names, across, down, title):
                         _lengths(geometry, v) if geometry.views <= 4 else None, COLORS[v % len(COLORS)], names[v])
     panel.set_title(title, loc="left", fontsize=10, color="0.3")
     panel.set(aspect="equal")
-    panel.margins(0.09)
+    panel.margins(0.12)
     panel.autoscale_view()
     if panel.yaxis_inverted() != (down == 1): panel.invert_yaxis()  # the back is drawn below, the head on top
     for axis in (panel.xaxis, panel.yaxis): axis.set_major_locator(MultipleLocator(500 if np.ptp(panel.get_xlim()) > 900 else 100))
@@ -150,7 +168,7 @@ def _lengths(geometry, v) -> tuple[float, float]:
     to_center = torch.tensor(np.array(geometry.grid.center_mm), dtype=geometry.dtype, device=geometry.device) - geometry.source_mm[v]
     return float(to_center @ geometry.central_ray[v]), float(geometry.source_to_detector_mm[v])
 
-# %% ../../nbs/view/01_geometry_figure.ipynb #cell-016
+# %% ../../nbs/view/01_geometry_figure.ipynb #cell-017
 def _draw_flat_view(panel, source, corners, center, lengths, color, name):
     from matplotlib.patches import Polygon
     from scipy.spatial import ConvexHull, QhullError
@@ -160,7 +178,8 @@ def _draw_flat_view(panel, source, corners, center, lengths, color, name):
     panel.add_patch(Polygon(corners, closed=True, fill=False, color=color, lw=2.5))
     panel.plot(*np.stack([source, center]).T, color=color, lw=1.2, ls=(0, (6, 3)))
     panel.plot(*source, "o", color=color, ms=7, mec="white")
-    panel.annotate(name, source, xytext=(0, 9), textcoords="offset points", ha="center", color=color, fontsize=9, fontweight="bold")
+    panel.annotate(name, source, xytext=(0, 9), textcoords="offset points", ha="center", color=color, fontsize=9, fontweight="bold",
+                   path_effects=_halo())
     if lengths is None: return
     direction = (center - source) / (np.linalg.norm(center - source) + 1e-9)
     shown = direction if abs(direction[0]) > 1e-3 and direction[0] > 0 else -direction if direction[0] < -1e-3 else np.array([0.0, 1.0])
@@ -170,7 +189,7 @@ def _draw_flat_view(panel, source, corners, center, lengths, color, name):
         panel.text(*(source + place * (center - source)), f"{length:.0f}", color=color, fontsize=9, ha="center", va="center", rotation=angle,
                    rotation_mode="anchor", transform_rotates_text=True, bbox=dict(boxstyle="round,pad=0.2", fc="white", ec="none"))
 
-# %% ../../nbs/view/01_geometry_figure.ipynb #cell-018
+# %% ../../nbs/view/01_geometry_figure.ipynb #cell-019
 def geometry_figure(
     geometry: ConeBeam,  # one scan, any number of views
     volume: Volume | None = None,  # the patient; resampled onto the geometry's grid
@@ -183,15 +202,17 @@ def geometry_figure(
     geometry = geometry.detach().to("cpu", torch.float64)
     body = None if volume is None else _aligned(volume, geometry.grid, 72)
     if xrays is None and body is not None:
-        fine = _aligned(volume, geometry.grid, 128)
+        fine = _aligned(volume, geometry.grid, min(128, max(geometry.grid.shape)))
         pixels = [max(1, round(n * min(1, 128 / max(geometry.detector_shape)))) for n in geometry.detector_shape]
         xrays = project(hu_to_mu(fine.tensor()), geometry.on(fine.grid).rebinned(pixels).to(torch.float32))
     if xrays is not None and len(xrays) != geometry.views: raise ValueError(f"geometry_figure: xrays holds {len(xrays)} images for {geometry.views} views; give one for each")
     images = None if xrays is None else torch.as_tensor(xrays).detach().cpu()
     names = names or [f"{a:.0f}°" + (f" / {e:.0f}°" if abs(e) > 0.5 else "") for a, e in zip(geometry.azimuth_deg, geometry.elevation_deg)]
     figure = plt.figure(figsize=(13, 6.2))
-    _draw_scene(figure.add_axes((0.01, -0.10, 0.64, 1.24), projection="3d"), geometry, body, images, names)
-    above, side = figure.add_axes((0.70, 0.43, 0.29, 0.52)), figure.add_axes((0.70, 0.09, 0.29, 0.24))
+    scene = figure.add_axes((0.1, 0.1, 0.5, 0.8), projection="3d")
+    _draw_scene(scene, geometry, body, images, names)
+    _fit(scene, (0.05, 0.08, 0.63, 0.96))
+    above, side = figure.add_axes((0.71, 0.46, 0.28, 0.49)), figure.add_axes((0.71, 0.10, 0.28, 0.24))
     _draw_flat(above, geometry, body, names, 0, 1, "from the feet")
     above.set(xlabel="Left, mm", ylabel="Posterior, mm")
     _draw_flat(side, geometry, body, names, 1, 2, "from the patient's right")

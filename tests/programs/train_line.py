@@ -17,11 +17,11 @@ class Points(Dataset):
     def at(self, epoch, index):
         generator = torch.Generator().manual_seed(1000 * epoch + index)
         x = torch.rand(8, generator=generator)
-        return {"ids": f"{epoch}/{index}", "x": x, "y": x.sum() - 2 * x[0]}
+        return {"id": f"{epoch}/{index}", "x": x, "y": x.sum() - 2 * x[0]}
 
 
 def collate(cases):
-    return {"ids": [c["ids"] for c in cases], "x": torch.stack([c["x"] for c in cases]), "y": torch.stack([c["y"] for c in cases])}
+    return {"id": [c["id"] for c in cases], "x": torch.stack([c["x"] for c in cases]), "y": torch.stack([c["y"] for c in cases])}
 
 
 def step(model, batch):

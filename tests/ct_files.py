@@ -1,0 +1,59 @@
+"Made-up scans and hand-written DICOM for the tests of reading and writing."
+from pathlib import Path
+
+import numpy as np
+import pydicom
+
+ORIENTATION = (1, 0, 0, 0, 1, 0)
+
+
+def body(shape=(12, 32, 40), seed=0) -> np.ndarray:
+    "HU (D, H, W), whole numbers: noisy air about a body with two lungs and a spine."
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    hu = np.full(shape, -1000.0)
+    hu[(x / 0.9) ** 2 + (y / 0.7) ** 2 < 1] = 30
+    hu[((np.abs(x) - 0.4) / 0.25) ** 2 + (y / 0.4) ** 2 < 1] = -850
+    hu[x**2 + (y - 0.45) ** 2 < 0.12**2] = 400
+    return np.round(hu + np.random.default_rng(seed).normal(0, 8, shape)).clip(-1024)
+
+def affine_of(spacing=(2.0, 2.0, 3.0), origin=(-40.0, -30.0, 100.0)) -> np.ndarray:
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = origin
+    return affine
+
+def dicom_slice(stored, position, orientation=ORIENTATION, slope=1.0, intercept=-1024.0, spacing=(2.0, 2.0), series="1.2.3", signed=False, **tags) -> pydicom.Dataset:
+    "One CT slice of stored values (R, C) in 16 bits; `tags` replace, a tag of None is left out."
+    d = pydicom.Dataset()
+    d.file_meta = pydicom.dataset.FileMetaDataset()
+    d.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    d.SOPClassUID, d.SOPInstanceUID, d.SeriesInstanceUID = pydicom.uid.CTImageStorage, pydicom.uid.generate_uid(), series
+    d.Modality, d.PhotometricInterpretation, d.SamplesPerPixel = "CT", "MONOCHROME2", 1
+    d.Rows, d.Columns = stored.shape
+    d.PixelSpacing, d.SliceThickness = list(spacing), 7.5
+    d.ImagePositionPatient, d.ImageOrientationPatient = [float(v) for v in position], [float(v) for v in orientation]
+    d.RescaleSlope, d.RescaleIntercept = slope, intercept
+    d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 16, 16, 15, int(signed)
+    assert stored.min() >= (-32768 if signed else 0) and stored.max() < (32768 if signed else 65536)
+    d.PixelData = np.round(stored).astype(np.int16 if signed else np.uint16).tobytes()
+    for name, value in tags.items():
+        if value is None: delattr(d, name)
+        else: setattr(d, name, value)
+    return d
+
+def write_series(folder, hu, z_mm=None, names=None, intercept=-1024.0, slope=1.0, **tags) -> list[Path]:
+    "`hu` (D, H, W) as an axial series at heights `z_mm` (default 3 mm apart from 100); returns the files, in order of z."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    z_mm = 100 + 3.0 * np.arange(len(hu)) if z_mm is None else z_mm
+    files = [folder / (names[k] if names else f"{k:03d}.dcm") for k in range(len(hu))]
+    for k, file in enumerate(files):
+        dicom_slice((hu[k] - intercept) / slope, (-40, -30, z_mm[k]), intercept=intercept, slope=slope, **tags).save_as(file, enforce_file_format=True)
+    return files
+
+def change(file, **tags) -> None:
+    "Set tags of a DICOM file; None removes one."
+    d = pydicom.dcmread(file)
+    for name, value in tags.items():
+        if value is None: delattr(d, name)
+        else: setattr(d, name, value)
+    d.save_as(file, enforce_file_format=True)
