@@ -168,7 +168,7 @@ def test_npz_without_its_arrays(tmp_path):
 
 # ---------------------------------------------------------------- not HU
 def scales(hu):
-    return {"picture": (np.round((np.clip(hu, -1000, 1000) + 1000) / 2000 * 255), "a picture, not a CT.*0 to 255"),
+    return {"picture": (np.round((np.clip(hu, -1000, 1000) + 1000) / 2000 * 255), "a picture, not a CT.*0 to [12][0-9]+, not in HU"),
             "unit": ((np.clip(hu, -1000, 1000) + 1000) / 2000, "a picture, not a CT"),
             "network": (np.clip(hu, -1000, 1000) / 1000, "no air near -1000"),
             "twice": (hu - 1024, "rescaled twice"),
@@ -325,7 +325,7 @@ def test_bombs(tmp_path, slices, monkeypatch):
     message = refused(zipped(tmp_path / "bomb.zip", [*slices[:2], ("scan/bomb.dcm", bytes(50_000_000))]), "times its size.*zip bomb")
     assert int(message.split("unpacks to ")[1].split()[0]) > 100
     noise = np.random.default_rng(0).bytes(2_000_000 // 100)
-    refused(zipped(tmp_path / "hundred.zip", [("bomb.dcm", noise + bytes(1_980_000))]), "9[0-9] times its size|10[0-9] times its size")
+    refused(zipped(tmp_path / "hundred.zip", [("bomb.dcm", noise + bytes(1_980_000))]), "[89][0-9] times its size")
     monkeypatch.setattr(dicom_module, "MAX_ZIP_BYTES", 10_000)
     refused(zipped(tmp_path / "large.zip", slices), "unpacks to .* GiB, more than")
     monkeypatch.setattr(dicom_module, "MAX_ZIP_MEMBERS", 5)

@@ -215,6 +215,8 @@ def test_prepare_from_the_shell(folder, tmp_path):
     done = subprocess.run([sys.executable, "-m", "ct_nb.data.prepare", str(folder), "--out", str(tmp_path / "out"), "--size", "16"], capture_output=True, text=True)
     assert done.returncode == 0 and "3 cases of 2 patients" in done.stdout, done.stderr
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["anna.npz", "ben.npz", "thin_anna.npz"]
+    again = subprocess.run(done.args, capture_output=True, text=True)
+    assert again.returncode == 1 and "exists already; choose another folder" in again.stderr and "Traceback" not in again.stderr
 
 def test_prepare_leaves_nothing_half_done(folder, tmp_path, monkeypatch):
     source = read_folder(folder, 16)

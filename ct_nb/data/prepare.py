@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from fastcore.script import Param, call_parse, store_true
+from fastcore.script import call_parse
 
 from .sources import CTSource, open_source, sample_arrays
 
@@ -43,12 +43,14 @@ def prepare(
 @call_parse
 def main(
     data: str,  # "phantom:40", a folder of CTs, or several joined by "+"
-    out: Param("folder to make", str, required=True),
+    out: str = "prepared",  # folder to make
     size: int = 128,  # voxels per side of the cube
     side_mm: float = 320.0,  # side of the cube, mm
-    on_error: Param("a file that cannot be read", str, choices=("raise", "skip")) = "raise",
-    thorax_only: store_true = False,  # leave out what is no whole thorax
+    on_error: str = "raise",  # a file that cannot be read: "raise", or "skip" it and say so
+    thorax_only: bool = False,  # leave out what is no whole thorax
 ):
     "Turn a source into a folder of cubes, one npz a case, that numpy alone can read."
-    source = open_source(data, size, side_mm, on_error, thorax_only)
-    print(f"{prepare(source, out)}: {len(source)} cases of {len(set(source.patients))} patients, {len(source.skipped)} left out")
+    try:
+        source = open_source(data, size, side_mm, on_error, thorax_only)
+        print(f"{prepare(source, out)}: {len(source)} cases of {len(set(source.patients))} patients, {len(source.skipped)} left out")
+    except (ValueError, OSError) as error: raise SystemExit(f"ct_nb.data.prepare: {error}") from None

@@ -195,6 +195,7 @@ def _as_told(image: Radiograph, kind: str | None, told: dict) -> torch.Tensor:
         raise RadiographError(f"{image.name}: the file does not say what its numbers are{' (' + ', '.join(image.notes) + ')' if image.notes else ''}; "
                               "tell: kind='intensity' with i0, or kind='line_integrals' with scale")
     if None not in (image.kind, kind) and image.kind != kind: raise RadiographError(f"{image.name}: holds {image.kind} by its own word and {kind} by yours; drop yours, or mend the file")
+    if image.kind == "line_integrals" and told.get("scale") is not None: raise RadiographError(f"{image.name}: holds line integrals by its own word, with their scale; drop yours")
     kind, told = image.kind or kind, dict(told)
     if kind == "line_integrals" and image.kind is None and image.white is not None and told.get("scale") is None:
         raise RadiographError(f"{image.name}: line integrals stored as whole numbers up to {image.white:g} need scale, the line integral of one step")

@@ -7,6 +7,7 @@ __all__ = ['MAX_VOXELS', 'READERS', 'CTReadError', 'air_and_tissue', 'check_houn
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-003
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -79,6 +80,9 @@ def _read_nifti(path) -> Volume:
         shape = image.shape
         while len(shape) > 3 and shape[-1] == 1: shape = shape[:-1]
         _check_shape(path, shape)
+        claimed = np.prod(shape, dtype=float) * image.get_data_dtype().itemsize
+        if claimed > Path(path).stat().st_size * (1032 if str(path).lower().endswith(".gz") else 1):  # deflate packs 1032 to 1 at best
+            raise CTReadError(f"{path}: is cut short, its {Path(path).stat().st_size} bytes cannot hold {' × '.join(map(str, shape))} voxels; copy or download it again")
         hu = np.asarray(image.dataobj).reshape(shape, order="F")
     except (OSError, EOFError, zlib.error, MemoryError, OverflowError, nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError,
             nibabel.wrapstruct.WrapStructError, ValueError) as error:
@@ -168,6 +172,7 @@ def read_volume(
     "The numbers of any supported file on their grid in LPS, as they are stored (DICOM: rescaled to HU). Not readable: `CTReadError`."
     path = Path(path)
     if not path.exists(): raise CTReadError(f"{path}: there is no such file or folder; check the path")
+    if not os.access(path, os.R_OK): raise CTReadError(f"{path}: may not be read by you; change its permissions")
     reader = next((r for suffix, r in READERS.items() if path.name.lower().endswith(suffix)), None)
     from ct_nb.physics.dicom import read_dicom_folder, read_dicom_zip  # the next chapter, built on this one
     if path.is_dir(): return read_dicom_folder(path, series)

@@ -29,11 +29,11 @@ class Grid:
     def __post_init__(self):
         shape = tuple(int(n) for n in self.shape)
         affine = np.array(self.affine, dtype=np.float64)
-        if len(shape) != 3 or min(shape) < 1: raise ValueError(f"Grid: shape must be three positive counts (D, H, W), got {self.shape}")
-        if affine.shape != (4, 4): raise ValueError(f"Grid: affine must be 4×4, got {affine.shape}")
-        if not np.allclose(affine[3], [0, 0, 0, 1]): raise ValueError(f"Grid: the affine's last row must be 0, 0, 0, 1, got {affine[3].tolist()}; is it transposed?")
+        if len(shape) != 3 or min(shape) < 1: raise ValueError(f"Grid: shape must be three positive counts (D, H, W), got {self.shape}; give the voxels along z, y and x")
+        if affine.shape != (4, 4): raise ValueError(f"Grid: the affine must be 4×4, got shape {affine.shape}; give the map from voxel index (x, y, z, 1) to mm")
         if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
             raise ValueError("Grid: the affine is singular or not finite; check the voxel spacing")
+        if not np.allclose(affine[3], [0, 0, 0, 1]): raise ValueError(f"Grid: the affine's last row must be 0, 0, 0, 1, got {affine[3].tolist()}; is it transposed?")
         affine.setflags(write=False)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "affine", affine)
@@ -243,7 +243,7 @@ class Volume:
 
     def __post_init__(self):
         self.hu = np.ascontiguousarray(self.hu, dtype=np.float32)
-        if self.hu.ndim != 3: raise ValueError(f"Volume: hu must be (D, H, W), got shape {self.hu.shape}")
+        if self.hu.ndim != 3: raise ValueError(f"Volume: hu must be (D, H, W), got shape {self.hu.shape}; give one volume")
         self.affine = Grid(self.hu.shape, self.affine).affine
 
     @property

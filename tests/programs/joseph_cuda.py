@@ -23,7 +23,7 @@ from ct_nb.physics.projector import backproject, project
 from ct_nb.physics.volume import Grid
 
 GRID = Grid((5, 8, 6), np.array([[5.0, 0, 0, -12.5], [0, 4.0, 0, -14], [0, 0, 6.0, -12], [0, 0, 0, 1]]))
-VIEW = dict(grid=GRID, source_to_isocenter_mm=200.0, source_to_detector_mm=300.0, detector_shape=(6, 9), pixel_mm=7.0)
+VIEW = dict(grid=GRID, source_to_isocenter_mm=200.0, source_to_detector_mm=300.0, detector_shape=(5, 7), pixel_mm=9.0)
 
 
 def batched(geometry, dtype=torch.float64):
@@ -35,20 +35,19 @@ def batched(geometry, dtype=torch.float64):
 def random(*shape, seed=0, dtype=torch.float64): return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def compare(geometry, batch=1, slope=True):
+def compare(geometry, batch=1):
     "Forward, transpose and gradient against the reference in float64; the largest difference relative to the largest value."
     p = batched(geometry)
     volume, image = random(batch, *geometry.grid.shape), random(batch, geometry.views, *geometry.detector_shape, seed=1)
     pairs = [(joseph_cuda.forward(volume, p), joseph.forward(volume, p))]
-    if slope: pairs += list(zip(joseph_cuda.gradient(volume, image, p), joseph.gradient(volume, image, p)))
-    else: pairs.append((joseph_cuda.adjoint(image, p), joseph.adjoint(image, p)))
+    pairs += zip(joseph_cuda.gradient(volume, image, p), joseph.gradient(volume, image, p))
     for ours, expected in pairs: assert ours.shape == expected.shape and ours.isfinite().all()
     return max(float((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-30)) for ours, expected in pairs)
 
 
 def tilted_batch():
     "two samples with their own geometry, two views each, tilted and rolled, one of which changes its marching axis on the way"
-    return compare(ConeBeam.orbit([[20.0, 47.0], [100.0, -44.0]], [[15.0, -8.0], [0.0, 5.0]], [[12.0, 0.0], [0.0, -30.0]], **(VIEW | dict(detector_shape=(9, 17), pixel_mm=4.0))), batch=2)
+    return compare(ConeBeam.orbit([[20.0, 47.0], [100.0, -44.0]], [[15.0, -8.0], [0.0, 5.0]], [[12.0, 0.0], [0.0, -30.0]], **VIEW), batch=2)
 
 
 def shared_geometry():
@@ -59,7 +58,7 @@ def shared_geometry():
 def several_patches():
     "more columns, rows and voxels than one program takes, seen from above: marching along z"
     grid = Grid((3, 35, 18), np.diag([4.0, 2.0, 5.0, 1.0]) + np.array([[0, 0, 0, -34.0], [0, 0, 0, -34], [0, 0, 0, -5], [0, 0, 0, 0]]))
-    return compare(ConeBeam.orbit([5.0], [80.0], [85.0], **(VIEW | dict(grid=grid, detector_shape=(10, 18), pixel_mm=7.0))), slope=False)
+    return compare(ConeBeam.orbit([5.0], [80.0], [85.0], **(VIEW | dict(grid=grid, detector_shape=(10, 18), pixel_mm=7.0))))
 
 
 def steep_rows():
@@ -82,27 +81,23 @@ def misses():
 
 
 def single_precision():
-    "float32: the pair is matched, and near the float64 answer (in units of 1e-9 of what is allowed, 1e-5)"
+    "float32: the pair is matched to 1e-5, two calls give equal bits, and the answer is the float64 answer to 1e-5"
     geometry = ConeBeam.orbit([20.0, 75.0], [15.0, 0.0], [12.0, 0.0], **VIEW)
-    p, volume, image = batched(geometry), random(1, *GRID.shape, dtype=torch.float32), random(1, 2, 6, 9, seed=1, dtype=torch.float32)
+    p, volume, image = batched(geometry), random(1, *GRID.shape, dtype=torch.float32), random(1, 2, 5, 7, seed=1, dtype=torch.float32)
     ours, back = joseph_cuda.forward(volume, p), joseph_cuda.adjoint(image, p)
     assert ours.dtype == back.dtype == torch.float32
+    assert torch.equal(back, joseph_cuda.adjoint(image, p)), "two calls differ in their bits"
     left, right = (ours.double() * image).sum(), (volume.double() * back).sum()
     assert abs(left - right) <= 1e-5 * abs(left)
     expected = joseph.forward(volume.double(), p)
-    return 1e-4 * float((ours - expected).norm() / expected.norm()) if (ours - expected).norm() <= 1e-5 * expected.norm() else 1.0
-
-
-def repeats():
-    "two calls give equal bits"
-    p, image = batched(ConeBeam.orbit([47.0], [8.0], **VIEW)), random(1, 1, 6, 9, dtype=torch.float32)
-    return 0.0 if torch.equal(joseph_cuda.adjoint(image, p), joseph_cuda.adjoint(image, p)) else 1.0
+    assert (ours - expected).norm() <= 1e-5 * expected.norm()
+    return 0.0
 
 
 def through_the_projector():
     "`project` and `backproject` with backend='triton': values and gradients to volume, image and pose are those of the reference"
     worst = 0.0
-    for function, shape in ((project, GRID.shape), (backproject, (1, 6, 9))):
+    for function, shape in ((project, GRID.shape), (backproject, (1, 5, 7))):
         results = []
         for backend in ("triton", "torch"):
             geometry = ConeBeam.orbit([25.0], [10.0], [5.0], **VIEW)
@@ -114,7 +109,7 @@ def through_the_projector():
     return worst
 
 
-CASES = (tilted_batch, shared_geometry, several_patches, steep_rows, source_inside, misses, single_precision, repeats, through_the_projector)
+CASES = (tilted_batch, shared_geometry, several_patches, steep_rows, source_inside, misses, single_precision, through_the_projector)
 
 
 def interpret(names):

@@ -1,0 +1,122 @@
+"""The recipes end to end, as a user runs them: papermill for training, then the other recipes and the console commands on what it left."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def run(*command, cwd=ROOT, expect=0):
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == expect, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def papermill(recipe, target, **parameters):
+    words = [word for name, value in parameters.items() for word in ("-p", name, value)]
+    run("papermill", ROOT / "nbs" / f"{recipe}.ipynb", target, "--no-progress-bar", *words)
+    return nbformat.read(target, as_version=4)
+
+
+def pictures(notebook) -> int:
+    return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A folder with what the smoke recipe leaves, and the executed notebook."
+    folder = tmp_path_factory.mktemp("trained")
+    return folder / "run", papermill("train_drr2ct", folder / "train_drr2ct.ipynb", preset="smoke", out=folder / "run")
+
+
+def test_the_training_recipe_takes_parameters_and_shows_pictures(trained):
+    _, notebook = trained
+    assert any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells)
+    assert pictures(notebook) >= 6
+
+
+def test_the_run_leaves_what_the_readme_promises(trained):
+    out, _ = trained
+    for name in ("model.safetensors", "config.json", "scoreboard.csv", "metrics.json", "scoreboard.png", "comparison.png", "history.jsonl"):
+        assert (out / name).is_file(), name
+    assert len(list(out.rglob("truth.nii.gz"))) >= 1 and len(list(out.rglob("model.nii.gz"))) >= 1
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics["predictors"]) == {"model", "air", "mean_atlas", "nearest_neighbour", "minimum_norm", "sirt", "atlas_consistent"}
+    for row in metrics["predictors"].values():
+        assert {"psnr", "ssim", "mae_hu", "drr_error", "drr_error_held_out", "null_space_error"} <= set(row)
+    assert metrics["cases"] == 2
+    config = json.loads((out / "config.json").read_text())
+    assert config["system"] == "drr2ct" and config["training"]["fingerprint"] and config["versions"]["torch"]
+    rows = (out / "scoreboard.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 7
+
+
+def test_the_parameters_cell_is_typed_and_commented():
+    text = run("papermill", "--help-notebook", ROOT / "nbs" / "train_drr2ct.ipynb")
+    for name in ("preset: str", "data: str", "out: str", "seed: int", "resume: bool"): assert name in text, text
+    assert "Unknown type" not in text
+
+
+def test_reconstruct_and_evaluate_recipes(trained, tmp_path):
+    out, _ = trained
+    notebook = papermill("reconstruct", tmp_path / "reconstruct.ipynb", weights=out, out=tmp_path / "found.nii.gz")
+    assert (tmp_path / "found.nii.gz").is_file() and pictures(notebook) >= 3
+    notebook = papermill("evaluate", tmp_path / "evaluate.ipynb", weights=out, data="phantom:2", out=tmp_path / "evaluation")
+    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["cases"] == 2 and pictures(notebook) >= 2
+
+
+def test_console_from_ct_to_ct(trained, tmp_path):
+    out, _ = trained
+    from ct_nb.physics.geometry import ConeBeam
+    from ct_nb.physics.phantom import phantom
+    from ct_nb.physics.readers import read_ct
+    from ct_nb.physics.volume import Grid, Volume
+    Volume(phantom(11, 64).volume.hu, Grid.cube(64, center_mm=(12, -30, 250)).affine).save(tmp_path / "ct.nii.gz")
+    run("ct_nb_drr", tmp_path / "ct.nii.gz", "--out", tmp_path / "xrays", cwd=tmp_path)
+    geometry = tmp_path / "xrays" / "geometry.json"
+    images = sorted((tmp_path / "xrays").glob("*.png"))
+    assert len(images) == 2 and ConeBeam.load(geometry).views == 2
+    text = run("ct_nb_reconstruct", *images, "--geometry", geometry, "--weights", out, "--out", tmp_path / "found.nii.gz", cwd=tmp_path)
+    assert "view 1: residual 0.0" in text
+    found = read_ct(tmp_path / "found.nii.gz")
+    assert np.abs(found.grid.center_mm - ConeBeam.load(geometry).grid.center_mm).max() < 1e-3
+    text = run("ct_nb_evaluate", tmp_path / "found.nii.gz", tmp_path / "ct.nii.gz", "--out", tmp_path / "score.json", cwd=tmp_path)
+    assert "PSNR" in text and json.loads((tmp_path / "score.json").read_text())["metrics"]["psnr"] > 12
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (("ct_nb_drr", "nothing.nii.gz"), "nothing.nii.gz"),
+    (("ct_nb_reconstruct", "a.png", "--geometry", "none.json", "--weights", "no_run"), "no_run"),
+    (("ct_nb_evaluate", "a.nii.gz", "b.nii.gz"), "a.nii.gz"),
+])
+def test_console_errors_are_one_sentence(words, sentence, tmp_path):
+    text = run(*words, cwd=tmp_path, expect=1).strip()
+    assert sentence in text and "Traceback" not in text and len(text.splitlines()) == 1, text
+
+
+def test_console_wrong_count_and_wrong_weights(trained, tmp_path):
+    out, _ = trained
+    from ct_nb.learn.checkpoints import save_weights
+    from ct_nb.physics.geometry import ConeBeam
+    import torch
+    run(sys.executable, "-c", "from ct_nb.data.radiographs import write_radiographs as w; from ct_nb.physics.geometry import ConeBeam as C; import torch; "
+        "w('x', torch.rand(2, 256, 256), C.biplanar())", cwd=tmp_path)
+    words = ("--geometry", "x/geometry.json", "--weights", out)
+    assert "2" in run("ct_nb_reconstruct", "x/xray_0.png", *words, cwd=tmp_path, expect=1)
+    save_weights(tmp_path / "other", torch.nn.Linear(2, 2), {"system": "vae", "network": {}})
+    text = run("ct_nb_reconstruct", "x/xray_0.png", "x/xray_1.png", "--geometry", "x/geometry.json", "--weights", "other", cwd=tmp_path, expect=1)
+    assert "'vae'" in text and "Traceback" not in text
+
+
+def test_help_needs_no_docs():
+    for command in ("ct_nb_drr", "ct_nb_reconstruct", "ct_nb_evaluate"):
+        text = run(command, "--help")
+        assert len(text.splitlines()) > 12 and "mm" in text or "CT" in text
