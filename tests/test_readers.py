@@ -239,7 +239,7 @@ def test_exact_copies_are_dropped_and_said(tmp_path):
     for k in (0, 5): (tmp_path / f"copy_{k}.dcm").write_bytes(files[k].read_bytes())
     change(tmp_path / "copy_5.dcm", SOPInstanceUID="1.2.9", InstanceNumber=7)
     scan = read_ct(tmp_path)
-    assert (scan.hu == body()).all() and "2 of the files repeat a slice and are dropped" in scan.notes[0] and "copy_0.dcm" in scan.notes[0]
+    assert (scan.hu == body()).all() and "2 of the files repeat a slice, dropped" in scan.notes[0] and "copy_0.dcm" in scan.notes[0]
 
 def test_other_things_in_the_folder(tmp_path):
     "A scout in the series, another modality, notes, system files, nested folders, names without an ending."

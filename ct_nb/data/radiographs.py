@@ -36,9 +36,12 @@ class Radiograph:
 
     def __post_init__(self):
         self.image = np.ascontiguousarray(self.image, dtype=np.float32)
-        if self.image.ndim != 2 or 0 in self.image.shape: raise RadiographError(f"{self.name}: a radiograph is one image of rows and columns, got the shape {self.image.shape}")
+        if self.image.ndim != 2 or 0 in self.image.shape:
+            raise RadiographError(f"{self.name}: a radiograph is one image of rows and columns, got the shape {self.image.shape}")
         bad = int((~np.isfinite(self.image)).sum())
-        if bad: raise RadiographError(f"{self.name}: {bad} of {self.image.size} pixels are NaN or infinite; mend the image, no number can be put in their place")
+        if bad:
+            raise RadiographError(f"{self.name}: {bad} of {self.image.size} pixels are NaN or infinite; "
+                                  "mend the image, no number can be put in their place")
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-007
 def to_line_integrals(
@@ -54,21 +57,29 @@ def to_line_integrals(
     image = torch.as_tensor(image, dtype=torch.float32)
     if kind not in KINDS: raise RadiographError(f"{name}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "line_integrals":
-        if inverted or i0 is not None: raise RadiographError(f"{name}: i0 and inverted belong to kind='intensity', and these are told to be line integrals; drop one or the other")
+        if inverted or i0 is not None:
+            raise RadiographError(f"{name}: i0 and inverted belong to kind='intensity', and these are told to be line integrals; "
+                                  "drop one or the other")
         return image if scale is None else image * scale
     if scale is not None: raise RadiographError(f"{name}: scale belongs to kind='line_integrals'; give i0 for intensities")
     if inverted:
-        if white is None: raise RadiographError(f"{name}: inverted needs white, the number of a white pixel (255 or 65535 in a PNG); the file does not say it")
+        if white is None:
+            raise RadiographError(f"{name}: inverted needs white, the number of a white pixel (255 or 65535 in a PNG); "
+                                  "the file does not say it")
         image = white - image
     if i0 == "maximum": i0 = float(image.max())
     if not isinstance(i0, (int, float)) or not 0 < i0 < float("inf"):
-        raise RadiographError(f"{name}: intensities need i0, the positive reading of the beam beside the patient, got {i0!r}; give the number, or \"maximum\" for the brightest pixel")
+        raise RadiographError(f"{name}: intensities need i0, the positive reading of the beam beside the patient, got {i0!r}; "
+                              "give the number, or \"maximum\" for the brightest pixel")
     line_integrals = -(image / i0).clamp(min=1e-5).log()
     if float((line_integrals < -0.1).float().mean()) > 0.5:
-        raise RadiographError(f"{name}: most pixels are brighter than i0 = {i0:g} (their median is {float(image.median()):g}); i0 is too small, or the image is a negative (inverted)")
+        raise RadiographError(f"{name}: most pixels are brighter than i0 = {i0:g} (their median is {float(image.median()):g}); "
+                              "i0 is too small, or the image is a negative (inverted)")
     return line_integrals
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-010
+def _because(error: Exception) -> str: return str(error).splitlines()[0] if str(error) else type(error).__name__
+
 TEXT_KEY = "ct_nb radiograph"  # of the PNG's tEXt chunk: JSON with kind, scale, offset
 
 def _read_png(path: Path) -> list[Radiograph]:
@@ -78,8 +89,9 @@ def _read_png(path: Path) -> list[Radiograph]:
             picture.load()
             mode, stored, text = picture.mode, np.array(picture), picture.info.get(TEXT_KEY)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RadiographError(f"{path}: cannot be read as PNG ({str(error).splitlines()[0] if str(error) else type(error).__name__}); write or fetch the file again") from None
-    if mode not in ("L", "I;16", "I"): raise RadiographError(f"{path}: is a colour or indexed PNG (mode {mode}); save it in greyscale with 8 or 16 bits")
+        raise RadiographError(f"{path}: cannot be read as PNG ({_because(error)}); write or fetch the file again") from None
+    if mode not in ("L", "I;16", "I"):
+        raise RadiographError(f"{path}: is a colour or indexed PNG (mode {mode}); save it in greyscale with 8 or 16 bits")
     white = 255.0 if mode == "L" else 65535.0
     code = _checked_code(text, path) or _code_beside(path)
     if code is None: return [Radiograph(stored, str(path), white=white)]
@@ -93,7 +105,8 @@ def _checked_code(text, where) -> dict | None:
         code = {"kind": code["kind"], "scale": float(code["scale"]), "offset": float(code["offset"])}
     except (KeyError, TypeError, ValueError): code = {"kind": None}
     if code["kind"] not in KINDS or not np.isfinite([code["scale"], code["offset"]]).all():
-        raise RadiographError(f"{where}: the note about the scale of its numbers is damaged ({str(text)[:60]!r}); write the image again with write_radiographs")
+        raise RadiographError(f"{where}: the note about the scale of its numbers is damaged ({str(text)[:60]!r}); "
+                              "write the image again with write_radiographs")
     return code
 
 def _code_beside(path: Path) -> dict | None:
@@ -106,7 +119,8 @@ def _code_beside(path: Path) -> dict | None:
 # %% ../../nbs/data/04_radiographs.ipynb #cell-012
 def _stacked(images: np.ndarray, path: Path, **known) -> list[Radiograph]:
     "(R, C) or (V, R, C) -> a list of radiographs."
-    if images.dtype.kind not in "iuf" or images.ndim not in (2, 3): raise RadiographError(f"{path}: must hold one image (R, C) or several (V, R, C) of numbers, got {images.dtype} {images.shape}")
+    if images.dtype.kind not in "iuf" or images.ndim not in (2, 3):
+        raise RadiographError(f"{path}: must hold one image (R, C) or several (V, R, C) of numbers, got {images.dtype} {images.shape}")
     if images.ndim == 2: return [Radiograph(images, str(path), **known)]
     return [Radiograph(image, f"{path}, view {v}", **known) for v, image in enumerate(images)]
 
@@ -114,16 +128,20 @@ def _read_npz(path: Path) -> list[Radiograph]:
     try:
         with np.load(path, allow_pickle=False) as content:
             kinds = [key for key in KINDS if key in content.files]
-            if len(kinds) != 1: raise RadiographError(f"{path}: must hold exactly one array named {' or '.join(KINDS)}, got {content.files}; name the array by what its numbers are")
+            if len(kinds) != 1:
+                raise RadiographError(f"{path}: must hold exactly one array named {' or '.join(KINDS)}, got {content.files}; "
+                                      "name the array by what its numbers are")
             images = content[kinds[0]]
     except RadiographError: raise
-    except Exception as error: raise RadiographError(f"{path}: cannot be read as npz ({str(error).splitlines()[0] if str(error) else type(error).__name__}); write or fetch the file again") from None
+    except Exception as error:
+        raise RadiographError(f"{path}: cannot be read as npz ({_because(error)}); write or fetch the file again") from None
     return _stacked(images, path, kind=kinds[0])
 
 def _read_nifti(path: Path) -> list[Radiograph]:
     import nibabel
     try: images = np.asarray(nibabel.load(path).dataobj)
-    except Exception as error: raise RadiographError(f"{path}: cannot be read as NIfTI ({str(error).splitlines()[0] if str(error) else type(error).__name__}); write or fetch the file again") from None
+    except Exception as error:
+        raise RadiographError(f"{path}: cannot be read as NIfTI ({_because(error)}); write or fetch the file again") from None
     return _stacked(images.squeeze().T if images.ndim > 3 or images.shape[-1] == 1 else images.T, path)
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-013
@@ -132,8 +150,10 @@ def _read_dicom(path: Path) -> list[Radiograph]:
     try:
         dataset = pydicom.dcmread(path)
         stored = dataset.pixel_array.astype(np.float64)
-    except Exception as error: raise RadiographError(f"{path}: cannot be read as DICOM ({str(error).splitlines()[0] if str(error) else type(error).__name__}); export it uncompressed, or fetch it again") from None
-    if int(getattr(dataset, "SamplesPerPixel", 1)) != 1: raise RadiographError(f"{path}: is a colour DICOM; export the radiograph itself, not a screenshot of it")
+    except Exception as error:
+        raise RadiographError(f"{path}: cannot be read as DICOM ({_because(error)}); export it uncompressed, or fetch it again") from None
+    if int(getattr(dataset, "SamplesPerPixel", 1)) != 1:
+        raise RadiographError(f"{path}: is a colour DICOM; export the radiograph itself, not a screenshot of it")
     white = 2.0 ** int(dataset.BitsStored) - 1
     slope, intercept = float(getattr(dataset, "RescaleSlope", 1)), float(getattr(dataset, "RescaleIntercept", 0))
     relation, sign = getattr(dataset, "PixelIntensityRelationship", ""), getattr(dataset, "PixelIntensityRelationshipSign", None)
@@ -143,7 +163,8 @@ def _read_dicom(path: Path) -> list[Radiograph]:
     return _stacked(stored * slope + intercept, path, kind="intensity" if linear else None, white=white * slope + intercept, notes=notes)
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-014
-READERS = {".png": _read_png, ".npz": _read_npz, ".nii": _read_nifti, ".nii.gz": _read_nifti, ".dcm": _read_dicom, ".dicom": _read_dicom}  # by the name's ending
+READERS = {".png": _read_png, ".npz": _read_npz, ".nii": _read_nifti, ".nii.gz": _read_nifti,
+           ".dcm": _read_dicom, ".dicom": _read_dicom}  # by the name's ending
 
 def open_radiographs(path) -> list[Radiograph]:
     "All images of one file: PNG (8 or 16 bits), npz, NIfTI or DICOM (also without an ending)."
@@ -159,7 +180,8 @@ def open_radiographs(path) -> list[Radiograph]:
 def read_radiograph(path) -> Radiograph:
     "The image of a file that holds one."
     images = open_radiographs(path)
-    if len(images) != 1: raise RadiographError(f"{path}: holds {len(images)} images where one is expected; use open_radiographs or read_radiographs")
+    if len(images) != 1:
+        raise RadiographError(f"{path}: holds {len(images)} images where one is expected; use open_radiographs or read_radiographs")
     return images[0]
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-016
@@ -173,12 +195,15 @@ def read_radiographs(
     images = [image for path in _files(paths) for image in open_radiographs(path)]
     line_integrals = [_as_told(image, kind, told) for image in images]
     for image in images:
-        wanted, whose = (images[0].image.shape, f"{images[0].name} has") if geometry is None else (geometry.detector_shape, "the geometry's detector has")
-        if image.image.shape != tuple(wanted):
-            raise RadiographError(f"{image.name}: has {image.image.shape[0]}×{image.image.shape[1]} pixels (rows × columns) but {whose} {wanted[0]}×{wanted[1]}; "
+        wanted, whose = (images[0].image.shape, images[0].name) if geometry is None else (geometry.detector_shape, "the geometry's detector")
+        got = image.image.shape
+        if got != tuple(wanted):
+            raise RadiographError(f"{image.name}: has {got[0]}×{got[1]} pixels (rows × columns) but {whose} has {wanted[0]}×{wanted[1]}; "
                                   "bring the images of one scan with their own geometry, or change its pixels with geometry.rebinned")
     if geometry is not None and len(images) != geometry.views:
-        raise RadiographError(f"{', '.join(Path(i.name).name for i in images)}: {len(images)} images for a geometry of {geometry.views} views; give one image for each view, in its order")
+        names = ", ".join(Path(image.name).name for image in images)
+        raise RadiographError(f"{names}: {len(images)} images for a geometry of {geometry.views} views; "
+                              "give one image for each view, in its order")
     return torch.stack(line_integrals)
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-017
@@ -188,17 +213,22 @@ def _files(paths) -> list[Path]:
     if len(paths) > 1 or not paths[0].is_dir(): return paths
     folder = paths[0]
     try: return [folder / entry["file"] for entry in json.loads((folder / "geometry.json").read_text(encoding="utf-8"))["images"]]
-    except (OSError, ValueError, KeyError, TypeError): raise RadiographError(f"{folder}: has no geometry.json that lists its images; name the image files themselves") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RadiographError(f"{folder}: has no geometry.json that lists its images; name the image files themselves") from None
 
 def _as_told(image: Radiograph, kind: str | None, told: dict) -> torch.Tensor:
     if image.kind is None and kind is None:
-        raise RadiographError(f"{image.name}: the file does not say what its numbers are{' (' + ', '.join(image.notes) + ')' if image.notes else ''}; "
+        notes = f" ({', '.join(image.notes)})" if image.notes else ""
+        raise RadiographError(f"{image.name}: the file does not say what its numbers are{notes}; "
                               "tell: kind='intensity' with i0, or kind='line_integrals' with scale")
-    if None not in (image.kind, kind) and image.kind != kind: raise RadiographError(f"{image.name}: holds {image.kind} by its own word and {kind} by yours; drop yours, or mend the file")
-    if image.kind == "line_integrals" and told.get("scale") is not None: raise RadiographError(f"{image.name}: holds line integrals by its own word, with their scale; drop yours")
+    if None not in (image.kind, kind) and image.kind != kind:
+        raise RadiographError(f"{image.name}: holds {image.kind} by its own word and {kind} by yours; drop yours, or mend the file")
+    if image.kind == "line_integrals" and told.get("scale") is not None:
+        raise RadiographError(f"{image.name}: holds line integrals by its own word, with their scale; drop yours")
     kind, told = image.kind or kind, dict(told)
     if kind == "line_integrals" and image.kind is None and image.white is not None and told.get("scale") is None:
-        raise RadiographError(f"{image.name}: line integrals stored as whole numbers up to {image.white:g} need scale, the line integral of one step")
+        raise RadiographError(f"{image.name}: line integrals stored as whole numbers up to {image.white:g} need scale, "
+                              "the line integral of one step")
     told.setdefault("white", image.white)
     return to_line_integrals(image.image, kind, name=image.name, **told)
 
@@ -211,15 +241,21 @@ def write_radiographs(
 ) -> list[Path]:
     "Write PNGs, xrays.npz and geometry.json, each whole or not at all; returns the paths of the PNGs."
     folder, images = Path(folder), torch.as_tensor(line_integrals).detach().cpu().numpy().astype(np.float32)
-    if images.shape != (geometry.views, *geometry.detector_shape):
-        raise RadiographError(f"write_radiographs: line_integrals must be {(geometry.views, *geometry.detector_shape)}, the geometry's (views, rows, columns), got {images.shape}")
-    if not np.isfinite(images).all(): raise RadiographError(f"write_radiographs: line_integrals hold {int((~np.isfinite(images)).sum())} NaN or infinite values; nothing was written")
+    shape = (geometry.views, *geometry.detector_shape)
+    if images.shape != shape:
+        raise RadiographError(f"write_radiographs: line_integrals must be {shape}, the geometry's (views, rows, columns), "
+                              f"got {images.shape}")
+    if not np.isfinite(images).all():
+        raise RadiographError(f"write_radiographs: line_integrals hold {int((~np.isfinite(images)).sum())} NaN or infinite values; "
+                              "nothing was written")
     names = list(names) if names else [f"xray_{v}" for v in range(len(images))]
     if len(set(names)) != len(images): raise RadiographError(f"write_radiographs: names must be {len(images)} different ones, got {names}")
     content = json.loads(geometry.to_json())
     content["images"] = [{"file": f"{name}.png", **_write_png(folder / f"{name}.png", image)} for name, image in zip(names, images)]
-    with atomic_path(folder / "xrays.npz") as temporary: np.savez_compressed(temporary, line_integrals=images, geometry=np.array(geometry.to_json()))
-    with atomic_path(folder / "geometry.json") as temporary: temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_path(folder / "xrays.npz") as temporary:
+        np.savez_compressed(temporary, line_integrals=images, geometry=np.array(geometry.to_json()))
+    with atomic_path(folder / "geometry.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return [folder / f"{name}.png" for name in names]
 
 def _write_png(path: Path, image: np.ndarray) -> dict:

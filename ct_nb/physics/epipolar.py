@@ -34,7 +34,8 @@ def fundamental_matrix(self, i: int, j: int) -> torch.Tensor:
 def epipolar_lines(self, i: int, j: int, uv: torch.Tensor) -> torch.Tensor:
     """Lines (a, b, c) on detector j, (*batch, *points, 3), of the pixels uv, (*points, 2) or (*batch, *points, 2), of view i.
 
-    a² + b² = 1, so a·u + b·v + c is the distance in pixels with a sign. All zero where there is no line: one source for both views, or a line at infinity."""
+    a² + b² = 1, so a·u + b·v + c is the distance in pixels with a sign.
+    All zero where there is no line: one source for both views, or a line at infinity."""
     return _normalized(_raw_lines(self.fundamental_matrix(i, j), uv))
 
 def _raw_lines(F: torch.Tensor, uv) -> torch.Tensor:
@@ -55,11 +56,12 @@ def _normalized(lines: torch.Tensor) -> torch.Tensor:
 @patch_to(ConeBeam)
 @torch.no_grad()
 def epipolar_nearest(self, i: int, j: int, token_shape: tuple[int, int], k: int) -> torch.Tensor:
-    """Indices (*batch, n, k), int64, n = rows·columns of `token_shape`: for every token of view i the k tokens of view j closest to its epipolar line.
+    """For every token of view i the k tokens of view j closest to its epipolar line: indices (*batch, n, k), int64.
 
-    Tokens are numbered row by row. Nearest first; never NaN, also for coincident sources. Memory beyond the result stays below about 100 MB."""
+    n = rows·columns of `token_shape`; tokens are numbered row by row. Nearest first; never NaN, also for coincident sources. Memory beyond the result stays below about 100 MB."""
     count = token_shape[0] * token_shape[1]
-    if not 1 <= k <= count: raise GeometryError(f"ConeBeam.epipolar_nearest: k must be 1 to {count}, the tokens of {tuple(token_shape)}, got {k}")
+    if not 1 <= k <= count:
+        raise GeometryError(f"ConeBeam.epipolar_nearest: k must be 1 to {count}, the tokens of {tuple(token_shape)}, got {k}")
     exact = self.to(torch.float64)
     uv = exact.token_uv(token_shape).reshape(-1, 2)
     pitch = torch.stack([exact.column_step_mm[..., j, :].norm(dim=-1), exact.row_step_mm[..., j, :].norm(dim=-1)], -1)
@@ -72,7 +74,8 @@ def epipolar_nearest(self, i: int, j: int, token_shape: tuple[int, int], k: int)
     return torch.cat(parts, -2)
 
 # %% ../../nbs/physics/03b_epipolar.ipynb #cell-016
-def _nearest(lines, here, there, k):  # lines (*b, m, 3), position without a line (*b, m, 2), tokens of the other view (*b, n, 2), mm -> (*b, m, k)
+def _nearest(lines, here, there, k):
+    "Lines (*b, m, 3), positions to use without a line (*b, m, 2), tokens of the other view (*b, n, 2), all mm -> (*b, m, k)."
     to_line = (lines[..., :2] @ there.transpose(-1, -2) + lines[..., 2:]).abs()
     no_line = (lines == 0).all(-1)
     if bool(no_line.any()): to_line = torch.where(no_line[..., None], torch.cdist(here.clamp(-1e9, 1e9), there), to_line)

@@ -34,24 +34,28 @@ VECTORS = ("source_mm", "detector_center_mm", "column_step_mm", "row_step_mm")  
 def _checked_vectors(geometry) -> dict[str, torch.Tensor]:
     "The four vectors as floating tensors of one shape, or a GeometryError."
     given = {name: getattr(geometry, name) for name in VECTORS}
-    vectors = {name: v if isinstance(v, torch.Tensor) and v.is_floating_point() else torch.as_tensor(v, dtype=torch.float64) for name, v in given.items()}
+    floating = lambda v: v if isinstance(v, torch.Tensor) and v.is_floating_point() else torch.as_tensor(v, dtype=torch.float64)
+    vectors = {name: floating(v) for name, v in given.items()}
     dtype = reduce(torch.promote_types, (v.dtype for v in vectors.values()))
     vectors = {name: v.to(dtype) for name, v in vectors.items()}
     shape = tuple(vectors["source_mm"].shape)
     for name, v in vectors.items():
         if v.ndim < 2 or v.shape[-1] != 3 or v.shape[-2] < 1:
             raise GeometryError(f"ConeBeam: {name} must be (*batch, views, 3) with at least one view, got shape {tuple(v.shape)}")
-        if tuple(v.shape) != shape: raise GeometryError(f"ConeBeam: {name} has shape {tuple(v.shape)} but source_mm has {shape}; give every view all four vectors")
+        if tuple(v.shape) != shape:
+            raise GeometryError(f"ConeBeam: {name} has shape {tuple(v.shape)} but source_mm has {shape}; give every view all four vectors")
     with torch.no_grad():  # one transfer, one decision: the checks cost a single synchronisation on a GPU
         source, center, column, row = torch.stack([v.detach().to("cpu", torch.float64) for v in vectors.values()])
         if not bool(torch.isfinite(source + center + column + row).all()):
-            raise GeometryError("ConeBeam: the source, detector or pixel steps hold NaN or infinity; check the numbers the geometry was built from")
+            raise GeometryError("ConeBeam: the source, detector or pixel steps hold NaN or infinity; "
+                                "check the numbers the geometry was built from")
         ray = center - source
         volume = (torch.linalg.cross(column, row) * ray).sum(-1).abs()
         size = column.norm(dim=-1) * row.norm(dim=-1) * ray.norm(dim=-1)
         flat = (volume <= 1e-6 * size).nonzero()
     if len(flat):
-        raise GeometryError(f"ConeBeam: in view {int(flat[0, -1])} the source lies in the detector's plane, or the pixel steps are zero or parallel; "
+        raise GeometryError(f"ConeBeam: in view {int(flat[0, -1])} the source lies in the detector's plane, "
+                            "or the pixel steps are zero or parallel; "
                             "no ray can reach this detector")
     return vectors
 
@@ -74,7 +78,8 @@ class ConeBeam:
     def __post_init__(self):
         for name, vector in _checked_vectors(self).items(): object.__setattr__(self, name, vector)
         shape = tuple(int(n) for n in self.detector_shape)
-        if len(shape) != 2 or min(shape) < 1: raise GeometryError(f"ConeBeam: detector_shape must be (rows, columns), both positive, got {self.detector_shape}")
+        if len(shape) != 2 or min(shape) < 1:
+            raise GeometryError(f"ConeBeam: detector_shape must be (rows, columns), both positive, got {self.detector_shape}")
         if not isinstance(self.grid, Grid): raise GeometryError(f"ConeBeam: grid must be a Grid, got {type(self.grid).__name__}")
         object.__setattr__(self, "detector_shape", shape)
 
@@ -123,7 +128,8 @@ def orbit(cls, azimuth_deg, elevation_deg=0.0, roll_deg=0.0, *, grid: Grid | Non
     normal = _direction(azimuth, elevation)
     column, row = _upright(azimuth, normal)
     column, row = (column * roll.cos()[..., None] + row * roll.sin()[..., None], row * roll.cos()[..., None] - column * roll.sin()[..., None])
-    return cls(isocenter - to_isocenter * normal, isocenter + (to_detector - to_isocenter) * normal, column * pixel, row * pixel, detector_shape, grid)
+    source, center = isocenter - to_isocenter * normal, isocenter + (to_detector - to_isocenter) * normal
+    return cls(source, center, column * pixel, row * pixel, detector_shape, grid)
 
 def _direction(azimuth, elevation):  # radians (…) -> unit vector of the central ray (…, 3)
     return torch.stack([azimuth.sin() * elevation.cos(), azimuth.cos() * elevation.cos(), elevation.sin()], -1)
@@ -178,9 +184,11 @@ def stack(cls, geometries: Sequence[ConeBeam]) -> ConeBeam:
     if not geometries: raise GeometryError("ConeBeam.stack: the list of geometries is empty")
     first = geometries[0]
     for b, g in enumerate(geometries):
-        for what, got, expected in (("views", g.source_mm.shape, first.source_mm.shape), ("detector_shape", g.detector_shape, first.detector_shape),
-                                    ("grid", g.grid, first.grid)):
-            if got != expected: raise GeometryError(f"ConeBeam.stack: geometry {b} differs from geometry 0 in its {what} ({got}, expected {expected}); batch only like with like")
+        shape = lambda g: tuple(g.source_mm.shape)
+        for what, of in (("views", shape), ("detector_shape", lambda g: g.detector_shape), ("grid", lambda g: g.grid)):
+            if of(g) != of(first):
+                raise GeometryError(f"ConeBeam.stack: geometry {b} differs from geometry 0 in its {what} ({of(g)}, expected {of(first)}); "
+                                    "batch only like with like")
     return replace(first, **{n: torch.stack([getattr(g, n) for g in geometries]) for n in VECTORS})
 
 @patch_to(ConeBeam)
@@ -194,7 +202,8 @@ def __getitem__(self, index) -> ConeBeam:
 def token_uv(self, token_shape=None) -> torch.Tensor:
     "Centres of a (rows, columns) subdivision of the detector in image coordinates (u, v): (R', C', 2), pixels."
     rows, columns = self.detector_shape if token_shape is None else token_shape
-    v, u = (((torch.arange(n, dtype=self.dtype, device=self.device) + 0.5) * (full / n)) for n, full in zip((rows, columns), self.detector_shape))
+    centers = lambda n, full: (torch.arange(n, dtype=self.dtype, device=self.device) + 0.5) * (full / n)
+    v, u = centers(rows, self.detector_shape[0]), centers(columns, self.detector_shape[1])
     return torch.stack(torch.meshgrid(v, u, indexing="ij")[::-1], -1)
 
 @patch_to(ConeBeam)
@@ -236,15 +245,17 @@ def matrices(self) -> torch.Tensor:
 def project_points(self, points_mm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Image coordinates (u, v) in pixels, (*batch, V, *points, 2), and depth in mm, (*batch, V, *points), of points in LPS mm.
 
-    Points are (*points, 3), the same for the whole batch, when they have at most as many leading axes as the batch; with more, they are (*batch, *points, 3),
-    where an axis of length 1 repeats. A point with depth ≤ 0 lies at or behind the source: its (u, v) is finite and means nothing.
+    Points are (*points, 3), the same for the whole batch, when they have at most as many leading axes as the batch;
+    with more, they are (*batch, *points, 3), where an axis of length 1 repeats.
+    A point with depth ≤ 0 lies at or behind the source: its (u, v) is finite and means nothing.
     """
     points = torch.as_tensor(points_mm, dtype=self.dtype, device=self.device)
     lead = len(self.batch_shape)
     if points.ndim <= lead + 1: points = points[(None,) * lead]
     shape = points.shape[lead:-1]
     if points.shape[-1] != 3 or any(n not in (1, b) for n, b in zip(points.shape, self.batch_shape)):
-        raise GeometryError(f"ConeBeam.project_points: points_mm must be (*points, 3) or (*batch, *points, 3) with batch {self.batch_shape}, got {tuple(points_mm.shape)}")
+        raise GeometryError("ConeBeam.project_points: points_mm must be (*points, 3) or (*batch, *points, 3) "
+                            f"with batch {self.batch_shape}, got {tuple(points_mm.shape)}")
     points = points.reshape(*points.shape[:lead], 1, -1, 3)
     matrices = self.matrices()
     image = (points - self.source_mm[..., None, :]) @ matrices[..., :3].transpose(-1, -2)  # about the source: no cancellation in float32
@@ -256,18 +267,20 @@ def project_points(self, points_mm: torch.Tensor) -> tuple[torch.Tensor, torch.T
 # %% ../../nbs/physics/03_geometry.ipynb #cell-036
 @patch_to(ConeBeam, cls_method=True)
 def from_matrices(cls, matrices, *, source_to_detector_mm=None, pixel_mm=None, detector_shape=(256, 256), grid: Grid | None = None) -> ConeBeam:
-    """Views from 3×4 projection matrices (*batch, V, 3, 4) of any scale and sign: LPS mm → pixels with centres at +0.5; the inverse of `matrices`.
+    """Views from 3×4 projection matrices (*batch, V, 3, 4), LPS mm → pixels with centres at +0.5, of any scale and sign: undoes `matrices`.
 
-    A matrix fixes the detector only up to its distance from the source, so give exactly one of `source_to_detector_mm` (length of the central ray)
-    and `pixel_mm` (pitch of the columns), a number or (*batch, V). The side of the source on which the grid's centre lies is taken as the front.
+    A matrix fixes the detector only up to its distance from the source, so give exactly one of `source_to_detector_mm` (length of the
+    central ray) and `pixel_mm` (pitch of the columns), a number or (*batch, V). The grid's centre is taken to lie in front of every source.
     Hartley & Zisserman, Multiple View Geometry, 2nd ed., section 6.2.
     """
     grid = Grid.cube(64) if grid is None else grid
     P = torch.as_tensor(matrices)
     P = P if P.is_floating_point() else P.to(torch.float64)
-    if P.ndim < 3 or P.shape[-2:] != (3, 4): raise GeometryError(f"ConeBeam.from_matrices: matrices must be (*batch, views, 3, 4), got {tuple(P.shape)}")
+    if P.ndim < 3 or P.shape[-2:] != (3, 4):
+        raise GeometryError(f"ConeBeam.from_matrices: matrices must be (*batch, views, 3, 4), got {tuple(P.shape)}")
     if (source_to_detector_mm is None) == (pixel_mm is None):
-        raise GeometryError("ConeBeam.from_matrices: give exactly one of source_to_detector_mm and pixel_mm; a matrix alone does not fix the detector's distance")
+        raise GeometryError("ConeBeam.from_matrices: give exactly one of source_to_detector_mm and pixel_mm; "
+                            "a matrix alone does not fix the detector's distance")
     left = P[..., :3].detach()
     if not bool(torch.isfinite(P).all()) or bool((torch.linalg.det(left).abs() <= 1e-12 * left.norm(dim=-1).prod(-1)).any()):
         raise GeometryError("ConeBeam.from_matrices: a matrix is not finite or its left 3×3 part is singular, so it has no source point")
@@ -277,7 +290,9 @@ def from_matrices(cls, matrices, *, source_to_detector_mm=None, pixel_mm=None, d
     ray = corner + column * (detector_shape[1] / 2) + row * (detector_shape[0] / 2)
     center = torch.as_tensor(np.array(grid.center_mm), dtype=P.dtype, device=P.device)
     depth = (P[..., 2, :3] * center).sum(-1) + P[..., 2, 3]
-    if bool((depth == 0).any()): raise GeometryError("ConeBeam.from_matrices: the grid's centre lies in the plane of a source, so it is not known which side is in front")
+    if bool((depth == 0).any()):
+        raise GeometryError("ConeBeam.from_matrices: the grid's centre lies in the plane of a source, "
+                            "so it is not known which side is in front")
     size, known = (ray, source_to_detector_mm) if pixel_mm is None else (column, pixel_mm)
     scale = torch.as_tensor(known, dtype=P.dtype, device=P.device) / size.norm(dim=-1) * depth.detach().sign()
     column, row, ray = (vector * scale[..., None] for vector in (column, row, ray))
@@ -305,8 +320,9 @@ def require_hits(self) -> ConeBeam:
         *scan, view = blind[0].tolist()
         where, at = f"view {view}" + (f" of scan {tuple(scan)}" if scan else ""), (*scan, view)
         source, center = ([round(x) for x in t[at].tolist()] for t in (self.source_mm, self.detector_center_mm))
-        raise GeometryError(f"ConeBeam: no ray of {where} meets the grid (centre {[round(float(x)) for x in self.grid.center_mm]} mm, source {source} mm, "
-                            f"detector {center} mm); check the signs and that both are in the same LPS frame")
+        middle = [round(float(x)) for x in self.grid.center_mm]
+        raise GeometryError(f"ConeBeam: no ray of {where} meets the grid (centre {middle} mm, source {source} mm, detector {center} mm); "
+                            "check the signs and that both are in the same LPS frame")
     return self
 
 # %% ../../nbs/physics/03_geometry.ipynb #cell-047

@@ -18,13 +18,16 @@ from .volume import Grid, atomic_path
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-005
 FORMAT = "ct_nb cone-beam geometry, version 1"
-ABOUT = ("Lengths in mm in the patient's LPS frame: x to the left, y to the back, z to the head. The pixel in row r and column c of a detector with R rows and C columns has "
-         "its centre at detector_center_mm + (c + 0.5 - C/2) * column_step_mm + (r + 0.5 - R/2) * row_step_mm. The grid's affine maps the index (x, y, z, 1) of a voxel's centre to mm.")
+ABOUT = ("Lengths in mm in the patient's LPS frame: x to the left, y to the back, z to the head. "
+         "The pixel in row r and column c of a detector with R rows and C columns has its centre at "
+         "detector_center_mm + (c + 0.5 - C/2) * column_step_mm + (r + 0.5 - R/2) * row_step_mm. "
+         "The grid's affine maps the index (x, y, z, 1) of a voxel's centre to mm.")
 
 @patch_to(ConeBeam)
 def to_json(self) -> str:
     "One scan's geometry as JSON text that explains itself; every number comes back exactly."
-    if self.batch_shape: raise GeometryError(f"ConeBeam.to_json: a file holds one scan and this is a batch {self.batch_shape}; save each geometry[b]")
+    if self.batch_shape:
+        raise GeometryError(f"ConeBeam.to_json: a file holds one scan and this is a batch {self.batch_shape}; save each geometry[b]")
     vectors = {name: getattr(self, name).detach().to("cpu", torch.float64).tolist() for name in VECTORS}
     views = [{name: vectors[name][v] for name in VECTORS} for v in range(self.views)]
     content = {"format": FORMAT, "about": ABOUT, "detector_shape": list(self.detector_shape), "views": views,
@@ -56,11 +59,13 @@ def _numbers(content: dict, key: str, shape: tuple, where: str = "") -> torch.Te
 
 def _counts(content: dict, key: str, length: int, where: str = "") -> tuple:
     value = _numbers(content, key, (length,), where)
-    if bool((value != value.round()).any() or (value < 1).any()): raise GeometryError(f'"{key}"{where} must hold positive whole numbers, got {content[key]}')
+    if bool((value != value.round()).any() or (value < 1).any()):
+        raise GeometryError(f'"{key}"{where} must hold positive whole numbers, got {content[key]}')
     return tuple(int(n) for n in value)
 
 def _object(content, key: str) -> dict:
-    if not isinstance(content.get(key), dict): raise GeometryError(f'the key "{key}" is missing or is no object {{…}}; add it, or write the file with ConeBeam.save')
+    if not isinstance(content.get(key), dict):
+        raise GeometryError(f'the key "{key}" is missing or is no object {{…}}; add it, or write the file with ConeBeam.save')
     return content[key]
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-010
@@ -68,8 +73,10 @@ def _from_vectors(content: dict, common: dict) -> ConeBeam:
     views = content["views"]
     if not isinstance(views, list) or not views: raise GeometryError('"views" must be a list with at least one view')
     for v, view in enumerate(views):
-        if not isinstance(view, dict): raise GeometryError(f'view {v} in "views" must be an object with {", ".join(VECTORS)}, got {json.dumps(view)[:60]}')
-    return ConeBeam(**{name: torch.stack([_numbers(view, name, (3,), f" of view {v}") for v, view in enumerate(views)]) for name in VECTORS}, **common)
+        if not isinstance(view, dict):
+            raise GeometryError(f'view {v} in "views" must be an object with {", ".join(VECTORS)}, got {json.dumps(view)[:60]}')
+    vectors = {name: [_numbers(view, name, (3,), f" of view {v}") for v, view in enumerate(views)] for name in VECTORS}
+    return ConeBeam(**{name: torch.stack(each) for name, each in vectors.items()}, **common)
 
 def _one_or_each(content: dict, key: str, views: int) -> torch.Tensor:
     return _numbers(content, key, (views,) if isinstance(content.get(key), list) else ())
@@ -79,7 +86,8 @@ def _from_angles(content: dict, common: dict) -> ConeBeam:
     each = lambda key: _one_or_each(content, key, len(azimuth))
     angles = {key: each(key) for key in ("elevation_deg", "roll_deg") if key in content}
     isocenter = {"isocenter_mm": _numbers(content, "isocenter_mm", (3,))} if "isocenter_mm" in content else {}
-    return ConeBeam.orbit(azimuth, **angles, **isocenter, **{key: each(key) for key in ("source_to_isocenter_mm", "source_to_detector_mm", "pixel_mm")}, **common)
+    lengths = {key: each(key) for key in ("source_to_isocenter_mm", "source_to_detector_mm", "pixel_mm")}
+    return ConeBeam.orbit(azimuth, **angles, **lengths, **isocenter, **common)
 
 def _from_matrices(content: dict, common: dict) -> ConeBeam:
     matrices = _numbers(content, "matrices", (-1, 3, 4))
@@ -91,14 +99,16 @@ FORMS = {"views": _from_vectors, "azimuth_deg": _from_angles, "matrices": _from_
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-011
 @patch_to(ConeBeam, cls_method=True)
 def from_json(cls, text: str, grid: Grid | None = None, name: str = "geometry JSON") -> ConeBeam:
-    """A geometry from JSON text in one of three forms, told by their key: "views", "azimuth_deg" or "matrices". `grid` replaces the one in the text.
+    """A geometry from JSON text in one of three forms, told by their key: "views", "azimuth_deg" or "matrices".
 
+    `grid` replaces the one in the text.
     Raises GeometryError with one sentence that names the file (`name`) and the key."""
     try:
         try: content = json.loads(text)
         except ValueError as error: raise GeometryError(f"this is not valid JSON ({error}); write the file with ConeBeam.save") from None
         form = [key for key in FORMS if isinstance(content, dict) and key in content]
-        if len(form) != 1: raise GeometryError(f'exactly one of the keys {", ".join(FORMS)} must say where the views are, got {form or "none"}')
+        if len(form) != 1:
+            raise GeometryError(f'exactly one of the keys {", ".join(FORMS)} must say where the views are, got {form or "none"}')
         if grid is None:
             box = _object(content, "grid")
             grid = Grid(_counts(box, "shape", 3, " in the grid"), _numbers(box, "affine", (4, 4), " in the grid").numpy())
@@ -115,7 +125,7 @@ def load(cls, path, grid: Grid | None = None) -> ConeBeam:
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-019
 LETTERS = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "H": (0, 0, 1), "F": (0, 0, -1)}  # Patient Orientation -> LPS
-VIEW_POSITIONS = {"PA": 0.0, "AP": 180.0, "LL": 90.0, "RL": -90.0}  # View Position -> primary angle: the side named last in PA, first in LL, is at the detector
+VIEW_POSITIONS = {"PA": 0.0, "AP": 180.0, "LL": 90.0, "RL": -90.0}  # primary angles: at the chest in PA, at the left in LL
 
 def _tag(dataset, keyword: str, name: str, given, hint: str):
     "The value of a DICOM attribute, or what the caller gave in its place, or a GeometryError."
@@ -126,10 +136,14 @@ def _tag(dataset, keyword: str, name: str, given, hint: str):
 
 def _pose_angles(dataset, name: str) -> tuple[float, float]:
     "Primary and secondary angle in degrees."
-    if getattr(dataset, "PositionerMotion", "STATIC") == "DYNAMIC": raise GeometryError(f"{name}: the C-arm moved during this run; split it into frames with an angle each")
+    if getattr(dataset, "PositionerMotion", "STATIC") == "DYNAMIC":
+        raise GeometryError(f"{name}: the C-arm moved during this run; split it into frames with an angle each")
     for keyword in ("DetectorPrimaryAngle", "DetectorSecondaryAngle"):
-        if abs(float(getattr(dataset, keyword, None) or 0.0)) > 0.1: raise GeometryError(f"{name}: {keyword} says that the detector is tilted against the beam; build this geometry with ConeBeam(...)")
-    if getattr(dataset, "PositionerPrimaryAngle", None) is None and getattr(dataset, "ViewPosition", None) in VIEW_POSITIONS: return VIEW_POSITIONS[dataset.ViewPosition], 0.0
+        if abs(float(getattr(dataset, keyword, None) or 0.0)) > 0.1:
+            raise GeometryError(f"{name}: {keyword} says that the detector is tilted against the beam; "
+                                "build this geometry with ConeBeam(...)")
+    position = getattr(dataset, "ViewPosition", None)
+    if getattr(dataset, "PositionerPrimaryAngle", None) is None and position in VIEW_POSITIONS: return VIEW_POSITIONS[position], 0.0
     hint = "the pose as a geometry file instead"
     return tuple(float(_tag(dataset, f"Positioner{which}Angle", name, None, hint)) for which in ("Primary", "Secondary"))
 
@@ -140,11 +154,14 @@ def _image_axes(column: torch.Tensor, row: torch.Tensor, dataset, name: str) -> 
     if not letters: return -column, row
     try: wanted = [sum(torch.tensor(LETTERS[c], dtype=column.dtype) for c in word) for word in letters]
     except KeyError: wanted = []
-    if len(wanted) != 2: raise GeometryError(f"{name}: PatientOrientation {list(letters)} is not two words of the letters {''.join(LETTERS)}; correct or empty that tag")
+    if len(wanted) != 2:
+        raise GeometryError(f"{name}: PatientOrientation {list(letters)} is not two words of the letters {''.join(LETTERS)}; "
+                            "correct or empty that tag")
     choices = [(a * first, b * second) for first, second in ((column, row), (row, column)) for a in (-1, 1) for b in (-1, 1)]
     match = lambda axes: min(float(axis @ want / want.norm()) for axis, want in zip(axes, wanted))
     best = max(choices, key=match)
-    if match(best) < 0.5: raise GeometryError(f"{name}: PatientOrientation {list(letters)} contradicts the C-arm angles; correct or empty that tag")
+    if match(best) < 0.5:
+        raise GeometryError(f"{name}: PatientOrientation {list(letters)} contradicts the C-arm angles; correct or empty that tag")
     return best
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-021
@@ -155,9 +172,12 @@ def from_dicom(cls, datasets, *, grid: Grid | None = None, source_to_detector_mm
     Distances in mm that are given replace the tags DistanceSourceToDetector, DistanceSourceToPatient and ImagerPixelSpacing.
     Raises GeometryError with the file's name for a missing tag, a moving C-arm, a tilted detector or a contradictory Patient Orientation."""
     grid, datasets = Grid.cube(64) if grid is None else grid, list(datasets) if isinstance(datasets, (list, tuple)) else [datasets]
-    views = [_dicom_view(data, f"radiograph {v}", grid, source_to_detector_mm, source_to_isocenter_mm, pixel_mm) for v, data in enumerate(datasets)]
+    known = (source_to_detector_mm, source_to_isocenter_mm, pixel_mm)
+    views = [_dicom_view(data, f"radiograph {v}", grid, *known) for v, data in enumerate(datasets)]
     shapes = [view.detector_shape for view in views]
-    if len(set(shapes)) != 1: raise GeometryError(f"ConeBeam.from_dicom: the radiographs must have one size, got {shapes}; resample them to one, or reconstruct them apart")
+    if len(set(shapes)) != 1:
+        raise GeometryError(f"ConeBeam.from_dicom: the radiographs must have one size, got {shapes}; "
+                            "resample them to one, or reconstruct them apart")
     return cls(**{n: torch.cat([getattr(view, n) for view in views]) for n in VECTORS}, detector_shape=shapes[0], grid=grid)
 
 def _dicom_view(dataset, name, grid, source_to_detector_mm, source_to_isocenter_mm, pixel_mm) -> ConeBeam:

@@ -36,7 +36,8 @@ def rotated(self, rotation_deg, center_mm=None) -> ConeBeam:
     `rotation_deg` is (3,) or (*batch, V, 3): axis times angle in degrees, right-handed about LPS axes; (0, 0, −10) adds 10 to the azimuth."""
     turn = rotation_matrix(torch.as_tensor(rotation_deg, dtype=self.dtype, device=self.device))
     center = torch.as_tensor(np.array(self.grid.center_mm) if center_mm is None else center_mm, dtype=self.dtype, device=self.device)
-    return replace(self, source_mm=center + _turned(turn, self.source_mm - center), detector_center_mm=center + _turned(turn, self.detector_center_mm - center),
+    return replace(self, source_mm=center + _turned(turn, self.source_mm - center),
+                   detector_center_mm=center + _turned(turn, self.detector_center_mm - center),
                    column_step_mm=_turned(turn, self.column_step_mm), row_step_mm=_turned(turn, self.row_step_mm))
 
 # %% ../../nbs/physics/03a_motion.ipynb #cell-011
@@ -56,7 +57,8 @@ def jitter(self, generator: torch.Generator, rotation_deg=0.0, shift_mm=0.0, det
     `rotation_deg`, `shift_mm` move source and detector rigidly about the grid's centre (gantry error, or a patient who moved);
     `detector_rotation_deg`, `detector_shift_mm` move the detector alone about its own centre (a sagging or badly placed plate).
     The same generator state gives the same errors in any dtype and on any device; every call draws the same count of numbers."""
-    draw = lambda deviation: (deviation * torch.randn(self.source_mm.shape, generator=generator, dtype=torch.float64, device=generator.device)).to(self.source_mm)
+    normal = lambda: torch.randn(self.source_mm.shape, generator=generator, dtype=torch.float64, device=generator.device)
+    draw = lambda deviation: (deviation * normal()).to(self.source_mm)
     rigid = self.rotated(draw(rotation_deg)).moved(draw(shift_mm))
     turn, shift = rotation_matrix(draw(detector_rotation_deg)), draw(detector_shift_mm)
     return replace(rigid, detector_center_mm=rigid.detector_center_mm + shift,

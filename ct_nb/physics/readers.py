@@ -6,10 +6,8 @@
 __all__ = ['MAX_VOXELS', 'READERS', 'CTReadError', 'air_and_tissue', 'check_hounsfield', 'read_volume', 'read_ct', 'read_labels']
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-003
-import json
 import os
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +65,6 @@ def _volume(name, hu, affine, notes) -> Volume:
 # %% ../../nbs/physics/01_readers.ipynb #cell-016
 def _read_nifti(path) -> Volume:
     import nibabel
-    import zlib
     try:
         with nibabel.openers.Opener(str(path)) as file: start = file.read(540)
         kind = nibabel.Nifti2Header if start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nibabel.Nifti1Header
@@ -84,18 +81,17 @@ def _read_nifti(path) -> Volume:
         if claimed > Path(path).stat().st_size * (1032 if str(path).lower().endswith(".gz") else 1):  # deflate packs 1032 to 1 at best
             raise CTReadError(f"{path}: is cut short, its {Path(path).stat().st_size} bytes cannot hold {' × '.join(map(str, shape))} voxels; copy or download it again")
         hu = np.asarray(image.dataobj).reshape(shape, order="F")
-    except (OSError, EOFError, zlib.error, MemoryError, OverflowError, nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError,
-            nibabel.wrapstruct.WrapStructError, ValueError) as error:
-        if isinstance(error, CTReadError): raise
+        affine, notes = _nifti_affine(image.header)
+    except CTReadError: raise
+    except Exception as error:  # damaged bytes lead anywhere in nibabel, zlib and numpy
         raise CTReadError(f"{path}: is damaged, cut short or not NIfTI ({_first_line(error)}); copy or download it again") from None
-    affine, notes = _nifti_affine(path, image.header)
     return _volume(path, hu.transpose(2, 1, 0), affine, notes)
 
 def _mm(values) -> str: return " × ".join(f"{v:g}" for v in values) + " mm"
 def _first_line(error) -> str: return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .;")[:160]
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-017
-def _nifti_affine(path, header) -> tuple[np.ndarray, list[str]]:
+def _nifti_affine(header) -> tuple[np.ndarray, list[str]]:
     "The header's matrix in LPS mm, with what had to be decided."
     notes, affine = [], FLIP_XY @ header.get_best_affine()
     sform, sform_code = header.get_sform(coded=True)
@@ -109,8 +105,8 @@ def _nifti_affine(path, header) -> tuple[np.ndarray, list[str]]:
         text = extension.get_content() if extension.get_code() == 6 else b""
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
         if not text.startswith(AFFINE_NOTE): continue
-        exact = np.array(json.loads(text[len(AFFINE_NOTE):].rstrip("\x00 \n")), dtype=np.float64)
-        if exact.shape == (4, 4) and np.allclose(exact, affine, rtol=1e-6, atol=1e-6): affine = exact
+        exact = np.array(re.findall(r"[-+\d.eE]+", text[len(AFFINE_NOTE):])[:16], dtype=np.float64)
+        if exact.size == 16 and np.allclose(exact.reshape(4, 4), affine, rtol=1e-6, atol=1e-6): affine = exact.reshape(4, 4)
     return affine, notes
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-019
@@ -158,7 +154,7 @@ def _read_npz(path) -> Volume:
             if max(i.file_size for i in arrays.zip.infolist()) > 8 * MAX_VOXELS + 4096: raise CTReadError(f"{path}: unpacks to more than 1024³ voxels; crop the scan")
             hu, affine = arrays["hu"], arrays["affine"]
     except CTReadError: raise
-    except (OSError, EOFError, ValueError, MemoryError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # as above
         raise CTReadError(f"{path}: is damaged, cut short or not an npz file ({_first_line(error)}); copy or save it again") from None
     return _volume(path, hu, affine, [])
 
@@ -190,6 +186,8 @@ def read_ct(path, series: str | None = None) -> Volume:
     Whole numbers stay exact. What was repaired or decided stands in `.notes`. Anything wrong with the file: `CTReadError`, one sentence."""
     volume = read_volume(path, series)
     check_hounsfield(volume.hu, "; ".join([str(path), *volume.notes]))
+    if not 1 <= volume.grid.extent_mm.max() <= 4000:
+        raise CTReadError(f"{path}: is {_mm(volume.grid.extent_mm)} large, no patient is; its voxel spacing is not in mm, correct it")
     padding = volume.hu < -1024
     if padding.any():
         volume.notes.append(f"{padding.sum()} voxels below -1024 HU (lowest {volume.hu.min():g}) set to air, {AIR_HU:g}")

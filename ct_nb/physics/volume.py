@@ -29,11 +29,14 @@ class Grid:
     def __post_init__(self):
         shape = tuple(int(n) for n in self.shape)
         affine = np.array(self.affine, dtype=np.float64)
-        if len(shape) != 3 or min(shape) < 1: raise ValueError(f"Grid: shape must be three positive counts (D, H, W), got {self.shape}; give the voxels along z, y and x")
-        if affine.shape != (4, 4): raise ValueError(f"Grid: the affine must be 4×4, got shape {affine.shape}; give the map from voxel index (x, y, z, 1) to mm")
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"Grid: shape must be three positive counts (D, H, W), got {self.shape}; give the voxels along z, y and x")
+        if affine.shape != (4, 4):
+            raise ValueError(f"Grid: the affine must be 4×4, got shape {affine.shape}; give the map from voxel index (x, y, z, 1) to mm")
         if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
             raise ValueError("Grid: the affine is singular or not finite; check the voxel spacing")
-        if not np.allclose(affine[3], [0, 0, 0, 1]): raise ValueError(f"Grid: the affine's last row must be 0, 0, 0, 1, got {affine[3].tolist()}; is it transposed?")
+        if not np.allclose(affine[3], [0, 0, 0, 1]):
+            raise ValueError(f"Grid: the affine's last row must be 0, 0, 0, 1, got {affine[3].tolist()}; is it transposed?")
         affine.setflags(write=False)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "affine", affine)
@@ -125,7 +128,8 @@ def mu_water_per_mm(energy_kev: float) -> float:
 
     Log-log interpolation of NIST's table (Hubbell and Seltzer, NISTIR 5632, 1995, "Water, Liquid"). Outside the table: `ValueError`."""
     if not WATER_KEV[0] <= energy_kev <= WATER_KEV[-1]:
-        raise ValueError(f"energy_kev: must lie between 10 and 500 keV, where the table of water is, got {energy_kev}; diagnostic X-rays have 30 to 120")
+        raise ValueError(f"energy_kev: must lie between 10 and 500 keV, where the table of water is, got {energy_kev}; "
+                         "diagnostic X-rays have 30 to 120")
     return float(np.exp(np.interp(np.log(energy_kev), np.log(WATER_KEV), np.log(WATER_PER_CM))) / 10)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-015
@@ -198,7 +202,8 @@ def _resample_oblique(hu, matrix, offset, shape) -> np.ndarray:
 def find_body(volume: "Volume", spacing_mm: float = 5.0) -> tuple[np.ndarray, Grid]:
     """The patient without couch and clothes: a boolean mask (D, H, W) on a coarse grid along LPS, and that grid. No body: `ValueError`.
 
-    Tissue above -300 HU, opened to drop sheets (couch tops, blankets), filled slice by slice (lungs), opened again to cut tubes, largest piece."""
+    Tissue above -300 HU, opened to drop sheets (couch tops, blankets), filled slice by slice (lungs), opened again to cut tubes; of that
+    the largest piece."""
     from scipy.ndimage import binary_fill_holes, binary_opening, generate_binary_structure, label
     low, high = volume.grid.bounds_mm
     count = np.maximum(np.ceil((high - low) / spacing_mm - 1e-6), 1).astype(int)
@@ -209,7 +214,8 @@ def find_body(volume: "Volume", spacing_mm: float = 5.0) -> tuple[np.ndarray, Gr
     cross = generate_binary_structure(3, 1)
     solid = np.stack([binary_fill_holes(s) for s in binary_opening(tissue, cross)])
     parts, number = label(binary_opening(solid, cross, iterations=2)[2:-2, 2:-2, 2:-2])
-    if number == 0: raise ValueError(f"volume: no body in it (nothing larger than {4 * spacing_mm:g} mm above -300 HU); is it a CT of a patient in HU?")
+    if number == 0:
+        raise ValueError(f"volume: no body in it (nothing larger than {4 * spacing_mm:g} mm above -300 HU); is it a CT of a patient in HU?")
     return parts == 1 + np.bincount(parts.ravel())[1:].argmax(), grid
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-029
@@ -220,7 +226,8 @@ def _middle_mm(mask: np.ndarray, grid: Grid) -> np.ndarray:
 # %% ../../nbs/physics/00_volume.ipynb #cell-031
 @contextmanager
 def atomic_path(path):
-    "A temporary name beside `path` to write to, renamed to `path` when the block ends well and removed when not. Failures to write are one `OSError` sentence."
+    """A temporary name beside `path` to write to, renamed to `path` when the block ends well and removed when not.
+    Folders are made as needed. Failures to write are one sentence, an `OSError`."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: writers choose the format by it
     try:
@@ -280,7 +287,9 @@ class Volume:
         return Volume(resample(np.maximum(self.hu, AIR_HU), self.grid, grid), grid.affine, notes)
 
     def save(self, path) -> None:
-        "Write as .nii.gz, .nii, .nrrd, .mha or .npz (by the name's ending): int16 where all values are whole, else float32. Written beside, then renamed."
+        """Write as .nii.gz, .nii, .nrrd, .mha or .npz, by the name's ending: int16 where all values are whole, else float32.
+
+        The file is complete or not there (`atomic_path`). Another ending: `ValueError`; a place that cannot be written: `OSError`."""
         save_volume(self, path)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-035

@@ -28,7 +28,7 @@ def _aligned(volume: Volume, grid: Grid, voxels: int) -> Volume:
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-007
 def surface_net(values: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    "Vertices (N, 3) in index coordinates (z, y, x) and faces (M, 4), indices into them, of the surface values = threshold; closed at the borders."
+    "The surface values = threshold: vertices (N, 3) in index coordinates (z, y, x) and faces (M, 4), indices into them; closed at the borders."
     f = np.pad(values.astype(np.float64) - threshold, 1, constant_values=-1.0)
     total, count, crossed = np.zeros(f.shape + (3,)), np.zeros(f.shape), []
     for axis in range(3):
@@ -67,8 +67,8 @@ def _corners(geometry: ConeBeam) -> np.ndarray:
     "Outer corners of the detectors, (V, 4, 3) mm, going round."
     rows, columns = geometry.detector_shape
     around = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=geometry.dtype, device=geometry.device) / 2
-    plates = geometry.detector_center_mm[:, None] + around[:, :1] * columns * geometry.column_step_mm[:, None] + around[:, 1:] * rows * geometry.row_step_mm[:, None]
-    return plates.cpu().numpy()
+    across, down = columns * geometry.column_step_mm[:, None], rows * geometry.row_step_mm[:, None]
+    return (geometry.detector_center_mm[:, None] + around[:, :1] * across + around[:, 1:] * down).cpu().numpy()
 
 def _halo():  # a white rim that keeps a label legible on lines
     from matplotlib.patheffects import withStroke
@@ -82,7 +82,8 @@ def _hang_xray(axes, corners, image, cells=112):
     gray = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
     u, v = np.linspace(0, 1, columns + 1)[None, :, None], np.linspace(0, 1, rows + 1)[:, None, None]
     x, y, z = np.moveaxis(corners[0] + u * (corners[1] - corners[0]) + v * (corners[3] - corners[0]), -1, 0)
-    axes.plot_surface(x, y, z, facecolors=np.stack([gray] * 3 + [np.ones_like(gray)], -1), rstride=1, cstride=1, shade=False, linewidth=0, antialiased=False)
+    axes.plot_surface(x, y, z, facecolors=np.stack([gray] * 3 + [np.ones_like(gray)], -1), rstride=1, cstride=1, shade=False, linewidth=0,
+                      antialiased=False)
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-012
 def _draw_view(axes, source, corners, center, color, name, image):
@@ -90,7 +91,8 @@ def _draw_view(axes, source, corners, center, color, name, image):
     if image is not None: _hang_xray(axes, corners, image)
     else: axes.add_collection3d(Poly3DCollection([corners], facecolor=color, alpha=0.25, linewidth=0))
     axes.plot(*np.concatenate([corners, corners[:1]]).T, color=color, lw=2)
-    axes.add_collection3d(Poly3DCollection([[source, corners[k], corners[(k + 1) % 4]] for k in range(4)], facecolor=color, alpha=0.035, linewidth=0))
+    sides = [[source, corners[k], corners[(k + 1) % 4]] for k in range(4)]
+    axes.add_collection3d(Poly3DCollection(sides, facecolor=color, alpha=0.035, linewidth=0))
     axes.add_collection3d(Line3DCollection([[source, corner] for corner in corners], color=color, lw=0.8, alpha=0.7))
     axes.plot(*np.stack([source, center]).T, color=color, lw=1.4, ls=(0, (6, 3)))
     axes.scatter(*source, color=color, s=70, edgecolor="white", linewidth=1, depthshade=False)
@@ -123,11 +125,11 @@ def _draw_scene(axes, geometry, body, images, names):
     axes.set(xlabel="Left, mm", ylabel="Posterior, mm", zlabel="Head, mm")
     axes.grid(False)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis): axis.pane.set(facecolor="white", edgecolor="0.85")
-    axes.zaxis.set_major_locator(MultipleLocator(200)); axes.xaxis.set_major_locator(MultipleLocator(500)); axes.yaxis.set_major_locator(MultipleLocator(500))
+    for axis, step in ((axes.xaxis, 500), (axes.yaxis, 500), (axes.zaxis, 200)): axis.set_major_locator(MultipleLocator(step))
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-014
 def _fit(axes, room):
-    "Scale and shift the 3D panel so that its box fills `room` (left, bottom, right, top) of the figure: mplot3d leaves wide margins that depend on the scene."
+    "Scale and shift the 3D panel until its box fills `room` (left, bottom, right, top): mplot3d leaves wide margins that depend on the scene."
     from mpl_toolkits.mplot3d.proj3d import proj_transform
     corners = np.array(np.meshgrid(axes.get_xlim(), axes.get_ylim(), axes.get_zlim())).reshape(3, -1)
     axes.apply_aspect()
@@ -196,16 +198,18 @@ def geometry_figure(
     xrays=None,  # (V, R, C) line integrals of any resolution; projected from the volume unless given
     names=None,  # one a view; the azimuth unless given
 ):
-    "Source, detectors, rays, grid and patient to scale, as a matplotlib figure: one panel to turn by hand, one from the feet, one from the side."
+    "Source, detectors, rays, grid and patient to scale: one panel to turn by hand, one from the feet, one from the side. A matplotlib figure."
     import matplotlib.pyplot as plt
-    if geometry.batch_shape: raise ValueError(f"geometry_figure: draws one scan and this geometry is a batch {geometry.batch_shape}; pass geometry[b]")
+    if geometry.batch_shape:
+        raise ValueError(f"geometry_figure: draws one scan and this geometry is a batch {geometry.batch_shape}; pass geometry[b]")
     geometry = geometry.detach().to("cpu", torch.float64)
-    body = None if volume is None else _aligned(volume, geometry.grid, 72)
+    body = None if volume is None else _aligned(volume, geometry.grid, min(72, max(geometry.grid.shape)))
     if xrays is None and body is not None:
         fine = _aligned(volume, geometry.grid, min(128, max(geometry.grid.shape)))
         pixels = [max(1, round(n * min(1, 128 / max(geometry.detector_shape)))) for n in geometry.detector_shape]
         xrays = project(hu_to_mu(fine.tensor()), geometry.on(fine.grid).rebinned(pixels).to(torch.float32))
-    if xrays is not None and len(xrays) != geometry.views: raise ValueError(f"geometry_figure: xrays holds {len(xrays)} images for {geometry.views} views; give one for each")
+    if xrays is not None and len(xrays) != geometry.views:
+        raise ValueError(f"geometry_figure: xrays holds {len(xrays)} images for {geometry.views} views; give one for each")
     images = None if xrays is None else torch.as_tensor(xrays).detach().cpu()
     names = names or [f"{a:.0f}°" + (f" / {e:.0f}°" if abs(e) > 0.5 else "") for a, e in zip(geometry.azimuth_deg, geometry.elevation_deg)]
     figure = plt.figure(figsize=(13, 6.2))
