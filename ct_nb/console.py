@@ -105,8 +105,8 @@ def evaluate(
     with _sentences("ct_nb_evaluate"):
         from ct_nb.files import write_json
         from ct_nb.learn.score import METRICS, evaluate_volumes
-        from ct_nb.physics.readers import read_ct, read_labels
-        one, two = read_ct(pred), read_ct(truth)
+        from ct_nb.physics.readers import read_ct, read_labels, read_volume
+        one, two = read_volume(pred), read_ct(truth)
         maps = [None if path is None else read_labels(path, two.grid) for path in (labels, pred_labels)]
         found = evaluate_volumes(one, two, *maps)
         for note in found["notes"]: print(f"note: {note}")

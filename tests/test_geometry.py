@@ -439,12 +439,14 @@ def test_figure_of_any_geometry(plt):
     from ct_nb.physics.volume import Volume
     oblique = Grid((12, 14, 16), np.array([[18.0, 4, 0, -60], [-3, 20, 2, -80], [1, -2, 22, 400], [0, 0, 0, 1]]))
     ball = np.where(np.linalg.norm(np.indices((12, 14, 16)) - np.array([6, 7, 8])[:, None, None, None], axis=0) < 5, 50.0, -1000.0)
-    for g in (ConeBeam.orbit([10.0], [30.0], grid=oblique), ConeBeam.orbit(range(0, 360, 72), grid=oblique, detector_shape=(20, 30), pixel_mm=20.0), ConeBeam.orbit([0.0], [90.0], grid=oblique)):
-        for volume in (None, Volume(ball, oblique.affine), Volume(np.full((12, 14, 16), -1000.0), oblique.affine)):
-            figure = geometry_figure(g, volume)
-            figure.canvas.draw()
-            assert len(figure.axes) == 3
-            plt.close(figure)
+    air, body = Volume(np.full((12, 14, 16), -1000.0), oblique.affine), Volume(ball, oblique.affine)
+    one = ConeBeam.orbit([10.0], [30.0], grid=oblique, detector_shape=(20, 30), pixel_mm=20.0)
+    around = ConeBeam.orbit(range(0, 360, 72), grid=oblique, detector_shape=(20, 30), pixel_mm=20.0)
+    for g, volume in ((one, air), (one, body), (around, None), (ConeBeam.orbit([0.0], [90.0], grid=oblique), None)):  # the last looks along the body axis
+        figure = geometry_figure(g, volume)
+        figure.canvas.draw()
+        assert len(figure.axes) == 3
+        plt.close(figure)
 
 def test_xray_hangs_on_its_detector_as_its_pixels_lie(plt):
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection

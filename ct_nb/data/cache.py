@@ -119,6 +119,7 @@ class MemoryCache(dict):
 
     def get(self, name: str, build: Callable[[], dict], keep: bool = True) -> dict:
         "As `DiskCache.get`."
+        keep = keep or name in self
         arrays = self.pop(name) if name in self else build()
         if keep: self[name] = arrays  # at the end: dictionaries remember the order
         while sum(a.nbytes for kept in self.values() for a in kept.values()) > self.limit_bytes and len(self) > 1: del self[next(iter(self))]

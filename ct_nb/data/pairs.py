@@ -58,7 +58,7 @@ class XrayPairs(torch.utils.data.Dataset):
         cache_dir=None,  # keeps clean pairs; `ct_nb.data.cache.default_cache_dir()` is a good place
         seed: int = 0,
     ):
-        render_size = source.size if render_size is None else render_size
+        size, render_size = int(size), int(source.size if render_size is None else render_size)
         if render_size % size or source.size % render_size:
             raise ValueError(f"XrayPairs: size must divide render_size and render_size the source's size, got {size}, {render_size} and {source.size}")
         self.source, self.size, self.render_size, self.energy_kev = source, size, render_size, energy_kev
@@ -96,7 +96,7 @@ def _arrays(self, hu, labels, geometry, sample: Sample) -> dict:
 def _clean(self, index: int) -> dict:
     "The arrays as they are without augmentation, pose and noise; from the cache where there is one."
     def build():
-        hu, labels, sample = self._cube(index, keep=False)
+        hu, labels, sample = self._cube(index, keep=self.cache is None)
         return {key: value.numpy() for key, value in self._arrays(hu, labels, self.geometry, sample).items()}
     name = content_digest("pair", self.source.cases[index].digest, [self.size, self.render_size, self.energy_kev], self.geometry.to_json(), self._code)
     return {key: torch.from_numpy(value) for key, value in (build() if self.cache is None else self.cache.get(name, build)).items()}

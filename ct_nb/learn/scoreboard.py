@@ -22,7 +22,7 @@ import torch
 
 from ..files import atomic_write, write_json
 from .masks import threshold_masks
-from .metrics import drr_error, held_out_drr_error, mean_sd, null_space_error, paired_interval
+from .metrics import Interval, drr_error, held_out_drr_error, mean_sd, null_space_error, paired_interval
 from .score import METRICS, evaluate_volumes, volume_scores  # evaluate_volumes: for those who look for it here
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Volume
@@ -104,7 +104,7 @@ class Scoreboard:
         better = {"higher": lambda f: -self.mean(f, metric), "lower": lambda f: self.mean(f, metric), "zero": lambda f: abs(self.mean(f, metric))}
         return min(known, key=better[METRICS[metric].better]) if known else None
 
-    def gain(self, floor: str, metric: str):
+    def gain(self, floor: str, metric: str) -> Interval:
         "Paired 95 % `Interval` over patients of how much better the model is than `floor`, in the metric's unit: positive is better."
         sign = 1 if METRICS[metric].better == "higher" else -1
         ours, theirs = ([sign * v for v in self.values(p, metric)] for p in (self.model, floor))
@@ -152,26 +152,37 @@ def board_table(board: Scoreboard, metrics: Sequence[str] = MAIN, markdown: bool
     return "\n".join([line(head), "-" * len(line(head)), *map(line, body), f"{len(board.cases)} cases, {len(board.patients)} patients; mean ± sd; * best of the column"])
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-019
+def _draw_metric(axis, board: Scoreboard, metric: str, order: Sequence[str]):
+    near = [v for p in order if p != "air" or len(order) < 3 for v in board.values(p, metric) if math.isfinite(v)]
+    low, high = (min(near), max(near)) if near else (0.0, 1.0)
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    axis.set_xlim(low - margin, high + margin)
+    patients = [r["patient"] for r in board.rows if r["predictor"] == order[0]]
+    for place, predictor in enumerate(order):
+        colour, values = MODEL if predictor == board.model else FLOOR, board.values(predictor, metric)
+        found = paired_interval(values, [0.0] * len(values), patients)
+        axis.plot([v for v in values if math.isfinite(v)], [place] * sum(map(math.isfinite, values)), "o", ms=3.5, mew=0, color=colour, alpha=0.3, zorder=2)
+        if math.isfinite(found.low): axis.plot([found.low, found.high], [place] * 2, color=colour, lw=2, solid_capstyle="round", zorder=3)
+        if math.isfinite(found.mean):
+            edge = "<" if found.mean < low - margin else ">" if found.mean > high + margin else None
+            axis.plot(min(max(found.mean, low - margin), high + margin), place, edge or "o", ms=6.5, mfc=colour, mec="white", mew=1, zorder=4, clip_on=False)
+        axis.text(1.02, place, _number(board.mean(predictor, metric), metric), transform=axis.get_yaxis_transform(), va="center", fontsize=7.5, color=INK)
+    floor = board.best_floor(metric)
+    if floor and math.isfinite(board.mean(floor, metric)): axis.axvline(board.mean(floor, metric), color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
+
+# %% ../../nbs/learn/02_scoreboard.ipynb #cell-020
 def board_figure(board: Scoreboard, metrics: Sequence[str] = MAIN):
     "Small multiples, one per metric with a shared list of predictors; a matplotlib Figure."
     import matplotlib.pyplot as plt
     metrics = [m for m in metrics if m in board.metrics and any(math.isfinite(v) for p in board.predictors for v in board.values(p, m))]
     order = sorted(board.predictors, key=lambda p: p != board.model)
-    columns = min(3, len(metrics))
+    columns = max(1, min(3, len(metrics)))
+    rows = max(1, math.ceil(len(metrics) / columns))
     with style():
-        rows = math.ceil(len(metrics) / columns)
-        figure, axes = plt.subplots(rows, columns, sharey=True, squeeze=False, figsize=(0.9 + 2.7 * columns, rows * (0.75 + 0.27 * len(order))))
+        figure, axes = plt.subplots(rows, columns, sharey=True, squeeze=False, figsize=(1.1 + 2.9 * columns, 0.3 + rows * (0.7 + 0.26 * len(order))))
         for axis in axes.flat[len(metrics):]: axis.set_visible(False)
         for axis, metric in zip(axes.flat, metrics):
-            for place, predictor in enumerate(order):
-                colour = MODEL if predictor == board.model else FLOOR
-                values = [v for v in board.values(predictor, metric) if math.isfinite(v)]
-                axis.plot(values, [place] * len(values), "o", ms=3.5, mew=0, color=colour, alpha=0.3, zorder=2)
-                found = paired_interval(board.values(predictor, metric), [0.0] * len(board.cases), [r["patient"] for r in board.rows if r["predictor"] == predictor])
-                if math.isfinite(found.low): axis.plot([found.low, found.high], [place] * 2, color=colour, lw=2, solid_capstyle="round", zorder=3)
-                if math.isfinite(found.mean): axis.plot(found.mean, place, "o", ms=6.5, mfc=colour, mec="white", mew=1, zorder=4)
-            floor = board.best_floor(metric)
-            if floor and math.isfinite(board.mean(floor, metric)): axis.axvline(board.mean(floor, metric), color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
+            _draw_metric(axis, board, metric, order)
             m = METRICS[metric]
             axis.set_title(m.label + (f" ({m.unit})" if m.unit else "") + {"higher": ", higher is better", "lower": ", lower is better", "zero": ""}[m.better], loc="left")
             axis.set_yticks(range(len(order)), [p.replace("_", " ") for p in order])
@@ -183,7 +194,7 @@ def board_figure(board: Scoreboard, metrics: Sequence[str] = MAIN):
         figure.suptitle(f"{len(board.cases)} cases, {len(board.patients)} patients: a dot per case, mean with 95 % interval, best floor dashed", fontsize=8.5, color=MUTED, x=0.01, ha="left")
     return figure
 
-# %% ../../nbs/learn/02_scoreboard.ipynb #cell-021
+# %% ../../nbs/learn/02_scoreboard.ipynb #cell-022
 def _finite(value): return value if not isinstance(value, float) or math.isfinite(value) else None
 
 def board_content(board: Scoreboard) -> dict:
@@ -213,11 +224,11 @@ def save_board(board: Scoreboard, out) -> Path:
     plt.close(figure)
     return out
 
-# %% ../../nbs/learn/02_scoreboard.ipynb #cell-022
+# %% ../../nbs/learn/02_scoreboard.ipynb #cell-023
 Scoreboard.judge, Scoreboard.table, Scoreboard.figure, Scoreboard.save = judge, board_table, board_figure, save_board
 Scoreboard.verdict = lambda self: [self.judge(m) for m in VERDICT if m in self.metrics]
 
-# %% ../../nbs/learn/02_scoreboard.ipynb #cell-024
+# %% ../../nbs/learn/02_scoreboard.ipynb #cell-025
 def _versions():
     def of(name):
         try: return version(name)
@@ -229,7 +240,7 @@ def evaluate(
     pairs,  # cases none of them was fitted on
     out=None,  # folder for the files; None writes nothing
     held_out_geometry: ConeBeam | None = None,  # None: `held_out_views` of the first case
-    energy_kev: float = 60.0,  # of the X-rays
+    energy_kev: float | None = None,  # of the X-rays; None: that of the pairs, or 60
     save_cases: int = 2,  # how many cases to save as NIfTI
     lpips_weights=None,  # safetensors file for `LPIPS`; None leaves its column empty
     progress: bool = True,
@@ -241,6 +252,7 @@ def evaluate(
     if len(set(names)) < len(names) or not names: raise ValueError(f"predictors: needs at least one, each with a name of its own, got {names}")
     if len(pairs) == 0: raise ValueError("pairs: there are no cases to judge on; hold at least one patient out of training")
     lpips = LPIPS(lpips_weights) if lpips_weights else None
+    energy_kev = getattr(pairs, "energy_kev", 60.0) if energy_kev is None else energy_kev
     rows, held_out = [], held_out_geometry
     for number in tqdm(range(len(pairs)), desc="judging", unit="case", disable=not progress):
         item = pairs[number]
@@ -254,7 +266,7 @@ def evaluate(
     if out is not None: board.save(out)
     return board
 
-# %% ../../nbs/learn/02_scoreboard.ipynb #cell-026
+# %% ../../nbs/learn/02_scoreboard.ipynb #cell-027
 def save_case(folder, item: dict, volumes: dict) -> None:
     "Write `truth.nii.gz`, `NAME.nii.gz` for each predicted HU volume, `xrays.npz` (line integrals) and `geometry.json` into `folder`."
     import numpy as np

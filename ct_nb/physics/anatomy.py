@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'TISSUE_HU', 'CAGE_CORNER', 'Anatomy', 'squircle', 'cage', 'cage_point', 'apex_cap', 'spine_block',
-           'diaphragm_height', 'diaphragm', 'chambers', 'heart', 'mediastinum', 'lungs', 'fissures', 'lobe']
+           'diaphragm_height', 'diaphragm', 'chambers', 'thorax_width', 'heart', 'mediastinum', 'lungs', 'fissures',
+           'lobe', 'lobe_at']
 
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-002
 import numpy as np
@@ -24,8 +25,8 @@ REGIONS = {  # number: (name, TotalSegmentator v2 `total` ids merged into it)
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-004
 TISSUE_HU = {  # mean and spread over patients, unenhanced; and what contrast adds in the venous to arterial phase
     "fat": (-104, 5, 0), "muscle": (52, 5, 8), "skin": (20, 5, 5), "blood": (42, 4, 150), "myocardium": (44, 3, 50), "liver": (57, 5, 45),
-    "spleen": (49, 4, 70), "kidney": (33, 3, 130), "pancreas": (40, 4, 50), "thyroid": (104, 12, 60), "marrow": (190, 35, 0), "cortex": (1050, 90, 0),
-    "disc": (85, 10, 0), "cartilage": (95, 20, 0), "cord": (36, 3, 5), "gland": (25, 12, 15), "esophagus": (36, 4, 20), "lung": (-872, 22, 0)}
+    "spleen": (49, 4, 70), "kidney": (33, 3, 130), "pancreas": (40, 4, 50), "thyroid": (104, 12, 60), "marrow": (165, 32, 0), "cortex": (1000, 80, 0),
+    "disc": (85, 10, 0), "cartilage": (95, 20, 0), "cord": (36, 3, 5), "gland": (25, 12, 15), "esophagus": (36, 4, 20), "lung": (-860, 20, 0)}
 
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-005
 class Anatomy:
@@ -42,8 +43,8 @@ class Anatomy:
         self.breast_mm = 0.0 if self.male else draw(30, 12, 10, 56)
         self.contrast = float(rng.random() < 0.45) * draw(1.0, 0.25, 0.6, 1.5)
         self.hu = {name: draw(mean, sd, mean - 2 * sd, mean + 2 * sd) + added * self.contrast for name, (mean, sd, added) in TISSUE_HU.items()}
-        self.heart_scale, self.heart_shift = draw(1.0, 0.045, 0.9, 1.1), np.clip(rng.normal(0, 3, 3), -6, 6)
-        self.aorta_scale = draw(0.94 + 0.001 * self.age, 0.05, 0.85, 1.15)
+        self.heart_ratio, self.heart_shift = draw(0.45, 0.02, 0.39, 0.485), np.clip(rng.normal(0, 3, 3), -6, 6)
+        self.aorta_mm, self.pericardial_mm = draw(31 + 0.05 * self.age, 1.6, 28, 38) * self.scale[0], 0.0
         barrel, kyphosis, bend, phase = draw(0, 1, -2, 2), draw(0, 4, -8, 9), draw(0, 3, -8, 8), rng.uniform(0, 2 * np.pi)
         self._cage(barrel), self._spine(kyphosis, bend, phase), self._domes(draw)
 
@@ -56,8 +57,8 @@ class Anatomy:
     def _cage(self, barrel):
         z = (135, 127, 120, 110, 95, 75, 50, 25, 0, -25, -55, -85, -115, -150)
         back = np.array([44, 52, 58, 64, 71, 80, 87, 91, 93, 92, 89, 84, 78, 69])
-        depth = np.array([26, 50, 66, 81, 98, 122, 151, 172, 183, 188, 190, 188, 184, 176]) + barrel * np.array([0, 0, 0, 0, 1, 2, 4, 5, 6, 6, 6, 5, 4, 3])
-        self.half_width = self.profile(z, (40, 48, 55, 67, 83, 97, 107, 113, 118, 121, 124, 127, 127, 124), 0)
+        depth = np.array([30, 56, 73, 91, 110, 136, 162, 179, 187, 190, 191, 188, 184, 176]) + barrel * np.array([0, 0, 0, 0, 1, 2, 4, 5, 6, 6, 6, 5, 4, 3])
+        self.half_width = self.profile(z, (42, 52, 60, 73, 89, 102, 111, 116, 120, 122, 125, 127, 127, 124), 0)
         self.front, self.back = self.profile(z, back - depth, 1), self.profile(z, back, 1)
         self.apex = self.at([(37, 32, 135)])[0]
 
@@ -136,13 +137,21 @@ def diaphragm(patient, x, y, z):
 
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-009
 def chambers(patient) -> dict:
-    "The four chambers as ellipsoids, name -> (centre mm, radii mm, axes): the left ventricle points left, forward and down."
-    k = patient.heart_scale
-    center = patient.at([(12, -40, -44)])[0] + patient.heart_shift + (0, 0, 0.5 * (patient.dome_tops[1] - patient.at([(0, 0, -92)])[0, 2]))
+    """The four chambers as ellipsoids, name -> (centre mm, radii mm, axes). The left ventricle points left, forward and down;
+    the heart is as wide as the cardiothoracic ratio of the patient says."""
+    middle = patient.at([(12, -40, -44)])[0] + patient.heart_shift + (0, 0, 0.5 * (patient.dome_tops[1] - patient.at([(0, 0, -92)])[0, 2]))
     turn = frame((0.66, -0.46, -0.60))
-    part = lambda offset, radii, axes=None: (center + np.array(offset) * patient.scale * k, np.array(radii) * k * patient.scale.mean(), axes)
-    return {"left ventricle": part((30, -4, -12), (49, 31, 31), turn), "right ventricle": part((6, -24, -12), (47, 25, 35), turn),
-            "right atrium": part((-34, 2, 0), (24, 28, 37)), "left atrium": part((-8, 34, 16), (37, 22, 25))}
+    parts = {"left ventricle": ((30, -4, -12), (49, 31, 31), turn), "right ventricle": ((6, -24, -12), (47, 25, 35), np.eye(3)),
+             "right atrium": ((-34, 2, 0), (24, 28, 37), np.eye(3)), "left atrium": ((-8, 34, 16), (37, 22, 25), np.eye(3))}
+    reach = lambda radii, axes: np.linalg.norm(np.array(radii) * axes[:, 0])
+    width = max(c[0] + reach(r, a) for c, r, a in parts.values()) - min(c[0] - reach(r, a) for c, r, a in parts.values())
+    k = patient.heart_ratio * thorax_width(patient) / width
+    return {name: (middle + k * np.array(c) * (1, patient.scale[1] / patient.scale[0], patient.scale[2] / patient.scale[0]), k * np.array(r), a)
+            for name, (c, r, a) in parts.items()}
+
+def thorax_width(patient) -> float:
+    "Greatest inner width of the rib cage, mm."
+    return 2 * float(patient.half_width.values.max())
 
 def heart(patient, x, y, z):
     "Signed distance to the heart, mm: the chambers, smoothly joined."
@@ -155,7 +164,7 @@ def heart(patient, x, y, z):
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-010
 def mediastinum(patient, x, y, z):
     "Signed distance, mm, to the fat between the lungs: wide at the great vessels, thin behind the sternum."
-    width = patient.profile((165, 128, 100, 70, 40, 10, -30, -80, -140), (30, 28, 27, 25, 25, 23, 19, 17, 20), 0)(z)
+    width = patient.profile((165, 128, 100, 70, 40, 10, -30, -80, -140), (29, 27, 25, 22, 21, 19, 17, 16, 19), 0)(z)
     front, back = patient.front(z), patient.spine_y(z)
     depth = np.clip((y - front) / (np.float32(0.5) * (back - front)), 0, 1)
     thin = np.float32(0.18) + np.clip((z - np.float32(40)) / 80, 0, 0.6)
@@ -173,12 +182,15 @@ def fissures(patient, x, y, z):
     "Heights of a point above the left oblique, the right oblique and the horizontal fissure, mm."
     u, v, w = x / patient.scale[0], y / patient.scale[1], (z - patient.shift_z) / patient.scale[2]
     wave = 4 * np.sin(u / 27 + patient.seed) * np.cos(v / 33 + 2 * patient.seed)
-    bow = 0.002 * v * np.abs(v)
+    bow = np.float32(0.002) * v * np.abs(v)
     return (w - (np.float32(1.12) * v - 6 - bow - wave), w - (np.float32(1.08) * v - 12 - bow - wave),
             w - (8 - 0.0016 * (u + 70) ** 2 - 0.1 * (v + 40) - 0.6 * wave))
 
-def lobe(patient, x, y, z):
-    "Region number 1 to 5 of the lobe whose side of the fissures a point is on (uint8)."
-    left, right, horizontal = fissures(patient, x, y, z)
+def lobe(x, left, right, horizontal):
+    "Region number 1 to 5 of the lobe a point belongs to, from its x and its heights above the `fissures` (uint8)."
     right_lung = np.where(right > 0, np.where(horizontal > 0, np.uint8(3), np.uint8(4)), np.uint8(5))
     return np.where(x > 0, np.where(left > 0, np.uint8(1), np.uint8(2)), right_lung)
+
+def lobe_at(patient, x, y, z):
+    "`lobe` of points or axes in mm."
+    return lobe(x, *fissures(patient, x, y, z))

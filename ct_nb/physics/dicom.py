@@ -30,8 +30,9 @@ class Slice:
     position_mm: float = 0.0
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-006
-USED = """SOPClassUID Modality ImageType SeriesInstanceUID SeriesDescription Rows Columns NumberOfFrames PixelSpacing ImageOrientationPatient ImagePositionPatient RescaleSlope
-RescaleIntercept PhotometricInterpretation PixelRepresentation BitsAllocated BitsStored PixelPaddingValue PixelPaddingRangeLimit""".split()
+USED = """SOPClassUID Modality ImageType SeriesInstanceUID SeriesDescription Rows Columns NumberOfFrames PixelSpacing
+ImageOrientationPatient ImagePositionPatient RescaleSlope RescaleIntercept PhotometricInterpretation PixelRepresentation
+BitsAllocated BitsStored PixelPaddingValue PixelPaddingRangeLimit""".split()
 
 def _header(name: str, start: bytes, open_file: Callable):
     "The header of a DICOM file, or None where it is something else. `start`: its first 132 bytes."
@@ -44,7 +45,8 @@ def _header(name: str, start: bytes, open_file: Callable):
             with open_file() as file: header = pydicom.dcmread(file, stop_before_pixels=True, force=named)
             for tag in USED: header.get(tag)  # decoded here, where it may fail
     except Exception as error:  # pydicom raises whatever the damaged bytes lead to
-        raise CTReadError(f"{name}: is named like a DICOM file or starts like one but is damaged ({_first_line(error)}); copy it again") from None
+        raise CTReadError(f"{name}: is named like a DICOM file or starts like one but is damaged ({_first_line(error)}); "
+                          "copy it again") from None
     if len(header) == 0 or "SOPClassUID" not in header and "Rows" not in header:
         raise CTReadError(f"{name}: is no DICOM file although it is named like one; take it out of the series")
     return header
@@ -62,10 +64,14 @@ def check_zip(archive: zipfile.ZipFile, name) -> list[zipfile.ZipInfo]:
             raise CTReadError(f"{name}: holds {m.filename!r}, a path that leads out of the archive; do not trust it, pack the series again")
         if stat.S_ISLNK(m.external_attr >> 16): raise CTReadError(f"{name}: holds {m.filename!r}, a link; pack the files themselves")
         if m.flag_bits & 1: raise CTReadError(f"{name}: is encrypted ({m.filename!r}); unpack it with its password and give the folder")
-    if len(members) > MAX_ZIP_MEMBERS: raise CTReadError(f"{name}: holds {len(members)} files, more than {MAX_ZIP_MEMBERS}; give the folder of one series")
-    if total > MAX_ZIP_BYTES: raise CTReadError(f"{name}: unpacks to {total / 2**30:.1f} GiB, more than {MAX_ZIP_BYTES / 2**30:.0f}; give the folder of one series")
+    if len(members) > MAX_ZIP_MEMBERS:
+        raise CTReadError(f"{name}: holds {len(members)} files, more than {MAX_ZIP_MEMBERS}; give the folder of one series")
+    if total > MAX_ZIP_BYTES:
+        raise CTReadError(f"{name}: unpacks to {total / 2**30:.1f} GiB, more than {MAX_ZIP_BYTES / 2**30:.0f}; "
+                          "give the folder of one series")
     if total > MAX_ZIP_RATIO * max(packed, 1) and total > 2**20:
-        raise CTReadError(f"{name}: unpacks to {total / max(packed, 1):.0f} times its size, as no CT does (a zip bomb?); do not trust it, pack the series again")
+        raise CTReadError(f"{name}: unpacks to {total / max(packed, 1):.0f} times its size, as no CT does (a zip bomb?); "
+                          "do not trust it, pack the series again")
     return members
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-009
@@ -91,7 +97,8 @@ def _folder_slices(path) -> list[Slice]:
         if header is not None: found.append(Slice(str(file), header, lambda file=file: open(file, "rb")))
     return found
 
-def _ignored(name) -> bool: return any(part.startswith((".", "__MACOSX")) or part.upper() == "DICOMDIR" for part in PurePosixPath(str(name)).parts)
+def _ignored(name) -> bool:
+    return any(part.startswith((".", "__MACOSX")) or part.upper() == "DICOMDIR" for part in PurePosixPath(str(name)).parts)
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-011
 def choose_series(path, found: list[Slice], series: str | None = None) -> tuple[list[Slice], list[str]]:
@@ -100,7 +107,8 @@ def choose_series(path, found: list[Slice], series: str | None = None) -> tuple[
     images = [s for s in found if "Rows" in s.header and s.header.get("Modality", "CT") == "CT"]
     if not images:
         others = sorted({str(s.header.get("Modality", "?")) for s in found})
-        raise CTReadError(f"{path}: holds no CT slices in DICOM" + (f" (found {', '.join(others)})" if found else "") + "; give the folder or zip of one CT series")
+        raise CTReadError(f"{path}: holds no CT slices in DICOM" + (f" (found {', '.join(others)})" if found else "") + "; "
+                          "give the folder or zip of one CT series")
     if len(images) < len(found): notes.append(f"{len(found) - len(images)} DICOM files that are no CT slices left out")
     scouts = [s for s in images if "LOCALIZER" in s.header.get("ImageType", [])]
     if 0 < len(scouts) < len(images):
@@ -133,17 +141,21 @@ def _check_alike(slices: list[Slice]) -> None:
     "All slices of one shape, pixel spacing and orientation, or a `CTReadError` that names the odd one out."
     common = {}
     for s in slices:
-        if _number(s, "NumberOfFrames", 1) > 1: raise CTReadError(f"{s.name}: is a multi-frame DICOM file, which is not read; export one file per slice")
+        if _number(s, "NumberOfFrames", 1) > 1:
+            raise CTReadError(f"{s.name}: is a multi-frame DICOM file, which is not read; export one file per slice")
         facts = {"size": np.array([_number(s, "Rows", 0), _number(s, "Columns", 0)]), "pixel spacing": _numbers(s, "PixelSpacing", 2),
                  "orientation": _numbers(s, "ImageOrientationPatient", 6)}
-        if (facts["pixel spacing"] <= 0).any(): raise CTReadError(f"{s.name}: its PixelSpacing is {facts['pixel spacing']} mm, it must be above 0; correct the header")
+        if (facts["pixel spacing"] <= 0).any():
+            raise CTReadError(f"{s.name}: its PixelSpacing is {facts['pixel spacing']} mm, it must be above 0; correct the header")
         rows, columns = facts["orientation"].reshape(2, 3)
         if abs(rows @ rows - 1) > 1e-2 or abs(columns @ columns - 1) > 1e-2 or abs(rows @ columns) > 1e-2:
-            raise CTReadError(f"{s.name}: its ImageOrientationPatient {facts['orientation'].tolist()} is no pair of perpendicular unit vectors; correct the header")
+            raise CTReadError(f"{s.name}: its ImageOrientationPatient {facts['orientation'].tolist()} is no pair of perpendicular unit vectors; "
+                              "correct the header")
         for fact, value in facts.items():
             usual, name = common.setdefault(fact, (value, s.name))
             if not np.allclose(value, usual, atol=1e-3 if fact != "pixel spacing" else 1e-5):
-                raise CTReadError(f"{s.name}: its {fact} is {value.tolist()}, that of {name} is {usual.tolist()}; the series is mixed, separate its parts")
+                raise CTReadError(f"{s.name}: its {fact} is {value.tolist()}, that of {name} is {usual.tolist()}; "
+                                  "the series is mixed, separate its parts")
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-015
 def _drop_duplicates(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
@@ -155,11 +167,13 @@ def _drop_duplicates(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
         else:
             raise CTReadError(f"{s.name}: lies at the same place as {kept[-1].name} ({s.position_mm:g} mm) but shows something else; "
                               "the series mixes acquisitions, separate them")
-    return kept, [f"{len(copies)} of the files repeat a slice and {'is' if len(copies) == 1 else 'are'} dropped ({', '.join(s.name for s in copies[:3])}{', …' if len(copies) > 3 else ''})"] if copies else []
+    names = ", ".join(s.name for s in copies[:3]) + (", …" if len(copies) > 3 else "")
+    return kept, [f"{len(copies)} of the files {'repeats' if len(copies) == 1 else 'repeat'} a slice, dropped ({names})"] if copies else []
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-016
 def _check_even(path, slices: list[Slice]) -> None:
-    "The slices are evenly spaced to a tenth of a step (or of a millimetre, as headers round), or a `CTReadError` that says which slice is missing or where the spacing changes."
+    """The slices are evenly spaced to a tenth of a step (or of a millimetre, as headers round), or a `CTReadError` that says
+    which slice is missing or where the spacing changes."""
     positions = np.array([s.position_mm for s in slices])
     steps = np.diff(positions)
     usual = np.sort(steps)[(len(steps) - 1) // 2]
@@ -168,8 +182,10 @@ def _check_even(path, slices: list[Slice]) -> None:
     counts = np.round(steps[odd] / usual).astype(int)
     first = odd[0] if len(odd) else int(steps.argmax())
     between = f"between {slices[first].name} and {slices[first + 1].name}"
-    if not (len(odd) and (counts > 1).all() and (np.abs(steps[odd] / usual - counts) < 0.2).all() and (len(odd) == 1 or len(odd) <= len(steps) / 4)):
-        raise CTReadError(f"{path}: its slice spacing is mixed, from {steps.min():.4g} to {steps.max():.4g} mm, it changes {between}; separate the parts of the series")
+    whole = (counts > 1).all() and (np.abs(steps[odd] / usual - counts) < 0.2).all()
+    if not (whole and 0 < len(odd) <= max(1, len(steps) / 4)):
+        raise CTReadError(f"{path}: its slice spacing is mixed, from {steps.min():.4g} to {steps.max():.4g} mm, it changes {between}; "
+                          "separate the parts of the series")
     corners = [_numbers(s, "ImagePositionPatient", 3) for s in slices]
     missing = [corners[k] + (corners[k + 1] - corners[k]) * j / n for k, n in zip(odd, counts) for j in range(1, n)]
     places = ", ".join("(" + ", ".join(f"{c:.6g}" for c in m) + ")" for m in missing[:5]) + (", …" if len(missing) > 5 else "")
@@ -193,7 +209,8 @@ def arrange(path, slices: list[Slice]) -> tuple[list[Slice], np.ndarray, list[st
     sideways -= np.outer(sideways @ normal, normal)
     worst = int(np.abs(sideways).max(axis=1).argmax())
     if np.abs(sideways).max() > 0.5 * spacing.min():
-        raise CTReadError(f"{slices[worst].name}: is shifted sideways by {np.abs(sideways).max():.3g} mm against its neighbours; the series is mixed, separate its parts")
+        raise CTReadError(f"{slices[worst].name}: is shifted sideways by {np.abs(sideways).max():.3g} mm against its neighbours; "
+                          "the series is mixed, separate its parts")
     tilt = np.degrees(np.arccos(np.clip(normal @ step / np.linalg.norm(step), -1, 1)))
     if tilt > 0.1: notes.append(f"slices are offset along their plane (gantry tilt of {tilt:.1f}°), kept as a sheared affine")
     affine = np.eye(4)
@@ -211,19 +228,23 @@ def stored_values(s: Slice) -> np.ndarray:
             with s.load() as file: dataset = pydicom.dcmread(file, force=True)
             if "TransferSyntaxUID" not in dataset.file_meta: dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
             syntax = dataset.file_meta.TransferSyntaxUID
-            if syntax.is_compressed: compressed = f"is compressed as {syntax.name} and cannot be decoded here; install the decoders (pip install 'pylibjpeg[all]') or decompress the series (gdcmconv --raw)"
+            if syntax.is_compressed: compressed = syntax.name
             pixels = dataset.pixel_array
     except Exception as error:  # as above: damaged bytes lead anywhere
-        if compressed and isinstance(error, RuntimeError): raise CTReadError(f"{s.name}: {compressed}") from None
+        if compressed and isinstance(error, RuntimeError):
+            raise CTReadError(f"{s.name}: is compressed as {compressed} and cannot be decoded here; "
+                              "install the decoders (pip install 'pylibjpeg[all]') or decompress the series (gdcmconv --raw)") from None
         raise CTReadError(f"{s.name}: its pixels are damaged or cut short ({_first_line(error)}); copy it again") from None
-    if pixels.ndim != 2: raise CTReadError(f"{s.name}: its pixels are {pixels.shape}, a CT slice has one value per pixel; it is a colour picture, not a CT")
+    if pixels.ndim != 2:
+        raise CTReadError(f"{s.name}: its pixels are {pixels.shape}, a CT slice has one value per pixel; it is a colour picture, not a CT")
     return pixels
 
 def _rescale(s: Slice) -> tuple[float, float] | None:
     "Slope and intercept, or None where the header gives neither."
     if s.header.get("RescaleSlope") is None and s.header.get("RescaleIntercept") is None: return None
     slope, intercept = _number(s, "RescaleSlope", 1), _number(s, "RescaleIntercept", 0)
-    if slope == 0 or not np.isfinite([slope, intercept]).all(): raise CTReadError(f"{s.name}: its rescale slope is {slope:g} and its intercept {intercept:g}; correct the header")
+    if slope == 0 or not np.isfinite([slope, intercept]).all():
+        raise CTReadError(f"{s.name}: its rescale slope is {slope:g} and its intercept {intercept:g}; correct the header")
     return slope, intercept
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-020
@@ -249,7 +270,8 @@ def _to_hu(path, slices: list[Slice]) -> tuple[np.ndarray, list[str]]:
     mirrored, padding, doubted = np.empty_like(hu) if "MONOCHROME1" in kinds else None, np.zeros(hu.shape, dtype=bool), 0
     for k, s in enumerate(slices):
         stored = stored_values(s)
-        if stored.shape != hu.shape[1:]: raise CTReadError(f"{s.name}: holds {stored.shape} pixels, its header says {hu.shape[1:]}; copy it again")
+        if stored.shape != hu.shape[1:]:
+            raise CTReadError(f"{s.name}: holds {stored.shape} pixels, its header says {hu.shape[1:]}; copy it again")
         slope, intercept = _rescale(s) or (1.0, 0.0)
         hu[k] = stored * slope + intercept
         padding[k] = _padding(s, stored)
@@ -261,7 +283,7 @@ def _to_hu(path, slices: list[Slice]) -> tuple[np.ndarray, list[str]]:
             mirrored[k] = (top - stored.astype(np.int64)) * slope + intercept
     if mirrored is not None:
         turn = min(air_and_tissue(mirrored)[:2]) > min(air_and_tissue(hu)[:2])
-        notes.append("MONOCHROME1: the stored values were inverted and are turned back" if turn else "MONOCHROME1: shown inverted, stored in HU, taken as stored")
+        notes.append(f"MONOCHROME1: {'the stored values were inverted and are turned back' if turn else 'shown inverted, stored in HU, taken as stored'}")
         if turn: hu = mirrored
     if padding.any(): notes.append(f"{padding.sum()} padding pixels set to air, {AIR_HU:g} HU")
     if doubted: notes.append(f"the padding value lies among tissue; {doubted} pixels that have it are kept")
@@ -277,7 +299,8 @@ def _assemble(path, found: list[Slice], series: str | None) -> Volume:
     return Volume(hu, affine, left_out + repaired + decided)
 
 def read_dicom_folder(path, series: str | None = None) -> Volume:
-    "The CT series in a folder and its subfolders, in HU. Several series: choose by `series`, a SeriesInstanceUID. Not readable: `CTReadError`."
+    """The CT series in a folder and its subfolders, in HU. Several series: choose by `series`, a SeriesInstanceUID.
+    Repairs and decisions stand in `.notes`. Not readable: `CTReadError`."""
     return _assemble(path, _folder_slices(path), series)
 
 def read_dicom_zip(path, series: str | None = None) -> Volume:

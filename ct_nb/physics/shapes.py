@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Profile', 'smooth_min', 'smooth_max', 'ellipsoid', 'frame', 'Tubes', 'curve', 'Canvas', 'tube_coverage', 'disc_of',
-           'value_noise', 'hashed_normal']
+           'paint_pipe', 'value_noise', 'lattice_weights', 'hashed_normal']
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-002
 from dataclasses import dataclass
@@ -118,6 +118,12 @@ class Canvas:
         self.hu = np.full(grid.shape, AIR_HU, np.float32)
         self.regions = np.zeros(grid.shape, np.uint8)
 
+    def slabs(self, voxels: int = 2**18):
+        "The whole cube in slabs of slices small enough for a processor's cache: slices and axes (x, y, z) of each."
+        step = max(voxels // (self.grid.shape[1] * self.grid.shape[2]), 1)
+        for low in range(0, self.grid.shape[0], step):
+            yield (slice(low, low + step), slice(None), slice(None)), (self.x, self.y, self.z[low:low + step])
+
     def box(self, low_mm, high_mm):
         "Slices of the voxels within a box of mm (a voxel to spare), and their axes (x, y, z)."
         start = np.floor((np.asarray(low_mm, float) - self.origin_mm) / self.spacing_mm).astype(int) - 1
@@ -143,6 +149,13 @@ class Canvas:
         change *= coverage
         patch += change
         if region is not None: self.regions[where][coverage > 0.5] = region
+
+    def paint_layers(self, where, coverages, hus, region=None):
+        "Paint shapes one within the other, outermost first: each layer gets what its shape covers and the next does not. Exact where `paint` twice would mix the background in."
+        patch, inner = self.hu[where], coverages[1:] + [None]
+        patch *= 1 - coverages[0]
+        for cover, within, hu in zip(coverages, inner, hus): patch += (cover if within is None else np.maximum(cover - within, 0)) * hu
+        if region is not None: self.regions[where][coverages[0] > 0.5] = region
 
     def paint_ellipsoid(self, center, radii, hu, region=None, axes=None):
         "Paint one ellipsoid (see `ellipsoid`)."
@@ -209,24 +222,34 @@ def disc_of(radius, spacing_mm):
     return np.sqrt(np.maximum(area - h2 / 12, h2 / 4)), np.minimum(3 * area / h2, 1.0)
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-013
-def value_noise(canvas: Canvas, seed: int, wavelength_mm: float) -> np.ndarray:
-    "Smooth noise fixed in space: normal numbers hashed from lattice points `wavelength_mm` apart, linear between them; unit variance at the points."
-    lattice, weights = [], []
-    for k, axis in enumerate((canvas.x, canvas.y, canvas.z)):
-        position = axis.reshape(-1).astype(np.float64) / wavelength_mm
-        low = np.floor(position).astype(np.int64)
-        nodes = np.arange(low.min(), low.max() + 2)
-        w = np.zeros((len(position), len(nodes)), np.float32)
-        rows = np.arange(len(position))
-        w[rows, low - nodes[0]] = 1 - (position - low)
-        w[rows, low - nodes[0] + 1] = position - low
-        lattice.append(nodes)
-        weights.append(w)
-    x, y, z = lattice
-    grid = hashed_normal(x[None, None], y[None, :, None], z[:, None, None], seed)
-    grid = grid @ weights[0].T
-    grid = np.einsum("zyx,hy->zhx", grid, weights[1], optimize=True)
-    return np.einsum("zhx,dz->dhx", grid, weights[2], optimize=True)
+def paint_pipe(canvas: Canvas, tubes: Tubes, wall_mm, wall_hu, core_hu, region=None, stretch=(1, 1, 1)):
+    "Paint tubes with a wall `wall_mm` thick inside their radius: bones and airways."
+    where, outside = tube_coverage(canvas, tubes, stretch)
+    within, core = tube_coverage(canvas, tubes.grown(-wall_mm), stretch)
+    inside = np.zeros_like(outside)
+    inside[tuple(slice(i.start - o.start, i.stop - o.start) for i, o in zip(within, where))] = core
+    canvas.paint_layers(where, [outside, np.minimum(inside, outside)], [np.float32(wall_hu), np.float32(core_hu)], region)
+
+# %% ../../nbs/physics/09a_shapes.ipynb #cell-014
+def value_noise(x, y, z, seed: int, wavelength_mm: float) -> np.ndarray:
+    """Smooth noise fixed in space over three axes (mm): normal numbers hashed from lattice points `wavelength_mm` apart, linear between them;
+    unit variance at the points."""
+    nodes, weights = zip(*(lattice_weights(axis.reshape(-1), wavelength_mm) for axis in (x, y, z)))
+    values = hashed_normal(nodes[0][None, None], nodes[1][None, :, None], nodes[2][:, None, None], seed)
+    values = np.matmul(weights[1], values @ weights[0].T)  # along x, then y
+    depth, height, width = values.shape
+    return (weights[2] @ values.reshape(depth, -1)).reshape(-1, height, width)
+
+def lattice_weights(position_mm, wavelength_mm):
+    "Integer lattice points about the positions, and the matrix (positions, points) that interpolates between them."
+    position = position_mm.astype(np.float64) / wavelength_mm
+    low = np.floor(position).astype(np.int64)
+    nodes = np.arange(low.min(), low.max() + 2)
+    weights = np.zeros((len(position), len(nodes)), np.float32)
+    rows = np.arange(len(position))
+    weights[rows, low - nodes[0]] = 1 - (position - low)
+    weights[rows, low - nodes[0] + 1] = position - low
+    return nodes, weights
 
 def hashed_normal(i, j, k, seed: int) -> np.ndarray:
     "A nearly normal number (sum of four uniform ones) for every integer point: SplitMix64 of its coordinates."

@@ -10,25 +10,16 @@ __all__ = ['RIB_DROP', 'RIB_BONE', 'RIB_END', 'paint_bone', 'paint_bone_tubes', 
 import numpy as np
 
 from .anatomy import cage, cage_point
-from .shapes import Canvas, Tubes, curve, smooth_min, tube_coverage
+from .shapes import Canvas, Tubes, curve, paint_pipe, smooth_min
 
 # %% ../../nbs/physics/09e_skeleton.ipynb #cell-003
 def paint_bone(canvas: Canvas, patient, where, outside, inside, region):
-    "Blend a bone given the coverage of its outer surface and of its marrow: what lies between is cortex."
-    cortex, marrow = patient.hu["cortex"], patient.hu["marrow"]
-    inside = np.minimum(inside, outside)
-    patch = canvas.hu[where]
-    patch *= 1 - outside
-    patch += outside * np.float32(cortex) + inside * np.float32(marrow - cortex)
-    canvas.regions[where][outside > 0.5] = region
+    "Paint a bone given the coverage of its outer surface and of its marrow: what lies between is cortex."
+    canvas.paint_layers(where, [outside, np.minimum(inside, outside)], [np.float32(patient.hu["cortex"]), np.float32(patient.hu["marrow"])], region)
 
-def paint_bone_tubes(canvas, patient, tubes, cortex_mm, region, stretch=(1, 1, 1)):
-    where, outside = tube_coverage(canvas, tubes, stretch)
-    low, high = ([s.start for s in where], [s.stop for s in where])
-    within, inner = tube_coverage(canvas, tubes.grown(-cortex_mm), stretch)
-    inside = np.zeros_like(outside)
-    inside[tuple(slice(s.start - a, s.stop - a) for s, a in zip(within, low))] = inner
-    paint_bone(canvas, patient, where, outside, inside, region)
+def paint_bone_tubes(canvas: Canvas, patient, tubes, cortex_mm, region, stretch=(1, 1, 1)):
+    "Paint long bones given as tubes."
+    paint_pipe(canvas, tubes, cortex_mm, patient.hu["cortex"], patient.hu["marrow"], region, stretch)
 
 # %% ../../nbs/physics/09e_skeleton.ipynb #cell-004
 def vertebra_phase(patient, z):
@@ -68,7 +59,7 @@ def paint_spine(canvas: Canvas, patient):
     canvas.paint(where, c(round_ - size * 13.6), patient.hu["disc"], 13)
     canvas.paint(where, c(canal), 8.0, 13)
     canvas.paint(where, c(np.sqrt((dx / np.float32(1.25)) ** 2 + (dy - 20.5) ** 2) - 4.6), patient.hu["cord"], 13)
-    thick = np.where(dy > 13, np.float32(0.9), np.float32(0.75))
+    thick = np.where(dy > 13, np.float32(0.8), np.float32(0.65))
     paint_bone(canvas, patient, where, c(bone * s), c((bone + thick) * s), 13)
 
 # %% ../../nbs/physics/09e_skeleton.ipynb #cell-006
@@ -106,7 +97,7 @@ def ribs(patient):
 def paint_ribs(canvas: Canvas, patient):
     bone, cartilage = ribs(patient)
     canvas.paint_tubes(cartilage, patient.hu["cartilage"] + max(patient.age - 55, 0) * 3, 14, (1, 1, 1.35))
-    paint_bone_tubes(canvas, patient, bone, 1.25, 14, (1, 1, 1.5))
+    paint_bone_tubes(canvas, patient, bone, 1.05, 14, (1, 1, 1.5))
 
 # %% ../../nbs/physics/09e_skeleton.ipynb #cell-008
 def paint_sternum(canvas: Canvas, patient):

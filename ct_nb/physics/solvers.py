@@ -14,7 +14,7 @@ from .geometry import ConeBeam
 from .projector import backproject, project
 
 # %% ../../nbs/physics/08_solvers.ipynb #cell-005
-def _dot(a, b): return (a.double() * b.double()).sum((-3, -2, -1), keepdim=True)
+def _dot(a, b): return (a.flatten(-3)[..., None, :] @ b.flatten(-3)[..., :, None]).double()[..., None]
 
 # %% ../../nbs/physics/08_solvers.ipynb #cell-007
 def _solve(image, geometry, iterations, tolerance, damping, spread=None):

@@ -6,7 +6,7 @@
 __all__ = ['AIR_HU', 'WINDOWS', 'WATER_KEV', 'WATER_PER_CM', 'FLIP_XY', 'AFFINE_NOTE', 'Grid', 'Window', 'get_window',
            'mu_water_per_mm', 'hu_to_mu', 'mu_to_hu', 'resample', 'find_body', 'atomic_path', 'Volume', 'save_volume']
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-002
+# %% ../../nbs/physics/00_volume.ipynb #cell-003
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +16,10 @@ from typing import Sequence
 import numpy as np
 import torch
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-004
+# %% ../../nbs/physics/00_volume.ipynb #cell-005
 AIR_HU = -1000.0  # vacuum and air; nothing physical lies below
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-005
+# %% ../../nbs/physics/00_volume.ipynb #cell-006
 @dataclass(frozen=True, eq=False)
 class Grid:
     "A box of voxels in the patient's LPS frame: `shape` (D, H, W) and the affine from voxel index (x, y, z) to mm."
@@ -87,7 +87,7 @@ class Grid:
     def __eq__(self, other): return isinstance(other, Grid) and self.shape == other.shape and np.allclose(self.affine, other.affine, atol=1e-6)
     def __hash__(self): return hash(self.shape)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-009
+# %% ../../nbs/physics/00_volume.ipynb #cell-010
 @dataclass(frozen=True)
 class Window:
     "A named range of Hounsfield units and the two maps between it and the network's [-1, 1]."
@@ -107,19 +107,19 @@ class Window:
     @property
     def width_hu(self) -> float: return self.high_hu - self.low_hu
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-010
+# %% ../../nbs/physics/00_volume.ipynb #cell-011
 WINDOWS = {w.name: w for w in (
     Window("full", -1024, 3071), Window("chest", -1024, 1024), Window("soft_tissue", -200, 200),
     Window("lung", -1350, 150), Window("bone", -500, 1300), Window("mediastinum", -125, 225), Window("x2ct", -1000, 1500))}
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-011
+# %% ../../nbs/physics/00_volume.ipynb #cell-012
 def get_window(window: "str | Window") -> Window:
     "The window of that name, or the window itself."
     if isinstance(window, Window): return window
     if window not in WINDOWS: raise ValueError(f"window: there is none named {window!r}; choose one of {', '.join(WINDOWS)}")
     return WINDOWS[window]
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-014
+# %% ../../nbs/physics/00_volume.ipynb #cell-015
 WATER_KEV = np.array([10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 500], dtype=np.float64)
 WATER_PER_CM = np.array([5.329, 1.673, 0.8096, 0.3756, 0.2683, 0.2269, 0.2059, 0.1837, 0.1707, 0.1505, 0.1370, 0.1186, 0.1061, 0.09687])
 
@@ -132,7 +132,7 @@ def mu_water_per_mm(energy_kev: float) -> float:
                          "diagnostic X-rays have 30 to 120")
     return float(np.exp(np.interp(np.log(energy_kev), np.log(WATER_KEV), np.log(WATER_PER_CM))) / 10)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-015
+# %% ../../nbs/physics/00_volume.ipynb #cell-016
 def hu_to_mu(
     hu,  # number, array or tensor, HU
     energy_kev: float = 60.0,  # of the monochromatic beam, 10 to 500 keV
@@ -141,12 +141,12 @@ def hu_to_mu(
     if not torch.is_tensor(hu): hu = np.asarray(hu)
     return (1.0 + hu / 1000.0).clip(0) * mu_water_per_mm(energy_kev)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-016
+# %% ../../nbs/physics/00_volume.ipynb #cell-017
 def mu_to_hu(mu, energy_kev: float = 60.0):
     "HU from attenuation in mm⁻¹ (number, array or tensor): the inverse of `hu_to_mu` from -1000 HU upwards."
     return (mu / mu_water_per_mm(energy_kev) - 1.0) * 1000.0
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-019
+# %% ../../nbs/physics/00_volume.ipynb #cell-020
 def _average_weights(centers: np.ndarray, width: float, count: int) -> tuple[np.ndarray, np.ndarray]:
     """How one axis of `count` voxels is averaged over targets `width` voxels wide at index `centers`: weights (targets, count), rows summing
     to 1 (or 0 outside), and the share of each target that lies on the axis at all. Up to width 1 this is linear interpolation."""
@@ -158,7 +158,7 @@ def _average_weights(centers: np.ndarray, width: float, count: int) -> tuple[np.
     inside = np.clip(centers + width / 2, -0.5, count - 0.5) - np.clip(centers - width / 2, -0.5, count - 0.5)
     return weights.astype(np.float32), (inside / width).astype(np.float32)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-020
+# %% ../../nbs/physics/00_volume.ipynb #cell-021
 def _axis_order(step: np.ndarray, shape) -> list[int] | None:
     "Which source axis runs along each target axis, or None when the grids are oblique to each other (by 0.001 voxel over the target)."
     order = np.abs(step).argmax(axis=0)
@@ -166,7 +166,7 @@ def _axis_order(step: np.ndarray, shape) -> list[int] | None:
     rest[order, range(3)] = 0
     return order.tolist() if sorted(order) == [0, 1, 2] and rest.max() < 1e-3 else None
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-021
+# %% ../../nbs/physics/00_volume.ipynb #cell-022
 def resample(hu: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
     """HU (D, H, W) from one grid onto another, float32. A target voxel is the mean over its own box where the target is coarser (mass is kept),
     trilinear where it is finer, and air outside the source's box. Any affines; oblique grids are smoothed first, then sampled."""
@@ -174,7 +174,7 @@ def resample(hu: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
     matrix, offset = step[2::-1, 2::-1], step[2::-1, 3]  # target index -> source index, in array order (z, y, x)
     order = _axis_order(matrix, target.shape)
     if order is None: return _resample_oblique(hu, matrix, offset, target.shape)
-    result, inside = hu.transpose(order), np.ones(target.shape, dtype=np.float32)
+    result, inside = np.asarray(hu, dtype=np.float32).transpose(order), np.ones(target.shape, dtype=np.float32)
     for axis in range(3):
         scale, count = matrix[order[axis], axis], target.shape[axis]
         weights, share = _average_weights(scale * np.arange(count) + offset[order[axis]], abs(scale), result.shape[axis])
@@ -182,7 +182,7 @@ def resample(hu: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
         result = np.moveaxis(np.tensordot(weights, result, axes=(1, axis)), 0, axis)
     return result * inside + np.float32(AIR_HU) * (1 - inside)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-023
+# %% ../../nbs/physics/00_volume.ipynb #cell-024
 def _resample_oblique(hu, matrix, offset, shape) -> np.ndarray:
     "`resample` for any affine: a box as wide as the target's voxel along each source axis (same variance), then trilinear sampling."
     from scipy.ndimage import affine_transform, correlate1d
@@ -198,7 +198,7 @@ def _resample_oblique(hu, matrix, offset, shape) -> np.ndarray:
     result = affine_transform(smooth, matrix, offset, output_shape=shape, order=1, mode="nearest")
     return result * inside + np.float32(AIR_HU) * (1 - inside)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-028
+# %% ../../nbs/physics/00_volume.ipynb #cell-029
 def find_body(volume: "Volume", spacing_mm: float = 5.0) -> tuple[np.ndarray, Grid]:
     """The patient without couch and clothes: a boolean mask (D, H, W) on a coarse grid along LPS, and that grid. No body: `ValueError`.
 
@@ -218,12 +218,12 @@ def find_body(volume: "Volume", spacing_mm: float = 5.0) -> tuple[np.ndarray, Gr
         raise ValueError(f"volume: no body in it (nothing larger than {4 * spacing_mm:g} mm above -300 HU); is it a CT of a patient in HU?")
     return parts == 1 + np.bincount(parts.ravel())[1:].argmax(), grid
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-029
+# %% ../../nbs/physics/00_volume.ipynb #cell-030
 def _middle_mm(mask: np.ndarray, grid: Grid) -> np.ndarray:
     ends = [np.flatnonzero(mask.any(axis=axes))[[0, -1]] for axes in ((0, 1), (0, 2), (1, 2))]  # along x, y, z
     return np.round(grid.index_to_mm([e.mean() for e in ends])) + 0.0  # no -0
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-031
+# %% ../../nbs/physics/00_volume.ipynb #cell-032
 @contextmanager
 def atomic_path(path):
     """A temporary name beside `path` to write to, renamed to `path` when the block ends well and removed when not.
@@ -240,7 +240,7 @@ def atomic_path(path):
         try: temporary.unlink(missing_ok=True)
         except OSError: pass
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-033
+# %% ../../nbs/physics/00_volume.ipynb #cell-034
 @dataclass(eq=False)
 class Volume:
     "A CT: Hounsfield units on a grid."
@@ -292,7 +292,7 @@ class Volume:
         The file is complete or not there (`atomic_path`). Another ending: `ValueError`; a place that cannot be written: `OSError`."""
         save_volume(self, path)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-035
+# %% ../../nbs/physics/00_volume.ipynb #cell-036
 FLIP_XY = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm <-> LPS mm, its own inverse
 AFFINE_NOTE = "ct_nb LPS affine: "  # NIfTI-1 keeps float32; the exact numbers travel in a comment extension
 
@@ -308,7 +308,7 @@ def save_volume(volume: Volume, path) -> None:
 
 def _write_npz(path, hu, affine): np.savez_compressed(path, hu=hu, affine=affine)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-036
+# %% ../../nbs/physics/00_volume.ipynb #cell-037
 def _write_nifti(path, hu, affine):
     import nibabel, json
     image = nibabel.Nifti1Image(hu.transpose(2, 1, 0), FLIP_XY @ affine)
@@ -319,7 +319,7 @@ def _write_nifti(path, hu, affine):
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", (AFFINE_NOTE + json.dumps(affine.tolist())).encode()))
     nibabel.save(image, path)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-037
+# %% ../../nbs/physics/00_volume.ipynb #cell-038
 def _write_itk(path, hu, affine):
     import SimpleITK
     image = SimpleITK.GetImageFromArray(hu)

@@ -219,6 +219,6 @@ def geometry_figure(
     above, side = figure.add_axes((0.71, 0.46, 0.28, 0.49)), figure.add_axes((0.71, 0.10, 0.28, 0.24))
     _draw_flat(above, geometry, body, names, 0, 1, "from the feet")
     above.set(xlabel="Left, mm", ylabel="Posterior, mm")
-    _draw_flat(side, geometry, body, names, 1, 2, "from the patient's right")
+    _draw_flat(side, geometry, body, names, 1, 2, "from the patient's left")
     side.set(xlabel="Posterior, mm", ylabel="Head, mm")
     return figure

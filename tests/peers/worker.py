@@ -85,10 +85,10 @@ class CtNb(TorchPeer):
         from ct_nb.physics.projector import backproject, project
         from ct_nb.physics.volume import Grid
         self.volume, s = self.tensor(self.scene.mu), self.scene
-        grid = Grid(s.mu.shape, s.affine)
+        grid, backend = Grid(s.mu.shape, s.affine), "triton" if s.device == "cuda" else "numba"  # named, so that no slower one steps in unseen
         self.pose = [self.tensor(t) for t in (s.source, s.detector_center, s.column_step, s.row_step)]
-        self.project = lambda volume, pose: project(volume, ConeBeam(*pose, (s.rows, s.columns), grid))
-        self.back = lambda: backproject(self.cotangent, ConeBeam(*self.pose, (s.rows, s.columns), grid))
+        self.project = lambda volume, pose: project(volume, ConeBeam(*pose, (s.rows, s.columns), grid), backend)
+        self.back = lambda: backproject(self.cotangent, ConeBeam(*self.pose, (s.rows, s.columns), grid), backend)
 
     def adjoint(self):
         with self.torch.no_grad(): return self.back()
