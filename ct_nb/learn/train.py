@@ -104,12 +104,13 @@ def open(self: DRR2CTRun) -> "DRR2CTRun":
     s = self.settings
     made_up = self.data if not self.is_real and ":" in self.data else f"phantom:{s.phantoms + s.validation_phantoms}"
     source = open_source(self.data if self.is_real else made_up, s.render_size, on_error="skip", thorax_only=self.is_real, cache_dir=default_cache_dir())
+    if self.is_real: source = source.one_per_patient()
     share = 0.3 if self.is_real else s.validation_phantoms / (s.phantoms + s.validation_phantoms)
     training, validation = source.split(share, self.seed)
     self.fitted, self.validation = self._pairs(training), self._pairs(validation)
     clean = dict(noise=s.noise, pose=s.pose)
     if self.is_real:
-        phantoms = open_source(f"phantom:{s.phantoms}", s.render_size)
+        phantoms = open_source(f"phantom:{s.phantoms}", s.render_size, cache_dir=default_cache_dir())
         copies = max(1, round(s.phantoms / len(training)))
         self.training = Mixture((self._pairs(training, augmentation=VolumeAugmentation.gentle(), **clean), copies), (self._pairs(phantoms, **clean), 1))
     else:

@@ -23,21 +23,29 @@ class Ellipsoid:
 
     def voxels(self, shape, affine, supersampling=6):
         "Attenuation on a grid: the share of each voxel inside, by supersampling³ points in the voxels that the surface may cross."
-        centers = _centers(shape, affine)
-        radius = np.linalg.norm((centers - np.array(self.center_mm)) @ self.matrix.T, axis=-1)
-        reach = np.linalg.norm(self.matrix, 2) * np.linalg.norm(affine[:3, :3], axis=0).dot([1, 1, 1]) / 2
-        share = (radius < 1).astype(np.float64)
-        edge = np.nonzero(abs(radius - 1) <= reach)
-        steps = (np.arange(supersampling) + 0.5) / supersampling - 0.5
-        inside = np.zeros(len(edge[0]))
-        at = centers[edge] - np.array(self.center_mm)
-        for x in steps:
-            for y in steps:
-                for z in steps:
-                    point = (at + affine[:3, :3] @ (x, y, z)) @ self.matrix.T
-                    inside += (point**2).sum(-1) <= 1
-        share[edge] = inside / supersampling**3
+        share = np.zeros(shape)
+        reach = np.linalg.norm(self.matrix, 2) * np.linalg.norm(affine[:3, :3], axis=0).sum() / 2  # of a voxel's corner, in units of the radius
+        steps = ((np.arange(supersampling) + 0.5) / supersampling - 0.5) * np.eye(3)[:, :, None]
+        within = steps[0][:, :, None, None] + steps[1][:, None, :, None] + steps[2][:, None, None, :]
+        points = (self.matrix @ affine[:3, :3] @ within.reshape(3, -1)).T  # (supersampling³, 3)
+        box = self._box(shape, affine)
+        for z in range(box[0].start, box[0].stop):
+            here = _centers((slice(z, z + 1), *box[1:]), affine)
+            at = (here - np.array(self.center_mm)) @ self.matrix.T
+            radius = np.sqrt((at**2).sum(-1))
+            inside = (radius < 1).astype(np.float64)
+            edge = abs(radius - 1) <= reach
+            near = at[edge]
+            inside[edge] = sum(((near + point)**2).sum(-1) <= 1 for point in points) / len(points)
+            share[z, box[1], box[2]] = inside[0]
         return self.mu * share
+
+    def _box(self, shape, affine):
+        "The slices (z, y, x) of the grid that hold the solid, with a voxel to spare."
+        to_index = np.linalg.inv(affine[:3, :3])
+        middle = to_index @ (np.array(self.center_mm) - affine[:3, 3])
+        half = np.linalg.norm(to_index @ np.linalg.inv(self.matrix), axis=1) + 1
+        return [slice(max(0, int(np.floor(c - h))), min(n, int(np.ceil(c + h)) + 1)) for c, h, n in zip(middle[::-1], half[::-1], shape)]
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,13 @@ class Blob:
 
     def voxels(self, shape, affine):
         "Attenuation at the voxel centres."
-        offset = (_centers(shape, affine) - np.array(self.center_mm)) @ self.matrix.T
+        offset = (_centers([slice(0, n) for n in shape], affine) - np.array(self.center_mm)) @ self.matrix.T
         return self.mu * np.exp(-(offset**2).sum(-1) / 2)
 
 
-def _centers(shape, affine):
-    z, y, x = (np.arange(n, dtype=np.float64) for n in shape)
+def _centers(box, affine):
+    "Centres in mm of the voxels in the slices (z, y, x), (D, H, W, 3)."
+    z, y, x = (np.arange(s.start, s.stop, dtype=np.float64) for s in box)
     return (affine[:3, 3] + z[:, None, None, None] * affine[:3, 2] + y[None, :, None, None] * affine[:3, 1]
             + x[None, None, :, None] * affine[:3, 0])
 
