@@ -26,7 +26,7 @@ def atomic_write(
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".", suffix=f".{path.name}", dir=path.parent)  # writers choose a format by the ending
     except OSError as error:
-        raise OSError(f"{path}: this folder cannot be written to ({error.strerror}); choose another output folder.") from None
+        raise OSError(f"{path}: cannot be written ({error.strerror}); choose a folder that is yours and has room.") from None
     os.close(handle)
     try:
         yield Path(name)
@@ -35,7 +35,7 @@ def atomic_write(
         os.replace(name, path)
     except OSError as error:
         if error.errno is None: raise
-        raise OSError(f"{path}: could not be written ({error.strerror}); the file that was there before is untouched.") from error
+        raise OSError(f"{path}: could not be written ({error.strerror}); choose a folder that has room (a file that was there before is untouched).") from error
     finally:
         Path(name).unlink(missing_ok=True)
 

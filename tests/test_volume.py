@@ -10,7 +10,8 @@ from scipy.spatial.transform import Rotation
 from ct_files import affine_of, body
 from ct_nb.physics import volume as volume_module
 from ct_nb.physics.readers import read_ct
-from ct_nb.physics.volume import AIR_HU, WINDOWS, Grid, Volume, atomic_path, get_window, hu_to_mu, mu_to_hu, mu_water_per_mm, resample
+from ct_nb.physics.volume import AIR_HU, WINDOWS, Grid, Volume, get_window, hu_to_mu, mu_to_hu, mu_water_per_mm, resample
+from ct_nb.files import atomic_write
 
 
 def oblique(spacing=(1.7, 2.3, 3.1), angles=(20, -15, 40), origin=(10, -20, 300)) -> np.ndarray:
@@ -204,7 +205,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
         temporary.write_bytes(b"half a fi")
         raise OSError(errno.ENOSPC, "No space left on device")
     for name in ("_write_nifti", "_write_itk", "_write_npz"): monkeypatch.setattr(volume_module, name, full)
-    with pytest.raises(OSError, match=rf"scan{suffix}: cannot be written \(No space left on device\); choose"): scan.save(path)
+    with pytest.raises(OSError, match=rf"scan{suffix}: could not be written \(No space left on device\); choose"): scan.save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 @pytest.mark.parametrize("name", ["a_file/scan.nii.gz", "a_file/deeper/scan.mha", "a_file/scan.npz"])
@@ -224,7 +225,7 @@ def test_whole_numbers_are_saved_as_int16_and_others_as_float32(tmp_path):
 
 def test_interrupted_block_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        with atomic_path(tmp_path / "new" / "x.txt") as temporary:
+        with atomic_write(tmp_path / "new" / "x.txt") as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
     assert list((tmp_path / "new").iterdir()) == []

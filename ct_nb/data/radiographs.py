@@ -15,8 +15,8 @@ from typing import Sequence
 import numpy as np
 import torch
 
+from ..files import atomic_write
 from ..physics.geometry import ConeBeam
-from ..physics.volume import atomic_path
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-004
 KINDS = ("line_integrals", "intensity")  # what the numbers of a radiograph can be
@@ -252,9 +252,9 @@ def write_radiographs(
     if len(set(names)) != len(images): raise RadiographError(f"write_radiographs: names must be {len(images)} different ones, got {names}")
     content = json.loads(geometry.to_json())
     content["images"] = [{"file": f"{name}.png", **_write_png(folder / f"{name}.png", image)} for name, image in zip(names, images)]
-    with atomic_path(folder / "xrays.npz") as temporary:
+    with atomic_write(folder / "xrays.npz") as temporary:
         np.savez_compressed(temporary, line_integrals=images, geometry=np.array(geometry.to_json()))
-    with atomic_path(folder / "geometry.json") as temporary:
+    with atomic_write(folder / "geometry.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return [folder / f"{name}.png" for name in names]
 
@@ -267,5 +267,5 @@ def _write_png(path: Path, image: np.ndarray) -> dict:
     stored = np.round((image.astype(np.float64) - low) / code["scale"]).astype(np.uint16)
     text = PngInfo()
     text.add_text(TEXT_KEY, json.dumps({**code, "about": "line integral = offset + scale * stored number"}))
-    with atomic_path(path) as temporary: Image.fromarray(stored).save(temporary, format="PNG", pnginfo=text)
+    with atomic_write(path) as temporary: Image.fromarray(stored).save(temporary, format="PNG", pnginfo=text)
     return code

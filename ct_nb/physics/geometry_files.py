@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..files import atomic_write
 from .geometry import VECTORS, ConeBeam, GeometryError, patch_to
-from .volume import Grid, atomic_path
+from .volume import Grid
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-005
 FORMAT = "ct_nb cone-beam geometry, version 1"
@@ -40,7 +41,7 @@ def to_json(self) -> str:
 def save(self, path) -> Path:
     "Write `to_json` to a file, whole or not at all: under a temporary name beside it, then renamed."
     text = self.to_json()
-    with atomic_path(path) as temporary: temporary.write_text(text + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary: temporary.write_text(text + "\n", encoding="utf-8")
     return Path(path)
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-008

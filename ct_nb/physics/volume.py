@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['AIR_HU', 'WINDOWS', 'WATER_KEV', 'WATER_PER_CM', 'FLIP_XY', 'AFFINE_NOTE', 'Grid', 'Window', 'get_window',
-           'mu_water_per_mm', 'hu_to_mu', 'mu_to_hu', 'resample', 'find_body', 'atomic_path', 'Volume', 'save_volume']
+           'mu_water_per_mm', 'hu_to_mu', 'mu_to_hu', 'resample', 'find_body', 'Volume', 'save_volume']
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-003
-import os
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Sequence
 
 import numpy as np
 import torch
+
+from ..files import atomic_write
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-005
 AIR_HU = -1000.0  # vacuum and air; nothing physical lies below
@@ -224,23 +224,6 @@ def _middle_mm(mask: np.ndarray, grid: Grid) -> np.ndarray:
     return np.round(grid.index_to_mm([e.mean() for e in ends])) + 0.0  # no -0
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-032
-@contextmanager
-def atomic_path(path):
-    """A temporary name beside `path` to write to, renamed to `path` when the block ends well and removed when not.
-    Folders are made as needed. Failures to write are one sentence, an `OSError`."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: writers choose the format by it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror or error}); choose a folder that is yours and has room") from error
-    finally:
-        try: temporary.unlink(missing_ok=True)
-        except OSError: pass
-
-# %% ../../nbs/physics/00_volume.ipynb #cell-034
 @dataclass(eq=False)
 class Volume:
     "A CT: Hounsfield units on a grid."
@@ -289,10 +272,10 @@ class Volume:
     def save(self, path) -> None:
         """Write as .nii.gz, .nii, .nrrd, .mha or .npz, by the name's ending: int16 where all values are whole, else float32.
 
-        The file is complete or not there (`atomic_path`). Another ending: `ValueError`; a place that cannot be written: `OSError`."""
+        The file is complete or not there (`ct_nb.files.atomic_write`). Another ending: `ValueError`; a place that cannot be written: `OSError`."""
         save_volume(self, path)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-036
+# %% ../../nbs/physics/00_volume.ipynb #cell-034
 FLIP_XY = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm <-> LPS mm, its own inverse
 AFFINE_NOTE = "ct_nb LPS affine: "  # NIfTI-1 keeps float32; the exact numbers travel in a comment extension
 
@@ -304,11 +287,11 @@ def save_volume(volume: Volume, path) -> None:
     writers = {".nii.gz": _write_nifti, ".nii": _write_nifti, ".nrrd": _write_itk, ".mha": _write_itk, ".npz": _write_npz}
     writer = next((w for suffix, w in writers.items() if path.name.lower().endswith(suffix)), None)
     if writer is None: raise ValueError(f"{path}: unknown kind of file; choose a name that ends in {', '.join(writers)}")
-    with atomic_path(path) as temporary: writer(temporary, hu, volume.affine)
+    with atomic_write(path) as temporary: writer(temporary, hu, volume.affine)
 
 def _write_npz(path, hu, affine): np.savez_compressed(path, hu=hu, affine=affine)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-037
+# %% ../../nbs/physics/00_volume.ipynb #cell-035
 def _write_nifti(path, hu, affine):
     import nibabel, json
     image = nibabel.Nifti1Image(hu.transpose(2, 1, 0), FLIP_XY @ affine)
@@ -319,7 +302,7 @@ def _write_nifti(path, hu, affine):
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", (AFFINE_NOTE + json.dumps(affine.tolist())).encode()))
     nibabel.save(image, path)
 
-# %% ../../nbs/physics/00_volume.ipynb #cell-038
+# %% ../../nbs/physics/00_volume.ipynb #cell-036
 def _write_itk(path, hu, affine):
     import SimpleITK
     image = SimpleITK.GetImageFromArray(hu)

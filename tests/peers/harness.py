@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,10 @@ class Worker:
             return np.load(path)
 
     def time(self, operation, count=1): return self.ask(do="time", operation=operation, count=count)["seconds"]
-    def memory(self, operation): return self.ask(do="memory", operation=operation)["bytes"]
+    def memory(self, operation):
+        "Peak bytes beyond inputs and outputs of one call, and its seconds."
+        reply = self.ask(do="memory", operation=operation)
+        return reply["bytes"], reply["seconds"]
 
     def close(self):
         self.process.stdin.close()
@@ -109,3 +113,100 @@ def write_scene(path, mu, geometry: ConeBeam, cotangent=None, seed=0):
 
 
 def relative_l2(image, truth): return float(np.linalg.norm(image - truth) / np.linalg.norm(truth))
+
+
+OPERATIONS = ("forward", "adjoint", "forward_volume", "forward_pose", "forward_volume_pose")
+QUICK_SECONDS = 2.0  # an operation that takes longer is called once and not repeated
+
+
+def measure(size, names, python, device="cpu", detector=256, rounds=7, threads=None, patience=45.0, skip=(), say=print):
+    """Times, memory and errors of the projectors `names` at one size; (rows, reasons).
+
+    All workers stand ready at once and take turns, operation by operation, so that whatever else the machine does falls on all of them alike.
+    A projector that has used `patience` seconds is not asked for its remaining operations. A row is a dict: device, size, peer, version,
+    operation, milliseconds (median), low, high, calls, peak_mb; or with operation "error": views and error. `reasons`: peer -> why not.
+    """
+    from closed_form import ellipsoid_phantom, line_integrals, voxelize
+    threads, rows, reasons, ready, spent = threads or os.cpu_count(), [], {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        solids, scenes, truths = ellipsoid_phantom(), {}, {}
+        for views in ("frontal", "tilted", "diagonal"):
+            geometry = bench_geometry(size, views, detector)
+            if views == "frontal": mu = voxelize(solids, geometry.grid.shape, geometry.grid.affine)
+            scenes[views] = write_scene(Path(folder) / f"{views}.npz", mu, geometry)
+            truths[views] = line_integrals(solids, geometry.source_mm.numpy(), geometry.pixel_centers_mm().numpy())
+        small = bench_geometry(8, detector=8)
+        scenes["small"] = write_scene(Path(folder) / "small.npz", np.ones(small.grid.shape), small)
+
+        def attempt(name, function):
+            "What `function` gives, or None and the reason on the list."
+            start = time.perf_counter()
+            try: return function()
+            except (PeerMissing, PeerError) as error: reasons[name] = str(error).split("\n")[0]
+            finally: spent[name] = spent.get(name, 0) + time.perf_counter() - start
+
+        workers = {name: Worker(name, sys.executable if name == "ct_nb" else python, threads, device) for name in names if name not in skip}
+        try:
+            for worker in workers.values(): worker.tell(do="setup", scene=str(scenes["small"]), device=device, threads=threads)
+            for name, worker in workers.items():
+                reply = attempt(name, worker.hear)
+                if reply is None: continue
+                compiled = attempt(name, lambda: [worker.time(o) for o in reply["operations"]])  # on a tiny scene, so that no compiler is timed
+                if compiled is not None and attempt(name, lambda: worker.setup(scenes["frontal"])): ready[name] = reply
+            say(f"{size}³ on {device}: {', '.join(ready)}")
+
+            times, peaks = {}, {}
+            for name, reply in ready.items():
+                spent[name] = 0.0
+                for operation in reply["operations"] if reply["timed"] else ():
+                    if spent[name] > patience: break
+                    measured = attempt(name, lambda: workers[name].memory(operation))
+                    if measured is None: break
+                    peaks[name, operation], times[name, operation] = measured[0], [measured[1]]
+            quick = {key: seconds[0] for key, seconds in times.items() if seconds[0] <= QUICK_SECONDS}
+            for key in quick: times[key] = []
+            for turn in range(rounds):
+                order = list(ready)[turn % max(1, len(ready)):] + list(ready)[:turn % max(1, len(ready))]
+                for operation in OPERATIONS:
+                    for name in order:
+                        enough = len(times.get((name, operation), ())) >= 2 and spent[name] > patience
+                        if (name, operation) not in quick or name in reasons or enough: continue
+                        count = int(np.clip(0.1 / max(quick[name, operation], 1e-6), 1, 10))
+                        times[name, operation] += attempt(name, lambda: workers[name].time(operation, count)) or []
+            for (name, operation), seconds in times.items():
+                milliseconds = 1e3 * np.array(seconds)
+                if len(seconds): rows.append(dict(device=device, size=size, peer=name, version=ready[name]["version"], operation=operation, calls=len(seconds), milliseconds=float(np.median(milliseconds)),
+                                                  low=float(milliseconds.min()), high=float(milliseconds.max()), peak_mb=peaks[name, operation] / 1e6))
+
+            for name, reply in ready.items():
+                for views in scenes.keys() - {"small"}:
+                    slow = times.get((name, "forward"), [0])[:1] > [5.0]
+                    if name in reasons or (slow and views != "frontal"): continue
+                    try: workers[name].setup(scenes[views])
+                    except PeerMissing: continue  # a geometry that this projector has no words for
+                    image = attempt(name, workers[name].image)
+                    if image is not None: rows.append(dict(device=device, size=size, peer=name, version=reply["version"], operation="error", views=views, error=relative_l2(image, truths[views])))
+        finally:
+            for worker in workers.values(): worker.close()
+    return rows, reasons
+
+
+def copy_bandwidth(device="cpu", megabytes=256, threads=None):
+    "Bytes per second read plus written by a large copy: the roofline of anything that streams a volume."
+    if threads: torch.set_num_threads(threads)
+    source = torch.ones(megabytes * 2**18, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(9):
+        if device == "cuda": torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda": torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.numel() * 4 / float(np.median(seconds))
+
+
+def bytes_to_move(operation, size, pixels):
+    "The least an operation must read and write, float32: each input and output once (the second factor in a product counts again)."
+    volume, image = 4 * size**3, 4 * pixels
+    return {"forward": volume + image, "adjoint": volume + image, "forward_volume": 2 * (volume + image),
+            "forward_pose": 2 * (volume + image), "forward_volume_pose": 3 * volume + 2 * image}[operation]

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ class TorchPeer:
 
 
 class CtNb(TorchPeer):
-    package = "ct_nb"
+    distribution = "ct_nb"
 
     def setup(self):
         from ct_nb.physics.geometry import ConeBeam
@@ -95,7 +96,7 @@ class CtNb(TorchPeer):
 
 
 class Nanodrr(TorchPeer):
-    package = "nanodrr"
+    distribution = "nanodrr"
     samples = None
 
     def setup(self):
@@ -120,7 +121,7 @@ class Nanodrr500(Nanodrr):
 
 
 class DiffDRR(TorchPeer):
-    package = "diffdrr"
+    distribution = "diffdrr"
     renderer = "siddon"
 
     def setup(self):
@@ -145,7 +146,7 @@ class DiffDRRTrilinear(DiffDRR):
 
 
 class Diffct(TorchPeer):
-    package = "diffct"
+    distribution = "diffct"
 
     def setup(self):
         from diffct import Projector
@@ -169,7 +170,7 @@ class Diffct(TorchPeer):
 
 
 class Mbirtorch(TorchPeer):
-    package = "mbirtorch"
+    distribution = "mbirtorch"
     forward_pose = forward_volume_pose = None
 
     def setup(self):
@@ -195,7 +196,7 @@ class Mbirtorch(TorchPeer):
 
 class Rtk:
     "The Reconstruction Toolkit's matched Joseph pair."
-    package = "itk.RTK"
+    distribution = "itk-rtk"
 
     def __init__(self, scene):
         import itk
@@ -242,7 +243,7 @@ class Rtk:
 
 class Plastimatch:
     "The command-line DRR of plastimatch, a process and two files a view: judged for accuracy, not timed."
-    package = "plastimatch"
+    distribution = "plastimatch"
     algorithm = "exact"
     timed = False
 
@@ -287,6 +288,11 @@ PEERS = {"ct_nb": CtNb, "rtk": Rtk, "nanodrr": Nanodrr, "nanodrr_500": Nanodrr50
 OPERATIONS = ("forward", "adjoint", "forward_volume", "forward_pose", "forward_volume_pose")
 
 
+def version(peer):
+    try: return f"{peer.distribution} {metadata.version(peer.distribution)}"
+    except metadata.PackageNotFoundError: return subprocess.run([peer.distribution, "--version"], capture_output=True, text=True).stdout.strip() or peer.distribution
+
+
 def use_threads(threads):
     if "torch" in sys.modules: sys.modules["torch"].set_num_threads(threads)
     if "numba" in sys.modules: sys.modules["numba"].set_num_threads(min(threads, sys.modules["numba"].config.NUMBA_NUM_THREADS))
@@ -298,7 +304,8 @@ def synchronize(device):
 
 
 def measure_time(operation, count, device):
-    "Seconds of `count` calls, one by one; the result is freed outside the timed span."
+    "Seconds of `count` calls, one by one, after one that warms the caches; the result is freed outside the timed span."
+    operation()
     times = []
     for _ in range(count):
         synchronize(device)
@@ -315,8 +322,10 @@ def _status_kb(field):
 
 
 def measure_memory(peer, operation, device):
-    "Bytes that one call needs at its peak beyond what was there before and what it returns."
+    "Bytes that one call needs at its peak beyond what was there before and what it returns; and its seconds."
     gc.collect()
+    synchronize(device)
+    start = time.perf_counter()
     if device == "cuda":
         cuda = sys.modules["torch"].cuda
         cuda.empty_cache()
@@ -324,12 +333,13 @@ def measure_memory(peer, operation, device):
         before = cuda.memory_allocated()
         out = operation()
         synchronize(device)
-        return max(0, cuda.max_memory_allocated() - before - peer.bytes(out))
+        return max(0, cuda.max_memory_allocated() - before - peer.bytes(out)), time.perf_counter() - start
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory, to what is resident now
     before = _status_kb("VmRSS")
     out = operation()
-    return max(0, (_status_kb("VmHWM") - before) * 1024 - peer.bytes(out))
+    seconds = time.perf_counter() - start
+    return max(0, (_status_kb("VmHWM") - before) * 1024 - peer.bytes(out)), seconds
 
 
 def serve(name, requests, replies):
@@ -345,12 +355,13 @@ def serve(name, requests, replies):
                 use_threads(request["threads"])
                 reply["operations"] = [x for x in OPERATIONS if getattr(peer, x, None)]
                 reply["timed"] = getattr(peer, "timed", True)
+                reply["version"] = version(peer)
             elif do == "image":
                 np.save(request["path"], peer.numpy(getattr(peer, request["operation"])()))
             elif do == "time":
                 reply["seconds"] = measure_time(getattr(peer, request["operation"]), request["count"], device)
             elif do == "memory":
-                reply["bytes"] = measure_memory(peer, getattr(peer, request["operation"]), device)
+                reply["bytes"], reply["seconds"] = measure_memory(peer, getattr(peer, request["operation"]), device)
         except NotImplementedError as error:
             reply = {"unsupported": str(error)}
         except ImportError as error:
