@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from .metrics import psnr
 from ..physics.geometry import ConeBeam
 from ..physics.volume import AIR_HU, hu_to_mu, mu_to_hu
 
@@ -93,7 +92,7 @@ class SIRT:
     "Simultaneous iterative reconstruction with μ ≥ 0, HU (D, H, W)."
     name = "sirt"
 
-    def __init__(self, iterations=80, energy_kev=60.0): self.settings, self.energy_kev = {"iterations": iterations}, energy_kev
+    def __init__(self, iterations=40, energy_kev=60.0): self.settings, self.energy_kev = {"iterations": iterations}, energy_kev
 
     def predict(self, xrays, geometry):
         from ct_nb.physics.solvers import sirt

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from .masks import dice, hd95_mm, mask_metrics, threshold_masks
-from .metrics import (TISSUE_BANDS_HU, bias_hu, drr_error, held_out_drr_error, legacy_x2ct_psnr, mae_hu, psnr, psnr_x2ct_honest,
-                                 ssim, tissue_errors)
+from .metrics import (TISSUE_BANDS_HU, bias_hu, legacy_x2ct_psnr, mae_hu, psnr, psnr_x2ct_honest, ssim_map, ssim_mean,
+                                 tissue_errors)
 from ..physics.volume import Grid, Volume
 
 # %% ../../nbs/learn/00c_score.ipynb #cell-004
@@ -61,7 +61,8 @@ def volume_scores(
     "All columns that need no X-rays; NaN where there is nothing to measure (no bone in the truth, no LPIPS weights)."
     masks = threshold_masks(truth, grid) if truth_masks is None else truth_masks
     body = masks["body"]
-    return {"psnr": psnr(pred, truth), "ssim": ssim(pred, truth), "ssim_body": ssim(pred, truth, mask=body),
+    local = ssim_map(pred, truth)
+    return {"psnr": psnr(pred, truth), "ssim": ssim_mean(local), "ssim_body": ssim_mean(local, body),
             "mae_hu": mae_hu(pred, truth), "mae_hu_body": mae_hu(pred, truth, body), "mae_hu_outside": mae_hu(pred, truth, ~body),
             "bias_hu": bias_hu(pred, truth), "bias_hu_body": bias_hu(pred, truth, body), **tissue_errors(pred, truth, body),
             **mask_metrics(threshold_masks(pred, grid), masks, grid.spacing_mm),

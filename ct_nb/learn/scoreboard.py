@@ -23,7 +23,7 @@ import torch
 from ..files import atomic_write, write_json
 from .masks import threshold_masks
 from .metrics import Interval, drr_error, held_out_drr_error, mean_sd, null_space_error, paired_interval
-from .score import METRICS, evaluate_volumes, volume_scores  # evaluate_volumes: for those who look for it here
+from .score import METRICS, volume_scores
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Volume
 from ..style import FAINT, FLOOR, INK, MODEL, MUTED, style

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import ResidualBlock, channels_inner
+from .blocks import ResidualBlock, channels_inner, group_norm
 
 # %% ../../nbs/nets/04_decoders.ipynb #cell-004
 class UNetDecoder(nn.Module):
@@ -19,12 +19,13 @@ class UNetDecoder(nn.Module):
         super().__init__()
         self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(channels, channels[1:]))
         self.blocks = nn.ModuleList(ResidualBlock(3, c) for c in channels[1:])
+        self.norm = group_norm(channels[0])
         self.head = nn.Conv3d(channels[0], channels[0], 3, padding=1)
         self.last = nn.Conv3d(channels[0], outputs, 1)
-        nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
+        nn.init.normal_(self.last.weight, std=0.02), nn.init.zeros_(self.last.bias)
 
     def forward(self, latent: torch.Tensor, grids: list[torch.Tensor]) -> torch.Tensor:
         x = latent
         for level in reversed(range(len(self.up))):
             x = self.up[level](self.blocks[level](x)) + grids[level]
-        return self.last(F.silu(self.head(F.silu(x))))
+        return self.last(F.silu(self.head(self.norm(x))))

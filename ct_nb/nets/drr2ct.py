@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .blocks import ResidualBlock, keep_variance
 from .decoders import UNetDecoder
 from .latent import Bottleneck, LatentGrid, level_sizes, lift, shadows
 from .prior import LinearPrior, binned
@@ -84,6 +85,12 @@ class DRR2CT(nn.Module):
         self.grid = LatentGrid(config.lifted_channels, config.grid_channels, physical=7)
         self.bottleneck = Bottleneck(config.grid_channels[-1], config.inner_channels, config.inner_blocks)
         self.decoder = UNetDecoder(config.grid_channels)
+        keep_variance(self)
+        for block in self.modules():
+            if isinstance(block, ResidualBlock):
+                nn.init.normal_(block.second.weight, std=0.3 * block.second.weight[0].numel() ** -0.5)
+                if block.modulation is not None: nn.init.zeros_(block.modulation.weight)
+        nn.init.normal_(self.decoder.last.weight, std=0.01)
 
     @property
     def window(self) -> Window: return WINDOWS[self.config.window]

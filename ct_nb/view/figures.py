@@ -193,6 +193,6 @@ def training_figure(history):
 
 # %% ../../nbs/view/00_figures.ipynb #cell-025
 def save_figure(figure, path):
-    "Write a figure as PNG (or what the name ends in), whole or not at all; returns the figure, so that a notebook goes on to show it."
-    with atomic_write(path) as temporary: figure.savefig(temporary)
+    "Write a figure as PNG (or what the name ends in) at 150 dots an inch, whole or not at all; returns the figure, so that a notebook goes on to show it."
+    with atomic_write(path) as temporary: figure.savefig(temporary, dpi=150, facecolor="white")
     return figure

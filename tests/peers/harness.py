@@ -14,6 +14,8 @@ import torch
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid
 
+from .closed_form import ellipsoid_phantom, line_integrals, voxelize
+
 HERE = Path(__file__).resolve().parent
 HOW_TO_INSTALL = {
     "ct_nb": "pip install -e .", "rtk": "pip install itk-rtk", "nanodrr": "pip install nanodrr", "nanodrr_500": "pip install nanodrr",
@@ -126,7 +128,6 @@ def measure(size, names, python, device="cpu", detector=256, rounds=7, threads=N
     A projector that has used `patience` seconds is not asked for its remaining operations. A row is a dict: device, size, peer, version,
     operation, milliseconds (median), low, high, calls, peak_mb; or with operation "error": views and error. `reasons`: peer -> why not.
     """
-    from closed_form import ellipsoid_phantom, line_integrals, voxelize
     threads, rows, reasons, ready, spent = threads or os.cpu_count(), [], {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         solids, scenes, truths = ellipsoid_phantom(), {}, {}

@@ -8,6 +8,7 @@ import ctypes
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -248,6 +249,7 @@ class Plastimatch:
     timed = False
 
     def __init__(self, scene):
+        if shutil.which("plastimatch") is None: raise ImportError("no program plastimatch")
         s = self.scene = scene
         affine = s.affine
         s.needs((np.allclose(affine[:3, :3], np.diag(np.diag(affine)[:3])), "axes of the grid along the frame"), (abs(s.offset).max() < 1e-3, "no offsets"))
@@ -365,8 +367,6 @@ def serve(name, requests, replies):
         except NotImplementedError as error:
             reply = {"unsupported": str(error)}
         except ImportError as error:
-            reply = {"missing": str(error)}
-        except FileNotFoundError as error:
             reply = {"missing": str(error)}
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
