@@ -17,6 +17,10 @@ from ct_nb.physics.phantom_lesions import LESION_KINDS, LINE_KINDS, plan_lesions
 from ct_nb.physics.phantom_report import COT_STAGES
 
 REAL = Path(os.environ.get("CT_NB_REAL_CT", Path(__file__).resolve().parents[2] / "shared" / "ct"))
+EIGHTHS = {  # seed: mean HU of each eighth of the cube
+    0: [-371.56, -348.61, -500.87, -513.87, -558.36, -566.39, -420.46, -407.18],
+    1: [-424.62, -460.46, -567.96, -571.03, -617.56, -625.61, -471.19, -446.88],
+    8: [-405.90, -435.42, -396.59, -464.64, -550.61, -563.01, -376.31, -359.62]}
 LUMPS = ("solid nodule", "ground-glass nodule", "mass", "calcified granuloma", "consolidation", "lytic metastasis", "sclerotic metastasis", "liver cyst")
 
 
@@ -63,9 +67,9 @@ def test_seeds_differ(small):
 def test_version_names_the_voxels():
     "A changed voxel without a changed PHANTOM_VERSION would leave stale caches: raise the version, then put the new means here."
     assert PHANTOM_VERSION == "1.0"
-    means = phantom(0, 32).volume.hu.reshape(2, 16, 2, 16, 2, 16).mean((1, 3, 5)).ravel()
-    known = GOLDEN
-    np.testing.assert_allclose(means, known, atol=0.5, err_msg="the phantom changed: raise PHANTOM_VERSION and update this test")
+    for seed, known in EIGHTHS.items():
+        means = phantom(seed, 32).volume.hu.reshape(2, 16, 2, 16, 2, 16).mean((1, 3, 5)).ravel()
+        np.testing.assert_allclose(means, known, atol=0.1, err_msg="the phantom changed: raise PHANTOM_VERSION and put the new means here")
 
 
 @pytest.mark.parametrize("seed", [1, 8, 21])
@@ -176,7 +180,7 @@ def test_lesions_have_the_density_of_their_kind(large):
             if len(core) < 30: continue
             low, high = {"ground-glass nodule": (-700, -440), "emphysema": (-1005, -940), "liver cyst": (-12, 22), "pleural effusion": (-10, 35),
                          "mass": (0, 70), "solid nodule": (0, 75), "sclerotic metastasis": (500, 850), "lytic metastasis": (20, 75)}.get(l.kind, (-1100, 3000))
-            assert low < core.mean() < high, (p.seed, l, core.mean())
+            assert low < np.median(core) < high, (p.seed, l, np.median(core))  # vessels run through emphysema
 
 
 def test_pleural_effusion_is_as_deep_as_stated(small, large):
@@ -189,8 +193,9 @@ def test_pleural_effusion_is_as_deep_as_stated(small, large):
 
 def test_heart_ratio_as_stated(small):
     for p in small:
-        x = p.volume.grid.centers_mm()[..., 0].numpy()[p.regions == 7]
-        stated = float(re.search(r"cardiothoracic ratio (\d\.\d\d)", p.report.findings[7])[1])
+        fluid = [l.mask_id for l in p.lesions if l.kind == "pericardial effusion"]  # lies about the heart, in its region
+        x = p.volume.grid.centers_mm()[..., 0].numpy()[(p.regions == 7) & ~np.isin(p.lesion_mask, fluid)]
+        stated = float(re.search(r"cardiothoracic ratio (?:of )?(\d\.\d\d)", p.report.findings[7])[1])
         measured = (np.ptp(x) + spacing(p)) / thorax_width(Anatomy(p.seed))
         assert abs(measured - stated) < 0.05, (p.seed, measured, stated)
         assert (stated > 0.5) == p.report.labels["cardiomegaly"]
@@ -218,7 +223,6 @@ def parse(text):
         named = [k for k in LESION_KINDS if k in low]
         if "nodule or mass" in low: named = ["solid nodule", "ground-glass nodule", "mass", "calcified granuloma"]
         if "solid nodule" in named and "thyroid nodule" in named: named.remove("solid nodule")
-        if "lytic or sclerotic metastasis" in low or "metastasis in the spine" in low: named = ["lytic metastasis", "sclerotic metastasis"]
         if "heart is not enlarged" in low: named = ["cardiomegaly"]
         if "aorta is of normal calibre" in low: named = ["aortic aneurysm"]
         if "enlarged mediastinal or hilar lymph node" in low: named = ["enlarged lymph node"]
@@ -322,6 +326,3 @@ def test_xrays_look_like_those_of_real_chests(small):
         for axis in (1, 2):
             likeness = [np.corrcoef(shadow(hu, axis).ravel(), shadow(p.volume.hu, axis).ravel())[0, 1] for p in small[:12]]
             assert np.median(likeness) > least, (name, axis, likeness)
-
-
-GOLDEN = [-470.0] * 8

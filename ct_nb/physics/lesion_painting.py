@@ -11,7 +11,7 @@ __all__ = ['OTHER_HU', 'PAINTERS', 'lesion_hu', 'paint_lump', 'paint_spicules', 
 import numpy as np
 
 from .anatomy import cage, diaphragm, lobe_at, lungs
-from .phantom_lesions import LINE_KINDS, LUNG_KINDS, Lesion, catheter_line, coronary_line, length_of, lump
+from .phantom_lesions import ANATOMY_KINDS, LINE_KINDS, LUNG_KINDS, Lesion, catheter_line, coronary_line, length_of, lump
 from .shapes import Canvas, Tubes, paint_tubes, tube_coverage
 from .skeleton import rib_line
 
@@ -82,7 +82,10 @@ def paint_pericardial_effusion(canvas: Canvas, patient, lesion: Lesion, share, p
     where, distance = pump
     x, y, z = canvas.x[..., where[2]], canvas.y[:, where[1]], canvas.z[where[0]]
     cover = canvas.coverage(distance - np.float32(patient.pericardial_mm)) - canvas.coverage(distance)
-    cover *= canvas.coverage(-diaphragm(patient, x, y, z))
+    cover *= canvas.coverage(np.maximum(-diaphragm(patient, x, y, z), cage(patient, x, y, z) + 1))
+    vessels, taken = np.zeros(canvas.grid.shape, np.float32), tube_coverage(canvas, patient.around)
+    vessels[taken[0]] = taken[1]
+    cover *= 1 - vessels[where]
     canvas.paint(where, cover, lesion_hu(patient, lesion))
     return where, cover
 
@@ -136,6 +139,7 @@ def paint_lesion(canvas: Canvas, patient, lesion: Lesion, mask, share, pump):
     where, cover = PAINTERS.get(lesion.kind, paint_lump)(canvas, patient, lesion, share, pump)
     if cover.size == 0 or cover.max() <= 0.02: return
     filled = cover > min(0.5, 0.4 * cover.max() if lesion.kind in LINE_KINDS else 0.999 * cover.max())
+    if lesion.kind in ANATOMY_KINDS: filled &= mask[where] == 0
     mask[where][filled] = lesion.mask_id
     regions = canvas.regions[where]
     replaces = lesion.region <= 5 or lesion.kind in ("rib fracture", "pericardial effusion")

@@ -87,7 +87,8 @@ ABSENT = {  # region -> pairs: kinds that must all be absent, and ways to say so
     10: ((("enlarged lymph node",), ("No enlarged lymph node.", "There is no enlarged mediastinal or hilar lymph node.")),
          (("central venous catheter",), ("No central venous catheter.",))),
     12: ((("thyroid nodule",), ("No thyroid nodule.", "There is no thyroid nodule.")),),
-    13: ((("lytic metastasis", "sclerotic metastasis"), ("No lytic or sclerotic metastasis.", "There is no metastasis in the spine.")),),
+    13: ((("lytic metastasis",), ("No lytic metastasis.", "There is no lytic metastasis in the spine.")),
+         (("sclerotic metastasis",), ("No sclerotic metastasis.", "There is no sclerotic metastasis in the spine."))),
     14: ((("rib fracture",), ("No rib fracture.", "There is no rib fracture.")),),
     16: ((("liver cyst",), ("No liver cyst.", "There is no liver cyst.")),)}
 

@@ -100,7 +100,8 @@ def paint_lungs(canvas: Canvas, patient, ribs, dome):
     voxel is lung (D, H, W), and the heart: slices of its box and its signed distance there."""
     middle = chambers(patient)["right ventricle"][0]
     around, axes = canvas.box(middle - 110, middle + 110)
-    pump, share = heart(patient, *axes), np.empty(canvas.grid.shape, np.float32)
+    pump = smooth_max(heart(patient, *axes), ribs[around] + 3, np.float32(8))  # the wall of the chest flattens a large heart
+    share = np.empty(canvas.grid.shape, np.float32)
     for where, (x, y, z) in canvas.slabs(): share[where] = lungs(patient, x, y, z, ribs[where], dome[where])
     share[around] = smooth_max(share[around], np.float32(4.5 + patient.pericardial_mm) - pump, np.float32(8))
     for where, _ in canvas.slabs(): share[where] = canvas.coverage(share[where])
@@ -131,7 +132,10 @@ def paint_heart(canvas: Canvas, patient, where, pump):
     fill = {"left ventricle": (0.85, 10), "right ventricle": (1.05, 4.5), "right atrium": (1.1, 3.5), "left atrium": (0.95, 3.5)}
     for name, (center, radii, axes) in chambers(patient).items():
         gain, wall_mm = fill[name]
-        paint_ellipsoid(canvas, center, radii - wall_mm, blood_hu(patient, gain), 7, axes)
+        part, (x, y, z) = canvas.box(center - radii.max(), center + radii.max())
+        here = pump[tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, where))]
+        cover = canvas.coverage(np.maximum(ellipsoid(x, y, z, center, radii - wall_mm, axes), here + 2))
+        canvas.paint(part, cover, blood_hu(patient, gain), 7)
 
 def blood_hu(patient, gain=1.0) -> float:
     "HU of blood that carries `gain` times the contrast of the aorta."

@@ -63,7 +63,9 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             self.errors.seek(0)
-            raise PeerError(f"{self.name}: the worker ended with code {self.process.wait()}; {self.errors.read()[-500:].strip()}")
+            last = (self.errors.read().strip().splitlines() or ["it said nothing"])[-1]
+            if "ModuleNotFoundError" not in last: raise PeerError(f"{self.name}: the worker ended with code {self.process.wait()}; {last}")
+            line = json.dumps({"missing": last})
         reply = json.loads(line)
         if "missing" in reply: raise PeerMissing(f"{self.name}: not installed in {self.python} ({reply['missing']}); {HOW_TO_INSTALL[self.name]}")
         if "unsupported" in reply: raise PeerMissing(f"{self.name}: needs {reply['unsupported']}")

@@ -173,6 +173,7 @@ class Diffct(TorchPeer):
 class Mbirtorch(TorchPeer):
     distribution = "mbirtorch"
     forward_pose = forward_volume_pose = None
+    compiles_per_scene = True
 
     def setup(self):
         import mbirtorch
@@ -363,6 +364,7 @@ def serve(name, requests, replies):
             elif do == "time":
                 reply["seconds"] = measure_time(getattr(peer, request["operation"]), request["count"], device)
             elif do == "memory":
+                if getattr(peer, "compiles_per_scene", False): getattr(peer, request["operation"])()
                 reply["bytes"], reply["seconds"] = measure_memory(peer, getattr(peer, request["operation"]), device)
         except NotImplementedError as error:
             reply = {"unsupported": str(error)}
