@@ -144,5 +144,6 @@ class DRR2CT(nn.Module):
         latent = self.bottleneck(grids[-1])
         residual = self.decoder(latent, grids)[:, 0]
         unconstrained = base + residual * (self.window.width_hu / 2)
+        unconstrained = torch.maximum(unconstrained, -1000 + 0.01 * (unconstrained + 1000))
         hu = self._consistent(unconstrained, xrays, geometry) if self.config.consistency else unconstrained
         return Prediction(hu, base, unconstrained)
