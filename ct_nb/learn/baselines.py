@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Predictor', 'Air', 'MeanAtlas', 'NearestNeighbour', 'to_hu', 'MinimumNorm', 'SIRT', 'AtlasConsistent',
-           'fit_baselines']
+           'shrunk_spread', 'fit_baselines']
 
 # %% ../../nbs/learn/01_baselines.ipynb #cell-003
 from typing import Protocol
@@ -100,29 +100,34 @@ class SIRT:
 
 # %% ../../nbs/learn/01_baselines.ipynb #cell-016
 class AtlasConsistent:
-    "The mean atlas moved onto the volumes that have these X-rays, voxels in proportion to their variance among patients."
+    "The mean atlas moved onto the volumes that have these X-rays and μ ≥ 0, voxels in proportion to their variance among patients."
     name = "atlas_consistent"
 
     def __init__(
         self,
         atlas_hu: torch.Tensor,  # (D, H, W) HU
-        spread: torch.Tensor | None = None,  # (D, H, W) sd among training cases, mm⁻¹; None moves all voxels alike
-        iterations: int = 20,
+        spread: torch.Tensor | None = None,  # (D, H, W) sd of a voxel among patients, mm⁻¹, positive; None moves all voxels alike
+        rounds: int = 4,  # of consistency and clipping in turn
+        iterations: int = 5,  # of the solver in each
         energy_kev: float = 60.0,
     ):
-        self.mu, self.energy_kev = hu_to_mu(atlas_hu.float(), energy_kev), energy_kev
-        self.spread = None if spread is None else spread.clamp_min(0.1 * spread.mean())
-        self.settings = {"iterations": iterations, "spread": "training sd" if spread is not None else "none"}
+        self.mu, self.spread, self.rounds, self.iterations, self.energy_kev = hu_to_mu(atlas_hu.float(), energy_kev), spread, rounds, iterations, energy_kev
+        self.settings = {"rounds": rounds, "iterations": iterations, "spread": "training sd" if spread is not None else "none"}
 
     @torch.no_grad()
     def predict(self, xrays, geometry):
         from ct_nb.physics.solvers import make_consistent
         if tuple(self.mu.shape) != geometry.grid.shape:
             raise ValueError(f"{self.name}: fitted on volumes of {tuple(self.mu.shape)} and asked for {geometry.grid.shape}; fit it on pairs of this size")
-        spread = None if self.spread is None else self.spread.to(xrays)
-        return to_hu(make_consistent(self.mu.to(xrays), xrays, geometry, self.settings["iterations"], spread=spread), self.energy_kev)
+        mu, spread = self.mu.to(xrays), None if self.spread is None else self.spread.to(xrays)
+        for _ in range(self.rounds): mu = make_consistent(mu, xrays, geometry, self.iterations, spread=spread).clamp_min(0)
+        return to_hu(mu, self.energy_kev)
 
 # %% ../../nbs/learn/01_baselines.ipynb #cell-018
+def shrunk_spread(variance: torch.Tensor, cases: int, prior_cases: int = 5) -> torch.Tensor:
+    "Sd of each voxel from the variance among `cases` volumes, mixed with its mean over voxels as if that had been seen in `prior_cases` more; any unit."
+    return ((cases * variance + prior_cases * variance.mean()) / (cases + prior_cases)).sqrt()
+
 def fit_baselines(
     train_pairs,  # items with `hu` (D, H, W) and `xrays` (V, R, C), as `XrayPairs` without augmentation gives them
     limit: int = 500,  # cases looked at, evenly spread
@@ -145,6 +150,6 @@ def fit_baselines(
             library.append((F.adaptive_avg_pool2d(item["xrays"].float().cpu(), tuple(min(NearestNeighbour.pixels, n) for n in item["xrays"].shape[-2:])),
                             hu.round().clamp(-32768, 32767).short()))
     n = len(chosen)
-    atlas, sd = (total / n).float(), (square / n - (total_mu / n).square()).clamp_min(0).sqrt().float()
+    atlas, spread = (total / n).float(), shrunk_spread((square / n - (total_mu / n).square()).clamp_min(0), n).float()
     return [Air(), MeanAtlas(atlas, n), NearestNeighbour(*(torch.stack(part) for part in zip(*library))), MinimumNorm(energy_kev=energy_kev),
-            SIRT(energy_kev=energy_kev), AtlasConsistent(atlas, sd if n > 1 else None, energy_kev=energy_kev)]
+            SIRT(energy_kev=energy_kev), AtlasConsistent(atlas, spread if n > 1 else None, energy_kev=energy_kev)]

@@ -124,7 +124,7 @@ def _relative(error, reference, dims=None):
     return torch.linalg.vector_norm(error, dim=dims) / torch.linalg.vector_norm(reference, dim=dims)
 
 # %% ../../nbs/learn/00_metrics.ipynb #cell-023
-def null_space_error(pred, truth, geometry, energy_kev: float = 60.0, iterations: int = 20):
+def null_space_error(pred, truth, geometry, energy_kev: float = 60.0, iterations: int = 10):
     """‖N(μ(pred) − μ(truth))‖ / ‖N μ(truth)‖, N = I − A⁺A by `iterations` of the solver; `pred` is HU (D, H, W), or (B, D, H, W) for a tensor of B.
 
     Bhadra, Kelkar, Brooks & Anastasio 2021 (10.1109/TMI.2021.3077857) call what a method puts there wrongly a hallucination map.

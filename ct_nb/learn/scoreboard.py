@@ -10,22 +10,21 @@ __all__ = ['MAIN', 'VERDICT', 'held_out_views', 'score_case', 'Scoreboard', 'jud
 import csv
 import io
 import math
-import platform
 import re
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Sequence
 
 import torch
 
 from ..files import atomic_write, write_json
+from .checkpoints import versions
 from .masks import threshold_masks
 from .metrics import Interval, drr_error, held_out_drr_error, mean_sd, null_space_error, paired_interval
 from .score import METRICS, volume_scores
 from ..physics.geometry import ConeBeam
-from ..physics.volume import Volume
+from ..physics.volume import Grid, Volume
 from ..style import FAINT, FLOOR, INK, MODEL, MUTED, style
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-005
@@ -161,8 +160,8 @@ def _draw_metric(axis, board: Scoreboard, metric: str, order: Sequence[str]):
     for place, predictor in enumerate(order):
         colour, values = MODEL if predictor == board.model else FLOOR, board.values(predictor, metric)
         found = paired_interval(values, [0.0] * len(values), patients)
-        axis.plot([v for v in values if math.isfinite(v)], [place] * sum(map(math.isfinite, values)), "o", ms=3.5, mew=0, color=colour, alpha=0.3, zorder=2)
-        if math.isfinite(found.low): axis.plot([found.low, found.high], [place] * 2, color=colour, lw=2, solid_capstyle="round", zorder=3)
+        axis.plot([v for v in values if math.isfinite(v)], [place] * sum(map(math.isfinite, values)), "o", ms=3, mew=0, color=colour, alpha=0.75, zorder=3)
+        if math.isfinite(found.low): axis.plot([found.low, found.high], [place] * 2, color=colour, alpha=0.35, lw=4, solid_capstyle="butt", zorder=2)
         if math.isfinite(found.mean):
             edge = "<" if found.mean < low - margin else ">" if found.mean > high + margin else None
             axis.plot(min(max(found.mean, low - margin), high + margin), place, edge or "o", ms=6.5, mfc=colour, mec="white", mew=1, zorder=4, clip_on=False)
@@ -229,12 +228,6 @@ Scoreboard.judge, Scoreboard.table, Scoreboard.figure, Scoreboard.save = judge, 
 Scoreboard.verdict = lambda self: [self.judge(m) for m in VERDICT if m in self.metrics]
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-025
-def _versions():
-    def of(name):
-        try: return version(name)
-        except PackageNotFoundError: return None
-    return {"python": platform.python_version()} | {name: of(name) for name in ("ct_nb", "torch", "numpy", "scipy")}
-
 def evaluate(
     predictors: Sequence,  # `Predictor`s with different names; the one named "model" is judged against the others
     pairs,  # cases none of them was fitted on
@@ -262,7 +255,7 @@ def evaluate(
         if out is not None and number < save_cases: save_case(Path(out) / "cases" / re.sub(r"[^\w.-]+", "_", str(item["id"])), item, volumes)
     board = Scoreboard(rows, {"held_out_azimuth_deg": [round(a, 3) for a in held_out.azimuth_deg.tolist()], "energy_kev": energy_kev,
                               "settings": {p.name: dict(getattr(p, "settings", {})) for p in predictors},
-                              "notes": [] if lpips else ["lpips: no weights given"], "versions": _versions()})
+                              "notes": [] if lpips else ["lpips: no weights given"], "versions": versions()})
     if out is not None: board.save(out)
     return board
 
@@ -273,4 +266,5 @@ def save_case(folder, item: dict, volumes: dict) -> None:
     folder, affine = Path(folder), np.asarray(item.get("affine", item["geometry"].grid.affine))
     for name, hu in {"truth": torch.as_tensor(item["hu"]), **volumes}.items(): Volume(hu.round().numpy(), affine).save(folder / f"{name}.nii.gz")
     with atomic_write(folder / "xrays.npz") as path: np.savez_compressed(path, line_integrals=np.asarray(item["xrays"], dtype=np.float32))
-    with atomic_write(folder / "geometry.json") as path: path.write_text(item["geometry"].to_json(), encoding="utf-8")
+    center = Grid(item["geometry"].grid.shape, affine).center_mm  # of the cube in the patient's frame, where the volumes are
+    item["geometry"].moved(center - item["geometry"].grid.center_mm).on(Grid(item["geometry"].grid.shape, affine)).save(folder / "geometry.json")

@@ -132,6 +132,12 @@ class DRR2CT(nn.Module):
         maps = torch.cat([mean, least], 1).unflatten(-1, (size,) * 3)
         return torch.cat([self.window.to_network(base)[:, None], maps, place.permute(3, 0, 1, 2).expand(len(base), 3, size, size, size)], 1)
 
+    @torch.no_grad()
+    def start(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
+        "What the prior alone makes of X-rays (B, V, R, C), moved onto them: HU (B, N, N, N)."
+        geometry = self._checked(xrays, geometry)
+        return self._consistent(self.prior(xrays, geometry), xrays, geometry)
+
     def forward(self, xrays: torch.Tensor, geometry: ConeBeam, base=None) -> Prediction:
         geometry = self._checked(xrays, geometry)
         with torch.no_grad():

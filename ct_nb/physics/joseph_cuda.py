@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .joseph import MINIMUM_W, VALUES, ColumnParameters
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-007
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-008
 PARAMETERS = tl.constexpr(len(VALUES))
 
 @triton.jit
@@ -24,7 +24,7 @@ def _by_axis(axis, of_z, of_y, of_x): return tl.where(axis == 0, of_z, tl.where(
 @triton.jit
 def _size_and_stride(axis, D, H, W): return _by_axis(axis, D, H, W), _by_axis(axis, H * W, W, 1)
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-009
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-010
 @triton.jit
 def _line(values, column, real):
     "line_offset, line_drift, line_shear of detector columns (flat index into the parameters)"
@@ -39,7 +39,7 @@ def _pixels(values, column, real):
             tl.load(at + 6, mask=real, other=0.0), tl.load(at + 7, mask=real, other=0.0), tl.load(at + 8, mask=real, other=0.0),
             tl.load(at + 9, mask=real, other=0.0), tl.load(at + 10, mask=real, other=0.0))
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-010
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-011
 @triton.jit
 def _ray(pixels, rho, MINIMUM_W: tl.constexpr):
     "start, slope and length of the rays in rows ρ; then 1/w and the squared length, for the derivatives"
@@ -50,7 +50,7 @@ def _ray(pixels, rho, MINIMUM_W: tl.constexpr):
     start, slope = (row_offset + row_step * rho) * shrink, (row_drift + row_step_drift * rho) * shrink
     return start, slope, tl.where(usable, tl.sqrt(square) * shrink, 0.0), shrink, square
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-012
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-013
 @triton.jit
 def _across(volume, here, b, line, drift_kappa, shear, n_a, n_b, stride_a, stride_b):
     "the volume on the line at whole b, and its derivative along a; `here` is true where the slice counts"
@@ -62,7 +62,7 @@ def _across(volume, here, b, line, drift_kappa, shear, n_a, n_b, stride_a, strid
     right = tl.load(at + stride_a, mask=here & (a >= -1) & (a < n_a - 1), other=0.0)
     return left + (across - a) * (right - left), right - left
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-014
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-015
 @triton.jit
 def _forward_kernel(volume, values, axes, slices, image, shared, V, R, C, D, H, W, MINIMUM_W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tile, view = tl.program_id(0), tl.program_id(1)  # view counts through the batch
@@ -89,7 +89,7 @@ def _forward_kernel(volume, values, axes, slices, image, shared, V, R, C, D, H, 
         total += near + (position - b) * (far - near)
     tl.store(image + (view.to(tl.int64) * R + row) * C + pixel_column, total * length, mask=real & (row < R))
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-016
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-017
 def _arguments(volume_like, parameters: ColumnParameters) -> tuple:
     "What every kernel takes: values in the volume's precision, axes, slices, whether the batch shares them, and the sizes."
     if not volume_like.is_cuda and isinstance(_forward_kernel, triton.runtime.JITFunction):
@@ -99,7 +99,7 @@ def _arguments(volume_like, parameters: ColumnParameters) -> tuple:
     return ((parameters.values.to(volume_like.dtype).contiguous(), parameters.axes.contiguous(), parameters.slices.contiguous()), shared,
             (parameters.views, rows, columns, *parameters.volume_shape))
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-017
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-018
 def forward(volume: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     "Line integrals, as `ct_nb.physics.joseph.forward`: volume (B, D, H, W) float32 or float64 on a GPU -> (B, V, R, C)."
     columns, shared, sizes = _arguments(volume, parameters)
@@ -110,7 +110,7 @@ def forward(volume: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
         with torch.cuda.device_of(volume): _forward_kernel[grid](volume.contiguous(), *columns, image, shared, *sizes, MINIMUM_W, ROWS=8, COLUMNS=16)
     return image
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-019
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-020
 @triton.jit
 def _row_of(target, start_0, start_1, perspective, outside):
     "the ρ at which b(ρ) = (start_0 + start_1·ρ) / (1 + perspective·ρ) reaches `target` with 1 + perspective·ρ > 0; `outside` where it does not"
@@ -119,7 +119,7 @@ def _row_of(target, start_0, start_1, perspective, outside):
     rho = (target - start_0) / tl.where(reached, divisor, 1.0)
     return tl.where(reached, rho, tl.where(steepness > 0, outside, -outside))
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-020
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-021
 @triton.jit
 def _gather_rows(image, pixels, b, kappa, R, MINIMUM_W: tl.constexpr):
     "S_c(k, b) for whole numbers b (1, N): the image's column (R contiguous values) spread over b with the rays' weights"
@@ -137,7 +137,7 @@ def _gather_rows(image, pixels, b, kappa, R, MINIMUM_W: tl.constexpr):
         total += hat * length * tl.load(image + row, mask=row <= high, other=0.0)
     return total
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-022
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-023
 @triton.jit
 def _adjoint_kernel(image, values, axes, slices, volume, shared, V, R, C, D, H, W, add, MINIMUM_W: tl.constexpr, M: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
                     TILE_A: tl.constexpr, TILE_B: tl.constexpr, SEARCH: tl.constexpr):
@@ -175,7 +175,7 @@ def _adjoint_kernel(image, values, axes, slices, volume, shared, V, R, C, D, H, 
     if add > 0: total += tl.load(at, mask=inside, other=0.0)
     tl.store(at, total, mask=inside)
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-024
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-025
 _orders = WeakTensorKeyDictionary()  # axes -> (version, the orders that occur in them)
 
 def _axis_orders(axes: torch.Tensor) -> list[tuple[int, int, int]]:
@@ -186,7 +186,7 @@ def _axis_orders(axes: torch.Tensor) -> list[tuple[int, int, int]]:
         _orders[key] = key._version, [order for order in permutations(range(3)) if order[0] * 3 + order[1] in present]
     return _orders[key][1]
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-025
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-026
 def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     "The transpose of `forward`: image (B, V, R, C) -> (B, D, H, W). No atomics: two calls give equal bits."
     columns, shared, sizes = _arguments(image, parameters)
@@ -200,7 +200,7 @@ def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
             _adjoint_kernel[grid](by_column, *columns, volume, shared, *sizes, min(turn, 1), MINIMUM_W, M=m, A=a, B=b, TILE_A=16, TILE_B=32, SEARCH=256, num_warps=1)
     return volume
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-027
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-028
 @triton.jit
 def _slope_kernel(volume, values, axes, slices, image, slope, shared, V, R, C, D, H, W, MINIMUM_W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tile, view = tl.program_id(0), tl.program_id(1)
@@ -249,7 +249,7 @@ def _slope_kernel(volume, values, axes, slices, image, slope, shared, V, R, C, D
     tl.store(at + 9, tl.sum(by_length * rho, 0)[None, :], mask=real)
     tl.store(at + 10, tl.sum(by_length * rho * rho, 0)[None, :], mask=real)
 
-# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-028
+# %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-029
 def gradient(volume: torch.Tensor, image: torch.Tensor, parameters: ColumnParameters, projection: torch.Tensor | None = None, with_adjoint: bool = True):
     """The derivative of ⟨image, forward(volume)⟩ with respect to `parameters.values` (float64, in their shape), and adjoint(image), its derivative with
     respect to the volume (or None). `projection` is not needed: the sums that the derivative takes yield it on the way."""

@@ -132,7 +132,9 @@ def paint_heart(canvas: Canvas, patient, where, pump):
     fill = {"left ventricle": (0.85, 10), "right ventricle": (1.05, 4.5), "right atrium": (1.1, 3.5), "left atrium": (0.95, 3.5)}
     for name, (center, radii, axes) in chambers(patient).items():
         gain, wall_mm = fill[name]
-        part, (x, y, z) = canvas.box(center - radii.max(), center + radii.max())
+        box, _ = canvas.box(center - radii.max(), center + radii.max())
+        part = tuple(slice(max(p.start, w.start), min(p.stop, w.stop)) for p, w in zip(box, where))
+        x, y, z = canvas.x[..., part[2]], canvas.y[:, part[1]], canvas.z[part[0]]
         here = pump[tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, where))]
         cover = canvas.coverage(np.maximum(ellipsoid(x, y, z, center, radii - wall_mm, axes), here + 2))
         canvas.paint(part, cover, blood_hu(patient, gain), 7)
