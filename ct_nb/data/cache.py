@@ -47,7 +47,7 @@ def code_digest(
 # %% ../../nbs/data/03_cache.ipynb #cell-011
 def files_digest(
     paths: list,  # the files of one case, in order
-    cache: "DiskCache | None" = None,  # remembers the answer
+    cache=None,  # a `DiskCache` that remembers the answer
 ) -> str:
     "Digest of the contents of files (their names do not count)."
     def read():

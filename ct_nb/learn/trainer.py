@@ -130,8 +130,10 @@ class Trainer:
         collate: Callable[[list], dict],  # cases -> batch: every entry has the cases along its first axis, `id` names them
         validate: Callable[[torch.nn.Module], dict] | None = None,  # figures of the averaged model
     ):
-        from accelerate import Accelerator
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        # a network at a small size may have parts that no voxel reaches, and gradients of several processes must not wait for them
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available(),
+                                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         if config.batch_size % self.accelerator.num_processes:
             raise ValueError(f"batch_size {config.batch_size} cannot be shared by {self.accelerator.num_processes} processes; make it a multiple.")
         self.config, self.out, self.step, self.data, self.collate, self.validate = config, Path(out), step, data, collate, validate

@@ -14,7 +14,7 @@ def channels_inner(x: torch.Tensor) -> torch.Tensor:
     "The same tensor (B, C, D, H, W) with the channels innermost in memory."
     return x.contiguous(memory_format=torch.channels_last_3d)
 
-# %% ../../nbs/nets/00_blocks.ipynb #cell-007
+# %% ../../nbs/nets/00_blocks.ipynb #cell-008
 def keep_variance(network: nn.Module) -> nn.Module:
     "Weights of all convolutions and linear layers drawn with variance 1/fan-in, biases 0; returns the network."
     for layer in network.modules():
@@ -24,12 +24,12 @@ def keep_variance(network: nn.Module) -> nn.Module:
             nn.init.normal_(layer.weight, std=fan_in ** -0.5), nn.init.zeros_(layer.bias)
     return network
 
-# %% ../../nbs/nets/00_blocks.ipynb #cell-010
+# %% ../../nbs/nets/00_blocks.ipynb #cell-011
 def group_norm(channels: int) -> nn.GroupNorm:
     "Groups of at least 4 channels, at most 8 groups."
     return nn.GroupNorm(max(g for g in (1, 2, 4, 8) if channels % (4 * g) == 0 or g == 1), channels)
 
-# %% ../../nbs/nets/00_blocks.ipynb #cell-011
+# %% ../../nbs/nets/00_blocks.ipynb #cell-012
 class ResidualBlock(nn.Module):
     "A block that changes neither size nor channels; `dimensions` 2 or 3, `conditions` the length of the vector it listens to (0: none)."
     def __init__(self, dimensions: int, channels: int, conditions: int = 0):

@@ -39,8 +39,9 @@ class DRR2CTConfig:
     inner_channels: int = 128  # at 8³
     inner_blocks: int = 2
     consistency: bool = True  # make the prediction agree with the X-rays
+    learned_spread: bool = False
     consistency_iterations: int = 8
-    consistency_damping: float = 5.0  # mm²
+    consistency_noise: float = 0.05  # line integrals: how far rendered X-rays are from those of a coarser grid, at least
     consistency_detector: int = 128  # the X-rays are binned to at most this many rows and columns first
     xray_normalization: str = "dataset"  # or "scan"
     xray_mean: float = 2.0  # of line integrals over the training set
@@ -84,7 +85,7 @@ class DRR2CT(nn.Module):
         self.views = ViewPyramid(2, config.view_channels, config.lifted_channels, config.view_blocks)
         self.grid = LatentGrid(config.lifted_channels, config.grid_channels, physical=7)
         self.bottleneck = Bottleneck(config.grid_channels[-1], config.inner_channels, config.inner_blocks)
-        self.decoder = UNetDecoder(config.grid_channels)
+        self.decoder = UNetDecoder(config.grid_channels, outputs=2)
         keep_variance(self)
         for block in self.modules():
             if isinstance(block, ResidualBlock):
@@ -105,10 +106,11 @@ class DRR2CT(nn.Module):
         if not geometry.batch_shape: geometry = ConeBeam.stack([geometry] * len(xrays))
         return geometry.on(geometry.grid.resized(size)).to(device=xrays.device, dtype=torch.float32)
 
-    def _consistent(self, hu, xrays, geometry):
+    def _consistent(self, hu, xrays, geometry, doubt=None):
         y, coarse = binned(xrays, geometry, self.config.consistency_detector)
-        spread = (self.prior.spread_hu / self.prior.spread_hu.mean()).clamp_min(0.1).expand_as(hu)
-        mu = make_consistent(self._to_mu(hu), y, coarse, self.config.consistency_iterations, damping=self.config.consistency_damping, spread=spread)
+        spread = (self._to_mu(self.prior.spread_hu) - self._to_mu(0.0)).expand_as(hu)
+        if doubt is not None: spread = spread * doubt
+        mu = make_consistent(self._to_mu(hu), y, coarse, self.config.consistency_iterations, damping=self.config.consistency_noise ** 2, spread=spread)
         return mu_to_hu(mu, self.config.energy_kev)
 
     def _to_mu(self, hu):
@@ -148,8 +150,9 @@ class DRR2CT(nn.Module):
             physical = self._physical(base, images, geometry)
         grids = self.grid(self.views(images, geometry), physical, geometry)
         latent = self.bottleneck(grids[-1])
-        residual = self.decoder(latent, grids)[:, 0]
+        residual, doubt = self.decoder(latent, grids).unbind(1)
         unconstrained = base + residual * (self.window.width_hu / 2)
         unconstrained = torch.maximum(unconstrained, -1000 + 0.01 * (unconstrained + 1000))
-        hu = self._consistent(unconstrained, xrays, geometry) if self.config.consistency else unconstrained
+        doubt = torch.exp(2 * torch.tanh(doubt)) if self.config.learned_spread else None
+        hu = self._consistent(unconstrained, xrays, geometry, doubt) if self.config.consistency else unconstrained
         return Prediction(hu, base, unconstrained)

@@ -39,7 +39,7 @@ def lift(features: torch.Tensor, where: Shadows) -> torch.Tensor:
     sampled = F.grid_sample(features.flatten(0, 1), where.position.to(features).flatten(0, 1)[:, None], padding_mode="border", align_corners=False)
     return sampled.view(b, v, c, -1) * where.seen[:, :, None]
 
-# %% ../../nbs/nets/03_latent.ipynb #cell-010
+# %% ../../nbs/nets/03_latent.ipynb #cell-012
 class ViewFusion(nn.Module):
     "Lifted features of any number of views → one grid (B, channels, n, n, n)."
     def __init__(self, features: int, channels: int):
@@ -57,7 +57,7 @@ class ViewFusion(nn.Module):
         size = round(where.depth.shape[-1] ** (1 / 3))
         return self.mix(channels_inner(torch.cat([mean, most], 1).unflatten(-1, (size,) * 3)))
 
-# %% ../../nbs/nets/03_latent.ipynb #cell-012
+# %% ../../nbs/nets/03_latent.ipynb #cell-014
 BOTTLENECK_SIZE = 16
 
 def level_sizes(size: int) -> list[int]:
@@ -67,7 +67,7 @@ def level_sizes(size: int) -> list[int]:
     if sizes[-1] != BOTTLENECK_SIZE: raise ValueError(f"size: must be 16, 32, 64, 128 or another 16·2ⁿ, got {size}")
     return sizes
 
-# %% ../../nbs/nets/03_latent.ipynb #cell-013
+# %% ../../nbs/nets/03_latent.ipynb #cell-015
 class LatentGrid(nn.Module):
     "Feature pyramid of the views and physical channels → one grid (B, channels[k], n, n, n) for each level, from full size to 16³."
     def __init__(self, view_channels: tuple[int, ...], channels: tuple[int, ...], physical: int):
@@ -88,7 +88,7 @@ class LatentGrid(nn.Module):
             grids.append(self.blocks[level - 1](x) if level else x)
         return grids
 
-# %% ../../nbs/nets/03_latent.ipynb #cell-016
+# %% ../../nbs/nets/03_latent.ipynb #cell-018
 class Bottleneck(nn.Module):
     "The coarsest grid, (B, channels, 16, 16, 16) → the same shape, with blocks at 8³ inside that see the whole patient."
     def __init__(self, channels: int, inner: int, blocks: int = 2):

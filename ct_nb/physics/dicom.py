@@ -25,7 +25,7 @@ from .volume import AIR_HU, Volume
 class Slice:
     "One CT slice: its name for messages, its header, where it lies along the normal, and how to load it with its pixels."
     name: str
-    header: "pydicom.Dataset"
+    header: object
     load: Callable
     position_mm: float = 0.0
 

@@ -37,7 +37,7 @@ def vertebra_z(patient, number):
     pitch = (PITCH_MM - PITCH_GROWTH * T1_MM) * np.exp(PITCH_GROWTH * np.asarray(number, float))
     return (PITCH_MM - pitch) / PITCH_GROWTH * patient.scale[2] + patient.shift_z
 
-# %% ../../nbs/physics/09e_skeleton.ipynb #cell-009
+# %% ../../nbs/physics/09e_skeleton.ipynb #cell-010
 def posterior_elements(patient, dx, dy, z, off):
     "Signed distance to arches and processes, in reference mm, about the column: `dx`, `dy` from its middle, `off` from the nearest vertebra."
     sloped, pitch = vertebra_offset(patient, z + np.float32(0.5) * np.clip(dy - 18, 0, 40))
@@ -65,7 +65,7 @@ def paint_spine(canvas: Canvas, patient):
     cortex_mm = np.where(dy > 13, np.float32(0.8), np.float32(0.65))
     paint_bone(canvas, patient, where, c(bone * s), c((bone + cortex_mm) * s), 13)
 
-# %% ../../nbs/physics/09e_skeleton.ipynb #cell-011
+# %% ../../nbs/physics/09e_skeleton.ipynb #cell-012
 RIB_DROP = (20, 34, 48, 60, 70, 78, 84, 86, 82, 70, 50, 34)  # mm from the head of the rib to its lowest point
 RIB_BONE = (.72, .75, .78, .80, .80, .78, .76, .73, .69, .64, .46, .32)  # share of the way to the front that is bone
 RIB_END = (1, 1, 1, 1, 1, 1, 1, .90, .84, .76, 0, 0)  # and where the cartilage ends
@@ -82,7 +82,7 @@ def rib_line(patient, number, side, points=48):
     neck = np.clip(share / 0.07, 0, 1)[:, None]
     return share, head * (1 - neck) + line * neck
 
-# %% ../../nbs/physics/09e_skeleton.ipynb #cell-012
+# %% ../../nbs/physics/09e_skeleton.ipynb #cell-013
 def ribs(patient):
     "The bony ribs and their cartilages, two `Tubes`."
     bone, cartilage = [], []
@@ -109,7 +109,7 @@ def paint_sternum(canvas: Canvas, patient):
         line = np.stack([0 * z, patient.front(z) - 5.5, z], 1)
         paint_bone_tubes(canvas, patient, Tubes.along(line, radius), 1.0, 14, (wide, 1, 1))
 
-# %% ../../nbs/physics/09e_skeleton.ipynb #cell-014
+# %% ../../nbs/physics/09e_skeleton.ipynb #cell-015
 def paint_shoulders(canvas: Canvas, patient):
     "Clavicles, scapulae and the upper ends of the humeri."
     for side in (-1, 1):
@@ -129,7 +129,7 @@ def paint_shoulders(canvas: Canvas, patient):
         girth = np.interp(np.linalg.norm(humerus - humerus[0], axis=1), (0, 20, 50, 120), (21, 20, 13, 11.5))
         paint_bone_tubes(canvas, patient, Tubes.along(humerus, girth * patient.scale[0]), 1.8, 15)
 
-# %% ../../nbs/physics/09e_skeleton.ipynb #cell-015
+# %% ../../nbs/physics/09e_skeleton.ipynb #cell-016
 def paint_scapula(canvas: Canvas, patient, top, low, socket):
     "The blade: a thin sheet 17 mm outside the cage, cut to the triangle of its three corners (mm)."
     corners = [top, low, socket]

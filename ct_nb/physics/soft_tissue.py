@@ -25,7 +25,7 @@ def body_outline(patient, x, y, z):
     b = (back - front) / 2
     return squircle((x - np.float32(0.3) * patient.spine_x(z)) / a, (y - (back + front) / 2) / b, a, b, 1.0)
 
-# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-008
+# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-009
 MUSCLES = (  # angle about the cage and its spread (degrees; −90 front, 0 side, 90 back), height and its spread, thickness (mm)
     (-48, 30, 52, 40, 17), (8, 30, -5, 75, 9), (48, 26, 25, 85, 13), (40, 26, 70, 45, 16), (86, 20, -20, 160, 15), (78, 30, 95, 60, 14),
     (-60, 60, -140, 45, 8))
@@ -43,7 +43,7 @@ def shoulder(patient, body, z):
     "Signed distance, mm, to the muscle that fills the body above the armpits, from the distance `body` to the skin."
     return body + np.float32(patient.fat_mm * 0.9 + 3) + np.clip((95 - z) * np.float32(0.8), 0, 60)
 
-# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-009
+# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-010
 def breasts(patient) -> list:
     "Centre and radii (mm) of each breast and of the gland in it."
     if not patient.breast_mm: return []
@@ -55,7 +55,7 @@ def breasts(patient) -> list:
         out.append((center, radii, center - (0, 0.4 * patient.breast_mm, 4), np.array([40, 5 + 0.35 * patient.breast_mm, 36])))
     return out
 
-# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-010
+# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-011
 def paint_couch(canvas: Canvas, patient, where, x, y):
     "A curved carbon shell with foam inside, the mattress touching the back."
     back_mm = float(patient.back(np.zeros(1))[0]) + 35 + 0.5 * patient.fat_mm
@@ -64,7 +64,7 @@ def paint_couch(canvas: Canvas, patient, where, x, y):
     canvas.paint(where, canvas.slab(deck - 8, 8) * on, -940.0)
     for depth in (16, 44): canvas.paint(where, canvas.slab(deck - np.float32(depth), 1.0) * on, -250.0)
 
-# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-011
+# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-012
 def paint_torso(canvas: Canvas, patient):
     "Couch, skin, fat, breasts and muscle; returns the signed distance to the cage (D, H, W), mm."
     ribs, glands, c = np.empty(canvas.grid.shape, np.float32), breasts(patient), canvas.coverage
@@ -86,7 +86,7 @@ def lean(patient, x, y, z):
     noise = value_noise(x, y, z, patient.seed * 16 + 1, 30.0) + np.float32(0.5) * value_noise(x, y, z, patient.seed * 16 + 4, 11.0)
     return np.float32(0.5) + np.float32(0.5) * np.clip(np.abs(noise) * 4, 0, 1)
 
-# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-012
+# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-013
 def paint_back(canvas: Canvas, patient):
     "The erector muscles beside the spinous processes (region 20)."
     s = np.float32(patient.scale[0])
@@ -94,7 +94,7 @@ def paint_back(canvas: Canvas, patient):
     side, behind = np.abs(x - patient.spine_x(z)) - 25 * s, y - patient.spine_y(z) - 42 * s
     canvas.paint(where, canvas.coverage(np.sqrt((side / np.float32(1.6)) ** 2 + behind**2) - 12.5 * s), patient.hu["muscle"], 20)
 
-# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-014
+# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-015
 def paint_lungs(canvas: Canvas, patient, ribs, dome):
     """Fat inside the cage, then the lungs with their lobes, given the signed distances to cage and diaphragm (mm). Returns how much of each
     voxel is lung (D, H, W), and the heart: slices of its box and its signed distance there."""
@@ -110,7 +110,7 @@ def paint_lungs(canvas: Canvas, patient, ribs, dome):
     for where, axes in canvas.slabs(): paint_parenchyma(canvas, patient, where, *axes, share[where], ribs[where])
     return share, (around, pump)
 
-# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-015
+# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-016
 def paint_parenchyma(canvas: Canvas, patient, where, x, y, z, share, ribs):
     "Fat, lung tissue and the seams between the lobes, in one slab."
     tissue = np.float32(10) * value_noise(x, y, z, patient.seed * 16 + 2, 12.0) + (np.float32(patient.hu["lung"]) + np.float32(0.42) * y)
@@ -125,7 +125,7 @@ def paint_parenchyma(canvas: Canvas, patient, where, x, y, z, share, ribs):
 
 def cavity_fat(patient): return np.float32(patient.hu["fat"] + 10)  # strands of vessels and nodes make it denser than the fat of the wall
 
-# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-017
+# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-018
 def paint_heart(canvas: Canvas, patient, where, pump):
     "The heart, given the slices of its box and its signed distance there."
     canvas.paint(where, canvas.coverage(pump), patient.hu["myocardium"], 7)
@@ -143,7 +143,7 @@ def blood_hu(patient, gain=1.0) -> float:
     "HU of blood that carries `gain` times the contrast of the aorta."
     return 42 + gain * (patient.hu["blood"] - 42)
 
-# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-019
+# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-020
 def paint_abdomen(canvas: Canvas, patient, ribs, dome, share):
     "Everything under the diaphragm, given the signed distances to cage and diaphragm (mm) and the share of lung in each voxel."
     where, (x, y, z) = canvas.box((-200, -200, -400), (200, 200, patient.dome_tops.max() + 12))
@@ -166,7 +166,7 @@ def paint_abdomen(canvas: Canvas, patient, ribs, dome, share):
     organ(egg((98, 44, -116), (32, 52, 46)) + 0.5 * bumps, hu["spleen"], 17)
     organ(liver(patient, x, y, z) + bumps, hu["liver"], 16)
 
-# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-020
+# %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-021
 def paint_bowel(patient, organ, egg, bumps):
     "Loops of bowel, gas in the front of each."
     loops = ((98, -44, -136), (24, 26, 26)), ((20, -70, -158), (90, 20, 20)), ((60, 10, -165), (40, 34, 26)), ((-5, -15, -172), (40, 30, 22))

@@ -199,7 +199,7 @@ def _resample_oblique(hu, matrix, offset, shape) -> np.ndarray:
     return result * inside + np.float32(AIR_HU) * (1 - inside)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-029
-def find_body(volume: "Volume", spacing_mm: float = 5.0) -> tuple[np.ndarray, Grid]:
+def find_body(volume, spacing_mm: float = 5.0) -> tuple[np.ndarray, Grid]:
     """The patient without couch and clothes: a boolean mask (D, H, W) on a coarse grid along LPS, and that grid. No body: `ValueError`.
 
     Tissue above -300 HU, opened to drop sheets (couch tops, blankets), filled slice by slice (lungs), opened again to cut tubes; of that

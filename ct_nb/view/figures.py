@@ -138,8 +138,8 @@ def comparison_figure(xrays, truth: Volume, predictions: dict, window="chest", a
     for name, volume in predictions.items():
         if volume.grid != truth.grid: raise ValueError(f"predictions: {name!r} is on another grid than the truth; resample it with .resample_onto(truth.grid)")
     first = next(iter(predictions))
-    rows = {"CT": truth} | {f"{name}   {psnr(volume.hu, truth.hu):.1f} dB": volume for name, volume in predictions.items()}
-    rows |= {f"{first} − CT": Volume(predictions[first].hu - truth.hu, truth.affine)}
+    rows = {"CT": truth} | {f"{name.replace('_', ' ')}   {psnr(volume.hu, truth.hu):.1f} dB": volume for name, volume in predictions.items()}
+    rows |= {f"{first.replace('_', ' ')} − CT": Volume(predictions[first].hu - truth.hu, truth.affine)}
     x, y, z = along_lps(truth).grid.extent_mm
     with style():
         figure = plt.figure(figsize=(9.6, 0.3 + len(rows) * 2.08 * max(y, z) / x))
