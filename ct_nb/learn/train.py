@@ -152,7 +152,7 @@ def build(self: DRR2CTRun, progress: bool = True) -> DRR2CT:
     torch.manual_seed(self.seed)
     self.model = DRR2CT(replace(s.network, xray_mean=statistics["mean"], xray_std=statistics["sd"]))
     items = read_all(self.for_prior, "reading volumes for the prior", progress)
-    self._choose_prior_noise(items)
+    if self.is_real: self._choose_prior_noise(items)
     self.model.prior.fit(torch.stack([item["hu"] for item in items]))
     return self.model
 
@@ -162,13 +162,9 @@ PRIOR_NOISE = (0.5, 1.0, 2.0, 4.0)  # line integrals
 @patch
 def _choose_prior_noise(self: DRR2CTRun, items: list[dict], most: int = 6) -> None:
     model, gained = self.model, torch.zeros(len(PRIOR_NOISE))
-    if self.is_real: left_out = [(self.fitted[i], [x for x in items if x["patient"] != self.fitted.patients[i]]) for i in range(min(most, len(self.fitted)))]
-    else: left_out = [(self.for_network[i], items) for i in range(min(most, len(self.for_network)))]
-    fitted_to = None
+    left_out = [(self.fitted[i], [x for x in items if x["patient"] != self.fitted.patients[i]]) for i in range(min(most, len(self.fitted)))]
     for item, others in left_out:
-        if len(others) < 2: continue
-        if fitted_to is not others: model.prior.fit(torch.stack([x["hu"] for x in others]))
-        fitted_to = others
+        model.prior.fit(torch.stack([x["hu"] for x in others]))
         for place, noise in enumerate(PRIOR_NOISE):
             model.prior.noise = noise
             gained[place] += psnr(model.start(item["xrays"][None], item["geometry"])[0], item["hu"])
