@@ -23,7 +23,7 @@ from ..physics.projector import project
 from ..physics.solvers import make_consistent
 from ..physics.volume import WINDOWS, Window, hu_to_mu, mu_to_hu
 
-# %% ../../nbs/nets/05_drr2ct.ipynb #cell-003
+# %% ../../nbs/nets/05_drr2ct.ipynb #cell-004
 @dataclass(frozen=True)
 class DRR2CTConfig:
     "Everything that decides what the weights mean; stored beside them."
@@ -69,13 +69,13 @@ class DRR2CTConfig:
         if unknown: raise ValueError(f"DRR2CTConfig: unknown settings {', '.join(sorted(unknown))}; the file was written by another version")
         return cls(**values)
 
-# %% ../../nbs/nets/05_drr2ct.ipynb #cell-004
+# %% ../../nbs/nets/05_drr2ct.ipynb #cell-006
 class Prediction(NamedTuple):
     hu: torch.Tensor  # (B, N, N, N)
     base_hu: torch.Tensor  # (B, N, N, N) the classical solution that the network started from
     unconstrained_hu: torch.Tensor  # (B, N, N, N) what the network said before the consistency layer
 
-# %% ../../nbs/nets/05_drr2ct.ipynb #cell-005
+# %% ../../nbs/nets/05_drr2ct.ipynb #cell-008
 class DRR2CT(nn.Module):
     "X-rays (B, V, R, C), raw line integrals, and their geometry → `Prediction`."
     def __init__(self, config: DRR2CTConfig):

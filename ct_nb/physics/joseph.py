@@ -14,11 +14,11 @@ import torch
 
 from .geometry import ConeBeam
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-003
+# %% ../../nbs/physics/04_joseph.ipynb #cell-004
 VALUES = ("line_offset", "line_drift", "line_shear", "row_offset", "row_step", "row_drift", "row_step_drift", "perspective",
           "length_0", "length_1", "length_2")  # the last axis of ColumnParameters.values
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-004
+# %% ../../nbs/physics/04_joseph.ipynb #cell-006
 @dataclass(frozen=True, eq=False)
 class ColumnParameters:
     """How every detector column cuts the grid; all a kernel needs to know of the geometry.
@@ -43,15 +43,15 @@ class ColumnParameters:
     @property
     def views(self) -> int: return self.values.shape[-3]
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-005
+# %% ../../nbs/physics/04_joseph.ipynb #cell-007
 MINIMUM_W = 0.01  # a ray that far from its column's middle ray runs along the slices instead of through them
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-006
+# %% ../../nbs/physics/04_joseph.ipynb #cell-008
 def _pick(values: torch.Tensor, axis: torch.Tensor) -> torch.Tensor:
     "values (..., 3) at axis (...)"
     return values.expand(*axis.shape, 3).gather(-1, axis[..., None])[..., 0]
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-007
+# %% ../../nbs/physics/04_joseph.ipynb #cell-009
 def column_parameters(geometry: ConeBeam) -> ColumnParameters:
     "The lines of every detector column in the index coordinates of `geometry.grid`; float64, differentiable with respect to the geometry's tensors."
     rows, columns = geometry.detector_shape
@@ -85,7 +85,7 @@ def column_parameters(geometry: ConeBeam) -> ColumnParameters:
     return ColumnParameters(values, torch.stack([m, a, b], -1), _slices(values.detach(), m, a, b, start.detach(), ray.detach(), shape, usable),
                             geometry.grid.shape, geometry.detector_shape)
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-008
+# %% ../../nbs/physics/04_joseph.ipynb #cell-011
 @torch.no_grad()
 def _slices(values, m, a, b, start, ray, shape, usable) -> torch.Tensor:
     "First and stop slice of every column: between source and detector, and where the column's line can touch the grid."
@@ -103,7 +103,7 @@ def _slices(values, m, a, b, start, ray, shape, usable) -> torch.Tensor:
     stop = torch.where(usable, torch.minimum(stop, count), 0).clamp(min=0)
     return torch.stack([first, torch.maximum(first, stop)], -1).to(torch.int64)
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-009
+# %% ../../nbs/physics/04_joseph.ipynb #cell-013
 def _corners(parameters: ColumnParameters, k: torch.Tensor, dtype):
     "The four voxels of every sample in slices k (K,): pairs of flat index and weight, both (*batch, V, C, R, K)."
     device, rows = parameters.values.device, parameters.detector_shape[0]
@@ -129,7 +129,7 @@ def _corners(parameters: ColumnParameters, k: torch.Tensor, dtype):
             index = k * stride_m + a.long() * stride_a + b.long() * stride_b
             yield torch.where(inside, index, 0), torch.where(inside, weight_ab, 0.0).to(dtype)
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-010
+# %% ../../nbs/physics/04_joseph.ipynb #cell-014
 CHUNK = 1 << 22  # samples at a time: what bounds the reference's memory
 
 def _chunks(parameters: ColumnParameters) -> list[torch.Tensor]:
@@ -137,7 +137,7 @@ def _chunks(parameters: ColumnParameters) -> list[torch.Tensor]:
     pixels = parameters.axes[..., 0].numel() * parameters.detector_shape[0]
     return list(k.split(max(1, CHUNK // max(1, pixels))))
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-011
+# %% ../../nbs/physics/04_joseph.ipynb #cell-016
 def forward(volume: torch.Tensor, parameters: ColumnParameters, slices: torch.Tensor | None = None) -> torch.Tensor:
     """Line integrals, of some slices if told. volume (B, D, H, W), parameters of batch shape (1,) or (B,) -> (B, V, R, C).
 
@@ -150,7 +150,7 @@ def forward(volume: torch.Tensor, parameters: ColumnParameters, slices: torch.Te
             image = image + (value * weight).sum(-1)
     return image.transpose(-1, -2)
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-012
+# %% ../../nbs/physics/04_joseph.ipynb #cell-017
 def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     "The transpose of `forward`: the same weights, scattered. image (B, V, R, C) -> (B, D, H, W)."
     batch = image.shape[0]
@@ -162,7 +162,7 @@ def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
             flat = flat.scatter_add(1, index.expand(batch, *index.shape[1:]).flatten(1), value)
     return flat.view(batch, *parameters.volume_shape)
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-013
+# %% ../../nbs/physics/04_joseph.ipynb #cell-019
 def gradient(volume: torch.Tensor, image: torch.Tensor, parameters: ColumnParameters, projection: torch.Tensor | None = None, with_adjoint: bool = True):
     """The derivative of ⟨image, forward(volume)⟩ with respect to `parameters.values`, and adjoint(image), its derivative with respect to the volume (or None).
 

@@ -18,21 +18,21 @@ import torch
 from .joseph import MINIMUM_W, VALUES, ColumnParameters
 from .lanes import PADDING, add, clamp, fill, hat, like, load, pair, ramp, store, total, transpose, truncate, where
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-003
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-004
 def _jit(function):
     "Sums may be reordered and fused, NaN and infinity keep their meaning; the machine code is kept on disk if numba finds a folder for it."
     options = dict(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
     try: return numba.njit(cache=True, **options)(function)
     except RuntimeError: return numba.njit(**options)(function)
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-004
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-005
 @_jit
 def _row_of(beta, p, g, mu, otherwise):
     "The ρ at which the column's rays cross b = beta, or `otherwise` if none of them does."
     turn = g - mu * beta
     return (beta - p) / turn if turn * (g - mu * p) > 0 else otherwise
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-005
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-007
 @_jit
 def _span(p, g, mu, rows, n_b):
     "Rows first:stop whose rays can touch the slice, and the voxels low:high along b that they can touch."
@@ -42,80 +42,91 @@ def _span(p, g, mu, rows, n_b):
     stop = int(min(max(_row_of(end, p, g, mu, half) + half + 2.0, 0.0), rows))
     x = (p + g * (first - half)) / max(1 + mu * (first - half), MINIMUM_W)
     y = (p + g * (stop - 1 - half)) / max(1 + mu * (stop - 1 - half), MINIMUM_W)
-    low, high = int(min(max(min(x, y), 0.0), n_b)), int(min(max(max(x, y) + 2.0, 0.0), n_b))
+    low, high = int(min(max(min(x, y) - 1e-3, 0.0), n_b)), int(min(max(max(x, y) + 2.001, 0.0), n_b))  # some slack for float32
     return first, max(first, stop), low, max(low, high)
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-006
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-009
 @_jit
-def _cut(v, k, box, rows):
-    "A column in slice k: p and g of its rows, the offset of its line, then `_span`."
-    kappa = k - 0.5 * (box[0] - 1)
-    p, g = v[3] + kappa * v[5], v[4] + kappa * v[6]
-    return (p, g, v[0] + kappa * v[1]) + _span(p, g, v[7], rows, box[2])
+def _cuts(places, lines, values, slices, columns, k, box, rows):
+    """How columns cut slice k: for column columns[i] the integers places[i] = (first, stop, low, count) of `_span`, count 0 if there is nothing to do,
+    and lines[i] = (p, g, offset): the rows cross the line at t = (p + g·ρ)/w = b − low + 2, so voxel low + i stands at t = i + 2; offset is a at b = low.
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-007
+    All columns in one go: what one column waits for, the next ones can use."""
+    kappa = k - 0.5 * (box[0] - 1)
+    for i, c in enumerate(columns):
+        v = values[c]
+        p, g = v[3] + kappa * v[5], v[4] + kappa * v[6]
+        first, stop, low, high = _span(p, g, v[7], rows, box[2])
+        lines[i, 0], lines[i, 1], lines[i, 2] = p + (2 - low), g + (2 - low) * v[7], v[0] + kappa * v[1] + v[2] * low
+        inside = slices[c, 0] <= k < slices[c, 1] and first < stop
+        places[i, 0], places[i, 1], places[i, 2], places[i, 3] = first, stop, low, high - low if inside else 0
+
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-010
 @_jit
-def _rows_of_voxels(offset, shear, count, n_a):
-    "First and last row of voxels next to the line a = offset + shear·i, 0 ≤ i < count."
+def _beside(offset, shear, count, n_a):
+    "First and last row of voxels next to the line a = offset + shear·i, 0 ≤ i < count; and whether it is worth while to ask again for parts of the line."
     end = offset + shear * (count - 1)
     low, high = np.floor(min(offset, end) - 1e-4), np.floor(max(offset, end) + 1e-4) + 1  # some slack for float32
-    return int(min(max(low, 0.0), n_a)), int(min(max(high, -1.0), n_a - 1.0))
+    return int(min(max(low, 0.0), n_a)), int(min(max(high, -1.0), n_a - 1.0)), high - low > 2
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-008
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-012
 @_jit
 def _across(line, to, count, volume, at, stride, n_a, offset, shear):
     "Pass 1: line[to + i] = the slice interpolated across its rows of voxels at a = offset + shear·i; row a begins at volume[at + a·stride]."
     kind, lane, width = line.dtype.type, ramp(line), 64 // line.itemsize
+    low, high, steep = _beside(offset, shear, count, n_a)
     for i in range(0, count, width):
         here, value = offset + shear * i, fill(line, 0)
-        low, high = _rows_of_voxels(here, shear, width, n_a)
+        if steep: low, high, _ = _beside(here, shear, width, n_a)
         for row in range(low, high + 1):
             value = value + hat(kind(here - row) + kind(shear) * lane) * load(volume, at + row * stride + i)
         store(line, to + i, value)
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-009
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-014
 @_jit
-def _along(sums, to, line, inverse_w, rows, start, step, shift, top):
-    "Pass 2: sums[to + r] += line interpolated at (start + step·r)·inverse_w[to + r] + shift, clamped to [0, top], at whose ends it is 0."
+def _along(sums, to, line, inverse_w, rows, start, step, top):
+    "Pass 2: sums[to + r] += line interpolated at (start + step·r)·inverse_w[to + r], clamped to [0, top], at whose ends it is 0."
     kind, lane = sums.dtype.type, ramp(sums)
     for r in range(0, rows, 64 // sums.itemsize):
-        t = clamp((kind(start) + kind(step) * (lane + kind(r))) * load(inverse_w, to + r) + kind(shift), kind(0), kind(top))
+        t = clamp((kind(start) + kind(step) * (lane + kind(r))) * load(inverse_w, to + r), kind(0), kind(top))
         i = truncate(t)
         below, above = pair(line, 0, i)
         store(sums, to + r, load(sums, to + r) + (below + (t - like(i, t)) * (above - below)))
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-010
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-015
 @_jit
 def _length(v, rho):
     "Millimetres of ray between two slices, in row ρ of a column with values v; 0 where the pixel counts for nothing."
     w, square = 1 + v[7] * rho, v[8] + rho * (v[9] + rho * v[10])
     return np.sqrt(square) / w if w >= MINIMUM_W and square > 0 else 0.0
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-011
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-017
 @_jit
 def _forward(image, volume, box, values, slices, columns):
     """image[view, :, column] += the line integrals of neighbouring columns.
 
-    `box` = (n_m, n_a, n_b, stride of m, stride of a); `volume` is flat, b contiguous."""
+    `volume` and `box` are what `_Layout` makes: box = (n_m, n_a, n_b, step of m, step of a, first slice)."""
     (rows, width), kind = image.shape[1:], volume.dtype.type
     half, pitch = 0.5 * (rows - 1), rows + PADDING
     sums = np.zeros(len(columns) * pitch, volume.dtype)
     inverse_w, line = np.empty_like(sums), np.zeros(box[2] + 4 + PADDING, volume.dtype)
     for i, c in enumerate(columns):
         for r in range(pitch): inverse_w[i * pitch + r] = 1 / max(1 + values[c, 7] * (r - half), MINIMUM_W)
+    places, lines = np.empty((len(columns), 4), np.int64), np.empty((len(columns), 3))
     for k in range(box[0]):
+        _cuts(places, lines, values, slices, columns, k, box, rows)
         for i, c in enumerate(columns):
-            if k < slices[c, 0] or k >= slices[c, 1]: continue
-            p, g, offset, first, stop, low, high = _cut(values[c], k, box, rows)
-            count, shear = high - low, values[c, 2]
-            if first == stop or count == 0: continue
-            _across(line, 2, count, volume, k * box[3] + low, box[4], box[1], offset + shear * low, shear)
+            first, stop, low, count = places[i]
+            p, g, offset = lines[i]
+            if count == 0: continue
+            shear = values[c, 2]
+            _across(line, 2, count, volume, (k - box[5]) * box[3] + low, box[4], box[1], offset, shear)
             line[count + 2] = line[count + 3] = 0
-            _along(sums, i * pitch + first, line, inverse_w, stop - first, p + g * (first - half), g, 2 - low, count + 2)
+            _along(sums, i * pitch + first, line, inverse_w, stop - first, p + g * (first - half), g, count + 2)
     for i, c in enumerate(columns):
         for r in range(rows): image[c // width, r, c % width] += sums[i * pitch + r] * _length(values[c], r - half)
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-012
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-019
 @_jit
 def _weigh(weighted, image, values, columns, begin, end):
     "weighted[i, r] = pixel r of column columns[i] times its step length: the image laid out for the transposed passes."
@@ -124,156 +135,171 @@ def _weigh(weighted, image, values, columns, begin, end):
         c = columns[i]
         for r in range(rows): weighted[i, r] = image[c // width, r, c % width] * _length(values[c], r - 0.5 * (rows - 1))
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-013
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-020
 @_jit
 def _near(p, g, mu, rows):
-    "How many rows at most can pass within one voxel of a voxel: 2 over the smallest distance between rows, rounded up."
+    "How many rows at most can cross a line between two neighbouring voxels: 1 over the smallest distance between rows, rounded up."
     widest = 1 + abs(mu) * 0.5 * (rows - 1)
-    return min(rows, int(min(2.02 * widest * widest / max(abs(g - mu * p), 1e-12), rows)) + 1)
+    return min(rows, int(min(1.02 * widest * widest / max(abs(g - mu * p), 1e-12) + 0.02, rows)) + 1)
 
 @_jit
-def _first_row(line, b, p, g, mu, half, top):
-    "The first of the rows that pass within one voxel of voxels b (lanes): int32 lanes, never above `top`."
+def _first_row(line, t, p, g, mu, half, top):
+    "The first of the rows that cross the line between t and t + 1 (lanes): int32 lanes, never above `top`."
     kind = line.dtype.type
-    beta = b + (kind(-1) if g - mu * p > kind(0) else kind(1))
+    beta = t + (kind(0) if g - mu * p > kind(0) else kind(1))
     spare = half + kind(0.99)  # to the row above, with 0.01 row to spare for float32
-    if mu == kind(0): t = (beta - p) * (kind(1) / g) + spare
+    if mu == kind(0): row = (beta - p) * (kind(1) / g) + spare
     else:
         steep = g - mu * beta
-        t = where(steep * (g - mu * p) > kind(0), (beta - p) / steep + spare, kind(0))
-    return truncate(clamp(t, kind(0), top))
+        row = where(steep * (g - mu * p) > kind(0), (beta - p) / steep + spare, kind(0))
+    return truncate(clamp(row, kind(0), top))
 
 @_jit
 def _position(line, rho, p, g, mu):
-    "Where along b the rows at ρ = rho (lanes) cross the slice."
+    "t of the rows at ρ = rho (lanes)."
     return p + g * rho if mu == line.dtype.type(0) else (p + g * rho) / (line.dtype.type(1) + mu * rho)
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-014
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-021
 @_jit
-def _collect(line, count, weighted, at, rows, p, g, mu, low):
-    "Pass 2 transposed: line[i] = the sum of the rows near voxel low + i, each by the hat function of its distance from the voxel."
-    kind, lane, half, near = line.dtype.type, ramp(line), 0.5 * (rows - 1), _near(p, g, mu, rows)
-    p, g, mu, half, top = kind(p), kind(g), kind(mu), kind(half), kind(rows - near)
-    for i in range(0, count, 64 // line.itemsize):
-        b, value = lane + kind(low + i), fill(line, 0)
-        row = _first_row(line, b, p, g, mu, half, top)
+def _collect(cells, pitch, count, weighted, at, rows, p, g, mu):
+    """Pass 2 transposed. Between voxels i − 1 and i of the line, 0 ≤ i ≤ count, lie some rows, at distances f from i − 1; with the sums over them W₀ = Σ pixel,
+    W₁ = Σ pixel·f and W₂ = Σ pixel·f²: cells[i] = W₀ − W₁, cells[pitch + i] = W₁, cells[2·pitch + i] = W₂. So voxel i gets cells[i + 1] + cells[pitch + i]."""
+    kind, lane, half, near = cells.dtype.type, ramp(cells), 0.5 * (rows - 1), _near(p, g, mu, rows)
+    p, g, mu, half, top, zero = kind(p), kind(g), kind(mu), kind(half), kind(rows - near), fill(cells, 0)
+    for i in range(0, count + 1, 64 // cells.itemsize):
+        t, w0, w1, w2 = lane + kind(i + 1), zero, zero, zero
+        row = _first_row(cells, t, p, g, mu, half, top)
         for n in range(0, near, 2):
-            first, second = pair(weighted, at + n, row)
-            rho = like(row, b) + (kind(n) - half)
-            value = value + (hat(_position(line, rho, p, g, mu) - b) * first + hat(_position(line, rho + kind(1), p, g, mu) - b) * second)
-        store(line, i, value)
+            rho = like(row, t) + (kind(n) - half)
+            here, there = pair(weighted, at + n, row)
+            f = _position(cells, rho, p, g, mu) - t
+            here = where(f >= kind(0), where(f < kind(1), here, kind(0)), kind(0))
+            w0, w1, w2 = w0 + here, w1 + here * f, w2 + here * f * f
+            if n + 1 < near:
+                f = _position(cells, rho + kind(1), p, g, mu) - t
+                there = where(f >= kind(0), where(f < kind(1), there, kind(0)), kind(0))
+                w0, w1, w2 = w0 + there, w1 + there * f, w2 + there * f * f
+        store(cells, i, w0 - w1)
+        store(cells, pitch + i, w1)
+        store(cells, 2 * pitch + i, w2)
 
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-022
 @_jit
-def _spread(volume, at, stride, n_a, line, count, offset, shear):
-    "Pass 1 transposed: line[i] back to the rows of voxels that `_across` reads it from."
-    kind, lane, width = line.dtype.type, ramp(line), 64 // line.itemsize
+def _spread(volume, at, stride, n_a, cells, pitch, count, offset, shear):
+    "Pass 1 transposed: the voxels of the line back to the rows of voxels that `_across` reads them from."
+    kind, lane, width = cells.dtype.type, ramp(cells), 64 // cells.itemsize
+    low, high, steep = _beside(offset, shear, count, n_a)
     for i in range(0, count, width):
-        here, value = offset + shear * i, load(line, i)
-        low, high = _rows_of_voxels(here, shear, width, n_a)
+        here, value = offset + shear * i, load(cells, i + 1) + load(cells, pitch + i)
+        if steep: low, high, _ = _beside(here, shear, width, n_a)
         for row in range(low, high + 1):
             add(volume, at + row * stride + i, hat(kind(here - row) + kind(shear) * lane) * value, count - i)
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-015
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-024
 @_jit
 def _adjoint(volume, box, weighted, rows, values, slices, columns, begin, end):
-    "The transpose of `_forward` in slices begin:end; `weighted` holds a row for every column, flat."
-    line = np.empty(box[2] + PADDING, volume.dtype)
+    "The transpose of `_forward` in slices begin:end; `weighted` holds the pixels of every column, flat."
+    pitch = box[2] + PADDING
+    cells = np.empty(3 * pitch, volume.dtype)
+    places, lines = np.empty((len(columns), 4), np.int64), np.empty((len(columns), 3))
     for k in range(begin, end):
+        _cuts(places, lines, values, slices, columns, k, box, rows)
         for i, c in enumerate(columns):
-            if k < slices[c, 0] or k >= slices[c, 1]: continue
-            p, g, offset, _, _, low, high = _cut(values[c], k, box, rows)
-            if low == high: continue
-            _collect(line, high - low, weighted, i * (rows + PADDING), rows, p, g, values[c, 7], low)
-            _spread(volume, k * box[3] + low, box[4], box[1], line, high - low, offset + values[c, 2] * low, values[c, 2])
+            _, _, low, count = places[i]
+            p, g, offset = lines[i]
+            if count == 0: continue
+            _collect(cells, pitch, count, weighted, i * (rows + PADDING), rows, p, g, values[c, 7])
+            _spread(volume, (k - box[5]) * box[3] + low, box[4], box[1], cells, pitch, count, offset, values[c, 2])
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-016
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-026
 @_jit
-def _collect_slopes(lines, pitch, count, weighted, at, rows, p, g, mu, low):
-    """`_collect` into the first of four lines. Into the others the slope of the hat function instead of its height, by 1/w, plain, times ρ and times ρ·b:
-    what moving row_offset, row_step and perspective does to the pixels, voxel by voxel of the line."""
-    kind, lane, half, near = lines.dtype.type, ramp(lines), 0.5 * (rows - 1), _near(p, g, mu, rows)
-    p, g, mu, half, top = kind(p), kind(g), kind(mu), kind(half), kind(rows - near)
-    zero, up, down = fill(lines, 0), fill(lines, 1), fill(lines, -1)
-    for i in range(0, count, 64 // lines.itemsize):
-        b, value, plain, with_rho, with_both = lane + kind(low + i), zero, zero, zero, zero
-        row = _first_row(lines, b, p, g, mu, half, top)
-        for n in range(0, near, 2):
-            for rho, pixel in zip((like(row, b) + (kind(n) - half), like(row, b) + (kind(n + 1) - half)), pair(weighted, at + n, row)):
-                position = _position(lines, rho, p, g, mu)
-                x = position - b
-                value = value + hat(x) * pixel
-                rise = where(x < kind(0), where(x >= kind(-1), up, zero), where(x < kind(1), down, zero)) * pixel
-                if mu != kind(0): rise = rise / (kind(1) + mu * rho)
-                plain, with_rho, with_both = plain + rise, with_rho + rise * rho, with_both + rise * rho * position
-        store(lines, i, value)
-        store(lines, pitch + i, plain)
-        store(lines, 2 * pitch + i, with_rho)
-        store(lines, 3 * pitch + i, with_both)
-
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-017
-@_jit
-def _measure(lines, pitch, count, volume, at, stride, n_a, offset, shear):
-    "Sums over i: what `_across` would give times each of the last three lines; its derivative to the offset times the first, plain and times i."
+def _across_slope(lines, pitch, count, volume, at, stride, n_a, offset, shear):
+    "`_across` into lines[2:], and the derivative to the offset into lines[pitch:]."
     kind, lane, width = lines.dtype.type, ramp(lines), 64 // lines.itemsize
     zero, up, down = fill(lines, 0), fill(lines, 1), fill(lines, -1)
-    plain, with_rho, with_both, shift, lean = zero, zero, zero, zero, zero
+    low, high, steep = _beside(offset, shear, count, n_a)
     for i in range(0, count, width):
         here, value, change = offset + shear * i, zero, zero
-        low, high = _rows_of_voxels(here, shear, width, n_a)
+        if steep: low, high, _ = _beside(here, shear, width, n_a)
         for row in range(low, high + 1):
-            x = kind(here - row) + kind(shear) * lane
-            voxels = load(volume, at + row * stride + i)
+            x, voxels = kind(here - row) + kind(shear) * lane, load(volume, at + row * stride + i)
             value = value + hat(x) * voxels
             change = change + where(x < kind(0), where(x >= kind(-1), up, zero), where(x < kind(1), down, zero)) * voxels
-        inside = lane < kind(count - i)
-        value, change = where(inside, value, kind(0)), where(inside, change, kind(0)) * load(lines, i)
-        plain, with_rho = plain + value * load(lines, pitch + i), with_rho + value * load(lines, 2 * pitch + i)
-        with_both, shift, lean = with_both + value * load(lines, 3 * pitch + i), shift + change, lean + change * (lane + kind(i))
-    return total(plain), total(with_rho), total(with_both), total(shift), total(lean)
+        store(lines, i + 2, value)
+        store(lines, pitch + i, change)
+    lines[count + 2] = lines[count + 3] = 0
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-018
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-027
+@_jit
+def _measure(lines, cells, pitch, count):
+    """With L the line, L′ = L[i] − L[i − 1] between its voxels, A its derivative to the offset and W what the voxels get: the sums over i of
+    L′ times the pixels there, times their first and their second moment about voxel 0, and of W·A and W·A·i."""
+    kind, lane = lines.dtype.type, ramp(lines)
+    zero = fill(lines, 0)
+    t0, t1, t2, shift, lean = zero, zero, zero, zero, zero
+    for i in range(0, count + 1, 64 // lines.itemsize):
+        b, w1 = lane + kind(i - 1), load(cells, pitch + i)
+        w0, moved = load(cells, i) + w1, load(cells, i + 1) + w1
+        moment = b * w0 + w1
+        rise = where(lane < kind(count + 1 - i), load(lines, i + 2) - load(lines, i + 1), kind(0))
+        moved = where(lane < kind(count - i), load(lines, pitch + i), kind(0)) * moved
+        t0, t1, t2 = t0 + rise * w0, t1 + rise * moment, t2 + rise * (b * (moment + w1) + load(cells, 2 * pitch + i))
+        shift, lean = shift + moved, lean + moved * (b + kind(1))
+    return total(t0), total(t1), total(t2), total(shift), total(lean)
+
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-028
 @_jit
 def _gradient(slope, target, volume, box, weighted, rows, values, slices, columns, begin, end, spread):
     """slope[i] += the derivatives of ⟨image, forward⟩ to the first eight values of column columns[i] that slices begin:end cause;
     and, if `spread`, the slices of the target as in `_adjoint`."""
     pitch = box[2] + PADDING
-    lines = np.empty(4 * pitch, volume.dtype)
+    line, cells = np.zeros(2 * pitch, volume.dtype), np.zeros(3 * pitch, volume.dtype)
+    places, lines = np.empty((len(columns), 4), np.int64), np.empty((len(columns), 3))
     for k in range(begin, end):
         kappa = k - 0.5 * (box[0] - 1)
+        _cuts(places, lines, values, slices, columns, k, box, rows)
         for i, c in enumerate(columns):
-            if k < slices[c, 0] or k >= slices[c, 1]: continue
-            p, g, offset, _, _, low, high = _cut(values[c], k, box, rows)
-            if low == high: continue
-            at, shear, s = k * box[3] + low, values[c, 2], slope[i]
-            _collect_slopes(lines, pitch, high - low, weighted, i * (rows + PADDING), rows, p, g, values[c, 7], low)
-            plain, with_rho, with_both, shift, lean = _measure(lines, pitch, high - low, volume, at, box[4], box[1], offset + shear * low, shear)
-            if spread: _spread(target, at, box[4], box[1], lines, high - low, offset + shear * low, shear)
+            _, _, low, count = places[i]
+            p, g, offset = lines[i]
+            if count == 0: continue
+            at, mu, shear, s = (k - box[5]) * box[3] + low, values[c, 7], values[c, 2], slope[i]
+            _across_slope(line, pitch, count, volume, at, box[4], box[1], offset, shear)
+            _collect(cells, pitch, count, weighted, i * (rows + PADDING), rows, p, g, mu)
+            t0, t1, t2, shift, lean = _measure(line, cells, pitch, count)
+            if spread: _spread(target, at, box[4], box[1], cells, pitch, count, offset, shear)
             s[0] += shift
             s[1] += kappa * shift
             s[2] += lean + low * shift
+            turn, p = g - mu * p, p - 2  # at b = low + u, and t = u + 2: 1/w = (g − μ·t)/turn, ρ/w = (u − p)/turn, and ρ·b/w is that times low + u
+            if abs(turn) < 1e-9: continue
+            plain, with_rho = (g * t0 - mu * (t1 + 2 * t0)) / turn, (t1 - p * t0) / turn
             s[3] += plain
             s[4] += with_rho
             s[5] += kappa * plain
             s[6] += kappa * with_rho
-            s[7] -= with_both
+            s[7] -= (t2 - p * t1) / turn + low * with_rho
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-019
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-030
 @_jit
-def _length_slope(slope, image, projection, values, columns):
+def _length_slope(slope, image, projection, values, begin, end):
     "slope[c] += the derivatives of ⟨image, forward⟩ to perspective and the three length values, through ℓ; `projection` is what forward gave."
     rows, width = image.shape[1:]
-    for c in columns:
+    for c in range(begin, end):
+        mu, length_0, length_1, length_2 = values[c, 7:]
+        d_mu, d0, d1, d2 = 0.0, 0.0, 0.0, 0.0
         for r in range(rows):
             rho = r - 0.5 * (rows - 1)
-            w, square = 1 + values[c, 7] * rho, values[c, 8] + rho * (values[c, 9] + rho * values[c, 10])
+            w, square = 1 + mu * rho, length_0 + rho * (length_1 + rho * length_2)
             if w < MINIMUM_W or square <= 0: continue
             both = np.float64(image[c // width, r, c % width]) * projection[c // width, r, c % width]
-            slope[c, 7] -= both * rho / w
-            slope[c, 8] += 0.5 * both / square
-            slope[c, 9] += 0.5 * both * rho / square
-            slope[c, 10] += 0.5 * both * rho * rho / square
+            part = 0.5 * both / square
+            d_mu, d0, d1, d2 = d_mu - both * rho / w, d0 + part, d1 + part * rho, d2 + part * rho * rho
+        slope[c, 7] += d_mu
+        slope[c, 8] += d0
+        slope[c, 9] += d1
+        slope[c, 10] += d2
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-020
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-032
 @_jit
 def _turn(target, to, target_steps, source, at, source_steps, counts, begin, end):
     "target[to + o·T₀ + i·T₁ + j] = source[at + o·S₀ + j·S₁ + i] for begin ≤ o < end and i, j < counts: rows become columns, a square of registers at a time."
@@ -287,7 +313,7 @@ def _turn(target, to, target_steps, source, at, source_steps, counts, begin, end
                     for x in range(min(width, counts[0] - i)):
                         for y in range(min(width, counts[1] - j)): target[t + x * target_steps[1] + y] = source[s + y * source_steps[1] + x]
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-021
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-033
 _threads = None  # (process id, size, executor): a forked child inherits the object but not its threads
 
 def _each(function, tasks) -> None:
@@ -305,110 +331,136 @@ def _each(function, tasks) -> None:
         while (i := next(turn)) < len(tasks): function(tasks[i])
     for job in [_threads[2].submit(work) for _ in range(size)]: job.result()
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-022
-class _Columns:
-    """The columns of one batch item that run along axis b, and the voxels first:stop of that axis as a volume of its own.
-
-    In that volume b is the axis of neighbours in memory: the two others come first, in their order (o, s)."""
-    def __init__(self, parameters: ColumnParameters, item: int, b: int, first: int, stop: int):
-        values, axes, self.slices = (getattr(parameters, n)[item if len(parameters.values) > 1 else 0].flatten(0, 1).numpy() for n in ("values", "axes", "slices"))
-        self.values = values.copy()
-        self.values[:, 0] += first * values[:, 2]
-        self.values[:, 3] -= first
-        self.values[:, 4] -= first * values[:, 7]
-        self.b, self.first, shape = b, first, [*parameters.volume_shape]
-        stride = (shape[1] * shape[2], shape[2], 1)
-        shape[b] = stop - first
-        o, s = (i for i in range(3) if i != b)
-        self.shape = (shape[o], shape[s], shape[b])
-        self.steps, self.outside = (shape[s] * shape[b], shape[b]), (stride[o], stride[b])
-        self.groups = []  # for either marching axis: its columns, and the box that the kernels want
-        for m, a, steps in ((o, s, self.steps), (s, o, self.steps[::-1])):
-            members = np.flatnonzero((axes[:, 0] == m) & (axes[:, 2] == b))
-            if len(members): self.groups.append((members, (shape[m], shape[a], shape[b], *steps)))
-
-    def turned(self, volume: np.ndarray) -> np.ndarray:
-        "The voxels of a volume (D, H, W), flat, with room behind."
-        flat = np.empty(math.prod(self.shape) + PADDING, volume.dtype)
-        flat[-PADDING:] = 0
-        if self.b == 2: flat[:-PADDING].reshape(self.shape)[:] = volume[..., self.first:self.first + self.shape[2]]
-        else: _each(lambda o: _turn(flat, 0, self.steps, volume.reshape(-1), self.first * self.outside[1], self.outside, self.shape[1:], *o), self.tasks())
-        return flat
-
-    def turn_back(self, flat: np.ndarray, volume: np.ndarray) -> None:
-        "The reverse: flat into the volume."
-        if self.b == 2: volume[..., self.first:self.first + self.shape[2]] = flat[:-PADDING].reshape(self.shape)
-        else: _each(lambda o: _turn(volume.reshape(-1), self.first * self.outside[1], self.outside, flat, 0, self.steps, self.shape[:0:-1], *o), self.tasks())
-
-    def tasks(self): return _pieces(self.shape[0])
-
-    def weighted(self, members: np.ndarray, image: np.ndarray) -> np.ndarray:
-        "The image (V, R, C) by columns, times the step length, with zeros behind each: flat."
-        weighted = np.zeros((len(members), image.shape[1] + PADDING), image.dtype)
-        _each(lambda piece: _weigh(weighted, image, self.values, members, *piece), _pieces(len(members), 64))
-        return weighted.reshape(-1)
-
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-023
-def _pieces(count: int, size: int = 8) -> list[tuple[int, int]]:
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-034
+def _pieces(count: int, size: int = 8, first: int = 0) -> list[tuple[int, int]]:
     "What the threads take at a time: always the same runs, so that no sum depends on the number of threads."
-    return [(i, min(i + size, count)) for i in range(0, count, size)]
+    return [(i, min(i + size, count)) for i in range(first, count, size)]
 
-def _parts(parameters: ColumnParameters, item: int, count: int = 1):
-    "The columns of an item, by the axis that they run along, with `count` parts of that axis one after the other."
-    for b in np.unique(parameters.axes[item if len(parameters.axes) > 1 else 0][..., 2].numpy()).tolist():
-        cuts = [parameters.volume_shape[b] * i // count for i in range(count + 1)]
-        yield from (_Columns(parameters, item, b, first, stop) for first, stop in itertools.pairwise(cuts) if first < stop)
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-035
+class _Layout:
+    """Voxels in the order that the kernels like: planes along axis `outer`, of which only first:stop are kept, in them rows, and along the rows axis b.
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-024
+    Behind every plane a cache line is spare, or the rows of a slice that lies across the planes would fight for the same lines of the cache."""
+    def __init__(self, shape, b: int, outer: int, first: int = 0, stop: int | None = None):
+        self.b, self.outer, self.inner, self.first = b, outer, 3 - b - outer, first
+        self.count = {axis: n for axis, n in enumerate(shape)} | {outer: (shape[outer] if stop is None else stop) - first}
+        self.step = {outer: shape[self.inner] * shape[b] + 16, self.inner: shape[b], b: 1}
+        self.stride, self.shape = (shape[1] * shape[2], shape[2], 1), shape
+
+    def box(self, m: int) -> tuple:
+        "(n_m, n_a, n_b, step of m, step of a, first slice) for the columns that march along m."
+        a = 3 - m - self.b
+        return self.shape[m], self.shape[a], self.shape[self.b], self.step[m], self.step[a], self.first if m == self.outer else 0
+
+    @property
+    def size(self) -> int: return self.count[self.outer] * self.step[self.outer]
+
+    def _rows(self, planes: np.ndarray, volume: np.ndarray):
+        "Both as arrays (outer, inner, b), where b is the last axis of the volume anyway."
+        n = self.count[self.inner] * self.count[self.b]
+        return (planes[:self.size].reshape(-1, self.step[self.outer])[:, :n].reshape(-1, self.count[self.inner], self.count[self.b]),
+                volume.transpose(self.outer, self.inner, self.b)[self.first:self.first + self.count[self.outer]])
+
+    def turn_in(self, volume: np.ndarray, planes: np.ndarray) -> None:
+        "A volume (D, H, W) into planes."
+        if self.b == 2: self._rows(planes, volume)[0][:] = self._rows(planes, volume)[1]
+        else: self._turn(planes, self.step, 2, volume.reshape(-1), self.stride, self.b, 0, self.first * self.stride[self.outer])
+
+    def turn_out(self, planes: np.ndarray, volume: np.ndarray) -> None:
+        "Planes into the volume."
+        if self.b == 2: self._rows(planes, volume)[1][:] = self._rows(planes, volume)[0]
+        else: self._turn(volume.reshape(-1), self.stride, self.b, planes, self.step, 2, self.first * self.stride[self.outer], 0)
+
+    def _turn(self, target, target_steps, i, source, source_steps, j, to, at):
+        "Turn axis i, contiguous in the source, and axis j, contiguous in the target, for every place o on the third axis."
+        o = 3 - i - j
+        steps = (target_steps[o], target_steps[i]), (source_steps[o], source_steps[j])
+        _each(lambda piece: _turn(target, to, steps[0], source, at, steps[1], (self.count[i], self.count[j]), *piece),
+              _pieces(self.count[o], 1 + (1 << 17) // (self.count[i] * self.count[j])))
+
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-036
+def _room(size: int, dtype, new=np.empty) -> np.ndarray:
+    "Numbers that begin with a cache line: registers are read fastest from there."
+    room = new(size * np.dtype(dtype).itemsize + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start:start + size * np.dtype(dtype).itemsize].view(dtype)
+
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-037
+def _columns(parameters: ColumnParameters, item: int):
+    "For one batch item: values and slices of all columns in a row; and for each axis b the marching axes m that go with it and their columns."
+    values, axes, slices = (getattr(parameters, n)[item if len(parameters.values) > 1 else 0].flatten(0, 1).numpy() for n in ("values", "axes", "slices"))
+    groups, codes = {}, axes[:, 0] * 3 + axes[:, 2]
+    order = np.argsort(values[:, 0], kind="stable")  # by where their lines lie: who comes next reads the next row of voxels
+    for code in np.unique(codes).tolist(): groups.setdefault(code % 3, []).append((code // 3, order[codes[order] == code]))
+    return values, slices, groups
+
+def _weighted(image: np.ndarray, values: np.ndarray, members: np.ndarray) -> np.ndarray:
+    "The image (V, R, C) by columns, times the step length, with zeros behind each: flat."
+    weighted = np.zeros((len(members), image.shape[1] + PADDING), image.dtype)
+    _each(lambda piece: _weigh(weighted, image, values, members, *piece), _pieces(len(members), 64))
+    return weighted.reshape(-1)
+
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-039
 WIDTH = 16  # columns that a thread takes at a time: neighbours read the same voxels
 
 def forward(volume: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     "As `joseph.forward`, for a volume on the CPU."
     image = torch.zeros(len(volume), parameters.views, *parameters.detector_shape, dtype=volume.dtype)
     for item, (source, target) in enumerate(zip(volume.contiguous().numpy(), image.numpy())):
-        for part in _parts(parameters, item):
-            flat = part.turned(source)
-            for members, box in part.groups:
-                _each(lambda piece: _forward(target, flat, box, part.values, part.slices, members[slice(*piece)]), _pieces(len(members), WIDTH))
+        values, slices, groups = _columns(parameters, item)
+        for b, groups_b in groups.items():
+            layout = _Layout(parameters.volume_shape, b, outer=int(b == 0))
+            planes = _room(layout.size, source.dtype)
+            layout.turn_in(source, planes)
+            for m, members in groups_b:
+                _each(lambda piece: _forward(target, planes, layout.box(m), values, slices, members[slice(*piece)]), _pieces(len(members), WIDTH))
     return image
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-025
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-040
 def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     "As `joseph.adjoint`, for an image on the CPU."
-    volume = torch.empty(len(image), *parameters.volume_shape, dtype=image.dtype)
-    for item, (source, target) in enumerate(zip(image.contiguous().numpy(), volume.numpy())):
-        for i, part in enumerate(_parts(parameters, item)):
-            flat = part.turned(target) if i else np.zeros(math.prod(part.shape) + PADDING, target.dtype)
-            for members, box in part.groups:
-                weighted = part.weighted(members, source)
-                _each(lambda piece: _adjoint(flat, box, weighted, image.shape[-2], part.values, part.slices, members, *piece), _pieces(box[0]))
-            part.turn_back(flat, target)
-    return volume
+    image = image.contiguous().numpy()
+    volume, rows = np.empty((len(image), *parameters.volume_shape), image.dtype), image.shape[-2]
+    for item, (source, target) in enumerate(zip(image, volume)):
+        values, slices, groups = _columns(parameters, item)
+        for i, (b, groups_b) in enumerate(groups.items()):
+            layout = _Layout(parameters.volume_shape, b, outer=int(b == 0))
+            planes = _room(layout.size, target.dtype, np.zeros)
+            if i: layout.turn_in(target, planes)
+            for m, members in groups_b:
+                weighted, box = _weighted(source, values, members), layout.box(m)
+                _each(lambda piece: _adjoint(planes, box, weighted, rows, values, slices, members, *piece), _pieces(box[0]))
+            layout.turn_out(planes, target)
+    return torch.from_numpy(volume)
 
-# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-026
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-041
 def gradient(volume: torch.Tensor, image: torch.Tensor, parameters: ColumnParameters, projection: torch.Tensor | None = None, with_adjoint: bool = True):
-    "As `joseph.gradient`, on the CPU. Works on half of axis b at a time, which keeps the two turned volumes as small as one."
+    "As `joseph.gradient`, on the CPU. One marching axis and half of its slices at a time keep the two turned volumes as small as one."
     if projection is None: projection = forward(volume, parameters)
-    slope = np.zeros((*parameters.values.shape[:-3], parameters.values.shape[-3] * parameters.values.shape[-2], len(VALUES)))
-    result = torch.zeros_like(volume, memory_format=torch.contiguous_format) if with_adjoint else None
     volume, image, projection = (t.contiguous().numpy() for t in (volume, image, projection))
+    slope = np.zeros((len(parameters.values), math.prod(parameters.values.shape[1:3]), len(VALUES)))
+    result = np.empty_like(volume) if with_adjoint else np.empty((len(volume), 0), volume.dtype)
+    halves = {m: _pieces(volume.shape[1 + m], (volume.shape[1 + m] + 1) // 2) for m in range(3)}
+    planes, back = (np.empty(0, volume.dtype),) * 2
     for item in range(len(volume)):
-        target = slope[item if len(slope) > 1 else 0]
-        seen = set()
-        for part in _parts(parameters, item, 2):
-            flat, back = part.turned(volume[item]), np.zeros(0, volume.dtype)
-            if with_adjoint: back = part.turned(result[item].numpy()) if seen - {part.b} else np.zeros_like(flat)
-            seen.add(part.b)
-            for members, box in part.groups:
-                weighted, pieces = part.weighted(members, image[item]), _pieces(box[0])
-                shares = np.zeros((len(pieces), len(members), 8))
-                _each(lambda i: _gradient(shares[i], back, flat, box, weighted, image.shape[-2], part.values, part.slices, members, *pieces[i], with_adjoint),
-                      range(len(pieces)))
-                share = shares.sum(0)
-                share[:, 2] += part.first * share[:, 0]  # from the values of the part to those of the whole
-                share[:, 7] -= part.first * share[:, 4]
-                target[members, :8] += share
-            if with_adjoint: part.turn_back(back, result[item].numpy())
-        whole = _Columns(parameters, item, 0, 0, 1)
-        _each(lambda piece: _length_slope(target, image[item], projection[item], whole.values, np.arange(*piece)), _pieces(len(target), 64))
-    return torch.from_numpy(slope).view_as(parameters.values), result
+        values, slices, groups = _columns(parameters, item)
+        total = slope[item if len(slope) > 1 else 0]
+        _each(lambda piece: _length_slope(total, image[item], projection[item], values, *piece), _pieces(len(values), 64))
+        for i, (b, m, members) in enumerate((b, m, members) for b, groups_b in groups.items() for m, members in groups_b):
+            weighted = _weighted(image[item], values, members)
+            for first, stop in halves[m]:
+                layout = _Layout(parameters.volume_shape, b, m, first, stop)
+                if planes.size < layout.size: planes, back = _room(layout.size, volume.dtype), _room(layout.size if with_adjoint else 0, volume.dtype)
+                layout.turn_in(volume[item], planes)
+                if with_adjoint and i: layout.turn_in(result[item], back)
+                elif with_adjoint: _each(lambda piece: back[slice(*piece)].fill(0), _pieces(layout.size, 1 << 18))
+                total[members, :8] += _gradient_part(layout, m, planes, back, image.shape[-2], weighted, values, slices, members)
+                if with_adjoint: layout.turn_out(back, result[item])
+    return torch.from_numpy(slope).view_as(parameters.values), torch.from_numpy(result) if with_adjoint else None
+
+def _gradient_part(layout, m, planes, back, rows, weighted, values, slices, members) -> np.ndarray:
+    "`_gradient` in the slices of a layout; adds the adjoint to `back`, unless it is empty."
+    pieces = _pieces(layout.first + layout.count[m], 8, layout.first)
+    shares = np.zeros((len(pieces), len(members), 8))
+    _each(lambda i: _gradient(shares[i], back, planes, layout.box(m), weighted, rows, values, slices, members, *pieces[i], len(back) > 0), range(len(pieces)))
+    return shares.sum(0)

@@ -18,7 +18,7 @@ from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, models, register_model
 
-# %% ../../nbs/physics/04a_lanes.ipynb #cell-003
+# %% ../../nbs/physics/04a_lanes.ipynb #cell-004
 _WORD = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.int32: ir.IntType(32), types.boolean: ir.IntType(1)}
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
@@ -33,7 +33,7 @@ class Lanes(types.Type):
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager, kind): super().__init__(manager, kind, kind.llvm)
 
-# %% ../../nbs/physics/04a_lanes.ipynb #cell-004
+# %% ../../nbs/physics/04a_lanes.ipynb #cell-005
 def _lanes(array) -> Lanes: return Lanes(array.dtype, 512 // array.dtype.bitwidth)
 
 def _constant(vector, numbers): return ir.Constant(vector, list(numbers) if hasattr(numbers, "__iter__") else [numbers] * vector.count)
@@ -55,7 +55,7 @@ def _get(builder, pointer, kind: Lanes):
 def _put(builder, value, pointer, kind: Lanes):
     builder.store(value, builder.bitcast(pointer, kind.llvm.as_pointer())).align = kind.kind.bitwidth // 8
 
-# %% ../../nbs/physics/04a_lanes.ipynb #cell-005
+# %% ../../nbs/physics/04a_lanes.ipynb #cell-006
 @intrinsic
 def ramp(typing, array):
     "0, 1, 2, … in the dtype of `array`: as many as fill a register."
@@ -82,7 +82,7 @@ def store(typing, array, index, lanes):
         return context.get_dummy_value()
     return types.void(array, types.intp, lanes), generate
 
-# %% ../../nbs/physics/04a_lanes.ipynb #cell-006
+# %% ../../nbs/physics/04a_lanes.ipynb #cell-007
 @intrinsic
 def add(typing, array, index, lanes, count):
     "array[index] += lanes[0], array[index + 1] += lanes[1], …: the first `count` of them, and no number behind is touched, not even to write it back."
@@ -96,7 +96,7 @@ def add(typing, array, index, lanes, count):
         return context.get_dummy_value()
     return types.void(array, types.intp, lanes, types.intp), generate
 
-# %% ../../nbs/physics/04a_lanes.ipynb #cell-007
+# %% ../../nbs/physics/04a_lanes.ipynb #cell-009
 def _operator(operation, generate, result=lambda lanes: lanes):
     "Teach numba an operator between lanes, or lanes and a number."
     @infer_global(operation)
@@ -117,7 +117,7 @@ for _operation, _name in ((operator.add, "add"), (operator.sub, "sub"), (operato
 for _operation, _name in ((operator.gt, ">"), (operator.lt, "<"), (operator.ge, ">=")):
     _operator(_operation, lambda builder, kind, x, y, name=_name: builder.fcmp_ordered(name, x, y), lambda lanes: Lanes(types.boolean, lanes.count))
 
-# %% ../../nbs/physics/04a_lanes.ipynb #cell-008
+# %% ../../nbs/physics/04a_lanes.ipynb #cell-010
 @intrinsic
 def where(typing, mask, yes, no):
     "Lane by lane: yes where the mask is set, else no; one of the two may be a number."
@@ -146,7 +146,7 @@ def like(typing, integers, lanes):
     "int32 lanes as numbers of the kind of `lanes`."
     return lanes(integers, lanes), lambda context, builder, sig, args: builder.sitofp(args[0], lanes.llvm)
 
-# %% ../../nbs/physics/04a_lanes.ipynb #cell-009
+# %% ../../nbs/physics/04a_lanes.ipynb #cell-012
 def _call(builder, name: str, lanes: Lanes, result, *args, **options):
     "LLVM's function of that name for such lanes."
     kind = ir.FunctionType(result, [a.type for a in args])
@@ -167,7 +167,7 @@ def total(typing, lanes):
     return lanes.kind(lanes), lambda context, builder, sig, args: _call(
         builder, "llvm.vector.reduce.fadd", lanes, number, ir.Constant(number, 0.0), *args, fastmath=("reassoc",))
 
-# %% ../../nbs/physics/04a_lanes.ipynb #cell-010
+# %% ../../nbs/physics/04a_lanes.ipynb #cell-014
 WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")  # does what numba compiles for look up tables in registers?
 PADDING = 80  # numbers of room that a table needs behind its last one: `pair` may read four registers and one number on
 
@@ -187,7 +187,7 @@ def pair(typing, table, begin, index):
         return context.make_tuple(builder, sig.return_type, [builder.load(r) for r in results])
     return types.UniTuple(kind, 2)(table, types.intp, index), generate
 
-# %% ../../nbs/physics/04a_lanes.ipynb #cell-011
+# %% ../../nbs/physics/04a_lanes.ipynb #cell-015
 def _choose(builder, kind, pointer, index, results, registers):
     "The first of `registers` that reaches every index does the look-up; if none does, lane by lane."
     if not registers: return _gather(builder, kind, pointer, index, results)
@@ -210,15 +210,22 @@ def _look(builder, kind, pointer, index, results, registers):
         builder.store(picked[0] if registers == 2 else builder.select(second, *picked[::-1]), result)
 
 def _gather(builder, kind, pointer, index, results):
-    "Lane by lane."
-    for further, result in enumerate(results):
+    "Lane by lane: a function of its own, or LLVM computes 16 addresses ahead of time for a case that is rare."
+    name = f"lanes_gather_{kind.llvm.element}_{kind.count}"
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(kind.llvm, (pointer.type, index.type)), name)
+        function.linkage = "internal"
+        if WIDE: function.attributes.add("noinline")
+        inner = ir.IRBuilder(function.append_basic_block())
         lanes = ir.Constant(kind.llvm, ir.Undefined)
         for i in range(kind.count):
-            at = builder.add(builder.sext(builder.extract_element(index, _I32(i)), _I64), _I64(further))
-            lanes = builder.insert_element(lanes, builder.load(builder.gep(pointer, [at])), _I32(i))
-        builder.store(lanes, result)
+            at = inner.sext(inner.extract_element(function.args[1], _I32(i)), _I64)
+            lanes = inner.insert_element(lanes, inner.load(inner.gep(function.args[0], [at])), _I32(i))
+        inner.ret(lanes)
+    for further, result in enumerate(results): builder.store(builder.call(function, [builder.gep(pointer, [_I64(further)]), index]), result)
 
-# %% ../../nbs/physics/04a_lanes.ipynb #cell-012
+# %% ../../nbs/physics/04a_lanes.ipynb #cell-017
 @intrinsic
 def transpose(typing, target, to, step, source, at, stride):
     "target[to + i·step + j] = source[at + j·stride + i] for a square of i and j, a register a side."
