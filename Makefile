@@ -12,7 +12,6 @@ OUT ?= runs/drr2ct
 QUIET := NUMEXPR_MAX_THREADS=2 PYTHONWARNINGS=ignore TF_CPP_MIN_LOG_LEVEL=3
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-export MPLBACKEND = agg
 
 .PHONY: setup demo test readme clean
 
@@ -36,7 +35,7 @@ test: $(STAMP)
 	@echo "== notebooks are clean and the library is their export"
 	@$(BIN)/python tests/check_notebooks.py
 	@echo "== the notebooks' own tests"
-	@$(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing
+	@MPLBACKEND=agg $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing
 	@echo "== pytest, with the smoke recipe by papermill"
 	@$(QUIET) $(BIN)/python -m pytest
 
