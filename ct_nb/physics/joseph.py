@@ -38,6 +38,8 @@ class ColumnParameters:
     volume_shape: tuple[int, int, int]  # (D, H, W)
     detector_shape: tuple[int, int]  # (R, C)
 
+    def map(self, function) -> "ColumnParameters": return replace(self, **{n: function(getattr(self, n)) for n in ("values", "axes", "slices")})
+
     @property
     def batch_shape(self) -> tuple: return tuple(self.values.shape[:-3])
     @property
@@ -47,63 +49,57 @@ class ColumnParameters:
 MINIMUM_W = 0.01  # a ray that far from its column's middle ray runs along the slices instead of through them
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-008
-def _pick(values: torch.Tensor, axis: torch.Tensor) -> torch.Tensor:
-    "values (..., 3) at axis (...)"
-    return values.expand(*axis.shape, 3).gather(-1, axis[..., None])[..., 0]
+def _axes(ray: torch.Tensor, row: torch.Tensor):
+    """For every column the axes (m, a, b), and whether there is a line at all: m is the axis most parallel to its middle ray,
+    a that one of the others to which the plane of its rays is most perpendicular, so that the line leans by at most 45° from b."""
+    m = ray.abs().argmax(-1, keepdim=True)
+    normal = torch.linalg.cross(ray, row).abs()
+    a = normal.scatter(-1, m, -1.0).argmax(-1, keepdim=True)
+    usable = (ray.abs().amax(-1) > 1e-9) & (normal.gather(-1, a)[..., 0] > 1e-9 * ray.norm(dim=-1) * row.norm(dim=-1))
+    return torch.cat([m, a, 3 - m - a], -1), usable
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-009
 def column_parameters(geometry: ConeBeam) -> ColumnParameters:
     "The lines of every detector column in the index coordinates of `geometry.grid`; float64, differentiable with respect to the geometry's tensors."
-    rows, columns = geometry.detector_shape
     source, center, column_step, row_step = (t.to(torch.float64) for t in (
         geometry.source_mm, geometry.detector_center_mm, geometry.column_step_mm, geometry.row_step_mm))
-    affine = torch.tensor(geometry.grid.affine, dtype=torch.float64, device=source.device)
-    to_index = torch.linalg.inv(affine[:3, :3]).T.flip(-1)  # (x, y, z) mm -> (z, y, x) voxels
-    along = torch.arange(columns, dtype=torch.float64, device=source.device) + 0.5 - columns / 2
-    ray_mm = (center - source)[..., None, :] + along[:, None] * column_step[..., None, :]  # (*batch, V, C, 3) to the middle of each column
+    inverse = torch.tensor(np.linalg.inv(geometry.grid.affine), device=source.device)
+    to_index, columns = inverse[:3, :3].T.flip(-1), geometry.detector_shape[1]  # (x, y, z) mm -> (z, y, x) voxels
+    along = torch.arange(columns, dtype=torch.float64, device=source.device)[:, None] + (0.5 - columns / 2)
+    ray_mm = (center - source)[..., None, :] + along * column_step[..., None, :]  # (*batch, V, C, 3): from the source to the middle of every column
     row_mm = row_step[..., None, :].expand_as(ray_mm)
-    ray, row, start = ray_mm @ to_index, row_mm @ to_index, ((source - affine[:3, 3]) @ to_index)[..., None, :].expand_as(ray_mm)
-    normal = torch.linalg.cross(ray, row)  # of the plane of the column's rays
+    ray, row = ray_mm @ to_index, row_mm @ to_index
+    start = (source @ to_index + inverse[:3, 3].flip(0))[..., None, :].expand_as(ray)
+    axes, usable = _axes(ray.detach(), row.detach())
+    shape = torch.tensor(geometry.grid.shape, dtype=torch.float64, device=source.device).expand_as(axes).gather(-1, axes)
 
-    with torch.no_grad():
-        m = ray.abs().argmax(-1)
-        a = normal.abs().scatter(-1, m[..., None], -1.0).argmax(-1)
-        b = 3 - m - a
-        scale = ray.norm(dim=-1) * row.norm(dim=-1)
-        usable = (_pick(ray, m).abs() > 1e-9) & (_pick(normal, a).abs() > 1e-9 * scale)
-    shape = torch.tensor(geometry.grid.shape, dtype=torch.float64, device=source.device)
-    ray_m = torch.where(usable, _pick(ray, m), 1.0)
-    normal_a = torch.where(usable, _pick(normal, a), 1.0)
-    kappa = (_pick(shape, m) - 1) / 2 - _pick(start, m)  # from the source to the middle slice
-    perspective, row_drift, row_step_drift = _pick(row, m) / ray_m, _pick(ray, b) / ray_m, _pick(row, b) / ray_m
-    shear, drift = -_pick(normal, b) / normal_a, -_pick(normal, m) / normal_a
-    values = torch.stack([
-        _pick(start, a) - shear * _pick(start, b) + drift * kappa, drift, shear,
-        _pick(start, b) + kappa * row_drift, _pick(start, b) * perspective + kappa * row_step_drift, row_drift, row_step_drift, perspective,
-        (ray_mm * ray_mm).sum(-1) / ray_m**2, 2 * (ray_mm * row_mm).sum(-1) / ray_m**2, (row_mm * row_mm).sum(-1) / ray_m**2], -1)
-    values = torch.where(usable[..., None], values, 0.0)
-    return ColumnParameters(values, torch.stack([m, a, b], -1), _slices(values.detach(), m, a, b, start.detach(), ray.detach(), shape, usable),
-                            geometry.grid.shape, geometry.detector_shape)
+    (s_m, s_a, s_b), (ray_m, ray_a, ray_b), (row_m, row_a, row_b) = (t.gather(-1, axes).unbind(-1) for t in (start, ray, row))
+    normal_a = torch.where(usable, ray_b * row_m - ray_m * row_b, 1.0)  # (m, a, b) may be left-handed: only ratios of the normal are used
+    slope = 1 / torch.where(usable, ray_m, 1.0)
+    shear, drift = (ray_a * row_m - ray_m * row_a) / normal_a, (ray_b * row_a - ray_a * row_b) / normal_a
+    kappa = (shape[..., 0] - 1) / 2 - s_m  # from the source to the middle slice
+    row_drift, row_step_drift, perspective = ray_b * slope, row_b * slope, row_m * slope
+    lengths = torch.stack([(ray_mm * ray_mm).sum(-1), 2 * (ray_mm * row_mm).sum(-1), (row_mm * row_mm).sum(-1)], -1) * (slope * slope)[..., None]
+    values = torch.stack([s_a - shear * s_b + drift * kappa, drift, shear, s_b + kappa * row_drift, s_b * perspective + kappa * row_step_drift,
+                          row_drift, row_step_drift, perspective], -1)
+    values = torch.where(usable[..., None], torch.cat([values, lengths], -1), 0.0)
+    slices = _slices(values.detach(), s_m.detach(), ray_m.detach(), shape, usable)
+    return ColumnParameters(values, axes, slices, geometry.grid.shape, geometry.detector_shape)
+
+# %% ../../nbs/physics/04_joseph.ipynb #cell-010
+def _slices(values, begin, length, shape, usable) -> torch.Tensor:
+    "First and stop slice of every column: between source and detector, and where the column's line can touch the grid."
+    (n_m, n_a, n_b), (offset, drift, shear) = shape.unbind(-1), values[..., :3].unbind(-1)
+    ends = torch.stack([begin, begin + length]).sort(0).values
+    swing = torch.stack([-shear, shear * n_b]).sort(0).values  # the line's rise over b in [-1, n_b]
+    steep = drift.abs() > 1e-9
+    bounds = (torch.stack([-1 - swing[1], n_a - swing[0]]) - offset) / torch.where(steep, drift, 1.0)  # of κ
+    bounds = torch.where(steep, bounds.sort(0).values + (n_m - 1) / 2, ends)
+    first = torch.maximum(ends[0].ceil(), bounds[0].floor()).clamp(min=0).minimum(n_m)
+    stop = torch.minimum(ends[1].floor(), bounds[1].ceil()).minimum(n_m - 1) + 1
+    return torch.stack([first, torch.where(usable, stop, 0.0).maximum(first)], -1).to(torch.int64)
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-011
-@torch.no_grad()
-def _slices(values, m, a, b, start, ray, shape, usable) -> torch.Tensor:
-    "First and stop slice of every column: between source and detector, and where the column's line can touch the grid."
-    count = _pick(shape, m)
-    begin, end = _pick(start, m), _pick(start, m) + _pick(ray, m)
-    first, stop = torch.minimum(begin, end).ceil(), torch.maximum(begin, end).floor() + 1
-    offset, drift, shear = values[..., :3].unbind(-1)
-    swing = shear * torch.stack([-torch.ones_like(count), _pick(shape, b)])  # the line's rise over b in [-1, n_b]
-    low, high = -1 - offset - swing.amax(0), _pick(shape, a) - offset - swing.amin(0)  # of drift·κ
-    steep = drift.abs() > 1e-9
-    bounds = torch.stack([low, high]) / torch.where(steep, drift, 1.0) + (count - 1) / 2
-    first = torch.where(steep, torch.maximum(first, bounds.amin(0).floor()), first)
-    stop = torch.where(steep, torch.minimum(stop, bounds.amax(0).ceil() + 1), stop)
-    first = torch.minimum(first.clamp(min=0), count)
-    stop = torch.where(usable, torch.minimum(stop, count), 0).clamp(min=0)
-    return torch.stack([first, torch.maximum(first, stop)], -1).to(torch.int64)
-
-# %% ../../nbs/physics/04_joseph.ipynb #cell-013
 def _corners(parameters: ColumnParameters, k: torch.Tensor, dtype):
     "The four voxels of every sample in slices k (K,): pairs of flat index and weight, both (*batch, V, C, R, K)."
     device, rows = parameters.values.device, parameters.detector_shape[0]
@@ -129,7 +125,7 @@ def _corners(parameters: ColumnParameters, k: torch.Tensor, dtype):
             index = k * stride_m + a.long() * stride_a + b.long() * stride_b
             yield torch.where(inside, index, 0), torch.where(inside, weight_ab, 0.0).to(dtype)
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-014
+# %% ../../nbs/physics/04_joseph.ipynb #cell-012
 CHUNK = 1 << 22  # samples at a time: what bounds the reference's memory
 
 def _chunks(parameters: ColumnParameters) -> list[torch.Tensor]:
@@ -137,7 +133,7 @@ def _chunks(parameters: ColumnParameters) -> list[torch.Tensor]:
     pixels = parameters.axes[..., 0].numel() * parameters.detector_shape[0]
     return list(k.split(max(1, CHUNK // max(1, pixels))))
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-016
+# %% ../../nbs/physics/04_joseph.ipynb #cell-014
 def forward(volume: torch.Tensor, parameters: ColumnParameters, slices: torch.Tensor | None = None) -> torch.Tensor:
     """Line integrals, of some slices if told. volume (B, D, H, W), parameters of batch shape (1,) or (B,) -> (B, V, R, C).
 
@@ -150,7 +146,7 @@ def forward(volume: torch.Tensor, parameters: ColumnParameters, slices: torch.Te
             image = image + (value * weight).sum(-1)
     return image.transpose(-1, -2)
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-017
+# %% ../../nbs/physics/04_joseph.ipynb #cell-015
 def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     "The transpose of `forward`: the same weights, scattered. image (B, V, R, C) -> (B, D, H, W)."
     batch = image.shape[0]
@@ -162,7 +158,7 @@ def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
             flat = flat.scatter_add(1, index.expand(batch, *index.shape[1:]).flatten(1), value)
     return flat.view(batch, *parameters.volume_shape)
 
-# %% ../../nbs/physics/04_joseph.ipynb #cell-019
+# %% ../../nbs/physics/04_joseph.ipynb #cell-017
 def gradient(volume: torch.Tensor, image: torch.Tensor, parameters: ColumnParameters, projection: torch.Tensor | None = None, with_adjoint: bool = True):
     """The derivative of ⟨image, forward(volume)⟩ with respect to `parameters.values`, and adjoint(image), its derivative with respect to the volume (or None).
 

@@ -249,9 +249,9 @@ def _measure(lines, cells, pitch, count):
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-028
 @_jit
-def _gradient(slope, target, volume, box, weighted, rows, values, slices, columns, begin, end, spread):
+def _gradient(slope, target, target_box, volume, box, weighted, rows, values, slices, columns, begin, end):
     """slope[i] += the derivatives of ⟨image, forward⟩ to the first eight values of column columns[i] that slices begin:end cause;
-    and, if `spread`, the slices of the target as in `_adjoint`."""
+    and, unless the target is empty, its slices as in `_adjoint`."""
     pitch = box[2] + PADDING
     line, cells = np.zeros(2 * pitch, volume.dtype), np.zeros(3 * pitch, volume.dtype)
     places, lines = np.empty((len(columns), 4), np.int64), np.empty((len(columns), 3))
@@ -266,7 +266,7 @@ def _gradient(slope, target, volume, box, weighted, rows, values, slices, column
             _across_slope(line, pitch, count, volume, at, box[4], box[1], offset, shear)
             _collect(cells, pitch, count, weighted, i * (rows + PADDING), rows, p, g, mu)
             t0, t1, t2, shift, lean = _measure(line, cells, pitch, count)
-            if spread: _spread(target, at, box[4], box[1], cells, pitch, count, offset, shear)
+            if len(target): _spread(target, (k - target_box[5]) * target_box[3] + low, target_box[4], box[1], cells, pitch, count, offset, shear)
             s[0] += shift
             s[1] += kappa * shift
             s[2] += lean + low * shift
@@ -435,32 +435,35 @@ def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-041
 def gradient(volume: torch.Tensor, image: torch.Tensor, parameters: ColumnParameters, projection: torch.Tensor | None = None, with_adjoint: bool = True):
-    "As `joseph.gradient`, on the CPU. One marching axis and half of its slices at a time keep the two turned volumes as small as one."
+    "As `joseph.gradient`, on the CPU. It turns the volume by halves, so that with the gradient to the volume it needs room for one and a half."
     if projection is None: projection = forward(volume, parameters)
     volume, image, projection = (t.contiguous().numpy() for t in (volume, image, projection))
     slope = np.zeros((len(parameters.values), math.prod(parameters.values.shape[1:3]), len(VALUES)))
-    result = np.empty_like(volume) if with_adjoint else np.empty((len(volume), 0), volume.dtype)
-    halves = {m: _pieces(volume.shape[1 + m], (volume.shape[1 + m] + 1) // 2) for m in range(3)}
-    planes, back = (np.empty(0, volume.dtype),) * 2
+    result = np.empty_like(volume) if with_adjoint else None
     for item in range(len(volume)):
         values, slices, groups = _columns(parameters, item)
         total = slope[item if len(slope) > 1 else 0]
         _each(lambda piece: _length_slope(total, image[item], projection[item], values, *piece), _pieces(len(values), 64))
-        for i, (b, m, members) in enumerate((b, m, members) for b, groups_b in groups.items() for m, members in groups_b):
-            weighted = _weighted(image[item], values, members)
-            for first, stop in halves[m]:
-                layout = _Layout(parameters.volume_shape, b, m, first, stop)
-                if planes.size < layout.size: planes, back = _room(layout.size, volume.dtype), _room(layout.size if with_adjoint else 0, volume.dtype)
-                layout.turn_in(volume[item], planes)
-                if with_adjoint and i: layout.turn_in(result[item], back)
-                elif with_adjoint: _each(lambda piece: back[slice(*piece)].fill(0), _pieces(layout.size, 1 << 18))
-                total[members, :8] += _gradient_part(layout, m, planes, back, image.shape[-2], weighted, values, slices, members)
-                if with_adjoint: layout.turn_out(back, result[item])
+        for i, (b, groups_b) in enumerate(groups.items()):
+            layout = _Layout(parameters.volume_shape, b, outer=int(b == 0))
+            back = _room(layout.size if with_adjoint else 0, volume.dtype, np.zeros)
+            if with_adjoint and i: layout.turn_in(result[item], back)
+            for m, members in groups_b:
+                weighted = _weighted(image[item], values, members)
+                share = _gradient_of_group(volume[item], back, layout.box(m), b, m, image.shape[-2], weighted, values, slices, members)
+                total[members, :8] += share
+            if with_adjoint: layout.turn_out(back, result[item])
     return torch.from_numpy(slope).view_as(parameters.values), torch.from_numpy(result) if with_adjoint else None
 
-def _gradient_part(layout, m, planes, back, rows, weighted, values, slices, members) -> np.ndarray:
-    "`_gradient` in the slices of a layout; adds the adjoint to `back`, unless it is empty."
-    pieces = _pieces(layout.first + layout.count[m], 8, layout.first)
-    shares = np.zeros((len(pieces), len(members), 8))
-    _each(lambda i: _gradient(shares[i], back, planes, layout.box(m), weighted, rows, values, slices, members, *pieces[i], len(back) > 0), range(len(pieces)))
-    return shares.sum(0)
+# %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-042
+def _gradient_of_group(volume, back, back_box, b, m, rows, weighted, values, slices, members) -> np.ndarray:
+    "`_gradient` for the columns that march along m, half of the slices at a time; adds the adjoint to `back`, unless it is empty."
+    n, sums, planes = volume.shape[m], 0, None
+    for first, stop in _pieces(n, (n + 1) // 2):
+        layout, pieces = _Layout(volume.shape, b, m, first, stop), _pieces(stop, 8, first)
+        planes = _room(layout.size, volume.dtype) if planes is None else planes
+        layout.turn_in(volume, planes)
+        shares = np.zeros((len(pieces), len(members), 8))
+        _each(lambda i: _gradient(shares[i], back, back_box, planes, layout.box(m), weighted, rows, values, slices, members, *pieces[i]), range(len(pieces)))
+        sums = sums + shares.sum(0)
+    return sums

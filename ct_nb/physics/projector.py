@@ -18,19 +18,21 @@ from .geometry import ConeBeam
 from .joseph import ColumnParameters, column_parameters
 
 # %% ../../nbs/physics/07_projector.ipynb #cell-004
-_POSE = ("source_mm", "detector_center_mm", "column_step_mm", "row_step_mm")
 _known = weakref.WeakKeyDictionary()  # geometry -> (versions of its tensors, parameters): an iterative solver asks for the same ones again and again
 
 def _parameters(geometry: ConeBeam, device) -> ColumnParameters:
-    "`column_parameters`, remembered for a geometry that needs no gradient."
-    tensors = [getattr(geometry, n) for n in _POSE]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors): return column_parameters(geometry.to(device=device))
-    key = (torch.device(device), *((id(t), t._version) for t in tensors))
-    if _known.get(geometry, (None,))[0] != key:
-        with torch.no_grad(): _known[geometry] = (key, column_parameters(geometry.to(device=device)))
-    return _known[geometry][1]
+    "`column_parameters`, with a batch axis, on a device; remembered for a geometry that needs no gradient."
+    tensors = geometry.source_mm, geometry.detector_center_mm, geometry.column_step_mm, geometry.row_step_mm
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    key = (device, *((id(t), None if t.is_inference() else t._version) for t in tensors))
+    if not differentiable and geometry in _known and _known[geometry][0] == key: return _known[geometry][1]
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+        batch = len(geometry.batch_shape)
+        parameters = column_parameters(geometry).map(lambda t: (t.flatten(0, batch - 1) if batch else t[None]).to(device))
+    if not differentiable: _known[geometry] = key, parameters
+    return parameters
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-006
+# %% ../../nbs/physics/07_projector.ipynb #cell-005
 _MODULES = {"torch": "ct_nb.physics.joseph", "numba": "ct_nb.physics.joseph_cpu", "triton": "ct_nb.physics.joseph_cuda"}
 _told = set()
 
@@ -47,12 +49,12 @@ def _backend(name: str | None, device: torch.device):
         _told.add(name)
         return joseph
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-007
+# %% ../../nbs/physics/07_projector.ipynb #cell-006
 def _slope_with_graph(volume, image, values, parameters):
     "The gradient of ⟨image, A volume⟩ to `values` for those who differentiate once more: by the reference, which autograd can follow."
     return torch.autograd.grad((image * joseph.forward(volume, replace(parameters, values=values))).sum(), values, create_graph=True)[0]
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-009
+# %% ../../nbs/physics/07_projector.ipynb #cell-008
 class _Project(torch.autograd.Function):
     "volume (B, D, H, W), values -> image (B, V, R, C)"
     @staticmethod
@@ -71,7 +73,7 @@ class _Project(torch.autograd.Function):
         slope = _slope_with_graph(volume, image_gradient, values, parameters) if ctx.needs_input_grad[1] else None
         return _Backproject.apply(image_gradient, values, parameters, backend) if ctx.needs_input_grad[0] else None, slope, None, None
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-010
+# %% ../../nbs/physics/07_projector.ipynb #cell-009
 class _Backproject(torch.autograd.Function):
     "image (B, V, R, C), values -> volume (B, D, H, W)"
     @staticmethod
@@ -89,7 +91,7 @@ class _Backproject(torch.autograd.Function):
             else: slope = backend.gradient(volume_gradient, image, parameters, image_gradient, False)[0]
         return image_gradient, slope, None, None
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-012
+# %% ../../nbs/physics/07_projector.ipynb #cell-011
 def _check(name: str, tensor, geometry, last: tuple, words: str):
     "Everything that can be wrong with the arguments, in one sentence each."
     if not isinstance(geometry, ConeBeam): raise TypeError(f"geometry: expected a ConeBeam, got {type(geometry).__name__}")
@@ -101,18 +103,16 @@ def _check(name: str, tensor, geometry, last: tuple, words: str):
     if geometry.batch_shape not in ((), tuple(tensor.shape[:-n])):
         raise ValueError(f"{name}: its batch shape {tuple(tensor.shape[:-n])} must equal the geometry's {geometry.batch_shape}, or the geometry must have none")
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-013
+# %% ../../nbs/physics/07_projector.ipynb #cell-012
 def _apply(function, tensor, geometry, backend):
     "Flatten the batch, compute in float32 or float64, and give back the dtype that came."
     batch, last = tensor.shape[:-3], tensor.shape[-3:]
     parameters = _parameters(geometry, tensor.device)
-    flat = {f: getattr(parameters, f).flatten(0, len(geometry.batch_shape) - 1) if geometry.batch_shape else getattr(parameters, f)[None] for f in ("values", "axes", "slices")}
-    values, parameters = flat["values"], replace(parameters, **(flat | {"values": flat["values"].detach()}))
     computed = tensor.reshape(-1, *last).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    result = function.apply(computed, values, parameters, _backend(backend, tensor.device))
+    result = function.apply(computed, parameters.values, parameters.map(torch.Tensor.detach), _backend(backend, tensor.device))
     return result.view(*batch, *result.shape[1:]).to(tensor.dtype)
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-015
+# %% ../../nbs/physics/07_projector.ipynb #cell-013
 def project(
     mu: torch.Tensor,  # (*batch, D, H, W) attenuation on `geometry.grid`, mm⁻¹
     geometry: ConeBeam,  # batch shape () for one geometry shared by all, or that of `mu`
@@ -126,7 +126,7 @@ def project(
     _check("mu", mu, geometry, tuple(geometry.grid.shape), "D, H, W")
     return _apply(_Project, mu, geometry, backend)
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-016
+# %% ../../nbs/physics/07_projector.ipynb #cell-014
 def backproject(
     image: torch.Tensor,  # (*batch, V, R, C)
     geometry: ConeBeam,  # batch shape () or that of `image`
