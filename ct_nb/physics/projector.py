@@ -49,12 +49,12 @@ def _backend(name: str | None, device: torch.device):
         _told.add(name)
         return joseph
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-006
+# %% ../../nbs/physics/07_projector.ipynb #cell-007
 def _slope_with_graph(volume, image, values, parameters):
     "The gradient of ⟨image, A volume⟩ to `values` for those who differentiate once more: by the reference, which autograd can follow."
     return torch.autograd.grad((image * joseph.forward(volume, replace(parameters, values=values))).sum(), values, create_graph=True)[0]
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-008
+# %% ../../nbs/physics/07_projector.ipynb #cell-009
 class _Project(torch.autograd.Function):
     "volume (B, D, H, W), values -> image (B, V, R, C)"
     @staticmethod
@@ -73,7 +73,7 @@ class _Project(torch.autograd.Function):
         slope = _slope_with_graph(volume, image_gradient, values, parameters) if ctx.needs_input_grad[1] else None
         return _Backproject.apply(image_gradient, values, parameters, backend) if ctx.needs_input_grad[0] else None, slope, None, None
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-009
+# %% ../../nbs/physics/07_projector.ipynb #cell-010
 class _Backproject(torch.autograd.Function):
     "image (B, V, R, C), values -> volume (B, D, H, W)"
     @staticmethod
@@ -91,7 +91,7 @@ class _Backproject(torch.autograd.Function):
             else: slope = backend.gradient(volume_gradient, image, parameters, image_gradient, False)[0]
         return image_gradient, slope, None, None
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-011
+# %% ../../nbs/physics/07_projector.ipynb #cell-012
 def _check(name: str, tensor, geometry, last: tuple, words: str):
     "Everything that can be wrong with the arguments, in one sentence each."
     if not isinstance(geometry, ConeBeam): raise TypeError(f"geometry: expected a ConeBeam, got {type(geometry).__name__}")
@@ -103,7 +103,7 @@ def _check(name: str, tensor, geometry, last: tuple, words: str):
     if geometry.batch_shape not in ((), tuple(tensor.shape[:-n])):
         raise ValueError(f"{name}: its batch shape {tuple(tensor.shape[:-n])} must equal the geometry's {geometry.batch_shape}, or the geometry must have none")
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-012
+# %% ../../nbs/physics/07_projector.ipynb #cell-013
 def _apply(function, tensor, geometry, backend):
     "Flatten the batch, compute in float32 or float64, and give back the dtype that came."
     batch, last = tensor.shape[:-3], tensor.shape[-3:]
@@ -112,7 +112,7 @@ def _apply(function, tensor, geometry, backend):
     result = function.apply(computed, parameters.values, parameters.map(torch.Tensor.detach), _backend(backend, tensor.device))
     return result.view(*batch, *result.shape[1:]).to(tensor.dtype)
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-013
+# %% ../../nbs/physics/07_projector.ipynb #cell-014
 def project(
     mu: torch.Tensor,  # (*batch, D, H, W) attenuation on `geometry.grid`, mm⁻¹
     geometry: ConeBeam,  # batch shape () for one geometry shared by all, or that of `mu`
@@ -126,7 +126,7 @@ def project(
     _check("mu", mu, geometry, tuple(geometry.grid.shape), "D, H, W")
     return _apply(_Project, mu, geometry, backend)
 
-# %% ../../nbs/physics/07_projector.ipynb #cell-014
+# %% ../../nbs/physics/07_projector.ipynb #cell-015
 def backproject(
     image: torch.Tensor,  # (*batch, V, R, C)
     geometry: ConeBeam,  # batch shape () or that of `image`
