@@ -49,13 +49,14 @@ class ColumnParameters:
 MINIMUM_W = 0.01  # a ray that far from its column's middle ray runs along the slices instead of through them
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-008
+@torch.no_grad()
 def _axes(ray: torch.Tensor, row: torch.Tensor):
     """For every column the axes (m, a, b), and whether there is a line at all: m is the axis most parallel to its middle ray,
     a that one of the others to which the plane of its rays is most perpendicular, so that the line leans by at most 45° from b."""
-    m = ray.abs().argmax(-1, keepdim=True)
-    normal = torch.linalg.cross(ray, row).abs()
-    a = normal.scatter(-1, m, -1.0).argmax(-1, keepdim=True)
-    usable = (ray.abs().amax(-1) > 1e-9) & (normal.gather(-1, a)[..., 0] > 1e-9 * ray.norm(dim=-1) * row.norm(dim=-1))
+    size, normal = ray.abs(), torch.linalg.cross(ray, row).abs()
+    largest, m = size.max(-1, keepdim=True)
+    across, a = normal.scatter(-1, m, -1.0).max(-1, keepdim=True)
+    usable = (largest > 1e-9) & (across > 1e-9 * largest * row.abs().amax(-1, keepdim=True))
     return torch.cat([m, a, 3 - m - a], -1), usable
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-009
@@ -66,24 +67,25 @@ def column_parameters(geometry: ConeBeam) -> ColumnParameters:
     inverse = torch.tensor(np.linalg.inv(geometry.grid.affine), device=source.device)
     to_index, columns = inverse[:3, :3].T.flip(-1), geometry.detector_shape[1]  # (x, y, z) mm -> (z, y, x) voxels
     along = torch.arange(columns, dtype=torch.float64, device=source.device)[:, None] + (0.5 - columns / 2)
-    ray_mm = (center - source)[..., None, :] + along * column_step[..., None, :]  # (*batch, V, C, 3): from the source to the middle of every column
-    row_mm = row_step[..., None, :].expand_as(ray_mm)
-    ray, row = ray_mm @ to_index, row_mm @ to_index
-    start = (source @ to_index + inverse[:3, 3].flip(0))[..., None, :].expand_as(ray)
-    axes, usable = _axes(ray.detach(), row.detach())
+    middle = (center - source)[..., None, :] + along * column_step[..., None, :]  # (*batch, V, C, 3): from the source to the middle of every column
+    both = torch.stack([middle, row_step[..., None, :].expand_as(middle)], -2)  # (*batch, V, C, 2, 3): that ray, and the step to the next row; mm
+    steps = both @ to_index
+    axes, usable = _axes(*steps.detach().unbind(-2))
+    steps = steps.gather(-1, axes[..., None, :].expand_as(steps))  # from here on by (m, a, b)
+    start = (source @ to_index + inverse[:3, 3].flip(0))[..., None, :].expand_as(axes).gather(-1, axes)
     shape = torch.tensor(geometry.grid.shape, dtype=torch.float64, device=source.device).expand_as(axes).gather(-1, axes)
 
-    (s_m, s_a, s_b), (ray_m, ray_a, ray_b), (row_m, row_a, row_b) = (t.gather(-1, axes).unbind(-1) for t in (start, ray, row))
-    normal_a = torch.where(usable, ray_b * row_m - ray_m * row_b, 1.0)  # (m, a, b) may be left-handed: only ratios of the normal are used
-    slope = 1 / torch.where(usable, ray_m, 1.0)
-    shear, drift = (ray_a * row_m - ray_m * row_a) / normal_a, (ray_b * row_a - ray_a * row_b) / normal_a
-    kappa = (shape[..., 0] - 1) / 2 - s_m  # from the source to the middle slice
-    row_drift, row_step_drift, perspective = ray_b * slope, row_b * slope, row_m * slope
-    lengths = torch.stack([(ray_mm * ray_mm).sum(-1), 2 * (ray_mm * row_mm).sum(-1), (row_mm * row_mm).sum(-1)], -1) * (slope * slope)[..., None]
-    values = torch.stack([s_a - shear * s_b + drift * kappa, drift, shear, s_b + kappa * row_drift, s_b * perspective + kappa * row_step_drift,
-                          row_drift, row_step_drift, perspective], -1)
-    values = torch.where(usable[..., None], torch.cat([values, lengths], -1), 0.0)
-    slices = _slices(values.detach(), s_m.detach(), ray_m.detach(), shape, usable)
+    slope = 1 / torch.where(usable, steps[..., 0, :1], 1.0)
+    normal = torch.linalg.cross(steps[..., 0, :], steps[..., 1, :])  # of the plane of the column's rays; of either sign, only ratios are used
+    lean = normal / torch.where(usable, -normal[..., 1:2], 1.0)  # along m: drift, along b: shear
+    steps = steps * slope[..., None]  # per slice: the ray (1, ·, row_drift), the step to the next row (perspective, ·, row_step_drift)
+    kappa = (shape[..., :1] - 1) / 2 - start[..., :1]  # from the source to the middle slice
+    values = torch.cat([
+        start[..., 1:2] - lean[..., 2:] * start[..., 2:] + lean[..., :1] * kappa, lean[..., :1], lean[..., 2:],
+        start[..., 2:] * steps[..., 0] + kappa * steps[..., 2], steps[..., 2], steps[..., 1, :1],
+        (both[..., [0, 0, 1], :] * both[..., [0, 1, 1], :]).sum(-1) * both.new_tensor([1.0, 2.0, 1.0]) * slope**2], -1)
+    values = torch.where(usable, values, 0.0)
+    slices = _slices(values.detach(), start.detach()[..., 0], 1 / slope.detach()[..., 0], shape, usable[..., 0])
     return ColumnParameters(values, axes, slices, geometry.grid.shape, geometry.detector_shape)
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-010
