@@ -54,8 +54,10 @@ def _axes(ray: torch.Tensor, row: torch.Tensor):
     """For every column the axes (m, a, b), and whether there is a line at all: m is the axis most parallel to its middle ray,
     a that one of the others to which the plane of its rays is most perpendicular, so that the line leans by at most 45° from b."""
     size, normal = ray.abs(), torch.linalg.cross(ray, row).abs()
-    largest, m = size.max(-1, keepdim=True)
-    across, a = normal.scatter(-1, m, -1.0).max(-1, keepdim=True)
+    m = size.argmax(-1, keepdim=True)
+    normal = normal.scatter(-1, m, -1.0)
+    a = normal.argmax(-1, keepdim=True)
+    largest, across = size.gather(-1, m), normal.gather(-1, a)
     usable = (largest > 1e-9) & (across > 1e-9 * largest * row.abs().amax(-1, keepdim=True))
     return torch.cat([m, a, 3 - m - a], -1), usable
 
@@ -68,8 +70,9 @@ def column_parameters(geometry: ConeBeam) -> ColumnParameters:
     to_index, columns = inverse[:3, :3].T.flip(-1), geometry.detector_shape[1]  # (x, y, z) mm -> (z, y, x) voxels
     along = torch.arange(columns, dtype=torch.float64, device=source.device)[:, None] + (0.5 - columns / 2)
     middle = (center - source)[..., None, :] + along * column_step[..., None, :]  # (*batch, V, C, 3): from the source to the middle of every column
-    both = torch.stack([middle, row_step[..., None, :].expand_as(middle)], -2)  # (*batch, V, C, 2, 3): that ray, and the step to the next row; mm
-    steps = both @ to_index
+    row = row_step[..., None, :].expand_as(middle)  # and the step to the next row
+    both = torch.stack([middle, row], -2)  # (*batch, V, C, 2, 3), mm
+    steps = (both[..., None] * to_index).sum(-2)  # a matrix product, `max` or indexing by a list wakes torch's threads, which then spin for ms on the kernels' cores
     axes, usable = _axes(*steps.detach().unbind(-2))
     steps = steps.gather(-1, axes[..., None, :].expand_as(steps))  # from here on by (m, a, b)
     start = (source @ to_index + inverse[:3, 3].flip(0))[..., None, :].expand_as(axes).gather(-1, axes)
@@ -83,7 +86,7 @@ def column_parameters(geometry: ConeBeam) -> ColumnParameters:
     values = torch.cat([
         start[..., 1:2] - lean[..., 2:] * start[..., 2:] + lean[..., :1] * kappa, lean[..., :1], lean[..., 2:],
         start[..., 2:] * steps[..., 0] + kappa * steps[..., 2], steps[..., 2], steps[..., 1, :1],
-        (both[..., [0, 0, 1], :] * both[..., [0, 1, 1], :]).sum(-1) * both.new_tensor([1.0, 2.0, 1.0]) * slope**2], -1)
+        torch.stack([middle**2, 2 * middle * row, row**2], -2).sum(-1) * slope**2], -1)
     values = torch.where(usable, values, 0.0)
     slices = _slices(values.detach(), start.detach()[..., 0], 1 / slope.detach()[..., 0], shape, usable[..., 0])
     return ColumnParameters(values, axes, slices, geometry.grid.shape, geometry.detector_shape)
