@@ -6,6 +6,7 @@
 __all__ = ['TrainerConfig', 'learning_rate_factor', 'CaseOrder', 'TrainingStopped', 'History', 'Trainer']
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-002
+import atexit
 import json
 import math
 import os
@@ -142,6 +143,8 @@ class Trainer:
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(self.plain_model, optimizer)
         self.pieces = 1  # how many parts a batch is cut into; grows when memory runs out
+        # an interpreter that ends with the threads of a process group still running aborts now and then
+        if self.accelerator.num_processes > 1: atexit.register(self.accelerator.end_training)
 
     @property
     def is_main(self) -> bool: return self.accelerator.is_main_process
@@ -241,6 +244,7 @@ def fit(
         bar.update()
     bar.close()
     history.close()
+    self.accelerator.wait_for_everyone()
     self.plain_model.load_state_dict({name.removeprefix("module."): value for name, value in self.average.state_dict().items() if name != "n_averaged"})
     self.plain_model.eval()
     return history
