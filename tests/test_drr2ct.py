@@ -53,9 +53,10 @@ def test_consistency_lowers_the_error_on_the_given_xrays():
 def test_every_parameter_gets_a_gradient():
     "At 64³ all three strides of the pyramid are lifted; at 32³ the finest has no grid to go to."
     truth, xrays, geometry = scene()
-    model = DRR2CT(DRR2CTConfig(size=64, view_channels=(8, 8, 8), lifted_channels=(4, 4, 4), grid_channels=(8, 8, 8), inner_channels=8, inner_blocks=1, prior_modes=2))
+    model = DRR2CT(DRR2CTConfig(size=64, view_channels=(8, 8, 8, 8), lifted_channels=(4, 4, 4), grid_channels=(8, 8, 8), latent_channels=8, latent_blocks=1, bottleneck_channels=4, prior_modes=2))
     wide = torch.nn.functional.interpolate(truth[None], size=(64, 64, 64))[0]
-    (model(xrays, geometry.on(Grid.cube(64))).hu - wide).abs().mean().backward()
+    found = model(xrays, geometry.on(Grid.cube(64)))
+    ((found.hu - wide).abs().mean() + found.view_tokens.sum() + found.latent_tokens.sum()).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
 
 
@@ -80,12 +81,49 @@ def test_batch_equals_one_by_one():
     assert (together - alone).abs().max() < 0.5
 
 
+def test_what_is_hidden_does_not_reach_the_network():
+    _, xrays, geometry = scene()
+    model, hidden = network().eval(), torch.zeros(1, 2, 256, 256, dtype=torch.bool)
+    hidden[:, 0, 64:128, 64:128] = True
+    changed = torch.where(hidden, xrays + 1, xrays)
+    with torch.no_grad():
+        base = model(xrays, geometry).base_hu
+        a, b = (model(x, geometry, base=base, hidden=hidden, consistency=False) for x in (xrays, changed))
+        seen = model(changed, geometry, base=base, consistency=False)
+    assert torch.equal(a.features[0], b.features[0]) and (seen.features[0] - a.features[0]).abs().max() > 1e-3
+
+
+def test_consistency_can_be_left_out_of_one_answer():
+    _, xrays, geometry = scene()
+    model = network().eval()
+    with torch.no_grad(): free, held = (model(xrays, geometry, consistency=c) for c in (False, True))
+    assert torch.equal(free.hu, free.unconstrained_hu) and torch.equal(free.unconstrained_hu, held.unconstrained_hu) and not torch.equal(free.hu, held.hu)
+
+
+@pytest.mark.parametrize("changes", [dict(latent_size=8), dict(latent_size=12), dict(latent_size=24), dict(decoder="implicit"), dict(epipolar_strides=()), dict(epipolar_gate=False)])
+def test_its_parts_can_be_exchanged(changes):
+    _, xrays, geometry = scene()
+    with torch.no_grad(): found = network(replace(SMOKE, **changes)).eval()(xrays, geometry)
+    assert found.hu.shape == (1, 32, 32, 32) and torch.isfinite(found.hu).all() and found.latent.mean.shape[-1] == changes.get("latent_size", 16)
+
+
+def test_the_latent_is_drawn_only_when_asked():
+    _, xrays, geometry = scene()
+    model = network().eval()
+    with torch.no_grad():
+        mean, again, drawn = (model(xrays, geometry, sample=s, consistency=False).hu for s in (None, False, True))
+        other = model(xrays, geometry, sample=True, consistency=False).hu
+    assert torch.equal(mean, again) and not torch.equal(drawn, other) and not torch.equal(mean, drawn)
+
+
 def test_settings_go_through_json():
     import json
     config = DRR2CTConfig.preset("gpu")
     assert DRR2CTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match="unknown settings"): DRR2CTConfig.from_dict({"sise": 64})
     with pytest.raises(ValueError, match="window"): DRR2CTConfig(window="chess")
+    with pytest.raises(ValueError, match="latent_size"): DRR2CTConfig(latent_size=18)
+    with pytest.raises(ValueError, match="multiple of 4"): DRR2CTConfig(size=30)
 
 
 @pytest.mark.parametrize("shape, words", [((1, 3, 256, 256), "geometry describes"), ((1, 2, 128, 256), "geometry describes"), ((2, 256, 256), "geometry describes")])

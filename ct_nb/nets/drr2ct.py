@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .blocks import ResidualBlock, keep_variance
-from .decoders import UNetDecoder
-from .latent import Bottleneck, LatentGrid, level_sizes, lift, shadows
+from .bottleneck import Latent, LatentTrunk, VariationalBottleneck
+from .decoders import make_decoder
+from .latent import LatentGrid, lift, shadows
 from .prior import LinearPrior, binned
 from .views import ViewPyramid
+from .volumization import Volumization
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.solvers import make_consistent
@@ -27,19 +29,29 @@ from ..physics.volume import WINDOWS, Window, hu_to_mu, mu_to_hu
 @dataclass(frozen=True)
 class DRR2CTConfig:
     "Everything that decides what the weights mean; stored beside them."
-    size: int = 64  # voxels a side, 16·2ⁿ
+    size: int = 64  # voxels a side
     window: str = "chest"  # the network's range of HU
     energy_kev: float = 60.0  # of the X-rays
-    view_channels: tuple[int, ...] = (16, 32, 64)  # at strides 4, 8, 16
-    view_blocks: int = 1
-    lifted_channels: tuple[int, ...] = (4, 24, 48)  # of them that are lifted into the grid
+    view_channels: tuple[int, ...] = (16, 32, 64, 64)  # at strides 4, 8, 16, 32
+    view_depths: tuple[int, ...] = (1, 1, 1, 1)  # blocks
+    view_heads: tuple[int, ...] = (3, 6, 12, 24)  # at most
+    view_window: int = 8
+    keep_tokens: int | None = None  # that take part in the attention from stride 8 on; None: all
+    epipolar_strides: tuple[int, ...] = (16,)  # where the views look at each other
+    epipolar_neighbours: int = 32
+    epipolar_gate: bool = True
+    lifted_channels: tuple[int, ...] = (4, 24, 48)  # of the features that are lifted into the grid
     prior_modes: int = 64
     prior_noise: float = 0.5
-    grid_channels: tuple[int, ...] = (8, 32, 64)  # from full size down to 16³
-    inner_channels: int = 128  # at 8³
-    inner_blocks: int = 2
+    grid_channels: tuple[int, ...] = (8, 32, 64)  # at full size, half of it, a quarter, …
+    latent_size: int = 16  # voxels a side of the grid that the rays are collected in; a multiple of 4
+    latent_channels: int = 64
+    latent_blocks: int = 3
+    bottleneck_channels: int = 32  # of it that reach the decoder
+    decoder: str = "unet"  # or "implicit"
+    contrast_channels: int = 64  # of the pooled tokens that are compared across views
+    recompute: bool = False  # trade time for memory in training
     consistency: bool = True  # make the prediction agree with the X-rays
-    learned_spread: bool = False
     consistency_iterations: int = 8
     consistency_noise: float = 0.05  # line integrals: how far rendered X-rays are from those of a coarser grid, at least
     consistency_detector: int = 128  # the X-rays are binned to at most this many rows and columns first
@@ -48,17 +60,23 @@ class DRR2CTConfig:
     xray_std: float = 2.0
 
     def __post_init__(self):
-        for name in ("view_channels", "lifted_channels", "grid_channels"): object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("view_channels", "view_depths", "view_heads", "epipolar_strides", "lifted_channels", "grid_channels"): object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.window not in WINDOWS: raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
         if self.xray_normalization not in ("dataset", "scan"): raise ValueError(f"xray_normalization: must be 'dataset' or 'scan', got {self.xray_normalization!r}")
-        if len(self.grid_channels) != len(level_sizes(self.size)):
-            raise ValueError(f"grid_channels: size {self.size} has the levels {level_sizes(self.size)}, got {len(self.grid_channels)} numbers of channels")
+        if self.size % 2 ** (len(self.grid_channels) - 1): raise ValueError(f"size: must be a multiple of {2 ** (len(self.grid_channels) - 1)} with {len(self.grid_channels)} grid_channels, got {self.size}")
+        if self.latent_size % 4: raise ValueError(f"latent_size: must be a multiple of 4, got {self.latent_size}")
 
     @classmethod
     def preset(cls, name: str) -> "DRR2CTConfig":
-        "smoke (32³, seconds), cpu (64³, minutes on two cores) or gpu (128³, one card)."
-        presets = {"smoke": dict(size=32, view_channels=(8, 12, 16), lifted_channels=(4, 8, 12), prior_modes=16, grid_channels=(6, 12), inner_channels=16, inner_blocks=1, consistency_detector=64),
-                   "cpu": {}, "gpu": dict(size=128, view_channels=(48, 96, 192), lifted_channels=(8, 48, 96), view_blocks=2, grid_channels=(16, 48, 96, 192), inner_channels=384, consistency_detector=256)}
+        "smoke (32³, seconds), cpu (64³, minutes on two cores), gpu (128³, one card) or paper (256³, several large cards)."
+        presets = {
+            "smoke": dict(size=32, view_channels=(8, 12, 16, 16), lifted_channels=(4, 8, 12), prior_modes=16, grid_channels=(6, 12), latent_channels=16, bottleneck_channels=8,
+                          contrast_channels=8, consistency_detector=64),
+            "cpu": {},
+            "gpu": dict(size=128, view_channels=(48, 96, 192, 384), view_depths=(1, 1, 2, 2), lifted_channels=(8, 48, 96), grid_channels=(16, 48, 96, 192), latent_channels=192,
+                        bottleneck_channels=128, consistency_detector=256),
+            "paper": dict(size=256, view_channels=(96, 192, 384, 768), view_depths=(2, 2, 6, 2), keep_tokens=2048, lifted_channels=(16, 96, 192), grid_channels=(16, 32, 64, 128, 192),
+                          latent_channels=192, bottleneck_channels=128, contrast_channels=256, consistency_detector=256, recompute=True)}
         if name not in presets: raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
 
@@ -74,19 +92,33 @@ class Prediction(NamedTuple):
     hu: torch.Tensor  # (B, N, N, N)
     base_hu: torch.Tensor  # (B, N, N, N) the classical solution that the network started from
     unconstrained_hu: torch.Tensor  # (B, N, N, N) what the network said before the consistency layer
+    latent: Latent  # of (B, bottleneck channels, 16, 16, 16)
+    view_tokens: torch.Tensor  # (B, V, contrast channels) what each view says of the patient, pooled
+    latent_tokens: torch.Tensor  # (B, contrast channels) what the latent says
+    features: list[torch.Tensor]  # (B, V, lifted channels, R/s, C/s) at strides 4, 8 and 16
 
 # %% ../../nbs/nets/05_drr2ct.ipynb #cell-008
+def _resized(x: torch.Tensor, size: int) -> torch.Tensor:
+    return x if x.shape[-1] == size else F.interpolate(x, size=(size,) * 3, mode="trilinear", align_corners=False)
+
 class DRR2CT(nn.Module):
     "X-rays (B, V, R, C), raw line integrals, and their geometry → `Prediction`."
     def __init__(self, config: DRR2CTConfig):
         super().__init__()
         self.config = config
         self.prior = LinearPrior(config.size, config.prior_modes, config.prior_noise, config.energy_kev)
-        self.views = ViewPyramid(2, config.view_channels, config.lifted_channels, config.view_blocks)
-        self.grid = LatentGrid(config.lifted_channels, config.grid_channels, physical=7)
-        self.bottleneck = Bottleneck(config.grid_channels[-1], config.inner_channels, config.inner_blocks)
-        self.decoder = UNetDecoder(config.grid_channels, outputs=2)
+        c = config
+        self.grid = LatentGrid(c.lifted_channels, c.grid_channels, physical=7, size=c.size)
+        self.enter = nn.Conv3d(c.grid_channels[-1], c.latent_channels, 1)
+        self.leave = nn.Conv3d(c.latent_channels, c.grid_channels[-1], 1)
+        self.decoder = make_decoder(c.decoder, c.grid_channels, outputs=1, camera=True)
+        self.view_head, self.latent_head = nn.Linear(c.lifted_channels[-1], c.contrast_channels), nn.Linear(c.bottleneck_channels, c.contrast_channels)
         keep_variance(self)
+        self.views = ViewPyramid(2, c.view_channels, c.lifted_channels, c.view_depths, c.view_heads, c.view_window, c.epipolar_neighbours, c.epipolar_gate, c.epipolar_strides,
+                                 c.recompute, c.keep_tokens)
+        self.volumization = Volumization(c.lifted_channels[-1], c.latent_channels, c.latent_size)
+        self.trunk = LatentTrunk(c.latent_channels, c.latent_blocks, checkpoint=c.recompute)
+        self.bottleneck = VariationalBottleneck(c.latent_channels, c.bottleneck_channels)
         for block in self.modules():
             if isinstance(block, ResidualBlock):
                 nn.init.normal_(block.second.weight, std=0.3 * block.second.weight[0].numel() ** -0.5)
@@ -106,10 +138,9 @@ class DRR2CT(nn.Module):
         if not geometry.batch_shape: geometry = ConeBeam.stack([geometry] * len(xrays))
         return geometry.on(geometry.grid.resized(size)).to(device=xrays.device, dtype=torch.float32)
 
-    def _consistent(self, hu, xrays, geometry, doubt=None):
+    def _consistent(self, hu, xrays, geometry):
         y, coarse = binned(xrays, geometry, self.config.consistency_detector)
         spread = (self._to_mu(self.prior.spread_hu) - self._to_mu(0.0)).expand_as(hu)
-        if doubt is not None: spread = spread * doubt
         mu = make_consistent(self._to_mu(hu), y, coarse, self.config.consistency_iterations, damping=self.config.consistency_noise ** 2, spread=spread)
         return mu_to_hu(mu, self.config.energy_kev)
 
@@ -117,7 +148,8 @@ class DRR2CT(nn.Module):
         "Without the clamp of `hu_to_mu`: a prediction below vacuum must keep its gradient."
         return (1 + hu / 1000) * hu_to_mu(0.0, self.config.energy_kev)
 
-    def _normalized(self, xrays):
+    def normalized(self, xrays: torch.Tensor) -> torch.Tensor:
+        "X-rays as the network sees them."
         if self.config.xray_normalization == "dataset": return (xrays - self.config.xray_mean) / self.config.xray_std
         mean, std = xrays.mean((1, 2, 3), keepdim=True), xrays.std((1, 2, 3), keepdim=True)
         return (xrays - mean) / std.clamp_min(1e-6)
@@ -140,19 +172,27 @@ class DRR2CT(nn.Module):
         geometry = self._checked(xrays, geometry)
         return self._consistent(self.prior(xrays, geometry), xrays, geometry)
 
-    def forward(self, xrays: torch.Tensor, geometry: ConeBeam, base=None) -> Prediction:
+    def forward(self, xrays: torch.Tensor, geometry: ConeBeam, base=None, sample: bool | None = None, consistency: bool | None = None, hidden=None) -> Prediction:
+        """`base` (B, N, N, N), HU, replaces the prior's answer; `sample` draws the latent (by default in training only);
+        `consistency` says whether `hu` is moved onto the X-rays (by default as configured); what is `hidden` (B, V, R, C) bool
+        reaches the prior and the consistency layer, but not the network."""
         geometry = self._checked(xrays, geometry)
         with torch.no_grad():
             if base is None: base = self.prior(xrays, geometry)
             y, coarse = binned(xrays, geometry, 128)
-            unexplained = F.interpolate(y - project(self._to_mu(base), coarse), size=xrays.shape[-2:], mode="bilinear")
-            images = torch.stack([self._normalized(xrays), unexplained * 5], 2)
+            unexplained = y - project(self._to_mu(base), coarse)
+            if hidden is not None: unexplained = unexplained * (F.adaptive_max_pool2d(hidden.float(), unexplained.shape[-2:]) == 0)
+            unexplained = F.interpolate(unexplained, size=xrays.shape[-2:], mode="bilinear")
+            images = torch.stack([self.normalized(xrays), unexplained * 5], 2)
+            if hidden is not None: images = images.masked_fill(hidden[:, :, None], 0.0)
             physical = self._physical(base, images, geometry)
-        grids = self.grid(self.views(images, geometry), physical, geometry)
-        latent = self.bottleneck(grids[-1])
-        residual, doubt = self.decoder(latent, grids).unbind(1)
-        unconstrained = base + residual * (self.window.width_hu / 2)
+        features = self.views(images, geometry)
+        grids = self.grid(features, physical, geometry)
+        entering = _resized(self.enter(grids[-1]), self.config.latent_size)
+        latent = self.bottleneck(self.trunk(entering + self.volumization(features[-1], geometry)))
+        value = self.bottleneck.choose(latent, sample=sample)
+        leaving = _resized(self.leave(self.bottleneck.expand(value)), grids[-1].shape[-1])
+        unconstrained = base + self.decoder(leaving, grids, geometry)[:, 0] * (self.window.width_hu / 2)
         unconstrained = torch.maximum(unconstrained, -1000 + 0.01 * (unconstrained + 1000))
-        doubt = torch.exp(2 * torch.tanh(doubt)) if self.config.learned_spread else None
-        hu = self._consistent(unconstrained, xrays, geometry, doubt) if self.config.consistency else unconstrained
-        return Prediction(hu, base, unconstrained)
+        hu = self._consistent(unconstrained, xrays, geometry) if (self.config.consistency if consistency is None else consistency) else unconstrained
+        return Prediction(hu, base, unconstrained, latent, self.view_head(features[-1].mean((-2, -1))), self.latent_head(latent.mean.mean((-3, -2, -1))), features)
