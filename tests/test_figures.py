@@ -68,7 +68,7 @@ def test_training_figure_takes_history_rows_or_file(tmp_path):
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for history in (rows, SimpleNamespace(rows=rows), tmp_path / "history.jsonl"):
         titles = [a.get_title(loc="left") for a in training_figure(history).axes]
-        assert titles == ["loss", "validation psnr", "gradient norm"]
+        assert titles == ["loss", "its parts", "validation psnr", "gradient norm"]
     with pytest.raises(ValueError, match="history: there is nothing in it yet"): training_figure([])
 
 

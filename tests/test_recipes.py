@@ -50,19 +50,19 @@ def test_the_run_leaves_what_the_readme_promises(trained):
         assert (out / name).is_file(), name
     assert len(list(out.rglob("truth.nii.gz"))) >= 1 and len(list(out.rglob("model.nii.gz"))) >= 1
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics["predictors"]) == {"model", "air", "mean_atlas", "nearest_neighbour", "minimum_norm", "sirt", "atlas_consistent"}
+    assert set(metrics["predictors"]) == {"model", "model_without_consistency", "air", "mean_atlas", "nearest_neighbour", "minimum_norm", "sirt", "atlas_consistent"}
     for row in metrics["predictors"].values():
         assert {"psnr", "ssim", "mae_hu", "drr_error", "drr_error_held_out", "null_space_error"} <= set(row)
     assert metrics["cases"] >= 1
     config = json.loads((out / "config.json").read_text())
     assert config["system"] == "drr2ct" and config["training"]["fingerprint"] and config["versions"]["torch"]
     rows = (out / "scoreboard.csv").read_text().splitlines()
-    assert len(rows) == 1 + 7 * metrics["cases"]
+    assert len(rows) == 1 + 8 * metrics["cases"]
 
 
 def test_the_parameters_cell_is_typed_and_commented():
     text = run("papermill", "--help-notebook", ROOT / "nbs" / "train_drr2ct.ipynb")
-    for name in ("preset: str", "data: str", "out: str", "seed: int", "resume: bool"): assert name in text, text
+    for name in ("preset: str", "data: str", "out: str", "seed: int", "resume: bool", "stage: str", "start: str", "teacher: str"): assert name in text, text
     assert "Unknown type" not in text
 
 

@@ -65,9 +65,9 @@ def test_out_of_memory_cuts_the_batch_and_keeps_the_step(tmp_path):
     from programs.train_line import Points, collate, step
     from ct_nb.learn.trainer import Trainer, TrainerConfig
 
-    def hungry(model, batch):
+    def hungry(model, batch, number):
         if len(batch["id"]) > 2: raise torch.cuda.OutOfMemoryError("simulated")
-        return step(model, batch)
+        return step(model, batch, number)
 
     finals = []
     for name, function in (("whole", step), ("hungry", hungry)):
@@ -77,6 +77,44 @@ def test_out_of_memory_cuts_the_batch_and_keeps_the_step(tmp_path):
         Trainer(model, function, Points(), config, tmp_path / name, collate).fit(progress=False)
         finals.append(model.weight.detach())
     assert torch.allclose(*finals, atol=1e-6)
+
+
+def test_a_step_is_told_its_number(tmp_path):
+    from programs.train_line import Points, collate, step
+    from ct_nb.learn.trainer import Trainer, TrainerConfig
+    told = []
+
+    def listening(model, batch, number):
+        told.append(number)
+        return step(model, batch, number)
+
+    Trainer(torch.nn.Linear(8, 1), listening, Points(), TrainerConfig(steps=4, batch_size=2, validate_every=0), tmp_path, collate).fit(progress=False)
+    assert told == [0, 1, 2, 3]
+
+
+def test_out_of_memory_on_one_case_lightens_the_network_and_says_so(tmp_path, capsys):
+    from programs.train_line import Points, collate, step
+    from ct_nb.learn.trainer import Trainer, TrainerConfig
+    model = torch.nn.Linear(8, 1)
+    model.weights_wanted = 3
+
+    def hungry(model, batch, number):
+        if model.weights_wanted > 1: raise torch.cuda.OutOfMemoryError("simulated")
+        return step(model, batch, number)
+
+    def lighten(model):
+        if model.weights_wanted == 1: return None
+        model.weights_wanted -= 1
+        return f"it wants {model.weights_wanted} now"
+
+    trainer = Trainer(model, hungry, Points(), TrainerConfig(steps=3, batch_size=2, validate_every=0), tmp_path, collate, lighten=lighten)
+    trainer.fit(progress=False)
+    said = capsys.readouterr().out
+    assert said.index("2 pieces") < said.index("it wants 2 now") < said.index("it wants 1 now") and model.weights_wanted == 1
+
+    def insatiable(model, batch, number): raise torch.cuda.OutOfMemoryError("simulated")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        Trainer(model, insatiable, Points(), TrainerConfig(steps=3, batch_size=2, validate_every=0), tmp_path / "b", collate, lighten=lighten).fit(progress=False)
 
 
 def test_weights_of_another_model_missing_or_broken(tmp_path):

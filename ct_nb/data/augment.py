@@ -44,6 +44,11 @@ class VolumeAugmentation:
     def gentle(cls) -> "VolumeAugmentation":
         return cls(rotation_deg=5.0, shift_mm=10.0, scale=0.1, elastic_mm=10.0, lung_hu=40.0, soft_hu=15.0, bone_hu=80.0)
 
+    @classmethod
+    def strong(cls) -> "VolumeAugmentation":
+        "For a handful of volumes: one patient is bent and scaled until it could be several."
+        return cls(rotation_deg=8.0, shift_mm=20.0, scale=0.2, elastic_mm=22.0, lung_hu=60.0, soft_hu=20.0, bone_hu=120.0)
+
 # %% ../../nbs/data/02_augment.ipynb #cell-007
 def swap_left_right(
     labels: torch.Tensor,  # uint8, any shape

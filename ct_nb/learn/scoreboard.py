@@ -76,12 +76,12 @@ class Scoreboard:
     "Scores of several predictors on the same cases. `rows`: one dict per case and predictor; `about`: what the figures were made with."
     rows: list[dict]
     about: dict = field(default_factory=dict)
-    model: str = "model"  # the predictor that is judged; all others are floors
+    model: str = "model"  # the predictor that is judged; all others are floors, but not its variants, "model_…"
 
     @property
     def predictors(self) -> list[str]: return list(dict.fromkeys(row["predictor"] for row in self.rows))
     @property
-    def floors(self) -> list[str]: return [p for p in self.predictors if p != self.model]
+    def floors(self) -> list[str]: return [p for p in self.predictors if p != self.model and not p.startswith(f"{self.model}_")]
     @property
     def cases(self) -> list[str]: return list(dict.fromkeys(row["case"] for row in self.rows))
     @property

@@ -120,16 +120,17 @@ class History:
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-019
 class Trainer:
-    "Trains `model` by `step(model, batch) -> (loss, figures)` on the cases of `data`; `model` ends with the averaged weights."
+    "Trains `model` by `step(model, batch, number) -> (loss, figures)` on the cases of `data`; `model` ends with the averaged weights."
     def __init__(
         self,
         model: torch.nn.Module,
-        step: Callable[[torch.nn.Module, dict], tuple[torch.Tensor, dict]],  # mean loss over the batch and figures for the log
+        step: Callable[[torch.nn.Module, dict, int], tuple[torch.Tensor, dict]],  # mean loss over the batch and figures for the log; steps count from 0
         data: Dataset,  # cases; `.at(epoch, index)` is used where there is one
         config: TrainerConfig,
         out,  # folder for checkpoint and logs
         collate: Callable[[list], dict],  # cases -> batch: every entry has the cases along its first axis, `id` names them
         validate: Callable[[torch.nn.Module], dict] | None = None,  # figures of the averaged model
+        lighten: Callable[[torch.nn.Module], str | None] | None = None,  # makes a network smaller when one case does not fit the memory, and says what it did; None: it can't
     ):
         from accelerate import Accelerator, DistributedDataParallelKwargs
         # a network at a small size may have parts that no voxel reaches, and gradients of several processes must not wait for them
@@ -137,7 +138,8 @@ class Trainer:
                                        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         if config.batch_size % self.accelerator.num_processes:
             raise ValueError(f"batch_size {config.batch_size} cannot be shared by {self.accelerator.num_processes} processes; make it a multiple.")
-        self.config, self.out, self.step, self.data, self.collate, self.validate = config, Path(out), step, data, collate, validate
+        self.config, self.out, self.step, self.data, self.collate = config, Path(out), step, data, collate
+        self.validate, self.lighten = validate, lighten
         self.plain_model = model.to(self.accelerator.device)
         self.average = AveragedModel(self.plain_model, use_buffers=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -178,28 +180,33 @@ def _restore(self: Trainer, state: dict) -> int:
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-022
 @patch
-def _accumulate(self: Trainer, batch: dict) -> tuple[float, dict]:
+def _accumulate(self: Trainer, batch: dict, number: int) -> tuple[float, dict]:
     "Gradients of one global batch, in as many pieces as memory asks for; returns the mean loss and figures of this process."
     while True:
         try:
             self.optimizer.zero_grad(set_to_none=True)
             parts, total, figures = _pieces(batch, self.pieces), 0.0, {}
             size = sum(len(part["id"]) for part in parts)
-            for number, part in enumerate(parts):
+            for place, part in enumerate(parts):
                 share = len(part["id"]) / size
-                last = number == len(parts) - 1
+                last = place == len(parts) - 1
                 context = self.accelerator.no_sync(self.model) if not last else self.accelerator.autocast()
                 with context, self.accelerator.autocast():
-                    loss, logs = self.step(self.model, _to_device(part, self.accelerator.device))
+                    loss, logs = self.step(self.model, _to_device(part, self.accelerator.device), number)
                     self.accelerator.backward(loss * share)
                 total += loss.item() * share
                 for name, value in logs.items(): figures[name] = figures.get(name, 0.0) + float(value) * share
             return total, figures
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or self.pieces >= size or self.accelerator.num_processes > 1: raise
-            self.pieces = min(self.pieces * 2, size)
+            if not _is_out_of_memory(error) or self.accelerator.num_processes > 1: raise
+            if self.pieces < size:
+                self.pieces = min(self.pieces * 2, size)
+                change = f"the batch is now worked off in {self.pieces} pieces (the same step, slower)"
+            else: change = self.lighten and self.lighten(self.plain_model)
+            if change is None: raise
+            self.optimizer.zero_grad(set_to_none=True)
             if torch.cuda.is_available(): torch.cuda.empty_cache()
-            self.accelerator.print(f"out of memory: the batch is now worked off in {self.pieces} pieces (the same step, slower)")
+            self.accelerator.print(f"out of memory: {change}")
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-023
 @patch
@@ -224,7 +231,7 @@ def fit(
     clock, since = time.perf_counter(), first
     for step, batch in enumerate(loader, start=first):
         for group in self.optimizer.param_groups: group["lr"] = config.learning_rate * learning_rate_factor(step, config.steps, config.warmup_steps)
-        loss, figures = self._accumulate(batch)
+        loss, figures = self._accumulate(batch, step)
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip))
         self._stop_if_not_finite(step, loss, norm, batch)
         self.optimizer.step()

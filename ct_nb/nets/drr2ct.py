@@ -41,7 +41,7 @@ class DRR2CTConfig:
     epipolar_neighbours: int = 32
     epipolar_gate: bool = True
     lifted_channels: tuple[int, ...] = (4, 24, 48)  # of the features that are lifted into the grid
-    prior_modes: int = 64
+    prior_modes: int = 160
     prior_noise: float = 0.5
     grid_channels: tuple[int, ...] = (8, 32, 64)  # at full size, half of it, a quarter, …
     latent_size: int = 16  # voxels a side of the grid that the rays are collected in; a multiple of 4
@@ -73,9 +73,9 @@ class DRR2CTConfig:
             "smoke": dict(size=32, view_channels=(8, 12, 16, 16), lifted_channels=(4, 8, 12), prior_modes=16, grid_channels=(6, 12), latent_channels=16, bottleneck_channels=8,
                           contrast_channels=8, consistency_detector=64),
             "cpu": {},
-            "gpu": dict(size=128, view_channels=(48, 96, 192, 384), view_depths=(1, 1, 2, 2), lifted_channels=(8, 48, 96), grid_channels=(16, 48, 96, 192), latent_channels=192,
+            "gpu": dict(size=128, prior_modes=64, view_channels=(48, 96, 192, 384), view_depths=(1, 1, 2, 2), lifted_channels=(8, 48, 96), grid_channels=(16, 48, 96, 192), latent_channels=192,
                         bottleneck_channels=128, consistency_detector=256),
-            "paper": dict(size=256, view_channels=(96, 192, 384, 768), view_depths=(2, 2, 6, 2), keep_tokens=2048, lifted_channels=(16, 96, 192), grid_channels=(16, 32, 64, 128, 192),
+            "paper": dict(size=256, prior_modes=24, view_channels=(96, 192, 384, 768), view_depths=(2, 2, 6, 2), keep_tokens=2048, lifted_channels=(16, 96, 192), grid_channels=(16, 32, 64, 128, 192),
                           latent_channels=192, bottleneck_channels=128, contrast_channels=256, consistency_detector=256, recompute=True)}
         if name not in presets: raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
@@ -92,7 +92,7 @@ class Prediction(NamedTuple):
     hu: torch.Tensor  # (B, N, N, N)
     base_hu: torch.Tensor  # (B, N, N, N) the classical solution that the network started from
     unconstrained_hu: torch.Tensor  # (B, N, N, N) what the network said before the consistency layer
-    latent: Latent  # of (B, bottleneck channels, 16, 16, 16)
+    latent: Latent  # of (B, bottleneck channels, latent size, …)
     view_tokens: torch.Tensor  # (B, V, contrast channels) what each view says of the patient, pooled
     latent_tokens: torch.Tensor  # (B, contrast channels) what the latent says
     features: list[torch.Tensor]  # (B, V, lifted channels, R/s, C/s) at strides 4, 8 and 16

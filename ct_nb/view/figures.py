@@ -164,7 +164,7 @@ def comparison_figure(xrays, truth: Volume, predictions: dict, window="chest", a
     return figure
 
 # %% ../../nbs/view/00_figures.ipynb #cell-022
-BOOKKEEPING = ("step", "learning_rate", "seconds_per_step", "gradient_norm")
+BOOKKEEPING = ("step", "stage", "learning_rate", "seconds_per_step", "gradient_norm")
 
 def training_figure(history):
     "Losses, validation scores and gradient norm over steps, of a `History`, its rows (dicts with `step`), or the path of a `history.jsonl`; a matplotlib Figure."
@@ -175,7 +175,9 @@ def training_figure(history):
     series = {name: ([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r]) for name in dict.fromkeys(k for r in rows for k in r)}
     fitted = [n for n in series if n not in BOOKKEEPING and any("loss" in r and n in r for r in rows)]
     judged = [n for n in series if n not in BOOKKEEPING and n not in fitted]
-    panels = ([("loss", fitted)] if fitted else []) + [(f"validation {n}", [n]) for n in judged] + ([("gradient norm", ["gradient_norm"])] if "gradient_norm" in series else [])
+    parts = [n for n in fitted if n != "loss"]
+    stages = [(row["step"], row["stage"]) for before, row in zip([{}, *rows], rows) if row.get("stage") != before.get("stage")]
+    panels = ([("loss", ["loss"])] if "loss" in fitted else []) + ([("its parts", parts)] if parts else []) + [(f"validation {n}", [n]) for n in judged] + ([("gradient norm", ["gradient_norm"])] if "gradient_norm" in series else [])
     columns = min(4, len(panels))
     with style():
         figure, axes = plt.subplots(math.ceil(len(panels) / columns), columns, squeeze=False, figsize=(3.1 * columns + 0.4, 2.5 * math.ceil(len(panels) / columns)))
@@ -185,9 +187,12 @@ def training_figure(history):
                 axis.plot(*series[name], color=colour, label=name.replace("_", " "), marker="o" if len(series[name][0]) < 30 else "", ms=3)
             values = [v for n in names for v in series[n][1]]
             if min(values) > 0 and max(values) > 8 * min(values) and not title.startswith("validation"): axis.set_yscale("log")
-            if len(names) > 1: axis.legend(fontsize=7.5)
+            if len(names) > 1: axis.legend(fontsize=6.5, ncols=2 if len(names) > 4 else 1)
             axis.set_title(title, loc="left")
             axis.set_xlabel("step")
+            for place, (step, stage) in enumerate(stages if len(stages) > 1 else []):
+                if place: axis.axvline(step, color=FAINT, zorder=0)
+                if axis is axes.flat[0]: axis.text(step, 1.0, f" {stage}", transform=axis.get_xaxis_transform(), fontsize=6.5, va="top", rotation=90)
             axis.grid(color=FAINT)
     return figure
 
