@@ -51,6 +51,15 @@ def test_two_processes_give_the_single_process_result(tmp_path, undisturbed):
     assert torch.allclose(both, undisturbed, atol=2e-6), (both - undisturbed).abs().max()
 
 
+def test_two_processes_that_share_the_optimizer_give_it_too(tmp_path, undisturbed):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    train(tmp_path, "zero", launcher=torchrun, ACCELERATE_USE_CPU="true")
+    both = torch.load(tmp_path / "final.pt", weights_only=True)
+    assert torch.allclose(both, undisturbed, atol=2e-6), (both - undisturbed).abs().max()
+    moments = torch.load(tmp_path / "training_state.pt", weights_only=True)["optimizer"]["state"]
+    assert len(moments) == 4 and all(torch.isfinite(m["exp_avg"]).all() for m in moments.values()), "the checkpoint must hold the moments of all processes"
+
+
 def test_resume_with_other_settings_is_refused(tmp_path):
     from dataclasses import replace
     from programs.train_line import Points, collate, step

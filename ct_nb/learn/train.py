@@ -24,7 +24,7 @@ from ..data.noise import PoseNoise, XrayNoise
 from ..data.pairs import XrayPairs, collate, xray_statistics
 from ..data.sources import CTSource, open_source
 from .baselines import fit_baselines
-from .checkpoints import WEIGHTS_FILE, read_config, save_weights
+from .checkpoints import STATE_FILE, WEIGHTS_FILE, read_config, save_weights
 from .metrics import psnr, ssim
 from .reconstruction import ModelPredictor, load_drr2ct
 from .scoreboard import Scoreboard, evaluate
@@ -58,7 +58,7 @@ PRESETS = {
     "gpu": Preset(DRR2CTConfig.preset("gpu"), TrainerConfig(steps=20_000, batch_size=4, learning_rate=3e-4, warmup_steps=500, log_every=50, checkpoint_every=500,
                                                            validate_every=1000, ema_decay=0.999, workers=8, mixed_precision="bf16"),
                   render_size=256, phantoms=1000, validation_phantoms=32),
-    "paper": Preset(DRR2CTConfig.preset("paper"), TrainerConfig(steps=200_000, batch_size=24, learning_rate=2e-4, warmup_steps=2000, log_every=100, checkpoint_every=1000,
+    "paper": Preset(DRR2CTConfig.preset("paper"), TrainerConfig(steps=200_000, batch_size=24, accumulation=8, shard_optimizer=True, learning_rate=2e-4, warmup_steps=2000, log_every=100, checkpoint_every=1000,
                                                                validate_every=5000, ema_decay=0.9999, workers=12, mixed_precision="bf16"),
                     render_size=256, phantoms=4000, validation_phantoms=64),
 }
@@ -229,7 +229,9 @@ def _train(self: DRR2CTRun, stage: Stage, progress: bool) -> list[dict]:
         self._narrow(channels)
         return self._train(stage, progress)
     self.model.requires_grad_(True)
-    if self.is_main: save_weights(folder, self.model, self.configuration())
+    if self.is_main:
+        save_weights(folder, self.model, self.configuration())
+        (folder / STATE_FILE).unlink(missing_ok=True)  # a stage that is done is not resumed
     return rows
 
 FEWEST_LATENT_CHANNELS = 16

@@ -28,6 +28,7 @@ class TrainerConfig:
     "How long and how fast to train. `steps` are optimiser steps."
     steps: int  # optimiser steps in all
     batch_size: int = 2  # cases a step, over all processes together
+    accumulation: int = 1  # pieces that a process works off its share of a batch in; grows when memory runs out
     learning_rate: float = 1e-3  # peak, after warm-up; decays to 0 along a cosine
     warmup_steps: int = 20
     weight_decay: float = 1e-4
@@ -38,6 +39,7 @@ class TrainerConfig:
     validate_every: int = 100  # 0: never
     workers: int = 0  # data-loading processes
     mixed_precision: str = "no"  # accelerate's name: no, fp16 or bf16
+    shard_optimizer: bool = False  # several processes share the optimiser's state among them (ZeRO, stage 1)
     seed: int = 0
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-006
@@ -142,9 +144,14 @@ class Trainer:
         self.validate, self.lighten = validate, lighten
         self.plain_model = model.to(self.accelerator.device)
         self.average = AveragedModel(self.plain_model, use_buffers=False)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.model, self.optimizer = self.accelerator.prepare(self.plain_model, optimizer)
-        self.pieces = 1  # how many parts a batch is cut into; grows when memory runs out
+        settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        self.shares = config.shard_optimizer and self.accelerator.num_processes > 1
+        if self.shares:
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **settings)
+        else: optimizer = torch.optim.AdamW(model.parameters(), **settings)
+        self.model, self.optimizer = self.accelerator.prepare(self.plain_model, optimizer, device_placement=[True, not self.shares])
+        self.pieces = config.accumulation
         # an interpreter that ends with the threads of a process group still running aborts now and then
         if self.accelerator.num_processes > 1: atexit.register(self.accelerator.end_training)
 
@@ -247,7 +254,9 @@ def fit(
         if self.validate and config.validate_every and (done % config.validate_every == 0 or done == config.steps):
             self._validate(done, history, progress)
             clock, since = time.perf_counter(), done
-        if done % config.checkpoint_every == 0 and self.is_main: save_state(out, self._state(done))
+        if done % config.checkpoint_every == 0:
+            if self.shares: self.optimizer.optimizer.consolidate_state_dict(to=0)
+            if self.is_main: save_state(out, self._state(done))
         bar.update()
     bar.close()
     history.close()

@@ -180,14 +180,15 @@ def training_figure(history):
     panels = ([("loss", ["loss"])] if "loss" in fitted else []) + ([("its parts", parts)] if parts else []) + [(f"validation {n}", [n]) for n in judged] + ([("gradient norm", ["gradient_norm"])] if "gradient_norm" in series else [])
     columns = min(4, len(panels))
     with style():
-        figure, axes = plt.subplots(math.ceil(len(panels) / columns), columns, squeeze=False, figsize=(3.1 * columns + 0.4, 2.5 * math.ceil(len(panels) / columns)))
+        figure, axes = plt.subplots(math.ceil(len(panels) / columns), columns, squeeze=False, figsize=(3.1 * columns + 0.4, 2.5 * math.ceil(len(panels) / columns)), layout="constrained")
         for axis in axes.flat[len(panels):]: axis.set_visible(False)
         for axis, (title, names) in zip(axes.flat, panels):
             for colour, name in zip(SERIES * len(names), names):
                 axis.plot(*series[name], color=colour, label=name.replace("_", " "), marker="o" if len(series[name][0]) < 30 else "", ms=3)
             values = [v for n in names for v in series[n][1]]
             if min(values) > 0 and max(values) > 8 * min(values) and not title.startswith("validation"): axis.set_yscale("log")
-            if len(names) > 1: axis.legend(fontsize=6.5, ncols=2 if len(names) > 4 else 1)
+            if len(names) > 4: axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+            elif len(names) > 1: axis.legend(fontsize=7.5)
             axis.set_title(title, loc="left")
             axis.set_xlabel("step")
             for place, (step, stage) in enumerate(stages if len(stages) > 1 else []):

@@ -32,7 +32,8 @@ def step(model, batch, number):
 def main(out, *words):
     torch.manual_seed(5)
     model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
-    config = TrainerConfig(steps=30, batch_size=4, learning_rate=0.01, checkpoint_every=10, validate_every=0, log_every=10)
+    config = TrainerConfig(steps=30, batch_size=4, learning_rate=0.01, checkpoint_every=10, validate_every=0, log_every=10,
+                           shard_optimizer="zero" in words, accumulation=2 if "zero" in words else 1)
     trainer = Trainer(model, step, Points(), config, out, collate)
     if "kill-in-save" in words:
         whole, calls = torch.save, []
