@@ -107,12 +107,14 @@ class DRR2CTRun:
     stage: str = "all"  # all four stages in order, or some of joint, latent, masked, fine
     start: str | None = None  # folder of a run whose weights to start from; None: from nothing, or for a later stage from `out`
     teacher: str | None = None  # folder of a run whose latent the stage `masked` is to match
+    steps: int | None = None  # optimiser steps of all stages together; None: the preset's
     settings: Preset | None = None  # None: those of the preset
 
     def __post_init__(self):
         self.out, self.seed = Path(self.out), int(self.seed)
         self.settings = get_preset(self.preset) if self.settings is None else self.settings
         self.settings = replace(self.settings, trainer=replace(self.settings.trainer, seed=self.seed))
+        if self.steps: self.settings = replace(self.settings, trainer=replace(self.settings.trainer, steps=int(self.steps)))
         if self.stage != "all": self.settings = replace(self.settings, stages=get_stages(self.stage))
         if self.start is None and self.settings.stages[0].name != "joint":
             if not (self.out / WEIGHTS_FILE).is_file(): raise ValueError(f"stage: {self.settings.stages[0].name} goes on from a trained network, and {self.out} holds none; train the stage joint first or name one by start")
@@ -184,7 +186,7 @@ def build(self: DRR2CTRun, progress: bool = True) -> DRR2CT:
     return self.model
 
 # %% ../../nbs/learn/07_train.ipynb #cell-018
-PRIOR_NOISE = (0.5, 1.0, 2.0, 4.0, 8.0)  # line integrals
+PRIOR_NOISE = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # line integrals
 
 @patch
 def _choose_prior_noise(self: DRR2CTRun, items: list[dict], most: int = 6) -> None:
@@ -314,9 +316,10 @@ def main(
     stage: str = "all",  # all four stages in order, or some of joint, latent, masked, fine
     start: str = None,  # folder of a run whose weights to start from
     teacher: str = None,  # folder of a run whose latent the stage masked is to match
+    steps: int = None,  # optimiser steps of all stages together; the preset's unless given
 ):
     "Train system A (two X-rays to a CT) and judge it against the floors."
-    run = DRR2CTRun(preset, data, out, seed, resume, stage, start, teacher).open()
+    run = DRR2CTRun(preset, data, out, seed, resume, stage, start, teacher, steps).open()
     print(run.describe())
     run.fit()
     if run.is_main: print(run.judge().table())

@@ -82,7 +82,7 @@ class EpipolarAttention(nn.Module):
         around = squares(rows, columns, self.side).to(x.device) + count * view[:, None, None]
         looks = [self._look(self.own, tokens, around.flatten(0, 1).expand(batch, -1, -1))]
         if views > 1:
-            others = torch.stack([view[view != v] for v in range(views)])[:, None, :, None]  # (V, 1, V − 1, 1)
+            others = torch.tensor([[w for w in range(views) if w != v] for v in range(views)], device=x.device)[:, None, :, None]  # (V, 1, V − 1, 1)
             along = self.find(geometry, (rows, columns)).to(x.device) + count * others
             looks.append(self._look(self.other, tokens, along.flatten(3).flatten(1, 2)))
         if self.gate is None: looks = [[torch.cat(parts, 2) for parts in zip(*looks)]]
