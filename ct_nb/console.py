@@ -21,6 +21,11 @@ def _sentences(command: str):
     try: yield
     except (ValueError, OSError) as error: sys.exit(f"{command}: {error}")
 
+def _number(text: str, name: str) -> float:
+    numbers = _numbers(text, name)
+    if len(numbers) != 1: raise ValueError(f"{name}: must be one number, got {text!r}.")
+    return numbers[0]
+
 def _numbers(text: str, name: str) -> list[float]:
     try: return [float(word) for word in str(text).replace(",", " ").split()]
     except ValueError: raise ValueError(f"{name}: must be numbers separated by commas, got {text!r}.") from None
@@ -68,26 +73,31 @@ def reconstruct(
     geometry: Param("geometry.json of these X-rays", str, required=True) = None,
     weights: Param("folder of a training run (config.json and model.safetensors)", str, required=True) = None,
     out: Param("the CT to write: .nii.gz, .nii, .nrrd, .mha or .npz", str) = "ct.nii.gz",
-    kind: Param("what the pixels are, where the files do not say", str, choices=["line_integrals", "intensity"]) = None,
-    i0: Param("for intensities: the reading beside the patient, a number or 'maximum'", str) = None,
-    inverted: Param("for intensities: the image is stored inverted (bright is dense)", bool) = False,
-    scale: Param("for line integrals stored as whole numbers: the line integral of one step", float) = None,
+    samples: Param("answers to draw beside the one that is given; two or more also give their spread", int) = 0,
+    consistency: Param("leave out the layer that moves the answer onto the X-rays", bool) = True,
+    seed: Param("of the samples", int) = 0,
+    kind: Param("what the pixels are, where the files do not say; found from the direct beam where it is not given", str, choices=["line_integrals", "intensity", "log_intensity"]) = None,
+    i0: Param("for intensities and their logarithms: the reading beside the patient, a number, 'maximum' or 'border'; found at the border where it is not given", str) = None,
+    inverted: Param("for intensities and their logarithms: high numbers mean few X-rays (bright is dense)", bool) = False,
+    not_inverted: Param("for intensities and their logarithms: high numbers mean many X-rays", bool) = False,
+    white: Param("for inverted intensities in fractions: the number of a white pixel", float) = None,
+    scale: Param("for logarithms and for line integrals stored as whole numbers: the line integral of one step", float) = None,
 ):
     """Reconstruct a CT from one or more X-rays.
 
-    Writes Hounsfield units on the cube about the centre of the geometry's grid, in the patient's frame, and prints how well the CT explains each
-    X-ray. A residual above a few hundredths means that X-rays and geometry do not belong together, or that the pixels are not what was told."""
+    Writes Hounsfield units on the cube about the centre of the geometry's grid, in the patient's frame; beside it a preview (_preview.png), a report (_report.json) and, where asked
+    for, samples and their spread. Prints how well the CT explains each X-ray, what the pixels were taken for, and whether an X-ray contradicts the geometry."""
     with _sentences("ct_nb_reconstruct"):
-        from ct_nb.data.radiographs import read_radiographs
-        from ct_nb.learn.reconstruction import load_drr2ct, reconstruct as answer
-        from ct_nb.physics.geometry import ConeBeam
-        model, views = load_drr2ct(weights), ConeBeam.load(geometry)
-        told = {name: value for name, value in (("i0", i0 if i0 in (None, "maximum") else _numbers(i0, "i0")[0]), ("scale", scale)) if value is not None}
-        if inverted: told["inverted"] = True
-        images = read_radiographs(xrays, views, kind, **told)
-        found = answer(images, views, model)
-        found.volume.save(out)
-        for number, residual in enumerate(found.residual): print(f"view {number}: residual {residual:.3f}")
+        from ct_nb.view.reconstruction_figure import reconstruct_files
+        if inverted and not_inverted: raise ValueError("inverted: the X-rays cannot be inverted and not inverted; give one of --inverted and --not_inverted.")
+        told = dict(kind=kind, i0=i0 if i0 in (None, "maximum", "border") else _number(i0, "i0"), white=white, scale=scale, inverted=True if inverted else False if not_inverted else None)
+        found = reconstruct_files(xrays, geometry, weights, out, samples, consistency, seed, **{name: value for name, value in told.items() if value is not None})
+        for note in found.notes: print(f"note: {note}")
+        for number, residual in enumerate(found.residual):
+            print(f"view {number}: residual {residual:.3f}" + (f", {found.residual_unconstrained[number]:.3f} without the data-consistency layer" if found.consistent else
+                                                              f", {found.residual_consistent[number]:.3f} with the data-consistency layer"))
+        if found.contradictions is None: print("the run does not say what residual noise explains, so contradictions are not judged")
+        if found.spread is not None: print(f"spread of {samples} samples: {found.spread.hu.mean():.1f} HU on average (of the network's latent only, not calibrated)")
         print(out)
 
 # %% ../nbs/02_console.ipynb #cell-009

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.data.radiographs import Radiograph, RadiographError, open_radiographs, read_radiograph, read_radiographs, to_line_integrals, write_radiographs
+from ct_nb.data.radiographs import Radiograph, RadiographError, find_air, open_radiographs, read_radiograph, read_radiographs, to_line_integrals, write_radiographs
 from ct_nb.physics.geometry import ConeBeam
 
 GEOMETRY = ConeBeam.biplanar(detector_shape=(20, 30), pixel_mm=10.0)
@@ -178,3 +178,100 @@ def test_dark_pixels_are_finite_and_the_maximum_can_be_told():
     p = to_line_integrals(image, "intensity", i0=100)
     assert torch.isfinite(p).all() and torch.allclose(p, torch.tensor([[11.5129, 11.5129, 0.0, 0.6931]]), atol=1e-4)
     assert torch.equal(to_line_integrals(image, "intensity", i0="maximum"), p)
+
+
+# ---------------------------------------------------------------- what the file does not say and the pixels show
+@pytest.fixture(scope="module")
+def chest():
+    "The X-rays of a phantom from the front and the side, with air beside it."
+    from ct_nb.physics.phantom import phantom
+    from ct_nb.physics.projector import project
+    from ct_nb.physics.volume import hu_to_mu
+    volume = phantom(3, 64).volume
+    return project(hu_to_mu(volume.tensor()), ConeBeam.biplanar(grid=volume.grid, detector_shape=(96, 128), pixel_mm=4.0).to(torch.float32))
+
+STORED = {"intensity": lambda p, top: 0.9 * top * torch.exp(-p), "intensity inverted": lambda p, top: top - 0.9 * top * torch.exp(-p),
+          "log": lambda p, top: top * (0.95 - p / 10), "log inverted": lambda p, top: top * (0.05 + p / 10)}
+
+def store(path, p, how, bits):
+    top = 2 ** bits - 1
+    return save_png(path, STORED[how](p, top).round().clamp(0, top).numpy().astype(np.uint8 if bits == 8 else np.uint16))
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("how", STORED)
+def test_four_encodings_are_found_out_and_said(tmp_path, chest, how, bits):
+    paths, notes, top = [store(tmp_path / f"{name}.png", p, how, bits) for name, p in zip(("ap", "lat"), chest)], [], 2 ** bits - 1
+    told = {"scale": 10 / top} if "log" in how else {}
+    found = read_radiographs(paths, notes=notes, **told)
+    assert ("logarithm" in notes[0]) == ("log" in how) and ("not inverted" in notes[0]) == ("inverted" not in how) and "i0 = " in notes[1] and len(notes) == 4
+    quantum = 10 / top if "log" in how else torch.exp(chest) / (0.9 * top)  # one stored step, in line integrals
+    error = (found - chest).abs()
+    assert (error <= 2 * quantum + 0.15)[chest < (2.5 if bits == 8 else 6)].all(), float(error.max())
+    assert error.median() < (0.05 if bits == 16 else 0.15)
+    if "log" in how: refuses("logarithm of the intensity.* nothing says how much line integral one step is", read_radiographs, paths)
+
+def test_what_was_found_is_a_warning_unless_notes_are_taken(tmp_path, chest):
+    path = store(tmp_path / "ap.png", chest[1], "intensity", 16)
+    with pytest.warns(UserWarning, match="ap.png: pixels are taken for intensity, not inverted"): read_radiographs([path])
+
+def test_the_callers_word_overrules(tmp_path, chest):
+    path = store(tmp_path / "lat.png", chest[1], "intensity inverted", 16)
+    as_told = read_radiographs([path], kind="intensity", i0=60000.0, notes=(notes := []))
+    assert notes == [] and torch.equal(as_told[0], to_line_integrals(read_radiograph(path).image, "intensity", i0=60000.0)), "kind and i0 told: nothing is looked for"
+    assert (read_radiographs([path], i0=0.9 * 65535, notes=[]) - chest[1])[0][chest[1] < 6].abs().max() < 0.1
+    logs = read_radiographs([path], kind="log_intensity", scale=1e-4, notes=(notes := []))
+    assert "logarithm" in notes[0] and logs.max() > 5, "another kind, as told; the sign and the zero are still found"
+    refuses("no direct beam|none is seen", read_radiographs, [path], inverted=False, kind="intensity", notes=[])
+    shifted = read_radiographs([path], kind="intensity", inverted=True, i0="border", notes=[])
+    assert (shifted - chest[1])[0][chest[1] < 6].abs().max() < 0.1
+
+def test_a_view_without_air_is_what_the_others_are(tmp_path, chest):
+    little = chest[1].clone()
+    little[:8], little[-8:], little[:, :8] = 2.0, 2.0, 2.0
+    little[8:-8, -8:] = torch.where(torch.arange(80)[:, None] < 16, 0.0, 2.0)  # of the border, air at one end of one side
+    paths = [store(tmp_path / "full.png", chest[1], "intensity", 16), store(tmp_path / "little.png", little, "intensity", 16)]
+    assert find_air(read_radiograph(paths[1]).image) is None
+    found = read_radiographs(paths, notes=(notes := []), i0=0.9 * 65535)
+    assert any("little.png: its border shows too little" in note for note in notes) and (found[1] - little)[little < 6].abs().max() < 0.05
+    inside = [store(tmp_path / "inside.png", chest[0][30:66, 40:90], "intensity", 16)]
+    refuses("nor do they show it; tell: kind=", read_radiographs, inside)
+
+def test_fractions_that_are_line_integrals(tmp_path, chest):
+    import nibabel
+    nibabel.save(nibabel.Nifti1Image(chest[1].numpy().T, np.eye(4)), tmp_path / "p.nii.gz")
+    assert torch.equal(read_radiographs([tmp_path / "p.nii.gz"], notes=(notes := [])), chest[1:]) and "taken for line integrals" in notes[0]
+    nibabel.save(nibabel.Nifti1Image(1000 - chest[1].numpy().T * 50, np.eye(4)), tmp_path / "log.nii.gz")
+    assert (read_radiographs([tmp_path / "log.nii.gz"], scale=0.02, notes=[]) - chest[1:]).abs().max() < 0.1
+    refuses("give scale", read_radiographs, [tmp_path / "log.nii.gz"])
+
+def test_dicom_tags_tell_and_may_be_overruled(tmp_path, chest):
+    counts = (40000 * torch.exp(-chest[1])).round().numpy().astype(np.uint16)
+    logs = (1000 + 5000 * chest[1]).round().numpy().astype(np.uint16)
+    linear = save_dicom(tmp_path / "a.dcm", 65535 - counts, PixelIntensityRelationship="LIN", PixelIntensityRelationshipSign=-1)
+    assert (read_radiographs([linear], notes=(notes := [])) - chest[1])[0][chest[1] < 5].abs().max() < 0.1 and "by its tags" in notes[0]
+    logarithm = save_dicom(tmp_path / "b.dcm", logs, PixelIntensityRelationship="LOG", PixelIntensityRelationshipSign=-1)
+    assert (read_radiographs([logarithm], scale=1 / 5000, notes=[]) - chest[1]).abs().max() < 0.1
+    unsigned = save_dicom(tmp_path / "c.dcm", logs, PixelIntensityRelationship="LOG")
+    assert (read_radiographs([unsigned], scale=1 / 5000, notes=[]) - chest[1]).abs().max() < 0.1
+    wrong = save_dicom(tmp_path / "d.dcm", counts, PixelIntensityRelationship="LIN", PixelIntensityRelationshipSign=-1)
+    refuses("high numbers mean few X-rays, but the direct beam .* high numbers; tell inverted", read_radiographs, [wrong])
+    assert (read_radiographs([wrong], inverted=False, notes=[]) - chest[1])[0][chest[1] < 5].abs().max() < 0.1
+    mislabelled = save_dicom(tmp_path / "e.dcm", counts, PixelIntensityRelationship="LOG", PixelIntensityRelationshipSign=1)
+    assert (read_radiographs([mislabelled], kind="intensity", notes=(notes := [])) - chest[1])[0][chest[1] < 5].abs().max() < 0.1 and "against its tags" in notes[0]
+    for_eyes = save_dicom(tmp_path / "f.dcm", counts, PresentationIntentType="FOR PRESENTATION")
+    refuses("which were made for the eye", read_radiographs, [for_eyes])
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_an_image_of_one_value_is_refused(tmp_path, value):
+    path = save_png(tmp_path / "flat.png", np.full((40, 40), value, dtype=np.uint8))
+    for told in ({}, {"kind": "intensity", "i0": 255}): refuses(f"all 1600 pixels are {value}, so there is no patient", read_radiographs, [path], **told)
+
+def test_no_air_no_verdict():
+    assert find_air(np.zeros((64, 64))) is None and find_air(np.arange(64.0)[None].repeat(3, 0)) is None
+    assert find_air(np.random.default_rng(0).random((64, 64))) is None and find_air(np.arange(64.0)[None].repeat(64, 0)) is None
+
+@pytest.mark.parametrize("told, words", [
+    (dict(i0=1.0), "log intensities need scale"), (dict(i0=1.0, scale=-1.0), "need scale"), (dict(scale=1.0), "log intensities need i0"),
+    (dict(scale=1.0, i0=float("nan")), "log intensities need i0"), (dict(scale=1.0, i0="border"), "no direct beam is seen")])
+def test_logs_refuse(told, words):
+    refuses(words, to_line_integrals, torch.from_numpy(INTENSITY.astype(np.float32))[0], "log_intensity", **told)
