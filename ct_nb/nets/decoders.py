@@ -68,6 +68,3 @@ class DiffusionDecoder(Decoder, name="diffusion"):
     "The place of the sampling decoder."
     def __init__(self, channels: tuple[int, ...], outputs: int = 1, **settings):
         raise NotImplementedError("decoder: 'diffusion' is not part of this version; choose 'unet' or 'implicit'")
-
-# %% ../../nbs/nets/04_decoders.ipynb #cell-017
-import ct_nb.nets.implicit

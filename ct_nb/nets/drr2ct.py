@@ -15,6 +15,7 @@ from torch import nn
 
 from .blocks import ResidualBlock, keep_variance
 from .bottleneck import Latent, LatentTrunk, VariationalBottleneck
+import ct_nb.nets.implicit  # registers its decoder
 from .decoders import make_decoder
 from .latent import LatentGrid, lift, shadows
 from .prior import LinearPrior, binned
