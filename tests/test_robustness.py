@@ -8,7 +8,7 @@ import torch
 from ct_nb.data.pairs import XrayPairs
 from ct_nb.data.sources import phantoms
 from ct_nb.learn.baselines import SIRT
-from ct_nb.learn.robustness import CONDITIONS, REFERENCE, Condition, Robustness, applied, rendered, robustness, told, view_residuals
+from ct_nb.learn.robustness import CONDITIONS, REFERENCE, Condition, Robustness, applied, rendered, residuals, robustness, told
 from ct_nb.physics.geometry import ConeBeam, GeometryError
 from ct_nb.physics.volume import Grid
 
@@ -74,7 +74,7 @@ def test_the_model_gets_what_is_told_and_the_residual_uses_it(pairs):
     board = robustness(model, pairs, conditions, progress=False)
     assert len(model.given) == 4 and len(board.rows) == 4 and board.conditions == [c.name for c in conditions]
     (xrays, geometry), row = model.given[2], board.rows[2]
-    assert float(view_residuals(model.hu, xrays, geometry)[0].max()) == row["residual"] and geometry.elevation_deg[1].abs() > 4.9
+    assert float(residuals(model.hu, xrays, geometry)[0].max()) == row["residual"] and geometry.elevation_deg[1].abs() > 4.9
     assert row["residual"] > board.rows[0]["residual"]  # the truth does not explain X-rays whose geometry is wrong
     assert board.rows[0]["psnr"] > 60 or board.rows[0]["psnr"] == float("inf")
 

@@ -26,13 +26,11 @@ from ..data.sources import CTSource, open_source
 from .baselines import fit_baselines
 from .checkpoints import STATE_FILE, WEIGHTS_FILE, read_config, save_weights
 from .metrics import psnr, ssim
-from .reconstruction import ModelPredictor, load_drr2ct
+from .reconstruction import ModelPredictor, load_drr2ct, view_residuals
 from .scoreboard import Scoreboard, evaluate
 from .stages import Learner, Stage, fewer_neighbours, get_stages
 from .trainer import Trainer, TrainerConfig
 from ..nets.drr2ct import DRR2CT, DRR2CTConfig
-from ..physics.projector import project
-from ..physics.volume import hu_to_mu
 
 # %% ../../nbs/learn/07_train.ipynb #cell-004
 @dataclass(frozen=True)
@@ -272,9 +270,8 @@ def _usual_residual(self: DRR2CTRun, cases: int = 8) -> dict:
     for index in range(0, len(data), max(1, len(data) // cases)):
         item = data[index]
         hu = ModelPredictor(self.model).predict(item["xrays"], item["geometry"])
-        shadow = project(hu_to_mu(hu, self.settings.network.energy_kev), item["geometry"].to(torch.float32))
-        found.append((shadow - item["xrays"]).flatten(1).norm(dim=1) / item["xrays"].flatten(1).norm(dim=1))
-    found = torch.cat(found)
+        found += view_residuals(hu, item["xrays"], item["geometry"], self.settings.network.energy_kev)[0]
+    found = torch.tensor(found)
     return {"median": found.median().item(), "limit": RESIDUAL_MARGIN * found.max().item()}
 
 @patch
