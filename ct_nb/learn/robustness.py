@@ -21,7 +21,8 @@ from ..data.pairs import XrayPairs, stream, take_xrays
 from ..data.sources import block_mean
 from ..files import atomic_write, write_json
 from .metrics import mean_sd, psnr, ssim
-from .reconstruction import ModelPredictor, view_residuals
+from .reconstruction import RESIDUAL_DETECTOR, ModelPredictor, view_residuals
+from ..nets.prior import binned
 from ..physics.geometry import ConeBeam
 from ..style import FAINT, FLOOR, INK, MODEL, MUTED, style
 
@@ -111,7 +112,9 @@ def residuals(
     "‖Aμ − y‖ / ‖y‖ of each view (V,), and what of it quantum noise does not account for (V,)."
     whole = torch.tensor(view_residuals(hu, xrays, geometry, energy_kev)[0])
     if photons is None: return whole, whole
-    noise = (xrays.exp() / photons).flatten(1).sum(1) / xrays.flatten(1).square().sum(1).clamp_min(1e-12)
+    blocks, _ = binned(xrays, geometry, RESIDUAL_DETECTOR)
+    pixels = xrays[0].numel() / blocks[0].numel()
+    noise = (xrays.exp() / photons).flatten(1).mean(1) / pixels / blocks.flatten(1).square().mean(1).clamp_min(1e-12)
     return whole, (whole.square() - noise).clamp_min(0).sqrt()
 
 # %% ../../nbs/learn/08_robustness.ipynb #cell-020
