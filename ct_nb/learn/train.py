@@ -290,7 +290,7 @@ def judge(self: DRR2CTRun, pairs: XrayPairs | None = None, out=None, progress: b
     return evaluate([ModelPredictor(self.model), ModelPredictor(self.model, "model_without_consistency", consistency=False), *self.floors], pairs, out, energy_kev=self.settings.network.energy_kev, progress=progress)
 
 # %% ../../nbs/learn/07_train.ipynb #cell-023
-RESIDUAL_MARGIN = 1.5
+RESIDUAL_MARGIN = 1.25
 
 # %% ../../nbs/learn/07_train.ipynb #cell-025
 def load_run(folder) -> DRR2CTRun:
