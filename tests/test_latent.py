@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from ct_nb.nets.blocks import keep_variance
 from ct_nb.nets.bottleneck import LOG_VARIANCE_RANGE, Latent, LatentTrunk, SwinBlock3d, VariationalBottleneck, WindowAttention3d, from_windows, to_windows
 from ct_nb.nets.decoders import DECODERS, UNetDecoder, make_decoder
+from ct_nb.nets.diffusion_decoder import DiffusionDecoder
 from ct_nb.nets.implicit import ImplicitDecoder, box_points, voxel_points
 from ct_nb.nets.latent import LatentGrid
 from ct_nb.nets.volumization import Volumization, confident_moments, octaves, ray_samples, splat
@@ -316,9 +317,24 @@ def test_one_interface(name, camera):
 
 
 def test_the_names_of_the_decoders():
-    assert set(DECODERS) == {"unet", "implicit", "diffusion"} and DECODERS["unet"] is UNetDecoder and DECODERS["implicit"] is ImplicitDecoder
-    with pytest.raises(NotImplementedError, match="choose 'unet' or 'implicit'"): make_decoder("diffusion", (4, 8))
+    assert set(DECODERS) == {"unet", "implicit", "diffusion"} and DECODERS["unet"] is UNetDecoder and DECODERS["implicit"] is ImplicitDecoder and DECODERS["diffusion"] is DiffusionDecoder
     with pytest.raises(ValueError, match="must be one of diffusion, implicit, unet"): make_decoder("gan", (4, 8))
+
+
+def test_the_diffusion_decoder_behind_the_door():
+    grids, geometry = levels((8,), coarse=16, batch=2), ConeBeam.stack([POSES.to(torch.float32), POSES.to(torch.float32)])
+    decoder = seeded(make_decoder, "diffusion", (8,), sampling_steps=2, camera=True)
+    target = 0.1 * random(3, 2, 1, 16, 16, 16)
+    taught = decoder(grids[-1], grids, geometry, target)
+    assert taught.shape == target.shape
+    (taught - target).square().mean().backward()
+    assert not [n for n, p in decoder.named_parameters() if p.requires_grad and p.grad is None and "untold" not in n]
+    with torch.no_grad():
+        same, again, drawn = decoder(grids[-1], grids, geometry), decoder(grids[-1], grids, geometry), decoder(grids[-1], grids, geometry, draw=True)
+    assert torch.equal(same, again) and not torch.equal(same, drawn)
+    with pytest.raises(ValueError, match="sampling_steps: must be from 1 to the 250"): make_decoder("diffusion", (8,), sampling_steps=251)
+    with pytest.raises(ValueError, match="outputs: the diffusion decoder draws one volume, got 2"): make_decoder("diffusion", (8,), 2)
+    with pytest.raises(ValueError, match="grids: this decoder is for 16³ voxels, got 4³"): decoder(levels((8,), batch=2)[0], levels((8,), batch=2), geometry)
 
 
 def test_unet_without_camera_needs_no_geometry():

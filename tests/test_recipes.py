@@ -44,6 +44,15 @@ def test_the_training_recipe_takes_parameters_and_shows_pictures(trained):
     assert pictures(notebook) >= 6
 
 
+def test_the_smoke_cascade_runs_from_16_to_64(tmp_path):
+    notebook = papermill("train_cascade", tmp_path / "train_cascade.ipynb", preset="smoke", out=tmp_path / "cascade")
+    assert pictures(notebook) >= 4
+    out, config = tmp_path / "cascade", json.loads((tmp_path / "cascade" / "config.json").read_text())
+    assert config["system"] == "cascade" and [stage["network"]["size"] for stage in config["network"]["stages"]] == [16, 32, 64]
+    assert {"model", "model_single", "model_exact", "model_unguided", "prior_start"} <= set(json.loads((out / "metrics.json").read_text())["predictors"])
+    assert json.loads((out / "uncertainty.json").read_text())["intervals"] and not list(out.rglob("training_state.pt"))
+
+
 def test_the_run_leaves_what_the_readme_promises(trained):
     out, _ = trained
     for name in ("model.safetensors", "config.json", "scoreboard.csv", "metrics.json", "scoreboard.png", "comparison.png", "history.jsonl"):

@@ -70,7 +70,7 @@ class Learner(nn.Module):
         truth, xrays, geometry, hidden = batch["hu"], batch["xrays"], batch["geometry"], None
         if stage.mixup: truth, xrays = mixup(truth, xrays, geometry=geometry, probability=stage.mixup, generator=draw)
         if stage.masked_share: _, hidden = mask_patches(xrays, stage.masked_share, stage.mask_patch, draw)
-        found = model(xrays, geometry, hidden=hidden)
+        found = model(xrays, geometry, hidden=hidden, truth=truth)
         others = {"kl": lambda: kl_weight(step, round(stage.kl_warmup * self.steps)) * found.latent.kl(stage.free_bits),
                   "contrast": lambda: cross_view_infonce(found.view_tokens, found.latent_tokens, patients=_numbers(batch["patient"])),
                   "cycle": lambda: drr_cycle_error(found.unconstrained_hu, xrays, geometry, energy, extra_view=third_view(truth, geometry, energy, draw))}

@@ -15,7 +15,8 @@ from torch import nn
 
 from .blocks import ResidualBlock, keep_variance
 from .bottleneck import Latent, LatentTrunk, VariationalBottleneck
-import ct_nb.nets.implicit  # registers its decoder
+import ct_nb.nets.diffusion_decoder  # registers its decoder, as the next line does
+import ct_nb.nets.implicit
 from .decoders import make_decoder
 from .latent import LatentGrid, lift, shadows
 from .prior import LinearPrior, binned
@@ -49,7 +50,7 @@ class DRR2CTConfig:
     latent_channels: int = 64
     latent_blocks: int = 3
     bottleneck_channels: int = 32  # of it that reach the decoder
-    decoder: str = "unet"  # or "implicit"
+    decoder: str = "unet"  # or "implicit" or "diffusion"
     contrast_channels: int = 64  # of the pooled tokens that are compared across views
     recompute: bool = False  # trade time for memory in training
     consistency: bool = True  # make the prediction agree with the X-rays
@@ -124,7 +125,7 @@ class DRR2CT(nn.Module):
             if isinstance(block, ResidualBlock):
                 nn.init.normal_(block.second.weight, std=0.3 * block.second.weight[0].numel() ** -0.5)
                 if block.modulation is not None: nn.init.zeros_(block.modulation.weight)
-        nn.init.normal_(self.decoder.last.weight, std=0.01)
+        self.decoder.start_small()
 
     @property
     def window(self) -> Window: return WINDOWS[self.config.window]
@@ -173,10 +174,10 @@ class DRR2CT(nn.Module):
         geometry = self._checked(xrays, geometry)
         return self._consistent(self.prior(xrays, geometry), xrays, geometry)
 
-    def forward(self, xrays: torch.Tensor, geometry: ConeBeam, base=None, sample: bool | None = None, consistency: bool | None = None, hidden=None) -> Prediction:
+    def forward(self, xrays: torch.Tensor, geometry: ConeBeam, base=None, sample: bool | None = None, consistency: bool | None = None, hidden=None, truth=None) -> Prediction:
         """`base` (B, N, N, N), HU, replaces the prior's answer; `sample` draws the latent (by default in training only);
         `consistency` says whether `hu` is moved onto the X-rays (by default as configured); what is `hidden` (B, V, R, C) bool
-        reaches the prior and the consistency layer, but not the network."""
+        reaches the prior and the consistency layer, but not the network. A decoder that samples is trained with the `truth` (B, N, N, N), HU."""
         geometry = self._checked(xrays, geometry)
         with torch.no_grad():
             if base is None: base = self.prior(xrays, geometry)
@@ -193,7 +194,9 @@ class DRR2CT(nn.Module):
         latent = self.bottleneck(self.trunk(entering + self.volumization(features[-1], geometry)))
         value = self.bottleneck.choose(latent, sample=sample)
         leaving = _resized(self.leave(self.bottleneck.expand(value)), grids[-1].shape[-1])
-        unconstrained = base + self.decoder(leaving, grids, geometry)[:, 0] * (self.window.width_hu / 2)
+        scale = self.window.width_hu / 2
+        target = None if truth is None else ((truth - base) / scale)[:, None]
+        unconstrained = base + self.decoder(leaving, grids, geometry, target, bool(sample))[:, 0] * scale
         unconstrained = torch.maximum(unconstrained, -1000 + 0.01 * (unconstrained + 1000))
         hu = self._consistent(unconstrained, xrays, geometry) if (self.config.consistency if consistency is None else consistency) else unconstrained
         return Prediction(hu, base, unconstrained, latent, self.view_head(features[-1].mean((-2, -1))), self.latent_head(latent.mean.mean((-3, -2, -1))), features)

@@ -70,5 +70,5 @@ class ImplicitDecoder(Decoder, name="implicit"):
         "The whole box cut into n³ voxels: (B, outputs, n, n, n)."
         return self.decode(latent, grids, voxel_points(n, device=latent.device), geometry, chunk).mT.unflatten(-1, (n,) * 3)
 
-    def forward(self, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam | None = None) -> torch.Tensor:
+    def forward(self, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam | None = None, target=None, draw=False) -> torch.Tensor:
         return self.at_size(grids[0].shape[-1], latent, grids, geometry)
