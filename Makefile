@@ -34,7 +34,7 @@ test: $(STAMP)
 	@echo "== notebooks are clean and the library is their export"
 	@$(BIN)/python tests/check_notebooks.py
 	@echo "== the notebooks' own tests"
-	@MPLBACKEND=agg $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing
+	@MPLBACKEND=agg OMP_NUM_THREADS=1 $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing
 	@echo "== pytest, with the smoke recipe by papermill"
 	@$(QUIET) $(BIN)/python -m pytest
 
