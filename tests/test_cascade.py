@@ -122,11 +122,12 @@ def test_blended_is_whole_for_a_convolution_and_only_with_the_halo():
 
 
 def test_a_stage_of_patches_trains_and_samples():
-    stage = CascadeStage(replace(STAGE, patch=8))
+    stage = CascadeStage(replace(STAGE, patch=8, physics_weight=0.1))
     torch.nn.init.normal_(stage.network.last.weight, std=0.05)
     hu, xrays, geometry = scene((1,))
-    loss, _ = stage.loss(hu, xrays, geometry, resized(hu, 8), seeded())
-    loss.backward()
+    losses = [stage.loss(hu, xrays, geometry, resized(hu, 8), seeded(n)) for n in range(3)]
+    sum(loss for loss, _ in losses).backward()
+    assert max(figures["physics"] for _, figures in losses) > 0  # at a step of pure noise it counts nothing
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in stage.network.parameters())
     found = stage.eval().sample(resized(hu, 8), xrays, geometry, steps=2, generator=seeded())
     assert found.shape == hu.shape and torch.isfinite(found).all()
@@ -178,8 +179,10 @@ def test_samples_are_remembered_for_a_scan(cascade):
     try:
         first, again, more = sampler.draws(xrays[0], geometry[0], 2), sampler.draws(xrays[0], geometry[0], 2), sampler.draws(xrays[0], geometry[0], 3)
         sampler.draws(xrays[0] + 0.01, geometry[0], 1)
+        assert len(calls) == 4
+        sampler.draws(xrays[0] + 0.01, geometry[0].select([1, 0]), 1)  # the same images, told otherwise, are another scan
     finally: del cascade.sample
-    assert len(calls) == 4 and torch.equal(first, again) and torch.equal(first, more[:2])
+    assert len(calls) == 5 and torch.equal(first, again) and torch.equal(first, more[:2])
 
 
 # bad input
@@ -208,3 +211,24 @@ def test_a_collapsed_output_stops_the_run():
     with pytest.raises(TrainingStopped, match="has collapsed: all voxels are about 3 HU"): checklist(torch.full_like(truth, 3.0)[None], truth)
     with pytest.raises(TrainingStopped, match="the output is noise"): checklist(1000 * torch.randn(truth.shape, generator=seeded())[None], truth)
     with pytest.raises(TrainingStopped, match="NaN"): checklist(truth[None] * torch.nan, truth)
+
+
+def test_a_coarse_model_that_knows_the_judged_cases_is_refused(tmp_path):
+    from ct_nb.learn.checkpoints import save_weights
+    from ct_nb.nets.drr2ct import DRR2CT, DRR2CTConfig
+    model = DRR2CT(DRR2CTConfig.preset("smoke"))
+    judged = CascadeRun("smoke").open().validation.ids
+    save = lambda cases: save_weights(tmp_path, model, {"system": "drr2ct", "network": model.config.to_dict(), "training": {"cases": cases}})
+    save(judged)
+    with pytest.raises(ValueError, match="coarse: .* was trained on phantom-.*, which would be judged here"): CascadeRun("smoke", coarse=str(tmp_path)).open()
+    save(["phantom-09999"])
+    run = CascadeRun("smoke", "phantom:30", coarse=str(tmp_path)).open()
+    assert not set(run.cases[64].phantoms_for_network.ids) & set(run.validation.ids) and run.sizes == [32, 64]
+
+
+def test_pieces_of_a_batch_draw_their_own_noise(cascade):
+    from ct_nb.learn.train_cascade import _Learner
+    hu, xrays, geometry = scene()
+    learner = _Learner(cascade, 0, 0)
+    losses = [learner({"id": [name], "hu": hu[:1], "xrays": xrays[:1], "geometry": geometry[:1]}, 3)[0].item() for name in ("phantom-00001", "phantom-00002", "phantom-00001")]
+    assert losses[0] != losses[1] and losses[0] == losses[2]

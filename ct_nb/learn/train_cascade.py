@@ -9,6 +9,7 @@ __all__ = ['V_LEARNING_RATE', 'CASCADE_PRESETS', 'BODY_HU', 'CascadePreset', 'ge
 # %% ../../nbs/learn/11_train_cascade.ipynb #cell-002
 import json
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 from torch import nn
 
-from ..data.cache import default_cache_dir
-from ..data.pairs import collate
+from ..data.cache import content_digest
+from ..data.pairs import collate, stream
 from ..data.sources import phantoms
 from ..files import write_json
 from .baselines import fit_baselines
@@ -29,7 +30,7 @@ from .scoreboard import Scoreboard, evaluate
 from .train import DRR2CTRun, get_preset, read_all
 from .trainer import Trainer, TrainerConfig, TrainingStopped
 from .uncertainty import summarise, uncertainty_rows
-from ..nets.cascade import Cascade, CascadeConfig, StageConfig
+from ..nets.cascade import Cascade, CascadeConfig, StageConfig, resized
 from ..nets.denoiser import DenoiserConfig
 from ..nets.diffusion import DiffusionConfig
 from ..physics.geometry import ConeBeam
@@ -101,7 +102,7 @@ class CascadeRun:
         preset = get_preset(self.preset)
         run = DRR2CTRun(self.preset, self.data, self.out, self.seed, settings=replace(preset, network=replace(preset.network, size=size), render_size=max(preset.render_size, 2 * self.sizes[-1]))).open()
         if self.start is not None:
-            first = preset.phantoms + preset.validation_phantoms
+            first = max(preset.phantoms + preset.validation_phantoms, 0 if run.is_real else len(run.fitted) + len(run.validation))
             run.phantoms_for_network = phantoms(preset.phantoms, run.settings.render_size, first_seed=first, cache=run.phantoms_for_network.cache)
         return run
 
@@ -109,6 +110,8 @@ class CascadeRun:
         "Find the cases, split them by patient; the largest size says what is judged."
         self.cases = {size: self._cases(size) for size in self.sizes}
         self.validation, self.fitted = self.cases[self.sizes[-1]].validation, self.cases[self.sizes[-1]].fitted
+        known = set() if self.coarse is None else set(self.validation.ids) & set(read_config(self.coarse, system="drr2ct")["training"]["cases"])
+        if known: raise ValueError(f"coarse: {self.coarse} was trained on {sorted(known)[0]}, which would be judged here; take the same data and seed as it did")
         return self
 
     def describe(self) -> str:
@@ -141,7 +144,7 @@ class _Learner(nn.Module):
         self.stage, self.others, self.number, self.seed = cascade.stages[number], [cascade], number, seed
 
     def forward(self, batch: dict, step: int):
-        draw = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + 7919 * step + sum(map(len, batch["id"])))
+        draw = stream("cascade", self.seed, self.number, step, *batch["id"])  # every piece of a batch and every process its own
         cascade = self.others[0].to(batch["hu"].device)
         coarse = cascade.coarse_of(self.number, batch["hu"], batch["xrays"], batch["geometry"])
         return self.stage.loss(batch["hu"], batch["xrays"], batch["geometry"], coarse, draw)
@@ -191,17 +194,18 @@ def load_cascade(folder) -> Cascade:
 # %% ../../nbs/learn/11_train_cascade.ipynb #cell-010
 class Sampler:
     "Draws of a cascade for X-rays (V, R, C) and a geometry, remembered for the last scan."
-    def __init__(self, cascade: Cascade, steps: int = 20, sampler: str = "ddim", seed: int = 0, free_guidance: float = 1.0):
-        self.cascade, self.steps, self.sampler, self.seed, self.free_guidance, self._last, self._drawn = cascade, steps, sampler, seed, free_guidance, None, {}
+    def __init__(self, cascade: Cascade, steps: int = 20, sampler: str = "ddim", seed: int = 0):
+        self.cascade, self.steps, self.sampler, self.seed, self._last, self._drawn = cascade, steps, sampler, seed, None, {}
 
     def draws(self, xrays: torch.Tensor, geometry: ConeBeam, count: int, guidance: str = "soft") -> torch.Tensor:
         "(count, N, N, N) HU, vacuum at the lowest."
-        if self._last is None or self._last.shape != xrays.shape or not torch.equal(self._last, xrays): self._last, self._drawn = xrays, {}
+        scan = content_digest(xrays.float().cpu().numpy(), geometry.to_json())
+        if scan != self._last: self._last, self._drawn = scan, {}
         device = next(self.cascade.parameters()).device
         drawn = self._drawn.setdefault(guidance, [])
         while len(drawn) < count:
             generator = torch.Generator(device).manual_seed(1_000_003 * self.seed + len(drawn))
-            drawn.append(self.cascade.sample(xrays[None].float().to(device), geometry.to(device), self.steps, self.sampler, guidance, self.free_guidance, generator=generator)[0].float().cpu().clamp_min(-1000))
+            drawn.append(self.cascade.sample(xrays[None].float().to(device), geometry.to(device), self.steps, self.sampler, guidance, generator=generator)[0].float().cpu().clamp_min(-1000))
         return torch.stack(drawn[:count])
 
 @dataclass
@@ -225,8 +229,8 @@ class StartPredictor:
     name: str = "start"
 
     def predict(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
-        from ct_nb.nets.cascade import resized
-        return resized(self.cascade.start(xrays[None], ConeBeam.stack([geometry]))[:1], self.cascade.config.size)[0].clamp_min(-1000)
+        device = next(self.cascade.parameters()).device
+        return resized(self.cascade.start(xrays[None].float().to(device), ConeBeam.stack([geometry]).to(device)), self.cascade.config.size)[0].cpu().clamp_min(-1000)
 
 # %% ../../nbs/learn/11_train_cascade.ipynb #cell-012
 def checklist(samples: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
@@ -246,7 +250,7 @@ def judge(self: CascadeRun, out=None, progress: bool = True) -> Scoreboard:
     """The mean of the samples (`model`), a single one, unguided and exactly guided ones, and the floors with the start among them, on the cases left out; writes scoreboard, NIfTI and `uncertainty.json`.
     `TrainingStopped` when the output is no volume."""
     s, out = self.settings, self.out if out is None else Path(out)
-    pairs = self.validation
+    pairs = copy(self.validation)
     if len(pairs) > s.judged: pairs.source = pairs.source[:s.judged]
     sampler, numbers, self.checks, self.uncertainty = Sampler(self.cascade, s.sampling_steps, seed=self.seed), iter(range(len(pairs))), [], []
     start = StartPredictor(self.cascade, "prior_start" if self.start is None else "drr2ct")

@@ -140,7 +140,8 @@ class CascadeStage(nn.Module):
         told = told.dropped(torch.rand(batch, generator=generator).to(hu.device) < c.diffusion.condition_dropout)
         if corner is not None:
             z, y, w = corner
-            x, coarse = (t[..., z:z + c.patch, y:y + c.patch, w:w + c.patch] for t in (x, coarse))
+            whole, here = coarse, (..., slice(z, z + c.patch), slice(y, y + c.patch), slice(w, w + c.patch))
+            x, coarse = x[here], coarse[here]
         z0 = (x - coarse) / c.residual_scale
         step, noise = self.diffusion.draw_steps(batch, generator), torch.randn(z0.shape, generator=generator).to(z0)
         z_t = self.diffusion.noised(z0, noise, step)
@@ -148,9 +149,13 @@ class CascadeStage(nn.Module):
         error = (output - self.diffusion.target(z0, noise, step)).square().flatten(1).mean(1)
         loss = (self.diffusion.weight(step).to(error) * error).mean()
         figures = {"diffusion": loss.item()}
-        if c.physics_weight and corner is None:
+        if c.physics_weight:
             kept = self.diffusion.alphas_cumprod[step].to(error)  # where all is noise, the guess is no volume yet
-            found = self.window.to_hu((coarse + c.residual_scale * self.diffusion.to_x0(output, z_t, step))[:, 0])
+            guess = coarse + c.residual_scale * self.diffusion.to_x0(output, z_t, step)
+            if corner is not None:  # the X-rays are of the whole, so the rest is the coarse volume
+                part, guess = guess, whole.clone()
+                guess[here] = part
+            found = self.window.to_hu(guess[:, 0])
             physics = (kept * physics_error(found, xrays, geometry.on(geometry.grid.resized(size)), c.energy_kev)).mean()
             loss, figures["physics"] = loss + c.physics_weight * physics, physics.item()
         return loss, figures
@@ -272,7 +277,6 @@ class Cascade(nn.Module):
         noise=0.0,  # of the X-rays' pixels, see `ct_nb.nets.guidance.ray_variance`
         generator: torch.Generator | None = None,
         coarse_hu: torch.Tensor | None = None,  # (B, n, n, n) in place of the start's answer
-        last: int | None = None,  # stop after this many stages
     ) -> torch.Tensor:
         "A draw (B, N, N, N), HU, at the size of the last stage. ValueError where something does not fit."
         if not isinstance(geometry, ConeBeam): raise ValueError(f"geometry: the cascade needs the ConeBeam that the X-rays were taken with, guided or not, got {type(geometry).__name__}")
@@ -283,7 +287,7 @@ class Cascade(nn.Module):
         geometry = geometry.to(device=xrays.device, dtype=torch.float32)
         hu = self._first(xrays, geometry) if coarse_hu is None else coarse_hu
         if not torch.isfinite(hu).all(): raise ValueError("coarse_hu: there are NaN or infinite values in the coarse volume")
-        for stage in self.stages[:last]:
+        for stage in self.stages:
             c, spread = stage.config, resized(self.spread_hu[None], stage.config.size)[0]
             guide = None if guidance == "off" else XrayGuidance(xrays, geometry.on(geometry.grid.resized(c.size)), c.window, c.energy_kev, guidance, noise, spread=spread)
             hu = stage.sample(hu, xrays, geometry, steps, sampler, free_guidance, guide, generator)
