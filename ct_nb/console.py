@@ -71,11 +71,12 @@ def drr(
 def reconstruct(
     xrays: Param("the X-rays in the order of the geometry's views: PNG, npz, NIfTI or DICOM; or one folder that ct_nb_drr wrote", str, nargs="+"),
     geometry: Param("geometry.json of these X-rays", str, required=True) = None,
-    weights: Param("folder of a training run (config.json and model.safetensors)", str, required=True) = None,
+    weights: Param("folder of a training run of system A or of a cascade (config.json and model.safetensors)", str, required=True) = None,
     out: Param("the CT to write: .nii.gz, .nii, .nrrd, .mha or .npz", str) = "ct.nii.gz",
-    samples: Param("answers to draw beside the one that is given; two or more also give their spread", int) = 0,
+    samples: Param("answers to draw beside the one that is given, and for a cascade to take the mean of (0: 8); two or more also give their spread", int) = 0,
     consistency: Param("leave out the layer that moves the answer onto the X-rays", bool) = True,
     seed: Param("of the samples", int) = 0,
+    guidance: Param("how far a cascade's samples are moved onto the X-rays: up to their noise, or to equality", str, choices=["soft", "exact"]) = "soft",
     kind: Param("what the pixels are, where the files do not say; found from the direct beam where it is not given", str, choices=["line_integrals", "intensity", "log_intensity"]) = None,
     i0: Param("for intensities and their logarithms: the reading beside the patient, a number, 'maximum' or 'border'; found at the border where it is not given", str) = None,
     inverted: Param("for intensities and their logarithms: high numbers mean few X-rays (bright is dense)", bool) = False,
@@ -91,13 +92,13 @@ def reconstruct(
         from ct_nb.view.reconstruction_figure import reconstruct_files
         if inverted and not_inverted: raise ValueError("inverted: the X-rays cannot be inverted and not inverted; give one of --inverted and --not_inverted.")
         told = dict(kind=kind, i0=i0 if i0 in (None, "maximum", "border") else _number(i0, "i0"), white=white, scale=scale, inverted=True if inverted else False if not_inverted else None)
-        found = reconstruct_files(xrays, geometry, weights, out, samples, consistency, seed, **{name: value for name, value in told.items() if value is not None})
+        found = reconstruct_files(xrays, geometry, weights, out, samples, consistency, seed, guidance, **{name: value for name, value in told.items() if value is not None})
         for note in found.notes: print(f"note: {note}")
         for number, residual in enumerate(found.residual):
-            print(f"view {number}: residual {residual:.3f}" + (f", {found.residual_unconstrained[number]:.3f} without the data-consistency layer" if found.consistent else
-                                                              f", {found.residual_consistent[number]:.3f} with the data-consistency layer"))
+            layer = "" if not found.residual_consistent else f", {found.residual_unconstrained[number]:.3f} without the data-consistency layer" if found.consistent else f", {found.residual_consistent[number]:.3f} with the data-consistency layer"
+            print(f"view {number}: residual {residual:.3f}{layer}")
         if found.contradictions is None: print("the run does not say what residual noise explains, so contradictions are not judged")
-        if found.spread is not None: print(f"spread of {samples} samples: {found.spread.hu.mean():.1f} HU on average (of the network's latent only, not calibrated)")
+        if found.spread is not None: print(f"spread of {len(found.samples)} samples: {found.spread.hu.mean():.1f} HU on average ({found.spread_means})")
         print(out)
 
 # %% ../nbs/02_console.ipynb #cell-009

@@ -1,6 +1,7 @@
 """The cascade: five of the eleven defects, patches without seams, stages, guidance, and bad input in a sentence."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from ct_nb.learn.train_cascade import CASCADE_PRESETS, V_LEARNING_RATE, CascadeRun, Sampler, checklist, load_cascade
 from ct_nb.learn.trainer import TrainingStopped
-from ct_nb.nets.cascade import Cascade, CascadeConfig, CascadeStage, StageConfig, blended, patch_starts, patch_weights, physics_error, resized
+from ct_nb.nets.cascade import SMALLEST_SCALE, Cascade, CascadeConfig, CascadeStage, ErrorScale, StageConfig, blended, patch_starts, patch_weights, physics_error, resized, roughness
 from ct_nb.nets.denoiser import DenoiserConfig
 from ct_nb.nets.diffusion import DiffusionConfig
 from ct_nb.physics.geometry import ConeBeam
@@ -185,11 +186,51 @@ def test_samples_are_remembered_for_a_scan(cascade):
     assert len(calls) == 5 and torch.equal(first, again) and torch.equal(first, more[:2])
 
 
+def test_roughness_is_the_standard_deviation():
+    ramp = (torch.arange(12.0) * 0.02).view(1, 1, 12, 1, 1).expand(1, 1, 12, 12, 12).contiguous()
+    near, wide = ((2 * (r - 1.5)).exp() - SMALLEST_SCALE for r in roughness(ramp)[0])
+    assert torch.allclose(near[5, 5, 5], torch.tensor(0.02 * (2 / 3) ** 0.5), rtol=1e-3)
+    assert torch.allclose(wide[5, 5, 5], torch.tensor(0.02 * (3 * 2 / 3) ** 0.5), rtol=1e-3)  # three boxes in turn: their variances add
+    assert (roughness(torch.full((1, 1, 8, 8, 8), 0.7))[0] - (math.log(SMALLEST_SCALE) / 2 + 1.5)).abs().max() < 0.1
+
+
+def test_the_error_scale_begins_with_one_number_and_finds_where_errors_are():
+    torch.manual_seed(0)
+    model = ErrorScale(0.15)
+    coarse = torch.zeros(2, 2, 16, 16, 16)
+    coarse[:, 0, 8:] = 0.8
+    assert torch.allclose(model(coarse), torch.tensor(0.15))
+    lacking = 0.01 * torch.randn(2, 1, 16, 16, 16, generator=seeded())
+    lacking[:, :, 7:9] *= 20  # wrong at the edge
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(250):
+        scale = model(coarse)
+        optimizer.zero_grad()
+        ((lacking / scale).square() / 2 + scale.log()).mean().backward()
+        optimizer.step()
+    found = model(coarse)[0, 0].mean((1, 2))
+    assert 0.1 < found[7] < 0.4 and found[2] < 0.02 and found[13] < 0.02
+
+
+def test_the_two_losses_do_not_move_each_others_networks(cascade, monkeypatch):
+    import ct_nb.nets.cascade as module
+    hu, xrays, geometry = scene()
+    stage, moved = cascade.stages[0], {}
+    for weight in (0.0, 1.0):
+        monkeypatch.setattr(module, "ERROR_WEIGHT", weight)
+        stage.zero_grad()
+        stage.loss(hu, xrays, geometry, hu, seeded())[0].backward()
+        moved[weight] = [[p.grad.clone() for p in part.parameters() if p.grad is not None] for part in (stage.error_scale, stage.network)]
+    stage.zero_grad()
+    assert all(g.abs().max() == 0 for g in moved[0.0][0]) and any(g.abs().max() > 0 for g in moved[1.0][0])
+    assert all(torch.equal(a, b) for a, b in zip(moved[0.0][1], moved[1.0][1]))
+
+
 # bad input
 
 def test_bad_input_is_a_sentence(cascade):
     hu, xrays, geometry = scene((1,), 32)
-    with pytest.raises(ValueError, match="geometry: the cascade needs the ConeBeam"): cascade.sample(xrays, None, guidance="off")
+    with pytest.raises(ValueError, match="geometry: .* without the ConeBeam"): cascade.sample(xrays, None, guidance="off")
     with pytest.raises(ValueError, match="xrays: there are NaN"): cascade.sample(xrays * torch.nan, geometry)
     with pytest.raises(ValueError, match="xrays: the geometry describes"): cascade.sample(xrays[:, :1], geometry)
     with pytest.raises(ValueError, match="steps: must be an integer from 1 to 20"): cascade.sample(xrays, geometry, steps=21)
@@ -200,6 +241,8 @@ def test_bad_input_is_a_sentence(cascade):
     with pytest.raises(ValueError, match="network: a stage's network takes 2"): StageConfig(DenoiserConfig.preset("smoke", 16))
     with pytest.raises(ValueError, match="stages: must be one or more, each larger"): CascadeConfig((STAGE, STAGE))
     with pytest.raises(ValueError, match="stages: all must have one window"): CascadeConfig((STAGE, replace(STAGE, network=DenoiserConfig.preset("smoke", 32, condition_channels=2), window="full")))
+    with pytest.raises(ValueError, match="start: its window and energy are full and 60 keV, those of the stages chest and 60 keV"): CascadeConfig((STAGE,), "drr2ct", {"window": "full", "energy_kev": 60.0})
+    with pytest.raises(ValueError, match="start: its window and energy are chest and 80 keV"): CascadeConfig((STAGE,), "prior", {"energy_kev": 80.0})
     with pytest.raises(ValueError, match="start: must be one of prior, drr2ct"): CascadeConfig((STAGE,), "nothing")
     with pytest.raises(ValueError, match="preset: must be one of smoke, cpu, gpu, paper"): CascadeRun("huge")
     with pytest.raises(ValueError, match="stage: must be one of 16, 32, 64"): CascadeRun("smoke", stage=48)

@@ -301,11 +301,14 @@ def test_a_new_network_answers_zero():
 def test_told_nothing_is_a_condition_that_is_not_present():
     net, x_t, t = listening(replace(SMOKE, condition_channels=2)), random(0, 3, 1, 16, 16, 16), torch.tensor([0.2, 0.5, 1.0])
     with torch.no_grad():
-        told = net.condition(2 + random(1, 3, 2, 32, 32), beams(3, 0.0, 90.0), random(2, 3, 2, 16, 16, 16))
+        xrays, beam, extra = 2 + random(1, 3, 2, 32, 32), beams(3, 0.0, 90.0), random(2, 3, 2, 16, 16, 16)
+        told = net.condition(xrays, beam, 0 * extra)
         nothing, all_told = net(x_t, t), net(x_t, t, told)
         assert torch.equal(net(x_t, t, told.dropped()), nothing) and torch.equal(net(x_t, t, told.dropped(torch.zeros(3, dtype=torch.bool))), all_told)
         some = net(x_t, t, told.dropped(torch.tensor([False, True, False])))
         assert torch.allclose(some[1], nothing[1], atol=1e-5) and torch.allclose(some[::2], all_told[::2], atol=1e-5) and (nothing - all_told).abs().amax((1, 2, 3, 4)).min() > 0.05
+        kept = net(x_t, t, net.condition(xrays, beam, extra).dropped())  # the coarse volume is still told, the X-rays are not
+        assert torch.equal(kept, net(x_t, t, net.condition(1.5 * xrays, beam, extra).dropped())) and (kept - nothing).abs().amax((1, 2, 3, 4)).min() > 0.01
         net.untold += 1.0  # the learned vector is what it hears instead
         assert not torch.allclose(net(x_t, t), nothing, atol=1e-3) and torch.equal(net(x_t, t, told), all_told)
 
@@ -477,7 +480,7 @@ def test_settings_that_do_not_fit():
     (lambda net, x, t, told: net.condition(torch.zeros(2, 2, 32, 32), None), "geometry: X-rays say nothing"),
     (lambda net, x, t, told: net.condition(torch.zeros(2, 3, 32, 32), beams(2, 0.0, 90.0)), r"xrays: the geometry describes .* 2, 32, 32\), got \(2, 3, 32, 32\)"),
     (lambda net, x, t, told: net.condition(torch.zeros(2, 32, 32), beams(2, 0.0, 90.0)), "xrays: the geometry describes"),
-    (lambda net, x, t, told: net.condition(torch.zeros(3, 2, 32, 32), beams(2, 0.0, 90.0)), r"geometry: its batch shape must be \(3,\)"),
+    (lambda net, x, t, told: net.condition(torch.zeros(3, 2, 32, 32), beams(2, 0.0, 90.0)), r"geometry: its batch shape must be \(\) or \(3,\)"),
     (lambda net, x, t, told: net.condition(torch.zeros(1, 1, 30, 30), beams(1, 0.0, detector=30)), "multiples of 4, got 30×30"),
     (lambda net, x, t, told: net.condition(torch.zeros(2, 2, 32, 32), beams(2, 0.0, 90.0), x), "extra: this network takes none"),
     (lambda net, x, t, told: net.condition(torch.zeros(2, 2, 32, 32), beams(2, 0.0, 90.0), patch=(0, 0, 12, 8)), "crop: a patch of 8³"),

@@ -185,3 +185,41 @@ def test_command_with_samples_without_consistency(run, tmp_path):
     content = json.loads((tmp_path / "ct_report.json").read_text())
     assert content["consistency"] is False and (tmp_path / "ct_spread.nii.gz").is_file() and (tmp_path / "ct_preview.png").stat().st_size > 10_000
     assert "give one of" in command("ap.png", "lat.png", "--geometry", "biplanar.json", "--weights", run, "--inverted", "--not_inverted", cwd=tmp_path, expect=1)
+
+
+# ---------------------------------------------------------------- samples of a cascade
+@pytest.fixture(scope="module")
+def cascade_run(tmp_path_factory):
+    from ct_nb.nets.cascade import Cascade, CascadeConfig, StageConfig
+    from ct_nb.nets.denoiser import DenoiserConfig
+    from ct_nb.nets.diffusion import DiffusionConfig
+    folder = tmp_path_factory.mktemp("cascade")
+    torch.manual_seed(0)
+    stage = StageConfig(DenoiserConfig.preset("smoke", 16, condition_channels=2), DiffusionConfig(steps=20))
+    cascade = Cascade(CascadeConfig((stage,), "prior", {"size": 16, "modes": 4, "noise": 0.5, "energy_kev": 60.0}))
+    cascade.start.prior.fit(torch.stack([phantom(seed, 16).volume.tensor() for seed in range(4)]))
+    save_weights(folder, cascade, {"system": "cascade", "network": cascade.config.to_dict(), "preset": "smoke"})
+    return folder
+
+def test_a_cascade_through_the_same_door(cascade_run, tmp_path):
+    write_radiographs(tmp_path / "xrays", XRAYS, VIEWS)
+    text = command("xrays", "--geometry", "xrays/geometry.json", "--weights", cascade_run, "--out", "ct.nii.gz", "--samples", "3", "--seed", "5", cwd=tmp_path)
+    assert "spread of 3 samples" in text and "of the cascade; not calibrated" in text and "data-consistency layer" not in text
+    content = json.loads((tmp_path / "ct_report.json").read_text())
+    assert content["how"] == "mean of 3 samples, X-ray guidance soft" and content["samples"]["count"] == 3 and content["weights"]["system"] == "cascade" and "with_consistency" not in content["residual"][0]
+    mean = np.mean([read_ct(tmp_path / f"ct_sample_{number}.nii.gz").hu for number in (1, 2, 3)], axis=0)
+    assert np.allclose(read_ct(tmp_path / "ct.nii.gz").hu, mean, atol=0.1) and np.allclose(read_ct(tmp_path / "ct.nii.gz").grid.center_mm, CENTER)
+
+def test_guidance_decides_how_well_a_cascade_explains_the_xrays(cascade_run):
+    soft, exact, off = (reconstruct_files_of(cascade_run, **settings) for settings in ({}, {"guidance": "exact"}, {"consistency": False}))
+    assert max(soft.residual) < 0.9 * max(off.residual) and soft.consistent and not off.consistent and off.how.endswith("guidance off") and exact.how.endswith("guidance exact")
+
+def reconstruct_files_of(folder, **settings):
+    from tempfile import TemporaryDirectory
+    with TemporaryDirectory() as xrays:
+        write_radiographs(xrays, XRAYS, VIEWS)
+        return reconstruct_files(xrays, VIEWS, folder, None, samples=2, **settings)
+
+def test_weights_of_a_third_system_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"system": "refine", "network": {}}))
+    with pytest.raises(WeightsError, match="weights of the system 'refine', but 'drr2ct' or 'cascade' was asked for"): reconstruct_files("xrays", VIEWS, tmp_path, None)

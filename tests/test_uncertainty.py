@@ -12,7 +12,7 @@ from ct_nb.nets.guidance import XrayGuidance
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, Volume, hu_to_mu
-from ct_nb.view.uncertainty_figure import plot_reliability, plot_uncertainty
+from ct_nb.view.uncertainty_figure import reliability_figure, uncertainty_figure
 
 FULL = WINDOWS["full"]
 TINY = ConeBeam.orbit([0.0, 70.0], [0.0, 20.0], grid=Grid.cube(6), detector_shape=(7, 7), pixel_mm=80.0)
@@ -332,23 +332,23 @@ def test_pictures_draw_what_they_are_given(tmp_path):
     import matplotlib.pyplot as plt
     samples, truth = model(0, side=6)
     summary, found = summarise(samples)[0], hallucination_map(samples[:, 0], TINY, iterations=5)
-    figure = plot_uncertainty(Volume(truth[0].numpy(), TINY.grid.affine), summary, samples[0, 0], found, window="soft_tissue")
+    figure = uncertainty_figure(Volume(truth[0].numpy(), TINY.grid.affine), summary, samples[0, 0], found, window="soft_tissue")
     images = [axis.images[0] for axis in figure.axes[:12]]
     top = [np.asarray(image.get_array()) for image in images[:6]]
     assert np.allclose(top[0], truth[0, 2]) and np.allclose(top[1], summary.mean[2]) and np.allclose(top[2], samples[0, 0, 2])
     assert np.allclose(top[3], (summary.mean - truth[0]).abs()[2], atol=1e-3) and np.allclose(top[4], summary.standard_deviation[2]) and np.allclose(top[5], found.standard_deviation[2])
     assert images[0].get_clim() == (-200, 200) and images[3].get_clim() == images[4].get_clim() == images[11].get_clim()
     assert "calibrated" not in figure._suptitle.get_text()
-    mended = plot_uncertainty(Volume(truth[0].numpy(), TINY.grid.affine), Calibration(1.5, 0.8, 12, 6).apply(summary), samples[0, 0].numpy(), found)
+    mended = uncertainty_figure(Volume(truth[0].numpy(), TINY.grid.affine), Calibration(1.5, 0.8, 12, 6).apply(summary), samples[0, 0].numpy(), found)
     assert "calibrated, × 1.50" in mended._suptitle.get_text()
     figure.savefig(tmp_path / "uncertainty.png")
-    plots = plot_reliability({"a_model": reliability(rows_of(0.6, patients=3)), "floor": reliability(rows_of(1.0, patients=3))})
+    plots = reliability_figure({"a_model": reliability(rows_of(0.6, patients=3)), "floor": reliability(rows_of(1.0, patients=3))})
     plots.savefig(tmp_path / "reliability.png")
     assert [text.get_text() for text in plots.axes[1].get_legend().get_texts()] == ["a model", "floor"] and "3 patients" in plots._suptitle.get_text()
-    one = plot_reliability(reliability(rows_of(1.0, patients=1)))
+    one = reliability_figure(reliability(rows_of(1.0, patients=1)))
     one.savefig(tmp_path / "one.png")
     assert "1 patient;" in one._suptitle.get_text() and all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
     plt.close("all")
     for wrong in ([], {}, {"a": []}):
-        with pytest.raises(ValueError, match="found: there is no level"): plot_reliability(wrong)
-    with pytest.raises(ValueError, match="one sample: expected the truth's shape"): plot_uncertainty(Volume(truth[0].numpy(), TINY.grid.affine), summary, samples[0], found)
+        with pytest.raises(ValueError, match="found: there is no level"): reliability_figure(wrong)
+    with pytest.raises(ValueError, match="one sample: expected the truth's shape"): uncertainty_figure(Volume(truth[0].numpy(), TINY.grid.affine), summary, samples[0], found)

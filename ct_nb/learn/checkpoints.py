@@ -49,16 +49,17 @@ def save_weights(
     write_json(Path(folder) / CONFIG_FILE, {"versions": versions(), **config})
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #cell-007
-def read_config(folder, system: str | None = None) -> dict:
-    "The `config.json` beside a run's weights; refuses the weights of another system."
+def read_config(folder, system: str | tuple[str, ...] | None = None) -> dict:
+    "The `config.json` beside a run's weights; refuses the weights of a system that is not named."
     path = Path(folder) / CONFIG_FILE
     if not path.is_file(): raise WeightsError(f"{path}: no such file; give the folder that a training run wrote (it holds {CONFIG_FILE} and {WEIGHTS_FILE}).")
     try: config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error: raise WeightsError(f"{path}: is not readable JSON ({error}); the file is damaged.") from None
     if not isinstance(config, dict) or "system" not in config or "network" not in config:
         raise WeightsError(f"{path}: has no 'system' and 'network' entries, so it was not written by ct_nb.")
-    if system is not None and config["system"] != system:
-        raise WeightsError(f"{path}: these are weights of the system '{config['system']}', but '{system}' was asked for.")
+    wanted = (system,) if isinstance(system, str) else system
+    if wanted is not None and config["system"] not in wanted:
+        raise WeightsError(f"{path}: these are weights of the system '{config['system']}', but {' or '.join(map(repr, wanted))} was asked for.")
     return config
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #cell-008

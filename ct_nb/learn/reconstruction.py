@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESIDUAL_DETECTOR', 'load_drr2ct', 'ModelPredictor', 'Reconstruction', 'residual_limit', 'view_residuals',
-           'fit_detector', 'reconstruct']
+           'fit_detector', 'placed_scan', 'reconstruct']
 
 # %% ../../nbs/learn/06_reconstruction.ipynb #cell-002
 import math
@@ -53,15 +53,17 @@ class Reconstruction:
     reprojection: np.ndarray  # (V, R, C) line integrals of `volume`
     xrays: np.ndarray | None = None  # (V, R, C) line integrals that were given, on the detector pixels that the network took
     geometry: ConeBeam | None = None  # that was given, with these pixels
-    residual_consistent: list[float] = field(default_factory=list)  # of each view, with the data-consistency layer
+    residual_consistent: list[float] = field(default_factory=list)  # of each view, with the data-consistency layer; empty, as the three that follow, where the model has none
     residual_unconstrained: list[float] = field(default_factory=list)  # of each view, without it
     residual_layer: list[float] = field(default_factory=list)  # what the layer itself reached, see above
     tolerance: list[float] = field(default_factory=list)  # the residual of each view below which the layer does not go on
-    consistent: bool = True  # `volume` is the answer with the layer
+    consistent: bool = True  # `volume` was moved onto the X-rays
+    how: str = ""  # it was found, where that is not the usual way; for the figure's title
     limit: float | None = None  # the largest residual that noise explains; None: not known
     contradictions: list[str] | None = None  # a sentence for each view beyond it; None: not judged
     samples: list[Volume] = field(default_factory=list)  # answers for drawn latents
     spread: Volume | None = None  # their standard deviation in HU
+    spread_means: str = "standard deviation over draws of the network's latent only; not calibrated"
     window: str = "chest"  # the network's range of HU
     energy_kev: float = 60.0  # of the X-rays it takes these for
     seed: int = 0  # of the samples
@@ -128,6 +130,21 @@ def fit_detector(
     if new == (rows, columns): return xrays, geometry
     return weights(rows, new[0]) @ xrays @ weights(columns, new[1]).T, geometry.rebinned(new)
 
+def placed_scan(
+    xrays,  # (V, R, C) line integrals, array or tensor
+    geometry: ConeBeam,  # in the patient's frame (LPS, mm)
+    size: int,  # voxels a side of the network's cube
+    side_mm: float = 320.0,  # of that cube
+) -> tuple[torch.Tensor, ConeBeam, ConeBeam, list[str]]:
+    "X-rays and geometry on a detector that networks take, the same geometry in the frame of the cube, and what has to be said of it; `ValueError` where they do not fit together or no ray meets the cube."
+    xrays, notes = _checked_xrays(xrays, geometry), []
+    given = geometry.detector_shape
+    xrays, geometry = fit_detector(xrays, geometry)
+    if geometry.detector_shape != given: notes.append("X-rays of {}×{} pixels are averaged to {}×{} for the network".format(*given, *geometry.detector_shape))
+    moved = geometry.moved(-torch.as_tensor(geometry.grid.center_mm.copy())).on(Grid.cube(size, side_mm))
+    moved.require_hits()
+    return xrays, geometry, moved, notes
+
 # %% ../../nbs/learn/06_reconstruction.ipynb #cell-016
 @torch.no_grad()
 def reconstruct(
@@ -145,13 +162,8 @@ def reconstruct(
     With two or more samples, `spread` is the standard deviation over draws of the latent, in HU. It is the spread of that latent only: it knows nothing of what the network
     never learned, of noise or of a wrong geometry, and it is not calibrated. Where it is large, do not believe; where it is small, that alone is no reason to believe."""
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0: raise ValueError(f"samples: must be a whole number from 0 up, got {samples!r}.")
-    xrays, limit = _checked_xrays(xrays, geometry), residual_limit(expected_residual)
-    given, notes = geometry.detector_shape, []
-    xrays, geometry = fit_detector(xrays, geometry)
-    if geometry.detector_shape != given: notes.append("X-rays of {}×{} pixels are averaged to {}×{} for the network".format(*given, *geometry.detector_shape))
-    cube = Grid.cube(model.config.size, side_mm)
-    moved = geometry.moved(-torch.as_tensor(geometry.grid.center_mm.copy())).on(cube)
-    moved.require_hits()
+    limit = residual_limit(expected_residual)
+    xrays, geometry, moved, notes = placed_scan(xrays, geometry, model.config.size, side_mm)
     device = next(model.parameters()).device
     images, placed = xrays[None].to(device), moved.to(device)
     training = model.training
@@ -177,5 +189,5 @@ def reconstruct(
         for view, residual in enumerate(residuals[0]) if residual > limit]
     return Reconstruction(
         Volume(answers[chosen].numpy(), affine), residuals[chosen], projected[chosen].numpy(), xrays.numpy(), geometry, *residuals, reached, (model.config.consistency_noise / rms).tolist(), consistency,
-        limit, contradictions, [Volume(hu.numpy(), affine) for hu in drawn], Volume(torch.stack(drawn).std(0).numpy(), affine) if samples > 1 else None, model.config.window,
-        model.config.energy_kev, seed, [*notes, *(contradictions or [])])
+        "" if consistency else "without the data-consistency layer", limit, contradictions, [Volume(hu.numpy(), affine) for hu in drawn],
+        Volume(torch.stack(drawn).std(0).numpy(), affine) if samples > 1 else None, window=model.config.window, energy_kev=model.config.energy_kev, seed=seed, notes=[*notes, *(contradictions or [])])

@@ -79,6 +79,7 @@ class CascadeRun:
     resume: bool = False  # go on from the checkpoints in `out`
     coarse: str | None = None  # folder of a run of system A; None: the linear prior
     stage: int | None = None  # train only the stage of this size, the others are taken from `out`; None: all
+    steps: int | None = None  # optimiser steps of all stages together, shared out as in the preset; None: the preset's
     settings: CascadePreset | None = None  # None: those of the preset
 
     def __post_init__(self):
@@ -91,6 +92,7 @@ class CascadeRun:
             if not kept: raise ValueError(f"coarse: {self.coarse} already reconstructs {self.start.config.size}³ voxels, the preset {self.preset} ends at {stages[-1].size}³; take a larger preset")
             if kept[0] and stages[kept[0]].size == self.start.config.size: stages = tuple(replace(s, coarse_noise=0.0, physics_weight=0.0) if n == kept[0] else s for n, s in enumerate(stages))
             stages, steps = tuple(stages[n] for n in kept), tuple(steps[n] for n in kept)
+        if self.steps: steps = tuple(max(1, round(self.steps * n / sum(steps))) for n in steps)
         self.settings = replace(self.settings, stages=stages, steps=steps, trainer=replace(self.settings.trainer, seed=self.seed))
         if self.stage is not None and self.stage not in self.sizes: raise ValueError(f"stage: must be one of {', '.join(map(str, self.sizes))}, the sizes of this cascade, got {self.stage}")
 
@@ -276,9 +278,10 @@ def main(
     resume: bool = False,  # go on from the checkpoints in `out`
     coarse: str = None,  # folder of a run of system A whose answers to start from
     stage: int = None,  # train only the stage of this size
+    steps: int = None,  # optimiser steps of all stages together; the preset's unless given
 ):
     "Train system D (a diffusion cascade) and judge its samples against the floors."
-    run = CascadeRun(preset, data, out, seed, resume, coarse, stage).open()
+    run = CascadeRun(preset, data, out, seed, resume, coarse, stage, steps).open()
     print(run.describe())
     run.fit()
     if run.is_main: print(run.judge().table())

@@ -8,7 +8,7 @@ __all__ = ['TOKEN_GRIDS', 'WAVES', 'TIME_NUMBERS', 'DEPTH_PRIOR_CHANNELS', 'VOXE
            'DepthPrior', 'Condition', 'DenoiserConfig', 'Denoiser']
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-002
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from math import gcd, lcm, pi
 from typing import NamedTuple
@@ -22,10 +22,11 @@ from .biased_attention import TokenBlock
 from .blocks import ResidualBlock, channels_inner, group_norm, keep_variance
 from .decoders import CAMERA_FEATURES, MeanCamera
 from .latent import Shadows, lift, shadows
-from .prior import binned
+from .prior import binned, fitting_geometry
 from .views import CAMERA_NUMBERS, camera_tokens
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid
+from ..settings import Settings
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-005
 TOKEN_GRIDS = {16: 4, 32: 8, 64: 16, 128: 24, 256: 32}
@@ -122,13 +123,8 @@ class DepthPrior(nn.Module):
 
     def prepared(self, xrays: torch.Tensor, geometry: ConeBeam | None) -> tuple[torch.Tensor, ConeBeam]:
         "Both as the networks see them: at most 2·N rows and columns (finer pixels would only alias); the geometry in float32, batch shape (B,), on the N³ grid. ValueError where they do not fit."
-        if geometry is None: raise ValueError("geometry: X-rays say nothing of a voxel without the geometry they were taken with, got None")
-        rows, columns = geometry.detector_shape
-        if xrays.ndim != 4 or tuple(xrays.shape[1:]) != (geometry.views, rows, columns):
-            raise ValueError(f"xrays: the geometry describes (B, V, R, C) = (B, {geometry.views}, {rows}, {columns}), got {tuple(xrays.shape)}")
-        if geometry.batch_shape not in ((), (len(xrays),)): raise ValueError(f"geometry: its batch shape must be ({len(xrays)},), that of the X-rays, got {geometry.batch_shape}")
-        if not geometry.batch_shape: geometry = ConeBeam.stack([geometry] * len(xrays))
-        images, geometry = binned(xrays, geometry.on(geometry.grid.resized(self.size)).to(device=xrays.device, dtype=torch.float32), 2 * self.size)
+        geometry = fitting_geometry(xrays, geometry)
+        images, geometry = binned(xrays, geometry.on(geometry.grid.resized(self.size)), 2 * self.size)
         rows, columns = images.shape[-2:]
         if rows % 4 or columns % 4: raise ValueError(f"xrays: rows and columns must be multiples of 4, got {rows}×{columns} after binning to at most {2 * self.size}; resample the X-rays and the geometry")
         return images, geometry
@@ -158,7 +154,7 @@ class Condition(NamedTuple):
     prior: torch.Tensor  # (B, 16, n, n, n)
     camera: torch.Tensor  # (B, 32)
     extra: torch.Tensor | None  # (B, condition channels, n, n, n)
-    present: torch.Tensor  # (B,) 1, or 0 where the network must not look
+    present: torch.Tensor  # (B,) 1, or 0 where the network must not look at the X-rays
     corner: torch.Tensor  # (B, 3) place of the first voxel along z, y and x in the whole volume
 
     def crop(self, z0: int, y0: int, x0: int, n: int) -> "Condition":
@@ -169,7 +165,7 @@ class Condition(NamedTuple):
         return self._replace(prior=cut(self.prior), extra=cut(self.extra), corner=self.corner + self.corner.new_tensor([z0, y0, x0]))
 
     def dropped(self, where: torch.Tensor | None = None) -> "Condition":
-        "The same with the network told nothing of the scans of the batch that `where` (B,) bool marks, by default of all."
+        "The same with the network told nothing of the X-rays of the scans that `where` (B,) bool marks, by default of all; extra volumes stay, as in cascades (Ho et al. 2022)."
         return self._replace(present=torch.zeros_like(self.present) if where is None else self.present.masked_fill(where, 0))
 
     @staticmethod
@@ -179,7 +175,7 @@ class Condition(NamedTuple):
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-028
 @dataclass(frozen=True)
-class DenoiserConfig:
+class DenoiserConfig(Settings):
     "Everything that decides what the weights mean; stored beside them. ValueError for settings that do not fit together."
     size: int = 64  # voxels a side
     channels: tuple[int, ...] = (16, 32, 64)  # at full size, half of it, a quarter, …
@@ -213,12 +209,7 @@ class DenoiserConfig:
         levels = (size // token_grid(size)).bit_length()
         return cls(**{**presets[name], "size": size, "condition_channels": condition_channels, "channels": presets[name]["channels"][-levels:]})
 
-    def to_dict(self) -> dict: return asdict(self)
-    @classmethod
-    def from_dict(cls, values: dict) -> "DenoiserConfig":
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown: raise ValueError(f"DenoiserConfig: unknown settings {', '.join(sorted(unknown))}; the file was written by another version")
-        return cls(**values)
+
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-030
 class Denoiser(nn.Module):
@@ -264,7 +255,7 @@ class Denoiser(nn.Module):
         if batch == 1 and n <= 32 and x_t.device.type == "cpu" and not torch.is_grad_enabled():  # torch convolves one small volume more slowly than two
             return self(x_t.repeat(2, 1, 1, 1, 1), time.repeat(2), Condition.joined([told, told]))[:1]
         may = told.present.view(-1, 1, 1, 1, 1).to(x_t)
-        volumes = [x_t] + [may * v for v in (told.prior, told.extra) if v is not None]
+        volumes = [x_t, may * told.prior] + ([] if told.extra is None else [told.extra])
         camera = torch.where(told.present[:, None] > 0, told.camera, self.untold)
         vector = F.silu(self.time(time_waves(time.to(self.untold))) + self.listen(camera))
         run = partial(checkpoint, use_reentrant=False) if self.config.recompute and torch.is_grad_enabled() else lambda block, *inputs: block(*inputs)

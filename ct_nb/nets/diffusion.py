@@ -8,17 +8,19 @@ __all__ = ['PREDICTIONS', 'SAMPLERS', 'DiffusionConfig', 'cosine_alphas_cumprod'
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-002
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch_to
+
+from ..settings import Settings
 
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-005
 PREDICTIONS = ("v", "epsilon", "x0")
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(Settings):
     "What the weights of a diffusion network mean; stored beside them."
     steps: int = 250  # of training
     prediction: str = "v"  # what the network returns: "v", "epsilon" or "x0"
@@ -40,12 +42,7 @@ class DiffusionConfig:
         "Whether nothing is left of the signal at the last step."
         return self.prediction != "epsilon" if self.zero_snr is None else self.zero_snr
 
-    def to_dict(self) -> dict: return asdict(self)
-    @classmethod
-    def from_dict(cls, values: dict) -> "DiffusionConfig":
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown: raise ValueError(f"DiffusionConfig: unknown settings {', '.join(sorted(unknown))}; the file was written by another version")
-        return cls(**values)
+
 
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-008
 def cosine_alphas_cumprod(steps: int, zero_snr: bool = True) -> torch.Tensor:

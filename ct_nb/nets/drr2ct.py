@@ -6,7 +6,7 @@
 __all__ = ['DRR2CTConfig', 'Prediction', 'DRR2CT']
 
 # %% ../../nbs/nets/05_drr2ct.ipynb #cell-002
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,17 +19,18 @@ import ct_nb.nets.diffusion_decoder  # registers its decoder, as the next line d
 import ct_nb.nets.implicit
 from .decoders import make_decoder
 from .latent import LatentGrid, lift, shadows
-from .prior import LinearPrior, binned
+from .prior import LinearPrior, binned, fitting_geometry
 from .views import ViewPyramid
 from .volumization import Volumization
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.solvers import make_consistent
 from ..physics.volume import WINDOWS, Window, hu_to_mu, mu_to_hu
+from ..settings import Settings
 
 # %% ../../nbs/nets/05_drr2ct.ipynb #cell-004
 @dataclass(frozen=True)
-class DRR2CTConfig:
+class DRR2CTConfig(Settings):
     "Everything that decides what the weights mean; stored beside them."
     size: int = 64  # voxels a side
     window: str = "chest"  # the network's range of HU
@@ -82,12 +83,7 @@ class DRR2CTConfig:
         if name not in presets: raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
 
-    def to_dict(self) -> dict: return asdict(self)
-    @classmethod
-    def from_dict(cls, values: dict) -> "DRR2CTConfig":
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown: raise ValueError(f"DRR2CTConfig: unknown settings {', '.join(sorted(unknown))}; the file was written by another version")
-        return cls(**values)
+
 
 # %% ../../nbs/nets/05_drr2ct.ipynb #cell-006
 class Prediction(NamedTuple):
@@ -132,13 +128,8 @@ class DRR2CT(nn.Module):
 
     def _checked(self, xrays, geometry: ConeBeam) -> ConeBeam:
         "The geometry in float32, batch shape (B,), on the network's grid."
-        size = self.config.size
-        if xrays.ndim != 4 or tuple(xrays.shape[1:]) != (geometry.views, *geometry.detector_shape):
-            raise ValueError(f"xrays: the geometry describes (B, V, R, C) = (B, {geometry.views}, {geometry.detector_shape[0]}, {geometry.detector_shape[1]}), got {tuple(xrays.shape)}")
-        if geometry.batch_shape not in ((), (len(xrays),)):
-            raise ValueError(f"geometry: its batch shape {geometry.batch_shape} does not fit {len(xrays)} sets of X-rays")
-        if not geometry.batch_shape: geometry = ConeBeam.stack([geometry] * len(xrays))
-        return geometry.on(geometry.grid.resized(size)).to(device=xrays.device, dtype=torch.float32)
+        geometry = fitting_geometry(xrays, geometry)
+        return geometry.on(geometry.grid.resized(self.config.size))
 
     def _consistent(self, hu, xrays, geometry):
         y, coarse = binned(xrays, geometry, self.config.consistency_detector)

@@ -9,7 +9,7 @@ __all__ = ['MODES', 'ray_variance', 'weighted_step', 'XrayGuidance']
 import torch
 
 from ..data.noise import XrayNoise
-from .prior import binned
+from .prior import binned, require_fit
 from ..physics.geometry import ConeBeam
 from ..physics.projector import backproject, project
 from ..physics.solvers import make_consistent
@@ -97,10 +97,7 @@ class XrayGuidance:
         detector: int = 128,  # the X-rays are binned to at most this many rows and columns first
     ):
         if mode not in MODES: raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {mode!r}")
-        if not isinstance(geometry, ConeBeam): raise ValueError(f"geometry: guidance needs the ConeBeam that the X-rays were taken with, got {type(geometry).__name__}")
-        expected = (geometry.views, *geometry.detector_shape)
-        if xrays.ndim != 4 or tuple(xrays.shape[1:]) != expected: raise ValueError(f"xrays: the geometry describes (B, V, R, C) = (B, {', '.join(map(str, expected))}), got {tuple(xrays.shape)}")
-        if geometry.batch_shape not in ((), (len(xrays),)): raise ValueError(f"geometry: its batch shape {geometry.batch_shape} does not fit {len(xrays)} sets of X-rays")
+        require_fit(xrays, geometry)
         if not torch.isfinite(xrays).all(): raise ValueError("xrays: there are NaN or infinite values; fill dead pixels and give them infinite noise")
         if not mismatch >= 0: raise ValueError(f"mismatch: a standard deviation is 0 or more, got {mismatch}")
         spread = torch.as_tensor(spread, dtype=xrays.dtype, device=xrays.device)

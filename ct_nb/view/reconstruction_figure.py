@@ -14,6 +14,8 @@ from ..data.radiographs import read_radiographs
 from ..files import atomic_write, write_json
 from ..learn.checkpoints import read_config, versions
 from ..learn.reconstruction import Reconstruction, load_drr2ct, reconstruct
+from ..learn.sampled_reconstruction import SAMPLES, reconstruct_sampled
+from ..learn.train_cascade import load_cascade
 from ..physics.geometry import ConeBeam
 from ..physics.volume import get_window
 from ..style import MODEL, MUTED, style
@@ -49,7 +51,7 @@ def reconstruction_figure(
             bar = above.colorbar(image, ax=list(line), shrink=0.8, aspect=22, pad=0.01)
             bar.set_label(f"HU, window {window.name}" if number == 0 and window.name else f"standard deviation over {len(found.samples)} samples, HU" if number else "HU")
             bar.outline.set_visible(False)
-        above.suptitle("reconstruction" + ("" if found.consistent else ", without the data-consistency layer"), x=0.01, ha="left", fontsize=10.5)
+        above.suptitle("reconstruction" + (found.how and f", {found.how}"), x=0.01, ha="left", fontsize=10.5)
         panels = below.subplots(shown_views, 3, squeeze=False)
         for view, line in enumerate(panels[:shown_views]):
             for axis, title, image, look in ((line[0], "given", found.xrays[view], dict(vmin=0, vmax=top)), (line[1], "of the reconstruction", found.reprojection[view], dict(vmin=0, vmax=top)),
@@ -76,18 +78,18 @@ def report(
 ) -> dict:
     "What `<name>_report.json` holds."
     grid = found.volume.grid
-    per_view = [{"view": view, "name": view_name(found.geometry, view), "with_consistency": found.residual_consistent[view], "without_consistency": found.residual_unconstrained[view],
-                 "reached_by_the_layer": found.residual_layer[view], "solver_tolerance": found.tolerance[view],
+    layer = {"with_consistency": found.residual_consistent, "without_consistency": found.residual_unconstrained, "reached_by_the_layer": found.residual_layer, "solver_tolerance": found.tolerance}
+    per_view = [{"view": view, "name": view_name(found.geometry, view), "residual": found.residual[view], **{name: values[view] for name, values in layer.items() if values},
                  "contradicts": None if found.limit is None else found.residual_consistent[view] > found.limit} for view in range(len(found.residual))]
     judged = found.contradictions is not None
     sentence = ("; ".join(found.contradictions) or f"no view's residual is beyond what noise explains ({found.limit:.3f})") if judged else \
         "not judged: the run's config.json does not say what residual noise explains"
-    return {"residual": per_view, "consistency": found.consistent,
+    return {"residual": per_view, "consistency": found.consistent, "how": found.how,
             "contradiction": {"found": bool(found.contradictions) if judged else None, "limit": found.limit, "sentence": sentence},
             "window": {"name": found.window, "low_hu": get_window(found.window).low_hu, "high_hu": get_window(found.window).high_hu}, "energy_kev": found.energy_kev,
             "grid": {"shape_zyx": list(grid.shape), "spacing_mm_xyz": grid.spacing_mm, "affine_index_xyz_to_lps_mm": grid.affine},
             "samples": {"count": len(found.samples), "seed": found.seed, "mean_spread_hu": None if found.spread is None else float(found.spread.hu.mean()),
-                        "meaning": "standard deviation over draws of the network's latent only; not calibrated"} if found.samples else None,
+                        "meaning": found.spread_means} if found.samples else None,
             "notes": found.notes, "versions": versions(), **(about or {})}
 
 # %% ../../nbs/view/02_reconstruction_figure.ipynb #cell-008
@@ -123,19 +125,21 @@ def save_reconstruction(
 def reconstruct_files(
     xrays,  # files in the order of the geometry's views (PNG, npz, NIfTI, DICOM), or a folder that ct_nb_drr wrote
     geometry,  # geometry.json of these X-rays, or a ConeBeam
-    weights,  # folder of a training run
+    weights,  # folder of a training run of system A, or of a cascade
     out,  # the CT to write; None: no files are written
-    samples: int = 0,  # answers to draw beside the one that is given
+    samples: int = 0,  # answers to draw; beside the one that is given, or, for a cascade, to take the mean of (0: 8)
     consistency: bool = True,  # move the answer onto the X-rays
     seed: int = 0,  # of the draws
+    guidance: str = "soft",  # of a cascade's samples: up to the noise of the X-rays, or "exact"
     **told,  # kind, i0, inverted, white, scale: what the pixels are, see `read_radiographs`
 ) -> Reconstruction:
     "Read X-rays, reconstruct, write everything. `ValueError` or `OSError` with one sentence for what cannot be done."
     if out is not None: _parts(out)
-    model, config, notes = load_drr2ct(weights), read_config(weights), []
+    config, notes = read_config(weights, system=("drr2ct", "cascade")), []
     views = geometry if isinstance(geometry, ConeBeam) else ConeBeam.load(geometry)
     images = read_radiographs(xrays, views, notes=notes, **told)
-    found = reconstruct(images, views, model, samples=samples, consistency=consistency, seed=seed, expected_residual=config.get("residual"))
+    if config["system"] == "cascade": found = reconstruct_sampled(images, views, load_cascade(weights), samples=samples or SAMPLES, guidance=guidance if consistency else "off", seed=seed)
+    else: found = reconstruct(images, views, load_drr2ct(weights), samples=samples, consistency=consistency, seed=seed, expected_residual=config.get("residual"))
     found.notes = [*notes, *found.notes]
     files = [xrays] if isinstance(xrays, (str, Path)) else list(xrays)
     training = config.get("training") or {}
