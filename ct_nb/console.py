@@ -77,6 +77,7 @@ def reconstruct(
     consistency: Param("leave out the layer that moves the answer onto the X-rays", bool) = True,
     seed: Param("of the samples", int) = 0,
     guidance: Param("how far a cascade's samples are moved onto the X-rays: up to their noise, or to equality", str, choices=["soft", "exact"]) = "soft",
+    refine: Param("folder of a training run of the refiner, which sharpens the answer", str) = None,
     kind: Param("what the pixels are, where the files do not say; found from the direct beam where it is not given", str, choices=["line_integrals", "intensity", "log_intensity"]) = None,
     i0: Param("for intensities and their logarithms: the reading beside the patient, a number, 'maximum' or 'border'; found at the border where it is not given", str) = None,
     inverted: Param("for intensities and their logarithms: high numbers mean few X-rays (bright is dense)", bool) = False,
@@ -92,7 +93,7 @@ def reconstruct(
         from ct_nb.view.reconstruction_figure import reconstruct_files
         if inverted and not_inverted: raise ValueError("inverted: the X-rays cannot be inverted and not inverted; give one of --inverted and --not_inverted.")
         told = dict(kind=kind, i0=i0 if i0 in (None, "maximum", "border") else _number(i0, "i0"), white=white, scale=scale, inverted=True if inverted else False if not_inverted else None)
-        found = reconstruct_files(xrays, geometry, weights, out, samples, consistency, seed, guidance, **{name: value for name, value in told.items() if value is not None})
+        found = reconstruct_files(xrays, geometry, weights, out, samples, consistency, seed, guidance, refine, **{name: value for name, value in told.items() if value is not None})
         for note in found.notes: print(f"note: {note}")
         for number, residual in enumerate(found.residual):
             layer = "" if not found.residual_consistent else f", {found.residual_unconstrained[number]:.3f} without the data-consistency layer" if found.consistent else f", {found.residual_consistent[number]:.3f} with the data-consistency layer"

@@ -14,6 +14,7 @@ from ..data.radiographs import read_radiographs
 from ..files import atomic_write, write_json
 from ..learn.checkpoints import read_config, versions
 from ..learn.reconstruction import Reconstruction, load_drr2ct, reconstruct
+from ..learn.refinement import load_refiner, refine_reconstruction
 from ..learn.sampled_reconstruction import SAMPLES, reconstruct_sampled
 from ..learn.train_cascade import load_cascade
 from ..physics.geometry import ConeBeam
@@ -131,6 +132,7 @@ def reconstruct_files(
     consistency: bool = True,  # move the answer onto the X-rays
     seed: int = 0,  # of the draws
     guidance: str = "soft",  # of a cascade's samples: up to the noise of the X-rays, or "exact"
+    refine=None,  # folder of a training run of the refiner, which sharpens the answer; None: the answer as it is
     **told,  # kind, i0, inverted, white, scale: what the pixels are, see `read_radiographs`
 ) -> Reconstruction:
     "Read X-rays, reconstruct, write everything. `ValueError` or `OSError` with one sentence for what cannot be done."
@@ -140,10 +142,12 @@ def reconstruct_files(
     images = read_radiographs(xrays, views, notes=notes, **told)
     if config["system"] == "cascade": found = reconstruct_sampled(images, views, load_cascade(weights), samples=samples or SAMPLES, guidance=guidance if consistency else "off", seed=seed)
     else: found = reconstruct(images, views, load_drr2ct(weights), samples=samples, consistency=consistency, seed=seed, expected_residual=config.get("residual"))
+    if refine is not None: found = refine_reconstruction(found, load_refiner(refine))
     found.notes = [*notes, *found.notes]
     files = [xrays] if isinstance(xrays, (str, Path)) else list(xrays)
     training = config.get("training") or {}
     about = {"xrays": {"files": [Path(file).name for file in files], "told": {name: value for name, value in told.items() if value is not None}, "read_as": notes},
+             "refined_by": None if refine is None else Path(refine).resolve().name,
              "weights": {"run": Path(weights).resolve().name, "system": config["system"], "preset": config.get("preset"), "training_fingerprint": training.get("fingerprint"),
                          "residual": config.get("residual"), "versions": config.get("versions")}}
     if out is not None: save_reconstruction(found, out, about)

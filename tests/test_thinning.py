@@ -1,0 +1,274 @@
+"""Thinning of scans: portions without seams, noise that belongs to slices, the frame of the input, consistency across portions, and a sentence for what cannot be done."""
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from ct_files import write_series
+
+import ct_nb.learn.thinning as thinning
+from ct_nb.data.slabs import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
+from ct_nb.learn.checkpoints import WeightsError, save_weights
+from ct_nb.learn.thinning import DiffusionThinner, RegressorThinner, check_scan, check_seen, header_width, in_portions, portions, thin_file, thin_frame, thin_volume
+from ct_nb.learn.train_slices import Slices
+from ct_nb.nets.slab_consistency import interpolate_slabs
+from ct_nb.nets.slices import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
+from ct_nb.physics.readers import read_volume
+from ct_nb.physics.volume import Volume
+
+SEEN = {"thick_mm": [4.0, 6.0], "width": [0.8, 1.2], "thin_mm": [1.0, 1.9]}
+
+
+def drawn(kind, config, seed=0):
+    "Random weights everywhere, as if trained: a new network says nothing."
+    torch.manual_seed(seed)
+    model = kind(config).eval()
+    torch.nn.init.normal_(model.network.last.weight, std=0.05)
+    if kind is SliceDiffusion:
+        for layer in (model.vae.squeeze, model.vae.leave): torch.nn.init.normal_(layer.weight, std=0.02)
+        model.vae.straight.fit([model.vae.window.to_network(hu(8, 40))[None, None]])
+    return model
+
+
+def hu(slices, pixels, seed=0):
+    "A body in air, whole HU."
+    generator = torch.Generator().manual_seed(seed)
+    z, y, x = torch.meshgrid(torch.arange(slices) / slices - 0.5, *([torch.arange(pixels) / pixels - 0.5] * 2), indexing="ij")
+    body = torch.where((y / 0.42) ** 2 + (x / 0.36) ** 2 < 1, 40.0, -1000.0)
+    body = torch.where(((y - 0.02) / 0.2) ** 2 + ((x.abs() - 0.16) / 0.12) ** 2 + (z / 0.6) ** 2 < 1, -820.0, body)
+    return (body + 12 * torch.randn(body.shape, generator=generator)).clamp_min(-1024).round()
+
+
+@pytest.fixture(scope="module")
+def regressor(): return drawn(SliceRegressor, SliceRegressorConfig.preset("smoke"))
+
+
+@pytest.fixture(scope="module")
+def diffusion(): return drawn(SliceDiffusion, SliceDiffusionConfig.preset("smoke"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, regressor, diffusion):
+    folder = tmp_path_factory.mktemp("run")
+    slices = Slices(regressor, diffusion)
+    save_weights(folder, slices, {"system": "slices", "network": slices.networks(), "preset": "smoke", "seen": SEEN, "training": {"fingerprint": "f"}})
+    return folder
+
+
+@pytest.fixture
+def scan(tmp_path):
+    "Twelve slices of 48×48 at 5 mm, oblique in the patient; and its file."
+    turn = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1.0]])
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = turn * [3.0, 2.5, 5.0], [10, -40, 77]
+    volume = Volume(hu(12, 48).numpy(), affine)
+    volume.save(tmp_path / "thick.nii.gz")
+    return volume, tmp_path / "thick.nii.gz"
+
+
+@pytest.mark.parametrize("count,core,halo", [(1, 4, 2), (7, 3, 2), (23, 5, 1), (24, 40, 3)])
+@pytest.mark.parametrize("convention", ["slabs", "centres"])
+def test_portions_hold_every_thin_slice(count, core, halo, convention):
+    thick = SliceAxis(-3.0, 5.0, count)
+    thin = thin_axis(thick, 1.3, convention)
+    found = portions(thick, thin, core, halo)
+    seen = np.zeros(thin.count, int)
+    for p in found:
+        seen[p.first:p.last] += 1
+        assert len(p.weights) == p.last - p.first and (p.weights > 0).all() and p.stop - p.start <= core + 2 * halo + 1
+    assert (seen > 0).all() and (found[0].start, found[-1].stop) == (0, count)
+    with pytest.raises(ValueError, match="core and halo"): portions(thick, thin, 0)
+
+
+def test_portions_of_one_constant_and_of_a_slope_have_no_seams():
+    thick_axis = SliceAxis(0.0, 5.0, 20)
+    thin = thin_axis(thick_axis, 1.0, "centres")
+    slope = torch.arange(20.0)[:, None, None].expand(20, 3, 4) * 50
+    whole = interpolate_slabs(slope, thick_axis, thin)
+    pieces = in_portions(lambda y, a, b, p: interpolate_slabs(y, a, b), slope, thick_axis, thin, 4, 2)
+    inner = in_portions(lambda y, a, b, p: whole[p.first:p.last].clone(), slope, thick_axis, thin, 4, 2)
+    assert torch.allclose(inner, whole, atol=1e-3)  # what does not depend on the portion comes back
+    assert (pieces - whole).abs().max() < 6  # ends held with a small weight
+    hard = torch.cat([interpolate_slabs(slope[p.start:p.stop], thick_axis.part(p.start, p.stop), thin.part(p.first, p.last)) for p in portions(thick_axis, thin, 4, 2)][:1])
+    assert (hard[-3:] - whole[len(hard) - 3:len(hard)]).abs().max() > 15  # without fading the held end would show
+
+
+def given(slices=14, pixels=40, spacing=1.0):
+    axis = SliceAxis(0.0, 5.0, slices)
+    return hu(slices, pixels), axis, thin_axis(axis, spacing), SliceProfile(5.0)
+
+
+def test_the_regressor_in_portions_is_the_regressor(regressor):
+    case = given()
+    whole = RegressorThinner(regressor, consistent=False).thin(*case)
+    with torch.no_grad(): assert torch.allclose(whole, regressor(case[0][None], *case[1:])[0], atol=1e-2)
+    cut = RegressorThinner(regressor, consistent=False, memory_gib=0.006, halo=4)
+    assert len(portions(case[1], case[2], thinning._core(0.006 * 2 ** 30 / (4 * 8 * 20 * 400) / 5, 4), 4)) > 1
+    moved = (whole - interpolate_slabs(*case[:3])).abs().mean()
+    assert (cut.thin(*case) - whole).abs().mean() < 0.1 * moved
+
+
+@pytest.mark.parametrize("kind", ["regressor", "diffusion"])
+def test_consistency_holds_across_portions(kind, regressor, diffusion):
+    case = given()
+    matrix = torch.from_numpy(slab_matrix(case[2], case[1], case[3]))
+    for consistent in (True, False):
+        thinner = RegressorThinner(regressor, consistent=consistent, memory_gib=0.002) if kind == "regressor" else DiffusionThinner(diffusion, steps=2, consistent=consistent, memory_gib=0.004)
+        missed = float((thicken(thinner.thin(*case), matrix) - case[0]).abs().max())
+        assert missed < 0.05 if consistent else missed > 1
+
+
+def test_noise_belongs_to_slices(diffusion, monkeypatch):
+    case, seen = given(), {}
+    own = DiffusionThinner._portion
+
+    def watched(self, thick, thick_axis, thin_axis, profile, noise):
+        for place, z in zip(np.round(thin_axis.positions_mm, 3), noise[0].unbind(1)): seen.setdefault(place, []).append(z)
+        return own(self, thick, thick_axis, thin_axis, profile, noise)
+    monkeypatch.setattr(DiffusionThinner, "_portion", watched)
+    DiffusionThinner(diffusion, steps=1, memory_gib=0.004).thin(*case)
+    shared = [zs for zs in seen.values() if len(zs) > 1]
+    assert shared and all(torch.equal(zs[0], z) for zs in shared for z in zs[1:]) and not torch.equal(seen[0.0][0], seen[1.0][0])
+
+
+def test_draws_repeat_and_differ_and_the_mean_is_their_mean(diffusion):
+    case = given(5, 24)
+    make = lambda **more: DiffusionThinner(diffusion, steps=2, **more).thin(*case)
+    one, same, other = make(), make(), make(seed=1)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    thinner = DiffusionThinner(diffusion, steps=2, consistent=False, count=3)
+    draws = torch.stack([thinner.draw(n, *case) for n in range(3)])
+    assert torch.allclose(thinner.thin(*case), draws.mean(0), atol=1e-3) and draws.std(0).mean() > 0.1
+    matrix = torch.from_numpy(slab_matrix(case[2], case[1], case[3]))
+    assert (thicken(make(count=3), matrix) - case[0]).abs().max() < 0.05
+
+
+def test_shared_draws_are_of_one_scan(diffusion):
+    known, case, other = {}, given(5, 24), given(5, 24)
+    other = (other[0] + 5, *other[1:])
+    thinner = DiffusionThinner(diffusion, steps=1, known=known)
+    first = thinner.thin(*case)
+    assert not torch.equal(thinner.thin(*other), first) and len(known) == 1 and torch.equal(DiffusionThinner(diffusion, steps=1).thin(*other), thinner.thin(*other))
+
+
+def test_memory_does_not_grow_with_the_scan(regressor, monkeypatch):
+    depths = []
+    forward = SliceRegressor.forward
+
+    def watched(self, thick, *args, **more):
+        depths.append(thick.shape[1])
+        return forward(self, thick, *args, **more)
+    monkeypatch.setattr(SliceRegressor, "forward", watched)
+    for slices in (20, 60):
+        depths.clear()
+        RegressorThinner(regressor, memory_gib=0.004).thin(*given(slices, 32, 2.5))
+        assert max(depths) < 15, depths
+        largest = max(depths)
+    assert len(depths) > 5 and largest < 15
+
+
+def test_the_frame_is_the_inputs(scan, regressor):
+    volume, _ = scan
+    found = thin_volume(volume, RegressorThinner(regressor), 1.25)
+    thin = found.volume
+    assert thin.hu.shape == (48, 48, 48) and np.allclose(thin.grid.spacing_mm, [3, 2.5, 1.25]) and np.allclose(thin.grid.bounds_mm, volume.grid.bounds_mm)
+    positions = lambda grid: [float(grid.index_to_mm([0, 0, n])[2]) for n in range(grid.shape[0])]
+    assert np.allclose(positions(thin.grid), found.thin_axis.positions_mm) and np.allclose(positions(volume.grid), found.thick_axis.positions_mm)
+    back = thicken(torch.from_numpy(thin.hu), slab_matrix(found.thin_axis, found.thick_axis, found.profile))
+    assert (back - volume.tensor()).abs().max() < 1 and abs(found.reaveraged_hu - float((back - volume.tensor()).abs().max())) < 1e-3
+    assert np.array_equal(thin.hu, thin.hu.round())
+    centres = thin_volume(volume, RegressorThinner(regressor), 1.0, convention="centres").volume
+    assert len(centres.hu) == 56 and np.allclose(centres.grid.index_to_mm([0, 0, 0]), volume.grid.index_to_mm([0, 0, 0]))
+
+
+def test_downward_slices_stay_downward(regressor):
+    affine = np.diag([2.0, 2, -5, 1])
+    affine[:3, 3] = [0, 0, 300]
+    volume = Volume(hu(8, 24).numpy(), affine)
+    found = thin_volume(volume, RegressorThinner(regressor), 1.0)
+    assert found.volume.affine[2, 2] == -1 and np.allclose(found.volume.grid.bounds_mm, volume.grid.bounds_mm)
+
+
+@pytest.mark.parametrize("model", ["regressor", "sample", "mean"])
+def test_a_file_comes_out_and_overlays_the_input(scan, run, tmp_path, model):
+    volume, path = scan
+    out = tmp_path / "new" / "thin.nii.gz"
+    found = thin_file(path, out, run, 1.0, model=model, samples=2, steps=2, progress=False)
+    assert sorted(p.name for p in out.parent.iterdir()) == ["thin.nii.gz", "thin_thinning.json"]
+    again = read_volume(out)  # random weights make no HU
+    assert np.array_equal(again.hu, found.volume.hu) and again.hu.shape == (60, 48, 48) and np.allclose(again.grid.bounds_mm, volume.grid.bounds_mm)
+    about = json.loads((out.parent / "thin_thinning.json").read_text())
+    assert about["model"] == model and about["reaveraged_worst_hu"] < 1 and about["thick"] == vars(found.thick_axis) and about["weights"]["preset"] == "smoke"
+
+
+def test_a_dicom_series_goes_in_with_the_thickness_of_its_header(run, tmp_path):
+    image = hu(10, 32).numpy().astype(np.int16)
+    write_series(tmp_path / "series", image, z_mm=[5.0 * n for n in range(10)], SliceThickness=6.0)
+    assert header_width(tmp_path / "series") == 6.0 and header_width(tmp_path / "a.nii.gz") is None
+    found = thin_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False)
+    assert found.profile == SliceProfile(6.0) and found.thick_axis.spacing_mm == 5 and found.volume.hu.shape == (50, 32, 32)
+    overlapping = thin_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, width_mm=5.0, shape="gaussian", progress=False)
+    assert overlapping.profile == SliceProfile(5.0, "gaussian") and not np.array_equal(overlapping.volume.hu, found.volume.hu)
+    assert "one slice" in sentence(lambda: thin_file(write_series(tmp_path / "single", image[:1], z_mm=[0.0])[0].parent, tmp_path / "x.nii.gz", run, progress=False))
+
+
+def sentence(call, kind=ValueError) -> str:
+    with pytest.raises(kind) as caught: call()
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+def test_what_cannot_be_done_is_said(scan, run, regressor, tmp_path):
+    volume, path = scan
+    out = tmp_path / "out" / "x.nii.gz"
+    go = lambda p=path, spacing=1.0, **more: thin_file(p, out, run, spacing, progress=False, **more)
+    save = lambda name, array, affine: nibabel.save(nibabel.Nifti1Image(array, affine), tmp_path / name) or tmp_path / name
+    body = hu(6, 24).numpy().astype(np.int16).transpose(2, 1, 0)
+    assert "at least two along each axis" in sentence(lambda: go(save("one.nii.gz", body[..., :1], np.diag([2, 2, 5, 1]))))
+    assert "4 dimensions" in sentence(lambda: go(save("four.nii.gz", np.stack([body, body], -1), np.diag([2, 2, 5, 1]))))
+    bare = nibabel.Nifti1Image(body, None)
+    bare.header["pixdim"][1:4] = 0
+    nibabel.save(bare, tmp_path / "bare.nii.gz")
+    raw = bytearray(__import__("gzip").decompress((tmp_path / "bare.nii.gz").read_bytes()))
+    raw[76 + 4:76 + 16] = np.zeros(3, np.float32).tobytes()
+    (tmp_path / "bare.nii").write_bytes(raw)
+    assert "voxel spacing" in sentence(lambda: go(tmp_path / "bare.nii"))
+    assert "5 mm apart already, 5 mm were asked for" in sentence(lambda: go(spacing=5.0))
+    assert "spacing_mm: must be above 0" in sentence(lambda: go(spacing=0.0))
+    assert "learnt from 4 to 6 mm" in sentence(lambda: go(save("thick8.nii.gz", body, np.diag([2, 2, 8, 1]))))
+    assert "another axis" in sentence(lambda: go(save("side.nii.gz", body.transpose(2, 0, 1), np.diag([5, 2, 2, 1])), spacing=1.0))
+    assert "no such file" in sentence(lambda: go(tmp_path / "none.nii.gz"))
+    assert "choose a name that ends in" in sentence(lambda: thin_file(path, tmp_path / "x.jpg", run))
+    assert "model: must be one of" in sentence(lambda: go(model="best"))
+    assert "no such file" in sentence(lambda: thin_file(path, out, tmp_path / "nowhere"), WeightsError)
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+def test_thicker_slices_go_on_when_told_to_and_the_note_says_so(run, tmp_path, scan):
+    volume = Volume(hu(6, 24).numpy(), np.diag([2.0, 2, 8, 1]))
+    volume.save(tmp_path / "eight.nii.gz")
+    found = thin_file(tmp_path / "eight.nii.gz", tmp_path / "thin.nii.gz", run, 2.0, anyway=True, progress=False)
+    assert any("nobody tested" in note for note in found.notes) and found.reaveraged_hu < 1
+    axis, notes = SliceAxis(0, 5.0, 9), lambda *args: check_seen(SliceAxis(0, 5.0, 9), *args)
+    assert not notes(SliceProfile(5.0), 1.0, SEEN) and not notes(SliceProfile(5.0), 0.5, None)
+    assert "finer detail is only interpolated" in notes(SliceProfile(5.0), 0.5, SEEN)[0] and "profile is 9 mm" in notes(SliceProfile(9.0), 1.0, SEEN)[0]
+    assert "thinner than" in check_seen(SliceAxis(0, 3.0, 9), SliceProfile(3.0), 1.0, SEEN)[0]
+
+
+def test_a_run_without_the_model_that_is_asked_for(regressor, scan, tmp_path):
+    slices = Slices(regressor)
+    save_weights(tmp_path / "run", slices, {"system": "slices", "network": slices.networks()})
+    assert "holds no trained diffusion model" in sentence(lambda: thin_file(scan[1], tmp_path / "x.nii.gz", tmp_path / "run", model="sample"))
+    save_weights(tmp_path / "run", regressor, {"system": "slices_stage", "network": regressor.config.to_dict()})
+    assert "slices_stage" in sentence(lambda: thin_file(scan[1], tmp_path / "x.nii.gz", tmp_path / "run"), WeightsError)
+
+
+def test_nothing_half_written(scan, run, tmp_path, monkeypatch):
+    out = tmp_path / "out" / "thin.nii.gz"
+    def broken(path, *args): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("ct_nb.physics.volume._write_nifti", broken)
+    with pytest.raises(OSError): thin_file(scan[1], out, run, progress=False)
+    assert not list(out.parent.iterdir())

@@ -1,0 +1,209 @@
+"""System B from a word to its figures: the cases, the loss, a smoke run through fit and judge, its weights, and what is refused."""
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ct_nb.data.cache import DiskCache
+from ct_nb.data.reports import Report, Step
+from ct_nb.learn import train_ct_encoder
+from ct_nb.learn.checkpoints import WeightsError
+from ct_nb.learn.scan_language import ScanLanguage, ScanLanguageConfig, all_texts, draw_regions, reasoning, region_sayings
+from ct_nb.learn.scan_reports import ScanReports, collate_scans, open_scans, phantom_cases, read_reports, shifted
+from ct_nb.learn.train_ct_encoder import CT_ENCODER_PRESETS, CTEncoderRun, get_ct_encoder_preset, load_ct_encoder
+from ct_nb.nets.ct_encoder import CTEncoderConfig
+from ct_nb.nets.text import WordTokenizer
+from ct_nb.physics.phantom import phantom
+
+CONFIG = CTEncoderConfig.preset("smoke")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ScanReports(phantom_cases(6, CONFIG), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    torch.manual_seed(0)
+    words = WordTokenizer.fit(2 * all_texts(data.facts(i)["report"] for i in range(len(data)))).words
+    return ScanLanguage(ScanLanguageConfig(CONFIG, tuple(words), text_width=32, text_depth=1, writer_width=32, writer_depth=1, writer_length=64))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A smoke run that was fitted and judged."
+    folder, cache = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CT_NB_CACHE", str(cache))
+        run = CTEncoderRun("smoke", out=folder).open(progress=False)
+        run.fit(progress=False)
+        scores = run.judge()
+    return run, scores
+
+
+def test_a_phantoms_findings_are_the_steps_of_its_report(data):
+    for i in range(6):
+        item, chest = data[i], phantom(i, 32)
+        assert [f.kind for f in item["findings"]] == [l.kind for l in chest.lesions] and item["report"].volume == item["id"]
+        steps = {step.text: step.regions for step in item["report"].steps}
+        assert all(f.text.startswith("Observation") and steps[f.text] == (f.region,) for f in item["findings"])
+        assert item["hu"].shape == item["regions"].shape == CONFIG.size and item["regions"].max() <= 20
+    cube = ScanReports(phantom_cases(2, replace(CONFIG, size=(32, 32, 32))), CONFIG)[1]
+    assert torch.equal(cube["hu"], torch.from_numpy(np.clip(np.rint(phantom(1, 32).volume.hu), -32768, 32767)).float())  # on its own grid nothing is resampled
+    assert torch.equal(cube["regions"], torch.from_numpy(phantom(1, 32).regions))
+
+
+def test_moving_moves_scan_map_and_lesions_alike(data):
+    item, moved = data[1], data.at(3, 1)
+    body = item["hu"] > -300
+    best = max(((int((torch.equal(shifted(item["regions"], (a, b, c), 0), moved["regions"]))), (a, b, c)) for a in range(-2, 3) for b in range(-2, 3) for c in range(-2, 3)))
+    assert best[0] == 1
+    assert torch.equal(shifted(item["lesions"], best[1], 0), moved["lesions"]) and (shifted(item["hu"], best[1], -1000.0) - moved["hu"]).abs().mean() < 20 and body.any()
+
+
+def test_the_loss_is_the_same_again_and_reaches_every_part(data, model):
+    batch = collate_scans([data[i] for i in range(6)])
+    loss, parts = model(batch, torch.Generator().manual_seed(1))
+    assert model(batch, torch.Generator().manual_seed(1))[0] == loss and set(parts) == {"global", "region", "steps", "anchor", "map", "words"}
+    model.zero_grad()
+    loss.backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert not {n for n in without if not n.startswith(("encoder.table", "encoder.pooling"))}, without
+
+
+def test_hidden_maps_are_hidden(data, model):
+    "What the encoder is given decides the map's loss; a map that is shown must not be asked for."
+    batch = collate_scans([data[i] for i in range(4)])
+    shown, given = [], model.encoder.forward
+    try:
+        model.encoder.forward = lambda hu, regions: (shown.append(regions), given(hu, regions))[1]
+        for share, part in ((1.0, True), (0.0, False)):
+            model.config = replace(model.config, hidden_maps=share)
+            parts = model(batch, torch.Generator().manual_seed(0))[1]
+            assert (parts["map"] > 0) == part and (shown[-1] == CONFIG.body).all() == part and (parts["region"] == 0) == part
+    finally:
+        del model.encoder.forward
+        model.config = replace(model.config, hidden_maps=0.25)
+
+
+def test_scans_without_map_or_without_some_texts(data, model):
+    batch = collate_scans([data[i] for i in range(3)])
+    batch["regions"] = torch.full_like(batch["regions"], CONFIG.body)
+    parts = model(batch, torch.Generator().manual_seed(0))[1]
+    assert parts["region"] == 0 and parts["anchor"] == 0 and parts["map"] == 0 and parts["global"] > 0
+    batch["report"] = [Report("a", impression="Nodule."), Report("b", impression="No finding."), Report("c")]
+    assert model(batch, torch.Generator().manual_seed(0))[0].isfinite()
+    batch["report"] = [Report("a"), Report("b"), Report("c")]
+    with pytest.raises(ValueError, match="none of .* has a text"): model(batch, torch.Generator().manual_seed(0))
+
+
+def test_what_is_said_of_regions():
+    report = Report("a", regions=((3, "Nodule of 6 mm in the right upper lobe. No emphysema in the right upper lobe."), (7, "No cardiomegaly."), (14, "No rib fracture. Normal sternum.")), steps=(Step("Task: read."), Step("Conclusion: nodule.")))
+    said = {s.region: s for s in region_sayings(report)}
+    assert said[3].sentences == ("Nodule of 6 mm in the right upper lobe.",) and not said[3].normal and said[14].normal and len(said[14].sentences) == 2
+    assert reasoning(report) == "Conclusion: nodule." and reasoning(Report("b", findings="F.", impression="I.")) == "F."
+    everywhere, nowhere = torch.ones(21, dtype=torch.bool), torch.zeros(21, dtype=torch.bool)
+    for seed in range(8):
+        drawn = draw_regions(report, everywhere, 2, torch.Generator().manual_seed(seed))
+        assert drawn[0][0] == 3 and len(drawn) == 2
+    assert draw_regions(report, nowhere, 2, torch.Generator()) == []
+
+
+def test_smoke_run_leaves_its_record(trained):
+    run, scores = trained
+    assert {"metrics.json", "retrieval.csv", "lesions.csv", "config.json", "model.safetensors", "history.jsonl"} <= {p.name for p in run.out.iterdir()}
+    config, metrics = (json.loads((run.out / name).read_text()) for name in ("config.json", "metrics.json"))
+    assert config["system"] == "ct_encoder" and config["versions"]["torch"] and config["training"]["fingerprint"] != config["validation"]["fingerprint"]
+    assert not set(config["training"]["cases"]) & set(config["validation"]["cases"])
+    assert {"sentence_place", "steps", "zero_shot", "polarity", "map", "writing", "preprocessing", "lesions with map", "lesions without map"} <= metrics.keys()
+    with open(run.out / "retrieval.csv") as file: rows = list(csv.DictReader(file))
+    assert {row["direction"] for row in rows} == {"image to text", "text to image"} and all(0 < float(row["chance"]) < 1 and int(row["candidates"]) > 1 for row in rows)
+    assert metrics["preprocessing"]["right"]["refused"] == 0 and metrics["preprocessing"]["rescaled twice"]["refused"] == metrics["preprocessing"]["rescaled twice"]["of"]
+    assert "chance" in scores.table() and "rescaled twice 4/4" in scores.table()
+    assert "another scan" in metrics["writing"] and len(metrics["writing"]["the model"]["examples"]) == 2
+    assert len(run.history) == 2 and run.history[-1]["step"] == 8
+
+
+def test_weights_come_back(trained, tmp_path):
+    run, _ = trained
+    again = load_ct_encoder(run.out)
+    item = run.validation[0]
+    with torch.no_grad():
+        a, b = (m.encoder(item["hu"][None], item["regions"][None]) for m in (run.model, again))
+        assert torch.equal(a.global_embedding, b.global_embedding) and torch.equal(run.model.embed_texts(["Nodule."], "region"), again.embed_texts(["Nodule."], "region"))
+        assert run.model.write(a, max_length=12) == again.write(b, max_length=12) and not again.training
+    with pytest.raises(WeightsError, match="no such file"): load_ct_encoder(tmp_path)
+    config = json.loads((run.out / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"system": "drr2ct"}))
+    with pytest.raises(WeightsError, match="drr2ct"): load_ct_encoder(tmp_path)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(trained, tmp_path, monkeypatch):
+    run, _ = trained
+
+    def resumed(**changes):
+        again = CTEncoderRun("smoke", out=tmp_path, **changes)
+        again.training, again.validation, again.said = run.training, run.validation, run.said
+        return again
+
+    first, taken = resumed(), []
+    trainer_step = train_ct_encoder.stream
+
+    def kill(*key):
+        taken.append(key)
+        if len(taken) > 5: raise KeyboardInterrupt
+        return trainer_step(*key)
+    monkeypatch.setattr(train_ct_encoder, "stream", kill)
+    with pytest.raises(KeyboardInterrupt): first.fit(progress=False)
+    monkeypatch.setattr(train_ct_encoder, "stream", trainer_step)
+    second = resumed(resume=True)
+    second.fit(progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(second.model.state_dict().values(), run.model.state_dict().values()))
+
+
+def test_a_folder_of_scans_with_reports(tmp_path):
+    for number in range(2): phantom(number, 32).volume.save(tmp_path / f"valid_{number}_a_1.nii.gz")
+    broken = phantom(2, 32).volume
+    broken.hu -= 1024
+    broken.save(tmp_path / "valid_2_a_1.nii.gz")
+    with open(tmp_path / "validation_reports.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["VolumeName", "Findings_EN", "Impressions_EN"])
+        for number in range(4): rows.writerow([f"valid_{number}_a_1.nii.gz", "Nodule in the right upper lobe. No pleural effusion.", "Nodule."])
+    opened, facts = open_scans(str(tmp_path), CONFIG, DiskCache(tmp_path / "cache"), progress=False)
+    assert opened.ids == ["valid_0_a_1", "valid_1_a_1"] and "rescaled twice" in opened.skipped[0][1] and opened.patients == ["valid_0", "valid_1"]
+    assert (opened[0]["regions"] == CONFIG.body).all() and facts[0]["report"].impression == "Nodule." and opened.at(0, 0)["report"].labels == {}
+    (tmp_path / "second.csv").write_text("VolumeName,Findings_EN,Impressions_EN\n")
+    with pytest.raises(ValueError, match="2 tables of reports"): read_reports(tmp_path)
+    with pytest.raises(ValueError, match="Impressions_EN"): (tmp_path / "third.csv").write_text("VolumeName,Findings_EN\n"); read_reports(tmp_path / "third.csv")
+    with pytest.raises(ValueError, match="no scan of"): open_scans(str(tmp_path), CONFIG, reports=str(tmp_path / "second.csv"), progress=False)
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="preset"): get_ct_encoder_preset("huge")
+    with pytest.raises(ValueError, match="text"): CTEncoderRun("smoke", text=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="neither 'phantom'"): open_scans(str(tmp_path / "nothing"), CONFIG)
+    with pytest.raises(ValueError, match="at least two patients"): open_scans("phantom:1", CONFIG)
+    with pytest.raises(ValueError, match="hidden_maps"): ScanLanguageConfig(hidden_maps=2)
+
+
+def test_a_frozen_tower_is_no_part_of_the_weights(data, model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "nodule", "."]))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    transformers.BertModel(transformers.BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(tmp_path)
+    frozen = ScanLanguage(replace(model.config, text=str(tmp_path)))
+    assert not any("tower" in name or "bert" in name for name in frozen.state_dict()) and any("tower" in name for name in model.state_dict())
+    loss, _ = frozen(collate_scans([data[i] for i in range(3)]), torch.Generator().manual_seed(0))
+    loss.backward()
+    assert loss.isfinite() and frozen.alignment.text_heads["global"].weight.grad.any() and frozen.embed_texts(["no nodule."]).shape == (1, CONFIG.shared_dim)
+
+
+def test_presets_can_be_made_and_stored():
+    for preset in CT_ENCODER_PRESETS.values():
+        with torch.device("meta"): ScanLanguage(preset.network)
+        assert ScanLanguageConfig.from_dict(json.loads(json.dumps(preset.network.to_dict()))) == preset.network
