@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ct_nb.nets.drr2ct import DRR2CT, DRR2CTConfig
+from ct_nb.nets.guidance import XrayGuidance
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.phantom import phantom
 from ct_nb.physics.projector import project
@@ -135,3 +136,14 @@ def test_wrong_xrays_are_a_sentence(shape, words):
 def test_detectors_that_do_not_fit_the_strides_are_a_sentence():
     geometry = ConeBeam.biplanar(grid=Grid.cube(32), detector_shape=(100, 100), pixel_mm=5.0)
     with pytest.raises(ValueError, match="multiples of 32"): network(fitted=False)(torch.zeros(1, 2, 100, 100), geometry)
+
+
+def test_guidance_reaches_the_guesses_of_a_sampling_decoder():
+    truth, _, geometry = scene()
+    geometry = ConeBeam.stack([geometry])
+    xrays = project(hu_to_mu(truth), geometry)  # of a CT on the network's grid, so that equality is possible
+    model = network(replace(SMOKE, decoder="diffusion", consistency=False)).eval()
+    with torch.no_grad(): free, guided = (model(xrays, geometry, guide=guide).hu for guide in (None, XrayGuidance(xrays, geometry, mode="exact")))
+    error = lambda hu: float((project(hu_to_mu(hu), geometry) - xrays).norm() / xrays.norm())
+    assert error(guided) < 0.5 * error(free)
+    with pytest.raises(ValueError, match="guide: the decoder 'unet' makes no guesses"): network()(xrays, geometry, guide=XrayGuidance(xrays, geometry))

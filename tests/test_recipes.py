@@ -127,6 +127,6 @@ def test_console_wrong_count_and_wrong_weights(trained, tmp_path):
 
 
 def test_help_needs_no_docs():
-    for command in ("ct_nb_drr", "ct_nb_reconstruct", "ct_nb_evaluate"):
+    for command in ("ct_nb_drr", "ct_nb_reconstruct", "ct_nb_evaluate", "ct_nb_thin"):
         text = run(command, "--help")
         assert len(text.splitlines()) > 12 and "mm" in text or "CT" in text

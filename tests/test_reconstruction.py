@@ -220,3 +220,20 @@ def test_guidance_decides_how_well_a_cascade_explains_the_xrays(cascade_run, tmp
 def test_weights_of_a_third_system_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"system": "refine", "network": {}}))
     with pytest.raises(WeightsError, match="weights of the system 'refine', but 'drr2ct' or 'cascade' was asked for"): reconstruct_files("xrays", VIEWS, tmp_path, None)
+
+
+# ---------------------------------------------------------------- a refiner behind it
+def test_an_untrained_refiner_leaves_the_answer_and_says_that_it_was_there(run, tmp_path):
+    from ct_nb.learn.refinement import RefinementModel
+    from ct_nb.nets.refine import RefinerConfig
+    torch.manual_seed(0)
+    model = RefinementModel(RefinerConfig(size=32, channels=(6, 12), prior_features=4, hidden=16))
+    save_weights(tmp_path / "refiner", model, {"system": "refiner", "network": model.config.to_dict()})
+    write_radiographs(tmp_path / "xrays", XRAYS, VIEWS)
+    plain, refined = (reconstruct_files(tmp_path / "xrays", VIEWS, run, tmp_path / f"{name}.nii.gz", consistency=False, refine=refine) for name, refine in (("plain", None), ("refined", tmp_path / "refiner")))
+    assert refined.how == "without the data-consistency layer, refined" and np.array_equal(refined.volume.hu, plain.volume.hu) and refined.volume.grid == plain.volume.grid
+    consistent = reconstruct_files(tmp_path / "xrays", VIEWS, run, None, refine=tmp_path / "refiner")
+    assert consistent.how == "refined" and max(consistent.residual) < max(refined.residual)
+    content = json.loads((tmp_path / "refined_report.json").read_text())
+    assert content["refined_by"] == "refiner" and content["how"] == refined.how and content["residual"][0]["residual"] == refined.residual[0]
+    with pytest.raises(WeightsError): reconstruct_files(tmp_path / "xrays", VIEWS, run, None, refine=run)

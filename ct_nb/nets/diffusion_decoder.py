@@ -6,6 +6,8 @@
 __all__ = ['RESIDUAL_SCALE', 'DiffusionDecoder']
 
 # %% ../../nbs/nets/07b_diffusion_decoder.ipynb #cell-002
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -48,7 +50,9 @@ class DiffusionDecoder(Decoder, name="diffusion"):
         if x.shape[-1] != size: raise ValueError(f"grids: this decoder is for {size}³ voxels, got {x.shape[-1]}³")
         return Condition(self.to_prior(F.silu(x)), self.denoiser.camera(geometry), None, x.new_ones(batch), x.new_zeros(batch, 3))
 
-    def forward(self, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam | None = None, target: torch.Tensor | None = None, draw: bool = False) -> torch.Tensor:
+    def forward(self, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam | None = None, target: torch.Tensor | None = None, draw: bool = False,
+                correct: Callable | None = None) -> torch.Tensor:
+        "`correct` may move every guess of the sampler, (B, 1, N, N, N) as the answer is."
         told = self.told(latent, grids, geometry)
         if target is not None:
             step = self.diffusion.draw_steps(len(target)).to(target.device)
@@ -57,4 +61,5 @@ class DiffusionDecoder(Decoder, name="diffusion"):
             return RESIDUAL_SCALE * self.diffusion.to_x0(self.denoiser(z_t, self.diffusion.time(step).to(z0), told), z_t, step)
         shape = (len(latent), 1, *(self.denoiser.config.size,) * 3)
         noise = torch.randn(shape, generator=None if draw else torch.Generator().manual_seed(0)).to(latent)
-        return RESIDUAL_SCALE * self.diffusion.sample(lambda z, time: self.denoiser(z, time, told), shape, self.sampling_steps, noise=noise)
+        moved = None if correct is None else lambda z, time: correct(RESIDUAL_SCALE * z) / RESIDUAL_SCALE
+        return RESIDUAL_SCALE * self.diffusion.sample(lambda z, time: self.denoiser(z, time, told), shape, self.sampling_steps, correct=moved, noise=noise)

@@ -165,10 +165,12 @@ class DRR2CT(nn.Module):
         geometry = self._checked(xrays, geometry)
         return self._consistent(self.prior(xrays, geometry), xrays, geometry)
 
-    def forward(self, xrays: torch.Tensor, geometry: ConeBeam, base=None, sample: bool | None = None, consistency: bool | None = None, hidden=None, truth=None) -> Prediction:
+    def forward(self, xrays: torch.Tensor, geometry: ConeBeam, base=None, sample: bool | None = None, consistency: bool | None = None, hidden=None, truth=None, guide=None) -> Prediction:
         """`base` (B, N, N, N), HU, replaces the prior's answer; `sample` draws the latent (by default in training only);
         `consistency` says whether `hu` is moved onto the X-rays (by default as configured); what is `hidden` (B, V, R, C) bool
-        reaches the prior and the consistency layer, but not the network. A decoder that samples is trained with the `truth` (B, N, N, N), HU."""
+        reaches the prior and the consistency layer, but not the network. A decoder that samples is trained with the `truth` (B, N, N, N), HU, and its guesses
+        are moved onto the X-rays by `guide`, an `XrayGuidance` of this window on this grid; ValueError for a decoder that does not sample."""
+        if guide is not None and self.config.decoder != "diffusion": raise ValueError(f"guide: the decoder {self.config.decoder!r} makes no guesses that could be moved; leave it out, the consistency layer serves here")
         geometry = self._checked(xrays, geometry)
         with torch.no_grad():
             if base is None: base = self.prior(xrays, geometry)
@@ -187,7 +189,9 @@ class DRR2CT(nn.Module):
         leaving = _resized(self.leave(self.bottleneck.expand(value)), grids[-1].shape[-1])
         scale = self.window.width_hu / 2
         target = None if truth is None else ((truth - base) / scale)[:, None]
-        unconstrained = base + self.decoder(leaving, grids, geometry, target, bool(sample))[:, 0] * scale
+        start = self.window.to_network(base)[:, None]
+        moved = {} if guide is None else {"correct": lambda residual: guide(start + residual) - start}
+        unconstrained = base + self.decoder(leaving, grids, geometry, target, bool(sample), **moved)[:, 0] * scale
         unconstrained = torch.maximum(unconstrained, -1000 + 0.01 * (unconstrained + 1000))
         hu = self._consistent(unconstrained, xrays, geometry) if (self.config.consistency if consistency is None else consistency) else unconstrained
         return Prediction(hu, base, unconstrained, latent, self.view_head(features[-1].mean((-2, -1))), self.latent_head(latent.mean.mean((-3, -2, -1))), features)
