@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +9,10 @@ import torch
 
 import ct_nb.learn.train_slices as training
 from ct_nb.data.slab_archives import open_stacks
-from ct_nb.data.slabs import SlabPairs, SlabRange, SliceAxis, SliceProfile, ThinStack, collate_slabs, slab_matrix, thicken
-from ct_nb.learn.checkpoints import WeightsError, read_config
-from ct_nb.learn.train_slices import (KeptStacks, SLICES_PRESETS, SliceCrops, Slices, SlicesRun, _Learner, get_slices_preset, load_slices, slices_cut_figure, thinned_less, turned_over)
+from ct_nb.data.slabs import SlabPairs, SlabRange, collate_slabs
+from ct_nb.data.slice_crops import KeptStacks, SliceCrops, thinned_less
+from ct_nb.learn.checkpoints import WeightsError
+from ct_nb.learn.train_slices import SLICES_PRESETS, Slices, SlicesRun, _Learner, get_slices_preset, load_slices, slices_cut_figure
 from ct_nb.nets.slices import SliceDiffusion, SliceRegressor
 from ct_nb.view.figures import training_figure
 
@@ -28,53 +28,6 @@ def done(tmp_path_factory):
     run = SlicesRun("smoke", out=out).open()
     history = run.fit(progress=False)
     return run, history, run.judge(progress=False)
-
-
-def test_averaging_to_a_larger_spacing(pairs):
-    item = pairs[0]
-    less = thinned_less(item, 2 * item["thin_axis"].spacing_mm)
-    n = less["thin_axis"].count
-    assert torch.allclose(less["thin"], (item["thin"][0:2 * n:2] + item["thin"][1:2 * n:2]) / 2, atol=1e-3) and torch.equal(less["thick"], item["thick"])
-    assert less["matrix"].shape == (3, n) and torch.allclose(less["matrix"].sum(1), torch.ones(3, dtype=torch.float64))
-    assert less["thin_axis"].edges_mm[0] == pytest.approx(item["thin_axis"].edges_mm[0])
-
-
-def test_turning_over_keeps_thick_slices_the_means_of_thin_ones(pairs):
-    item, over = pairs[1], turned_over(pairs[1])
-    again = torch.from_numpy(slab_matrix(over["thin_axis"], over["thick_axis"], over["profile"]))
-    assert torch.allclose(thicken(over["thin"], again), over["thick"], atol=1e-2)
-    wrong = torch.from_numpy(slab_matrix(item["thin_axis"], item["thick_axis"], item["profile"]))
-    if not torch.allclose(again, wrong): assert not torch.allclose(thicken(over["thin"], wrong), over["thick"], atol=1e-2)  # axes that did not turn along
-    twice = turned_over(over)
-    assert torch.equal(twice["thin"], item["thin"]) and twice["thick_axis"].first_mm == pytest.approx(item["thick_axis"].first_mm)
-
-
-def test_crops_are_drawn_from_seed_epoch_and_index(pairs):
-    crops, again = SliceCrops(pairs), SliceCrops(pairs)
-    seen = [crops.at(epoch, 1) for epoch in range(12)]
-    assert all(torch.equal(one["thin"], again.at(epoch, 1)["thin"]) for epoch, one in enumerate(seen))
-    spacings = {round(one["thin_axis"].spacing_mm, 4) for one in seen}
-    own = pairs[1]["thin_axis"].spacing_mm
-    assert round(own, 4) in spacings and len(spacings) > 3 and all(own * 0.999 <= s <= own * 1.501 for s in spacings)
-    for one in seen: assert one["thin"].shape == (one["thin_axis"].count, 32, 32) and one["matrix"].shape == (3, one["thin_axis"].count)
-    assert {one["thin_axis"].spacing_mm for one in (SliceCrops(pairs, 1.0).at(e, 1) for e in range(4))} == {own}
-    with pytest.raises(ValueError, match="coarsest"): SliceCrops(pairs, 0.5)
-
-
-def test_scans_are_read_once_and_no_more_than_fit():
-    class Source:
-        ids, patients, reads = ["a", "b"], ["a", "b"], 0
-        def __len__(self): return 2
-        def __getitem__(self, index):
-            self.reads += 1
-            return ThinStack("ab"[index], "ab"[index], np.full((4, 8, 8), 40000.4 * index, np.float32), SliceAxis(0, 1, 4), (1.0, 1.0))
-    source = Source()
-    kept = KeptStacks(source)
-    assert kept[0].thin.dtype == np.int16 and kept[1].thin.max() == 32767 and [kept[n] for n in (0, 1, 0)] and source.reads == 2
-    kept = KeptStacks(source)
-    kept.limit_bytes = 600
-    kept[0], kept[1], kept[1]
-    assert list(kept.kept) == [0]
 
 
 def test_padding_in_a_batch_teaches_nothing(pairs):

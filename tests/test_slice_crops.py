@@ -1,0 +1,83 @@
+"""Crops of slices: they are what they say they are, the same ones each time, and where something happens."""
+
+import numpy as np
+import pytest
+import torch
+
+from ct_nb.data.slab_archives import open_stacks
+from ct_nb.data.slabs import SlabPairs, SlabRange, SliceAxis, ThinStack, slab_matrix, thicken
+from ct_nb.data.slice_crops import KeptStacks, SliceCrops, change_along_z, thinned_less, turned_in_plane, turned_over
+
+
+@pytest.fixture(scope="module")
+def pairs(): return SlabPairs(KeptStacks(open_stacks("phantom:2", size=64, side_mm=192)), SlabRange((9.0, 12.0), (0.8, 1.2), (0.0, 1.0), ("rectangular", "gaussian")), 32, 3)
+
+
+def test_averaging_to_a_larger_spacing(pairs):
+    item = pairs[0]
+    less = thinned_less(item, 2 * item["thin_axis"].spacing_mm)
+    n = less["thin_axis"].count
+    assert torch.allclose(less["thin"], (item["thin"][0:2 * n:2] + item["thin"][1:2 * n:2]) / 2, atol=1e-3) and torch.equal(less["thick"], item["thick"])
+    assert less["matrix"].shape == (3, n) and torch.allclose(less["matrix"].sum(1), torch.ones(3, dtype=torch.float64))
+    assert less["thin_axis"].edges_mm[0] == pytest.approx(item["thin_axis"].edges_mm[0])
+
+
+def test_turning_over_keeps_thick_slices_the_means_of_thin_ones(pairs):
+    item, over = pairs[1], turned_over(pairs[1])
+    again = torch.from_numpy(slab_matrix(over["thin_axis"], over["thick_axis"], over["profile"]))
+    assert torch.allclose(thicken(over["thin"], again), over["thick"], atol=1e-2)
+    wrong = torch.from_numpy(slab_matrix(item["thin_axis"], item["thick_axis"], item["profile"]))
+    if not torch.allclose(again, wrong): assert not torch.allclose(thicken(over["thin"], wrong), over["thick"], atol=1e-2)  # axes that did not turn along
+    twice = turned_over(over)
+    assert torch.equal(twice["thin"], item["thin"]) and twice["thick_axis"].first_mm == pytest.approx(item["thick_axis"].first_mm)
+
+
+def test_crops_are_drawn_from_seed_epoch_and_index(pairs):
+    crops, again = SliceCrops(pairs), SliceCrops(pairs)
+    seen = [crops.at(epoch, 1) for epoch in range(12)]
+    assert all(torch.equal(one["thin"], again.at(epoch, 1)["thin"]) for epoch, one in enumerate(seen))
+    spacings = {round(one["thin_axis"].spacing_mm, 4) for one in seen}
+    own = pairs[1]["thin_axis"].spacing_mm
+    assert round(own, 4) in spacings and len(spacings) > 3 and all(own * 0.999 <= s <= own * 1.501 for s in spacings)
+    for one in seen: assert one["thin"].shape == (one["thin_axis"].count, 32, 32) and one["matrix"].shape == (3, one["thin_axis"].count)
+    assert {one["thin_axis"].spacing_mm for one in (SliceCrops(pairs, 1.0).at(e, 1) for e in range(4))} == {own}
+    with pytest.raises(ValueError, match="coarsest"): SliceCrops(pairs, 0.5)
+
+
+def test_scans_are_read_once_and_no_more_than_fit():
+    class Source:
+        ids, patients, reads = ["a", "b"], ["a", "b"], 0
+        def __len__(self): return 2
+        def __getitem__(self, index):
+            self.reads += 1
+            return ThinStack("ab"[index], "ab"[index], np.full((4, 8, 8), 40000.4 * index, np.float32), SliceAxis(0, 1, 4), (1.0, 1.0))
+    source = Source()
+    kept = KeptStacks(source)
+    assert kept[0].thin.dtype == np.int16 and kept[1].thin.max() == 32767 and [kept[n] for n in (0, 1, 0)] and source.reads == 2
+    kept = KeptStacks(source)
+    kept.limit_bytes = 600
+    kept[0], kept[1], kept[1]
+    assert list(kept.kept) == [0]
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_turning_in_the_plane_keeps_pairs(pairs, rows, columns, swapped):
+    item = pairs[0] | {"pixel_mm": (1.0, 2.0)}
+    turned = turned_in_plane(item, rows, columns, swapped)
+    assert torch.allclose(thicken(turned["thin"], turned["matrix"]), turned["thick"], atol=1e-2)
+    there = [31 if rows else 0, 5 if not columns else 31 - 5]  # where the voxel in row 0 and column 5 went
+    if swapped: there.reverse()
+    assert turned["thin"][2, there[0], there[1]] == item["thin"][2, 0, 5] and turned["pixel_mm"] == ((2.0, 1.0) if swapped else (1.0, 2.0))
+
+
+def test_crops_turn_every_way_and_are_taken_where_most_changes(pairs):
+    of = lambda choices: SliceCrops(pairs, 1.0, choices)
+    change = {choices: [change_along_z(of(choices).at(epoch, 0)["thin"]) for epoch in range(24)] for choices in (1, 4)}
+    assert np.mean(change[4]) > 1.15 * np.mean(change[1])
+    for epoch in range(4):  # each is the liveliest of its own four draws
+        most = max(change_along_z(pairs.at(4 * epoch + n, 0)["thin"]) for n in range(4))
+        assert change[4][epoch] == pytest.approx(most, rel=1e-5)
+    assert change_along_z(torch.zeros(1, 4, 4)) == 0 and change_along_z(torch.tensor([0.0, 3000.0]).view(2, 1, 1)) == 200
+    with pytest.raises(ValueError, match="choices: must be 1 or more, got 0"): SliceCrops(pairs, 1.5, 0)
