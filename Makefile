@@ -1,6 +1,8 @@
 # make demo   trains two X-rays -> CT on the built-in phantom and shows how good it is (about ten minutes on two cores)
 # make test   everything that has to hold before a change is shared
-# make setup  only the environment that both need
+# make docs   the site, in _docs (needs Quarto; runs every notebook for its pictures, about twenty minutes on two cores the first time)
+# make test-browser   opens the explorers in a real browser; wants Chromium (Debian: apt install chromium)
+# make setup  only the environment that these need
 #
 # Each sets up .venv by itself on a machine with Python 3.11 or newer, and is quick the second time.
 
@@ -12,7 +14,7 @@ QUIET := NUMEXPR_MAX_THREADS=2 PYTHONWARNINGS=ignore TF_CPP_MIN_LOG_LEVEL=3
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test readme clean
+.PHONY: setup demo test test-browser readme docs clean
 
 setup: $(STAMP)
 
@@ -38,8 +40,14 @@ test: $(STAMP)
 	@echo "== pytest, with the smoke recipe by papermill"
 	@$(QUIET) $(BIN)/python -m pytest
 
+test-browser: $(STAMP)
+	@$(QUIET) $(BIN)/python -m pytest tests/browser
+
 readme: $(STAMP)
 	@$(BIN)/python tests/check_notebooks.py --write
+
+docs: $(STAMP)
+	@$(QUIET) $(BIN)/python tests/build_site.py
 
 clean:
 	rm -rf runs/* _proc _docs

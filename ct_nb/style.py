@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 # %% ../nbs/01_style.ipynb #cell-005
 INK, MUTED, FAINT = "#22272e", "#7a828e", "#dfe3e8"
-MODEL, FLOOR, TRUTH = "#d1495b", "#3d6a93", "#2a7f62"  # what is judged, what it must clear, what is so
-SERIES = (FLOOR, MODEL, TRUTH, "#e0a030", "#6b4e8f", "#4aa3a2")
+MODEL, FLOOR, TRUTH = "#D55E00", "#0072B2", "#009E73"  # what is judged, what it must clear, what is so
+SERIES = (FLOOR, MODEL, TRUTH, "#E69F00", "#CC79A7", "#56B4E9")
 
-# %% ../nbs/01_style.ipynb #cell-007
+# %% ../nbs/01_style.ipynb #cell-010
 @contextmanager
 def style():
     "matplotlib settings of this library's figures, for the length of a `with` block."

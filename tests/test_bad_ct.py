@@ -335,6 +335,19 @@ def zipped(path, members, compression=zipfile.ZIP_DEFLATED):
 @pytest.fixture
 def slices(series): return [(f"scan/{f.name}", f.read_bytes()) for f in series]
 
+def test_slices_of_a_folder_and_of_a_zip_are_one_list(tmp_path):
+    "Of whatever series, headers alone; the bounds of a zip hold here too."
+    files = write_series(tmp_path / "scan" / "a", body()) + write_series(tmp_path / "scan" / "b", body((4, 32, 40)), series="1.2.4", SliceThickness=2.5)
+    (tmp_path / "scan" / "notes.txt").write_text("no DICOM")
+    with zipfile.ZipFile(tmp_path / "scan.zip", "w") as archive:
+        for file in files: archive.write(file, file.relative_to(tmp_path))
+    for path in (tmp_path / "scan", tmp_path / "scan.zip"):
+        found = dicom_module.dicom_slices(path)
+        assert len(found) == 16 and sorted({float(s.header.SliceThickness) for s in found}) == [2.5, 7.5] and not any("PixelData" in s.header for s in found)
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "scan.zip").read_bytes()[:500])
+    with pytest.raises(CTReadError, match="cut.zip: is damaged"): dicom_module.dicom_slices(tmp_path / "cut.zip")
+
+
 @pytest.mark.parametrize("name", ["../evil.dcm", "scan/../../evil.dcm", "/etc/evil.dcm", "..\\evil.dcm", "C:\\evil.dcm", "C:/evil.dcm"])
 def test_members_that_lead_out_of_the_archive(tmp_path, slices, name):
     refused(zipped(tmp_path / "scan.zip", [*slices, (name, b"x")]), "a path that leads out of the archive")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import ct_nb.nets.ct_encoder as module
-from ct_nb.nets.ct_encoder import CTEncoder, CTEncoderConfig, EncoderBlock, FeaturePyramid, Positions, body_box, prepare_scan
+from ct_nb.nets.ct_encoder import CTEncoder, CTEncoderConfig, EncoderBlock, FeaturePyramid, Positions, body_box, patch_embedding, prepare_scan
 from ct_nb.physics.phantom import phantom
 from ct_nb.physics.readers import CTReadError, read_ct
 from ct_nb.physics.volume import Grid, Volume
@@ -275,3 +275,15 @@ def test_real_scans_pass(name):
     hu, grid = prepare_scan(read_ct(path), SMOKE)
     with torch.no_grad(): said = seeded().eval()(hu[None])
     assert torch.isfinite(said.global_embedding).all() and -1000.01 <= hu.min() < -900 and hu.max() > 100
+
+
+@pytest.mark.parametrize("patch, steps", [((4, 16, 16), 3), ((4, 8, 8), 2), ((2, 2, 2), 0), ((1, 3, 5), 0)])
+def test_a_stem_ends_in_the_same_patches(patch, steps):
+    size = tuple(2 * p for p in patch)
+    for stem in (0, 4):
+        tokens = patch_embedding(patch, 8, stem)
+        assert tokens(torch.randn(1, 1, *size)).shape == (1, 8, 2, 2, 2) and len([m for m in tokens if isinstance(m, torch.nn.GELU)]) == (steps if stem else 0)
+    straight, bent = patch_embedding(patch, 8), patch_embedding(patch, 8, 4)
+    x, y = torch.randn(2, 1, 1, *size)
+    additive = lambda f: torch.allclose(f(x + y) + f(0 * x), f(x) + f(y), atol=1e-4)
+    with torch.no_grad(): assert additive(straight) and additive(bent) == (steps == 0)

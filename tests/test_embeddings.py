@@ -104,3 +104,17 @@ def test_real_scans_pass_through_and_labels_become_rows(run, real_ct):
     assert {"cip-ct64", "ctfm-s0335", "ts-example"} == set(found.scans) | {name for name, _ in skipped} and not skipped
     about = {about for scan, about in zip(found.scans, found.about) if scan == "ts-example"}
     assert {WHOLE, "spine"} <= about  # TotalSegmentator's numbers lie beside it
+
+
+def test_the_commands_from_scans_to_hits(index, run, tmp_path, monkeypatch, capsys):
+    from ct_nb.console import embed, retrieve
+    monkeypatch.chdir(tmp_path)
+    folder = str(next(iter(index[0].files)).rsplit("/", 1)[0])
+    embed([folder], weights=str(run.out), out="e.parquet")
+    assert "3 scans, 5 vectors" in (text := capsys.readouterr().out) and "left out:" in text and "empty.nii.gz" in text
+    retrieve("Consolidation in the left upper lobe.", index="e.parquet", top=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "(left upper lobe)" in lines[0] and "scan-900" in lines[0]
+    for call, said in ((lambda: embed([folder], weights=str(run.out), out="e.csv"), "ct_nb_embed: e.csv: embeddings are written as .parquet"), (lambda: retrieve(" ", index="e.parquet"), "ct_nb_retrieve: text: is empty"), (lambda: retrieve("x", index="none.parquet"), "no such file")):
+        with pytest.raises(SystemExit) as ended: call()
+        assert said in ended.value.code and "\n" not in ended.value.code

@@ -1,17 +1,25 @@
-"""Figures: what they refuse, what they label, and that a saved one is whole."""
+"""Figures: what they refuse, what they label, that all of them return their figure and carry the same marks, and that a saved one is whole."""
+import ast
+import importlib
+import inspect
 import json
+import pkgutil
+import textwrap
 from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pytest
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
-from ct_nb.view.figures import along_lps, comparison_figure, plane, save_figure, slices_figure, training_figure, view_name, xrays_figure
+import ct_nb.view
+from ct_nb.style import FLOOR, MODEL, SERIES, TRUTH
+from ct_nb.view.figures import along_lps, comparison_figure, orientation_marks, plane, save_figure, scale_bar, slices_figure, training_figure, view_name, xray_ends, xrays_figure
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +84,141 @@ def test_saved_figures_are_whole_and_still_shown(tmp_path):
     figure = slices_figure(cube())
     assert save_figure(figure, tmp_path / "new" / "slices.png") is figure and plt.fignum_exists(figure.number)
     assert (tmp_path / "new" / "slices.png").read_bytes()[:4] == b"\x89PNG" and len(list((tmp_path / "new").iterdir())) == 1
+
+
+# ---------------------------------------------------------------- all figures of the library
+def public_figures() -> dict[str, callable]:
+    "Module and name → every public function `…_figure` of ct_nb.view, where it is defined."
+    found = {}
+    for module in pkgutil.iter_modules(ct_nb.view.__path__):
+        content = importlib.import_module(f"ct_nb.view.{module.name}")
+        for name, function in inspect.getmembers(content, inspect.isfunction):
+            if name.endswith("_figure") and name[0] != "_" and name != "save_figure" and function.__module__ == content.__name__: found[f"{module.name}.{name}"] = function
+    return found
+
+
+def signature_faults(function) -> list[str]:
+    "What a figure function must say of itself: something to draw, a docstring, and a figure in every return."
+    found, tree = [], ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    nested = {id(node) for inner in ast.walk(tree) if isinstance(inner, (ast.FunctionDef, ast.Lambda)) and inner is not tree for node in ast.walk(inner)}
+    returns = [node for node in ast.walk(tree) if isinstance(node, ast.Return) and id(node) not in nested]
+    if not inspect.signature(function).parameters: found.append("it has nothing to draw")
+    if "figure" not in (function.__doc__ or "").lower(): found.append("its docstring does not say that it returns a figure")
+    if not returns or any(node.value is None for node in returns): found.append("it does not return its figure")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(public_figures()))
+def test_every_figure_returns_itself(name): assert signature_faults(public_figures()[name]) == []
+
+
+def test_a_figure_that_shows_and_forgets_is_found():
+    def shown_figure():
+        plt.figure()
+        def helper(): return 1
+    assert signature_faults(shown_figure) == ["it has nothing to draw", "its docstring does not say that it returns a figure", "it does not return its figure"]
+
+
+def thorax() -> Volume:
+    from ct_nb.physics.phantom import phantom
+    return phantom(3, 16).volume
+
+
+def found_reconstruction():
+    volume, geometry = thorax(), ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(12, 12), pixel_mm=40.0)
+    images = np.random.default_rng(0).random((2, 12, 12))
+    return SimpleNamespace(volume=volume, spread=Volume(np.abs(volume.hu) / 50, volume.affine), samples=[volume] * 2, window="chest", xrays=images, reprojection=images * 0.98, geometry=geometry,
+                           residual=[0.01, 0.02], residual_consistent=[0.01, 0.2], limit=0.1, how="for a test")
+
+
+def uncertain():
+    from ct_nb.learn.uncertainty import hallucination_map, summarise
+    volume = thorax()
+    samples = volume.tensor() + 60 * torch.randn((3, 16, 16, 16), generator=torch.Generator().manual_seed(0))
+    return volume, summarise(samples), samples[0], hallucination_map(samples, ConeBeam.biplanar(grid=volume.grid, detector_shape=(12, 12), pixel_mm=40.0))
+
+
+def levels():
+    from ct_nb.learn.masks import body_mask
+    from ct_nb.learn.uncertainty import reliability, summarise, uncertainty_rows
+    volume, draws = thorax(), torch.randn((5, 16, 16, 16), generator=torch.Generator().manual_seed(1))
+    body = torch.from_numpy(body_mask(volume.hu, volume.grid))
+    return reliability([row for patient in range(3) for row in uncertainty_rows(summarise(100 * draws[1:] + patient), 100 * draws[0], body, f"c{patient}", f"p{patient}")])
+
+
+def recalls():
+    from ct_nb.learn.retrieval import retrieval
+    scans = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
+    return {"impression": retrieval(scans, scans + 0.5)}
+
+
+def spectrum():
+    return {"frequency_per_mm": [0.01, 0.05], "truth": [9.0, 3.0], "power": {"coarse": [8.0, 1.0], "refined": [9.0, 2.0]}, "correlation": {"coarse": [0.9, 0.1], "refined": [0.95, 0.4]}}
+
+
+def call(module: str, name: str, *arguments): return getattr(importlib.import_module(f"ct_nb.view.{module}"), name)(*arguments)
+
+
+EXAMPLES = {  # name → how to draw it, and whether it shows planes of a patient
+    "figures.slices_figure": (lambda: slices_figure({"a": thorax(), "b": thorax()}), True),
+    "figures.xrays_figure": (lambda: xrays_figure(np.ones((2, 6, 8)), ConeBeam.biplanar(grid=Grid.cube(8), detector_shape=(6, 8), pixel_mm=40.0)), False),
+    "figures.comparison_figure": (lambda: comparison_figure(np.ones((2, 6, 6)), thorax(), {"model": thorax()}), True),
+    "figures.training_figure": (lambda: training_figure([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]), False),
+    "geometry_figure.geometry_figure": (lambda: call("geometry_figure", "geometry_figure", ConeBeam.biplanar(grid=thorax().grid, detector_shape=(12, 12), pixel_mm=40.0), thorax()), False),
+    "reconstruction_figure.reconstruction_figure": (lambda: call("reconstruction_figure", "reconstruction_figure", found_reconstruction()), True),
+    "uncertainty_figure.uncertainty_figure": (lambda: call("uncertainty_figure", "uncertainty_figure", *uncertain()), True),
+    "uncertainty_figure.reliability_figure": (lambda: call("uncertainty_figure", "reliability_figure", levels()), False),
+    "refinement_figure.refinement_figure": (lambda: call("refinement_figure", "refinement_figure", thorax(), thorax(), thorax()), True),
+    "refinement_figure.spectrum_figure": (lambda: call("refinement_figure", "spectrum_figure", spectrum()), False),
+    "attention_figure.attention_figure": (lambda: call("attention_figure", "attention_figure", thorax(), {"a place": torch.rand(64)}, (4, 4, 4)), True),
+    "attention_figure.recall_figure": (lambda: call("attention_figure", "recall_figure", recalls()), False),
+    "attention_figure.labels_figure": (lambda: call("attention_figure", "labels_figure", {"scan": {"mass": 0.8}}), False),
+}
+
+
+def test_every_static_figure_has_an_example():
+    assert {name for name in public_figures() if name.split(".")[0] in {known.split(".")[0] for known in EXAMPLES}} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_figures_are_figures_and_carry_the_same_marks(name, tmp_path):
+    before, (draw, shows_planes) = plt.rcParams.copy(), EXAMPLES[name]
+    figure = draw()
+    assert isinstance(figure, matplotlib.figure.Figure) and plt.rcParams == before
+    assert save_figure(figure, tmp_path / "a.png") is figure and (tmp_path / "a.png").stat().st_size > 3000
+    axes = [axis for axis in figure.findobj(plt.Axes) if axis.images and axis.name != "3d"]
+    words = [text.get_text() for axis in axes for text in axis.texts]
+    if shows_planes:
+        assert {"R", "L", "A", "P", "H", "F"} <= set(words), "orientation marks"
+        assert "50 mm" in words, "a scale bar"
+        bars = [np.ptp(line.get_xdata()) for axis in axes if "50 mm" in [text.get_text() for text in axis.texts] for line in axis.lines]
+        assert bars and all(length == pytest.approx(50) for length in bars)
+        images = [axis.images[0] for axis in axes if axis.images[0].get_cmap().name == "gray" and axis.images[0].get_clim()[0] < 0]
+        assert images and {image.get_clim() for image in images} == {(-1024, 1024)}, "one window"
+    assert {image.get_cmap().name for axis in axes for image in axis.images} <= {"gray", "magma", "berlin"}, "maps that need no red against green"
+
+
+def test_marks_say_which_end_is_which():
+    figure, axis = plt.subplots()
+    axis.imshow(np.zeros((4, 4)))
+    orientation_marks(axis, ("LA", "", "H", "F"))
+    assert [text.get_text() for text in axis.texts] == ["LA", "H", "F"]
+    for ends, words in (("oblique", "no plane named 'oblique'"), (("R", "L"), "expected letters for left, right, top and bottom, got 2")):
+        with pytest.raises(ValueError, match=words): orientation_marks(axis, ends)
+    geometry = ConeBeam.orbit([0, 90, 180, 45, 30], grid=Grid.cube(8))
+    assert [xray_ends(geometry, view)[:2] for view in range(5)] == [("R", "L"), ("P", "A"), ("L", "R"), ("RP", "LA") if xray_ends(geometry, 3)[0][0] == "R" else ("PR", "AL"), ("RP", "LA")]
+    assert all(xray_ends(geometry, view)[2:] == ("H", "F") for view in range(5))
+
+
+def test_a_scale_bar_is_as_long_as_it_says_on_every_axis():
+    for limits in ((-160, 160), (160, -160), (0, 900)):
+        figure, axis = plt.subplots()
+        axis.set(xlim=limits, ylim=(0, 300))
+        scale_bar(axis, 100)
+        assert np.ptp(axis.lines[0].get_xdata()) == 100 and axis.get_xlim() == limits and axis.texts[0].get_text() == "100 mm"
+        low, high = sorted(limits)
+        assert low < axis.lines[0].get_xdata().min() and axis.lines[0].get_xdata().max() < high
+
+
+def test_the_colours_are_one_set():
+    assert (FLOOR, MODEL, TRUTH) == SERIES[:3] and len(set(SERIES)) == 6

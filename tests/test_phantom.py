@@ -297,8 +297,19 @@ def test_a_smaller_cube_reports_only_what_it_shows():
     assert np.corrcoef(middle.ravel(), phantom(8, 24, side_mm=120.0).volume.hu.ravel())[0, 1] > 0.999
 
 
+@pytest.mark.parametrize("seed,side", [(0, 20), (1, 40), (2, 64), (3, 80), (0, 96), (1, 128)])
+def test_the_smallest_cubes_are_the_middle_of_large_ones(seed, side):
+    "Cubes that end above the diaphragm hold no abdomen to paint."
+    spacing = 4.0 if side >= 40 else 2.0
+    n, size = int(side / spacing), int(160 / spacing)
+    part, middle = phantom(seed, n, side), slice((size - n) // 2, (size + n) // 2)
+    whole = phantom(seed, size, 160.0)
+    assert np.array_equal(part.volume.hu, whole.volume.hu[middle, middle, middle]) and np.array_equal(part.regions, whole.regions[middle, middle, middle])
+    assert np.allclose(part.volume.grid.extent_mm, side) and part.report.text and {l.mask_id for l in part.lesions} <= {l.mask_id for l in whole.lesions}
+
+
 @pytest.mark.parametrize("kwargs,word", [(dict(seed=-1), "seed"), (dict(seed=1.5), "seed"), (dict(seed=0, size=0), "size"), (dict(seed=0, size=3.5), "size"),
-                                         (dict(seed=0, size=16, side_mm=0.0), "side_mm"), (dict(seed=0, size=16, side_mm=float("nan")), "side_mm")])
+                                         (dict(seed=0, size=16, side_mm=0.0), "side_mm"), (dict(seed=0, size=16, side_mm=float("nan")), "side_mm"), (dict(seed=0, size=16, side_mm=float("inf")), "side_mm")])
 def test_impossible_requests_are_named(kwargs, word):
     with pytest.raises(ValueError, match=f"phantom: {word} must"): phantom(**kwargs)
 

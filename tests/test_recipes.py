@@ -53,6 +53,33 @@ def test_the_smoke_cascade_runs_from_16_to_64(tmp_path):
     assert json.loads((out / "uncertainty.json").read_text())["intervals"] and not list(out.rglob("training_state.pt"))
 
 
+def test_the_smoke_slices_run_from_vae_to_board(tmp_path):
+    notebook = papermill("train_slices", tmp_path / "train_slices.ipynb", preset="smoke", out=tmp_path / "slices")
+    assert pictures(notebook) >= 3
+    out, config = tmp_path / "slices", json.loads((tmp_path / "slices" / "config.json").read_text())
+    assert config["system"] == "slices" and (out / "vae" / "model.safetensors").is_file() and not list(out.rglob("training_state.pt"))
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"regressor_consistent", "diffusion_sample", "cubic", "ceiling_vae"} <= set(metrics["predictors"]) and metrics["reach"]
+    assert metrics["predictors"]["diffusion_sample"]["reaveraged_worst_hu"] < 1
+
+
+def test_the_smoke_refiner_runs_on_the_smoke_model(trained, tmp_path):
+    out, _ = trained
+    notebook = papermill("train_refinement", tmp_path / "train_refinement.ipynb", preset="smoke", coarse=out, out=tmp_path / "refinement")
+    assert pictures(notebook) >= 3
+    found = tmp_path / "refinement"
+    assert json.loads((found / "config.json").read_text())["system"] == "refiner" and {"coarse", "unsharp_mask", "consistency_alone"} == set(json.loads((found / "refinement.json").read_text())["gain_over"])
+    case = next((found / "cases").iterdir())
+    assert {"coarse.nii.gz", "refined.nii.gz", "ground_truth.nii.gz", "comparison.png", "metrics.json"} <= {p.name for p in case.iterdir()}
+
+
+def test_the_smoke_encoder_learns_to_be_asked(tmp_path):
+    notebook = papermill("train_ct_encoder", tmp_path / "train_ct_encoder.ipynb", preset="smoke", out=tmp_path / "ct_encoder")
+    assert pictures(notebook) >= 2
+    metrics = json.loads((tmp_path / "ct_encoder" / "metrics.json").read_text())
+    assert {"sentence_place", "preprocessing", "map"} <= set(metrics) and (tmp_path / "ct_encoder" / "retrieval.csv").is_file()
+
+
 def test_the_run_leaves_what_the_readme_promises(trained):
     out, _ = trained
     for name in ("model.safetensors", "config.json", "scoreboard.csv", "metrics.json", "scoreboard.png", "comparison.png", "history.jsonl"):

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from ct_files import body, dicom_slice
-from ct_nb.data.slab_archives import (SIDES, StackCase, StackSource, agreement_hu, find_series, open_stacks, pair_stack, pe_archive, read_pair, rplhr, rplhr_scores, side_counts, slice_ssim,
-                                      split_patients, split_stacks, stack_sides, thin_folder)
+from ct_nb.data.rplhr import rplhr, rplhr_scores, rplhr_ssim
+from ct_nb.data.slab_archives import (SIDES, StackCase, StackSource, agreement_hu, find_series, open_stacks, pair_stack, pe_archive, read_pair, side_counts, split_patients, split_stacks, stack_sides,
+                                      thin_folder)
 from ct_nb.data.slab_preparation import main, prepare_stacks, prepared_stacks, read_stack
 from ct_nb.data.slabs import SlabPairs, SliceAxis, SliceProfile, ThinStack, from_unit, slab_matrix, thicken
 from ct_nb.physics.readers import CTReadError
@@ -203,6 +204,10 @@ def test_rplhr_folders_and_alignment(rplhr_root):
     assert np.abs(thicken(source[0].thin, beside) - source[0].thick[:8]).max() > 100  # centres at 5i + 3 would be wrong
     assert np.allclose(from_unit(np.float32(0.5), window), 0) and "-1000" in source[0].notes[0]
 
+def test_rplhr_by_name(rplhr_root):
+    assert open_stacks(f"rplhr:{rplhr_root}").ids == rplhr(rplhr_root).ids
+
+
 def test_rplhr_refusals(rplhr_root, tmp_path):
     with pytest.raises(ValueError, match="holds no train, val or test"): rplhr(tmp_path)
     for name, values, words in (("hu", np.full((46, 12, 12), -900.0), r"from -900 to -900, RPLHR-CT is stored in \[0, 1\]"), ("short", np.zeros((30, 12, 12)), "about 46 slices of the same size"), ("small", np.zeros((46, 12, 10)), "of the same size")):
@@ -227,7 +232,7 @@ def test_rplhr_evaluator_rules():
     with pytest.raises(ValueError, match="more than 10 slices"): rplhr_scores(truth[:10], truth[:10])
     with pytest.raises(ValueError, match="of one shape"): rplhr_scores(truth, truth[:, :5])
 
-def test_slice_ssim_is_that_of_scikit_image_away_from_the_border():
+def test_rplhr_ssim_is_that_of_scikit_image_away_from_the_border():
     metrics = pytest.importorskip("skimage.metrics")
     rng = np.random.default_rng(2)
     a = rng.random((2, 48, 48))
@@ -235,7 +240,7 @@ def test_slice_ssim_is_that_of_scikit_image_away_from_the_border():
     framed = [np.pad(v, ((0, 0), (5, 5), (5, 5))) for v in (a, b)]  # zeros beyond the border, by hand
     for k in range(2):
         _, full = metrics.structural_similarity(framed[0][k], framed[1][k], gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0, truncate=3.4, full=True)
-        assert slice_ssim(torch.from_numpy(a), torch.from_numpy(b))[k].item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-9)
+        assert rplhr_ssim(torch.from_numpy(a), torch.from_numpy(b))[k].item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-9)
 
 
 # ---------------------------------------------------------------- folders, words, real CT

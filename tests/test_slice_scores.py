@@ -12,7 +12,8 @@ import ct_nb.learn.slice_scores as scores
 from ct_nb.data.slabs import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
 from ct_nb.learn.metrics import CHEST, psnr, ssim
 from ct_nb.learn.score import METRICS
-from ct_nb.learn.slice_scores import (BackProjection, CEILINGS, Interpolation, SLICE_MAIN, SliceBoard, evaluate_slices, reach, slice_floors, slice_noise, slice_scores,
+from ct_nb.learn.scoreboard import Scoreboard, judge
+from ct_nb.learn.slice_scores import (BackProjection, CEILINGS, Interpolation, SLICE_MAIN, SLICE_METRICS, SliceBoard, evaluate_slices, reach, slice_floors, slice_noise, slice_scores,
                                       step_scores, vae_ceilings, volume_ssim, z_edges)
 from ct_nb.nets.vae import SliceVAE, SliceVAEConfig
 
@@ -108,7 +109,16 @@ def test_re_averaging_is_not_clipped():
 
 def test_every_column_is_defined():
     item = case()
-    assert set(slice_scores(item["thin"], item["thin"], item["thick"], item["matrix"])) <= set(METRICS) and set(SLICE_MAIN) <= set(METRICS)
+    assert set(slice_scores(item["thin"], item["thin"], item["thick"], item["matrix"])) <= set(SLICE_METRICS) and set(SLICE_MAIN) <= set(SLICE_METRICS)
+
+
+def test_the_columns_of_other_boards_are_left_alone():
+    "A volume scored by another system is not asked for columns that only slices have."
+    own = {"slice_psnr", "worst_slice_psnr", "slice_ssim", "step_error_hu", "step_level_db", "noise_unevenness", "z_edge_response", "z_edge_softness", "z_edge_error", "reaveraged_hu", "reaveraged_worst_hu"}
+    assert set(SLICE_METRICS) - set(METRICS) == own and all(SLICE_METRICS[name] is METRICS[name] for name in METRICS)
+    rows = [{"case": "a", "patient": "a", "predictor": "model", "psnr": 30.0, "step_error_hu": 4.0}, {"case": "a", "patient": "a", "predictor": "linear", "psnr": 20.0, "step_error_hu": 5.0}]
+    assert Scoreboard(rows).metrics == ["psnr"] and SliceBoard(rows, model="model").metrics == ["psnr", "step_error_hu"]
+    assert "step error, HU ↓" in SliceBoard(rows, model="model").table() and "better by 1.0 [-, -]" in judge(SliceBoard(rows, model="model"), "step_error_hu")
 
 
 def test_floors_are_read_as_their_names_say():

@@ -11,7 +11,8 @@ from ct_files import write_series
 import ct_nb.learn.thinning as thinning
 from ct_nb.data.slabs import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
 from ct_nb.learn.checkpoints import WeightsError, save_weights
-from ct_nb.learn.thinning import DiffusionThinner, RegressorThinner, check_scan, check_seen, header_width, in_portions, portions, thin_file, thin_frame, thin_volume
+from ct_nb.learn.thin_scans import header_width, thin_file, thin_frame, thin_volume
+from ct_nb.learn.thinning import DiffusionThinner, RegressorThinner, check_scan, check_seen, in_portions, portions
 from ct_nb.learn.train_slices import Slices
 from ct_nb.nets.slab_consistency import interpolate_slabs
 from ct_nb.nets.slices import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
@@ -245,6 +246,57 @@ def test_what_cannot_be_done_is_said(scan, run, regressor, tmp_path):
     assert "model: must be one of" in sentence(lambda: go(model="best"))
     assert "no such file" in sentence(lambda: thin_file(path, out, tmp_path / "nowhere"), WeightsError)
     assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+def test_settings_without_sense_are_refused_before_a_scan_is_read(scan, run, tmp_path, monkeypatch):
+    "Minutes of work must not end with a sentence that could have been said at once."
+    _, path = scan
+    out, was = tmp_path / "out" / "x.nii.gz", path.read_bytes()
+    go = lambda **more: thin_file(**dict(path=path, out=out, weights=run, progress=False) | more)
+    read = []
+    monkeypatch.setattr("ct_nb.learn.thin_scans.read_ct", lambda path: read.append(path))
+    for value in (0.0, -1.0, float("nan"), float("inf")): assert "memory_gib: must be a number above 0" in sentence(lambda: go(memory_gib=value))
+    for value in (-3.0, float("nan"), float("inf")): assert "noise_hu: must be 0 or more" in sentence(lambda: go(noise_hu=value))
+    assert "count: the mean is of 1 draw" in sentence(lambda: go(model="mean", samples=0))
+    assert "is the scan itself" in sentence(lambda: go(out=path)) and path.read_bytes() == was
+    (tmp_path / "folder.nii.gz").mkdir()
+    assert "folder.nii.gz is a folder" in sentence(lambda: go(out=tmp_path / "folder.nii.gz"))
+    assert f"cannot be written, {path} is a file" in sentence(lambda: go(out=path / "new" / "x.nii.gz"))
+    monkeypatch.setattr("os.access", lambda *args: False)
+    assert "is not yours to write to" in sentence(go)
+    assert not read and not out.parent.exists()
+
+
+def test_a_file_that_was_there_is_replaced_whole(scan, run, tmp_path):
+    (tmp_path / "old.nii").write_bytes(b"old")
+    thin_file(scan[1], tmp_path / "old.nii", run, 2.5, progress=False)
+    assert read_volume(tmp_path / "old.nii").hu.shape == (24, 48, 48)
+
+
+def test_a_profile_that_is_none_and_slices_that_nobody_counts(scan, run, tmp_path):
+    go = lambda **more: thin_file(**dict(path=scan[1], out=tmp_path / "x.nii.gz", weights=run, spacing_mm=2.5, progress=False) | more)
+    assert "width_mm must be above 0, got 0.0" in sentence(lambda: go(width_mm=0.0))  # 0 is not "as the header says"
+    assert "a profile of 500 mm is wider than" in sentence(lambda: go(width_mm=500.0)) and not (tmp_path / "x.nii.gz").exists()
+    assert "thick.nii.gz would become 600000 slices of 48 × 48 pixels" in sentence(lambda: go(spacing_mm=1e-4))
+    wide = go(width_mm=35.0)
+    assert wide.reaveraged_hu > 1 and any("miss the thick ones by up to" in note for note in wide.notes)
+    assert not any("miss the thick ones" in note for note in go(width_mm=35.0, noise_hu=20.0).notes + go().notes)
+
+
+def test_the_file_is_named_where_a_model_has_not_seen_such_slices(run, tmp_path):
+    Volume(hu(6, 24).numpy(), np.diag([2.0, 2, 8, 1])).save(tmp_path / "eight.nii.gz")
+    assert "eight.nii.gz: its slices are 8 mm apart" in sentence(lambda: thin_file(tmp_path / "eight.nii.gz", tmp_path / "x.nii.gz", run, 2.0, progress=False))
+
+
+@pytest.mark.parametrize("given, words", [({"memory": float("inf")}, "memory_gib: must be"), ({"width": 0.0}, "width_mm must be above 0"), ({"out": "x.jpg"}, "out: unknown kind of file 'x.jpg'"), ({"spacing": 5.0}, "mm apart already")])
+def test_the_command_ends_with_one_sentence(scan, run, tmp_path, monkeypatch, given, words):
+    from ct_nb.console import thin
+    monkeypatch.chdir(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(SystemExit) as ended: thin(str(scan[1]), **{"weights": str(run), "out": "x.nii.gz"} | given)
+    text = ended.value.code
+    assert isinstance(text, str) and text.startswith("ct_nb_thin: ") and words in text and "\n" not in text  # a string is printed on stderr, and the exit code is 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 def test_thicker_slices_go_on_when_told_to_and_the_note_says_so(run, tmp_path, scan):

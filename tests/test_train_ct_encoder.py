@@ -11,9 +11,10 @@ from ct_nb.data.cache import DiskCache
 from ct_nb.data.reports import Report, Step
 from ct_nb.learn import train_ct_encoder
 from ct_nb.learn.checkpoints import WeightsError
-from ct_nb.learn.scan_language import ScanLanguage, ScanLanguageConfig, all_texts, draw_regions, reasoning, region_sayings
+from ct_nb.learn.scan_language import ScanLanguage, ScanLanguageConfig, all_texts, draw_claims, draw_regions, label_regions, place_prompts, reasoning, region_sayings
 from ct_nb.learn.scan_reports import ScanReports, collate_scans, open_scans, phantom_cases, read_reports, shifted
 from ct_nb.learn.train_ct_encoder import CT_ENCODER_PRESETS, CTEncoderRun, get_ct_encoder_preset, load_ct_encoder
+from ct_nb.nets.cot import claims
 from ct_nb.nets.ct_encoder import CTEncoderConfig
 from ct_nb.nets.text import WordTokenizer
 from ct_nb.physics.phantom import phantom
@@ -57,6 +58,34 @@ def test_a_phantoms_findings_are_the_steps_of_its_report(data):
     assert torch.equal(cube["regions"], torch.from_numpy(phantom(1, 32).regions))
 
 
+def test_claims_are_what_the_report_says_half_of_them_there(data):
+    for i in range(6):
+        report = data.facts(i)["report"]
+        everywhere = torch.ones(20, dtype=torch.bool)
+        asked = draw_claims(report, everywhere, 8, torch.Generator().manual_seed(i))
+        assert asked == draw_claims(report, everywhere, 8, torch.Generator().manual_seed(i)) and len(asked) == 8 and sum(there for *_, there in asked) <= 4
+        texts = dict(report.regions)
+        for region, name, there in asked:
+            assert region in label_regions(name) and there == claims(texts[region], [name])[name]
+        if any(claims(text, [n for n in report.labels if r in label_regions(n)])[n] for r, text in report.regions for n in report.labels if r in label_regions(n)): assert any(there for *_, there in asked)
+        only = torch.zeros(20, dtype=torch.bool)
+        only[6] = True
+        assert {region for region, *_ in draw_claims(report, only, 8, torch.Generator().manual_seed(0))} <= {7}
+
+
+def test_the_claim_loss_is_of_the_sentence_that_is_true(data, model):
+    item = data[0]
+    with torch.no_grad():
+        seen = model.encoder(item["hu"][None], item["regions"][None])
+        prompts = place_prompts("nodule", 1)
+        for there in (True, False):
+            found = model._claim_loss(seen, [(0, 1, "nodule", there)], model.read(prompts).float())
+            yes, no = model.embed_texts(list(prompts), "region")
+            image = torch.nn.functional.normalize(seen.region_embeddings[0, 0], dim=-1)
+            logit = (1 if there else -1) * model.alignment.temperatures["region"]() * (image @ (yes - no))
+            assert found.item() == pytest.approx(torch.nn.functional.softplus(-logit).item(), rel=1e-4)
+
+
 def test_moving_moves_scan_map_and_lesions_alike(data):
     item, moved = data[1], data.at(3, 1)
     body = item["hu"] > -300
@@ -68,7 +97,7 @@ def test_moving_moves_scan_map_and_lesions_alike(data):
 def test_the_loss_is_the_same_again_and_reaches_every_part(data, model):
     batch = collate_scans([data[i] for i in range(6)])
     loss, parts = model(batch, torch.Generator().manual_seed(1))
-    assert model(batch, torch.Generator().manual_seed(1))[0] == loss and set(parts) == {"global", "region", "steps", "anchor", "map", "words"}
+    assert model(batch, torch.Generator().manual_seed(1))[0] == loss and set(parts) == {"global", "region", "steps", "anchor", "claim", "map", "words"}
     model.zero_grad()
     loss.backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}

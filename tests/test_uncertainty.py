@@ -352,3 +352,12 @@ def test_pictures_draw_what_they_are_given(tmp_path):
     for wrong in ([], {}, {"a": []}):
         with pytest.raises(ValueError, match="found: there is no level"): reliability_figure(wrong)
     with pytest.raises(ValueError, match="one sample: expected the truth's shape"): uncertainty_figure(Volume(truth[0].numpy(), TINY.grid.affine), summary, samples[0], found)
+
+
+# samples of a cascade
+
+@pytest.mark.parametrize("setting, sentence", [({"samples": 0}, "samples: must be a whole number from 1 up, got 0"), ({"samples": True}, "samples: must be a whole number"), ({"samples": 2.0}, "samples: must be a whole number"),
+                                               ({"seed": 2 ** 63}, "seed: must be a whole number from -2⁴⁰ to 2⁴⁰, got 9223372036854775808"), ({"seed": 0.5}, "seed: must be a whole number"), ({"seed": -2 ** 40}, "seed: must be a whole number")])
+def test_settings_of_samples_are_checked_first(setting, sentence):
+    from ct_nb.learn.sampled_reconstruction import reconstruct_sampled
+    with pytest.raises(ValueError, match=sentence): reconstruct_sampled(None, None, None, **setting)

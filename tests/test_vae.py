@@ -13,7 +13,8 @@ import torch
 
 import ct_nb.nets.vae_tiles as tiles
 from ct_nb.learn.checkpoints import WeightsError
-from ct_nb.learn.train_vae import VAE_PRESETS, VAELearner, VAERun, ThinCrops, block_means, collate_crops, load_vae, reconstruction_figure, scores, slice_ssim
+from ct_nb.learn.train_vae import VAE_PRESETS, VAELearner, VAERun, ThinCrops, collate_crops, load_vae
+from ct_nb.learn.vae_scores import block_means, reconstruction_figure, scores, slice_ssim, vae_floors
 from ct_nb.nets.bottleneck import Latent
 from ct_nb.nets.vae import SliceVAE, SliceVAEConfig, Straight, fold, padded, unfold
 from ct_nb.nets.vae_tiles import cuts, decode_tiled, encode_tiled, plan_tiles, tile_bytes
@@ -240,6 +241,18 @@ def test_block_means_keep_means():
     assert block_means(x, 8)[0, 0, 0, 8, 11:13].mean() != x[0, 0, 0, 8, 11:13].mean()
 
 
+def test_floors_are_what_their_names_say():
+    x, linear = stack(3, 21, 30), Straight(4)
+    linear.fit([stack(3, 24, 32, seed=1)])
+    with torch.no_grad(): found = vae_floors(x, linear)
+    blocks = fold(padded(x), 8).movedim(1, -1).reshape(-1, 64)
+    weight, bias = linear.narrow.weight.detach().reshape(4, 64), linear.narrow.bias.detach()
+    kept = (blocks @ weight.T + bias) @ linear.widen.weight.detach().reshape(64, 4).T + linear.widen.bias.detach()
+    again = unfold(kept.reshape(1, 3, 3, 4, 64).movedim(-1, 1), 8)[..., :21, :30]
+    assert list(found) == ["linear", "mean_4", "mean_8"] and torch.allclose(found["linear"], again, atol=1e-5)
+    assert all(image.shape == x.shape for image in found.values()) and torch.equal(found["mean_4"], block_means(x, 4)) and torch.equal(found["mean_8"], block_means(x, 8))
+
+
 # the run
 
 @pytest.fixture(scope="module")
@@ -261,7 +274,7 @@ def test_a_run_leaves_weights_scale_and_scores(run):
     rows = list(csv.DictReader(open(run.out / "vae_scores.csv", encoding="utf-8")))
     assert [row["method"] for row in rows] == ["vae", "linear", "mean_4", "mean_8"] and float(rows[0]["psnr"]) == pytest.approx(run.board.mean("vae", "psnr"))
     assert run.board.mean("linear", "psnr") > run.board.mean("mean_4", "psnr") > run.board.mean("mean_8", "psnr") and "floor, linear" in run.board.verdict()
-    assert {"absolute", "structure", "kl", "critic", "adversary"} <= set(run.history[-1])
+    assert {"absolute", "squared", "structure", "kl", "critic", "adversary"} <= set(run.history[-1])
     with pytest.raises(WeightsError, match="'slice_vae', but 'drr2ct'"):
         from ct_nb.learn.reconstruction import load_drr2ct
         load_drr2ct(run.out)
@@ -298,7 +311,7 @@ def test_perceptual_weights_join_the_loss(run, tmp_path):
 
 def test_presets_are_whole():
     for preset in VAE_PRESETS.values():
-        assert preset.network.latent_channels == 4 and preset.loss.absolute and preset.loss.structure and preset.loss.kl and preset.loss.adversary
+        assert preset.network.latent_channels == 4 and preset.loss.absolute and preset.loss.squared and preset.loss.structure and preset.loss.kl and preset.loss.adversary
         assert 8 * max(preset.network.decoder_halo, preset.network.encoder_halo) < 512
 
 

@@ -31,6 +31,7 @@ def reconstruct_sampled(
 ) -> Reconstruction:
     "The mean of `samples` draws, the draws and, of two or more, their standard deviation, HU. `ValueError` when X-rays and geometry do not fit together, no ray meets the cube, or a setting makes no sense."
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1: raise ValueError(f"samples: must be a whole number from 1 up, got {samples!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or abs(seed) >= 2 ** 40: raise ValueError(f"seed: must be a whole number from -2⁴⁰ to 2⁴⁰, got {seed!r}")
     xrays, geometry, moved, notes = placed_scan(xrays, geometry, cascade.config.size, side_mm)
     training = cascade.training
     cascade.eval()

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RegionSaid', 'region_sayings', 'reasoning', 'all_texts', 'ScanLanguageConfig', 'make_tower', 'ScanLanguage',
-           'draw_regions']
+           'draw_regions', 'label_regions', 'place_prompts', 'draw_claims']
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-002
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.reports import Report, is_normal
+from ..data.reports import Report, find_places, is_normal
 from .alignment import Alignment, Pairs, Steps, inside_regions, text_keys
-from ..nets.cot import CoTDecoder, RegionSegmentation, generate, label_shares, segmentation_loss
+from ..nets.cot import CoTDecoder, RegionSegmentation, claims, generate, label_shares, segmentation_loss
 from ..nets.ct_encoder import CTEncoder, CTEncoderConfig, Encoding
 from ..nets.regions import patch_overlaps
 from ..nets.text import FolderText, TextTower, TinyText, WordTokenizer, minilm
+from ..physics.anatomy import REGIONS
 from ..settings import Settings
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-005
@@ -69,14 +71,16 @@ class ScanLanguageConfig(Settings):
     hidden_maps: float = 0.25  # share of the scans of a batch whose map is hidden
     region_texts: int = 8  # of a scan in a step of training
     step_texts: int = 5
+    claim_texts: int = 8  # findings of a scan that are asked for, there or not, in a step of training
     written_share: float = 0.5  # of the scans of a batch whose reasoning is written
     anchor_weight: float = 0.3
+    claim_weight: float = 1.0
     map_weight: float = 0.3
     words_weight: float = 0.3
 
     def __post_init__(self):
         if not 0 <= self.hidden_maps <= 1: raise ValueError(f"hidden_maps: must be a share, 0 to 1, got {self.hidden_maps}")
-        if min(self.region_texts, self.step_texts) < 1: raise ValueError(f"region_texts, step_texts: must be at least 1, got {self.region_texts} and {self.step_texts}")
+        if min(self.region_texts, self.step_texts, self.claim_texts) < 1: raise ValueError(f"region_texts, step_texts, claim_texts: must be at least 1, got {self.region_texts}, {self.step_texts} and {self.claim_texts}")
 
 def make_tower(config: ScanLanguageConfig) -> TextTower:
     "The text tower that a configuration names; all but the tiny one frozen."
@@ -123,6 +127,43 @@ def draw_regions(report: Report, present: torch.Tensor, count: int, draw: torch.
         chosen.append((s.region, s.text if whole < 0.5 else s.sentences[int(which * len(s.sentences))], str(s.region)))
     return chosen
 
+# %% ../../nbs/learn/14d_scan_language.ipynb #cell-013
+_LUNG_WORDS = ("nodule", "mass", "granuloma", "opacity", "sequela")
+
+def label_regions(name: str) -> tuple[int, ...]:
+    "Where a finding can be; empty where its name does not say."
+    places = find_places(name)
+    if places: return tuple(sorted({n for place in places for n in place.regions}))
+    return (1, 2, 3, 4, 5) if any(word in name.lower() for word in _LUNG_WORDS) else ()
+
+def place_prompts(name: str, region: int) -> tuple[str, str]:
+    "That a finding is in a region, and that it is not."
+    name, place = name.lower(), REGIONS[region][0]
+    return f"{name.capitalize()} in the {place}.", f"No {name} in the {place}."
+
+@functools.lru_cache(maxsize=65536)
+def _claimed(text: str, names: tuple[str, ...]) -> tuple[tuple[str, bool], ...]: return tuple(claims(text, names).items())
+
+def draw_claims(report: Report, present: torch.Tensor, count: int, draw: torch.Generator) -> list[tuple[int, str, bool]]:
+    "(region, finding, whether the report says that it is there) of up to `count` findings by chance, up to half of them there; of regions that are `present` (R,) bool."
+    names, known = list(report.labels), []
+    for s in region_sayings(report):
+        here = tuple(name for name in names if s.region in label_regions(name))
+        if here and present[s.region - 1]: known += [(s.region, name, state) for name, state in _claimed(s.text, here)]
+    known = [known[i] for i in torch.randperm(len(known), generator=draw).tolist()]
+    there = [claim for claim in known if claim[2]][:count // 2]
+    return there + [claim for claim in known if not claim[2]][:count - len(there)]
+
+@patch
+def _claim_loss(self: ScanLanguage, seen: Encoding, asked: list[tuple[int, int, str, bool]], features: torch.Tensor) -> torch.Tensor:
+    "`asked` rows of (scan, region, finding, there); features (2·rows, width) of the sentences yes, no, yes, no, …"
+    case, region = (torch.tensor([row[k] for row in asked], device=self.device) for k in (0, 1))
+    sign = torch.tensor([1.0 if row[3] else -1.0 for row in asked], device=self.device)
+    yes, no = F.normalize(self.alignment.text_heads["region"](features), dim=-1).unflatten(0, (-1, 2)).unbind(1)
+    image = F.normalize(seen.region_embeddings[case, region - 1].float(), dim=-1)
+    return F.softplus(-sign * self.alignment.temperatures["region"]() * (image * (yes - no)).sum(-1)).mean()
+
+# %% ../../nbs/learn/14d_scan_language.ipynb #cell-014
 @patch
 def forward(self: ScanLanguage, batch: dict, draw: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
     "The loss of a batch of `collate_scans` and its parts, nats (the map's with 1 − Dice). `draw`, on the CPU, decides what is hidden and which texts are read."
@@ -138,7 +179,9 @@ def forward(self: ScanLanguage, batch: dict, draw: torch.Generator) -> tuple[tor
     steps = [(b, r.steps[i]) for b, r in enumerate(reports) for i in sorted(torch.randperm(len(r.steps), generator=draw).tolist()[:c.step_texts]) if r.steps[i].text.strip()]
     texts = [t for _, t in whole] + [t for _, _, t, _ in parts] + [s.text for _, s in steps]
     if not texts: raise ValueError(f"report: none of {', '.join(batch['id'])} has a text; leave such scans out")
-    features = self.read(texts).float().split([len(whole), len(parts), len(steps)])
+    asked = [(b, *claim) for b, r in enumerate(reports) for claim in draw_claims(r, present[b], c.claim_texts, draw)]
+    prompts = [prompt for _, region, name, _ in asked for prompt in place_prompts(name, region)]
+    features = self.read(texts + prompts).float().split([len(whole), len(parts), len(steps), len(prompts)])
     number = lambda rows: torch.tensor([row[0] for row in rows], dtype=torch.long, device=self.device)
     overall = Pairs(seen.global_embedding[number(whole)].float(), features[0], text_keys([t for _, t in whole]))
     place = torch.tensor([n for _, n, _, _ in parts], dtype=torch.long, device=self.device) - 1
@@ -146,15 +189,16 @@ def forward(self: ScanLanguage, batch: dict, draw: torch.Generator) -> tuple[tor
     case = number(steps)
     stepwise = Steps(features[2], case, seen.step_embeddings.float(), inside_regions(overlap[..., :-1], [s.regions for _, s in steps], case), text_keys([s.text for _, s in steps]))
     with torch.autocast(self.device.type, enabled=False): loss, losses = self.alignment(overall, regional, stepwise)  # cosines times up to 100 want their digits
-    asked = (hidden & known).nonzero()[:, 0].to(self.device)
-    drawn = self.map(seen.pyramid[0][asked] if len(asked) else seen.pyramid[0])
-    losses["map"] = segmentation_loss(drawn, label_shares(batch["regions"][asked], e.patch, c.refine, e.num_regions + 1)) if len(asked) else 0 * drawn.sum()  # every process must have every part
+    losses["claim"] = self._claim_loss(seen, asked, features[3]) if asked else 0 * seen.region_embeddings.sum()
+    blind = (hidden & known).nonzero()[:, 0].to(self.device)
+    drawn = self.map(seen.pyramid[0][blind] if len(blind) else seen.pyramid[0])
+    losses["map"] = segmentation_loss(drawn, label_shares(batch["regions"][blind], e.patch, c.refine, e.num_regions + 1)) if len(blind) else 0 * drawn.sum()  # every process must have every part
     writes = [(b, text) for b, (r, chance) in enumerate(zip(reports, torch.rand(len(reports), generator=draw).tolist())) if chance < c.written_share and (text := reasoning(r)).strip()]
     losses["words"] = self.writer.loss([t for _, t in writes], seen.tokens[number(writes)]) if writes else 0 * seen.tokens.sum()
-    loss = loss + c.map_weight * losses["map"] + c.words_weight * losses["words"]
+    loss = loss + c.claim_weight * losses["claim"] + c.map_weight * losses["map"] + c.words_weight * losses["words"]
     return loss, {"steps" if name == "step" else name: float(value.detach()) for name, value in losses.items()}  # the trainer counts its own `step`
 
-# %% ../../nbs/learn/14d_scan_language.ipynb #cell-019
+# %% ../../nbs/learn/14d_scan_language.ipynb #cell-022
 @patch
 def embed_texts(self: ScanLanguage, texts, level: str = "global") -> torch.Tensor:
     "Texts → unit vectors (n, shared_dim), to compare with scans (level \"global\") or regions (\"region\")."

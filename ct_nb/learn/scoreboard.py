@@ -12,7 +12,7 @@ import io
 import math
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Sequence
 
@@ -77,6 +77,7 @@ class Scoreboard:
     rows: list[dict]
     about: dict = field(default_factory=dict)
     model: str = "model"  # the predictor that is judged; all others are floors, but not its variants, "model_…"
+    definitions = METRICS  # of the columns; a board with other columns has its own
 
     @property
     def predictors(self) -> list[str]: return list(dict.fromkeys(row["predictor"] for row in self.rows))
@@ -87,7 +88,7 @@ class Scoreboard:
     @property
     def patients(self) -> list[str]: return list(dict.fromkeys(row["patient"] for row in self.rows))
     @property
-    def metrics(self) -> list[str]: return [m for m in METRICS if m in self.rows[0]]
+    def metrics(self) -> list[str]: return [m for m in self.definitions if m in self.rows[0]]
 
     def values(self, predictor: str, metric: str) -> list[float]:
         "One value per case, in order."
@@ -101,28 +102,27 @@ class Scoreboard:
         "The floor with the best mean, or None where no floor has one."
         known = [f for f in self.floors if not math.isnan(self.mean(f, metric))]
         better = {"higher": lambda f: -self.mean(f, metric), "lower": lambda f: self.mean(f, metric), "zero": lambda f: abs(self.mean(f, metric))}
-        return min(known, key=better[METRICS[metric].better]) if known else None
+        return min(known, key=better[self.definitions[metric].better]) if known else None
 
     def gain(self, floor: str, metric: str) -> Interval:
         "Paired 95 % `Interval` over patients of how much better the model is than `floor`, in the metric's unit: positive is better."
-        sign = 1 if METRICS[metric].better == "higher" else -1
+        sign = 1 if self.definitions[metric].better == "higher" else -1
         ours, theirs = ([sign * v for v in self.values(p, metric)] for p in (self.model, floor))
         return paired_interval(ours, theirs, [row["patient"] for row in self.rows if row["predictor"] == self.model])
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-013
-def _number(value, metric):
-    unit = METRICS[metric].unit
+def _number(value, unit):
     if not math.isfinite(value): return "-" if math.isnan(value) else "inf"
     return f"{value:.2f}" if unit == "dB" else f"{value:.1f}" if unit in ("HU", "mm") else f"{value:.3f}"
 
 def judge(board: Scoreboard, metric: str) -> str:
     "One sentence: does the model clear every floor in this metric?"
-    label, unit, floor = METRICS[metric].label, METRICS[metric].unit, board.best_floor(metric)
+    label, unit, floor = board.definitions[metric].label, board.definitions[metric].unit, board.best_floor(metric)
     if floor is None: return f"{label}: no floor was evaluated, so nothing can be said."
-    if board.model not in board.predictors: return f"{label}: no model was evaluated; the best floor is {floor} with {_number(board.mean(floor, metric), metric)} {unit}".rstrip() + "."
+    if board.model not in board.predictors: return f"{label}: no model was evaluated; the best floor is {floor} with {_number(board.mean(floor, metric), unit)} {unit}".rstrip() + "."
     gain, in_the_way = board.gain(floor, metric), [f for f in board.floors if not board.gain(f, metric).low > 0]
-    figures = (f"{_number(board.mean(board.model, metric), metric)} against {_number(board.mean(floor, metric), metric)} {unit}".rstrip() + f" of {floor}, better by "
-               f"{_number(gain.mean, metric)} [{_number(gain.low, metric)}, {_number(gain.high, metric)}] (95 % interval over {gain.patients} patients)")
+    figures = (f"{_number(board.mean(board.model, metric), unit)} against {_number(board.mean(floor, metric), unit)} {unit}".rstrip() + f" of {floor}, better by "
+               f"{_number(gain.mean, unit)} [{_number(gain.low, unit)}, {_number(gain.high, unit)}] (95 % interval over {gain.patients} patients)")
     if not in_the_way: return f"{label}: {board.model} clears every floor. {figures}."
     why = "one patient gives no interval" if gain.patients < 2 else f"not shown to be above {', '.join(in_the_way)}"
     return f"{label}: {board.model} does not clear the floors ({why}). {figures}."
@@ -130,20 +130,20 @@ def judge(board: Scoreboard, metric: str) -> str:
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-016
 def board_table(board: Scoreboard, metrics: Sequence[str] = MAIN, markdown: bool = False) -> str:
     "Mean ± sd over cases, the model first; * marks the best of a column. Plain text, or Markdown."
-    metrics = [m for m in metrics if m in board.metrics]
+    metrics, named = [m for m in metrics if m in board.metrics], board.definitions
     order = sorted(board.predictors, key=lambda p: p != board.model)
     arrow = {"higher": "↑", "lower": "↓", "zero": "→0"}
-    head = ["predictor"] + [f"{METRICS[m].label}{', ' + METRICS[m].unit if METRICS[m].unit else ''} {arrow[METRICS[m].better]}" for m in metrics]
-    sign = {m: -1 if METRICS[m].better == "higher" else 1 for m in metrics}
+    head = ["predictor"] + [f"{named[m].label}{', ' + named[m].unit if named[m].unit else ''} {arrow[named[m].better]}" for m in metrics]
+    sign = {m: -1 if named[m].better == "higher" else 1 for m in metrics}
     known = {m: [v for p in order if not math.isnan(v := board.mean(p, m))] for m in metrics}
-    best = {m: min((abs(v) if METRICS[m].better == "zero" else sign[m] * v for v in known[m]), default=math.nan) for m in metrics}
+    best = {m: min((abs(v) if named[m].better == "zero" else sign[m] * v for v in known[m]), default=math.nan) for m in metrics}
     body = []
     for p in order:
         cells = [p]
         for m in metrics:
             mean, sd = mean_sd(board.values(p, m))
-            score = abs(mean) if METRICS[m].better == "zero" else sign[m] * mean
-            cells.append(_number(mean, m) + ("" if math.isnan(sd) else f" ± {_number(sd, m)}") + ("*" if score == best[m] else ""))
+            score = abs(mean) if named[m].better == "zero" else sign[m] * mean
+            cells.append(_number(mean, named[m].unit) + ("" if math.isnan(sd) else f" ± {_number(sd, named[m].unit)}") + ("*" if score == best[m] else ""))
         body.append(cells)
     if markdown: return "\n".join("| " + " | ".join(c) + " |" for c in [head, ["---"] + ["---:"] * len(metrics), *body])
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
@@ -165,7 +165,7 @@ def _draw_metric(axis, board: Scoreboard, metric: str, order: Sequence[str]):
         if math.isfinite(found.mean):
             edge = "<" if found.mean < low - margin else ">" if found.mean > high + margin else None
             axis.plot(min(max(found.mean, low - margin), high + margin), place, edge or "o", ms=6.5, mfc=colour, mec="white", mew=1, zorder=4, clip_on=False)
-        axis.text(1.02, place, _number(board.mean(predictor, metric), metric), transform=axis.get_yaxis_transform(), va="center", fontsize=7.5, color=INK)
+        axis.text(1.02, place, _number(board.mean(predictor, metric), board.definitions[metric].unit), transform=axis.get_yaxis_transform(), va="center", fontsize=7.5, color=INK)
     floor = board.best_floor(metric)
     if floor and math.isfinite(board.mean(floor, metric)): axis.axvline(board.mean(floor, metric), color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
 
@@ -182,7 +182,7 @@ def board_figure(board: Scoreboard, metrics: Sequence[str] = MAIN):
         for axis in axes.flat[len(metrics):]: axis.set_visible(False)
         for axis, metric in zip(axes.flat, metrics):
             _draw_metric(axis, board, metric, order)
-            m = METRICS[metric]
+            m = board.definitions[metric]
             axis.set_title(m.label + (f" ({m.unit})" if m.unit else "") + {"higher": ", higher is better", "lower": ", lower is better", "zero": ""}[m.better], loc="left")
             axis.set_yticks(range(len(order)), [p.replace("_", " ") for p in order])
             axis.set_ylim(len(order) - 0.5, -0.5)
@@ -206,8 +206,7 @@ def board_content(board: Scoreboard) -> dict:
         gain = board.gain(floor, metric)
         content["gain_over_best_floor"][metric] = {"floor": floor, "mean": _finite(gain.mean), "interval_95": [_finite(gain.low), _finite(gain.high)], "patients": gain.patients}
     seconds = {p: _finite(mean_sd(board.values(p, "seconds"))[0]) for p in board.predictors} if "seconds" in board.rows[0] else {}
-    return content | {"definitions": {m: {"label": METRICS[m].label, "unit": METRICS[m].unit, "better": METRICS[m].better, "definition": METRICS[m].definition}
-                                      for m in board.metrics}, "seconds_per_case": seconds, **board.about}
+    return content | {"definitions": {m: asdict(board.definitions[m]) for m in board.metrics}, "seconds_per_case": seconds, **board.about}
 
 def save_board(board: Scoreboard, out) -> Path:
     "Write `scoreboard.csv`, `metrics.json` and `scoreboard.png` into the folder `out`, each whole or not at all."

@@ -50,7 +50,7 @@ class RefinementPreset:
 
 REFINEMENT_PRESETS = {
     "smoke": RefinementPreset(RefinerConfig.preset("smoke"), TrainerConfig(steps=6, batch_size=2, learning_rate=2e-3, warmup_steps=2, log_every=2, checkpoint_every=3, validate_every=6, ema_decay=0.9), phantoms=4, fitted=4, judged=2),
-    "cpu": RefinementPreset(RefinerConfig.preset("cpu"), TrainerConfig(steps=300, batch_size=2, learning_rate=3e-3, log_every=10, checkpoint_every=50, validate_every=100, ema_decay=0.98), phantoms=120),
+    "cpu": RefinementPreset(RefinerConfig.preset("cpu"), TrainerConfig(steps=300, batch_size=2, learning_rate=1.5e-3, log_every=10, checkpoint_every=50, validate_every=100, ema_decay=0.98), phantoms=120),
     "gpu": RefinementPreset(RefinerConfig.preset("gpu"), TrainerConfig(steps=20_000, batch_size=4, learning_rate=1e-3, warmup_steps=500, log_every=50, checkpoint_every=500, validate_every=1000, ema_decay=0.999, workers=8,
                                                                        mixed_precision="bf16"), phantoms=1000, draws=2, fitted=64, judged=32),
     "paper": RefinementPreset(RefinerConfig.preset("paper"), TrainerConfig(steps=100_000, batch_size=16, accumulation=4, shard_optimizer=True, learning_rate=5e-4, warmup_steps=1000, log_every=100, checkpoint_every=1000,

@@ -53,8 +53,8 @@ class SlicesPreset:
 SLICES_PRESETS = {
     "smoke": SlicesPreset(SliceNetworkConfig.preset("smoke"), *(TrainerConfig(steps=8, batch_size=2, learning_rate=rate, warmup_steps=2, log_every=4, checkpoint_every=4, validate_every=0, ema_decay=0.9) for rate in (5e-3, 2e-3)),
                           thick_mm=12.0, count=3, size=32, latent_size=32, sampling_steps=3, samples=2, judged=1),
-    "cpu": SlicesPreset(SliceNetworkConfig.preset("cpu"), TrainerConfig(steps=2400, batch_size=2, learning_rate=3e-3, log_every=20, checkpoint_every=100, validate_every=200, ema_decay=0.99),
-                        TrainerConfig(steps=1200, batch_size=4, learning_rate=2e-3, log_every=20, checkpoint_every=100, validate_every=200, ema_decay=0.99), latent_size=64),
+    "cpu": SlicesPreset(SliceNetworkConfig.preset("cpu"), TrainerConfig(steps=3000, batch_size=2, learning_rate=3e-3, log_every=20, checkpoint_every=100, validate_every=200, ema_decay=0.99),
+                        TrainerConfig(steps=1200, batch_size=4, learning_rate=2e-3, log_every=20, checkpoint_every=100, validate_every=200, ema_decay=0.99), spacing=(0.9, 1.1), width=(0.9, 1.1), coarsest=1.2, latent_size=64),
     "gpu": SlicesPreset(SliceNetworkConfig.preset("gpu"), *(TrainerConfig(steps=20_000, batch_size=batch, learning_rate=rate, warmup_steps=500, log_every=50, checkpoint_every=500, validate_every=1000, ema_decay=0.999, workers=8, mixed_precision="bf16")
                                                             for batch, rate in ((8, 4e-4), (16, 2e-4))), count=6, size=128, latent_size=256, samples=8, judged=16, memory_gib=12.0),
     "paper": SlicesPreset(SliceNetworkConfig.preset("paper"), *(TrainerConfig(steps=200_000, batch_size=24, accumulation=4, shard_optimizer=True, learning_rate=rate, warmup_steps=2000, log_every=100, checkpoint_every=1000, validate_every=5000,

@@ -16,6 +16,7 @@ from .blocks import channels_inner, keep_variance
 from .cascade import blended, patch_starts
 from .denoiser import DEPTH_PRIOR_CHANNELS, DepthPrior
 from .frequency_attention import FrequencyAttention, HighPass, laplacian
+from .vae import ChannelNorm
 from ..physics.geometry import ConeBeam
 from ..physics.solvers import sirt
 from ..physics.volume import WINDOWS, Window, get_window, hu_to_mu, mu_water_per_mm
@@ -72,12 +73,13 @@ class RefinerConfig(Settings):
 SEEN_CHANNELS = 3 + DEPTH_PRIOR_CHANNELS
 
 class LocalBlock(nn.Module):
-    "Features (B, channels, D, H, W) → the same shape: two 3×3×3 convolutions beside a way past them; each voxel depends on the two around it, and on nothing else."
+    "Features (B, channels, D, H, W) → the same shape: each voxel normalised, two 3×3×3 convolutions, beside a way past them; each voxel depends on the two around it, and on nothing else."
     def __init__(self, channels: int):
         super().__init__()
+        self.norm = ChannelNorm(channels)
         self.first, self.second = (nn.Conv3d(channels, channels, 3, padding=1) for _ in range(2))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: return x + self.second(F.silu(self.first(x)))
+    def forward(self, x: torch.Tensor) -> torch.Tensor: return x + self.second(F.silu(self.first(self.norm(x))))
 
 # %% ../../nbs/nets/11a_refine.ipynb #cell-009
 class Refiner(nn.Module):
@@ -88,7 +90,7 @@ class Refiner(nn.Module):
         super().__init__()
         self.config = c = config
         widths, row = c.channels, lambda width: nn.Sequential(*(LocalBlock(width) for _ in range(c.blocks)))
-        self.enter, self.last = nn.Conv3d(SEEN_CHANNELS, widths[0], 3, padding=1), nn.Conv3d(widths[0], 2, 3, padding=1)
+        self.enter, self.norm, self.last = nn.Conv3d(SEEN_CHANNELS, widths[0], 3, padding=1), ChannelNorm(widths[0]), nn.Conv3d(widths[0], 2, 3, padding=1)
         self.down = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
         self.sinking, self.rising = (nn.ModuleList(row(width) for width in widths) for _ in range(2))
         self.up = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in zip(widths, widths[1:]))
@@ -139,7 +141,7 @@ class Refiner(nn.Module):
             ways.append(x)
         x = self.rising[-1](ways.pop())
         for block, up in zip(reversed(self.rising[:-1]), reversed(self.up)): x = block(ways.pop() + F.interpolate(up(x), scale_factor=2))
-        value, gate = (self.last(self.sharpen[1](x)).float() * (16 * self.last.weight[0].numel()) ** -0.5).chunk(2, 1)
+        value, gate = (self.last(self.norm(self.sharpen[1](x))).float() * self.last.weight[0].numel() ** -0.5).chunk(2, 1)
         return self.config.limit_hu * torch.sigmoid(gate) * torch.tanh(value)
 
     def forward(

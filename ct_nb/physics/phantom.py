@@ -37,7 +37,7 @@ class Phantom:
 # %% ../../nbs/physics/09_phantom.ipynb #cell-007
 def phantom(seed: int, size: int = 64, side_mm: float = 320.0) -> Phantom:
     """The chest of a seed on the cube of `size`³ voxels, `side_mm` a side, about the middle of the chest. The same seed is the same patient
-    at every size. A smaller cube shows less of the patient; thyroid, kidneys and bowel may lie outside even of 320 mm."""
+    at every size. A smaller cube shows less of the patient, voxel for voxel the middle of a larger one; thyroid, kidneys and bowel may lie outside even of 320 mm."""
     check_request(seed, size, side_mm)
     patient, canvas = Anatomy(seed), Canvas(Grid.cube(size, side_mm))
     lesions, mask = plan_lesions(patient), np.zeros(canvas.grid.shape, np.uint8)
@@ -61,7 +61,7 @@ def check_request(seed, size, side_mm):
         raise ValueError(f"phantom: seed must be a whole number, 0 or more, got {seed!r}; try seed=0")
     if not isinstance(size, Integral) or size < 8:
         raise ValueError(f"phantom: size must be a whole number of voxels, 8 or more, got {size!r}; try size=64")
-    if not side_mm > 0: raise ValueError(f"phantom: side_mm must be positive, got {side_mm!r}; try side_mm=320.0")
+    if not 0 < side_mm < np.inf: raise ValueError(f"phantom: side_mm must be a positive number, got {side_mm!r}; try side_mm=320.0")
 
 # %% ../../nbs/physics/09_phantom.ipynb #cell-008
 def paint_vessels(canvas: Canvas, patient):

@@ -256,6 +256,8 @@ def hashed_normal(i, j, k, seed: int) -> np.ndarray:
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-029
 def value_noise(x, y, z, seed: int, wavelength_mm: float) -> np.ndarray:
     "Smooth noise over three axes (mm): normal numbers of unit variance at lattice points `wavelength_mm` apart, linear between them."
+    shape = np.broadcast_shapes(x.shape, y.shape, z.shape)
+    if 0 in shape: return np.zeros(shape, np.float32)  # a box that the cube does not reach
     places = [lattice(axis.reshape(-1), wavelength_mm) for axis in (x, y, z)]
     nodes = [np.arange(low[0], low[-1] + 2) for low, _ in places]
     values = hashed_normal(nodes[0][None, None], nodes[1][None, :, None], nodes[2][:, None, None], seed)

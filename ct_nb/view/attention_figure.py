@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..physics.volume import Volume, get_window
 from ..style import MUTED, style
-from .figures import PLANES, draw_plane, plane
+from .figures import PLANES, draw_plane, plane, scale_bar
 
 # %% ../../nbs/view/05_attention_figure.ipynb #cell-005
 def attention_volume(attention, grid: tuple[int, int, int], shape: tuple[int, int, int]) -> np.ndarray:
@@ -71,10 +71,14 @@ def attention_figure(
                         outline, extent, _ = plane(Volume(np.broadcast_to(mask.max(PLANES.index(name), keepdims=True), shape), scan.affine), name, point)
                     if outline.any(): axis.contour(np.linspace(*_centres(extent[:2], outline.shape[1])), np.linspace(*_centres(extent[3:1:-1], outline.shape[0])), outline, levels=[0.5], colors=[OUTLINE], linewidths=1.3, linestyles="-" if here else ":")
                 axis.set_xlabel(f"{name}, {letter} = {position:.0f} mm", color=MUTED, fontsize=8)
+            scale_bar(row[0])
             row[0].text(0, 1.03, "\n".join(textwrap.wrap(text, 96)), transform=row[0].transAxes, va="bottom", fontsize=9, in_layout=False)  # a title would push the columns apart
         bar = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(1, highest), "magma"), ax=axes, shrink=min(0.9, 1.8 / len(looks)), aspect=24, pad=0.015)
         bar.set_label("times even attention")
         bar.outline.set_visible(False)
+        figure.draw_without_rendering()  # the columns have their places; from here on the texts count as part of the picture
+        figure.set_layout_engine("none")
+        for row in axes: row[0].texts[-1].set_in_layout(True)
     return figure
 
 def _centres(ends, count: int) -> tuple[float, float, int]:

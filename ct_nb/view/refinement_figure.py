@@ -9,7 +9,7 @@ __all__ = ['refinement_figure', 'spectrum_figure']
 from ..learn.metrics import psnr
 from ..physics.volume import Volume, get_window
 from ..style import FAINT, FLOOR, MODEL, MUTED, SERIES, TRUTH, style
-from .figures import ERROR_HU, PLANES, along_lps, draw_plane, draw_scale_bar
+from .figures import ERROR_HU, PLANES, along_lps, draw_plane, scale_bar
 
 # %% ../../nbs/view/04_refinement_figure.ipynb #cell-005
 def refinement_figure(
@@ -39,7 +39,7 @@ def refinement_figure(
                 image, _ = draw_plane(axis, volume, kind, at_mm, letters=number == 0, **(grey if number < 3 else error))
                 if kind == "axial": axis.set_title(title)
             line[0].set_ylabel(kind, color=MUTED)
-        draw_scale_bar(axes[0, 0])
+        scale_bar(axes[0, 0])
         for place, label in ((2, f"HU, window {window.name}" if window.name else "HU"), (4, "difference, HU")):
             bar = figure.colorbar(axes[0, place].images[0], ax=list(axes[:, place]), shrink=0.6, aspect=30, pad=0.02)
             bar.set_label(label)

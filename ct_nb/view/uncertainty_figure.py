@@ -12,7 +12,7 @@ import torch
 from ..learn.uncertainty import Hallucination, Reliability, Summary
 from ..physics.volume import Volume, get_window
 from ..style import FAINT, MODEL, MUTED, SERIES, style
-from .figures import along_lps, draw_plane, draw_scale_bar
+from .figures import along_lps, draw_plane, scale_bar
 
 # %% ../../nbs/view/03_uncertainty_figure.ipynb #cell-005
 def uncertainty_figure(
@@ -48,7 +48,7 @@ def uncertainty_figure(
             bar = figure.colorbar(shown, ax=axes[:, columns], shrink=0.8, aspect=22, pad=0.01)
             bar.set_label(label)
             bar.outline.set_visible(False)
-        draw_scale_bar(axes[0, 0])
+        scale_bar(axes[0, 0])
         calibrated = "" if summary.scale == 1 else f"; standard deviation calibrated, × {summary.scale:.2f}"
         figure.suptitle(f"{float(hallucination.share):.0%} of what the samples put into the null space is disputed among them{calibrated}", x=0.01, ha="left", fontsize=8.5, color=MUTED)
     return figure

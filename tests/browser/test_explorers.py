@@ -1,0 +1,120 @@
+"""Every explorer as a reader meets it: opened, run, played with."""
+import lab
+
+
+def opened(reader, name: str, folder: str = "fresh") -> lab.OpenNotebook:
+    "An explorer that has run, its first picture in time and shown in full."
+    notebook = reader(f"{folder}/nbs/{name}.ipynb")
+    assert notebook.run_all() < lab.FIRST_PICTURE_S
+    notebook.page.locator(".ct-nb-picture").first.scroll_into_view_if_needed()
+    return notebook
+
+
+def check_change(notebook: lab.OpenNotebook, name: str, act, new_pixels: bool = True) -> None:
+    "The picture of this name looks different soon after `act`; `new_pixels`: because other pixels were sent, not other marks."
+    before = notebook.frame(name)
+    assert notebook.seconds_to_change(notebook.picture(name), act) < lab.CLICK_S
+    assert (notebook.frame(name) != before) == new_pixels, name
+
+
+def press(notebook: lab.OpenNotebook, name: str, x: float, y: float):
+    "A press at a share of the picture's width and height."
+    def act():
+        box = notebook.picture(name).bounding_box()
+        notebook.picture(name).click(position={"x": x * box["width"], "y": y * box["height"]})
+    return act
+
+
+def turn(notebook: lab.OpenNotebook, name: str, notches: int = 3):
+    def act():
+        notebook.picture(name).hover()
+        notebook.page.mouse.wheel(0, -100 * notches)
+    return act
+
+
+def test_ct(reader):
+    notebook = opened(reader, "explore_ct")
+    notebook.save("explore_ct")
+    check_change(notebook, "coronal", press(notebook, "axial", 0.4, 0.7))
+    check_change(notebook, "axial", turn(notebook, "axial"))
+    check_change(notebook, "sagittal", lambda: notebook.slider("sagittal").press("PageUp"))
+    check_change(notebook, "axial", lambda: notebook.menu("window").select_option(label="bone"))
+    check_change(notebook, "coronal", lambda: notebook.slider("mask").press("Home"))
+    said = notebook.page.locator(".widget-html-content", has_text="HU").first.inner_text()
+    notebook.picture("axial").hover(position={"x": 40, "y": 90})
+    notebook.settle()
+    assert notebook.page.locator(".widget-html-content", has_text="mm:").first.inner_text() != said
+    notebook.check()
+
+
+def test_xrays(reader):
+    notebook = opened(reader, "explore_xrays")
+    notebook.save("explore_xrays")
+    check_change(notebook, "view 0", lambda: notebook.slider("azimuth, °").press("PageUp"))
+    check_change(notebook, "view 1", press(notebook, "view 0", 0.3, 0.4), new_pixels=False)  # its epipolar line
+    check_change(notebook, "view 1", lambda: notebook.slider("source, mm", 1).press("PageDown"))
+    def drag():
+        box = notebook.picture("sketch").bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        notebook.page.mouse.move(x, y), notebook.page.mouse.down(), notebook.page.mouse.move(x + 60, y, steps=3), notebook.page.mouse.up()
+    check_change(notebook, "sketch", drag)
+
+
+def test_reconstruction(reader):
+    notebook = opened(reader, "explore_reconstruction")
+    notebook.save("explore_reconstruction")
+    check_change(notebook, "CT", lambda: notebook.slider("slice").press("PageUp"))
+    check_change(notebook, "CT", lambda: notebook.page.get_by_role("button", name="coronal").click())
+    other = notebook.menu("X-rays of").locator("option").first.inner_text()
+    check_change(notebook, "view 0 projected", lambda: notebook.menu("X-rays of").select_option(label=other))
+    check_change(notebook, "CT", lambda: notebook.menu("window").select_option(label="lung"))
+
+
+def test_steps(reader):
+    notebook = opened(reader, "explore_steps")
+    page = notebook.page
+    notebook.save("explore_steps")
+    check_change(notebook, "axial", page.locator("button.ct-nb-step", has_text="right middle lobe").first.click)
+    assert page.locator("button.ct-nb-chosen").count() == 1 and "right middle lobe" in page.locator("button.ct-nb-chosen").inner_text()
+    check_change(notebook, "coronal", press(notebook, "axial", 0.35, 0.5))
+    check_change(notebook, "axial", lambda: notebook.menu("asked").select_option(label="untrained encoder: chance"))
+    assert "papermill nbs/train_ct_encoder.ipynb" in page.locator(".jp-OutputArea-output", has_text="no trained encoder").last.inner_text()
+    own = page.get_by_placeholder("a sentence of your own")
+    notebook.menu("asked").select_option(label="region that it names, nothing learnt")
+    own.fill("There is fluid around the heart.")
+    check_change(notebook, "sagittal", lambda: own.press("Enter"))
+    assert "around the heart" in page.locator("button.ct-nb-chosen").inner_text()
+    check_change(notebook, "axial", lambda: notebook.menu("scan").select_option(label="phantom-02002"))
+    notebook.save("explore_steps_later")
+
+
+def test_slices(reader):
+    notebook = opened(reader, "explore_slices")
+    notebook.save("explore_slices")
+    check_change(notebook, "thick", lambda: notebook.slider("thick, mm").press("PageUp"))
+    check_change(notebook, "answer", lambda: notebook.menu("answer").select_option(label="linear"))
+    check_change(notebook, "truth", turn(notebook, "truth"))
+    check_change(notebook, "profile", lambda: notebook.picture("truth").hover(position={"x": 90, "y": 150}), new_pixels=False)
+    check_change(notebook, "thick", press(notebook, "difference", 0.7, 0.3), new_pixels=False)  # the finger
+    check_change(notebook, "difference", lambda: notebook.menu("cut").select_option(label="sagittal"))
+    check_change(notebook, "thick", lambda: notebook.menu("scan").select_option(label="phantom-01002"))
+    notebook.save("explore_slices_later")
+
+
+def test_steps_with_weights(reader):
+    notebook = opened(reader, "explore_steps", "trained")
+    check_change(notebook, "axial", notebook.page.locator("button.ct-nb-step", has_text="right middle lobe").first.click)
+    check_change(notebook, "axial", lambda: notebook.menu("asked").select_option(label="encoder, scan alone"))
+    assert notebook.menu("scan").locator("option", has_text="trained on").count() == 1
+
+
+def test_slices_with_weights(reader):
+    notebook = opened(reader, "explore_slices", "trained")
+    for name in ("regressor", "diffusion, one draw"):
+        check_change(notebook, "answer", lambda: notebook.menu("answer").select_option(label="back-projection")) if name != "regressor" else None
+        check_change(notebook, "answer", lambda: notebook.menu("answer").select_option(label=name))
+        assert notebook.page.locator('[data-ct-nb="answer"] .ct-nb-title').inner_text() == name
+    notebook.slider("thick, mm").press("End")
+    notebook.settle()
+    assert "nobody tested this" in notebook.page.locator(".widget-html-content", has_text="averaged again").inner_text()
+    notebook.check()
