@@ -2967,6 +2967,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'ct_nb.view.answers': { 'ct_nb.view.answers.Answers': ('view/answers.html#answers', 'ct_nb/view/answers.py'),
                                     'ct_nb.view.answers._kept': ('view/answers.html#_kept', 'ct_nb/view/answers.py'),
                                     'ct_nb.view.answers._trained': ('view/answers.html#_trained', 'ct_nb/view/answers.py'),
+                                    'ct_nb.view.answers._unusable': ('view/answers.html#_unusable', 'ct_nb/view/answers.py'),
                                     'ct_nb.view.answers.answers': ('view/answers.html#answers', 'ct_nb/view/answers.py'),
                                     'ct_nb.view.answers.ask_cascade': ('view/answers.html#ask_cascade', 'ct_nb/view/answers.py'),
                                     'ct_nb.view.answers.ask_coarse': ('view/answers.html#ask_coarse', 'ct_nb/view/answers.py'),

@@ -387,3 +387,17 @@ def test_papermill_gets_figures(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     kinds = [set(output.get("data", {})) for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells if cell.cell_type == "code" for output in cell.outputs]
     assert ["image/png" in kind for kind in kinds].count(True) == 1 and not any("application/vnd.jupyter.widget-view+json" in kind for kind in kinds)
+
+
+def test_a_run_that_cannot_answer_is_named_and_the_rest_goes_on(tmp_path):
+    "Weights of another version, or a folder of another system, in the place of a trained run."
+    from ct_nb.physics.phantom import phantom
+    from ct_nb.view.answers import answers
+    for name in ("drr2ct", "cascade"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"system": "%s", "network": {"from_tomorrow": 1}}' % name)
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    found = answers(phantom(3, 32).volume, tmp_path, samples=1)
+    assert list(found.volumes) == ["minimum norm", "SIRT"] and not found.samples
+    said = [sentence for sentence in found.missing if "cannot answer" in sentence]
+    assert len(said) == 2 and "make demo" in said[0] and "train_cascade" in said[1] and str(tmp_path / "drr2ct") in said[0]

@@ -74,6 +74,8 @@ def _trained(asked: Answers, runs: Path, name: str) -> Path | None:
     asked.missing.append("There is no {0} in {1}; `{2}` makes it.".format(TRAINED[name][0].removeprefix("a "), run, TRAINED[name][1]))
     return None
 
+def _unusable(run: Path, error: Exception) -> str: return "{0} cannot answer: {1}; `{2}` makes it anew.".format(run, str(error).rstrip("."), TRAINED[run.name][1])
+
 def ask_floors(asked: Answers) -> None:
     "Minimum norm and SIRT, of X-rays averaged to at most 128 × 128 pixels."
     pixels = tuple(min(128, n) for n in asked.geometry.detector_shape)
@@ -89,7 +91,10 @@ def ask_coarse(asked: Answers, runs: Path) -> None:
     if run is None: return
     expected = read_config(run).get("residual")
     place = kept_folder(run, asked) / "answer.nii.gz"
-    asked.volumes["coarse"] = _kept(place, asked.truth, lambda: reconstruct(asked.xrays, asked.geometry, load_drr2ct(run), expected_residual=expected).volume)
+    try: asked.volumes["coarse"] = _kept(place, asked.truth, lambda: reconstruct(asked.xrays, asked.geometry, load_drr2ct(run), expected_residual=expected).volume)
+    except ValueError as error:  # of another version, say
+        asked.missing.append(_unusable(run, error))
+        return
     if refiner is None: return
     def refined():
         model = read_config(run)["network"]
@@ -106,7 +111,10 @@ def ask_cascade(asked: Answers, runs: Path, samples: int = 0) -> None:
     if run is None: return
     folder = kept_folder(run, asked)
     if len(list(folder.glob("sample_*.nii.gz"))) < samples:
-        drawn = reconstruct_sampled(asked.xrays, asked.geometry, load_cascade(run), samples=samples).samples
+        try: drawn = reconstruct_sampled(asked.xrays, asked.geometry, load_cascade(run), samples=samples).samples
+        except ValueError as error:
+            asked.missing.append(_unusable(run, error))
+            return
         for number, volume in enumerate(drawn): _kept(folder / f"sample_{number:03d}.nii.gz", asked.truth, lambda: volume)
     asked.samples = [_kept(path, asked.truth, None) for path in sorted(folder.glob("sample_*.nii.gz"))]
     if not asked.samples:

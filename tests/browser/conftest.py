@@ -43,7 +43,7 @@ def save_untrained(runs: Path) -> None:
     save_weights(runs / "ct_encoder", language, {"system": "ct_encoder", "network": language.config.to_dict(), "data": "nothing", "training": {"cases": ["phantom-02002"]}})
     drawn = SliceDiffusionConfig.preset("smoke")
     slices = Slices(SliceRegressor(SliceRegressorConfig.preset("smoke")), SliceDiffusion(drawn, SliceVAE(drawn.vae)))
-    for network in (slices.regressor.network, slices.diffusion.network): torch.nn.init.normal_(network.last.weight, std=0.05)
+    for network in (slices.regressor.network, slices.diffusion.network): torch.nn.init.normal_(network.last.weight, std=0.5)
     seen = {"thick_mm": [4.0, 6.0], "width": [0.8, 1.2], "thin_mm": [1.5, 2.25]}
     save_weights(runs / "slices", slices, {"system": "slices", "network": slices.networks(), "data": "nothing", "seen": seen, "training": {"cases": []}})
 
