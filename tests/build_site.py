@@ -58,13 +58,16 @@ SMALL = {  # parameters of a recipe at its smallest, beside `preset`
     "bench_projector": dict(sizes="32", detector=32, rounds=1), "bench_scores": dict(data="phantom:3", size=32, repeats=50), "evaluate": dict(data="phantom:2"), "robustness_drr2ct": dict(cases=1),
     "two_views": dict(data="phantom:3", flat=16, solid=12, size=16, views="1 2 4", train=12)}
 
-def parameters(notebook, name: str, work: Path) -> dict:
-    "What a recipe is run with for the site; empty for a chapter. Its folders in `runs` move to `work`, those that it reads as well as those that it writes."
+READ = ("weights", "coarse", "runs")  # parameters that name the folder of a run, or of several
+
+def parameters(notebook, name: str, work: Path, root: Path = ROOT) -> dict:
+    "What a recipe is run with for the site; empty for a chapter. It writes into `work` and not into `runs`, and reads its weights from there too, unless `runs` has them."
     cell = next((c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])), None)
     if cell is None: return {}
     defaults = {line.target.id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body if isinstance(line, ast.AnnAssign)}
     moved = {key: str(work / Path(value).relative_to("runs")) for key, value in defaults.items() if isinstance(value, str) and Path(value).parts[:1] == ("runs",)}
-    return moved | ({"preset": "smoke"} if "preset" in defaults else {}) | SMALL.get(name, {})
+    own = {key for key in READ if key in moved and any((root / defaults[key] / config).is_file() for config in ("config.json", "drr2ct/config.json"))}
+    return {key: value for key, value in moved.items() if key not in own} | ({"preset": "smoke"} if "preset" in defaults else {}) | SMALL.get(name, {})
 
 def code_of(notebook) -> list[str]:
     return [cell.source for cell in notebook.cells if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])]
@@ -90,7 +93,7 @@ def execute(work: Path) -> None:
     library = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((ROOT / "ct_nb").rglob("*.py")) if p.name != "_modidx.py")).hexdigest()
     names, faults = notebooks(), []
     os.environ.pop("MPLBACKEND", None)  # a kernel draws into its notebook only with its own backend
-    later = [n for n in names if {"weights", "coarse", "runs"} & parameters(nbformat.read(ROOT / "nbs" / n, 4), Path(n).stem, work).keys()]
+    later = [n for n in names if re.search(rf"^({'|'.join(READ)}): str = \"runs", "\n".join(code_of(nbformat.read(ROOT / "nbs" / n, 4))), flags=re.M)]
     with ProcessPoolExecutor() as pool:
         for batch in ([n for n in names if n not in later], later):
             for number, fault in enumerate(pool.map(run_one, batch, [work] * len(batch), [library] * len(batch)), 1):
@@ -129,7 +132,7 @@ def members(symbol: type) -> list[tuple[str, str, str]]:
         found.append((name, call, sentence(function.__doc__)))
     return found
 
-def anchor(name: str) -> str: return f"api-{name.lower()}"
+def anchor(name: str) -> str: return f"api-{name}"
 
 def api(symbol, name: str) -> str:
     "Markdown of a function or class: heading, call, docstring, and tables of the parameters and methods that are described."
@@ -140,14 +143,14 @@ def api(symbol, name: str) -> str:
     described = any(d.docment for d in fields.values())
     lines += [f"### {name} {{#{anchor(name)}}}", "", "```python", signature(symbol, name, types=not described), "```", "", *([said, ""] if said else [])]
     if described:
-        lines += ["| Parameter | Type | Default | |", "|---|---|---|---|"]
+        lines += ["| Parameter | Type | Default | |", "|-----|-----|---|-----------|"]
         for field, parameter in inspect.signature(symbol).parameters.items():
             if field not in fields: continue
             default = "" if parameter.default is parameter.empty else f"`{repr(parameter.default)[:60]}`"
             lines.append(cells_of_table(f"`{field}`", type_name(parameter.annotation), default, fields[field].docment or ""))
         lines.append("")
     if inspect.isclass(symbol) and (methods := members(symbol)):
-        lines += ["| Method | |", "|---|---|", *(cells_of_table(f"[`{call}`]{{#{anchor(f'{name}.{method}')}}}", what) for method, call, what in methods), ""]
+        lines += ["| Method | |", "|-------|------|", *(cells_of_table(f"[`{call}`]{{#{anchor(f'{name}.{method}')}}}", what) for method, call, what in methods), ""]
     return "\n".join(lines)
 
 class ApiTables(Processor):

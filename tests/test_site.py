@@ -239,8 +239,10 @@ def test_every_exported_symbol_is_described_on_its_page(site):
         short = name.removeprefix(module + ".")
         if "." not in short and not short.startswith("_") and build_site.anchor(short) not in parts[html]: missing.append(name)
     assert missing == []
+    twice = {page: [part for part in found if found.count(part) > 1] for page, found in ((page, re.findall(r"\{#([^}]+)\}", text)) for page, text in pages.items())}
+    assert not any(twice.values()), f"one anchor stands twice: {twice}"
     geometry = pages["physics/03_geometry.ipynb"]
-    assert "### ConeBeam.orbit {#api-conebeam.orbit}" in geometry and "| `detector_shape` | `tuple[int, int]` |" in geometry
+    assert "### ConeBeam.orbit {#api-ConeBeam.orbit}" in geometry and "| `detector_shape` | `tuple[int, int]` |" in geometry
     assert "| `length_mm` |" not in geometry and "scale_bar(axis, length_mm: float = 50.0) -> None" in pages["view/00_figures.ipynb"]
 
 
@@ -256,10 +258,10 @@ def test_api_blocks_come_from_docstrings_and_comments():
 
 def test_words_become_links_only_where_they_are_names():
     links = build_site.Links()
-    links.anchors = {"physics/geometry.html": {"api-conebeam", "api-conebeam.orbit"}, "view/figures.html": {"api-plane"}}
+    links.anchors = {"physics/geometry.html": {"api-ConeBeam", "api-ConeBeam.orbit"}, "view/figures.html": {"api-plane"}}
     text = links("`ConeBeam.orbit()`, `plane`, `ct_nb.physics.geometry.ConeBeam`, `ConeBeam.views`, `forward`, [see](../physics/03_geometry.ipynb), `nbs/index.ipynb`, `nbs/gone.ipynb`\n```\n`ConeBeam`\n```\n## `ConeBeam`", "nbs/view/00_figures.ipynb", {"plane": "ct_nb.view.figures.plane"})
-    assert text == ("[`ConeBeam.orbit()`](../physics/geometry.html#api-conebeam.orbit), [`plane`](figures.html#api-plane), [`ct_nb.physics.geometry.ConeBeam`](../physics/geometry.html#api-conebeam), "
-                    "[`ConeBeam.views`](../physics/geometry.html#api-conebeam), `forward`, [see](../physics/03_geometry.ipynb), [`nbs/index.ipynb`](../index.ipynb), `nbs/gone.ipynb`\n```\n`ConeBeam`\n```\n## `ConeBeam`")
+    assert text == ("[`ConeBeam.orbit()`](../physics/geometry.html#api-ConeBeam.orbit), [`plane`](figures.html#api-plane), [`ct_nb.physics.geometry.ConeBeam`](../physics/geometry.html#api-ConeBeam), "
+                    "[`ConeBeam.views`](../physics/geometry.html#api-ConeBeam), `forward`, [see](../physics/03_geometry.ipynb), [`nbs/index.ipynb`](../index.ipynb), `nbs/gone.ipynb`\n```\n`ConeBeam`\n```\n## `ConeBeam`")
     assert links("[rtk](../nbs/index.ipynb) [joseph1982, siddon1985] [licence](../LICENSE) [joseph1982; unknown2001]", "papers/projector.md") == "[rtk](../index.ipynb) [@joseph1982; @siddon1985] licence [joseph1982; unknown2001]"
 
 
@@ -282,9 +284,12 @@ def test_a_page_gets_the_outputs_of_its_run(tmp_path, monkeypatch):
 
 def test_recipes_run_small_and_say_so(tmp_path):
     recipe = nbformat.read(ROOT / "nbs" / "train_drr2ct.ipynb", 4)
-    assert build_site.parameters(recipe, "train_drr2ct", tmp_path) == {"preset": "smoke", "out": str(tmp_path / "drr2ct")}
-    assert build_site.parameters(nbformat.read(ROOT / "nbs" / "reconstruct.ipynb", 4), "reconstruct", tmp_path) == {"weights": str(tmp_path / "drr2ct"), "out": str(tmp_path / "reconstruction.nii.gz")}
-    assert build_site.parameters(nbformat.read(ROOT / "nbs" / "01_style.ipynb", 4), "01_style", tmp_path) == {}
+    given = lambda name: build_site.parameters(nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4), name, tmp_path / "work", tmp_path)
+    assert given("01_style") == {} and given("train_drr2ct") == {"preset": "smoke", "out": str(tmp_path / "work" / "drr2ct")}
+    assert given("reconstruct") == {"weights": str(tmp_path / "work" / "drr2ct"), "out": str(tmp_path / "work" / "reconstruction.nii.gz")}
+    (tmp_path / "runs" / "drr2ct").mkdir(parents=True)
+    (tmp_path / "runs" / "drr2ct" / "config.json").write_text("{}")
+    assert given("reconstruct") == {"out": str(tmp_path / "work" / "reconstruction.nii.gz")}, "weights that were trained are used"
     for name, given in build_site.SMALL.items():
         cell = next(c for c in nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []))
         assert all(re.search(rf"^{key}: {type(value).__name__} = ", cell.source, flags=re.M) for key, value in given.items()), name

@@ -282,7 +282,7 @@ def test_the_same_trunk_of_the_same_size():
 def test_a_network_that_knows_the_residual_gives_it_back(steps, sampler):
     model, thin = diffusion(), hu(0, 2, 12, 10, 19)
     thick = thicken(thin, slab_matrix(THIN, THICK, PROFILE))
-    _, start, latent, _ = model._start(thick, THICK, THIN, PROFILE)
+    _, start, latent, _ = model.conditioned(thick, THICK, THIN, PROFILE)
     z0 = model.residual(thin, latent)
     knows(model, z0)
     found = model.sample(thick, THICK, THIN, PROFILE, steps=steps, sampler=sampler, consistent=False, generator=seeded())
@@ -301,7 +301,7 @@ def test_the_loss_by_hand_and_its_generator():
     assert torch.equal(torch.get_rng_state(), before)
     g = seeded(MIXED)
     with torch.no_grad():
-        places, _, latent, condition = model._start(thick, THICK, THIN, PROFILE)
+        places, _, latent, condition = model.conditioned(thick, THICK, THIN, PROFILE)
         z0 = (model.vae.encode(model.window.to_network(thin)[:, None]).mean - latent) * 3.0
         dropped = torch.rand(3, generator=g) < 0.5
         step, noise = model.diffusion.draw_steps(3, g), torch.randn(z0.shape, generator=g)
@@ -319,7 +319,7 @@ def test_the_loss_by_hand_and_its_generator():
 def test_the_condition_is_the_start_and_what_lies_around():
     model, thick = diffusion(), hu(0, 1, 3, 8, 8)
     fine = thin_axis(THICK, 1.0)  # the middle of each five lies on a thick slice
-    places, start, latent, condition = model._start(thick, THICK, fine, PROFILE)
+    places, start, latent, condition = model.conditioned(thick, THICK, fine, PROFILE)
     i = model.vae.to_normal(latent)
     assert torch.equal(condition[:, :4], i) and torch.equal(condition[:, -1:], torch.ones_like(i[:, :1])) and condition.shape[1] == 21
     for n in range(4):
@@ -340,7 +340,7 @@ def test_draws():
 
 def test_no_residual_is_the_start_to_the_last_bit():
     model, thick = diffusion(), 3 * hu(0, 1, 3, 9, 8)
-    _, start, latent, _ = model._start(thick, THICK, THIN, PROFILE)
+    _, start, latent, _ = model.conditioned(thick, THICK, THIN, PROFILE)
     assert torch.equal(model.thin_from(torch.zeros_like(latent), start, latent), start)
     assert torch.allclose(start, started(thick, "back-projection"), atol=2e-3)
 
@@ -364,7 +364,7 @@ def test_the_scale_is_measured_a_channel_its_own():
         thin = hu(k, 2, 12, 16, 16)
         batches.append((thin, thicken(thin, slab_matrix(THIN, THICK, PROFILE)), THICK, THIN, PROFILE))
     model.measure_scale(batches)
-    z = torch.cat([model.residual(thin, model._start(*given)[2]) for thin, *given in batches])
+    z = torch.cat([model.residual(thin, model.conditioned(*given)[2]) for thin, *given in batches])
     assert torch.allclose(z.square().mean((0, 2, 3, 4)), torch.ones(4), atol=1e-4) and model.residual_scale.flatten().unique().numel() == 4
     with pytest.raises(ValueError, match="batches"): model.measure_scale([])
 

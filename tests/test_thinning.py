@@ -278,6 +278,7 @@ def test_a_profile_that_is_none_and_slices_that_nobody_counts(scan, run, tmp_pat
     assert "width_mm must be above 0, got 0.0" in sentence(lambda: go(width_mm=0.0))  # 0 is not "as the header says"
     assert "a profile of 500 mm is wider than" in sentence(lambda: go(width_mm=500.0)) and not (tmp_path / "x.nii.gz").exists()
     assert "thick.nii.gz would become 600000 slices of 48 × 48 pixels" in sentence(lambda: go(spacing_mm=1e-4))
+    assert "12000 slices" in sentence(lambda: go(spacing_mm=0.005))  # few voxels, but a covariance of 12000²
     wide = go(width_mm=35.0)
     assert wide.reaveraged_hu > 1 and any("miss the thick ones by up to" in note for note in wide.notes)
     assert not any("miss the thick ones" in note for note in go(width_mm=35.0, noise_hu=20.0).notes + go().notes)

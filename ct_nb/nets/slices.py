@@ -175,7 +175,7 @@ class SliceDiffusion(nn.Module):
         "HU (B, D, H, W) → the mean latents (B, latent, D, h, w)."
         return self.vae.encode(self.window.to_network(hu)[:, None]).mean
 
-    def _start(self, thick, thick_axis, thin_axis, profile) -> tuple[SlicePlaces, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def conditioned(self, thick, thick_axis, thin_axis, profile) -> tuple[SlicePlaces, torch.Tensor, torch.Tensor, torch.Tensor]:
         "Places, start (B, D, H, W) HU, its latents, and the condition (B, 5·latent + 1, D, h, w)."
         _measured(thick, thick_axis)
         places = slice_places(thick_axis, thin_axis, profile, len(thick), self.config.start, thick.device)
@@ -198,7 +198,7 @@ class SliceDiffusion(nn.Module):
         self.residual_scale.fill_(1)
         total, count = 0.0, 0
         for thin, *given in batches:
-            z = self.residual(thin, self._start(*given)[2]).double()
+            z = self.residual(thin, self.conditioned(*given)[2]).double()
             total, count = total + z.square().sum((0, 2, 3, 4)), count + z.numel() // z.shape[1]
         if not count or not bool((total > 0).all()): raise ValueError("batches: the residuals do not vary, which gives no scale; measure it on thin slices that differ from their start")
         self.residual_scale.copy_((count / total).sqrt().view(1, -1, 1, 1, 1))
@@ -206,7 +206,7 @@ class SliceDiffusion(nn.Module):
 
     def loss(self, thin: torch.Tensor, thick: torch.Tensor, thick_axis, thin_axis, profile, mask: torch.Tensor | None = None, generator: torch.Generator | None = None) -> tuple[torch.Tensor, dict[str, float]]:
         "Mean loss of thin slices (B, D, H, W), HU, where `mask` (B, D) is True, and its parts. `generator` (CPU) draws steps, noise and what is dropped."
-        with torch.no_grad(): places, start, latent, condition = self._start(thick, thick_axis, thin_axis, profile)
+        with torch.no_grad(): places, start, latent, condition = self.conditioned(thick, thick_axis, thin_axis, profile)
         if start.shape != thin.shape: raise ValueError(f"thin: the axes describe {tuple(start.shape)}, got {tuple(thin.shape)}")
         z0 = self.residual(thin, latent)
         condition, _ = self.diffusion.drop(condition, generator)
@@ -240,7 +240,7 @@ class SliceDiffusion(nn.Module):
         on_step: Callable | None = None,  # is told (steps done, the residual as it looks now)
     ) -> torch.Tensor:
         "A draw (B, D, H, W), HU; the same generator state gives the same draw. ValueError for shapes that do not fit, a wrong step count or NaN."
-        places, start, latent, condition = self._start(thick, thick_axis, thin_axis, profile)
+        places, start, latent, condition = self.conditioned(thick, thick_axis, thin_axis, profile)
         told = lambda given: lambda z, time: self.network(torch.cat([z, given], 1), places, time)
         z0 = self.diffusion.sample(told(condition), tuple(latent.shape), steps, sampler, guidance, told(torch.zeros_like(condition)), generator=generator, device=thick.device, on_step=on_step)
         out = self.thin_from(z0, start, latent)

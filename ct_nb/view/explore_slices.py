@@ -258,7 +258,7 @@ class SliceExplorer(VBox):
         rows = {name: self.work.figures(answer, self.truth) for name, answer in answers.items()}
         body = "".join(f"<tr><td>{'<b>' * (name == self.answer.value)}{html.escape(name)}{'</b>' * (name == self.answer.value)}</td><td>{found['error_hu']:.1f}</td><td>{found['edge']:.2f}</td><td>{found['reaveraged_hu']:.1f}</td></tr>" for name, found in rows.items())
         says = " ".join([self.networks.says, *(f"Beware: {note}." for note in self.networks.notes(self.work))])
-        self.table.value = ("<style>.ct-nb-figures td, .ct-nb-figures th { padding: 0 12px 0 0; text-align: left; } .ct-nb-figures { font: 12px system-ui, sans-serif; line-height: 1.5; }</style><table class='ct-nb-figures'><tr><th>in this cut</th>"
+        self.table.value = ("<style>.ct-nb-figures td, .ct-nb-figures th { padding: 0 12px 0 0; text-align: left; } .ct-nb-figures td { white-space: nowrap; } .ct-nb-figures { font: 12px system-ui, sans-serif; line-height: 1.5; }</style><table class='ct-nb-figures'><tr><th>in this cut</th>"
             "<th>mean error, HU</th><th>steepest edges along z (truth: 1)</th><th>averaged again, off by at most, HU</th></tr>" + body + f"</table><div style='line-height:1.4;margin-top:6px'>{color_scale(-DIFFERENCE_HU, DIFFERENCE_HU, 'berlin', 'difference, HU')}<br>{marked_up(says)}</div>")
 
     def point(self, column: float, z_mm: float) -> None:

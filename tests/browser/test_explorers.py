@@ -65,8 +65,9 @@ def test_reconstruction(reader):
     notebook.save("explore_reconstruction")
     check_change(notebook, "CT", lambda: notebook.slider("slice").press("PageUp"))
     check_change(notebook, "CT", lambda: notebook.page.get_by_role("button", name="coronal").click())
-    other = notebook.menu("X-rays of").locator("option").first.inner_text()
-    check_change(notebook, "view 0 projected", lambda: notebook.menu("X-rays of").select_option(label=other))
+    check_change(notebook, "minimum norm", press(notebook, "CT", 0.6, 0.4), new_pixels=False)  # the place is marked in all
+    notebook.menu("X-rays of").select_option(label="CT")  # whose X-rays are those of the floors to less than a grey level
+    notebook.page.locator('[data-ct-nb="view 0 projected"] .ct-nb-title').get_by_text("of CT", exact=True).wait_for()
     check_change(notebook, "CT", lambda: notebook.menu("window").select_option(label="lung"))
 
 
