@@ -69,7 +69,7 @@ def table(measured: dict) -> str:
                ("C", "a refiner that sharpens a coarse CT", "papermill nbs/train_refinement.ipynb runs/train_refinement.ipynb", "refinement"), ("D", "a diffusion cascade: several CTs that explain the X-rays", "papermill nbs/train_cascade.ipynb runs/train_cascade.ipynb -p coarse runs/drr2ct", "cascade"),
                ("E", "thin slices from thick ones", "papermill nbs/train_slices.ipynb runs/train_slices.ipynb -p data THIN_CTS -p out runs/slices_real", "slices")]
     lines = ["| | system | command | measured, preset `cpu` | more |", "|---|---|---|---|---|"]
-    lines += [f"| **{letter}** | {what} | `{command}` | {figures or 'not yet'} | [papers/{page}.md](papers/{page}.md) |" for (letter, what, command, page), figures in zip(systems, said)]
+    lines += [f"| **{letter}** | {what} | `{command}` | {figures or 'not yet'} | `papers/{page}.md` |" for (letter, what, command, page), figures in zip(systems, said)]
     return "\n".join(lines)
 
 

@@ -168,6 +168,9 @@ class ApiTables(Processor):
                         cells.append(mk_cell(api(reduce(getattr, name.split("."), module), name), "markdown"))
                 cell.source = f'#| code-fold: true\n#| code-summary: "Source"\n{cell.source}'
             cells.append(cell)
+        blocks = {part for cell in cells if cell.cell_type == "markdown" for part in re.findall(r"^### .* \{#(api-[^}]+)\}$", cell.source, flags=re.M)}
+        for cell in cells:  # what has a block of its own is no anchor in its class's table but a link
+            if cell.cell_type == "markdown": cell.source = re.sub(r"(?<=\])\{#(api-[^}]+)\}", lambda found: f"(#{found[1]})" if found[1] in blocks else found[0], cell.source)
         self.nb.cells = cells
 
 
