@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RegionSaid', 'region_sayings', 'reasoning', 'all_texts', 'ScanLanguageConfig', 'make_tower', 'ScanLanguage',
-           'draw_regions', 'label_regions', 'place_prompts', 'draw_claims']
+           'draw_regions', 'step_scope', 'label_regions', 'place_prompts', 'region_claims', 'scan_prompts',
+           'scan_claims', 'claim_loss']
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-002
 import functools
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.reports import Report, find_places, is_normal
-from .alignment import Alignment, Pairs, Steps, inside_regions, text_keys
+from ..data.reports import Report, Step, find_places, is_normal
+from .alignment import Alignment, Pairs, Steps, inside_regions, mean_over_all, text_keys
 from ..nets.cot import CoTDecoder, RegionSegmentation, claims, generate, label_shares, segmentation_loss
 from ..nets.ct_encoder import CTEncoder, CTEncoderConfig, Encoding
 from ..nets.regions import patch_overlaps
@@ -71,7 +72,6 @@ class ScanLanguageConfig(Settings):
     hidden_maps: float = 0.25  # share of the scans of a batch whose map is hidden
     region_texts: int = 8  # of a scan in a step of training
     step_texts: int = 5
-    claim_texts: int = 8  # findings of a scan that are asked for, there or not, in a step of training
     written_share: float = 0.5  # of the scans of a batch whose reasoning is written
     anchor_weight: float = 0.3
     claim_weight: float = 1.0
@@ -80,7 +80,7 @@ class ScanLanguageConfig(Settings):
 
     def __post_init__(self):
         if not 0 <= self.hidden_maps <= 1: raise ValueError(f"hidden_maps: must be a share, 0 to 1, got {self.hidden_maps}")
-        if min(self.region_texts, self.step_texts, self.claim_texts) < 1: raise ValueError(f"region_texts, step_texts, claim_texts: must be at least 1, got {self.region_texts}, {self.step_texts} and {self.claim_texts}")
+        if min(self.region_texts, self.step_texts) < 1: raise ValueError(f"region_texts, step_texts: must be at least 1, got {self.region_texts} and {self.step_texts}")
 
 def make_tower(config: ScanLanguageConfig) -> TextTower:
     "The text tower that a configuration names; all but the tiny one frozen."
@@ -127,6 +127,10 @@ def draw_regions(report: Report, present: torch.Tensor, count: int, draw: torch.
         chosen.append((s.region, s.text if whole < 0.5 else s.sentences[int(which * len(s.sentences))], str(s.region)))
     return chosen
 
+def step_scope(step: Step, report: Report, case: str) -> str:
+    "The scope of a step's normality. Of the whole scan's steps that find nothing, those of a scan where something is found stand for that scan alone: *no mass* beside a nodule is no normal chest."
+    return f"regions {sorted(step.regions)}" if step.regions else "the chest" if is_normal(report.impression) else case
+
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-013
 _LUNG_WORDS = ("nodule", "mass", "granuloma", "opacity", "sequela")
 
@@ -144,24 +148,27 @@ def place_prompts(name: str, region: int) -> tuple[str, str]:
 @functools.lru_cache(maxsize=65536)
 def _claimed(text: str, names: tuple[str, ...]) -> tuple[tuple[str, bool], ...]: return tuple(claims(text, names).items())
 
-def draw_claims(report: Report, present: torch.Tensor, count: int, draw: torch.Generator) -> list[tuple[int, str, bool]]:
-    "(region, finding, whether the report says that it is there) of up to `count` findings by chance, up to half of them there; of regions that are `present` (R,) bool."
-    names, known = list(report.labels), []
-    for s in region_sayings(report):
-        here = tuple(name for name in names if s.region in label_regions(name))
-        if here and present[s.region - 1]: known += [(s.region, name, state) for name, state in _claimed(s.text, here)]
-    known = [known[i] for i in torch.randperm(len(known), generator=draw).tolist()]
-    there = [claim for claim in known if claim[2]][:count // 2]
-    return there + [claim for claim in known if not claim[2]][:count - len(there)]
+def region_claims(report: Report) -> list[tuple[int, str, bool]]:
+    "(region, finding, whether the report says that it is there) of every finding that could be in a region of which the report speaks."
+    names, said = list(report.labels), []
+    for s in region_sayings(report): said += [(s.region, name, state) for name, state in _claimed(s.text, tuple(name for name in names if s.region in label_regions(name)))]
+    return said
 
-@patch
-def _claim_loss(self: ScanLanguage, seen: Encoding, asked: list[tuple[int, int, str, bool]], features: torch.Tensor) -> torch.Tensor:
-    "`asked` rows of (scan, region, finding, there); features (2·rows, width) of the sentences yes, no, yes, no, …"
-    case, region = (torch.tensor([row[k] for row in asked], device=self.device) for k in (0, 1))
-    sign = torch.tensor([1.0 if row[3] else -1.0 for row in asked], device=self.device)
-    yes, no = F.normalize(self.alignment.text_heads["region"](features), dim=-1).unflatten(0, (-1, 2)).unbind(1)
-    image = F.normalize(seen.region_embeddings[case, region - 1].float(), dim=-1)
-    return F.softplus(-sign * self.alignment.temperatures["region"]() * (image * (yes - no)).sum(-1)).mean()
+def scan_prompts(names) -> tuple[list[str], list[str]]:
+    "That findings are there, and that they are not, as a report would say it."
+    return [f"{name.capitalize()}." for name in names], [f"No {name.lower()}." for name in names]
+
+def scan_claims(claims: list[tuple[int, str, bool]]) -> list[tuple[str, bool]]:
+    "(finding, whether it is anywhere) of the claims about regions."
+    return [(name, any(there for _, other, there in claims if other == name)) for name in dict.fromkeys(name for _, name, _ in claims)]
+
+def claim_loss(image: torch.Tensor, text: torch.Tensor, there: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
+    "Images (n, E) asked whether what `there` (n,) bool says is so; `text` (2·n, E) of the sentences yes, no, yes, no, … Mean loss, nats, of all processes; what is there and what is not count half each."
+    text = F.normalize(text, dim=-1)
+    yes, no = text[0::2], text[1::2]
+    loss = F.softplus(torch.where(there, -1.0, 1.0) * factor * (F.normalize(image, dim=-1) * (yes - no)).sum(-1))
+    return (mean_over_all(loss, there) + mean_over_all(loss, ~there)) / 2
+
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-014
 @patch
@@ -179,23 +186,26 @@ def forward(self: ScanLanguage, batch: dict, draw: torch.Generator) -> tuple[tor
     steps = [(b, r.steps[i]) for b, r in enumerate(reports) for i in sorted(torch.randperm(len(r.steps), generator=draw).tolist()[:c.step_texts]) if r.steps[i].text.strip()]
     texts = [t for _, t in whole] + [t for _, _, t, _ in parts] + [s.text for _, s in steps]
     if not texts: raise ValueError(f"report: none of {', '.join(batch['id'])} has a text; leave such scans out")
-    asked = [(b, *claim) for b, r in enumerate(reports) for claim in draw_claims(r, present[b], c.claim_texts, draw)]
-    prompts = [prompt for _, region, name, _ in asked for prompt in place_prompts(name, region)]
-    features = self.read(texts + prompts).float().split([len(whole), len(parts), len(steps), len(prompts)])
+    claimed = [region_claims(r) for r in reports]
+    asked = [(b, *claim) for b, here in enumerate(claimed) for claim in here if present[b, claim[0] - 1]]
+    anywhere = [(b, *claim) for b, here in enumerate(claimed) for claim in scan_claims(here)]
+    prompts = [[prompt for _, region, name, _ in asked for prompt in place_prompts(name, region)], [prompt for pair in zip(*scan_prompts([name for _, name, _ in anywhere])) for prompt in pair]]
+    features = self.read(texts + prompts[0] + prompts[1]).float().split([len(whole), len(parts), len(steps), *map(len, prompts)])
     number = lambda rows: torch.tensor([row[0] for row in rows], dtype=torch.long, device=self.device)
     overall = Pairs(seen.global_embedding[number(whole)].float(), features[0], text_keys([t for _, t in whole]))
     place = torch.tensor([n for _, n, _, _ in parts], dtype=torch.long, device=self.device) - 1
     regional = Pairs(seen.region_embeddings[number(parts), place].float(), features[1], text_keys([t for _, _, t, _ in parts], [s for *_, s in parts]))
     case = number(steps)
-    stepwise = Steps(features[2], case, seen.step_embeddings.float(), inside_regions(overlap[..., :-1], [s.regions for _, s in steps], case), text_keys([s.text for _, s in steps]))
+    stepwise = Steps(features[2], case, seen.step_embeddings.float(), inside_regions(overlap[..., :-1], [s.regions for _, s in steps], case), text_keys([s.text for _, s in steps], [step_scope(s, reports[b], batch["id"][b]) for b, s in steps]))
     with torch.autocast(self.device.type, enabled=False): loss, losses = self.alignment(overall, regional, stepwise)  # cosines times up to 100 want their digits
-    losses["claim"] = self._claim_loss(seen, asked, features[3]) if asked else 0 * seen.region_embeddings.sum()
+    for name, level, rows, image, text in (("claim", "region", asked, seen.region_embeddings[number(asked), torch.tensor([row[1] for row in asked], dtype=torch.long) - 1], features[3]), ("claim of scan", "global", anywhere, seen.global_embedding[number(anywhere)], features[4])):
+        losses[name] = claim_loss(image.float(), self.alignment.text_heads[level](text), torch.tensor([row[-1] for row in rows], dtype=torch.bool, device=self.device), self.alignment.temperatures[level]())
     blind = (hidden & known).nonzero()[:, 0].to(self.device)
     drawn = self.map(seen.pyramid[0][blind] if len(blind) else seen.pyramid[0])
     losses["map"] = segmentation_loss(drawn, label_shares(batch["regions"][blind], e.patch, c.refine, e.num_regions + 1)) if len(blind) else 0 * drawn.sum()  # every process must have every part
     writes = [(b, text) for b, (r, chance) in enumerate(zip(reports, torch.rand(len(reports), generator=draw).tolist())) if chance < c.written_share and (text := reasoning(r)).strip()]
     losses["words"] = self.writer.loss([t for _, t in writes], seen.tokens[number(writes)]) if writes else 0 * seen.tokens.sum()
-    loss = loss + c.claim_weight * losses["claim"] + c.map_weight * losses["map"] + c.words_weight * losses["words"]
+    loss = loss + c.claim_weight * (losses["claim"] + losses["claim of scan"]) + c.map_weight * losses["map"] + c.words_weight * losses["words"]
     return loss, {"steps" if name == "step" else name: float(value.detach()) for name, value in losses.items()}  # the trainer counts its own `step`
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-022

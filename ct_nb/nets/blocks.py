@@ -21,7 +21,8 @@ def keep_variance(network: nn.Module) -> nn.Module:
         if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d, nn.Linear)):
             transposed = isinstance(layer, nn.ConvTranspose3d)  # stride = kernel: every output has one tap
             fan_in = layer.weight.shape[0] if transposed else layer.weight[0].numel()
-            nn.init.normal_(layer.weight, std=fan_in ** -0.5), nn.init.zeros_(layer.bias)
+            nn.init.normal_(layer.weight, std=fan_in ** -0.5)
+            if layer.bias is not None: nn.init.zeros_(layer.bias)
     return network
 
 # %% ../../nbs/nets/00_blocks.ipynb #cell-012

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import keep_variance
+from .blocks import ResidualBlock, channels_inner, keep_variance
 from .regions import FORMS, RegionAttention, RegionPooling, patch_overlaps
 from .slice_attention import SliceAttention
 from .vae import ChannelNorm
@@ -107,8 +107,9 @@ def patch_embedding(patch: tuple[int, int, int], embed_dim: int, stem: int = 0) 
     left, now, layers = list(patch), 1, []
     while stem and max(left) > 2 and any(n % 2 == 0 and 2 * n > max(left) for n in left):
         stride = tuple(2 if n % 2 == 0 and 2 * n > max(left) else 1 for n in left)
-        layers += [nn.Conv3d(now, stem, 3, stride, padding=1), ChannelNorm(stem), nn.GELU()]
+        layers += [nn.Conv3d(now, stem, 3, stride, padding=1), ResidualBlock(3, stem)]
         left, now, stem = [n // s for n, s in zip(left, stride)], stem, 2 * stem
+    if layers: layers.append(ChannelNorm(now))
     return nn.Sequential(*layers, nn.Conv3d(now, embed_dim, tuple(left), stride=tuple(left)))
 
 # %% ../../nbs/nets/12b_ct_encoder.ipynb #cell-014
@@ -216,7 +217,7 @@ class CTEncoder(nn.Module):
         c = self.config
         self._check(hu, regions)
         overlaps = self.overlaps(regions, hu.shape, hu.device)
-        x = self.positions(self.embed(self.window.to_network(hu)[:, None]))
+        x = self.positions(self.embed(channels_inner(self.window.to_network(hu)[:, None])))
         grid, x, layers = tuple(x.shape[2:]), x.flatten(2).mT, []
         for number, block in enumerate(self.blocks, 1):
             arguments = (x, grid[0], self.table, overlaps)

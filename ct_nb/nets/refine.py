@@ -29,8 +29,8 @@ class RefinerConfig(Settings):
     size: int = 64  # voxels a side
     window: str = "chest"  # of the coarse volume; the network's range of HU
     energy_kev: float = 60.0  # of the X-rays
-    channels: tuple[int, ...] = (8, 16, 32)  # at full size, half of it, a quarter, …
-    blocks: int = 1  # at each level on the way down, and again on the way up
+    channels: tuple[int, ...] = (8, 32, 64, 96)  # at full size, half of it, a quarter, …
+    blocks: int = 1  # at each level below full size on the way down, and again on the way up
     prior_features: int = 8  # of the X-rays, before they are lifted
     hidden: int = 32  # of the frequency attention
     limit_hu: float = 1000.0  # no voxel is changed by more
@@ -41,7 +41,7 @@ class RefinerConfig(Settings):
         object.__setattr__(self, "channels", tuple(self.channels))
         step = self.step
         if self.window not in WINDOWS: raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
-        if not self.channels or self.blocks < 1: raise ValueError(f"channels, blocks: need at least one each, got {self.channels} and {self.blocks}")
+        if len(self.channels) < 2 or self.blocks < 1: raise ValueError(f"channels, blocks: need at least two and one, got {self.channels} and {self.blocks}")
         if self.size % step: raise ValueError(f"size: must be a multiple of {step} with {len(self.channels)} channels, got {self.size}")
         if not self.limit_hu > 0: raise ValueError(f"limit_hu: must be positive, got {self.limit_hu}")
         if self.patch is not None:
@@ -60,9 +60,9 @@ class RefinerConfig(Settings):
     def preset(cls, name: str, size: int | None = None) -> "RefinerConfig":
         "smoke (16³, seconds), cpu (64³ on two cores), gpu (one card) or paper (5 million parameters); above 64³ in patches of 64³."
         presets = {"smoke": dict(size=16, channels=(6, 12), prior_features=4, hidden=16),
-                   "cpu": dict(channels=(8, 16, 32), prior_features=8),
-                   "gpu": dict(channels=(24, 48, 96), blocks=2, prior_features=16),
-                   "paper": dict(channels=(32, 64, 128), blocks=2, prior_features=32, hidden=64)}
+                   "cpu": dict(channels=(8, 32, 64, 96), prior_features=8),
+                   "gpu": dict(channels=(16, 48, 96, 128), prior_features=16),
+                   "paper": dict(channels=(32, 64, 112, 160), prior_features=32, hidden=64)}
         if name not in presets: raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
         size = size or presets[name].get("size", 64)
         return cls(**{**presets[name], "size": size, "patch": 64 if size > 64 else None})
@@ -89,10 +89,10 @@ class Refiner(nn.Module):
     def __init__(self, config: RefinerConfig):
         super().__init__()
         self.config = c = config
-        widths, row = c.channels, lambda width: nn.Sequential(*(LocalBlock(width) for _ in range(c.blocks)))
+        widths, row = c.channels, lambda width: nn.Sequential(*(LocalBlock(width) for _ in range(c.blocks)))  # none at full size, where they would cost most and see least
         self.enter, self.norm, self.last = nn.Conv3d(SEEN_CHANNELS, widths[0], 3, padding=1), ChannelNorm(widths[0]), nn.Conv3d(widths[0], 2, 3, padding=1)
         self.down = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
-        self.sinking, self.rising = (nn.ModuleList(row(width) for width in widths) for _ in range(2))
+        self.sinking, self.rising = (nn.ModuleList(row(width) for width in widths[1:]) for _ in range(2))
         self.up = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in zip(widths, widths[1:]))
         keep_variance(self)
         for block in self.modules():
@@ -136,11 +136,10 @@ class Refiner(nn.Module):
         "What is added, HU (B, 1, n, n, n), for what is seen of a volume or a patch, (B, 19, n, n, n)."
         x = self.sharpen[0](self.enter(channels_inner(seen)))
         ways = []
-        for level, block in enumerate(self.sinking):
-            x = block(x if level == 0 else self.down[level - 1](x))
+        for down, block in zip(self.down, self.sinking):
             ways.append(x)
-        x = self.rising[-1](ways.pop())
-        for block, up in zip(reversed(self.rising[:-1]), reversed(self.up)): x = block(ways.pop() + F.interpolate(up(x), scale_factor=2))
+            x = block(down(x))
+        for up, block in zip(reversed(self.up), reversed(self.rising)): x = ways.pop() + F.interpolate(up(block(x)), scale_factor=2)
         value, gate = (self.last(self.norm(self.sharpen[1](x))).float() * self.last.weight[0].numel() ** -0.5).chunk(2, 1)
         return self.config.limit_hu * torch.sigmoid(gate) * torch.tanh(value)
 
