@@ -107,9 +107,9 @@ def patch_embedding(patch: tuple[int, int, int], embed_dim: int, stem: int = 0) 
     left, now, layers = list(patch), 1, []
     while stem and max(left) > 2 and any(n % 2 == 0 and 2 * n > max(left) for n in left):
         stride = tuple(2 if n % 2 == 0 and 2 * n > max(left) else 1 for n in left)
-        layers += [nn.Conv3d(now, stem, 3, stride, padding=1), ResidualBlock(3, stem)]
+        layers += [nn.Conv3d(now, stem, 3, stride, padding=1), ChannelNorm(stem), nn.GELU()]
         left, now, stem = [n // s for n, s in zip(left, stride)], stem, 2 * stem
-    if layers: layers.append(ChannelNorm(now))
+    if layers: layers += [ResidualBlock(3, now), ChannelNorm(now)]
     return nn.Sequential(*layers, nn.Conv3d(now, embed_dim, tuple(left), stride=tuple(left)))
 
 # %% ../../nbs/nets/12b_ct_encoder.ipynb #cell-014
