@@ -8,9 +8,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import multiprocessing
 
-from ct_nb.learn import alignment
-from ct_nb.learn.alignment import (Alignment, Keys, Pairs, StepAttention, Steps, Temperature, anchor_loss, cached_backward, info_nce, inside_regions, row_losses, same,
+from ct_nb.learn import gradient_caching
+from ct_nb.learn.alignment import (Alignment, Keys, Pairs, StepAttention, Steps, Temperature, anchor_loss, info_nce, inside_regions, row_losses, same,
                                    step_nce, text_keys)
+from ct_nb.learn.gradient_caching import cached_backward
 
 
 def random(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -235,7 +236,7 @@ def test_caching_needs_the_generators_states(monkeypatch):
     for keep in (True, False):
         model = tower()
         torch.manual_seed(8)
-        if not keep: monkeypatch.setattr(alignment, "random_states", lambda: [torch.Generator().manual_seed(99).get_state()])
+        if not keep: monkeypatch.setattr(gradient_caching, "random_states", lambda: [torch.Generator().manual_seed(99).get_state()])
         cached_backward(lambda rows: {"image": model(data[rows])}, [slice(0, 6), slice(6, 12)], lambda f: info_nce(f["image"], texts, 10.0))
         gradients.append(model[0].weight.grad)
     assert (gradients[0] - gradients[1]).abs().max() > 1e-4

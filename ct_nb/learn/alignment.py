@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'row_losses', 'Keys', 'text_keys', 'same', 'Temperature', 'processes', 'row_counts', 'gather_rows',
            'gather_keys', 'mean_over_all', 'info_nce', 'StepAttention', 'step_nce', 'inside_regions', 'anchor_loss',
-           'Pairs', 'Steps', 'Alignment', 'random_states', 'cached_backward']
+           'Pairs', 'Steps', 'Alignment']
 
 # %% ../../nbs/learn/14_alignment.ipynb #cell-002
 import hashlib
@@ -236,30 +236,3 @@ class Alignment(nn.Module):
             parts["anchor"] = anchor_loss(self.steps.attention(steps.text, steps.patches, steps.case), steps.inside)
         if not parts: raise ValueError("alignment: no level was passed; give overall, regions or steps")
         return sum(self.weights[level] * part for level, part in parts.items()), parts
-
-# %% ../../nbs/learn/14_alignment.ipynb #cell-037
-def random_states() -> list[torch.Tensor]:
-    "States of the CPU's and of every GPU's generator."
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-def cached_backward(
-    encode: Callable,  # chunk -> dict of tensors, with one row for each thing in the chunk
-    chunks: list,
-    loss: Callable,  # dict of the rows of all chunks, joined -> scalar
-) -> torch.Tensor:
-    "Adds to the gradients what `loss({…}).backward()` of all chunks at once would, and returns the loss. Under several processes, without DDP's own synchronisation: average the gradients afterwards."
-    if not chunks: raise ValueError("chunks: there is nothing to encode, got none")
-    states, leaves = [], []
-    for chunk in chunks:
-        states.append(random_states())
-        with torch.no_grad(): leaves.append({k: v.detach().requires_grad_(v.is_floating_point()) for k, v in encode(chunk).items()})
-    value = loss({k: torch.cat([leaf[k] for leaf in leaves]) for k in leaves[0]})
-    value.backward()
-    for chunk, state, leaf in zip(chunks, states, leaves):
-        with torch.random.fork_rng():
-            torch.set_rng_state(state[0])
-            if len(state) > 1: torch.cuda.set_rng_state_all(state[1:])
-            again = encode(chunk)
-        moved = [k for k, v in leaf.items() if v.grad is not None and again[k].requires_grad]
-        torch.autograd.backward([again[k] for k in moved], [leaf[k].grad for k in moved])
-    return value.detach()

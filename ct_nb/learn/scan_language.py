@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RegionSaid', 'region_sayings', 'reasoning', 'all_texts', 'ScanLanguageConfig', 'make_tower', 'ScanLanguage',
            'draw_regions', 'step_scope', 'label_regions', 'place_prompts', 'region_claims', 'scan_prompts',
-           'scan_claims', 'claim_loss']
+           'scan_claims', 'claim_loss', 'text_losses']
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-002
 import functools
@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.pairs import stream
 from ..data.reports import Report, Step, find_places, is_normal
-from .alignment import Alignment, Pairs, Steps, inside_regions, mean_over_all, text_keys
+from .alignment import Alignment, Keys, Pairs, Steps, inside_regions, mean_over_all, text_keys
 from ..nets.cot import CoTDecoder, RegionSegmentation, claims, generate, label_shares, segmentation_loss
 from ..nets.ct_encoder import CTEncoder, CTEncoderConfig, Encoding
 from ..nets.regions import patch_overlaps
@@ -163,50 +164,88 @@ def scan_claims(claims: list[tuple[int, str, bool]]) -> list[tuple[str, bool]]:
     return [(name, any(there for _, other, there in claims if other == name)) for name in dict.fromkeys(name for _, name, _ in claims)]
 
 def claim_loss(image: torch.Tensor, text: torch.Tensor, there: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
-    "Images (n, E) asked whether what `there` (n,) bool says is so; `text` (2·n, E) of the sentences yes, no, yes, no, … Mean loss, nats, of all processes; what is there and what is not count half each."
-    text = F.normalize(text, dim=-1)
-    yes, no = text[0::2], text[1::2]
+    "Images (n, E) beside the sentences yes and no, `text` (n, 2, E); `there` (n,) bool says which is true. Mean loss, nats, over all processes; what is there and what is not count half each."
+    yes, no = F.normalize(text, dim=-1).unbind(1)
     loss = F.softplus(torch.where(there, -1.0, 1.0) * factor * (F.normalize(image, dim=-1) * (yes - no)).sum(-1))
     return (mean_over_all(loss, there) + mean_over_all(loss, ~there)) / 2
 
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-014
+def text_losses(writer: CoTDecoder, texts, patches: torch.Tensor) -> torch.Tensor:
+    "(n,) mean −log p of a token, nats, of each of n texts about patches (n, N, width)."
+    numbers = writer.encode(texts)
+    loss = F.cross_entropy(writer(numbers[:, :-1], patches).float().mT, numbers[:, 1:], ignore_index=0, reduction="none")
+    return loss.sum(1) / (numbers[:, 1:] > 0).sum(1)
+
 @patch
-def forward(self: ScanLanguage, batch: dict, draw: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-    "The loss of a batch of `collate_scans` and its parts, nats (the map's with 1 − Dice). `draw`, on the CPU, decides what is hidden and which texts are read."
-    c, e, reports = self.config, self.config.encoder, batch["report"]
+def encode(self: ScanLanguage, batch: dict, seed) -> dict[str, torch.Tensor]:
+    "Everything of a batch of `collate_scans` that its loss is made of, in rows: what one scan adds depends on no other scan, so the rows of pieces of a batch, joined, are the batch's. `seed`, anything that `stream` takes, decides with the scan's name what is hidden and which texts are read."
+    c, e, reports, names = self.config, self.config.encoder, batch["report"], batch["id"]
+    draws = [stream("language", seed, name) for name in names]
     known = (batch["regions"] != e.body).flatten(1).any(1).cpu()
-    hidden = torch.rand(len(reports), generator=draw) < c.hidden_maps
+    hidden = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < c.hidden_maps
     maps = torch.where((hidden | ~known).to(batch["hu"].device)[:, None, None, None], e.body, batch["regions"])
     seen: Encoding = self.encoder(batch["hu"], maps)
     present = seen.present.cpu() & known[:, None] & ~hidden[:, None]
-    overlap = patch_overlaps(batch["regions"], e.patch, e.num_regions + 2)
     whole = [(b, r.impression) for b, r in enumerate(reports) if r.impression.strip()]
-    parts = [(b, *chosen) for b, r in enumerate(reports) for chosen in draw_regions(r, present[b], c.region_texts, draw)]
-    steps = [(b, r.steps[i]) for b, r in enumerate(reports) for i in sorted(torch.randperm(len(r.steps), generator=draw).tolist()[:c.step_texts]) if r.steps[i].text.strip()]
-    texts = [t for _, t in whole] + [t for _, _, t, _ in parts] + [s.text for _, s in steps]
-    if not texts: raise ValueError(f"report: none of {', '.join(batch['id'])} has a text; leave such scans out")
-    claimed = [region_claims(r) for r in reports]
-    asked = [(b, *claim) for b, here in enumerate(claimed) for claim in here if present[b, claim[0] - 1]]
-    anywhere = [(b, *claim) for b, here in enumerate(claimed) for claim in scan_claims(here)]
+    parts = [(b, *chosen) for b, r in enumerate(reports) for chosen in draw_regions(r, present[b], c.region_texts, draws[b])]
+    steps = [(b, r.steps[i]) for b, r in enumerate(reports) for i in sorted(torch.randperm(len(r.steps), generator=draws[b]).tolist()[:c.step_texts]) if r.steps[i].text.strip()]
+    written = [(b, reasoning(r)) for b, r in enumerate(reports) if torch.rand(1, generator=draws[b]) < c.written_share and reasoning(r).strip()]
+    said = [region_claims(r) for r in reports]
+    asked = [(b, *claim) for b, here in enumerate(said) for claim in here if present[b, claim[0] - 1]]
+    anywhere = [(b, *claim) for b, here in enumerate(said) for claim in scan_claims(here)]
     prompts = [[prompt for _, region, name, _ in asked for prompt in place_prompts(name, region)], [prompt for pair in zip(*scan_prompts([name for _, name, _ in anywhere])) for prompt in pair]]
-    features = self.read(texts + prompts[0] + prompts[1]).float().split([len(whole), len(parts), len(steps), *map(len, prompts)])
-    number = lambda rows: torch.tensor([row[0] for row in rows], dtype=torch.long, device=self.device)
-    overall = Pairs(seen.global_embedding[number(whole)].float(), features[0], text_keys([t for _, t in whole]))
-    place = torch.tensor([n for _, n, _, _ in parts], dtype=torch.long, device=self.device) - 1
-    regional = Pairs(seen.region_embeddings[number(parts), place].float(), features[1], text_keys([t for _, _, t, _ in parts], [s for *_, s in parts]))
-    case = number(steps)
-    stepwise = Steps(features[2], case, seen.step_embeddings.float(), inside_regions(overlap[..., :-1], [s.regions for _, s in steps], case), text_keys([s.text for _, s in steps], [step_scope(s, reports[b], batch["id"][b]) for b, s in steps]))
-    with torch.autocast(self.device.type, enabled=False): loss, losses = self.alignment(overall, regional, stepwise)  # cosines times up to 100 want their digits
-    for name, level, rows, image, text in (("claim", "region", asked, seen.region_embeddings[number(asked), torch.tensor([row[1] for row in asked], dtype=torch.long) - 1], features[3]), ("claim of scan", "global", anywhere, seen.global_embedding[number(anywhere)], features[4])):
-        losses[name] = claim_loss(image.float(), self.alignment.text_heads[level](text), torch.tensor([row[-1] for row in rows], dtype=torch.bool, device=self.device), self.alignment.temperatures[level]())
-    blind = (hidden & known).nonzero()[:, 0].to(self.device)
-    drawn = self.map(seen.pyramid[0][blind] if len(blind) else seen.pyramid[0])
-    losses["map"] = segmentation_loss(drawn, label_shares(batch["regions"][blind], e.patch, c.refine, e.num_regions + 1)) if len(blind) else 0 * drawn.sum()  # every process must have every part
-    writes = [(b, text) for b, (r, chance) in enumerate(zip(reports, torch.rand(len(reports), generator=draw).tolist())) if chance < c.written_share and (text := reasoning(r)).strip()]
-    losses["words"] = self.writer.loss([t for _, t in writes], seen.tokens[number(writes)]) if writes else 0 * seen.tokens.sum()
+    texts = [[t for _, t in whole], [t for _, _, t, _ in parts], [s.text for _, s in steps], *prompts]
+    if not any(texts): raise ValueError(f"report: none of {', '.join(names)} has a text; leave such scans out")
+    words = self.read([t for group in texts for t in group]).float().split([len(group) for group in texts])
+    number = lambda rows, k=0: torch.tensor([row[k] for row in rows], dtype=torch.long, device=self.device)
+    there = lambda rows: torch.tensor([row[-1] for row in rows], dtype=torch.bool, device=self.device)
+    keyed = lambda keys: {"same": keys.text.to(self.device), "normal": keys.normal.to(self.device)}
+    step_keys = text_keys(texts[2], [step_scope(s, reports[b], names[b]) for b, s in steps])
+    levels = {
+        "global": {"image": seen.global_embedding[number(whole)].float(), "text": words[0], **keyed(text_keys(texts[0]))},
+        "region": {"image": seen.region_embeddings[number(parts), number(parts, 1) - 1].float(), "text": words[1], **keyed(text_keys(texts[1], [scope for *_, scope in parts]))},
+        "step": {"patches": seen.step_embeddings.float(), "text": words[2], "case": batch["number"].to(self.device)[number(steps)], **keyed(step_keys),
+                 "inside": inside_regions(patch_overlaps(batch["regions"], e.patch, e.num_regions + 2)[..., :-1], [s.regions for _, s in steps], number(steps))},
+        "claim": {"image": seen.region_embeddings[number(asked), number(asked, 1) - 1].float(), "text": words[3].unflatten(0, (len(asked), 2)), "there": there(asked)},
+        "claim of scan": {"image": seen.global_embedding[number(anywhere)].float(), "text": words[4].unflatten(0, (len(anywhere), 2)), "there": there(anywhere)},
+        "map": self._map_rows(seen, batch["regions"], hidden & known), "words": self._word_rows(seen, written)}
+    return {f"{level}: {name}": value for level, values in levels.items() for name, value in values.items()}
+
+@patch
+def _map_rows(self: ScanLanguage, seen: Encoding, regions: torch.Tensor, blind: torch.Tensor) -> dict:
+    "The loss of the map of each scan, where its own was hidden."
+    c, e, drawn = self.config, self.config.encoder, self.map(seen.pyramid[0])
+    shares = label_shares(torch.where(blind.to(regions.device)[:, None, None, None], regions, 0), e.patch, c.refine, e.num_regions + 1)
+    return {"loss": torch.stack([segmentation_loss(*one) for one in zip(drawn.split(1), shares.split(1))]), "asked": blind.to(self.device)}
+
+@patch
+def _word_rows(self: ScanLanguage, seen: Encoding, written: list[tuple[int, str]]) -> dict:
+    "The loss of the words about each scan that is written about."
+    loss, asked = 0 * seen.tokens.float().sum((1, 2)), torch.zeros(len(seen.tokens), dtype=torch.bool, device=self.device)
+    if not written: return {"loss": loss, "asked": asked}
+    place = torch.tensor([b for b, _ in written], device=self.device)
+    return {"loss": loss.index_add(0, place, text_losses(self.writer, [t for _, t in written], seen.tokens[place])), "asked": asked.index_fill(0, place, True)}
+
+@patch
+def loss(self: ScanLanguage, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    "The loss of rows of `encode` and its parts, nats (the map's with 1 − Dice), over the scans of all processes."
+    c, of = self.config, lambda level: {name.removeprefix(f"{level}: "): value for name, value in rows.items() if name.startswith(f"{level}: ")}
+    pairs = [Pairs(here["image"], here["text"], Keys(here["same"], here["normal"])) for here in map(of, ("global", "region"))]
+    step = of("step")
+    with torch.autocast(self.device.type, enabled=False):  # cosines times up to 100 want their digits
+        loss, losses = self.alignment(*pairs, Steps(step["text"], step["case"], step["patches"], step["inside"], Keys(step["same"], step["normal"])))
+        for name, level in (("claim", "region"), ("claim of scan", "global")):
+            here = of(name)
+            losses[name] = claim_loss(here["image"], self.alignment.text_heads[level](here["text"]), here["there"], self.alignment.temperatures[level]())
+        for name in ("map", "words"): losses[name] = mean_over_all(rows[f"{name}: loss"], rows[f"{name}: asked"])
     loss = loss + c.claim_weight * (losses["claim"] + losses["claim of scan"]) + c.map_weight * losses["map"] + c.words_weight * losses["words"]
     return loss, {"steps" if name == "step" else name: float(value.detach()) for name, value in losses.items()}  # the trainer counts its own `step`
+
+@patch
+def forward(self: ScanLanguage, batch: dict, seed) -> tuple[torch.Tensor, dict[str, float]]:
+    "The loss of a batch of `collate_scans` and its parts; see `encode` and `loss`."
+    return self.loss(self.encode(batch, seed))
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-022
 @patch

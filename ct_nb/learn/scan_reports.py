@@ -180,8 +180,8 @@ def shifted(x: torch.Tensor, moves, outside: float) -> torch.Tensor:
     return x[tuple(slice(max(-move, 0), max(-move, 0) + n) for move, n in zip(moves, size))]
 
 def collate_scans(items: list[dict]) -> dict:
-    "Items as a batch: tensors stacked, all else in lists."
-    return {key: torch.stack([item[key] for item in items]) if isinstance(items[0][key], torch.Tensor) else [item[key] for item in items] for key in items[0]}
+    "Items as a batch: tensors stacked, all else in lists; `number` counts them."
+    return {"number": torch.arange(len(items))} | {key: torch.stack([item[key] for item in items]) if isinstance(items[0][key], torch.Tensor) else [item[key] for item in items] for key in items[0]}
 
 # %% ../../nbs/learn/14c_scan_reports.ipynb #cell-015
 class _Facts(Dataset):

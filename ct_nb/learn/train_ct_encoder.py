@@ -16,7 +16,6 @@ from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 
 from ..data.cache import DiskCache, default_cache_dir
-from ..data.pairs import stream
 from ..data.sources import CTSource
 from .checkpoints import load_weights, read_config, save_weights
 from .language_scores import LanguageScores, judge_language
@@ -114,8 +113,8 @@ def build(self: CTEncoderRun) -> ScanLanguage:
 def fit(self: CTEncoderRun, progress: bool = True) -> list[dict]:
     "Train, and save the weights with their configuration. Returns the history: one row for each logged step."
     self.build()
-    step = lambda model, batch, number: model(batch, stream("language", self.seed, number, *batch["id"]))  # every piece of a batch and every process its own
-    trainer = Trainer(self.model, step, self.training, self.settings.trainer, self.out, collate_scans)
+    step, encode, loss = (lambda model, batch, number: model(batch, (self.seed, number))), (lambda model, batch, number: model.encode(batch, (self.seed, number))), (lambda model, rows: model.loss(rows))
+    trainer = Trainer(self.model, step, self.training, self.settings.trainer, self.out, collate_scans, cached=(encode, loss))
     self.history = trainer.fit(self.resume, progress).rows
     self.model.eval()
     if self.is_main: save_weights(self.out, self.model, self.configuration())

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..files import atomic_write
 from .checkpoints import load_state, random_state, save_state, set_random_state
+from .gradient_caching import cached_backward
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-004
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Trainer:
         collate: Callable[[list], dict],  # cases -> batch: every entry has the cases along its first axis, `id` names them
         validate: Callable[[torch.nn.Module], dict] | None = None,  # figures of the averaged model
         lighten: Callable[[torch.nn.Module], str | None] | None = None,  # makes a network smaller when one case does not fit the memory, and says what it did; None: it can't
+        cached: tuple[Callable, Callable] | None = None,  # `step` in two, (model, batch, number) → rows and (model, rows) → (loss, figures), for losses in which cases meet: pieces of a batch then are one batch to the loss
     ):
         from accelerate import Accelerator, DistributedDataParallelKwargs
         # a network at a small size may have parts that no voxel reaches, and gradients of several processes must not wait for them
@@ -141,7 +143,7 @@ class Trainer:
         if config.batch_size % self.accelerator.num_processes:
             raise ValueError(f"batch_size {config.batch_size} cannot be shared by {self.accelerator.num_processes} processes; make it a multiple.")
         self.config, self.out, self.step, self.data, self.collate = config, Path(out), step, data, collate
-        self.validate, self.lighten = validate, lighten
+        self.validate, self.lighten, self.cached = validate, lighten, cached
         self.plain_model = model.to(self.accelerator.device)
         self.average = AveragedModel(self.plain_model, use_buffers=False)
         settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
@@ -194,6 +196,7 @@ def _accumulate(self: Trainer, batch: dict, number: int) -> tuple[float, dict]:
             self.optimizer.zero_grad(set_to_none=True)
             parts, total, figures = _pieces(batch, self.pieces), 0.0, {}
             size = sum(len(part["id"]) for part in parts)
+            if self.cached is not None and len(parts) > 1: return self._accumulate_cached([_to_device(part, self.accelerator.device) for part in parts], number)
             for place, part in enumerate(parts):
                 share = len(part["id"]) / size
                 last = place == len(parts) - 1
@@ -216,6 +219,24 @@ def _accumulate(self: Trainer, batch: dict, number: int) -> tuple[float, dict]:
             self.accelerator.print(f"out of memory: {change}")
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-023
+@patch
+def _accumulate_cached(self: Trainer, parts: list[dict], number: int) -> tuple[float, dict]:
+    "The same for a loss in which the cases of a batch meet, by gradient caching."
+    encode, loss, figures = *self.cached, {}
+    def whole(rows):
+        value, found = loss(self.plain_model, rows)
+        figures.update(found)
+        return value
+    with self.accelerator.autocast():
+        value = cached_backward(lambda part: encode(self.plain_model, part, number), parts, whole, self.accelerator.backward)
+    if self.accelerator.num_processes > 1:  # the model was called beside DDP, which has averaged nothing
+        for parameter in self.plain_model.parameters():
+            if parameter.grad is None: parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= self.accelerator.num_processes
+    return value.item(), figures
+
+# %% ../../nbs/learn/05_trainer.ipynb #cell-024
 @patch
 def fit(
     self: Trainer,
@@ -265,7 +286,7 @@ def fit(
     self.plain_model.eval()
     return history
 
-# %% ../../nbs/learn/05_trainer.ipynb #cell-024
+# %% ../../nbs/learn/05_trainer.ipynb #cell-025
 def _line(row: dict, steps: int) -> str:
     left = (steps - row["step"]) * row.get("seconds_per_step", 0.0)
     figures = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ("step", "learning_rate", "gradient_norm", "seconds_per_step"))
@@ -287,7 +308,7 @@ def _validate(self: Trainer, step: int, history: History, progress: bool) -> Non
         if progress: self.accelerator.print("validation  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     self.accelerator.wait_for_everyone()
 
-# %% ../../nbs/learn/05_trainer.ipynb #cell-025
+# %% ../../nbs/learn/05_trainer.ipynb #cell-026
 @patch
 def _stop_if_not_finite(self: Trainer, step: int, loss: float, norm: float, batch: dict) -> None:
     if math.isfinite(loss) and math.isfinite(norm): return
