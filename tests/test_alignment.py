@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import multiprocessing
 
-from ct_nb.learn import gradient_caching
+from ct_nb.learn import alignment, gradient_caching
 from ct_nb.learn.alignment import (Alignment, Keys, Pairs, StepAttention, Steps, Temperature, anchor_loss, info_nce, inside_regions, row_losses, same,
                                    step_nce, text_keys)
 from ct_nb.learn.gradient_caching import cached_backward

@@ -9,10 +9,12 @@ import torch
 
 from ct_nb.data.cache import DiskCache
 from ct_nb.data.reports import Report, Step
-from ct_nb.learn import train_ct_encoder
+from ct_nb.learn.alignment import same, text_keys
 from ct_nb.learn.checkpoints import WeightsError
-from ct_nb.learn.scan_language import ScanLanguage, ScanLanguageConfig, all_texts, draw_claims, draw_regions, label_regions, place_prompts, reasoning, region_sayings
+from ct_nb.learn.gradient_caching import cached_backward
+from ct_nb.learn.scan_language import ScanLanguage, ScanLanguageConfig, all_texts, claim_loss, draw_regions, label_regions, reasoning, region_claims, region_sayings, scan_claims, step_scope
 from ct_nb.learn.scan_reports import ScanReports, collate_scans, open_scans, phantom_cases, read_reports, shifted
+from ct_nb.learn.trainer import Trainer, TrainerConfig, _pieces
 from ct_nb.learn.train_ct_encoder import CT_ENCODER_PRESETS, CTEncoderRun, get_ct_encoder_preset, load_ct_encoder
 from ct_nb.nets.cot import claims
 from ct_nb.nets.ct_encoder import CTEncoderConfig
@@ -58,32 +60,39 @@ def test_a_phantoms_findings_are_the_steps_of_its_report(data):
     assert torch.equal(cube["regions"], torch.from_numpy(phantom(1, 32).regions))
 
 
-def test_claims_are_what_the_report_says_half_of_them_there(data):
+def test_claims_are_what_the_report_says(data):
+    seen = set()
     for i in range(6):
         report = data.facts(i)["report"]
-        everywhere = torch.ones(20, dtype=torch.bool)
-        asked = draw_claims(report, everywhere, 8, torch.Generator().manual_seed(i))
-        assert asked == draw_claims(report, everywhere, 8, torch.Generator().manual_seed(i)) and len(asked) == 8 and sum(there for *_, there in asked) <= 4
-        texts = dict(report.regions)
-        for region, name, there in asked:
-            assert region in label_regions(name) and there == claims(texts[region], [name])[name]
-        if any(claims(text, [n for n in report.labels if r in label_regions(n)])[n] for r, text in report.regions for n in report.labels if r in label_regions(n)): assert any(there for *_, there in asked)
-        only = torch.zeros(20, dtype=torch.bool)
-        only[6] = True
-        assert {region for region, *_ in draw_claims(report, only, 8, torch.Generator().manual_seed(0))} <= {7}
+        asked, texts = region_claims(report), dict(report.regions)
+        assert len(set(asked)) == len(asked) == sum(region in label_regions(name) for region in texts for name in report.labels)
+        for region, name, there in asked: assert region in label_regions(name) and there == claims(texts[region], [name])[name]
+        anywhere = dict(scan_claims(asked))
+        assert anywhere == {name: any(t for _, n, t in asked if n == name) for _, name, _ in asked}
+        seen |= {there for *_, there in asked}
+        for kind, there in anywhere.items(): assert there == report.labels[kind]
+    assert seen == {True, False}
+    assert region_claims(Report("a", regions=((7, "Cardiomegaly."),))) == []  # a finding that nobody names as a label is not asked for
 
 
-def test_the_claim_loss_is_of_the_sentence_that_is_true(data, model):
-    item = data[0]
-    with torch.no_grad():
-        seen = model.encoder(item["hu"][None], item["regions"][None])
-        prompts = place_prompts("nodule", 1)
-        for there in (True, False):
-            found = model._claim_loss(seen, [(0, 1, "nodule", there)], model.read(prompts).float())
-            yes, no = model.embed_texts(list(prompts), "region")
-            image = torch.nn.functional.normalize(seen.region_embeddings[0, 0], dim=-1)
-            logit = (1 if there else -1) * model.alignment.temperatures["region"]() * (image @ (yes - no))
-            assert found.item() == pytest.approx(torch.nn.functional.softplus(-logit).item(), rel=1e-4)
+def test_the_claim_loss_is_of_the_sentence_that_is_true():
+    image, text = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(1))
+    unit = lambda x: torch.nn.functional.normalize(x, dim=-1)
+    logit = 5 * (unit(image)[:, None] * unit(text)).sum(-1)
+    yes, no = (-logit.log_softmax(1)).unbind(1)  # two sentences, one of which is true
+    assert claim_loss(image, text, torch.tensor([True, False, False]), 5.0).item() == pytest.approx((yes[0] + (no[1] + no[2]) / 2).item() / 2, rel=1e-5)  # there and not there count alike, however many
+    assert claim_loss(image, text, torch.tensor([True, True, True]), 5.0).item() == pytest.approx(yes.mean().item() / 2, rel=1e-5)
+    assert claim_loss(image[:0], text[:0], torch.zeros(0, dtype=torch.bool), 5.0) == 0
+
+
+def test_no_mass_beside_a_nodule_is_no_normal_chest():
+    ill, well = Report("a", impression="Nodule of 6 mm in the right upper lobe. No mass."), Report("b", impression="No acute abnormality of the chest.")
+    without, liver, heart = Step("Observation: no mass, no consolidation."), Step("The liver is normal.", regions=(16,)), Step("The heart is normal.", regions=(7,))
+    same_as = lambda *pairs: (lambda keys: same(keys, keys)[0, 1].item())(text_keys([step.text for step, _, _ in pairs], [step_scope(*pair) for pair in pairs]))
+    conclusion = Step("Conclusion: No acute abnormality of the chest.")
+    assert same_as((without, well, "b"), (conclusion, well, "c"))
+    assert not same_as((without, ill, "a"), (conclusion, well, "c")) and not same_as((liver, well, "b"), (heart, well, "b"))
+    assert same_as((liver, ill, "a"), (Step("Normal liver.", regions=(16,)), well, "b"))
 
 
 def test_moving_moves_scan_map_and_lesions_alike(data):
@@ -96,12 +105,69 @@ def test_moving_moves_scan_map_and_lesions_alike(data):
 
 def test_the_loss_is_the_same_again_and_reaches_every_part(data, model):
     batch = collate_scans([data[i] for i in range(6)])
-    loss, parts = model(batch, torch.Generator().manual_seed(1))
-    assert model(batch, torch.Generator().manual_seed(1))[0] == loss and set(parts) == {"global", "region", "steps", "anchor", "claim", "map", "words"}
+    loss, parts = model(batch, 1)
+    assert model(batch, 1)[0] == loss and set(parts) == {"global", "region", "steps", "anchor", "claim", "claim of scan", "map", "words"}
     model.zero_grad()
     loss.backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert not {n for n in without if not n.startswith(("encoder.table", "encoder.pooling"))}, without
+
+
+def gradients(model): return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+
+
+def test_a_batch_in_pieces_is_the_batch(data, model, tmp_path):
+    "Pieces of a batch, joined before the loss, by hand and by the trainer; pieces by themselves are another loss."
+    batch, found = collate_scans([data[i] for i in range(6)]), {}
+    for name in ("whole", "cached", "alone"):
+        model.zero_grad()
+        if name == "cached": value = cached_backward(lambda part: model.encode(part, 1), _pieces(batch, 3), lambda rows: model.loss(rows)[0])
+        else:
+            value = model(batch, 1)[0] if name == "whole" else sum(model(part, 1)[0] for part in _pieces(collate_scans([data[i] for i in range(6)]) | {"number": torch.tensor([0, 1, 0, 1, 0, 1])}, 3)) / 3
+            value.backward()
+        found[name] = value.item(), gradients(model)
+    assert found["cached"][0] == pytest.approx(found["whole"][0], rel=1e-5) and (found["cached"][1] - found["whole"][1]).abs().max() < 1e-5
+    assert (found["alone"][1] - found["whole"][1]).abs().max() > 1e-2
+    ends = []
+    for pieces in (1, 2):
+        torch.manual_seed(0)
+        again = ScanLanguage(model.config)
+        step, cached = (lambda m, b, n: m(b, n)), (lambda m, b, n: m.encode(b, n), lambda m, rows: m.loss(rows))
+        rows = Trainer(again, step, data, TrainerConfig(steps=1, batch_size=4, accumulation=pieces, learning_rate=1e-3, log_every=1), tmp_path / str(pieces), collate_scans, cached=cached).fit(progress=False).rows
+        ends.append(rows[-1])
+    assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], rel=1e-4) and ends[0]["gradient_norm"] == pytest.approx(ends[1]["gradient_norm"], rel=1e-3) and ends[0]["words"] == pytest.approx(ends[1]["words"], rel=1e-4)
+
+
+def _half(rank, address, queue, model, batch):
+    try:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+        mine = slice(0, 4) if rank == 0 else slice(4, 6)
+        part = {name: value[mine] for name, value in batch.items()} | {"number": torch.arange(4 - 2 * rank)}
+        model.zero_grad()
+        loss, parts = model(part, 1)
+        loss.backward()
+        gradient = gradients(model)
+        torch.distributed.all_reduce(gradient)  # what DDP does
+        queue.put((parts, (gradient / 2).tolist()))
+        torch.distributed.destroy_process_group()
+    except Exception as problem: queue.put((repr(problem), None))
+
+
+def test_two_processes_are_one(data, model, tmp_path):
+    batch = collate_scans([data[i] for i in range(6)])
+    model.zero_grad()
+    loss, parts = model(batch, 1)
+    loss.backward()
+    expected, context = gradients(model), torch.multiprocessing.get_context("fork")
+    queue = context.Queue()
+    workers = [context.Process(target=_half, args=(rank, tmp_path / "meet", queue, model, batch)) for rank in (0, 1)]
+    for worker in workers: worker.start()
+    found = [queue.get(timeout=300) for _ in workers]
+    for worker in workers: worker.join()
+    for theirs, gradient in found:
+        assert gradient is not None, theirs
+        assert theirs == pytest.approx(parts, rel=1e-4, abs=1e-5) and (torch.tensor(gradient) - expected).abs().max() < 1e-4
 
 
 def test_hidden_maps_are_hidden(data, model):
@@ -112,7 +178,7 @@ def test_hidden_maps_are_hidden(data, model):
         model.encoder.forward = lambda hu, regions: (shown.append(regions), given(hu, regions))[1]
         for share, part in ((1.0, True), (0.0, False)):
             model.config = replace(model.config, hidden_maps=share)
-            parts = model(batch, torch.Generator().manual_seed(0))[1]
+            parts = model(batch, 0)[1]
             assert (parts["map"] > 0) == part and (shown[-1] == CONFIG.body).all() == part and (parts["region"] == 0) == part
     finally:
         del model.encoder.forward
@@ -122,12 +188,12 @@ def test_hidden_maps_are_hidden(data, model):
 def test_scans_without_map_or_without_some_texts(data, model):
     batch = collate_scans([data[i] for i in range(3)])
     batch["regions"] = torch.full_like(batch["regions"], CONFIG.body)
-    parts = model(batch, torch.Generator().manual_seed(0))[1]
+    parts = model(batch, 0)[1]
     assert parts["region"] == 0 and parts["anchor"] == 0 and parts["map"] == 0 and parts["global"] > 0
     batch["report"] = [Report("a", impression="Nodule."), Report("b", impression="No finding."), Report("c")]
-    assert model(batch, torch.Generator().manual_seed(0))[0].isfinite()
+    assert model(batch, 0)[0].isfinite()
     batch["report"] = [Report("a"), Report("b"), Report("c")]
-    with pytest.raises(ValueError, match="none of .* has a text"): model(batch, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="none of .* has a text"): model(batch, 0)
 
 
 def test_what_is_said_of_regions():
@@ -179,16 +245,15 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, tmp_path, monkeypatch
         again.training, again.validation, again.said = run.training, run.validation, run.said
         return again
 
-    first, taken = resumed(), []
-    trainer_step = train_ct_encoder.stream
+    first, taken, whole = resumed(), [], ScanLanguage.forward
 
-    def kill(*key):
-        taken.append(key)
+    def kill(model, batch, seed):
+        taken.append(seed)
         if len(taken) > 5: raise KeyboardInterrupt
-        return trainer_step(*key)
-    monkeypatch.setattr(train_ct_encoder, "stream", kill)
+        return whole(model, batch, seed)
+    monkeypatch.setattr(ScanLanguage, "forward", kill)
     with pytest.raises(KeyboardInterrupt): first.fit(progress=False)
-    monkeypatch.setattr(train_ct_encoder, "stream", trainer_step)
+    monkeypatch.undo()
     second = resumed(resume=True)
     second.fit(progress=False)
     assert all(torch.equal(a, b) for a, b in zip(second.model.state_dict().values(), run.model.state_dict().values()))
@@ -227,7 +292,7 @@ def test_a_frozen_tower_is_no_part_of_the_weights(data, model, tmp_path):
     transformers.BertModel(transformers.BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(tmp_path)
     frozen = ScanLanguage(replace(model.config, text=str(tmp_path)))
     assert not any("tower" in name or "bert" in name for name in frozen.state_dict()) and any("tower" in name for name in model.state_dict())
-    loss, _ = frozen(collate_scans([data[i] for i in range(3)]), torch.Generator().manual_seed(0))
+    loss, _ = frozen(collate_scans([data[i] for i in range(3)]), 0)
     loss.backward()
     assert loss.isfinite() and frozen.alignment.text_heads["global"].weight.grad.any() and frozen.embed_texts(["no nodule."]).shape == (1, CONFIG.shared_dim)
 
