@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.nets.refine import Refiner, RefinerConfig
+from ct_nb.nets import refine
+from ct_nb.nets.cascade import patch_starts
+from ct_nb.nets.refine import SEEN_CHANNELS, Refiner, RefinerConfig
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.phantom import phantom
 from ct_nb.physics.projector import project
@@ -138,6 +140,33 @@ def test_patches_are_the_whole_for_convolutions_and_not_for_frequency_attention(
     assert difference[Convolutions] < 0.01 < difference[Attends]
 
 
+def test_patches_of_the_whole_network_leave_no_seams(monkeypatch):
+    "At the planes where patches begin and end, neighbours differ as they do in the whole; cut hard, they do not. Every path of the real network is open."
+    size, config = 48, RefinerConfig(size=48, channels=(4, 6, 8), prior_features=2, hidden=8, patch=24, overlap=8)
+    net, draw = opened(config), torch.Generator().manual_seed(0)
+    seen = sum(weight * F.interpolate(torch.randn(1, SEEN_CHANNELS, *(size // coarse,) * 3, generator=draw), size=(size,) * 3, mode="trilinear") for coarse, weight in ((1, 0.3), (4, 0.6), (12, 1.0)))
+    monkeypatch.setattr(net, "seen", lambda *given: seen)
+    monkeypatch.setattr(net, "checked", lambda *given: None)
+    added = lambda: net(torch.zeros(1, size, size, size), None, None)[0]
+    starts = patch_starts(size, config.patch, config.shared)
+    ends = sorted({end for start in starts for end in (start, start + config.patch)} - {0, size})
+    def steps(volume): return torch.stack([volume.diff(dim=axis).abs().transpose(0, axis).flatten(1).mean(1)[[end - 1 for end in ends]].mean() for axis in range(3)])
+    def cut(answer, size, patch, *_):
+        whole = torch.zeros(1, 1, size, size, size)
+        for z in starts:
+            for y in starts:
+                for x in starts: whole[..., z:z + patch, y:y + patch, x:x + patch] = answer(z, y, x, patch)
+        return whole
+    with torch.no_grad():
+        pieces = steps(added())
+        monkeypatch.setattr(refine, "blended", cut)
+        hard = steps(added())
+        net.config = replace(config, patch=None, overlap=None)
+        whole = steps(added())
+    assert (pieces < 1.03 * whole).all(), (pieces / whole).tolist()
+    assert (hard > 1.05 * whole).any(), (hard / whole).tolist()
+
+
 def test_a_patch_sees_what_the_whole_sees_there():
     _, soft, xrays, geometry = scene([4], 32)
     net = opened(replace(RefinerConfig.preset("smoke", 32), patch=16))
@@ -178,8 +207,8 @@ def test_deterministic(chests):
     ("xrays: the geometry describes", lambda n, c, x, g: n(c, x, g.select([0]))),
     ("corner: this refiner has no patches", lambda n, c, x, g: n(c, x, g, corner=(0, 0, 0))),
     ("patch: must be a multiple of 2 below 16", lambda n, c, x, g: replace(SMOKE, patch=16)),
-    ("overlap: patches would begin at", lambda n, c, x, g: RefinerConfig(size=44, patch=16, overlap=8)),
-    ("size: must be a multiple of 4", lambda n, c, x, g: RefinerConfig(size=62)),
+    ("overlap: patches would begin at", lambda n, c, x, g: RefinerConfig(size=72, patch=32, overlap=8)),
+    ("size: must be a multiple of 8", lambda n, c, x, g: RefinerConfig(size=62)),
     ("limit_hu: must be positive", lambda n, c, x, g: replace(SMOKE, limit_hu=0.0)),
     ("window: must be one of", lambda n, c, x, g: replace(SMOKE, window="liver")),
     ("preset: must be one of", lambda n, c, x, g: RefinerConfig.preset("huge")),
