@@ -39,9 +39,13 @@ def trained(tmp_path_factory):
 
 
 def test_the_training_recipe_takes_parameters_and_shows_pictures(trained):
-    _, notebook = trained
+    out, notebook = trained
     assert any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells)
-    assert pictures(notebook) >= 6
+    assert pictures(notebook) >= 7
+    said = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+    first, trains = (next(place for place, text in enumerate(said) if words in text) for words in ("first picture after", "stage joint"))
+    assert first < trains and f"s: {out / 'first.png'}" in said[first] and (out / "first.png").is_file(), "a picture before the network trains"
+    assert any("dB before training" in text and "dB after" in text for text in said)
 
 
 def test_the_smoke_cascade_runs_from_16_to_64(tmp_path):
