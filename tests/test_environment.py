@@ -85,6 +85,9 @@ def test_the_citation_file_is_valid():
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert citation_file_faults(text) == [] and yaml.safe_load(text)["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    bibtex = dict(re.findall(r"^  (\w+) *= \{(.*?)\},?$", re.search(r"@software\{.*?^\}", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S | re.M)[0], flags=re.M))
+    cff = yaml.safe_load(text)
+    assert (bibtex["version"], bibtex["license"], bibtex["title"].replace("{", "").replace("}", "")) == (cff["version"], cff["license"], cff["title"]), "README and CITATION.cff name different things"
 
 
 @pytest.mark.parametrize("old, new, fault", [("title:", "titel:", "CITATION.cff has no title"), ("cff-version: 1.2.0", "cff-version: 1.1.0", "CITATION.cff: cff-version must be 1.2.0"),

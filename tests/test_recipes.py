@@ -48,6 +48,19 @@ def test_the_training_recipe_takes_parameters_and_shows_pictures(trained):
     assert any("dB before training" in text and "dB after" in text for text in said)
 
 
+def readme_picture(name, runs, images) -> dict:
+    "Draw one of README's pictures from these runs, as papers/measured.py does."
+    from test_measured import measured
+    return measured.redraw(name, runs, images)
+
+
+def test_readme_s_first_picture_comes_from_a_run(trained, tmp_path):
+    out, _ = trained
+    (tmp_path / "drr2ct").symlink_to(out)
+    kept = readme_picture("comparison.png", tmp_path, tmp_path)
+    assert (tmp_path / "comparison.png").stat().st_size > 50_000 and kept["preset"] == "smoke" and kept["fingerprint"] == json.loads((out / "config.json").read_text())["training"]["fingerprint"]
+
+
 def test_the_smoke_cascade_runs_from_16_to_64(tmp_path):
     notebook = papermill("train_cascade", tmp_path / "train_cascade.ipynb", preset="smoke", out=tmp_path / "cascade")
     assert pictures(notebook) >= 4
@@ -55,6 +68,8 @@ def test_the_smoke_cascade_runs_from_16_to_64(tmp_path):
     assert config["system"] == "cascade" and [stage["network"]["size"] for stage in config["network"]["stages"]] == [16, 32, 64]
     assert {"model", "model_single", "model_exact", "model_unguided", "prior_start"} <= set(json.loads((out / "metrics.json").read_text())["predictors"])
     assert json.loads((out / "uncertainty.json").read_text())["intervals"] and not list(out.rglob("training_state.pt"))
+    readme_picture("samples.png", tmp_path, tmp_path)
+    assert (tmp_path / "samples.png").stat().st_size > 50_000
 
 
 def test_the_smoke_slices_run_from_vae_to_board(tmp_path):
