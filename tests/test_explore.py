@@ -366,6 +366,16 @@ def test_an_explorer_refuses_what_does_not_fit(answered):
 
 # Pages that stand still
 
+def test_figures_of_explorers_carry_the_marks_of_all_figures(chest, studio, answered):
+    from test_figures import marks_faults
+    assert marks_faults(VolumeViewer(chest.volume, chest.regions).static()) == []
+    assert marks_faults(studio.static(), besides=["patient, tubes, rays and detectors"]) == []
+    for plane in PLANES:
+        found = explorer(answered)
+        found.plane.value = plane
+        assert marks_faults(found.static()) == []
+
+
 def test_nobody_sits_at_a_test(monkeypatch):
     import IPython
     assert not attended()

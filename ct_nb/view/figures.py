@@ -62,9 +62,11 @@ def orientation_marks(axis, ends) -> None:
 
 def scale_bar(axis, length_mm: float = 50.0) -> None:
     "A bar of `length_mm` and its length at the lower right of an axis whose coordinates are mm."
+    from matplotlib.patheffects import withStroke
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     x, y, step = right - 0.05 * (right - left), bottom + 0.05 * (top - bottom), math.copysign(length_mm, right - left)
-    axis.plot([x - step, x], [y, y], color=BRIGHT, lw=2, solid_capstyle="butt", scalex=False, scaley=False)
+    rim = withStroke(linewidth=3.5, foreground="black", alpha=0.4)  # seen on bright images too
+    axis.plot([x - step, x], [y, y], color=BRIGHT, lw=2, solid_capstyle="butt", scalex=False, scaley=False, path_effects=[rim])
     axis.text(x, y + 0.02 * (top - bottom), f"{length_mm:g} mm", color=BRIGHT, fontsize=7.5, ha="right", va="bottom", bbox=SHADE)
 
 # %% ../../nbs/view/00_figures.ipynb #cell-012
@@ -147,7 +149,7 @@ def xrays_figure(xrays, geometry: ConeBeam, title: str | None = None):
     width, height = (n * float(step.norm(dim=-1).mean()) for n, step in zip(geometry.detector_shape[::-1], (geometry.column_step_mm, geometry.row_step_mm)))
     with style():
         panel = 4.0 if columns < 3 else 2.8
-        figure, axes = plt.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, figsize=(panel * columns + 1.1, panel * rows * height / width + 0.5))
+        figure, axes = plt.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, figsize=(panel * columns + 1.1, panel * rows * height / width + 0.7))
         for axis in axes.flat[len(images):]: axis.set_visible(False)
         for view, (axis, image) in enumerate(zip(axes.flat, images)):
             shown = draw_xray(axis, image, geometry, view, vmin=0, vmax=max(float(images.max()), 1e-6))
