@@ -279,6 +279,12 @@ def test_a_page_gets_the_outputs_of_its_run(tmp_path, monkeypatch):
     assert not any(output.get("name") == "stderr" for output in outputs)
 
 
+def test_what_reads_a_run_comes_after_what_leaves_it():
+    first, then, last = build_site.batches(notebooks())
+    assert sorted(first + then + last) == notebooks() and {"train_drr2ct.ipynb", "train_slices.ipynb", "train_ct_encoder.ipynb", "physics/03_geometry.ipynb"} <= set(first)
+    assert {"train_refinement.ipynb", "reconstruct.ipynb", "evaluate.ipynb"} <= set(then) and last == [name for name in notebooks() if name.startswith("explore_")] and len(last) == 5
+
+
 def test_recipes_run_small_and_say_so(tmp_path):
     recipe = nbformat.read(ROOT / "nbs" / "train_drr2ct.ipynb", 4)
     given = lambda name: build_site.parameters(nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4), name, tmp_path / "work", tmp_path)
