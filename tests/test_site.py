@@ -214,17 +214,24 @@ def citation_faults(pages: dict[str, str], keys: set[str]) -> list[str]:
     return faults
 
 
+def cited(pages: dict[str, str]) -> set[str]:
+    "Keys that pages cite as the site needs it, [@key] or [@key; @other]."
+    return {key for text in pages.values() for group in re.findall(r"\[(@[^\]]*)\]", prose(text)) for key in re.findall(r"@([A-Za-z][\w:-]*\w)", group)}
+
+
 def test_citations_resolve(site):
     bibliography = (ROOT / "papers" / "references.bib").read_text(encoding="utf-8")
     keys = re.findall(r"^@\w+\{([^,\s]+)", bibliography, flags=re.M)
     assert len(keys) == len(set(keys)) and bibliography.count("{") == bibliography.count("}")
     assert citation_faults(pages_of(site), set(keys)) == []
-    assert "[@joseph1982]" in (site / "papers" / "projector.md").read_text(encoding="utf-8"), "papers cite [key]; the site needs [@key]"
+    assert not (left := sorted(set(keys) - cited(pages_of(site)))), f"papers/references.bib: nobody cites {', '.join(left)}"
+    assert "[@joseph1982]" in (site / "papers" / "projector.md").read_text(encoding="utf-8")
 
 
 def test_an_unknown_citation_is_found():
     pages = {"a.md": "as [@known2020; @other2021] and [known2020, gone1999], `@code`, a@b.org, @patch"}
     assert citation_faults(pages, {"known2020"}) == [f"a.md: cites {key}, which papers/references.bib does not have" for key in ("other2021", "patch", "gone1999")]
+    assert cited(pages) == {"known2020", "other2021"}, "what is not cited as the site needs it is not cited"
 
 
 # ---------------------------------------------------------------- API tables
