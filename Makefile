@@ -1,4 +1,4 @@
-# make demo   trains two X-rays -> CT on the built-in phantom and shows how good it is (about ten minutes on two cores)
+# make demo   trains two X-rays -> CT on the built-in phantom and shows how good it is (a first picture after minutes, the rest in ten to thirty on two cores)
 # make test   everything that has to hold before a change is shared
 # make docs   the site, in _docs (needs Quarto; runs every notebook for its pictures, about twenty minutes on two cores the first time)
 # make test-browser   opens the explorers in a real browser; wants Chromium (Debian: apt install chromium)

@@ -43,7 +43,7 @@ def notebooks(root: Path = ROOT) -> list[str]:
 def page_of(path: str, root: Path = ROOT) -> str | None:
     "Where a file of the repository lies in the site: notebooks and their pictures at the top, papers in `papers/`; None for what is not in it."
     if path.startswith("nbs/") and not path.endswith("_quarto.yml"): return path.removeprefix("nbs/")
-    return path if any(Path(path).match(glob) for glob in PAGES) or path.startswith("papers/") else None
+    return path if any(Path(path).match(glob) for glob in PAGES) or path.startswith("papers/") and not path.endswith((".py", ".json")) else None
 
 def html_of(page: str) -> str:
     "The rendered page: nbdev drops the number of a chapter."

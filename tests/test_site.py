@@ -266,6 +266,7 @@ def test_words_become_links_only_where_they_are_names():
     text = links("`ConeBeam.orbit()`, `plane`, `ct_nb.physics.geometry.ConeBeam`, `ConeBeam.views`, `forward`, [see](../physics/03_geometry.ipynb), `nbs/index.ipynb`, `nbs/gone.ipynb`\n```\n`ConeBeam`\n```\n## `ConeBeam`", "nbs/view/00_figures.ipynb", {"plane": "ct_nb.view.figures.plane"})
     assert text == ("[`ConeBeam.orbit()`](../physics/geometry.html#api-ConeBeam.orbit), [`plane`](figures.html#api-plane), [`ct_nb.physics.geometry.ConeBeam`](../physics/geometry.html#api-ConeBeam), "
                     "[`ConeBeam.views`](../physics/geometry.html#api-ConeBeam), `forward`, [see](../physics/03_geometry.ipynb), [`nbs/index.ipynb`](../index.ipynb), `nbs/gone.ipynb`\n```\n`ConeBeam`\n```\n## `ConeBeam`")
+    assert links("`papers/measured.py` [bib](references.bib)", "papers/projector.md") == "`papers/measured.py` [bib](references.bib)", "a script is no page"
     assert links("[rtk](../nbs/index.ipynb) [joseph1982, siddon1985] [licence](../LICENSE) [joseph1982; unknown2001]", "papers/projector.md") == "[rtk](../index.ipynb) [@joseph1982; @siddon1985] licence [joseph1982; unknown2001]"
 
 
