@@ -1,4 +1,4 @@
-# make demo   trains two X-rays -> CT on the built-in phantom and shows how good it is (about ten minutes on two cores)
+# make demo   trains two X-rays -> CT on the built-in phantom and shows how good it is (a first picture after minutes, the rest in ten to thirty on two cores)
 # make test   everything that has to hold before a change is shared
 # make docs   the site, in _docs (needs Quarto; runs every notebook for its pictures, about twenty minutes on two cores the first time)
 # make test-browser   opens the explorers in a real browser; wants Chromium (Debian: apt install chromium)
@@ -18,19 +18,21 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 setup: $(STAMP)
 
-$(STAMP): settings.ini setup.py pyproject.toml
+$(STAMP): settings.ini requirements.lock setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "ct_nb needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name another: make setup PYTHON=python3.12"; exit 1; }
 	@echo "setting up $(VENV): PyTorch and the pinned stack, some minutes the first time ..."
 	@$(PYTHON) -m venv $(VENV) || { echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 1; }
-	@$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c requirements.lock -e '.[dev]'
 	@touch $@
 	@echo "$(VENV) is ready"
 
 demo: $(STAMP)
 	@mkdir -p runs
 	@echo "training on the phantom: papermill nbs/train_drr2ct.ipynb runs/train_drr2ct.ipynb"
+	@echo "the first picture comes before the training: runs/drr2ct/first.png"
 	@$(QUIET) $(BIN)/papermill nbs/train_drr2ct.ipynb runs/train_drr2ct.ipynb --log-output --no-progress-bar </dev/null
+	@echo "trained: runs/drr2ct/comparison.png; the scores: runs/drr2ct/scoreboard.csv; all of it in a notebook: runs/train_drr2ct.ipynb"
 
 test: $(STAMP)
 	@echo "== notebooks are clean and the library is their export"

@@ -43,7 +43,7 @@ def notebooks(root: Path = ROOT) -> list[str]:
 def page_of(path: str, root: Path = ROOT) -> str | None:
     "Where a file of the repository lies in the site: notebooks and their pictures at the top, papers in `papers/`; None for what is not in it."
     if path.startswith("nbs/") and not path.endswith("_quarto.yml"): return path.removeprefix("nbs/")
-    return path if any(Path(path).match(glob) for glob in PAGES) or path.startswith("papers/") else None
+    return path if any(Path(path).match(glob) for glob in PAGES) or path.startswith("papers/") and not path.endswith((".py", ".json")) else None
 
 def html_of(page: str) -> str:
     "The rendered page: nbdev drops the number of a chapter."
@@ -55,7 +55,7 @@ def html_of(page: str) -> str:
 # ---------------------------------------------------------------- execute
 SMALL = {  # parameters of a recipe at its smallest, beside `preset`
     "ablations_drr2ct": dict(steps=2, phantoms=12), "bench_cascade": dict(sizes="16 32"), "bench_ct_encoder": dict(whole=False), "bench_drr2ct": dict(repeats=1, batches="1"),
-    "bench_projector": dict(sizes="32", detector=32, rounds=1), "bench_scores": dict(data="phantom:3", size=32, repeats=50), "evaluate": dict(data="phantom:2"), "robustness_drr2ct": dict(cases=1),
+    "bench_projector": dict(sizes="32", detector=32, rounds=1), "bench_scores": dict(data="phantom:3", size=32, repeats=50), "explore_reconstruction": dict(samples=2), "evaluate": dict(data="phantom:2"), "robustness_drr2ct": dict(cases=1),
     "two_views": dict(data="phantom:3", flat=16, solid=12, size=16, views="1 2 4", train=12)}
 
 READ = ("weights", "coarse", "runs")  # parameters that name the folder of a run, or of several
@@ -88,14 +88,19 @@ def run_one(name: str, work: Path, library: str) -> str | None:
     nbformat.write(done, target)
     return None
 
+def batches(names: list[str]) -> list[list[str]]:
+    "Notebooks in the order in which they can run: those that need no run, those that read the weights of one, and explorers, which show all that there is."
+    reads = [n for n in names if re.search(rf"^({'|'.join(READ)}): str = \"runs", "\n".join(code_of(nbformat.read(ROOT / "nbs" / n, 4))), flags=re.M)]
+    last = [n for n in names if n.startswith("explore_")]
+    return [[n for n in names if n not in (*reads, *last)], [n for n in reads if n not in last], last]
+
 def execute(work: Path) -> None:
-    "Run every notebook, as many at a time as there are cores; what reads the weights of a run after those that write them."
+    "Run every notebook, as many at a time as there are cores."
     library = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((ROOT / "ct_nb").rglob("*.py")) if p.name != "_modidx.py")).hexdigest()
     names, faults = notebooks(), []
     os.environ.pop("MPLBACKEND", None)  # a kernel draws into its notebook only with its own backend
-    later = [n for n in names if re.search(rf"^({'|'.join(READ)}): str = \"runs", "\n".join(code_of(nbformat.read(ROOT / "nbs" / n, 4))), flags=re.M)]
     with ProcessPoolExecutor() as pool:
-        for batch in ([n for n in names if n not in later], later):
+        for batch in batches(names):
             for number, fault in enumerate(pool.map(run_one, batch, [work] * len(batch), [library] * len(batch)), 1):
                 print(f"executed {number} of {len(batch)}: {batch[number - 1]}", flush=True)
                 if fault: faults.append(fault)

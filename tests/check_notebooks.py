@@ -5,6 +5,8 @@ Everything is done on a copy, so a check never changes the checkout.
 """
 import filecmp
 import os
+import posixpath
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +35,8 @@ def write_readme(root: Path) -> None:
     run("jupyter", "nbconvert", "--to", "markdown", "--log-level", "ERROR", "nbs/index.ipynb", "--output-dir", str(root), "--output", "README",
         "--TagRemovePreprocessor.enabled=True", "--TagRemovePreprocessor.remove_cell_tags=hide", cwd=root)
     text = (root / "README.md").read_text(encoding="utf-8")
-    (root / "README.md").write_text(text.replace("](images/", "](nbs/images/").replace("](../", "](").strip() + "\n", encoding="utf-8")
+    moved = re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", lambda found: f"]({posixpath.normpath(f'nbs/{found[1]}')})", text)
+    (root / "README.md").write_text(moved.strip() + "\n", encoding="utf-8")
 
 
 def different(a: Path, b: Path) -> list[str]:

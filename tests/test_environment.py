@@ -1,4 +1,4 @@
-"""What is installed: settings.ini, environment.yml and requirements.lock say the same; CITATION.cff and CONTRIBUTING.md are true."""
+"""What is installed: settings.ini, environment.yml, requirements.lock and the Makefile say the same; CITATION.cff and CONTRIBUTING.md are true."""
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -25,9 +25,17 @@ def environment_faults(text: str) -> list[str]:
     return found
 
 
-def test_the_three_lists_agree():
+def makefile_faults(text: str) -> list[str]:
+    "What `make setup` must do: install the package at the lock's versions, and again when a list has changed."
+    wanted, installs = set(re.search(r"^\$\(STAMP\):(.*)$", text, flags=re.M)[1].split()), re.findall(r"pip install(.*)", text)
+    found = [f"Makefile: the stamp does not depend on {name}" for name in ("settings.ini", "requirements.lock") if name not in wanted]
+    return found + [f"Makefile: 'pip install{words}' does not take the lock's versions" for words in installs if not words.endswith(" -c requirements.lock -e '.[dev]'")] + ["Makefile: nothing is installed"] * (not installs)
+
+
+def test_the_lists_agree():
     assert faults(asked(), locked(LOCK.read_text(encoding="utf-8"))) == [], "run `python tests/lock_requirements.py --write`"
     assert environment_faults((ROOT / "environment.yml").read_text(encoding="utf-8")) == []
+    assert makefile_faults((ROOT / "Makefile").read_text(encoding="utf-8")) == []
 
 
 def test_the_lock_holds_plain_versions_in_order():
@@ -50,6 +58,9 @@ def test_lists_that_disagree_are_found():
     text = (ROOT / "environment.yml").read_text(encoding="utf-8")
     assert environment_faults(text.replace("python=3.11", "python=3.9"))[0].startswith("environment.yml: expected python=3.11")
     assert environment_faults(text.replace("  - quarto>=1.4\n", "")) == ["environment.yml: Quarto is missing"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert makefile_faults(makefile.replace(" requirements.lock setup.py", " setup.py")) == ["Makefile: the stamp does not depend on requirements.lock"]
+    assert len(makefile_faults(makefile.replace("-c requirements.lock -e", "-e"))) == 1 and makefile_faults(makefile.replace("pip install", "conda install")) == ["Makefile: nothing is installed"]
     assert len(environment_faults(text.replace("-e .[dev]", "-e ."))) == 1 and len(environment_faults(text.replace("  - pip\n", "  - pip\n  - numpy\n"))) == 1
 
 
@@ -74,6 +85,9 @@ def test_the_citation_file_is_valid():
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert citation_file_faults(text) == [] and yaml.safe_load(text)["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    bibtex = dict(re.findall(r"^  (\w+) *= \{(.*?)\},?$", re.search(r"@software\{.*?^\}", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S | re.M)[0], flags=re.M))
+    cff = yaml.safe_load(text)
+    assert (bibtex["version"], bibtex["license"], bibtex["title"].replace("{", "").replace("}", "")) == (cff["version"], cff["license"], cff["title"]), "README and CITATION.cff name different things"
 
 
 @pytest.mark.parametrize("old, new, fault", [("title:", "titel:", "CITATION.cff has no title"), ("cff-version: 1.2.0", "cff-version: 1.1.0", "CITATION.cff: cff-version must be 1.2.0"),

@@ -345,8 +345,11 @@ def test_bad_calls_and_the_figure(thin, tmp_path):
     with pytest.raises(ValueError, match="scans: there is none"): SliceExplorer({})
     with pytest.raises(ValueError, match="answer: there is none named 'regressor'"): make(thin, answer="regressor")
     assert "papermill nbs/train_slices.ipynb runs/train_slices.ipynb" in Networks(tmp_path / "slices").says
-    figure = make(thin, answer="cubic").static()
+    from test_figures import marks_faults
+    explorer = make(thin, answer="cubic")
+    figure = explorer.static()
     assert len(figure.axes) == 5 and "cubic" in figure.axes[1].get_title()
+    assert marks_faults(figure, besides=[explorer.pictures["profile"].title]) == []
     plt.close(figure)
 
 

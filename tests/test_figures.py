@@ -1,10 +1,12 @@
-"""Figures: what they refuse, what they label, that all of them return their figure and carry the same marks, and that a saved one is whole."""
+"""Figures: what they refuse, what they label, that all of the library's return their figure and carry the same marks, and that a saved one is whole."""
 import ast
 import importlib
 import inspect
 import json
-import pkgutil
+import re
+import runpy
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -17,7 +19,6 @@ import matplotlib.pyplot as plt
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
-import ct_nb.view
 from ct_nb.style import FLOOR, MODEL, SERIES, TRUTH
 from ct_nb.view.figures import along_lps, comparison_figure, orientation_marks, plane, save_figure, scale_bar, slices_figure, training_figure, view_name, xray_ends, xrays_figure
 
@@ -64,10 +65,12 @@ def test_xrays_share_one_scale_and_name_their_views():
 
 
 def test_comparison_says_what_it_compares():
-    figure = comparison_figure(np.ones((2, 6, 6)), cube(), {"model": cube(204.8), "sirt": cube(20.48)})
+    geometry = ConeBeam.biplanar(grid=Grid.cube(12), detector_shape=(6, 6), pixel_mm=80.0)
+    figure = comparison_figure(np.ones((2, 6, 6)), geometry, cube(), {"model": cube(204.8), "sirt": cube(20.48)})
     labels = [a.get_ylabel() for a in figure.findobj(plt.Axes)]
     assert "model   20.0 dB" in labels and "sirt   40.0 dB" in labels and "model − CT" in labels
-    with pytest.raises(ValueError, match="'model' is on another grid"): comparison_figure(np.ones((2, 6, 6)), cube(), {"model": cube(size=13)})
+    with pytest.raises(ValueError, match="'model' is on another grid"): comparison_figure(np.ones((2, 6, 6)), geometry, cube(), {"model": cube(size=13)})
+    with pytest.raises(ValueError, match=r"xrays: the geometry describes .* = \(2, 6, 6\), got \(3, 6, 6\)"): comparison_figure(np.ones((3, 6, 6)), geometry, cube(), {"model": cube()})
     with pytest.raises(ValueError, match="window"): slices_figure(cube(), "no such window")
 
 
@@ -88,13 +91,10 @@ def test_saved_figures_are_whole_and_still_shown(tmp_path):
 
 # ---------------------------------------------------------------- all figures of the library
 def public_figures() -> dict[str, callable]:
-    "Module and name → every public function `…_figure` of ct_nb.view, where it is defined."
-    found = {}
-    for module in pkgutil.iter_modules(ct_nb.view.__path__):
-        content = importlib.import_module(f"ct_nb.view.{module.name}")
-        for name, function in inspect.getmembers(content, inspect.isfunction):
-            if name.endswith("_figure") and name[0] != "_" and name != "save_figure" and function.__module__ == content.__name__: found[f"{module.name}.{name}"] = function
-    return found
+    "Module (without ct_nb) and name → every public function `…_figure` that the library exports."
+    known = runpy.run_path(str(Path(__file__).resolve().parents[1] / "ct_nb" / "_modidx.py"))["d"]["syms"]
+    names = [(module, name.removeprefix(module + ".")) for module, symbols in known.items() for name in symbols if name.endswith("_figure")]
+    return {f"{module.removeprefix('ct_nb.')}.{name}": getattr(importlib.import_module(module), name) for module, name in names if "." not in name and name[0] != "_" and name != "save_figure"}
 
 
 def signature_faults(function) -> list[str]:
@@ -156,46 +156,93 @@ def spectrum():
     return {"frequency_per_mm": [0.01, 0.05], "truth": [9.0, 3.0], "power": {"coarse": [8.0, 1.0], "refined": [9.0, 2.0]}, "correlation": {"coarse": [0.9, 0.1], "refined": [0.95, 0.4]}}
 
 
-def call(module: str, name: str, *arguments): return getattr(importlib.import_module(f"ct_nb.view.{module}"), name)(*arguments)
+def call(name: str, *arguments, **settings): return public_figures()[name](*arguments, **settings)
 
 
-EXAMPLES = {  # name → how to draw it, and whether it shows planes of a patient
-    "figures.slices_figure": (lambda: slices_figure({"a": thorax(), "b": thorax()}), True),
-    "figures.xrays_figure": (lambda: xrays_figure(np.ones((2, 6, 8)), ConeBeam.biplanar(grid=Grid.cube(8), detector_shape=(6, 8), pixel_mm=40.0)), False),
-    "figures.comparison_figure": (lambda: comparison_figure(np.ones((2, 6, 6)), thorax(), {"model": thorax()}), True),
-    "figures.training_figure": (lambda: training_figure([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]), False),
-    "geometry_figure.geometry_figure": (lambda: call("geometry_figure", "geometry_figure", ConeBeam.biplanar(grid=thorax().grid, detector_shape=(12, 12), pixel_mm=40.0), thorax()), False),
-    "reconstruction_figure.reconstruction_figure": (lambda: call("reconstruction_figure", "reconstruction_figure", found_reconstruction()), True),
-    "uncertainty_figure.uncertainty_figure": (lambda: call("uncertainty_figure", "uncertainty_figure", *uncertain()), True),
-    "uncertainty_figure.reliability_figure": (lambda: call("uncertainty_figure", "reliability_figure", levels()), False),
-    "refinement_figure.refinement_figure": (lambda: call("refinement_figure", "refinement_figure", thorax(), thorax(), thorax()), True),
-    "refinement_figure.spectrum_figure": (lambda: call("refinement_figure", "spectrum_figure", spectrum()), False),
-    "attention_figure.attention_figure": (lambda: call("attention_figure", "attention_figure", thorax(), {"a place": torch.rand(64)}, (4, 4, 4)), True),
-    "attention_figure.recall_figure": (lambda: call("attention_figure", "recall_figure", recalls()), False),
-    "attention_figure.labels_figure": (lambda: call("attention_figure", "labels_figure", {"scan": {"mass": 0.8}}), False),
+def scores():
+    from ct_nb.learn.scoreboard import MAIN, Scoreboard
+    return Scoreboard([{"case": f"c{number}", "patient": f"p{number}", "predictor": name, **{metric: float(number + place) for metric in MAIN}}
+                       for number in range(3) for place, name in enumerate(("model", "air"))])
+
+
+def conditions():
+    from ct_nb.learn.robustness import Robustness
+    return Robustness([{"case": f"c{number}", "group": "noise", "condition": f"{severity} photons", "severity": severity, "told": "true", "psnr": 30.0 - severity, "beyond_noise": 0.01 * severity, "says_contradiction": severity > 1}
+                       for number in range(2) for severity in (1.0, 2.0)], 0.015)
+
+
+def seen_by(geometry: ConeBeam): return np.random.default_rng(0).random((geometry.views, *geometry.detector_shape))
+
+
+SCAN = ConeBeam.orbit([0, 90, 200], grid=Grid.cube(16), detector_shape=(12, 14), pixel_mm=40.0)
+EXAMPLES = {  # name → how to draw it, and whether it shows anatomy
+    "view.figures.slices_figure": (lambda: slices_figure({"a": thorax(), "b": thorax()}), True),
+    "view.figures.xrays_figure": (lambda: xrays_figure(seen_by(SCAN), SCAN), True),
+    "view.figures.comparison_figure": (lambda: comparison_figure(seen_by(SCAN), SCAN, thorax(), {"model": thorax(), "floor": thorax()}), True),
+    "view.figures.training_figure": (lambda: training_figure([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]), False),
+    "view.geometry_figure.geometry_figure": (lambda: call("view.geometry_figure.geometry_figure", SCAN, thorax()), True),
+    "view.reconstruction_figure.reconstruction_figure": (lambda: call("view.reconstruction_figure.reconstruction_figure", found_reconstruction()), True),
+    "view.uncertainty_figure.uncertainty_figure": (lambda: call("view.uncertainty_figure.uncertainty_figure", *uncertain()), True),
+    "view.uncertainty_figure.reliability_figure": (lambda: call("view.uncertainty_figure.reliability_figure", levels()), False),
+    "view.refinement_figure.refinement_figure": (lambda: call("view.refinement_figure.refinement_figure", thorax(), thorax(), thorax()), True),
+    "view.refinement_figure.spectrum_figure": (lambda: call("view.refinement_figure.spectrum_figure", spectrum()), False),
+    "view.attention_figure.attention_figure": (lambda: call("view.attention_figure.attention_figure", thorax(), {"a place": torch.rand(64), "another": torch.rand(64)}, (4, 4, 4)), True),
+    "view.attention_figure.recall_figure": (lambda: call("view.attention_figure.recall_figure", recalls()), False),
+    "view.attention_figure.labels_figure": (lambda: call("view.attention_figure.labels_figure", {"scan": {"mass": 0.8}}), False),
+    "learn.robustness.robustness_figure": (lambda: call("learn.robustness.robustness_figure", conditions()), False),
+    "learn.scoreboard.board_figure": (lambda: call("learn.scoreboard.board_figure", scores()), False),
 }
 
 
-def test_every_static_figure_has_an_example():
-    assert {name for name in public_figures() if name.split(".")[0] in {known.split(".")[0] for known in EXAMPLES}} == set(EXAMPLES)
+WITHOUT_A_PATIENT = {"learn.vae_scores.reconstruction_figure", "learn.train_slices.slices_cut_figure"}  # drawn from tensors that nobody said the place of; in ct_nb.view they need an example
+
+
+def test_every_figure_has_an_example(): assert set(public_figures()) - WITHOUT_A_PATIENT == set(EXAMPLES)
+
+
+OPPOSITE = str.maketrans("RLAPHF", "LRPAFH")
+
+def marks_faults(figure, besides=()) -> list[str]:
+    "What a figure of anatomy lacks: letters at the four ends of every image, and in every row of panels a bar as long as it says, or an axis in mm. `besides`: titles of panels that show none."
+    faults, rows = [], {}
+    for axis in figure.findobj(plt.Axes):
+        if not axis.images or axis.name == "3d" or axis.get_title() in besides: continue
+        words = [text.get_text() for text in axis.texts]
+        ends = {word for word in words if re.fullmatch("[RLAPHF]{1,2}", word)}
+        if len(ends) != 4 or {end.translate(OPPOSITE) for end in ends} != ends: faults.append(f"{axis.get_title() or axis.get_ylabel()!r}: letters {sorted(ends)}")
+        bars = [float(word[:-3]) for word in words if re.fullmatch(r"\d+ mm", word)]
+        for length in bars:
+            if not any(np.ptp(line.get_xdata()) == pytest.approx(length) for line in axis.lines): faults.append(f"{axis.get_title()!r}: a bar that is not {length:g} mm long")
+        place = axis.get_subplotspec()
+        row = (id(place.get_gridspec()), place.rowspan.start) if place else id(axis)
+        rows[row] = rows.get(row, False) or bool(bars) or not place and axis.get_xlabel().endswith(", mm")
+    return faults + ["a row without a scale bar"] * (len(rows) - sum(rows.values()) if rows else 0) + ["no anatomy"] * (not rows)
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_figures_are_figures_and_carry_the_same_marks(name, tmp_path):
-    before, (draw, shows_planes) = plt.rcParams.copy(), EXAMPLES[name]
+    before, (draw, shows_anatomy) = plt.rcParams.copy(), EXAMPLES[name]
     figure = draw()
     assert isinstance(figure, matplotlib.figure.Figure) and plt.rcParams == before
     assert save_figure(figure, tmp_path / "a.png") is figure and (tmp_path / "a.png").stat().st_size > 3000
     axes = [axis for axis in figure.findobj(plt.Axes) if axis.images and axis.name != "3d"]
-    words = [text.get_text() for axis in axes for text in axis.texts]
-    if shows_planes:
-        assert {"R", "L", "A", "P", "H", "F"} <= set(words), "orientation marks"
-        assert "50 mm" in words, "a scale bar"
-        bars = [np.ptp(line.get_xdata()) for axis in axes if "50 mm" in [text.get_text() for text in axis.texts] for line in axis.lines]
-        assert bars and all(length == pytest.approx(50) for length in bars)
-        images = [axis.images[0] for axis in axes if axis.images[0].get_cmap().name == "gray" and axis.images[0].get_clim()[0] < 0]
-        assert images and {image.get_clim() for image in images} == {(-1024, 1024)}, "one window"
+    if shows_anatomy: assert marks_faults(figure) == []
+    images = [axis.images[0] for axis in axes if axis.images[0].get_cmap().name == "gray" and axis.images[0].get_clim()[0] < 0]
+    assert {image.get_clim() for image in images} <= {(-1024, 1024)}, "one window"
     assert {image.get_cmap().name for axis in axes for image in axis.images} <= {"gray", "magma", "berlin"}, "maps that need no red against green"
+
+
+def test_what_is_not_marked_is_found():
+    def one_row(letters=("R", "L", "A", "P"), bar=50.0):
+        figure, axis = plt.subplots()
+        axis.imshow(np.zeros((4, 4)), extent=(0, 100, 0, 100)), orientation_marks(axis, letters), axis.set_title("slice")
+        if bar: scale_bar(axis, bar)
+        return figure, axis
+    assert marks_faults(one_row()[0]) == [] and marks_faults(one_row(bar=0)[0]) == ["a row without a scale bar"]
+    assert marks_faults(one_row(("R", "", "A", "P"))[0]) == ["'slice': letters ['A', 'P', 'R']"] and len(marks_faults(one_row(("R", "P", "A", "H"))[0])) == 1
+    figure, axis = one_row()
+    axis.lines[0].set_xdata([10, 20])
+    assert marks_faults(figure) == ["'slice': a bar that is not 50 mm long"] and marks_faults(figure, ["slice"]) == ["no anatomy"]
 
 
 def test_marks_say_which_end_is_which():

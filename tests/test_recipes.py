@@ -39,9 +39,26 @@ def trained(tmp_path_factory):
 
 
 def test_the_training_recipe_takes_parameters_and_shows_pictures(trained):
-    _, notebook = trained
+    out, notebook = trained
     assert any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells)
-    assert pictures(notebook) >= 6
+    assert pictures(notebook) >= 7
+    said = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+    first, trains = (next(place for place, text in enumerate(said) if words in text) for words in ("first picture after", "stage joint"))
+    assert first < trains and f"s: {out / 'first.png'}" in said[first] and (out / "first.png").is_file(), "a picture before the network trains"
+    assert any("dB before training" in text and "dB after" in text for text in said)
+
+
+def readme_picture(name, runs, images) -> dict:
+    "Draw one of README's pictures from these runs, as papers/measured.py does."
+    from test_measured import measured
+    return measured.redraw(name, runs, images)
+
+
+def test_readme_s_first_picture_comes_from_a_run(trained, tmp_path):
+    out, _ = trained
+    (tmp_path / "drr2ct").symlink_to(out)
+    kept = readme_picture("comparison.png", tmp_path, tmp_path)
+    assert (tmp_path / "comparison.png").stat().st_size > 50_000 and kept["preset"] == "smoke" and kept["fingerprint"] == json.loads((out / "config.json").read_text())["training"]["fingerprint"]
 
 
 def test_the_smoke_cascade_runs_from_16_to_64(tmp_path):
@@ -51,6 +68,8 @@ def test_the_smoke_cascade_runs_from_16_to_64(tmp_path):
     assert config["system"] == "cascade" and [stage["network"]["size"] for stage in config["network"]["stages"]] == [16, 32, 64]
     assert {"model", "model_single", "model_exact", "model_unguided", "prior_start"} <= set(json.loads((out / "metrics.json").read_text())["predictors"])
     assert json.loads((out / "uncertainty.json").read_text())["intervals"] and not list(out.rglob("training_state.pt"))
+    readme_picture("samples.png", tmp_path, tmp_path)
+    assert (tmp_path / "samples.png").stat().st_size > 50_000
 
 
 def test_the_smoke_slices_run_from_vae_to_board(tmp_path):

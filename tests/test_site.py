@@ -214,17 +214,24 @@ def citation_faults(pages: dict[str, str], keys: set[str]) -> list[str]:
     return faults
 
 
+def cited(pages: dict[str, str]) -> set[str]:
+    "Keys that pages cite as the site needs it, [@key] or [@key; @other]."
+    return {key for text in pages.values() for group in re.findall(r"\[(@[^\]]*)\]", prose(text)) for key in re.findall(r"@([A-Za-z][\w:-]*\w)", group)}
+
+
 def test_citations_resolve(site):
     bibliography = (ROOT / "papers" / "references.bib").read_text(encoding="utf-8")
     keys = re.findall(r"^@\w+\{([^,\s]+)", bibliography, flags=re.M)
     assert len(keys) == len(set(keys)) and bibliography.count("{") == bibliography.count("}")
     assert citation_faults(pages_of(site), set(keys)) == []
-    assert "[@joseph1982]" in (site / "papers" / "projector.md").read_text(encoding="utf-8"), "papers cite [key]; the site needs [@key]"
+    assert not (left := sorted(set(keys) - cited(pages_of(site)))), f"papers/references.bib: nobody cites {', '.join(left)}"
+    assert "[@joseph1982]" in (site / "papers" / "projector.md").read_text(encoding="utf-8")
 
 
 def test_an_unknown_citation_is_found():
     pages = {"a.md": "as [@known2020; @other2021] and [known2020, gone1999], `@code`, a@b.org, @patch"}
     assert citation_faults(pages, {"known2020"}) == [f"a.md: cites {key}, which papers/references.bib does not have" for key in ("other2021", "patch", "gone1999")]
+    assert cited(pages) == {"known2020", "other2021"}, "what is not cited as the site needs it is not cited"
 
 
 # ---------------------------------------------------------------- API tables
@@ -259,6 +266,7 @@ def test_words_become_links_only_where_they_are_names():
     text = links("`ConeBeam.orbit()`, `plane`, `ct_nb.physics.geometry.ConeBeam`, `ConeBeam.views`, `forward`, [see](../physics/03_geometry.ipynb), `nbs/index.ipynb`, `nbs/gone.ipynb`\n```\n`ConeBeam`\n```\n## `ConeBeam`", "nbs/view/00_figures.ipynb", {"plane": "ct_nb.view.figures.plane"})
     assert text == ("[`ConeBeam.orbit()`](../physics/geometry.html#api-ConeBeam.orbit), [`plane`](figures.html#api-plane), [`ct_nb.physics.geometry.ConeBeam`](../physics/geometry.html#api-ConeBeam), "
                     "[`ConeBeam.views`](../physics/geometry.html#api-ConeBeam), `forward`, [see](../physics/03_geometry.ipynb), [`nbs/index.ipynb`](../index.ipynb), `nbs/gone.ipynb`\n```\n`ConeBeam`\n```\n## `ConeBeam`")
+    assert links("`papers/measured.py` [bib](references.bib)", "papers/projector.md") == "`papers/measured.py` [bib](references.bib)", "a script is no page"
     assert links("[rtk](../nbs/index.ipynb) [joseph1982, siddon1985] [licence](../LICENSE) [joseph1982; unknown2001]", "papers/projector.md") == "[rtk](../index.ipynb) [@joseph1982; @siddon1985] licence [joseph1982; unknown2001]"
 
 
@@ -277,6 +285,12 @@ def test_a_page_gets_the_outputs_of_its_run(tmp_path, monkeypatch):
     outputs = [output for cell in nbformat.read(tmp_path / "page.ipynb", 4).cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1 and any("closest pair" in output.get("text", "") for output in outputs)
     assert not any(output.get("name") == "stderr" for output in outputs)
+
+
+def test_what_reads_a_run_comes_after_what_leaves_it():
+    first, then, last = build_site.batches(notebooks())
+    assert sorted(first + then + last) == notebooks() and {"train_drr2ct.ipynb", "train_slices.ipynb", "train_ct_encoder.ipynb", "physics/03_geometry.ipynb"} <= set(first)
+    assert {"train_refinement.ipynb", "reconstruct.ipynb", "evaluate.ipynb"} <= set(then) and last == [name for name in notebooks() if name.startswith("explore_")] and len(last) == 5
 
 
 def test_recipes_run_small_and_say_so(tmp_path):

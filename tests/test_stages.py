@@ -25,7 +25,13 @@ def trained(out, **changes) -> DRR2CTRun:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("four"))
+    "Built first and looked at, as the recipe does it, then trained."
+    run = DRR2CTRun("smoke", out=tmp_path_factory.mktemp("four"), settings=TINY).open()
+    built, case = run.build(progress=False), run.validation[0]
+    built.start(case["xrays"][None], case["geometry"])
+    run.fit(progress=False)
+    assert run.model is built and not run.built, "built twice, or what is trained passes for new"
+    return run
 
 
 def test_all_four_follow_one_another(four):
@@ -48,6 +54,7 @@ def test_frozen_parts_stay_as_they_are(four):
 
 
 def test_the_same_seed_gives_the_same_weights_and_a_resumed_run_too(four, tmp_path):
+    "Whether or not somebody looked at what was built before it was trained."
     run = DRR2CTRun("smoke", out=tmp_path, settings=TINY).open()
     run.build(progress=False)
     for stage in TINY.stages[:2]: run._train(stage, False)  # and here the lights go out

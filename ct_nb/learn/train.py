@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'PRIOR_NOISE', 'FEWEST_LATENT_CHANNELS', 'RESIDUAL_MARGIN'
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -96,7 +96,7 @@ from fastcore.basics import patch
 # %% ../../nbs/learn/07_train.ipynb #cell-012
 @dataclass
 class DRR2CTRun:
-    "A training run of system A: `open`, `fit`, `judge`, in this order."
+    "A training run of system A: `open`, `build`, `fit`, `judge`, in this order; `fit` builds where nobody has."
     preset: str = "cpu"  # smoke, cpu, gpu or paper
     data: str = "phantom"  # "phantom", "phantom:COUNT", or a folder of CTs
     out: str = "runs/drr2ct"  # what the run leaves goes here
@@ -107,6 +107,7 @@ class DRR2CTRun:
     teacher: str | None = None  # folder of a run whose latent the stage `masked` is to match
     steps: int | None = None  # optimiser steps of all stages together; None: the preset's
     settings: Preset | None = None  # None: those of the preset
+    built: bool = field(default=False, init=False)  # there is a network that has not been trained yet
 
     def __post_init__(self):
         self.out, self.seed = Path(self.out), int(self.seed)
@@ -173,6 +174,7 @@ def build(self: DRR2CTRun, progress: bool = True) -> DRR2CT:
     if not self.is_real: read_all(self.fitted, "rendering X-rays", progress)  # into the cache
     self.floors, statistics = fit_baselines(self.fitted), xray_statistics(self.fitted)
     torch.manual_seed(self.seed)
+    self.built = True
     if self.start is not None:
         self.model = load_drr2ct(self.start)
         if self.model.config.size != s.network.size: raise ValueError(f"start: {self.start} reconstructs {self.model.config.size}³ voxels, the preset {self.preset} {s.network.size}³; take the same preset")
@@ -246,8 +248,9 @@ def _narrow(self: DRR2CTRun, channels: int) -> None:
 # %% ../../nbs/learn/07_train.ipynb #cell-021
 @patch
 def fit(self: DRR2CTRun, progress: bool = True) -> list[dict]:
-    "Train the stages one after the other and save the weights with their configuration. Returns the history: one row for each logged step of the whole run."
-    self.build(progress)
+    "Train the stages one after the other, from what was built, and save the weights with their configuration. Returns the history: one row for each logged step of the whole run."
+    if not self.built: self.build(progress)
+    self.built = False  # trained again, it begins anew
     self.history, done = [], 0
     for stage in self.settings.stages:
         folder = self.out / "stages" / stage.name

@@ -39,9 +39,10 @@ class XrayComparison(VBox):
         pitch = [float(step.norm(dim=-1).mean()) for step in (geometry.column_step_mm, geometry.row_step_mm)]
         self.pictures = [[Picture(name=f"view {view} {what}", width=width, pixel_mm=pitch, scale_bar_mm=100.0 * (what == "measured")) for what in ("measured", "projected", "difference")] for view in range(geometry.views)]
         self.top, self.aspect = float(self.xrays.max()), geometry.detector_shape[0] * pitch[1] / (geometry.detector_shape[1] * pitch[0])  # white; height over width
-        for view, (picture, *_) in enumerate(self.pictures):
-            picture.draw(grey(self.xrays[view].numpy(), (0.0, self.top)))
-            picture.title, picture.letters = view_name(geometry, view), list(xray_ends(geometry, view))
+        for view, three in enumerate(self.pictures):
+            for picture in three: picture.letters = list(xray_ends(geometry, view))
+            three[0].draw(grey(self.xrays[view].numpy(), (0.0, self.top)))
+            three[0].title = view_name(geometry, view)
         self.shown.observe(lambda change: self.update(), "value")
         self.update()
         super().__init__([self.shown, HBox([picture for view in self.pictures for picture in view], layout=Layout(flex_flow="row wrap")),
@@ -113,7 +114,8 @@ class ReconstructionExplorer(VBox):
         paint = lambda hu: grey(hu, self.window.value)
         error = lambda hu, truth: colors(hu - truth, -ERROR_HU, ERROR_HU)
         self.pictures = {name: SlicePicture(self.grid, hu, paint=paint, name=name, width=width, scale_bar_mm=50.0 * (place == 0)) for place, (name, hu) in enumerate(self.volumes.items())}
-        self.errors = {} if self.truth is None else {name: SlicePicture(self.grid, [hu, self.truth], paint=error, name=f"error of {name}", width=width, scale_bar_mm=0.0) for name, hu in self.volumes.items() if name != TRUTH}
+        judged = {} if self.truth is None else {name: hu for name, hu in self.volumes.items() if name != TRUTH}
+        self.errors = {name: SlicePicture(self.grid, [hu, self.truth], paint=error, name=f"error of {name}", width=width, scale_bar_mm=50.0 * (place == 0)) for place, (name, hu) in enumerate(judged.items())}
         if self.spread is not None:
             heat = lambda *hu: colors(np.abs(hu[0] - hu[1] if len(hu) > 1 else hu[0]), 0.0, self._most, "magma")
             self.pictures[SPREAD] = SlicePicture(self.grid, self.spread, paint=heat, name=SPREAD, width=width, scale_bar_mm=0.0)

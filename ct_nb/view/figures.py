@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLANES', 'ENDS', 'BRIGHT', 'SHADE', 'ERROR_HU', 'BOOKKEEPING', 'along_lps', 'plane', 'orientation_marks', 'scale_bar',
-           'draw_plane', 'slices_figure', 'view_name', 'xray_ends', 'xrays_figure', 'comparison_figure',
-           'training_figure', 'save_figure']
+           'draw_plane', 'slices_figure', 'view_name', 'xray_ends', 'draw_xray', 'checked_xrays', 'xrays_figure',
+           'comparison_figure', 'training_figure', 'save_figure']
 
 # %% ../../nbs/view/00_figures.ipynb #cell-003
 import json
@@ -62,20 +62,22 @@ def orientation_marks(axis, ends) -> None:
 
 def scale_bar(axis, length_mm: float = 50.0) -> None:
     "A bar of `length_mm` and its length at the lower right of an axis whose coordinates are mm."
+    from matplotlib.patheffects import withStroke
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     x, y, step = right - 0.05 * (right - left), bottom + 0.05 * (top - bottom), math.copysign(length_mm, right - left)
-    axis.plot([x - step, x], [y, y], color=BRIGHT, lw=2, solid_capstyle="butt", scalex=False, scaley=False)
+    rim = withStroke(linewidth=3.5, foreground="black", alpha=0.4)  # seen on bright images too
+    axis.plot([x - step, x], [y, y], color=BRIGHT, lw=2, solid_capstyle="butt", scalex=False, scaley=False, path_effects=[rim])
     axis.text(x, y + 0.02 * (top - bottom), f"{length_mm:g} mm", color=BRIGHT, fontsize=7.5, ha="right", va="bottom", bbox=SHADE)
 
 # %% ../../nbs/view/00_figures.ipynb #cell-012
-def draw_plane(axis, volume: Volume, name: str, at_mm=None, letters: bool = True, **image):
+def draw_plane(axis, volume: Volume, name: str, at_mm=None, **image):
     "One plane on a matplotlib axis, with the letters of its ends; keywords go to imshow. Returns what imshow does, and where the plane lies, mm."
     picture, extent, position = plane(volume, name, at_mm)
     shown = axis.imshow(picture, extent=extent, aspect="equal", **image)
     axis.set_xticks([]), axis.set_yticks([])
     axis.set_facecolor("black")
     for spine in axis.spines.values(): spine.set_visible(False)
-    if letters: orientation_marks(axis, name)
+    orientation_marks(axis, name)
     return shown, position
 
 # %% ../../nbs/view/00_figures.ipynb #cell-014
@@ -121,26 +123,39 @@ def xray_ends(geometry: ConeBeam, view: int) -> tuple[str, str, str, str]:
         return "".join("RAF"[a] if shares[a] < 0 else "LPH"[a] for a in order)
     return letters(-across), letters(across), letters(-down), letters(down)
 
+
+def draw_xray(axis, image, geometry: ConeBeam, view: int, **look):
+    "One X-ray (R, C), or something else on its detector, on a matplotlib axis in mm on the detector about its middle, with the letters of its ends; keywords go to imshow, whose answer is returned."
+    width, height = (n * float(step[view].norm()) for n, step in zip(geometry.detector_shape[::-1], (geometry.column_step_mm, geometry.row_step_mm)))
+    shown = axis.imshow(image, extent=(-width / 2, width / 2, height / 2, -height / 2), **look)
+    axis.spines[:].set_visible(False)
+    orientation_marks(axis, xray_ends(geometry, view))
+    return shown
+
+
+def checked_xrays(xrays, geometry: ConeBeam) -> np.ndarray:
+    "X-rays as float32 (V, R, C); ValueError where they are not the geometry's."
+    images, expected = torch.as_tensor(xrays).detach().cpu().float().numpy(), (geometry.views, *geometry.detector_shape)
+    if images.shape != expected: raise ValueError(f"xrays: the geometry describes (views, rows, columns) = {expected}, got {images.shape}")
+    return images
+
 # %% ../../nbs/view/00_figures.ipynb #cell-022
 def xrays_figure(xrays, geometry: ConeBeam, title: str | None = None):
     "Line integrals (V, R, C) with detector axes in mm, bone bright, one scale for all views; a matplotlib Figure. ValueError where they are not the geometry's."
     import matplotlib.pyplot as plt
-    images = torch.as_tensor(xrays).detach().cpu().float().numpy()
-    expected = (geometry.views, *geometry.detector_shape)
-    if images.shape != expected: raise ValueError(f"xrays: the geometry describes (views, rows, columns) = {expected}, got {images.shape}")
+    images = checked_xrays(xrays, geometry)
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
     width, height = (n * float(step.norm(dim=-1).mean()) for n, step in zip(geometry.detector_shape[::-1], (geometry.column_step_mm, geometry.row_step_mm)))
     with style():
         panel = 4.0 if columns < 3 else 2.8
-        figure, axes = plt.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, figsize=(panel * columns + 1.1, panel * rows * height / width + 0.5))
+        figure, axes = plt.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, figsize=(panel * columns + 1.1, panel * rows * height / width + 0.7))
         for axis in axes.flat[len(images):]: axis.set_visible(False)
         for view, (axis, image) in enumerate(zip(axes.flat, images)):
-            shown = axis.imshow(image, extent=(-width / 2, width / 2, height / 2, -height / 2), vmin=0, vmax=max(float(images.max()), 1e-6))
+            shown = draw_xray(axis, image, geometry, view, vmin=0, vmax=max(float(images.max()), 1e-6))
             axis.set_title(view_name(geometry, view), loc="left")
-            orientation_marks(axis, xray_ends(geometry, view))
-            axis.spines[:].set_visible(False)
             axis.tick_params(length=2)
+            if view % columns == 0: scale_bar(axis)
         for axis in axes[-1]: axis.set_xlabel("mm on the detector")
         bar = figure.colorbar(shown, ax=axes, shrink=0.85, aspect=28, pad=0.01)
         bar.set_label("line integral ∫μ dl")
@@ -151,11 +166,11 @@ def xrays_figure(xrays, geometry: ConeBeam, title: str | None = None):
 # %% ../../nbs/view/00_figures.ipynb #cell-025
 ERROR_HU = 600.0
 
-def comparison_figure(xrays, truth: Volume, predictions: dict, window="chest", at_mm=None):
-    """X-rays (V, R, C), the truth, each entry of name → Volume on the truth's grid with its PSNR, and the error of the first; three planes through `at_mm`
+def comparison_figure(xrays, geometry: ConeBeam, truth: Volume, predictions: dict, window="chest", at_mm=None):
+    """X-rays (V, R, C) of this geometry, the truth, each entry of name → Volume on the truth's grid with its PSNR, and the error of the first; three planes through `at_mm`
     (LPS mm; the middle unless given). A matplotlib Figure."""
     import matplotlib.pyplot as plt
-    window, images = get_window(window), torch.as_tensor(xrays).detach().cpu().float().numpy()
+    window, images = get_window(window), checked_xrays(xrays, geometry)
     for name, volume in predictions.items():
         if volume.grid != truth.grid: raise ValueError(f"predictions: {name!r} is on another grid than the truth; resample it with .resample_onto(truth.grid)")
     first = next(iter(predictions))
@@ -170,18 +185,20 @@ def comparison_figure(xrays, truth: Volume, predictions: dict, window="chest", a
             is_error = number == len(rows) - 1
             look = dict(vmin=-ERROR_HU, vmax=ERROR_HU, cmap="berlin") if is_error else dict(vmin=window.low_hu, vmax=window.high_hu)
             for axis, kind in zip(line, PLANES):
-                shown, _ = draw_plane(axis, along_lps(volume), kind, at_mm, letters=number == 0, **look)
+                shown, _ = draw_plane(axis, along_lps(volume), kind, at_mm, **look)
                 if number == 0: axis.set_title(kind, color=MUTED)
             line[0].set_ylabel(name)
-            if number == 0: scale_bar(line[0])
+            scale_bar(line[0])
             if is_error:
                 bar = found.colorbar(shown, ax=list(line), fraction=0.025, aspect=14, pad=0.01, ticks=[-ERROR_HU, 0, ERROR_HU])
                 bar.set_label("HU")
                 bar.outline.set_visible(False)
         panels = given.subplots(len(rows), 1, squeeze=False)[:, 0]
         for axis in panels: axis.set_axis_off()
-        for axis, image in zip(panels, images): axis.imshow(image, vmin=0, vmax=float(images.max()))
-        panels[0].set_title("given" if len(images) <= len(rows) else f"given: {len(images)} X-rays, {len(rows)} shown", color=MUTED)
+        for view, (axis, image) in enumerate(zip(panels, images)):
+            draw_xray(axis, image, geometry, view, vmin=0, vmax=float(images.max()))
+            scale_bar(axis)
+        panels[0].set_title("given, mm on the detector" if len(images) <= len(rows) else f"{len(rows)} of {len(images)} given", color=MUTED)
     return figure
 
 # %% ../../nbs/view/00_figures.ipynb #cell-028

@@ -13,6 +13,7 @@ from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.volume import WINDOWS, Grid, Volume, hu_to_mu
 from ..style import SERIES, style
+from .figures import BRIGHT
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-004
 BONE_HU, SKIN_HU = 250.0, -300.0
@@ -150,6 +151,10 @@ def _draw_flat(panel, geometry, body, names, across, down, title):
     if body is not None:
         middle = np.take(body.hu, body.hu.shape[2 - normal] // 2, axis=2 - normal)
         panel.imshow(middle, vmin=WINDOWS["chest"].low_hu, vmax=WINDOWS["chest"].high_hu, extent=(*low, high[1], high[0]), aspect="equal", zorder=0)
+        for axis, ends, level in ((across, low, high.mean()), (down, high, low.mean())):  # letters where the patient ends, not where the panel does
+            for end, letter, inward in zip(ends, ("RL", "AP", "FH")[axis], (1, -1)):
+                place = (end, level) if axis == across else (level, end)
+                panel.annotate(letter, place, xytext=(5 * inward, 0) if axis == across else (0, 5 * inward * (1 if down == 2 else -1)), textcoords="offset points", color=BRIGHT, fontsize=6.5, ha="center", va="center")
     panel.plot([low[0], low[1], low[1], low[0], low[0]], [high[0], high[0], high[1], high[1], high[0]], color="0.35", lw=0.8)
     flat = lambda points: points[..., [across, down]]
     in_plane = 1 - geometry.central_ray[:, normal].abs().cpu().numpy()

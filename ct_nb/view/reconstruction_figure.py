@@ -20,7 +20,7 @@ from ..learn.train_cascade import load_cascade
 from ..physics.geometry import ConeBeam
 from ..physics.volume import get_window
 from ..style import MODEL, MUTED, style
-from .figures import PLANES, along_lps, draw_plane, orientation_marks, scale_bar, view_name, xray_ends
+from .figures import PLANES, along_lps, draw_plane, draw_xray, scale_bar, view_name
 
 # %% ../../nbs/view/02_reconstruction_figure.ipynb #cell-004
 SHOWN_VIEWS = 4  # at most, in the preview
@@ -48,7 +48,7 @@ def reconstruction_figure(
             for axis, kind, letter in zip(line, PLANES, "zyx"):
                 image, position = draw_plane(axis, what, kind, **look)
                 if number == 0: axis.set_title(f"{kind}, {letter} = {position:.0f} mm", color=MUTED)
-            if number == 0: scale_bar(line[0])
+            scale_bar(line[0])
             bar = above.colorbar(image, ax=list(line), shrink=0.8, aspect=22, pad=0.01)
             bar.set_label(f"HU, window {window.name}" if number == 0 and window.name else f"standard deviation over {len(found.samples)} samples, HU" if number else "HU")
             bar.outline.set_visible(False)
@@ -57,11 +57,10 @@ def reconstruction_figure(
         for view, line in enumerate(panels[:shown_views]):
             for axis, title, image, look in ((line[0], "given", found.xrays[view], dict(vmin=0, vmax=top)), (line[1], "of the reconstruction", found.reprojection[view], dict(vmin=0, vmax=top)),
                                              (line[2], "difference", difference[view], dict(vmin=-most, vmax=most, cmap="berlin"))):
-                axis.imshow(image, extent=(0, width, 0, height), **look)
+                draw_xray(axis, image, found.geometry, view, **look)
                 axis.set_xticks([]), axis.set_yticks([])
-                axis.spines[:].set_visible(False)
                 if view == 0: axis.set_title(title, color=MUTED)
-            orientation_marks(line[0], xray_ends(found.geometry, view))
+            scale_bar(line[0])
             against = found.limit is not None and found.residual_consistent[view] > found.limit
             name = view_name(found.geometry, view)
             line[0].set_ylabel(name.replace(", ", "\n") if name.startswith("azimuth") else name.split(",")[0])

@@ -36,10 +36,10 @@ def refinement_figure(
         figure, axes = plt.subplots(3, 5, figsize=(10.4, 0.45 + 1.86 * sum(heights.values()) / x), height_ratios=[heights[kind] for kind in PLANES])
         for line, kind in zip(axes, PLANES):
             for number, (axis, (title, volume)) in enumerate(zip(line, columns)):
-                image, _ = draw_plane(axis, volume, kind, at_mm, letters=number == 0, **(grey if number < 3 else error))
+                image, _ = draw_plane(axis, volume, kind, at_mm, **(grey if number < 3 else error))
                 if kind == "axial": axis.set_title(title)
             line[0].set_ylabel(kind, color=MUTED)
-        scale_bar(axes[0, 0])
+            scale_bar(line[0])
         for place, label in ((2, f"HU, window {window.name}" if window.name else "HU"), (4, "difference, HU")):
             bar = figure.colorbar(axes[0, place].images[0], ax=list(axes[:, place]), shrink=0.6, aspect=30, pad=0.02)
             bar.set_label(label)

@@ -42,13 +42,13 @@ def uncertainty_figure(
         for group, columns, look, label in groups:
             for (name, volume), column in zip(group, axes[:, columns].T):
                 for axis, kind, letter in zip(column, ("axial", "coronal"), "zy"):
-                    shown, position = draw_plane(axis, volume, kind, at_mm, letters=name == "CT", **look)
+                    shown, position = draw_plane(axis, volume, kind, at_mm, **look)
                     if name == "CT": axis.set_ylabel(f"{kind}, {letter} = {position:.0f} mm", color=MUTED)
                 column[0].set_title(name)
             bar = figure.colorbar(shown, ax=axes[:, columns], shrink=0.8, aspect=22, pad=0.01)
             bar.set_label(label)
             bar.outline.set_visible(False)
-        scale_bar(axes[0, 0])
+        for line in axes: scale_bar(line[0])
         calibrated = "" if summary.scale == 1 else f"; standard deviation calibrated, × {summary.scale:.2f}"
         figure.suptitle(f"{float(hallucination.share):.0%} of what the samples put into the null space is disputed among them{calibrated}", x=0.01, ha="left", fontsize=8.5, color=MUTED)
     return figure

@@ -41,6 +41,14 @@ def descendants(pid: int) -> list[psutil.Process]:
     except psutil.NoSuchProcess: return []
 
 
+def processor_s() -> float:
+    "Processor time, s, of everything that this process has started and that still runs: JupyterLab, kernels, browser."
+    total = 0.0
+    for process in descendants(os.getpid()):
+        with contextlib.suppress(psutil.Error): total += sum(process.cpu_times()[:2])
+    return total
+
+
 def check_gone(processes: list[psutil.Process], timeout_s: float = 10.0) -> None:
     "Ends what is still there after a while, and complains of it."
     _, left = psutil.wait_procs(processes, timeout_s)
@@ -120,7 +128,17 @@ IDLE = "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.
 DONE = """() => { const prompts = [...document.querySelectorAll(".jp-Notebook .jp-CodeCell .jp-InputPrompt")].map(e => e.textContent.trim());
     return prompts.length > 0 && !prompts.some(text => text.includes("*")) && prompts.some(text => /\\d/.test(text)); }"""
 PICTURES = ".jp-Notebook .jp-OutputArea-output img, .jp-Notebook .jp-OutputArea-output canvas"
-DRAWN = """selector => [...document.querySelectorAll(selector)].some(e => e.clientWidth > 60 && e.clientHeight > 60 && (e.tagName === "CANVAS" || e.naturalWidth > 60))"""
+DRAWN = """selector => [...document.querySelectorAll(selector)].some(e => {  // large, drawn by us if it is a canvas, and more than letters on an empty ground
+    const box = e.closest(".ct-nb-picture"), small = document.createElement("canvas"), side = 48;
+    if (e.clientWidth <= 60 || e.clientHeight <= 60 || !(e.tagName === "CANVAS" ? box?.dataset.frame && box.dataset.drawn > 0 : e.complete && e.naturalWidth > 60)) return false;
+    small.width = small.height = side;
+    const g = small.getContext("2d");
+    g.drawImage(e, 0, 0, side, side);
+    const d = g.getImageData(0, 0, side, side).data;
+    let others = 0;
+    for (let i = 0; i < d.length; i += 4) if (Math.abs(d[i] - d[0]) + Math.abs(d[i + 1] - d[1]) + Math.abs(d[i + 2] - d[2]) > 30) others++;
+    return others > 0.05 * side * side;
+})"""
 WRONG = """() => [...document.querySelectorAll('.jp-Notebook [data-mime-type="application/vnd.jupyter.stderr"], .jp-Notebook [data-mime-type="application/vnd.jupyter.error"], .jp-Notebook .jp-OutputArea-output')]
     .filter(e => e.dataset.mimeType?.match(/stderr|error/) || e.innerText.includes("Traceback (most recent call last)")).map(e => e.innerText)"""
 NOT_YET = re.compile(r"(?:.*No such comm.*\n?)+")  # the page asks for widgets before the notebook has imported them
@@ -128,7 +146,8 @@ COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
 class OpenNotebook:
-    "A notebook of a `Lab` in a browser's tab. What goes wrong in kernel, page or widgets gathers in `complaints`; `check` raises it."
+    """A notebook of a `Lab` in a browser's tab. What goes wrong in kernel, page or widgets gathers in `complaints`; `check` raises it.
+    `first` and `clicks` are what a reader waited for: seconds, and seconds of processor time."""
     def __init__(self, lab: Lab, context, name: str):
         self.lab, self.name, self._complaints, self.clicks = lab, name, [], []
         self.page = page = context.new_page()
@@ -159,10 +178,11 @@ class OpenNotebook:
         "Run → Run All Cells; seconds to the first picture. Waits until all is done, and checks."
         self.page.click('.lm-MenuBar-item:has-text("Run")')
         self.page.get_by_text("Run All Cells", exact=True).click()
-        begin = time.monotonic()
+        spent, begin = processor_s(), time.monotonic()
         try: self.page.wait_for_function(DRAWN, arg=PICTURES, timeout=1000 * timeout_s, polling=50)
         except Error: self.check(); raise AssertionError(f"{self.name}: no picture within {timeout_s:g} s") from None
-        self.first = first = time.monotonic() - begin
+        first = time.monotonic() - begin
+        self.first = first, processor_s() - spent
         self.page.wait_for_function(DONE, timeout=1000 * timeout_s)
         self.settle()
         self.check()
@@ -199,17 +219,18 @@ class OpenNotebook:
 
     def seconds_to_change(self, picture: Locator, act, timeout_s: float = 30.0) -> float:
         "Seconds from `act()` until the picture looks different: more than one pixel in a thousand. Waits until the kernel is idle, and checks."
-        before = self.pixels(picture)
+        before, spent = self.pixels(picture), processor_s()
         begin = time.monotonic()
         act()
         while not differs(before, self.pixels(picture)):
             if time.monotonic() - begin > timeout_s:
                 self.check()
                 raise AssertionError(f"{self.name}: the picture did not change within {timeout_s:g} s")
-        self.clicks.append(time.monotonic() - begin)
+        waited = time.monotonic() - begin
         self.settle()
+        self.clicks.append((waited, processor_s() - spent))
         self.check()
-        return self.clicks[-1]
+        return waited
 
     def save(self, name: str, element: Locator | None = None) -> None:
         "A picture of the page, or of an element, in the folder $CT_NB_SCREENSHOTS, where that is set."

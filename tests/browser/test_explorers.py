@@ -119,3 +119,24 @@ def test_slices_with_weights(reader):
     notebook.settle()
     assert "nobody tested this" in notebook.page.locator(".widget-html-content", has_text="averaged again").inner_text()
     notebook.check()
+
+
+def test_reconstruction_with_weights(reader):
+    "Coarse, refined, samples and their spread beside the truth: a sample, a slice and a window that are chosen are shown, in residual maps too."
+    notebook = opened(reader, "explore_reconstruction", "trained")
+    notebook.save("explore_reconstruction_trained")
+    assert "papermill" not in notebook.page.locator(".jp-OutputArea-output", has_text="shown:").first.inner_text(), "nothing is missing"
+    before = {name: notebook.frame(name) for name in ("error of one sample", "error of coarse", "mean of samples")}
+    check_change(notebook, "one sample", lambda: notebook.page.locator(".widget-dropdown select").filter(has=notebook.page.locator("option", has_text="sample 1")).select_option(label="sample 1"))
+    assert [notebook.frame(name) != digest for name, digest in before.items()] == [True, False, False], "its own error, and nobody else's"
+    for name in ("standard deviation", "error of refined", "error of mean of samples, size"): check_change(notebook, name, lambda: notebook.slider("slice").press("PageUp"))
+    check_change(notebook, "error of coarse", lambda: notebook.page.get_by_role("button", name="sagittal").click())
+    spread = notebook.frame("standard deviation")
+    check_change(notebook, "refined", lambda: notebook.menu("window").select_option(label="lung"))
+    assert notebook.frame("standard deviation") == spread, "a window is for Hounsfield units"
+    before = notebook.frame("view 0 difference")
+    notebook.menu("X-rays of").select_option(label="coarse")  # all of them explain the X-rays, to less than the eye sees
+    notebook.page.locator('[data-ct-nb="view 0 projected"] .ct-nb-title').get_by_text("of coarse", exact=True).wait_for()
+    notebook.settle()
+    assert notebook.frame("view 0 difference") != before
+    notebook.save("explore_reconstruction_trained_later")

@@ -66,8 +66,11 @@ def test_everything_that_breaks_is_said(written):
 
 
 def test_a_notebook_without_a_picture_is_seen(written):
-    notebook = written("empty", "1 + 1")
-    with pytest.raises(AssertionError, match="no picture within 3 s"): notebook.run_all(timeout_s=3)
+    blank = "import numpy; from ct_nb.view.explore import Picture; p = Picture(name='blank', letters=['R', 'L', 'A', 'P'], scale_bar_mm=50.0); p.draw(numpy.zeros((200, 200), 'uint8')); p"
+    for cell in ("1 + 1", HTML.format("<canvas width=200 height=200></canvas>"), blank):
+        notebook = written("empty", cell)
+        with pytest.raises(AssertionError, match="no picture within"): notebook.run_all(timeout_s=3 * lab.SLACK)
+    assert notebook.page.locator('[data-ct-nb="blank"]').get_attribute("data-drawn"), "letters on black were there, and were no picture"
 
 
 def test_processes_that_stay_are_seen():
