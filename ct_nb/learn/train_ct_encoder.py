@@ -43,7 +43,7 @@ CT_ENCODER_PRESETS = {
                              TrainerConfig(steps=8, batch_size=4, learning_rate=2e-3, warmup_steps=2, log_every=4, checkpoint_every=4, validate_every=0, ema_decay=0.9),
                              phantoms=10, validation_phantoms=8, probed=10, written=2),
     "cpu": CTEncoderPreset(ScanLanguageConfig(replace(CTEncoderConfig.preset("cpu"), patch=(8, 8, 8), embed_dim=128, depth=3, pyramid_levels=3, shared_dim=128), text_width=96, writer_width=96, writer_length=256),
-                           TrainerConfig(steps=400, batch_size=16, learning_rate=1.2e-3, warmup_steps=30, weight_decay=0.05, log_every=20, checkpoint_every=50, validate_every=0, ema_decay=0.98)),
+                           TrainerConfig(steps=800, batch_size=8, learning_rate=1.2e-3, warmup_steps=50, weight_decay=0.05, log_every=20, checkpoint_every=50, validate_every=0, ema_decay=0.98)),
     "gpu": CTEncoderPreset(ScanLanguageConfig(replace(CTEncoderConfig.preset("gpu"), size=(64, 128, 128), patch=(4, 8, 8)), text_width=256, text_depth=4, writer_width=256, writer_depth=4, writer_length=400),
                            TrainerConfig(steps=12_000, batch_size=32, learning_rate=4e-4, warmup_steps=500, weight_decay=0.05, log_every=50, checkpoint_every=500, validate_every=0, ema_decay=0.999, workers=12, mixed_precision="bf16"),
                            phantoms=4000, validation_phantoms=256, judged=256, probed=2000, written=256),
