@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import lab
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES: list[str] = []
+BEGIN = time.monotonic()
 
 
 def pytest_configure(config):
@@ -18,8 +20,10 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter):
+    spent = sum(os.times()[:4])  # with all that were started and have ended
     if TIMES: terminalreporter.section("what a reader waits for (in brackets: processor time, of kernel, server and browser)")
     for line in TIMES: terminalreporter.write_line(line)
+    terminalreporter.write_line(f"in all: {time.monotonic() - BEGIN:.0f} ({spent:.0f}) s")
     if lab.SLACK != 1: terminalreporter.write_line(f"CT_NB_BROWSER_SLACK={lab.SLACK:g}: {lab.FIRST_PICTURE_S:g} s were allowed to the first picture and {lab.CLICK_S:g} s after a press, in place of 20 and 2")
 
 
