@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ct_nb.data.pairs import XrayPairs
+from ct_nb.data.radiographs import write_radiographs
 from ct_nb.data.sources import phantoms
 from ct_nb.files import write_json
 from ct_nb.learn import train_refinement
@@ -23,7 +24,7 @@ from ct_nb.nets.prior import binned
 from ct_nb.nets.refine import Refiner, RefinerConfig
 from ct_nb.physics.solvers import make_consistent
 from ct_nb.physics.volume import Grid, Volume, hu_to_mu, mu_to_hu
-from ct_nb.view.reconstruction_figure import report
+from ct_nb.view.reconstruction_figure import reconstruct_files, report
 from ct_nb.view.refinement_figure import draw_run
 from refinement_runs import NETWORK, cache, save_coarse  # noqa: F401 (cache is a fixture)
 
@@ -203,6 +204,9 @@ def test_a_perceptual_network_may_be_given_and_is_named(run, coarse, tmp_path):
     given.settings = replace(given.settings, weights=RefinementWeights(perceptual=0.0))
     assert given.configuration()["perceptual"] is None
     with pytest.raises(ValueError, match="features: a network for the perceptual term needs a `name`"): RefinementRun("smoke", out=tmp_path, coarse=str(coarse), features=lambda x: [x])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_refinement, "Trainer", lambda learner, *told: pytest.fail("learns with another network") if learner.others[0] is not given.features else (_ for _ in ()).throw(InterruptedError))
+        with pytest.raises(InterruptedError): given.fit(progress=False)
     batch, features = collate_coarse([run.pairs[0]]), Edges()
     torch.manual_seed(0)
     learner = RefinementLearner(Refiner(run.settings.network), RefinementWeights(), features=features)
@@ -247,7 +251,7 @@ def test_an_untrained_refiner_is_data_consistency_alone(found, run):
 
 def test_the_layer_is_that_of_the_coarse_model(coarse, run, tmp_path):
     assert run.consistency == ConsistencySettings(NETWORK.consistency_noise, NETWORK.consistency_iterations, NETWORK.consistency_detector) != ConsistencySettings()
-    assert load_refiner(run.out).consistency == run.consistency and json.loads((run.out / "config.json").read_text())["consistency"]["detector"] == 64
+    assert load_refiner(run.out).consistency == run.model.consistency == run.consistency and json.loads((run.out / "config.json").read_text())["consistency"]["detector"] == 64
     save_coarse(tmp_path / "drr2ct", network=replace(NETWORK, consistency_detector=16, consistency_noise=0.2).to_dict())
     assert RefinementRun("smoke", out=tmp_path, coarse=str(tmp_path / "drr2ct")).consistency == ConsistencySettings(0.2, NETWORK.consistency_iterations, 16)
 
@@ -277,6 +281,8 @@ def test_a_refiner_behind_another_coarse_model_says_so(found, coarse, run, tmp_p
     with torch.no_grad(): other.prior.mean_hu += 1
     save_weights(tmp_path, other, json.loads((tmp_path / "config.json").read_text()))
     assert "learnt behind other weights than those in" in refine_reconstruction(found, model, coarse=tmp_path).notes[-1] and not any("other weights" in note for note in refine_reconstruction(found, model).notes)
+    write_radiographs(tmp_path / "xrays", torch.as_tensor(found.xrays), found.geometry)
+    for weights, said in ((tmp_path, True), (coarse, False)): assert any("other weights" in note for note in reconstruct_files(tmp_path / "xrays", found.geometry, weights, None, refine=run.out).notes) == said
     model.coarse_weights = None  # learnt from files, or before runs told
     assert not any("other weights" in note for note in refine_reconstruction(found, model, coarse=tmp_path).notes)
 

@@ -10,6 +10,7 @@ __all__ = ['COARSE_SAMPLES', 'CT_ENDINGS', 'PLATEAU', 'earlier_runs', 'known_cas
 # %% ../../nbs/learn/13b_coarse.ipynb #cell-002
 import ast
 from dataclasses import asdict, replace
+from functools import lru_cache
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -167,7 +168,8 @@ def open_coarse(folder) -> FrozenCoarse | CoarseFiles:
     return FrozenCoarse(folder) if (Path(folder) / "config.json").is_file() else CoarseFiles(folder)
 
 # %% ../../nbs/learn/13b_coarse.ipynb #cell-017
-def imported_files(*modules: str) -> list[str]:
+@lru_cache
+def imported_files(*modules: str) -> tuple[str, ...]:
     "Modules of this package, like 'nets/drr2ct.py', and all others of it that they import, directly or not, as `code_digest` takes them."
     root, found, left = Path(ct_nb.__file__).parent, set(), list(modules)
     while left:
@@ -183,7 +185,7 @@ def imported_files(*modules: str) -> list[str]:
             else: continue
             paths = [name.removeprefix("ct_nb.").replace(".", "/") + ".py" for name in names if name.startswith("ct_nb.")]
             left += [path for path in paths if (root / path).is_file()]
-    return sorted(found)
+    return tuple(sorted(found))
 
 def coarse_code() -> str:
     "Digest of the code that decides coarse volumes and X-rays: physics, data and networks with all that they import, and the two chapters that ask the networks."
