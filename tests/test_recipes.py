@@ -85,11 +85,12 @@ def test_the_smoke_slices_run_from_vae_to_board(tmp_path):
 def test_the_smoke_refiner_runs_on_the_smoke_model(trained, tmp_path):
     out, _ = trained
     notebook = papermill("train_refinement", tmp_path / "train_refinement.ipynb", preset="smoke", coarse=out, out=tmp_path / "refinement")
-    assert pictures(notebook) >= 3
+    assert pictures(notebook) >= 5
     found = tmp_path / "refinement"
     assert json.loads((found / "config.json").read_text())["system"] == "refiner" and {"coarse", "unsharp_mask", "consistency_alone"} == set(json.loads((found / "refinement.json").read_text())["gain_over"])
     case = next((found / "cases").iterdir())
-    assert {"coarse.nii.gz", "refined.nii.gz", "ground_truth.nii.gz", "comparison.png", "metrics.json"} <= {p.name for p in case.iterdir()}
+    assert {"coarse.nii.gz", "refined.nii.gz", "ground_truth.nii.gz", "comparison.png", "spectrum.png", "metrics.json"} <= {p.name for p in case.iterdir()}
+    for name in ("training.png", "spectra.png", "scoreboard.png"): assert (found / name).stat().st_size > 5000, name
 
 
 def test_the_smoke_encoder_learns_to_be_asked(tmp_path):

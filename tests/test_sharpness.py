@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ct_nb.learn.baselines import AtlasConsistent
-from ct_nb.learn.sharpness import (ConsistencyAlone, Unrefined, UnsharpMask, _parts, edges, gaussian_high_pass, null_space_added, sharpness_scores, spectra,
+from ct_nb.learn.sharpness import (SHARPNESS_METRICS, ConsistencyAlone, Unrefined, UnsharpMask, _parts, edges, gaussian_high_pass, null_space_added, sharpness_scores, spectra,
                                    spectrum_error_db)
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.phantom import phantom
@@ -82,17 +82,39 @@ def test_blur_lowers_power_and_keeps_correlation(chest):
 # null space
 
 def test_null_space_parts_in_closed_form():
-    m = random(3, 8, 8, 8)
+    m, whole = random(3, 8, 8, 8), (8, 8, 8)
     across = random(4, 8, 8, 8)
     across -= m * (across * m).sum() / m.square().sum()
     across *= m.norm() / across.norm()
-    found = _parts(0.6 * m + 0.3 * across, m, 8)
-    assert found == pytest.approx((math.hypot(0.6, 0.3), 0.6, 0.3), rel=1e-4)
-    assert _parts(-0.5 * m, m, 8) == pytest.approx((0.5, -0.5, 0.5), rel=1e-4)  # the opposite of what was missing is invented
-    assert _parts(m, m, 8) == pytest.approx((1, 1, 0), abs=1e-6) and _parts(0 * m, m, 8) == (0, 0, 0)
-    assert math.isnan(_parts(m, 0 * m, 8).right)
-    padded = _parts(random(5, 10, 10, 10), random(6, 10, 10, 10), 4)
+    told = lambda n, *expected: _parts(n, m, whole) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert told(m, 1, 1, 0) and told(0 * m, 0, 0, 0) and told(0.5 * m, 0.5, 0.75, 0)
+    assert told(3 * m, 3, -3, 2) and told(2 * m, 2, 0, 1)  # what goes beyond the truth is invented
+    assert told(0.3 * across, 0.3, -0.09, 0.3) and told(0.6 * m + 0.3 * across, math.hypot(0.6, 0.3), 1 - 0.4 ** 2 - 0.3 ** 2, 0.3)
+    assert told(-0.5 * m, 0.5, 1 - 1.5 ** 2, 0.5)  # and so is the opposite of what was missing
+    assert math.isnan(_parts(m, 0 * m, whole).right)
+    padded = _parts(random(5, 10, 10, 10), random(6, 10, 10, 10), (4, 4, 4))
     assert padded.added == pytest.approx((random(5, 10, 10, 10).norm() / random(6, 10, 10, 10).norm()).item(), rel=1e-5)  # blocks that stick out count
+
+
+def test_one_block_does_not_excuse_another():
+    m = random(3, 16, 8, 8)
+    n = m.clone()
+    n[8:] = 3 * m[8:]  # right on one side, too much on the other
+    share = (m[8:].norm() / m.norm()).item()
+    assert _parts(n, m, (8, 8, 8)).invented == pytest.approx(2 * share, rel=1e-4) and _parts(n, m, (8, 8, 8)).right == pytest.approx(1 - 4 * share ** 2, rel=1e-4)
+    n[8:] = -m[8:]
+    assert _parts(n, m, (8, 8, 8)).invented == pytest.approx(share, rel=1e-4) and _parts(n, m, (16, 8, 8)).invented > share  # as one piece, c is neither 0 nor 1
+
+
+def test_the_block_is_in_millimetres():
+    "The same tissue on voxels of 20 and of 10 mm: the same blocks, so the same answer."
+    found = {}
+    for size in (16, 32):
+        fine = lambda v: v.repeat_interleave(size // 16, 0).repeat_interleave(size // 16, 1).repeat_interleave(size // 16, 2)
+        geometry = ConeBeam.biplanar(grid=Grid.cube(size), detector_shape=(32, 32), pixel_mm=16.0).to(torch.float32)
+        base, added, missing = torch.zeros(size, size, size), fine(100 * random(1, 16, 16, 16)), fine(100 * random(2, 16, 16, 16))
+        for block in (20.0, 40.0): found[size, block] = null_space_added(base + added, base, base + missing, geometry, block_mm=block, iterations=10).invented
+    assert found[16, 40.0] == pytest.approx(found[32, 40.0], abs=0.03) and abs(found[32, 20.0] - found[32, 40.0]) > 0.1
 
 
 def test_doing_nothing_the_truth_and_noise(chest):
@@ -101,8 +123,8 @@ def test_doing_nothing_the_truth_and_noise(chest):
     assert judge(soft) == (0, 0, 0)
     assert judge(truth).right == pytest.approx(1, abs=1e-5) and judge(truth).invented < 1e-3
     noise = judge(soft + 60 * random(7, 16, 16, 16))
-    assert noise.invented > 0.9 * noise.added and abs(noise.right) < 0.3
-    assert judge(soft + 0.5 * (truth - soft)).right == pytest.approx(0.5, abs=0.03)
+    assert noise.invented > 0.9 * noise.added and noise.right < -0.5 * noise.added ** 2
+    assert judge(soft + 0.5 * (truth - soft)).right == pytest.approx(0.75, abs=0.03)
     assert judge(truth + 60 * random(7, 16, 16, 16)).invented > 3 * judge(truth).invented
 
 
@@ -112,7 +134,7 @@ def test_what_the_x_rays_determine_is_not_counted(chest):
     base = soft + 1200.0  # far from the clamp at zero attenuation
     changed = mu_to_hu(hu_to_mu(base) + seen)
     added = null_space_added(changed, base, truth + 1200.0, geometry, iterations=60)
-    unsplit = _parts(hu_to_mu(changed) - hu_to_mu(base), hu_to_mu(truth) - hu_to_mu(soft), 8)  # without the split it would count
+    unsplit = _parts(hu_to_mu(changed) - hu_to_mu(base), hu_to_mu(truth) - hu_to_mu(soft), (2, 2, 2))  # without the split it would count
     assert added.added < 0.3 * unsplit.added and unsplit.added > 0.1
 
 
@@ -150,13 +172,16 @@ def test_scores_of_a_case(chest):
     perfect, nothing, floor = (sharpness_scores(hu, soft, truth, geometry) for hu in (truth, soft, UnsharpMask(8.0).refine(soft, xrays, geometry)))
     assert perfect["edge_response"] == 1 and perfect["edge_error"] == perfect["spectrum_error_db"] == 0 and perfect["fine_correlation"] == pytest.approx(1) and perfect["null_right"] == pytest.approx(1, abs=1e-5)
     assert nothing["null_added"] == 0 and nothing["edge_response"] < 0.8 and floor["edge_response"] > nothing["edge_response"] and floor["null_invented"] > 0.1
-    assert all(isinstance(v, float) for v in perfect.values()) and perfect.keys() == nothing.keys()
+    assert all(isinstance(v, float) for v in perfect.values()) and perfect.keys() == nothing.keys() == SHARPNESS_METRICS.keys()
+    assert perfect["edge_mismatch"] == perfect["edges_elsewhere_db"] == 0 and floor["edge_mismatch"] == pytest.approx(abs(1 - floor["edge_response"])) and nothing["edges_elsewhere_db"] < 0 < floor["edges_elsewhere_db"]
+    at_hand = spectra(soft, truth, 20.0)
+    assert sharpness_scores(soft, soft, truth, geometry, spectrum=at_hand) == nothing and sharpness_scores(soft, soft, truth, geometry, spectrum=spectra(truth, truth, 20.0))["spectrum_error_db"] == 0
 
 
 def test_what_does_not_fit_gets_a_sentence(chest):
     truth, soft, xrays, geometry = chest
     for said, attempt in (("must have one shape", lambda: edges(truth[:8], truth)), ("share: ", lambda: edges(truth, truth, share=0.0)), ("spacing_mm: ", lambda: spectra(truth, truth, -1.0)),
-                          ("bins: ", lambda: spectra(truth, truth, 5.0, bins=9)), ("block: ", lambda: null_space_added(truth, soft, truth, geometry, block=0)),
+                          ("bins: ", lambda: spectra(truth, truth, 5.0, bins=9)), ("block_mm: ", lambda: null_space_added(truth, soft, truth, geometry, block_mm=0)),
                           ("sigma_voxels: ", lambda: UnsharpMask(1.0, 0.0)), ("NaN", lambda: sharpness_scores(soft * torch.nan, soft, truth, geometry)),
                           ("truth: expected the geometry's grid", lambda: sharpness_scores(truth[:8], soft[:8], truth[:8], geometry))):
         with pytest.raises(ValueError, match=said): attempt()

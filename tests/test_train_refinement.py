@@ -1,46 +1,32 @@
-"""The refiner's run: pairs of a frozen coarse model, who may be judged, what is written, and a sentence for what does not fit."""
+"""A refiner's run from end to end on a tiny system A: what it leaves, how it goes on after a kill, what it learns from; and a reconstruction refined."""
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ct_nb.data.pairs import XrayPairs
+from ct_nb.data.radiographs import write_radiographs
 from ct_nb.data.sources import phantoms
 from ct_nb.files import write_json
 from ct_nb.learn import train_refinement
 from ct_nb.learn.checkpoints import WeightsError, save_weights
-from ct_nb.learn.coarse import CoarsePairs, FrozenCoarse, known_cases, open_coarse, unseen_phantoms
-from ct_nb.learn.reconstruction import reconstruct
-from ct_nb.learn.refinement import RefinementModel, load_refiner, refine_reconstruction
+from ct_nb.learn.coarse import CoarsePairs, FrozenCoarse, known_cases, open_coarse, unseen_phantoms, weights_digest
+from ct_nb.learn.reconstruction import reconstruct, view_residuals
+from ct_nb.learn.refinement import ConsistencySettings, RefinementModel, load_refiner, refine_reconstruction
 from ct_nb.learn.refinement_losses import RefinementWeights
-from ct_nb.learn.train import DRR2CTRun, Mixture, get_preset
-from ct_nb.learn.train_refinement import REFINEMENT_PRESETS, RefinementLearner, RefinementRun, collate_coarse, gain, refinement_verdict
-from ct_nb.nets.drr2ct import DRR2CT
+from ct_nb.learn.sharpness import SHARPNESS_METRICS, gaussian_high_pass
+from ct_nb.learn.train import Mixture
+from ct_nb.learn.train_refinement import REFINEMENT_PRESETS, RefinementLearner, RefinementRun, case_folders, collate_coarse
+from ct_nb.nets.prior import binned
 from ct_nb.nets.refine import Refiner, RefinerConfig
-from ct_nb.physics.volume import Grid, Volume
-from ct_nb.view.refinement_figure import refinement_figure
-
-NETWORK = replace(get_preset("smoke").network, size=16, latent_size=8, prior_modes=4)
-
-
-def save_coarse(folder, training=None, **changes):
-    "What a smoke run of system A leaves, with the linear prior fitted and the network as it began."
-    run = DRR2CTRun("smoke", "phantom", folder, settings=replace(get_preset("smoke"), network=NETWORK)).open()
-    torch.manual_seed(0)
-    model = DRR2CT(NETWORK)
-    model.prior.fit(torch.stack([phantoms(6, 16)[i].volume.tensor().float() for i in range(6)]))
-    save_weights(folder, model, {"system": "drr2ct", "network": NETWORK.to_dict(), "preset": "smoke", "data": "phantom", "seed": 0, "settings": {"phantoms": 12, "validation_phantoms": 2},
-                                 "training": {"cases": run.fitted.ids if training is None else training}, "validation": {"cases": run.validation.ids}, **changes})
-    return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CT_NB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+from ct_nb.physics.solvers import make_consistent
+from ct_nb.physics.volume import Grid, Volume, hu_to_mu, mu_to_hu
+from ct_nb.view.reconstruction_figure import reconstruct_files, report
+from ct_nb.view.refinement_figure import draw_run
+from refinement_runs import NETWORK, cache, save_coarse  # noqa: F401 (cache is a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +40,7 @@ def coarse(tmp_path_factory):
 def run(coarse):
     done = RefinementRun("smoke", out=coarse.parent / "refinement", coarse=str(coarse)).open()
     done.history = done.fit(progress=False)
-    done.board = done.judge(picture=refinement_figure, progress=False)
+    done.board = done.judge(progress=False)
     return done
 
 
@@ -65,14 +51,44 @@ def test_a_run_leaves_weights_scores_and_a_folder_for_each_case(run):
     assert config["system"] == "refiner" and config["network"]["size"] == 16 and config["validation"]["cases"] == run.validation.ids and config["training"]["fingerprint"]
     assert {"refined", "refined_without_consistency", "coarse", "unsharp_mask", "consistency_alone"} == set(run.board.predictors) and set(run.board.floors) == {"coarse", "unsharp_mask", "consistency_alone"}
     head = (run.out / "scoreboard.csv").read_text().splitlines()[0].split(",")
-    assert {"psnr", "ssim", "drr_error", "drr_error_held_out", "edge_error", "spectrum_error_db", "null_right", "null_invented"} <= set(head)
-    told = json.loads((run.out / "refinement.json").read_text())
-    assert set(told["gain_over"]["coarse"]["psnr"]) == {"mean", "low", "high", "patients"} and len(told["spectra"]["truth"]) == len(told["spectra"]["power"]["refined"]) == 8
+    assert {"psnr", "ssim", "drr_error", "drr_error_held_out", *SHARPNESS_METRICS} <= set(head)
+    metrics, told = (json.loads((run.out / f"{name}.json").read_text()) for name in ("metrics", "refinement"))
+    assert set(SHARPNESS_METRICS) <= set(metrics["predictors"]["refined"]) & set(metrics["definitions"]) and metrics["verdict"] == told["verdict"]
+    assert {"psnr", "edge_response", "null_right", "null_invented"} <= set(told["gain_over"]["consistency_alone"]) and len(told["spectra"]["truth"]) == len(told["spectra"]["power"]["refined"]) == 8
     folders = sorted((run.out / "cases").iterdir())
     assert [folder.name for folder in folders] == sorted(run.judged.ids)
     for folder in folders:
-        assert {path.name for path in folder.iterdir()} == {"coarse.nii.gz", "refined.nii.gz", "ground_truth.nii.gz", "comparison.png", "metrics.json"}
-        assert json.loads((folder / "metrics.json").read_text())["predictors"]["coarse"]["null_added"] == 0
+        case = json.loads((folder / "metrics.json").read_text())
+        assert case["predictors"]["coarse"]["null_added"] == 0 and set(case["predictors"]) == set(run.board.predictors) == set(case["spectra"]["power"])
+    assert np.allclose(told["spectra"]["power"]["refined"], np.mean([json.loads((folder / "metrics.json").read_text())["spectra"]["power"]["refined"] for folder in folders], axis=0))
+
+
+def test_its_pictures_are_drawn_from_its_files(run):
+    drawn = {str(path.relative_to(run.out)) for path in draw_run(run.out)}
+    assert drawn == {"training.png", "spectra.png", *(f"cases/{case}/{picture}.png" for case in run.judged.ids for picture in ("comparison", "spectrum"))}
+    assert all((run.out / name).stat().st_size > 5000 for name in drawn)
+    with pytest.raises(ValueError, match="holds no refinement.json, so it is no run of a refiner that was judged"): draw_run(run.out / "cases")
+
+
+def test_the_command_says_how_to_draw_them(monkeypatch, capsys):
+    class Told:
+        is_main, verdict = True, ["a gain"]
+        def __init__(self, *told): pass
+        def open(self): return self
+        def describe(self): return "described"
+        def fit(self): pass
+        def judge(self): return self
+        def table(self): return "a table"
+    monkeypatch.setattr(train_refinement, "RefinementRun", Told)
+    train_refinement.main(out="runs/somewhere")
+    assert capsys.readouterr().out.splitlines() == ["described", "a table", "a gain", "the pictures: python -m ct_nb.view.refinement_figure runs/somewhere"]
+
+
+def test_every_case_has_a_folder_of_its_own():
+    ids = ["a/b", "a_b", "A_B", "..", "../..", "plain", "x.nii", "é"]
+    names = case_folders(ids)
+    assert len({name.casefold() for name in names}) == len(ids) and names[5:] == ["plain", "x.nii", "é"] and not any("/" in name or name.startswith(".") for name in names)
+    assert case_folders(ids[::-1]) == names[::-1]  # whatever the order
 
 
 def test_the_refiner_loads_as_it_was(run, coarse):
@@ -85,20 +101,23 @@ def test_the_refiner_loads_as_it_was(run, coarse):
 
 def test_a_killed_run_ends_with_the_same_weights(run, coarse, tmp_path):
     half = RefinementRun("smoke", out=tmp_path, coarse=str(coarse)).open()
-    stop, step = RuntimeError("killed"), train_refinement._one_step
+    stop, step = RuntimeError("killed"), RefinementLearner.forward
     def dies(learner, batch, number):
         if number == 4: raise stop
         return step(learner, batch, number)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_refinement, "_one_step", dies)
+        patch.setattr(RefinementLearner, "forward", dies)
         with pytest.raises(RuntimeError, match="killed"): half.fit(progress=False)
     after = RefinementRun("smoke", out=tmp_path, coarse=str(coarse), resume=True).open()
     after.fit(progress=False)
     assert all(torch.equal(a, b) for a, b in zip(after.model.state_dict().values(), run.model.state_dict().values()))
 
 
-def test_the_layer_is_no_worse_on_the_xrays_than_the_network_alone(run):
-    assert run.board.mean("refined", "drr_error") <= run.board.mean("refined_without_consistency", "drr_error")
+def test_the_layer_takes_back_what_the_xrays_deny(run):
+    item = run.judged[0]
+    denser = 1.2 * (item["coarse"] + 1000) - 1000
+    error = {consistency: max(view_residuals(run.model.refine(denser, item["xrays"], item["geometry"], consistency), item["xrays"], item["geometry"])[0]) for consistency in (True, False)}
+    assert error[True] < 0.5 * error[False]
 
 
 # who may be judged
@@ -169,24 +188,34 @@ def test_the_learner_trains_the_refiner_alone_in_whole_and_in_patches(run):
     assert not torch.equal(learner(batch, 1)[0], loss)  # another patch
 
 
-# verdicts
+class Edges(nn.Module):
+    "A network for the perceptual term, with weights of its own."
+    name = "edges of a test"
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Conv3d(1, 2, 3)
 
-def rows(*gains):
-    return [{"case": n, "patient": n, "predictor": name, "psnr": 20 + 3 * n + (g if name == "refined" else 0), "ssim": 0.5, "drr_error": 0.02, "drr_error_held_out": 0.02, "edge_error": 0.5, "edge_response": 0.5,
-             "null_added": 0.1, "null_right": 0.1, "null_invented": 0.1} for n, g in enumerate(gains) for name in ("refined", "coarse", "unsharp_mask", "consistency_alone")]
-
-
-def test_gains_are_paired():
-    found = gain(rows(1.0, 1.1, 0.9), "psnr", "coarse")
-    assert found.mean == pytest.approx(1.0) and 0.7 < found.low < 1 < found.high < 1.3 and found.patients == 3  # unpaired, the patients differ by 3 dB
-    assert "a gain" in refinement_verdict(rows(1.0, 1.1, 0.9))[0] and "no gain is shown" in refinement_verdict(rows(1.0, -1.1, 0.9))[0] and "a loss" in refinement_verdict(rows(-1.0, -1.1, -0.9))[0]
-    assert "one patient gives no interval" in refinement_verdict(rows(1.0))[0]
-    assert "edge_error" in train_refinement.BETTER and gain([{**row, "edge_error": 0.4 if row["predictor"] == "refined" else 0.5} for row in rows(0, 0)], "edge_error", "coarse").mean == pytest.approx(0.1)
+    def forward(self, x): return [self.filter(x)]
 
 
-def test_a_coarse_volume_sharper_than_the_truth_is_told():
-    sharp = [{**row, "edge_response": 1.3} for row in rows(0.1, 0.2)]
-    assert "already sharper" in refinement_verdict(sharp)[-1] and "sharper" not in refinement_verdict(rows(0.1, 0.2))[-1]
+def test_a_perceptual_network_may_be_given_and_is_named(run, coarse, tmp_path):
+    given = RefinementRun("smoke", out=tmp_path, coarse=str(coarse), features=Edges()).open()
+    assert json.loads((run.out / "config.json").read_text())["perceptual"] == "random convolutions, seed 0, channels 8-16-32" and given.configuration()["perceptual"] == "edges of a test"
+    given.settings = replace(given.settings, weights=RefinementWeights(perceptual=0.0))
+    assert given.configuration()["perceptual"] is None
+    with pytest.raises(ValueError, match="features: a network for the perceptual term needs a `name`"): RefinementRun("smoke", out=tmp_path, coarse=str(coarse), features=lambda x: [x])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_refinement, "Trainer", lambda learner, *told: pytest.fail("learns with another network") if learner.others[0] is not given.features else (_ for _ in ()).throw(InterruptedError))
+        with pytest.raises(InterruptedError): given.fit(progress=False)
+    batch, features = collate_coarse([run.pairs[0]]), Edges()
+    torch.manual_seed(0)
+    learner = RefinementLearner(Refiner(run.settings.network), RefinementWeights(), features=features)
+    loss, figures = learner(batch, 0)
+    loss.backward()
+    assert all(p.grad is None for p in features.parameters()) and {id(p) for p in learner.parameters()} == {id(p) for p in learner.refiner.parameters()} and not any("filter" in name for name in learner.state_dict())
+    given = (batch["coarse"][:, None], batch["hu"][:, None])
+    ours, theirs = (features(learner.refiner.window.to_network(x).clamp(-1, 1) / 2 + 0.5)[0] for x in given)
+    assert figures["perceptual"] == pytest.approx((ours - theirs).abs().mean().item(), rel=1e-3)  # an untrained refiner answers its input
 
 
 # reconstructions
@@ -206,6 +235,56 @@ def test_a_reconstruction_is_refined_where_it_lies(found, run):
     assert refined.reprojection.shape == found.reprojection.shape and not np.array_equal(refined.reprojection, found.reprojection) and len(refined.residual) == len(found.residual)
     alone = refine_reconstruction(replace(found, consistent=False, how="without the data-consistency layer"), run.model)
     assert alone.how == "without the data-consistency layer, refined" and not np.array_equal(alone.volume.hu, refined.volume.hu)
+
+
+def test_an_untrained_refiner_is_data_consistency_alone(found, run):
+    torch.manual_seed(0)
+    c = ConsistencySettings(noise=0.1, iterations=5, detector=32, rounds=3)
+    item, model = run.judged[0], RefinementModel(run.settings.network, c).eval()
+    y, beam = binned(item["xrays"], item["geometry"].to(torch.float32), 32)
+    mu = hu_to_mu(found.volume.tensor(), 60.0)
+    for _ in range(3): mu = make_consistent(mu, y, beam, 5, damping=0.01, spread=model.spread_hu * (hu_to_mu(0.0, 60.0) / 1000)).clamp_min(0)
+    refined = refine_reconstruction(found, model)
+    assert np.allclose(refined.volume.hu, mu_to_hu(mu, 60.0).clamp_min(-1000).numpy(), atol=0.5) and not np.allclose(refined.volume.hu, found.volume.hu, atol=0.5)
+    assert not np.allclose(refine_reconstruction(found, RefinementModel(run.settings.network)).volume.hu, refined.volume.hu, atol=0.5)  # the settings count
+
+
+def test_the_layer_is_that_of_the_coarse_model(coarse, run, tmp_path):
+    assert run.consistency == ConsistencySettings(NETWORK.consistency_noise, NETWORK.consistency_iterations, NETWORK.consistency_detector) != ConsistencySettings()
+    assert load_refiner(run.out).consistency == run.model.consistency == run.consistency and json.loads((run.out / "config.json").read_text())["consistency"]["detector"] == 64
+    save_coarse(tmp_path / "drr2ct", network=replace(NETWORK, consistency_detector=16, consistency_noise=0.2).to_dict())
+    assert RefinementRun("smoke", out=tmp_path, coarse=str(tmp_path / "drr2ct")).consistency == ConsistencySettings(0.2, NETWORK.consistency_iterations, 16)
+
+
+def test_residuals_are_those_of_the_refined_volume(found, run):
+    item, model = run.judged[0], load_refiner(run.out)
+    assert model.limit == pytest.approx(1.25 * max(max(view_residuals(run.model.refine(i["coarse"], i["xrays"], i["geometry"]), i["xrays"], i["geometry"])[0]) for i in run._fitting_items()), rel=1e-3)
+    refined = refine_reconstruction(found, model)
+    assert refined.residual == refined.residual_consistent != found.residual_consistent and refined.residual_layer == refined.tolerance == [] and refined.limit == model.limit
+    for told, consistency in ((refined.residual_consistent, True), (refined.residual_unconstrained, False)):
+        assert told == pytest.approx(view_residuals(model.refine(found.volume.tensor(), item["xrays"], item["geometry"], consistency), item["xrays"], item["geometry"])[0], abs=1e-3)
+    said = replace(found, contradictions=["view 1: beyond"], notes=["averaged", "view 1: beyond"], limit=0.001)
+    model.limit = 1e-6
+    denied = refine_reconstruction(said, model)
+    assert [note.split(":")[0] for note in denied.notes[:4]] == ["averaged", "before refinement, view 1", "view 0", "view 1"] and denied.notes[2:4] == denied.contradictions and f"({1e-6:.3f})" in denied.notes[2]
+    views = report(denied)["residual"]
+    assert [view["with_consistency"] for view in views] == denied.residual and all(view["contradicts"] for view in views) and "reached_by_the_layer" not in views[0]
+    model.limit = None
+    assert refine_reconstruction(said, model).contradictions is None and report(refine_reconstruction(said, model))["contradiction"]["found"] is None
+
+
+def test_a_refiner_behind_another_coarse_model_says_so(found, coarse, run, tmp_path):
+    model = load_refiner(run.out)
+    assert model.coarse_weights == weights_digest(coarse) and not any("other weights" in note for note in refine_reconstruction(found, model, coarse=coarse).notes)
+    save_coarse(tmp_path)
+    other = open_coarse(tmp_path).model
+    with torch.no_grad(): other.prior.mean_hu += 1
+    save_weights(tmp_path, other, json.loads((tmp_path / "config.json").read_text()))
+    assert "learnt behind other weights than those in" in refine_reconstruction(found, model, coarse=tmp_path).notes[-1] and not any("other weights" in note for note in refine_reconstruction(found, model).notes)
+    write_radiographs(tmp_path / "xrays", torch.as_tensor(found.xrays), found.geometry)
+    for weights, said in ((tmp_path, True), (coarse, False)): assert any("other weights" in note for note in reconstruct_files(tmp_path / "xrays", found.geometry, weights, None, refine=run.out).notes) == said
+    model.coarse_weights = None  # learnt from files, or before runs told
+    assert not any("other weights" in note for note in refine_reconstruction(found, model, coarse=tmp_path).notes)
 
 
 @pytest.mark.parametrize("change, sentence", [
@@ -249,3 +328,25 @@ def test_coarse_files_on_another_grid_or_of_other_cases_get_a_sentence(run, tmp_
     with pytest.raises(ValueError, match=f"has no file for any of the cases to judge on; name the files after the cases, like {ids[1]}.nii.gz"): RefinementRun("smoke", out=tmp_path / "out", coarse=str(tmp_path / "files")).open()
     Volume(items[1]["hu"][:8].numpy(), items[1]["affine"].numpy()).save(tmp_path / "files" / f"{ids[1]}.nii.gz")
     with pytest.raises(ValueError, match="is on 8×16×16 voxels .* its case on 16×16×16"): RefinementRun("smoke", out=tmp_path / "out", coarse=str(tmp_path / "files")).open().judged[0]
+
+
+def test_a_file_clipped_to_another_window_gets_a_sentence(run, tmp_path):
+    item = run.validation[0]
+    def asked(low, high):
+        Volume(item["hu"].clip(low, high).round().numpy(), item["affine"].numpy()).save(tmp_path / f"{item['id']}.nii.gz")
+        return open_coarse(tmp_path).answer(item)
+    for low, high, said in ((-1350, 150, "nothing above 150 HU and much of it exactly there, as if clipped by the window lung"), (-1024, 60, "as if clipped by a window that ends at 60 HU"), (-200, 200, "no air near -1000")):
+        with pytest.raises(ValueError, match=said): asked(low, high)
+    assert torch.equal(asked(-1024, 1024), item["hu"].round().clip(-1024, 1024))
+
+
+def test_coarse_volumes_that_are_too_sharp_are_told_in_the_end(run, tmp_path):
+    "From files to the verdict: a halo on every edge."
+    for pairs in (run.cases.fitted, run.validation):
+        for item in (pairs[n] for n in range(min(2, len(pairs)))): Volume((item["hu"] + 1.5 * gaussian_high_pass(item["hu"], 1.0)).clamp(-1020, 3000).round().numpy(), item["affine"].numpy()).save(tmp_path / "files" / f"{item['id']}.nii.gz")
+    sharp = RefinementRun("smoke", out=tmp_path / "out", coarse=str(tmp_path / "files"), steps=1).open()
+    sharp.fit(progress=False)
+    board = sharp.judge(progress=False)
+    assert board.mean("coarse", "edge_response") > 1.1 and board.mean("unsharp_mask", "edge_response") < board.mean("coarse", "edge_response")  # the mask of least error softens
+    assert sharp.verdict[-1].startswith("The coarse volumes are already sharper than the CTs") and json.loads((tmp_path / "out" / "refinement.json").read_text())["verdict"] == sharp.verdict
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["coarse_weights"] is None

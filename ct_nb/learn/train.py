@@ -210,8 +210,6 @@ def _validate(self: DRR2CTRun, learner: Learner, most: int = 4) -> dict:
     return {"psnr": sum(p for p, _ in scores) / len(scores), "ssim": sum(q for _, q in scores) / len(scores)}
 
 # %% ../../nbs/learn/07_train.ipynb #cell-020
-def _one_step(learner, batch: dict, number: int): return learner(batch, number)
-
 @patch
 def _train(self: DRR2CTRun, stage: Stage, progress: bool) -> list[dict]:
     "Train one stage; returns the rows of its history."
@@ -221,7 +219,7 @@ def _train(self: DRR2CTRun, stage: Stage, progress: bool) -> list[dict]:
     config = replace(config, warmup_steps=min(config.warmup_steps, max(config.steps // 5, 1)))
     torch.manual_seed(self.seed)  # for the parts that only a stage has
     learner = Learner(self.model.train(), stage, config.steps, self.seed, None if self.teacher is None else load_drr2ct(self.teacher))
-    trainer = Trainer(learner, _one_step, self.cases(one_pose=stage.mixup > 0), config, folder, collate, self._validate, fewer_neighbours)
+    trainer = Trainer(learner, torch.nn.Module.__call__, self.cases(one_pose=stage.mixup > 0), config, folder, collate, self._validate, fewer_neighbours)
     if progress and len(s.stages) > 1: trainer.accelerator.print(f"stage {stage.name}: {config.steps} steps")
     try: rows = trainer.fit(resume=self.resume, progress=progress).rows
     except torch.cuda.OutOfMemoryError:
@@ -281,7 +279,7 @@ def _usual_residual(self: DRR2CTRun, cases: int = 8) -> dict:
 def configuration(self: DRR2CTRun) -> dict:
     "What goes into `config.json`."
     return {"system": "drr2ct", "network": self.model.config.to_dict(), "preset": self.preset, "data": str(self.data), "seed": self.seed,
-            "settings": asdict(self.settings), "start": self.start, "teacher": self.teacher, "residual": getattr(self, "residual", None), "training": {"cases": self.fitted.ids, "fingerprint": self.fitted.source.fingerprint()},
+            "settings": asdict(self.settings), "start": self.start, "teacher": self.teacher, "residual": getattr(self, "residual", None), "training": {"cases": self.fitted.ids, "patients": self.fitted.patients, "fingerprint": self.fitted.source.fingerprint()},
             "validation": {"cases": self.validation.ids, "fingerprint": self.validation.source.fingerprint()}}
 
 @patch

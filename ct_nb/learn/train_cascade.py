@@ -151,8 +151,6 @@ class _Learner(nn.Module):
         coarse = cascade.coarse_of(self.number, batch["hu"], batch["xrays"], batch["geometry"])
         return self.stage.loss(batch["hu"], batch["xrays"], batch["geometry"], coarse, draw)
 
-def _one_step(learner, batch: dict, number: int): return learner(batch, number)
-
 @patch
 def fit(self: CascadeRun, progress: bool = True) -> list[dict]:
     "Train the stages one after the other and save the weights with their configuration. Returns the history: one row for each logged step of the whole run."
@@ -168,7 +166,7 @@ def fit(self: CascadeRun, progress: bool = True) -> list[dict]:
         else:
             if progress: print(f"stage {config.size}³: {steps} steps")
             trainer = replace(self.settings.trainer, steps=steps, warmup_steps=min(self.settings.trainer.warmup_steps, max(steps // 5, 1)))
-            rows = Trainer(_Learner(self.cascade, number, self.seed), _one_step, self.cases[config.size].cases(), trainer, folder, collate).fit(self.resume, progress).rows
+            rows = Trainer(_Learner(self.cascade, number, self.seed), nn.Module.__call__, self.cases[config.size].cases(), trainer, folder, collate).fit(self.resume, progress).rows
             if self.is_main:
                 save_weights(folder, self.cascade.stages[number], {**self.configuration(), "system": "cascade_stage", "network": config.to_dict()})
                 (folder / STATE_FILE).unlink(missing_ok=True)  # a stage that is done is not resumed
@@ -185,7 +183,7 @@ def is_main(self: CascadeRun) -> bool: return self.cases[self.sizes[0]].is_main
 def configuration(self: CascadeRun) -> dict:
     "What goes into `config.json`."
     return {"system": "cascade", "network": self.cascade.config.to_dict(), "preset": self.preset, "data": str(self.data), "seed": self.seed, "coarse": self.coarse, "settings": asdict(self.settings),
-            "training": {"cases": self.fitted.ids, "fingerprint": self.fitted.source.fingerprint()}, "validation": {"cases": self.validation.ids, "fingerprint": self.validation.source.fingerprint()}}
+            "training": {"cases": self.fitted.ids, "patients": self.fitted.patients, "fingerprint": self.fitted.source.fingerprint()}, "validation": {"cases": self.validation.ids, "fingerprint": self.validation.source.fingerprint()}}
 
 def load_cascade(folder) -> Cascade:
     "The trained cascade of a run, in evaluation mode. `WeightsError` when the folder is not one, or of another system."

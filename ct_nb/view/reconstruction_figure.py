@@ -142,7 +142,7 @@ def reconstruct_files(
     images = read_radiographs(xrays, views, notes=notes, **told)
     if config["system"] == "cascade": found = reconstruct_sampled(images, views, load_cascade(weights), samples=samples or SAMPLES, guidance=guidance if consistency else "off", seed=seed)
     else: found = reconstruct(images, views, load_drr2ct(weights), samples=samples, consistency=consistency, seed=seed, expected_residual=config.get("residual"))
-    if refine is not None: found = refine_reconstruction(found, load_refiner(refine))
+    if refine is not None: found = refine_reconstruction(found, load_refiner(refine), coarse=weights)
     found.notes = [*notes, *found.notes]
     files = [xrays] if isinstance(xrays, (str, Path)) else list(xrays)
     training = config.get("training") or {}

@@ -1,0 +1,36 @@
+"""What tests of the refiner share: a tiny system A on disk, and one cache of phantoms for all of them."""
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+
+from ct_nb.data.sources import phantoms
+from ct_nb.learn.checkpoints import save_weights
+from ct_nb.learn.train import DRR2CTRun, get_preset
+from ct_nb.nets.drr2ct import DRR2CT
+
+NETWORK = replace(get_preset("smoke").network, size=16, latent_size=8, prior_modes=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    "Phantoms are rendered once for all modules that import this."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CT_NB_CACHE", str(tmp_path_factory.getbasetemp() / "refinement_cache"))
+        yield
+
+
+@lru_cache
+def volumes(count=6, size=16): return torch.stack([phantoms(count, size)[i].volume.tensor().float() for i in range(count)])
+
+
+def save_coarse(folder, training=None, **changes):
+    "What a smoke run of system A leaves, with the linear prior fitted and the network as it began."
+    run = DRR2CTRun("smoke", "phantom", folder, settings=replace(get_preset("smoke"), network=NETWORK)).open()
+    torch.manual_seed(0)
+    model = DRR2CT(NETWORK)
+    model.prior.fit(volumes())
+    save_weights(folder, model, {"system": "drr2ct", "network": NETWORK.to_dict(), "preset": "smoke", "data": "phantom", "seed": 0, "settings": {"phantoms": 12, "validation_phantoms": 2},
+                                 "training": {"cases": run.fitted.ids if training is None else training}, "validation": {"cases": run.validation.ids}, **changes})
+    return run
