@@ -57,3 +57,17 @@ def change(file, **tags) -> None:
         if value is None: delattr(d, name)
         else: setattr(d, name, value)
     d.save_as(file, enforce_file_format=True)
+
+def write_stored(path, stored, affine, slope=1.0, intercept=0.0) -> None:
+    "Whole numbers (D, H, W) as a NIfTI of 16 bits whose header scales them, on an affine in LPS mm."
+    import nibabel
+    image = nibabel.Nifti1Image(np.round(stored).astype(np.int16).transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
+    image.header.set_slope_inter(slope, intercept)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(image, path)
+
+def write_table(path, columns, *rows) -> Path:
+    import csv
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file: csv.writer(file).writerows([columns, *rows])
+    return Path(path)

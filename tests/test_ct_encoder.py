@@ -264,8 +264,11 @@ def test_a_scan_that_is_not_what_it_seems(spoil, words):
 
 
 def test_the_check_is_what_refuses(monkeypatch):
+    "A scan 400 HU too dense still has its body where it was: nothing but the check stands in its way."
+    dense = Volume(SCAN.volume.hu + 400, SCAN.volume.affine)
+    with pytest.raises(CTReadError, match="not in HU"): body_box(dense)
     monkeypatch.setattr(module, "check_hounsfield", lambda *a: None)
-    body_box(Volume(SCAN.volume.hu + 100, SCAN.volume.affine))
+    assert np.allclose(body_box(dense), body_box(SCAN.volume), atol=10)
 
 
 @pytest.mark.parametrize("name", ["cip-ct64", "lungdx-A0002", "ctfm-s0335"])

@@ -69,10 +69,10 @@ def test_folded_bias_is_the_table(shape, d, e):
 
 @pytest.mark.parametrize("wrong", ["scale over the bias", "rows and columns swapped", "axes swapped"])
 def test_a_wrong_fold_is_not_the_table(wrong, monkeypatch):
-    def other(q, k, biases):
+    def other(q, k, biases, inner):
         if wrong == "rows and columns swapped": biases = [b.mT for b in biases]
         if wrong == "axes swapped": biases = biases[::-1]
-        long_q, long_k = fold(q, k, biases)
+        long_q, long_k = fold(q, k, biases, inner)
         if wrong == "scale over the bias": long_q = torch.cat([long_q[..., :q.shape[-1]], long_q[..., q.shape[-1]:] * q.shape[-1] ** -0.5], -1)
         return long_q, long_k
     q, k, v = (random(n, 1, 2, 27, 4, dtype=torch.float64) for n in range(3))

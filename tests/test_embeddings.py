@@ -36,11 +36,11 @@ def index(run, tmp_path_factory):
 
 
 def test_rows_are_scans_and_their_regions(index, run):
-    found, skipped = index
+    found, skipped, notes = index
     assert {scan for scan, about in zip(found.scans, found.about) if about == WHOLE} == {"scan-900", "scan-901", "scan-902"}
     assert {about for scan, about in zip(found.scans, found.about) if scan == "scan-900"} == {WHOLE, REGIONS[1][0], REGIONS[7][0]}
     assert np.allclose(np.linalg.norm(found.vectors, axis=1), 1, atol=1e-5) and found.vectors.shape == (5, run.model.config.encoder.shared_dim)
-    assert len(skipped) == 1 and "empty.nii.gz" in skipped[0][0] and "empty.nii.gz" in skipped[0][1]
+    assert len(skipped) == 1 and "empty.nii.gz" in skipped[0][0] and "empty.nii.gz" in skipped[0][1] and notes == []
 
 
 def test_a_row_is_the_encoders_own_answer(run):
@@ -53,12 +53,13 @@ def test_a_row_is_the_encoders_own_answer(run):
 
 
 def test_the_file_keeps_everything_and_knows_its_weights(index, run, tmp_path):
-    found, _ = index
+    found = index[0]
     found.save(tmp_path / "e.parquet")
     table = pq.read_table(tmp_path / "e.parquet")
     assert table.column_names == ["scan", "file", "about", "vector"] and table.num_rows == len(found)
     again, model = open_index(tmp_path / "e.parquet")
     assert np.array_equal(again.vectors, found.vectors) and (again.scans, again.files, again.about, again.digest) == (found.scans, found.files, found.about, found.digest)
+    assert (again.weights, again.digest) == (str(run.out.resolve()), found.digest)
     other = tmp_path / "other"
     CTEncoderRun("smoke", out=other, seed=1, steps=1).open(progress=False).fit(progress=False)
     with pytest.raises(ValueError, match="did not make"): open_index(tmp_path / "e.parquet", other)
@@ -100,21 +101,26 @@ def test_bad_input_gets_a_sentence(index, run, tmp_path):
 
 
 def test_real_scans_pass_through_and_labels_become_rows(run, real_ct):
-    found, skipped = embed_scans([real_ct / "cip-ct64.nii.gz", real_ct / "ctfm-s0335.nii.gz", real_ct / "ts-example.nii.gz"], run.out, progress=False)
+    found, skipped, notes = embed_scans([real_ct / "cip-ct64.nii.gz", real_ct / "ctfm-s0335.nii.gz", real_ct / "ts-example.nii.gz"], run.out, progress=False)
     assert {"cip-ct64", "ctfm-s0335", "ts-example"} == set(found.scans) | {name for name, _ in skipped} and not skipped
     about = {about for scan, about in zip(found.scans, found.about) if scan == "ts-example"}
     assert {WHOLE, "spine"} <= about  # TotalSegmentator's numbers lie beside it
+    assert [about for scan, about in zip(found.scans, found.about) if scan == "cip-ct64"] == [WHOLE] and len(notes) == 1 and "labels/cip-ct64.nii.gz" in notes[0]  # both lungs are 1 there, no spleen
 
 
 def test_the_commands_from_scans_to_hits(index, run, tmp_path, monkeypatch, capsys):
     from ct_nb.console import embed, retrieve
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(run.out.parent)
     folder = str(next(iter(index[0].files)).rsplit("/", 1)[0])
-    embed([folder], weights=str(run.out), out="e.parquet")
+    embed([folder], weights=run.out.name, out=str(tmp_path / "e.parquet"))  # by a path that holds here alone
+    monkeypatch.chdir(tmp_path)
     assert "3 scans, 5 vectors" in (text := capsys.readouterr().out) and "left out:" in text and "empty.nii.gz" in text
     retrieve("Consolidation in the left upper lobe.", index="e.parquet", top=2)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and "(left upper lobe)" in lines[0] and "scan-900" in lines[0]
+    assert len(lines) == 2 and "(left upper lobe)" in lines[0] and "scan-900" in lines[0]
+    assert lines[1] == "note: 2 of 3 scans have no row about left upper lobe and were not asked; --about scan asks all"
+    retrieve("Consolidation in the left upper lobe.", index="e.parquet", about=WHOLE)
+    assert len(capsys.readouterr().out.splitlines()) == 3
     for call, said in ((lambda: embed([folder], weights=str(run.out), out="e.csv"), "ct_nb_embed: e.csv: embeddings are written as .parquet"), (lambda: retrieve(" ", index="e.parquet"), "ct_nb_retrieve: text: is empty"), (lambda: retrieve("x", index="none.parquet"), "no such file")):
         with pytest.raises(SystemExit) as ended: call()
         assert said in ended.value.code and "\n" not in ended.value.code

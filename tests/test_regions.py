@@ -5,8 +5,15 @@ import torch
 import torch.nn.functional as F
 
 import ct_nb.nets.regions as module
+from ct_nb.data.folders import name_cases
+from ct_nb.data.label_maps import name_region, total_doubt
+from ct_nb.learn.scan_reports import scan_and_regions
+from ct_nb.nets.ct_encoder import CTEncoderConfig
 from ct_nb.nets.regions import FORMS, RegionAttention, RegionPooling, merge_total, multiplicative_attention, overlap_means, patch_overlaps, prior_attention
 from ct_nb.physics.anatomy import REGIONS
+from ct_nb.physics.phantom import phantom
+from ct_nb.physics.readers import CTReadError
+from ct_nb.physics.volume import Volume
 
 
 def random(seed, *shape, dtype=torch.float64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -42,6 +49,72 @@ def test_known_ids(number, name): assert REGIONS[int(merge_total(np.array([numbe
 @pytest.mark.parametrize("labels", [np.array([118]), np.array([-1]), np.array([1.0])])
 def test_merge_refuses_what_is_not_total(labels):
     with pytest.raises(ValueError, match="labels: TotalSegmentator"): merge_total(labels)
+
+
+# what a map's values mean
+
+SIDES = lambda *names: [f"{name}_{side}" for name in names for side in ("left", "right")]
+TOTAL = ["spleen", "kidney_right", "kidney_left", "gallbladder", "liver", "stomach", "pancreas", "adrenal_gland_right", "adrenal_gland_left", "lung_upper_lobe_left", "lung_lower_lobe_left",
+         "lung_upper_lobe_right", "lung_middle_lobe_right", "lung_lower_lobe_right", "esophagus", "trachea", "thyroid_gland", "small_bowel", "duodenum", "colon", "urinary_bladder", "prostate",
+         *SIDES("kidney_cyst"), "sacrum", "vertebrae_S1", *[f"vertebrae_{part}{n}" for part, most in (("L", 5), ("T", 12), ("C", 7)) for n in range(most, 0, -1)], "heart", "aorta", "pulmonary_vein",
+         "brachiocephalic_trunk", *SIDES("subclavian_artery", "common_carotid_artery", "brachiocephalic_vein"), "atrial_appendage_left", "superior_vena_cava", "inferior_vena_cava",
+         "portal_vein_and_splenic_vein", *SIDES("iliac_artery", "iliac_vena", "humerus", "scapula", "clavicula", "femur", "hip"), "spinal_cord",
+         *SIDES("gluteus_maximus", "gluteus_medius", "gluteus_minimus", "autochthon", "iliopsoas"), "brain", "skull", *[f"rib_{side}_{n}" for side in ("left", "right") for n in range(1, 13)], "sternum", "costal_cartilages"]
+
+def test_every_name_of_total_means_its_region():
+    assert len(TOTAL) == 117
+    assert [name_region(name) for name in TOTAL] == merge_total(np.arange(1, 118)).tolist()
+    assert [name_region(f"{name}.nii") for name in ("Left lung", "lungs", "tumor", "7", "body", "")] == [None] * 6 and name_region("Lobus: RIGHT  middle_lobe") == 4
+
+
+def total_map(regions, version=2):
+    "A map in TotalSegmentator's numbers, from regions: the first number of each, of version 2 or 1."
+    if version == 2: return np.array([0, *(ids[0] for _, ids in REGIONS.values())], np.uint8)[regions]
+    first = {1: 13, 2: 14, 3: 15, 4: 16, 5: 17, 7: 44, 8: 7, 13: 20, 14: 58, 16: 5, 17: 1, 19: 55}  # the lobes are 13 to 17, the vertebrae 18 to 41
+    return np.array([first.get(region, 0) for region in range(21)], np.uint8)[regions]
+
+
+def test_total_is_believed_where_the_scan_bears_it_out():
+    chest = phantom(1, 48)
+    hu, regions = chest.volume.hu, chest.regions
+    assert total_doubt(total_map(regions), hu) == ""
+    sick = np.where(np.isin(regions, (2, 5)), np.float32(40), hu)  # both lower lobes consolidated
+    assert total_doubt(total_map(regions), sick) == ""
+    assert "17 (thyroid) would be air" in total_doubt(total_map(regions, version=1), hu)
+    assert "would hold" in total_doubt(np.where(regions == 16, np.uint8(10), np.uint8(0)), hu)  # the liver as 10
+    assert "bones" in total_doubt(np.where(regions == 16, np.uint8(30), np.uint8(0)), hu) and "neither" in total_doubt((regions == 16).astype(np.uint8), hu)
+    assert "is empty" in total_doubt(0 * regions, hu) and "118" in total_doubt(total_map(regions) + np.uint8(118) * (regions == 0), hu)
+
+
+@pytest.mark.parametrize("name, said", [("cip-ct64", "neither their lungs"), ("4dlung-113", "would hold 4% air"), ("pancreas-cb001", "neither their lungs"), ("ts-example", "")])
+def test_real_maps_are_taken_for_what_they_are(real_ct, name, said):
+    config = CTEncoderConfig.preset("smoke")
+    (found,) = name_cases(real_ct, [real_ct / f"{name}.nii.gz"])
+    _, regions, note = scan_and_regions(found, config)
+    if said: assert (regions == config.body).all() and said in note and f"labels/{name}.nii.gz" in note and "labels.json" in note
+    else: assert {13, 16, 17, 18, 19, 20} <= set(np.unique(regions)) and regions.max() <= 20 and note == ""
+
+
+def test_names_decide(tmp_path):
+    config, chest = CTEncoderConfig.preset("smoke"), phantom(1, 48)
+    (tmp_path / "labels").mkdir()
+    chest.volume.save(tmp_path / "a.nii.gz")
+    def read(labels, names):
+        Volume(labels.astype(np.float32), chest.volume.affine).save(tmp_path / "labels" / "a.nii.gz")
+        (tmp_path / "labels" / "labels.json").unlink(missing_ok=True)
+        if names is not None: (tmp_path / "labels" / "labels.json").write_text(names)
+        return scan_and_regions(name_cases(tmp_path, [tmp_path / "a.nii.gz"])[0], config)[1:]
+    total, note = read(total_map(chest.regions), None)
+    assert note == "" and len(np.unique(total)) > 15
+    for labels, names in ((chest.regions, "{" + ", ".join(f'"{n}": "{name}"' for n, (name, _) in REGIONS.items()) + "}"), (20 - chest.regions * (chest.regions > 0) + np.where(chest.regions > 0, 1, -20), None)):
+        if names is None: names = "{" + ", ".join(f'"{21 - n}": "{name}"' for n, (name, _) in REGIONS.items()) + "}"  # any numbering
+        assert np.array_equal(read(labels, names)[0], total)
+    lungs = np.isin(chest.regions, (1, 2)) * 1 + (chest.regions == 16) * 2 + (chest.regions == 7) * 9
+    regions, note = read(lungs, '{"1": "left lung", "2": "liver"}')
+    assert set(np.unique(regions)) == {0, 16} and "1 (left lung), 9 (without a name) are named like no single region" in note
+    regions, note = read(lungs, '{"1": "left lung", "2": "tumour"}')
+    assert (regions == config.body).all() and "none of its values, 1 (left lung), 2 (tumour), 9 (without a name), is named" in note
+    with pytest.raises(CTReadError, match="labels.json: must be a JSON object"): read(lungs, "[1, 2]")
 
 
 # overlaps

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from ct_nb.data import reports as vocabulary
-from ct_nb.data.report_readers import (ct_rate_hu, ct_rate_name, ct_rate_path, ct_rate_reports, ct_rate_rescale, given, make_step, omniabnorm_reports, phantom_report,
-                                       radgenome_reports, read_records, split_steps)
+from ct_files import write_stored
+from ct_nb.data.report_readers import (ct_rate_hu, ct_rate_name, ct_rate_path, ct_rate_reports, ct_rate_rescale, ct_rate_root, given, is_conversations, make_step, omniabnorm_reports,
+                                       phantom_report, radgenome_reports, read_ct_rate, read_records, split_steps)
 from ct_nb.data.reports import CT_RATE_LABELS, FINDINGS, Report, clauses, find_mentions, finding_states, is_normal, region_texts
 from ct_nb.physics.phantom import phantom
 from ct_nb.physics.readers import CTReadError
@@ -138,7 +139,28 @@ def test_ct_rate_hu(tmp_path):
     with pytest.raises(CTReadError, match="not in HU"): ct_rate_hu(hu + 1024, name)
     with pytest.raises(ValueError, match="HU already"): ct_rate_hu(hu, name, 2, table)
     with pytest.raises(ValueError, match="metadata CSV"): ct_rate_hu(hu, "train_9_a_1", 1, table)
-    with pytest.raises(ValueError, match="no number"): ct_rate_rescale(write(tmp_path / "bad.csv", ("VolumeName", "RescaleIntercept", "RescaleSlope"), (name, "", "1")))
+    with pytest.raises(ValueError, match=f"bad.csv: 'RescaleIntercept' of {name} is '', which is no number"): ct_rate_rescale(write(tmp_path / "bad.csv", ("VolumeName", "RescaleIntercept", "RescaleSlope"), (name, "", "1")))
+
+
+def test_version_1_goes_by_its_table_and_not_by_its_header(tmp_path):
+    scan = phantom(2, 24).volume
+    table = {f"train_{n}_a_1.nii.gz": numbers for n, numbers in ((1, (1.0, -1024.0)), (2, (2.0, -8192.0)), (3, (1.0, -1024.0)))}
+    for name, header in zip(table, ((1, 0), (1, 0), (1, -1024))):  # the last header says what it should not
+        slope, intercept = table[name]
+        write_stored(tmp_path / name, (scan.hu - intercept) / slope, scan.affine, *header)
+        found = read_ct_rate(tmp_path / name, table)
+        assert np.abs(found.hu - scan.hu).max() <= slope and np.allclose(found.affine, scan.affine) and "metadata table" in found.notes[-1]
+    with pytest.raises(CTReadError, match="train_1_a_1.nii.gz: rescale: version 1 of train_1_a_1.nii.gz needs its slope"): read_ct_rate(tmp_path / "train_1_a_1.nii.gz", {})
+    with pytest.raises(CTReadError, match="train_1_a_1.nii.gz"): read_ct_rate(tmp_path / "train_1_a_1.nii.gz", {"train_1_a_1.nii.gz": (1.0, -3000.0)})
+
+
+def test_the_published_folder_is_found_from_itself_and_from_dataset(tmp_path):
+    assert ct_rate_root(tmp_path) is None
+    (tmp_path / "dataset" / "radiology_text_reports").mkdir(parents=True)
+    assert ct_rate_root(tmp_path) == ct_rate_root(tmp_path / "dataset") == tmp_path and ct_rate_root(tmp_path / "dataset" / "radiology_text_reports") is None
+    (tmp_path / "q.json").write_text(json.dumps([{"id": "0", "image": "x", "conversations": []}]))
+    (tmp_path / "r.jsonl").write_text(json.dumps({"image": "x", "thinking": "a"}))
+    assert is_conversations(tmp_path / "q.json") and not is_conversations(tmp_path / "r.jsonl")
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -146,6 +168,16 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="'Hiatal hernia' is missing"): ct_rate_reports(ct_rate(tmp_path), write(tmp_path / "l.csv", ("VolumeName", *[l for l in CT_RATE_LABELS if l != "Hiatal hernia"])))
     with pytest.raises(ValueError, match="twice"): ct_rate_reports(write(tmp_path / "d.csv", REPORT_COLUMNS, *[("train_1_a_1.nii.gz", "", "", "x", "y")] * 2))
     with pytest.raises(ValueError, match="no such file"): radgenome_reports(tmp_path / "none.csv")
+    labels = lambda cell: write(tmp_path / "l.csv", ("VolumeName", *CT_RATE_LABELS), ("train_1_a_1.nii.gz", *[cell if label == "Emphysema" else 0 for label in CT_RATE_LABELS]))
+    for cell in ("", "nan", "x"):
+        with pytest.raises(ValueError, match="l.csv: 'Emphysema' of train_1_a_1.nii.gz is .*, which is no number"): ct_rate_reports(ct_rate(tmp_path), labels(cell))
+    with pytest.raises(ValueError, match="n.csv: volume: 'scan7' is no name of CT-RATE"): ct_rate_reports(write(tmp_path / "n.csv", REPORT_COLUMNS, ("scan7", "", "", "x", "y")))
+    omni = lambda *records: omniabnorm_reports((tmp_path / "o.json", (tmp_path / "o.json").write_text(json.dumps(records)))[0])
+    good = {"case_id": "a", "cot_reasoning": [{"text": "One."}]}
+    for part in ({"step": 2}, {"text": ""}, {"text": None}, "two"):
+        with pytest.raises(ValueError, match=r"o.json: entry 1: cot_reasoning\[1\] has no 'text'"): omni(good, {"case_id": "b", "cot_reasoning": [{"text": "One."}, part]})
+    with pytest.raises(ValueError, match=r"o.json: entry 0: findings\[0\] has no 'disease'"): omni({"image_id": "b", "findings": [{"present": True}], "summary": "x"})
+    assert omni(good, {"case_id": "b", "cot_reasoning": None}, {"image_id": "c", "findings": None, "summary": "Well."})[2].impression == "Well."
     (tmp_path / "bad.json").write_text("[{,]")
     with pytest.raises(ValueError, match="bad.json: is not JSON"): omniabnorm_reports(tmp_path / "bad.json")
     (tmp_path / "odd.json").write_text('[{"name": 1}]')

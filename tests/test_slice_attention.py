@@ -6,7 +6,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import ct_nb.nets.slice_attention as module
 from ct_nb.nets.biased_attention import biased_attention
 from ct_nb.nets.slice_attention import SliceAttention, slice_attention, slice_biases
 
@@ -43,8 +42,9 @@ CASES = [(4, 9, 8, 8, 32), (5, 4, 16, 16, 3), (1, 12, 4, 4, 2), (12, 1, 4, 4, 5)
 
 @pytest.mark.parametrize("slices, plane, d, e, bins", CASES)
 def test_the_folded_bias_is_the_table(slices, plane, d, e, bins):
+    "Shares of the largest number: values within 2e-15, gradients within 1e-14."
     ours_, naive_ = (results(f, slices, plane, d, e, bins) for f in (ours, naive))
-    assert difference(ours_[:1], naive_[:1]) < 1e-15 * 2 and difference(ours_, naive_) < 1e-14
+    assert difference(ours_[:1], naive_[:1]) < 2e-15 and difference(ours_, naive_) < 1e-14
 
 
 def test_typical_error_is_of_the_last_digit():
@@ -93,10 +93,27 @@ def test_full_size_in_bounded_memory():
     assert seen.numbers == 512 ** 2 == naive_small.numel()  # the table would be seen
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_size_in_bounded_memory_on_a_gpu(dtype):
+    "12 heads of 64 channels, 16,384 tokens, forward and backward: far below the 6.4 GB that one table of all pairs takes in bfloat16."
+    q, k, v = (random(s, 1, 12, 16384, 64, dtype=torch.float32).to("cuda", dtype).requires_grad_() for s in range(3))
+    table = random(3, 12, 32, dtype=torch.float32).cuda().requires_grad_()
+    torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ours(q, k, v, table, 16).float().square().sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 20 * 12 * 16384 * 80 * 4 < 12 * 16384 ** 2 * 2 and torch.isfinite(table.grad).all()
+    short = [t.detach()[:, :2, :, :].unflatten(2, (16, 1024))[:, :, :, :4].flatten(2, 3).float() for t in (q, k, v)]  # 64 tokens of two heads, against the table
+    slab = torch.arange(64, device="cuda") // 4
+    exact = (short[0] @ short[1].mT / 8 + slice_biases(table.detach()[:2], 16)[:, slab[:, None], slab]).softmax(-1) @ short[2]
+    found = ours(*(t.to(dtype) for t in short), table.detach()[:2], 16).float()
+    assert torch.allclose(found, exact, atol=1e-4 if dtype == torch.float32 else 0.05)
+
+
 def test_fused_kernel_takes_it_without_a_mask(monkeypatch):
     calls = []
     real = F.scaled_dot_product_attention
-    monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda *a, **k: calls.append((a, k)) or real(*a, **k))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append((a, k)) or real(*a, **k))
     q, k, v = (random(s, 1, 2, 24, 8, dtype=torch.float32) for s in range(3))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]): ours(q, k, v, random(3, 2, 32, dtype=torch.float32), 6)
     (arguments, settings), = calls

@@ -70,9 +70,16 @@ def test_store_gives_the_same_and_is_bounded(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "read", lambda texts: calls.append(list(texts)) or read(texts))
     assert torch.allclose(tiny(TEXTS).pooled, fresh.pooled, atol=1e-6) and len(tiny._store) == 2
     again = tiny([TEXTS[2], TEXTS[1], TEXTS[2]])
-    assert len(calls) == 1 and torch.allclose(again.pooled, fresh.pooled[[2, 1, 2]], atol=1e-6) and torch.allclose(again.tokens[1], fresh.tokens[1], atol=1e-6)
+    assert len(calls) == 1 and torch.allclose(again.pooled, fresh.pooled[[2, 1, 2]], atol=1e-6) and again.tokens is again.mask is None
     tiny(TEXTS[:1])
     assert calls[1:] == [[TEXTS[0]]]
+
+
+def test_the_store_holds_pooled_vectors_and_nothing_behind_them(tiny):
+    "However long the texts: the memory under what is kept is that of one vector a text."
+    tiny.freeze()(["nodule of " * 60 + str(n) for n in range(9)])
+    assert len(tiny._store) == 9 and {v.untyped_storage().data_ptr() for v in tiny._store.values()} and all(v.shape == (32,) and not v.requires_grad for v in tiny._store.values())
+    assert sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in tiny._store.values()}.values()) == 9 * 32 * 4
 
 
 def test_a_trained_tower_stores_nothing(tiny):
@@ -90,8 +97,16 @@ def test_folder(bert_folder):
         direct = tower.model(**batch).last_hidden_state
     assert tower.width == 16 and torch.allclose(found.pooled[1], direct[0].mean(0), atol=1e-5) and torch.allclose(head.pooled[1], direct[0, 0], atol=1e-5)
     assert tower(["no nodule " * 30]).tokens.shape[1] == 12  # no place for more
-    frozen = FolderText(bert_folder).freeze()
-    assert torch.allclose(frozen(texts).pooled, found.pooled, atol=1e-5) and len(frozen._store) == 2
+    for kept, pooled in ((FolderText(bert_folder).freeze(), found.pooled), (FolderText(bert_folder, "first").freeze(), head.pooled)):
+        assert torch.allclose(kept(texts).pooled, pooled, atol=1e-5) and torch.allclose(kept(texts).pooled, pooled, atol=1e-5) and len(kept._store) == 2
+    assert not torch.allclose(found.pooled, head.pooled, atol=1e-2)
+
+
+def test_a_folder_can_be_trained(bert_folder):
+    tower = FolderText(bert_folder, pooling="first")
+    tower(["No pleural effusion.", "normal"]).pooled.square().sum().backward()
+    reached = [name for name, p in tower.named_parameters() if p.grad is not None and p.grad.any()]
+    assert any("word_embeddings" in name for name in reached) and any("encoder.layer.0" in name for name in reached) and tower._store == {}
 
 
 def test_folder_is_refused_with_a_reason(bert_folder, tmp_path, monkeypatch):

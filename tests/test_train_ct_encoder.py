@@ -1,27 +1,36 @@
 """System B from a word to its figures: the cases, the loss, a smoke run through fit and judge, its weights, and what is refused."""
 import csv
 import json
+import shutil
+import sys
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ct_files import write_stored, write_table
 from ct_nb.data.cache import DiskCache
-from ct_nb.data.reports import Report, Step
+from ct_nb.data.reports import CT_RATE_LABELS, Report, Step
+from ct_nb.learn import scan_reports
 from ct_nb.learn.alignment import same, text_keys
 from ct_nb.learn.checkpoints import WeightsError
 from ct_nb.learn.gradient_caching import cached_backward
 from ct_nb.learn.scan_language import ScanLanguage, ScanLanguageConfig, all_texts, claim_loss, draw_regions, label_regions, reasoning, region_claims, region_sayings, scan_claims, step_scope
-from ct_nb.learn.scan_reports import ScanReports, collate_scans, open_scans, phantom_cases, read_reports, shifted
+from ct_nb.learn.scan_reports import ScanReports, collate_scans, folder_cases, open_scans, phantom_cases, read_reports, shifted
 from ct_nb.learn.trainer import Trainer, TrainerConfig, _pieces
 from ct_nb.learn.train_ct_encoder import CT_ENCODER_PRESETS, CTEncoderRun, get_ct_encoder_preset, load_ct_encoder
 from ct_nb.nets.cot import claims
 from ct_nb.nets.ct_encoder import CTEncoderConfig
+from ct_nb.nets.slice_attention import slice_attention, slice_biases
 from ct_nb.nets.text import WordTokenizer
+from ct_nb.physics.anatomy import REGIONS
 from ct_nb.physics.phantom import phantom
+from ct_nb.physics.volume import Volume
 
-CONFIG = CTEncoderConfig.preset("smoke")
+ROOT, CONFIG = Path(__file__).resolve().parent.parent, CTEncoderConfig.preset("smoke")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +109,10 @@ def test_moving_moves_scan_map_and_lesions_alike(data):
     body = item["hu"] > -300
     best = max(((int((torch.equal(shifted(item["regions"], (a, b, c), 0), moved["regions"]))), (a, b, c)) for a in range(-2, 3) for b in range(-2, 3) for c in range(-2, 3)))
     assert best[0] == 1
+    blank = {**item, "regions": torch.full_like(item["regions"], CONFIG.body)}
+    with pytest.MonkeyPatch.context() as patch:  # a scan without a map still has none when it is moved
+        patch.setattr(ScanReports, "__getitem__", lambda self, index: dict(blank))
+        assert (data.at(3, 1)["regions"] == CONFIG.body).all()
     assert torch.equal(shifted(item["lesions"], best[1], 0), moved["lesions"]) and (shifted(item["hu"], best[1], -1000.0) - moved["hu"]).abs().mean() < 20 and body.any()
 
 
@@ -277,6 +290,134 @@ def test_a_folder_of_scans_with_reports(tmp_path):
     with pytest.raises(ValueError, match="no scan of"): open_scans(str(tmp_path), CONFIG, reports=str(tmp_path / "second.csv"), progress=False)
 
 
+REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
+NODULE = ("", "", "Nodule in the right upper lobe. No pleural effusion.", "Nodule.")
+
+
+def test_maps_that_nobody_understands_do_not_end_a_run(tmp_path):
+    "Each is named with its file: those in unknown numbers leave a scan without a map, those that cannot be read leave the scan out."
+    chest = phantom(1, 32)
+    numbers = {"0": chest.regions > 0, "1": np.isin(chest.regions, range(1, 6)), "2": 200 * (chest.regions == 16), "3": np.where(chest.regions, 21 - chest.regions, 0.0), "4": chest.regions, "5": chest.regions + 0.5}
+    for number, labels in numbers.items():
+        chest.volume.save(tmp_path / f"valid_{number}_a_1.nii.gz")
+        Volume(labels.astype(np.float32), chest.volume.affine).save(tmp_path / "labels" / f"valid_{number}_a_1.nii.gz")
+    (tmp_path / "labels" / "valid_3_a_1.json").write_text(json.dumps({21 - n: name for n, (name, _) in REGIONS.items()}))
+    (tmp_path / "labels" / "valid_4_a_1.json").write_text("{")
+    write_table(tmp_path / "validation_reports.csv", REPORT_COLUMNS, *[(f"valid_{number}_a_1.nii.gz", *NODULE) for number in numbers])
+    with pytest.warns(UserWarning, match="3 label maps are used in part or not at all") as said: opened, facts = open_scans(str(tmp_path), CONFIG, DiskCache(tmp_path / "cache"), progress=False)
+    assert opened.ids == [f"valid_{number}_a_1" for number in "0123"] and [name for name, _ in opened.skipped] == ["valid_4_a_1", "valid_5_a_1"]
+    assert "labels/valid_4_a_1.json: must be a JSON object" in opened.skipped[0][1] and "labels/valid_5_a_1.nii.gz: holds values" in opened.skipped[1][1]
+    text = next(str(w.message) for w in said if "label maps" in str(w.message))
+    assert all(f"labels/valid_{number}_a_1.nii.gz: nobody says" in text for number in "012") and "valid_3" not in text and "the value 200" in text
+    assert [bool((opened[i]["regions"] == CONFIG.body).all()) for i in range(4)] == [True, True, True, False] and opened[3]["regions"].max() <= 20
+
+
+def test_the_name_of_what_was_prepared_knows_all_that_decided_it(tmp_path, monkeypatch):
+    chest = phantom(1, 32)
+    chest.volume.save(tmp_path / "valid_1_a_1.nii.gz")
+    write_table(tmp_path / "validation_reports.csv", REPORT_COLUMNS, ("valid_1_a_1.nii.gz", *NODULE))
+    digest = lambda: folder_cases(tmp_path, CONFIG)[0][0].digest
+    seen = [digest()]
+    Volume((chest.regions == 7).astype(np.float32), chest.volume.affine).save(tmp_path / "labels" / "valid_1_a_1.nii.gz")
+    seen.append(digest())
+    for name, names in (("labels.json", {"1": "heart"}), ("labels.json", {"1": "aorta"}), ("valid_1_a_1.json", {"1": "heart"})):
+        (tmp_path / "labels" / name).write_text(json.dumps(names))
+        seen.append(digest())
+    assert len(set(seen)) == 5 and digest() == seen[-1]
+    asked, code_digest = [], scan_reports.code_digest
+    monkeypatch.setattr(scan_reports, "code_digest", lambda *patterns: (asked.extend(patterns), code_digest(*patterns))[1])
+    digest()
+    package = scan_reports.ct_nb.__path__[0]
+    files = {str(path) for pattern in asked for path in Path(package).glob(pattern)}
+    for module in (scan_reports, *map(lambda name: sys.modules[f"ct_nb.{name}"], ("data.folders", "data.label_maps", "data.reports", "data.report_readers", "nets.ct_encoder", "nets.regions", "physics.readers", "physics.volume"))):
+        assert module.__file__ in files, module.__name__
+
+
+@pytest.fixture
+def published(tmp_path):
+    "CT-RATE as it is published, in small: (its folder, the scans' HU by name)."
+    root, scans = tmp_path / "ct_rate", {}
+    volumes = {"train_1_a_1": "fixed raw", "train_1_a_2": "fixed", "train_2_a_1": "raw", "train_3_b_1": "fixed", "valid_1_a_1": "fixed", "valid_2_a_1": "raw", "valid_3_a_1": "raw"}
+    rows = {"train": [], "valid": []}
+    for seed, (name, kinds) in enumerate(volumes.items()):
+        scan, split = phantom(seed, 24).volume, name.split("_")[0]
+        patient, study = name.rsplit("_", 2)[0], name.rsplit("_", 1)[0]
+        slope, intercept = (2.0, -8192.0) if name == "train_2_a_1" else (1.0, -1024.0)
+        if "fixed" in kinds: write_stored(root / f"dataset/{split}_fixed/{patient}/{study}/{name}.nii.gz", scan.hu, scan.affine)
+        if "raw" in kinds: write_stored(root / f"dataset/{split}/{patient}/{study}/{name}.nii.gz", (scan.hu - intercept) / slope, scan.affine)
+        scans[name] = scan
+        if name != "valid_3_a_1": rows[split].append((f"{name}.nii.gz", "GE", "[0.7, 0.7]", intercept, slope))
+    for split, spelled in (("train", "train"), ("valid", "validation")):
+        names = [f"{name}.nii.gz" for name in volumes if name.startswith(split)]
+        write_table(root / f"dataset/radiology_text_reports/{spelled}_reports.csv", REPORT_COLUMNS, *[(name, "Not given.", "CT.", f"Nodule in the left upper lobe of {name[:-12]}.", "Not given." if name == "train_3_b_1.nii.gz" else f"Nodule {name[:-9]}.") for name in names])
+        write_table(root / f"dataset/multi_abnormality_labels/{split}_predicted_labels.csv", ("VolumeName", *CT_RATE_LABELS), *[(name, *[int(label == "Lung nodule") for label in CT_RATE_LABELS]) for name in names])
+        write_table(root / f"dataset/metadata/{spelled}_metadata.csv", ("VolumeName", "Manufacturer", "XYSpacing", "RescaleIntercept", "RescaleSlope"), *rows[split])
+    (root / "dataset" / "vqa").mkdir()
+    ask = lambda name, question: {"id": name, "image": f"{name}.nii.gz", "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "Yes."}]}
+    (root / "dataset" / "vqa" / "valid_vqa.json").write_text(json.dumps([ask("valid_1_a_1", "Is there a nodule?")]))
+    (root / "thinking.jsonl").write_text(json.dumps({"image": "dataset/train/valid_2_a_1.nii.gz", "question": "?", "answer": "Nodule.", "thinking": "The heart is normal.\nThe nodule is on the left."}))
+    return root, scans
+
+
+def test_ct_rate_as_it_is_published(published, tmp_path):
+    root, scans = published
+    opened, facts = open_scans(str(root), CONFIG, DiskCache(tmp_path / "cache"), progress=False)
+    assert opened.ids == ["train_1_a_1", "train_2_a_1", "train_3_b_1", "valid_1_a_1", "valid_2_a_1"]  # a scan once, by its first reconstruction
+    assert [(name.rsplit("/")[-1], why) for name, why in opened.skipped[:1]] == [("train_1_a_2.nii.gz", "it is another reconstruction of train_1_a, of which dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz is taken")]
+    assert opened.skipped[1][0] == "valid_3_a_1" and "needs its slope and intercept from the metadata CSV" in opened.skipped[1][1] and len(opened.skipped) == 2
+    for i, name in enumerate(opened.ids):
+        expected = scan_reports.prepare_scan(scans[name], CONFIG)[0]
+        assert (opened[i]["hu"] - expected).abs().max() <= (2.5 if name == "train_2_a_1" else 1.5), name  # as if it had been HU all along
+    reports = {fact["id"]: fact["report"] for fact in facts}
+    assert reports["valid_1_a_1"].questions == (("Is there a nodule?", "Yes."),) and reports["valid_1_a_1"].steps == () and reports["train_1_a_1"].questions == ()
+    assert [step.regions for step in reports["valid_2_a_1"].steps] == [(7,), ()] and reports["train_3_b_1"].impression == "" and reports["train_1_a_1"].labels["Lung nodule"]
+    for share, seed in ((0.25, 0), (0.9, 7)):  # the official parts, whatever share is asked for
+        training, validation = opened.split(share, seed)
+        assert training.ids == opened.ids[:3] and validation.ids == opened.ids[3:]
+    mixed = opened.subset(range(3)).split(0.34, 0)
+    assert len(mixed[0]) + len(mixed[1]) == 3 and len(mixed[1]) >= 1  # one part alone is split by patient
+    again, _ = folder_cases(root / "dataset", CONFIG)
+    assert [case.id for case in again] == [*opened.ids, "valid_3_a_1"] and [case.part for case in again] == ["train"] * 3 + ["valid"] * 3
+
+
+def test_a_flat_folder_tells_questions_from_reasoning(published, tmp_path):
+    root, _ = published
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in (*root.glob("dataset/*/validation_reports.csv"), *root.glob("dataset/*/valid_predicted_labels.csv"), *root.glob("dataset/vqa/*.json"), root / "thinking.jsonl"): shutil.copy(file, flat)
+    first, second, _ = read_reports(flat)
+    assert first.questions == (("Is there a nodule?", "Yes."),) and first.steps == () and second.questions == () and len(second.steps) == 2 and first.labels
+    shutil.copy(flat / "thinking.jsonl", flat / "more.jsonl")
+    with pytest.raises(ValueError, match="2 files of reasoning \\(more.jsonl, thinking.jsonl\\); leave one"): read_reports(flat)
+    shutil.rmtree(root / "dataset" / "radiology_text_reports")
+    (root / "dataset" / "radiology_text_reports").mkdir()
+    with pytest.raises(ValueError, match="neither train_reports.csv nor validation_reports.csv"): read_reports(root)
+
+
+def test_real_scans_from_a_folder_to_the_figures(real_ct, tmp_path, monkeypatch):
+    "Real CT with made-up reports: read, trained on, judged. What is found means nothing; that every scan comes through does."
+    names = {"cip-ct64": "emphysema", "ts-example": "cyst", "lungdx-A0002": "nodule", "ctfm-s0335": "effusion"}
+    for number, name in enumerate(names):
+        (tmp_path / f"valid_{number}_a_1.nii.gz").symlink_to(real_ct / f"{name}.nii.gz")
+        if (real_ct / "labels" / f"{name}.nii.gz").is_file():
+            (tmp_path / "labels").mkdir(exist_ok=True)
+            (tmp_path / "labels" / f"valid_{number}_a_1.nii.gz").symlink_to(real_ct / "labels" / f"{name}.nii.gz")
+    write_table(tmp_path / "validation_reports.csv", REPORT_COLUMNS, *[(f"valid_{i}_a_1.nii.gz", "", "", f"There is a {what} in the left lower lobe. The liver is normal. Invented for scan {i}.", f"{what.capitalize()} {i}.") for i, what in enumerate(names.values())])
+    monkeypatch.setenv("CT_NB_CACHE", str(tmp_path / "cache"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = CTEncoderRun("smoke", data=str(tmp_path), out=tmp_path / "run", steps=4, seed=2).open(progress=False)
+    assert sorted(run.training.ids + run.validation.ids) == [f"valid_{i}_a_1" for i in range(4)] and not run.training.skipped
+    assert any("labels/valid_0_a_1.nii.gz: nobody says" in str(w.message) for w in said)  # both lungs are 1 there
+    items = {item["id"]: item for data in (run.training, run.validation) for item in (data[i] for i in range(len(data)))}
+    maps = {id: tuple(torch.unique(item["regions"]).tolist()) for id, item in items.items()}
+    assert {0, 13, 16, 17, 18} <= set(maps.pop("valid_1_a_1")) and set(maps.values()) == {(CONFIG.body,)}
+    assert all(-1001 < item["hu"].min() < -900 and item["hu"].max() > 100 for item in items.values())
+    assert all(np.isfinite(row["loss"]) for row in run.fit(progress=False))
+    metrics = json.loads((run.judge(), run.out / "metrics.json")[1].read_text())
+    assert metrics["cases"] == len(run.validation) and metrics["preprocessing"]["right"]["refused"] == 0 and metrics["writing"]["the model"]["examples"]
+
+
 def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="preset"): get_ct_encoder_preset("huge")
     with pytest.raises(ValueError, match="text"): CTEncoderRun("smoke", text=str(tmp_path / "nothing"))
@@ -295,6 +436,28 @@ def test_a_frozen_tower_is_no_part_of_the_weights(data, model, tmp_path):
     loss, _ = frozen(collate_scans([data[i] for i in range(3)]), 0)
     loss.backward()
     assert loss.isfinite() and frozen.alignment.text_heads["global"].weight.grad.any() and frozen.embed_texts(["no nodule."]).shape == (1, CONFIG.shared_dim)
+
+
+def test_the_bench_measures_the_networks_that_are_trained(tmp_path, monkeypatch):
+    import nbformat
+    from ct_nb.nets import ct_encoder
+    preset, embedded, real = CT_ENCODER_PRESETS["smoke"], [], ct_encoder.patch_embedding
+    network = replace(preset.network, encoder=replace(preset.network.encoder, stem=6, size=(16, 32, 48)))  # so that a network of its own, or a patch in one step, would show
+    monkeypatch.setitem(CT_ENCODER_PRESETS, "smoke", replace(preset, network=network))
+    monkeypatch.setattr(ct_encoder, "patch_embedding", lambda *arguments: (embedded.append(arguments), real(*arguments))[1])
+    cells = [cell.source for cell in nbformat.read(ROOT / "nbs" / "bench_ct_encoder.ipynb", as_version=4).cells if cell.cell_type == "code" and not cell.source.startswith("%")]
+    space = {}
+    for number, source in enumerate(cells):
+        exec(source, space)
+        if number == 0: space |= {"preset": "smoke", "out": str(tmp_path), "naive_gb": 1.5e-4, "kept": True}
+    assert space["config"] == network.encoder and embedded == [((4, 8, 8), 32, 6)] * 6  # two to warm up, the part by itself, three whole networks
+    found = json.loads((tmp_path / "bench_ct_encoder.json").read_text())
+    assert found["patches"] == 96 and {"patch embedding", "slice attention, a block", "a whole block, forward and backward"} <= set(found["parts"]) and len(found["whole"]) == 3
+    assert found["attention"]["forward"]["naive"]["heads_measured"] == 1 and found["attention"]["forward and backward"]["naive"]["seconds"] is None  # room for one head of two, and for none
+    assert all(row["seconds"] > 0 for row in (*found["parts"].values(), *found["whole"].values())) and (tmp_path / "bench_ct_encoder.png").is_file()
+    q, k, v = (torch.randn(2, 2, 24, 8, dtype=torch.float64) for _ in range(3))
+    bias = slice_biases(torch.randn(2, 8, dtype=torch.float64), 4)
+    assert torch.allclose(space["naive"](q, k, v, bias), slice_attention(q, k, v, bias), atol=1e-12)  # what stands on the other side computes the same
 
 
 def test_presets_can_be_made_and_stored():

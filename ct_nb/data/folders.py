@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CT_SUFFIXES', 'LABEL_SUFFIXES', 'stem', 'find_cases', 'read_patients', 'Found', 'name_cases', 'find_labels',
-           'read_label_names', 'convert', 'prepared_identity', 'fit_prepared', 'read_folder']
+           'read_label_names', 'convert', 'prepared_identity', 'fit_prepared', 'case_files', 'read_folder']
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-002
 import csv
@@ -161,8 +161,8 @@ def fit_prepared(path: Path, size: int, side_mm: float) -> dict:
     return arrays | {"affine": grid.resized(size).affine}
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-016
-def _files(found: Found) -> list[Path]:
-    "All files that decide a case."
+def case_files(found: Found) -> list[Path]:
+    "All files that decide a case, its label map and what names the map's values among them."
     if found.path.is_dir(): scan = [p for p in found.path.iterdir() if p.is_file() and not p.name.startswith(".")]
     else: scan = found.path.parent.glob(f"{stem(found.path)}.*") if found.path.suffix.lower() == ".mhd" else [found.path]
     label = found.label_path
@@ -173,7 +173,7 @@ def _open_case(found: Found, size, side_mm, hold_lungs, cache) -> tuple[Case, di
     prepared = prepared_identity(found.path)
     if prepared is None: load = functools.partial(convert, found.path, found.label_path, size, side_mm, hold_lungs)
     else: load = functools.partial(fit_prepared, found.path, size, side_mm)
-    content = content_digest(files_digest(_files(found), cache), found.label_path is not None)
+    content = content_digest(files_digest(case_files(found), cache), found.label_path is not None)
     code = code_digest("physics/*.py", "data/thorax.py", "data/folders.py")
     digest = content_digest("case", content, [size, side_mm, hold_lungs and prepared is None], code)
     def summarise():

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'RADGENOME_ANATOMY', 'read_table', 'read_records', 'given', 'CTRateName', 'ct_rate_name', 'ct_rate_path',
-           'ct_rate_rescale', 'ct_rate_hu', 'split_steps', 'make_step', 'conversations', 'ct_rate_reports',
-           'omniabnorm_reports', 'radgenome_reports', 'narrow', 'phantom_report']
+           'ct_rate_root', 'ct_rate_rescale', 'ct_rate_hu', 'read_ct_rate', 'split_steps', 'make_step', 'conversations',
+           'is_conversations', 'ct_rate_reports', 'ct_rate_published', 'ct_rate_metadata', 'omniabnorm_reports',
+           'radgenome_reports', 'narrow', 'phantom_report']
 
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-002
 import csv
@@ -18,8 +19,8 @@ import numpy as np
 
 from .reports import CT_RATE_LABELS, Report, Step, find_mentions, find_places, region_texts
 from ..physics.anatomy import REGIONS
-from ..physics.readers import check_hounsfield
-from ..physics.volume import AIR_HU
+from ..physics.readers import CTReadError, check_hounsfield, read_volume
+from ..physics.volume import AIR_HU, Volume
 
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-005
 def read_table(path, columns) -> list[dict[str, str]]:
@@ -45,6 +46,10 @@ def read_records(path, keys) -> list[dict]:
             raise ValueError(f"{path.name}: entry {i} has none of {', '.join(keys)}; expected an object with one of them")
     return records
 
+def _number(row: dict[str, str], column: str, path) -> float:
+    try: return float(row[column])
+    except ValueError: raise ValueError(f"{Path(path).name}: {column!r} of {row['VolumeName']} is {row[column]!r}, which is no number; correct the cell, or leave the row out") from None
+
 def given(text) -> str:
     "Text with its spaces tidied; empty where a data set means that there is none."
     text = " ".join(str(text or "").split())
@@ -69,18 +74,27 @@ def ct_rate_name(name: str) -> CTRateName:
     split, patient, scan, _ = match.groups()
     return CTRateName(match[0], split, f"{split}_{patient}", f"{split}_{patient}_{scan}")
 
+def _ct_rate_name(name: str, file: Path) -> CTRateName:
+    try: return ct_rate_name(name)
+    except ValueError as error: raise ValueError(f"{file.name}: {error}") from None
+
 def ct_rate_path(name: str, version: int = 2) -> str:
     "Where a volume lies below the folder of the data set."
     if version not in VERSIONS: raise ValueError(f"version: CT-RATE has the versions 1 and 2, got {version!r}")
     n = ct_rate_name(name)
     return f"dataset/{n.split}{VERSIONS[version]}/{n.patient}/{n.scan}/{n.volume}"
 
+def ct_rate_root(folder) -> Path | None:
+    "The folder that holds CT-RATE's `dataset/` as it is published, given it or `dataset` itself; None where a folder is neither."
+    folder = Path(folder).resolve()
+    root = folder.parent if folder.name == "dataset" else folder
+    return root if (root / "dataset" / "radiology_text_reports").is_dir() else None
+
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-011
 def ct_rate_rescale(metadata_csv) -> dict[str, tuple[float, float]]:
     "Volume -> (slope, intercept), for version 1."
     rows = read_table(metadata_csv, ("VolumeName", "RescaleSlope", "RescaleIntercept"))
-    try: return {row["VolumeName"]: (float(row["RescaleSlope"]), float(row["RescaleIntercept"])) for row in rows}
-    except ValueError as error: raise ValueError(f"{Path(metadata_csv).name}: a RescaleSlope or RescaleIntercept is no number ({error})") from None
+    return {row["VolumeName"]: tuple(_number(row, column, metadata_csv) for column in ("RescaleSlope", "RescaleIntercept")) for row in rows}
 
 def ct_rate_hu(
     stored: np.ndarray,  # numbers of the file, without the scaling of its header
@@ -97,6 +111,15 @@ def ct_rate_hu(
     hu = np.asarray(stored, np.float32) * np.float32(slope) + np.float32(intercept)
     check_hounsfield(hu, name)
     return np.where(hu < -1024, np.float32(AIR_HU), hu)
+
+def read_ct_rate(path, rescale: dict[str, tuple[float, float]]) -> Volume:
+    "A file of version 1 in HU, by `ct_rate_rescale`'s numbers and whatever the header says. Not in the table, or no HU with its numbers: `CTReadError`."
+    import nibabel
+    volume = read_volume(path)
+    header = nibabel.load(path).dataobj
+    try: hu = ct_rate_hu((volume.hu - np.float32(header.inter)) / np.float32(header.slope), Path(path).name, 1, rescale)
+    except ValueError as error: raise CTReadError(f"{path}: {error}") from None
+    return Volume(hu, volume.affine, [*volume.notes, "version 1 of CT-RATE, in HU by slope and intercept of its metadata table"])
 
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-014
 def split_steps(text: str) -> tuple[Step, ...]:
@@ -121,8 +144,12 @@ def conversations(path) -> dict[str, list[tuple[str, str]]]:
         for (asker, question), (_, answer) in zip(turns, turns[1:]):
             if asker != "human" or "<report_generation>" in question: continue
             question = given(re.sub(r"<(?:image|long_answer|short_answer|multiple_choice|free_response)>", " ", question))
-            found.setdefault(ct_rate_name(record["image"]).volume, []).append((question, given(answer)))
+            found.setdefault(_ct_rate_name(record["image"], Path(path)).volume, []).append((question, given(answer)))
     return found
+
+def is_conversations(path) -> bool:
+    "Whether a JSON file is of questions and answers, by its beginning."
+    with open(path, encoding="utf-8-sig") as file: return '"conversations"' in file.read(2**16)
 
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-015
 def ct_rate_reports(
@@ -133,40 +160,65 @@ def ct_rate_reports(
 ) -> list[Report]:
     "One report for each volume of the table, in its order; volumes that only other files name are left out."
     rows = read_table(reports_csv, ("VolumeName", "Findings_EN", "Impressions_EN"))
-    labels = {} if labels_csv is None else {row["VolumeName"]: {l: float(row[l]) > 0.5 for l in CT_RATE_LABELS} for row in read_table(labels_csv, ("VolumeName", *CT_RATE_LABELS))}
+    labels = {} if labels_csv is None else {row["VolumeName"]: {l: _number(row, l, labels_csv) > 0.5 for l in CT_RATE_LABELS} for row in read_table(labels_csv, ("VolumeName", *CT_RATE_LABELS))}
     questions, reasons = {} if vqa_json is None else conversations(vqa_json), {}
     for record in [] if cot_json is None else read_records(cot_json, ("volumename", "image")):
-        reasons.setdefault(ct_rate_name(record.get("volumename") or record["image"]).volume, []).extend(split_steps(record.get("thinking") or record.get("answer", "")))
+        reasons.setdefault(_ct_rate_name(record.get("volumename") or record.get("image"), Path(cot_json)).volume, []).extend(split_steps(record.get("thinking") or record.get("answer", "")))
     reports = []
     for row in rows:
-        name = ct_rate_name(row["VolumeName"])
+        name = _ct_rate_name(row["VolumeName"], Path(reports_csv))
         reports.append(Report(name.volume, row["Impressions_EN"], region_texts(row["Findings_EN"]), tuple(reasons.get(name.volume, ())), row["Findings_EN"],
                               tuple(questions.get(name.volume, ())), labels.get(name.volume, {}), name.scan, name.patient))
     if len({r.volume for r in reports}) < len(reports): raise ValueError(f"{Path(reports_csv).name}: a volume stands in it twice; each needs one row")
     return reports
 
+def ct_rate_published(
+    root,  # of `ct_rate_root`
+    cot_json=None,  # reasoning, which comes from elsewhere
+) -> list[Report]:
+    "The reports of both parts, those that are there, with their labels and questions where their files are in their place. No table of reports: ValueError."
+    reports = []
+    for split, spelled in (("train", "train"), ("valid", "validation")):
+        table, labels, questions = (Path(root) / "dataset" / name for name in (f"radiology_text_reports/{spelled}_reports.csv", f"multi_abnormality_labels/{split}_predicted_labels.csv", f"vqa/{split}_vqa.json"))
+        if table.is_file(): reports += ct_rate_reports(table, *(path if path.is_file() else None for path in (labels, questions)), cot_json)
+    if not reports: raise ValueError(f"{root}: dataset/radiology_text_reports has neither train_reports.csv nor validation_reports.csv with a report in it; put them there as they are published")
+    return reports
+
+def ct_rate_metadata(root) -> dict[str, tuple[float, float]]:
+    "Slopes and intercepts of both parts, those whose tables are in their place."
+    tables = [Path(root) / "dataset" / "metadata" / f"{spelled}_metadata.csv" for spelled in ("train", "validation")]
+    return {volume: numbers for table in tables if table.is_file() for volume, numbers in ct_rate_rescale(table).items()}
+
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-018
 def omniabnorm_reports(path) -> list[Report]:
     "One report for each case, in the order of the file; several entries of one case (one for each abnormality) are joined."
     cases: dict[str, list[Report]] = {}
-    for record in read_records(path, ("case_id", "image_id", "volumename")):
-        report = _omniabnorm(record)
+    for number, record in enumerate(read_records(path, ("case_id", "image_id", "volumename"))):
+        report = _omniabnorm(record, f"{Path(path).name}: entry {number}")
         cases.setdefault(report.volume, []).append(report)
     return [Report(name, " ".join(dict.fromkeys(r.impression for r in parts if r.impression)), tuple(dict.fromkeys(m for r in parts for m in r.regions)),
                    tuple(s for r in parts for s in r.steps), questions=tuple(q for r in parts for q in r.questions), labels={k: v for r in parts for k, v in r.labels.items()})
             for name, parts in cases.items()]
 
-def _omniabnorm(record: dict) -> Report:
+def _parts(record: dict, field: str, needs: str, where: str) -> list[dict]:
+    "The objects of a list in a record, each of which must have a text under `needs`."
+    parts = list(record.get(field) or ())
+    for number, part in enumerate(parts):
+        if not isinstance(part, dict) or not given(part.get(needs)): raise ValueError(f"{where}: {field}[{number}] has no {needs!r}; each of its objects needs one")
+    return parts
+
+def _omniabnorm(record: dict, where: str) -> Report:
     if "case_id" in record:
-        steps = tuple(make_step(given(s["text"]), tuple(s.get("anatomical_entities", ())), str(s.get("mask_region") or "")) for s in record.get("cot_reasoning", ()))
+        steps = tuple(make_step(given(s["text"]), tuple(s.get("anatomical_entities") or ()), str(s.get("mask_region") or "")) for s in _parts(record, "cot_reasoning", "text", where))
         impression = f"{record.get('category', 'Abnormality')} in the {record['region']}." if record.get("region") else given(record.get("category"))
         regions = tuple((n, s.text) for s in steps for n in s.regions)
         return Report(str(record["case_id"]), impression, regions, steps, labels={record["category"]: True} if record.get("category") else {})
     if "image_id" in record:
-        said = [f"{'' if f.get('present', True) else 'No '}{f['disease']}{' in the ' + f['location'] if f.get('location') else ''}." for f in record.get("findings", ())]
+        findings = _parts(record, "findings", "disease", where)
+        said = [f"{'' if f.get('present', True) else 'No '}{f['disease']}{' in the ' + f['location'] if f.get('location') else ''}." for f in findings]
         reasoning = record.get("reasoning", "")
         steps = split_steps(reasoning if isinstance(reasoning, str) else "\n".join(map(str, reasoning)))
-        return Report(str(record["image_id"]), given(record.get("summary")), region_texts(" ".join(said)), steps, labels={f["disease"]: bool(f.get("present", True)) for f in record.get("findings", ())})
+        return Report(str(record["image_id"]), given(record.get("summary")), region_texts(" ".join(said)), steps, labels={f["disease"]: bool(f.get("present", True)) for f in findings})
     answer = given(record.get("answer"))
     return Report(str(record["volumename"]), regions=region_texts(answer), steps=split_steps(record.get("answer", "")), questions=((given(record.get("question")), answer),))
 

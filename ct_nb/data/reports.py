@@ -18,7 +18,7 @@ from ..physics.anatomy import REGIONS
 class Step:
     "One step of reasoning."
     text: str
-    entities: tuple[str, ...] = ()  # the anatomy that it names, in words
+    entities: tuple[str, ...] = ()  # the anatomy that it names, in words: what `regions` was read from, kept so that a reading can be checked
     regions: tuple[int, ...] = ()  # numbers in REGIONS; empty for the whole chest
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Report:
     regions: tuple[tuple[int, str], ...] = ()  # (number in REGIONS, sentence)
     steps: tuple[Step, ...] = ()
     findings: str = ""
-    questions: tuple[tuple[str, str], ...] = ()  # (question, answer)
+    questions: tuple[tuple[str, str], ...] = ()  # (question, answer); kept for networks that answer, no loss of this library reads them
     labels: dict[str, bool] = field(default_factory=dict)  # finding -> is it there
     scan: str = ""  # volumes of one scan share their report; the volume's name where not given
     patient: str = ""  # the scan's name where not given

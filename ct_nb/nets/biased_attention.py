@@ -19,26 +19,26 @@ def spread(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     across = lambda axis, matrix: matrix.view(len(matrix), *(n if a == axis else 1 for a, n in enumerate(shape)), -1)
     return torch.cat([across(axis, matrix).expand(-1, *shape, -1).flatten(1, -2) for axis, matrix in enumerate(matrices)], -1)
 
-def fold(q: torch.Tensor, k: torch.Tensor, biases: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    "Queries and keys (B, heads, N, d) lengthened so that their scalar products are the biased logits; `biases` as for `biased_attention`."
-    rows = spread(biases).to(q).expand(len(q), -1, -1, -1)
-    units = spread([torch.eye(bias.shape[-1], dtype=k.dtype, device=k.device)[None] for bias in biases]).expand(*k.shape[:2], -1, -1)
+def fold(q: torch.Tensor, k: torch.Tensor, biases: Sequence[torch.Tensor], inner: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    "Queries and keys (B, heads, N, d) lengthened so that their scalar products are the biased logits; `biases` and `inner` as for `biased_attention`."
+    units = [torch.eye(bias.shape[-1], dtype=k.dtype, device=k.device)[None] for bias in biases]
+    rows, units = (spread(matrices).repeat_interleave(inner, 1).to(q).expand(*q.shape[:2], -1, -1) for matrices in (biases, units))
     return torch.cat([q * q.shape[-1] ** -0.5, rows], -1), torch.cat([k, units], -1)
 
 # %% ../../nbs/nets/07a_biased_attention.ipynb #cell-006
-def biased_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, biases: Sequence[torch.Tensor]) -> torch.Tensor:
+def biased_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, biases: Sequence[torch.Tensor], inner: int = 1) -> torch.Tensor:
     """softmax(q kᵀ/√d + B) v by fused attention: q, k (B, heads, N, d) and v (B, heads, N, e) → (B, heads, N, e); no tensor of N×N.
 
-    `biases` has one (heads, n, n) for each axis of the grid, rows for queries, columns for keys; N is the product of their n and the last axis is the
-    innermost. Memory grows as N·(d + Σn). ValueError where the shapes do not fit."""
+    `biases` has one (heads, n, n) for each axis of the grid, rows for queries, columns for keys; the last axis is the innermost. `inner` tokens side by side
+    share a place in that grid: those of further axes, which have no bias. N is `inner` times the product of the n. Memory grows as N·(d + Σn). ValueError where the shapes do not fit."""
     shape = tuple(bias.shape[-1] for bias in biases)
     tokens, heads = q.shape[-2], q.shape[1]
-    if torch.Size(shape).numel() != tokens or any(bias.shape != (heads, n, n) for bias, n in zip(biases, shape)):
-        raise ValueError(f"biases: {tokens} tokens and {heads} heads need a ({heads}, n, n) for each axis and {tokens} as the product of the n, got {[tuple(b.shape) for b in biases]}")
+    if inner * torch.Size(shape).numel() != tokens or any(bias.shape != (heads, n, n) for bias, n in zip(biases, shape)):
+        raise ValueError(f"biases: {tokens} tokens and {heads} heads need a ({heads}, n, n) for each axis and {tokens // inner} as the product of the n, got {[tuple(b.shape) for b in biases]}")
     values = v.shape[-1]
-    q, k = fold(q, k, biases)
+    q, k = fold(q, k, biases, inner)
     width = -(-max(q.shape[-1], values) // 8) * 8  # a multiple of 8 suits every fused kernel
-    q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+    q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :values]
 
 # %% ../../nbs/nets/07a_biased_attention.ipynb #cell-015

@@ -7,10 +7,9 @@ __all__ = ['slice_biases', 'slice_attention', 'SliceAttention']
 
 # %% ../../nbs/nets/12_slice_attention.ipynb #cell-002
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .biased_attention import relative_biases
+from .biased_attention import biased_attention, relative_biases
 
 # %% ../../nbs/nets/12_slice_attention.ipynb #cell-005
 def slice_biases(table: torch.Tensor, slices: int) -> torch.Tensor:
@@ -25,15 +24,10 @@ def slice_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: tor
 
     `bias` (heads, slices, slices) has a row for the queries of each slab and a column for its keys; N is a multiple of `slices`, and tokens of one slab
     lie side by side. Memory grows as N·(d + slices). ValueError where the shapes do not fit."""
-    (batch, heads, tokens, width), slices, values = q.shape, bias.shape[-1], v.shape[-1]
+    heads, tokens, slices = q.shape[1], q.shape[2], bias.shape[-1]
     if bias.shape != (heads, slices, slices) or tokens % slices:
         raise ValueError(f"bias: {heads} heads and {tokens} tokens need ({heads}, slices, slices) with a number of slices that divides the tokens, got {tuple(bias.shape)}")
-    full = -(-max(width + slices, values) // 8) * 8  # a multiple of 8 suits every fused kernel
-    rows = bias.to(q).repeat_interleave(tokens // slices, 1)
-    units = torch.eye(slices, dtype=k.dtype, device=k.device).repeat_interleave(tokens // slices, 0)
-    rows, units = (F.pad(t, (0, full - width - slices)).expand(batch, heads, -1, -1) for t in (rows, units))
-    q, k = torch.cat([q * width ** -0.5, rows], -1), torch.cat([k, units], -1)
-    return F.scaled_dot_product_attention(q, k, F.pad(v, (0, full - values)), scale=1.0)[..., :values]
+    return biased_attention(q, k, v, [bias], inner=tokens // slices)
 
 # %% ../../nbs/nets/12_slice_attention.ipynb #cell-014
 class SliceAttention(nn.Module):

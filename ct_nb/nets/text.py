@@ -18,9 +18,9 @@ from torch import nn
 
 # %% ../../nbs/nets/13_text.ipynb #cell-005
 class TextFeatures(NamedTuple):
-    "What a tower says of B texts of at most L tokens."
-    tokens: torch.Tensor  # (B, L, W); zero where the mask is False
-    mask: torch.Tensor  # (B, L) bool
+    "What a tower says of B texts of at most L tokens; a frozen one says `pooled` alone, `read` has it all."
+    tokens: torch.Tensor | None  # (B, L, W); zero where the mask is False
+    mask: torch.Tensor | None  # (B, L) bool
     pooled: torch.Tensor  # (B, W)
 
 class TextTower(nn.Module):
@@ -30,10 +30,10 @@ class TextTower(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self._store: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._store: dict[str, torch.Tensor] = {}
 
     def freeze(self, max_texts: int = 20_000) -> "TextTower":
-        "Fix the weights for good, stay in evaluation mode, and remember up to `max_texts` texts."
+        "Fix the weights for good, stay in evaluation mode, and remember the pooled vectors of up to `max_texts` texts."
         if max_texts < 1: raise ValueError(f"max_texts: the store must hold at least 1 text, got {max_texts}")
         self.frozen, self._max_texts = True, int(max_texts)
         return self.requires_grad_(False).eval()
@@ -50,15 +50,10 @@ class TextTower(nn.Module):
     def _recall(self, texts: list[str]) -> TextFeatures:
         new = list(dict.fromkeys(t for t in texts if t not in self._store))
         known = {t: self._store[t] for t in texts if t in self._store}
-        if new:
-            tokens, mask, pooled = self.read(new)
-            known |= {t: (tokens[i, mask[i]].cpu(), pooled[i].cpu()) for i, t in enumerate(new)}
+        if new: known |= dict(zip(new, self.read(new).pooled.cpu().clone()))
         self._store |= known
         while len(self._store) > self._max_texts: del self._store[next(iter(self._store))]
-        device = next(self.parameters()).device
-        tokens = nn.utils.rnn.pad_sequence([known[t][0] for t in texts], batch_first=True).to(device)
-        lengths = torch.tensor([len(known[t][0]) for t in texts], device=device)
-        return TextFeatures(tokens, torch.arange(tokens.shape[1], device=device) < lengths[:, None], torch.stack([known[t][1] for t in texts]).to(device))
+        return TextFeatures(None, None, torch.stack([known[t] for t in texts]).to(next(self.parameters()).device))
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "(B, L, W), (B, L) bool → (B, W), the mean over True."
@@ -112,7 +107,8 @@ class TinyText(TextTower):
 POOLINGS = ("mean", "first")
 
 class FolderText(TextTower):
-    "A `transformers` encoder of a local folder. Texts longer than `max_length` tokens are cut at their end. Needs the `transformers` package."
+    """A `transformers` encoder of a local folder, pooled over its tokens ("mean") or by the first ("first"). Texts longer than `max_length` tokens are cut at their end. Needs the
+    `transformers` package."""
     def __init__(self, folder, pooling: str = "mean", max_length: int = 256):
         super().__init__()
         folder = Path(folder).expanduser()
