@@ -9,6 +9,7 @@ import torch
 from ct_nb.data.sources import open_source
 from ct_nb.files import write_json
 from ct_nb.learn import coarse as coarse_module
+from ct_nb.learn.baselines import SIRT
 from ct_nb.learn.checkpoints import save_weights
 from ct_nb.learn.coarse import coarse_code, imported_files, known_cases, known_patients, open_coarse
 from ct_nb.learn.train import DRR2CTRun
@@ -141,3 +142,14 @@ def test_a_change_of_a_network_changes_what_is_kept(monkeypatch):
     asked = []
     monkeypatch.setattr(coarse_module, "code_digest", lambda *patterns: asked.extend(patterns) or "digest")
     assert coarse_code() == "digest" and {"physics/*.py", "data/pairs.py", "nets/blocks.py", "nets/drr2ct.py", "nets/cascade.py", "learn/reconstruction.py", "learn/train_cascade.py"} < set(asked)
+
+
+# classical solutions
+
+def test_a_classical_solution_is_a_coarse_volume_that_knows_nobody(tmp_path, cache):
+    run = RefinementRun("smoke", "phantom:6", tmp_path, coarse="sirt", steps=2).open()
+    item = run.pairs[0]
+    assert torch.equal(item["coarse"], SIRT().predict(item["xrays"], item["geometry"]).round()) and item["coarse"].shape == (16,) * 3
+    assert not run.source.known and open_coarse("minimum_norm", 16).digest("a") != open_coarse("sirt", 16).digest("a")
+    assert run.configuration()["coarse"] == "sirt" and run.configuration()["coarse_weights"] is None
+    with pytest.raises(ValueError, match="no folder fdk; .* or take sirt or minimum_norm"): open_coarse("fdk")

@@ -72,7 +72,7 @@ class RefinementRun:
     out: str = "runs/refinement"
     seed: int = 0
     resume: bool = False  # go on from the checkpoint in `out`
-    coarse: str = "runs/drr2ct"  # folder of a run of system A or of a cascade, or of coarse CTs named after their cases
+    coarse: str = "runs/drr2ct"  # folder of a run of system A or of a cascade, or of coarse CTs named after their cases; or sirt or minimum_norm, which need none
     steps: int | None = None  # optimiser steps; None: the preset's
     settings: RefinementPreset | None = None  # None: those of the preset, for the grid, window and energy of the coarse model
     features: Callable | None = None  # of the perceptual term, (B, 1, D, H, W) in [0, 1] → feature maps, with a `name`; None: random ones, drawn from the seed
@@ -83,7 +83,7 @@ class RefinementRun:
         if not isinstance(getattr(self.features, "name", None), str): raise ValueError("features: a network for the perceptual term needs a `name`, which the run's config.json tells; give it one")
         given = self.settings
         self.settings = get_refinement_preset(self.preset) if given is None else given
-        self.source = open_coarse(self.coarse)
+        self.source = open_coarse(self.coarse, self.settings.network.size)
         told = {"size": self.source.size, "window": self.source.window, "energy_kev": self.source.energy_kev or self.settings.network.energy_kev}
         if given is None: self.settings = replace(self.settings, network=replace(RefinerConfig.preset(self.preset, self.source.size), **told))
         for name, value in told.items():
@@ -293,7 +293,7 @@ def main(
     out: str = "runs/refinement",  # folder for weights, scoreboard and NIfTI
     seed: int = 0,  # decides split, start, noise and order
     resume: bool = False,  # go on from the checkpoint in `out`
-    coarse: str = "runs/drr2ct",  # folder of a run of system A or of a cascade, or of coarse CTs named after their cases
+    coarse: str = "runs/drr2ct",  # folder of a run of system A or of a cascade, or of coarse CTs named after their cases; or sirt or minimum_norm, which need none
     steps: int = None,  # optimiser steps; the preset's unless given
 ):
     "Train system C (a refiner of coarse CTs) and judge it against its input and the floors."
