@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCRIPT', 'SHEET', 'LABEL_COLORS', 'Picture', 'line', 'dot', 'words', 'grey', 'colors', 'color_scale', 'label_colors',
-           'overlay', 'draw_picture', 'attended', 'show']
+           'overlay', 'draw_picture', 'ScanShelf', 'attended', 'show']
 
 # %% ../../nbs/view/06_explore.ipynb #cell-002
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import anywidget
@@ -231,6 +233,20 @@ def draw_picture(axis, picture: Picture) -> None:
     if picture.scale_bar_mm: scale_bar(axis, picture.scale_bar_mm)
 
 # %% ../../nbs/view/06_explore.ipynb #cell-020
+class ScanShelf:
+    "Scans by name, `shelf[name]`, each loaded by its function when it is asked for; meanwhile the one after it is loaded aside. What a function raises is raised where its scan is asked for."
+    def __init__(self, scans: dict[str, Callable]): self.scans, self._aside, self._kept = scans, ThreadPoolExecutor(1, "scan"), {}
+
+    def __getitem__(self, name: str):
+        names = list(self.scans)
+        after = names[(names.index(name) + 1) % len(names)]
+        wanted, ahead = self._kept.get(name) or self._aside.submit(self.scans[name]), self._kept.get(after)
+        self._kept = {name: wanted}
+        found = wanted.result()
+        self._kept[after] = ahead or self._aside.submit(self.scans[after])
+        return found
+
+# %% ../../nbs/view/06_explore.ipynb #cell-023
 def attended() -> bool:
     "Whether this cell runs in a notebook that a person has open: one that could answer a question."
     from IPython import get_ipython

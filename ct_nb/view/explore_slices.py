@@ -28,7 +28,7 @@ from ..nets.slab_consistency import back_projection_matrix, interpolation_matrix
 from ..physics.phantom import phantom
 from ..physics.volume import Volume
 from ..style import MODEL, MUTED, TRUTH, style
-from .explore import Picture, color_scale, colors, draw_picture, grey, line, words
+from .explore import Picture, ScanShelf, color_scale, colors, draw_picture, grey, line, words
 from .explore_ct import follow_wheel, slice_slider, window_menu
 from .figures import BRIGHT, ENDS
 from .slice_picture import upright
@@ -135,7 +135,7 @@ class SliceExplorer(VBox):
         width: int = 235,  # of a picture on the page, in its pixels
     ):
         if not scans: raise ValueError("scans: there is none to explore; give name → function that loads a Volume")
-        self.scans, self.networks, self._volumes, self._cuts, self._known = scans, networks or Networks(), {}, {}, {}
+        self.networks, self._shelf, self._cuts, self._known = networks or Networks(), ScanShelf(scans), {}, {}
         self._busy, self._lock, self._moving = None, threading.RLock(), False  # a network's thread draws what it has found
         if answer not in (*FLOORS, *self.networks.thinners): raise ValueError(f"answer: there is none named {answer!r}; choose one of {', '.join((*FLOORS, *self.networks.thinners))}")
         menu = lambda options, value, name: Dropdown(options=options, value=value, description=name, layout=Layout(width="260px"))
@@ -160,9 +160,7 @@ class SliceExplorer(VBox):
 
     def _open(self) -> None:
         "Take up the scan of the menu."
-        name = self.scan.value
-        if name not in self._volumes: self._volumes = {name: self.scans[name]()}  # one at a time: a thin scan may fill gigabytes
-        self.volume, self._known, self._moving = self._volumes[name], {}, True
+        self.volume, self._known, self._moving = self._shelf[self.scan.value], {}, True
         self.axis = SliceAxis.along(self.volume.grid)
         self.spacing.max = max(12.0, 4 * self.axis.spacing_mm)
         self.spacing.min = np.ceil(2.4 * self.axis.spacing_mm) / 2  # a fifth thicker than the thin ones at least

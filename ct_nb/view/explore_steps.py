@@ -34,7 +34,7 @@ from ..physics.anatomy import REGIONS
 from ..physics.phantom import phantom
 from ..physics.volume import Grid, Volume, resample
 from .attention_figure import OUTLINE, attention_figure, attention_volume, strongest_mm
-from .explore import color_scale, colors, grey, line
+from .explore import ScanShelf, color_scale, colors, grey, line
 from .explore_ct import follow_wheel, slice_slider, window_menu
 from .figures import PLANES
 from .slice_picture import SlicePicture, value_at
@@ -180,7 +180,7 @@ class StepExplorer(VBox):
         width: int = 270,  # of a plane on the page, in its pixels
     ):
         if not scans: raise ValueError("scans: there is none to explore; give name → function that loads a StepScan")
-        self.scans, self.looks, self._loaded, self.buttons = scans, looks, {}, []
+        self.looks, self._shelf, self.buttons = looks, ScanShelf(scans), []
         wide = Layout(width="330px")
         self.scan = Dropdown(options=[(f"{name} (it was trained on)" if name in looks.training_cases else name, name) for name in scans], description="scan", layout=wide)
         self.look = Dropdown(options=list(looks.ask), description="asked", layout=wide)
@@ -188,7 +188,7 @@ class StepExplorer(VBox):
         self.opacity = FloatSlider(0.6, min=0, max=1, step=0.05, description="attention", layout=Layout(width="260px"))
         self.own = Text(placeholder="a sentence of your own, and Enter", continuous_update=False, layout=Layout(width="98%"))
         self.list, self.readout, self.table, self.legend = VBox(layout=Layout(width="100%", max_height="230px", overflow="auto")), HTML(), HTML(), HTML()
-        self.case = self._load(self.scan.value)
+        self.case = self._shelf[self.scan.value]
         self.heat = np.zeros(self.case.volume.hu.shape, np.float32)
         self.pictures = {kind: SlicePicture(self.case.volume.grid, [self.case.volume.hu, self.heat], kind, grey_first, width=width) for kind in PLANES}
         self.sliders = {kind: slice_slider(picture.count, picture.index, kind) for kind, picture in self.pictures.items()}
@@ -208,13 +208,9 @@ class StepExplorer(VBox):
         super().__init__([HTML(SHEET), HBox([self.scan, self.look], layout=Layout(flex_flow="row wrap")), self.list, self.own, HBox([self.window, self.opacity], layout=Layout(flex_flow="row wrap")), self.readout,
                           HBox([VBox([picture, self.sliders[kind]]) for kind, picture in self.pictures.items()], layout=Layout(flex_flow="row wrap")), self.legend, self.table])
 
-    def _load(self, name: str) -> StepScan:
-        if name not in self._loaded: self._loaded[name] = self.scans[name]()
-        return self._loaded[name]
-
     def _open(self) -> None:
         "Take up the scan of the menu, and the first of its steps that is about a lesion, or names a region."
-        self.case = self._load(self.scan.value)
+        self.case = self._shelf[self.scan.value]
         self.steps = list(self.case.steps)
         for kind, picture in self.pictures.items(): picture.grid = self.case.volume.grid
         self._list()
