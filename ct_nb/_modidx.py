@@ -291,7 +291,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'ct_nb.data.slabs.SlabPairs.__len__': ('data/slabs.html#slabpairs.__len__', 'ct_nb/data/slabs.py'),
                                   'ct_nb.data.slabs.SlabPairs._measured': ('data/slabs.html#slabpairs._measured', 'ct_nb/data/slabs.py'),
                                   'ct_nb.data.slabs.SlabPairs._simulated': ('data/slabs.html#slabpairs._simulated', 'ct_nb/data/slabs.py'),
-                                  'ct_nb.data.slabs.SlabPairs._stretched': ('data/slabs.html#slabpairs._stretched', 'ct_nb/data/slabs.py'),
                                   'ct_nb.data.slabs.SlabPairs.at': ('data/slabs.html#slabpairs.at', 'ct_nb/data/slabs.py'),
                                   'ct_nb.data.slabs.SlabPairs.ids': ('data/slabs.html#slabpairs.ids', 'ct_nb/data/slabs.py'),
                                   'ct_nb.data.slabs.SlabPairs.patients': ('data/slabs.html#slabpairs.patients', 'ct_nb/data/slabs.py'),

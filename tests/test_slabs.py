@@ -177,18 +177,6 @@ def test_draws_are_of_seed_epoch_and_index():
     assert not same(pairs.at(0, 0), SlabPairs(source, WIDE, size=4, count=2, seed=1).at(0, 0))
     with pytest.raises(IndexError): pairs[2]
 
-def test_a_stretched_scan_is_the_same_slices_further_apart():
-    source = Stacks([stack(depth=60)])
-    plain, long = (SlabPairs(source, SlabRange((5.0, 5.0), stretch=(factor, factor)), count=3, seed=1)[0] for factor in (1.0, 1.25))
-    own = ThinStack.of(source[0])
-    assert plain["thin_axis"].spacing_mm == own.thin_axis.spacing_mm and long["thin_axis"].spacing_mm == pytest.approx(1.25 * own.thin_axis.spacing_mm)
-    assert long["thick_axis"].spacing_mm == 5.0 and len(long["thin"]) < len(plain["thin"])  # fewer of the slices lie under a thick one
-    assert torch.equal(long["thick"], thicken(long["thin"], long["matrix"]))
-    first = int(round((float(long["thin_axis"].first_mm) / 1.25 - own.thin_axis.first_mm) / own.thin_axis.spacing_mm))
-    assert torch.equal(long["thin"], torch.from_numpy(np.array(own.thin[first:first + len(long["thin"])], np.float32)))
-    spacings = {SlabPairs(source, SlabRange((5.0, 5.0), stretch=(0.8, 1.2)), count=3).at(epoch, 0)["thin_axis"].spacing_mm / own.thin_axis.spacing_mm for epoch in range(12)}
-    assert len(spacings) == 12 and 0.8 <= min(spacings) < 0.95 < 1.05 < max(spacings) <= 1.2
-
 def test_whole_stacks_and_both_ends_are_reached():
     source = Stacks([stack(depth=52)])
     item = SlabPairs(source)[0]

@@ -8,7 +8,7 @@ __all__ = ['FWHM_OVER_SIGMA', 'GAUSSIAN_CUT', 'SliceAxis', 'SliceProfile', 'thin
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-002
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -179,10 +179,9 @@ class SlabRange:
     width: tuple[float, float] = (1.0, 1.0)  # of the profile, in spacings of the thick slices
     offset: tuple[float, float] = (0.0, 0.0)  # of the slabs against the borders of the thin slices, in thin slices
     shapes: tuple[str, ...] = ("rectangular",)
-    stretch: tuple[float, float] = (1.0, 1.0)  # of the scan along z, before it is cut into slabs
 
     def __post_init__(self):
-        for name, least in (("spacing_mm", 1e-6), ("width", 1e-6), ("offset", 0.0), ("stretch", 1e-6)):
+        for name, least in (("spacing_mm", 1e-6), ("width", 1e-6), ("offset", 0.0)):
             low, high = getattr(self, name)
             if not least <= low <= high < math.inf: raise ValueError(f"SlabRange: {name} must be (low, high) with {'0 ≤' if least == 0 else '0 <'} low ≤ high, got {(low, high)}")
         if not self.shapes: raise ValueError("SlabRange: shapes is empty; name 'rectangular', 'gaussian' or both")
@@ -236,14 +235,6 @@ def _simulated(self, stack: ThinStack, generator) -> tuple[SliceAxis, SliceProfi
     return SliceAxis(thick.first_mm + step * _integer(math.floor(free / step + 1e-6), generator), spacing, self.count), profile
 
 @patch_to(SlabPairs)
-def _stretched(self, stack: ThinStack, generator) -> ThinStack:
-    "The scan of a longer or shorter patient: the same slices, further apart or closer."
-    low, high = self.slabs.stretch
-    if stack.thick is not None or low == high == 1: return stack
-    factor, axis = low + float(torch.rand((), generator=generator, dtype=torch.float64)) * (high - low), stack.thin_axis
-    return replace(stack, thin_axis=SliceAxis(factor * axis.first_mm, factor * axis.spacing_mm, axis.count))
-
-@patch_to(SlabPairs)
 def _measured(self, stack: ThinStack, generator) -> tuple[int, int]:
     "First, and the one after the last, of the measured thick slices to use: those that lie over the thin stack with their cells and profiles."
     margin, edges = _margin(stack.thick_axis.spacing_mm, stack.profile), stack.thin_axis.edges_mm
@@ -260,8 +251,7 @@ def _measured(self, stack: ThinStack, generator) -> tuple[int, int]:
 def at(self, epoch: int, index: int) -> dict:
     "The item of a case in an epoch. A case that is too short or too small for the crop: `ValueError`."
     index = range(len(self))[index]
-    generator = stream(self.seed, epoch, index, "slabs")
-    stack = self._stretched(ThinStack.of(self.source[index]), generator)
+    stack, generator = ThinStack.of(self.source[index]), stream(self.seed, epoch, index, "slabs")
     if stack.thick is None: thick_axis, profile = self._simulated(stack, generator)
     else:
         low, high = self._measured(stack, generator)

@@ -41,7 +41,6 @@ class SlicesPreset:
     thick_mm: float = 5.0  # that is judged
     spacing: tuple[float, float] = (0.8, 1.2)  # that is learnt from, in thick_mm
     width: tuple[float, float] = (0.8, 1.2)  # of the profile, in spacings
-    stretch: tuple[float, float] = (0.75, 1.25)  # of the scans along z that are learnt from
     coarsest: float = 1.5  # thin spacing that is learnt from, in the scan's own
     count: int = 4  # thick slices of a crop
     size: int = 64  # rows and columns of a crop for the regressor
@@ -137,7 +136,7 @@ class SlicesRun:
 def crops(self: SlicesRun, size: int) -> SliceCrops:
     "What a network learns from."
     s = self.settings
-    ranges = SlabRange(tuple(share * s.thick_mm for share in s.spacing), s.width, (0.0, 1.0), ("rectangular", "gaussian"), s.stretch)
+    ranges = SlabRange(tuple(share * s.thick_mm for share in s.spacing), s.width, (0.0, 1.0), ("rectangular", "gaussian"))
     return SliceCrops(SlabPairs(self.training, ranges, size, s.count, self.seed), s.coarsest)
 
 @patch
@@ -235,7 +234,7 @@ def configuration(self: SlicesRun) -> dict:
     "What goes into `config.json`."
     s, sizes = self.settings, [self.vae_run.settings.phantom_size, PHANTOM_SIDE_MM]
     thin = [self.training[number].thin_axis.spacing_mm for number in range(min(len(self.training), 8))]  # of an archive, what its first scans show
-    seen = {"thick_mm": [round(share * s.thick_mm, 6) for share in s.spacing], "width": list(s.width), "thin_mm": [min(thin) * s.stretch[0], max(thin) * s.stretch[1] * s.coarsest]}
+    seen = {"thick_mm": [round(share * s.thick_mm, 6) for share in s.spacing], "width": list(s.width), "thin_mm": [min(thin), max(thin) * s.coarsest]}
     sides = {side: {"cases": source.ids, "fingerprint": stack_fingerprint(source, *sizes)} for side, source in (("training", self.vae_run.training), ("validation", self.vae_run.validation))}
     return {"system": "slices", "network": self.slices.networks(), "preset": self.preset, "data": str(self.data), "seed": self.seed, "vae": None if self.vae is None else str(self.vae), "settings": asdict(s), "seen": seen, **sides}
 
