@@ -148,8 +148,8 @@ def test_scrambled_case_numbers_are_seen(scans, monkeypatch):
     wrong = look_at(Oracle(scans, shift=1), data)
     m, _ = language_scores.ask(Oracle(scans), wrong, [make_report(i) for i in range(SCANS)], data.patients)
     assert abs(m["steps"]["correlation"]["mean"]) < 0.15
-    right = look_at(Oracle(scans), data)
-    assert torch.equal(right.step_case, torch.arange(SCANS).repeat_interleave(4)) and torch.equal(right.lesion_case, torch.arange(SCANS)) and torch.equal(right.whole[:, :64], Oracle.codes)
+    right = look_at(Oracle(scans), data, writes=20)
+    assert torch.equal(right.step_case, torch.arange(SCANS).repeat_interleave(4)) and torch.equal(right.lesion_case, torch.arange(SCANS)) and torch.equal(right.whole[:, :64], Oracle.codes) and right.written == Oracle(scans).write(SimpleNamespace(tokens=torch.arange(20.0)[:, None, None]))
     rolled = right.__class__(**{**vars(right), "regions": right.regions.roll(1, 0), "scans": right.scans.roll(1, 0)})
     m, recalls = language_scores.ask(Oracle(scans), rolled, [make_report(i) for i in range(SCANS)], data.patients)
     assert m["sentence_patient"]["share"]["mean"] == 0 and all(r.recall.mean == 0 for found in recalls.values() for r in found if r.k == 1) and m["polarity"]["present"] < 0.7

@@ -24,7 +24,6 @@ from .scan_language import ScanLanguage
 from .scan_reports import scan_and_regions
 from .train_ct_encoder import load_ct_encoder
 from ..physics.anatomy import REGIONS
-from ..physics.readers import CTReadError
 
 # %% ../../nbs/learn/16a_embeddings.ipynb #cell-005
 WHOLE = "scan"  # what a row is about that is not about a region
@@ -99,11 +98,13 @@ def embed_scans(
         found += name_cases(path, find_cases(path))
     if not found: raise ValueError(f"{', '.join(map(str, paths))}: no CT found; expected NIfTI, NRRD, MHA, npz, or folders of DICOM")
     for one in tqdm(found, desc="embedding", unit="scan", disable=not progress):
-        try: hu, regions, note = scan_and_regions(one, model.config.encoder)
-        except CTReadError as error:
+        try:
+            hu, regions, note = scan_and_regions(one, model.config.encoder)
+            vectors = embed_scan(model, hu, regions)
+        except ValueError as error:
             skipped.append((str(one.path), str(error)))
             continue
-        rows += [(one.id, str(one.path), about, vector) for about, vector in embed_scan(model, hu, regions).items()]
+        rows += [(one.id, str(one.path), about, vector) for about, vector in vectors.items()]
         if note: notes.append(note)
     if not rows: raise ValueError(f"{skipped[0][0]}: none of the {len(skipped)} scans could be read, the first because {skipped[0][1]}")
     scans, files, about, vectors = zip(*rows)

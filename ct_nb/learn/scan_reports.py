@@ -161,7 +161,7 @@ def _scan(found: Found, config: CTEncoderConfig, rescale=None) -> dict:
     hu, labels, note = scan_and_regions(found, config, rescale)
     return _arrays(hu.numpy(), labels, findings=[], note=note)
 
-# %% ../../nbs/learn/14c_scan_reports.ipynb #cell-016
+# %% ../../nbs/learn/14c_scan_reports.ipynb #cell-017
 @dataclass
 class ScanReports(Dataset):
     """Scans with reports. Item: `id`, `patient`, `report` (a `Report`), `findings` (list of `Finding`), `note` (on its label map), `hu` (D, H, W) float32, `regions` and `lesions`
@@ -227,7 +227,7 @@ def collate_scans(items: list[dict]) -> dict:
     "Items as a batch: tensors stacked, all else in lists; `number` counts them."
     return {"number": torch.arange(len(items))} | {key: torch.stack([item[key] for item in items]) if isinstance(items[0][key], torch.Tensor) else [item[key] for item in items] for key in items[0]}
 
-# %% ../../nbs/learn/14c_scan_reports.ipynb #cell-019
+# %% ../../nbs/learn/14c_scan_reports.ipynb #cell-020
 class _Facts(Dataset):
     def __init__(self, data: ScanReports): self.data = data
     def __len__(self): return len(self.data)
