@@ -436,6 +436,13 @@ def test_a_frozen_tower_is_no_part_of_the_weights(data, model, tmp_path):
     loss, _ = frozen(collate_scans([data[i] for i in range(3)]), 0)
     loss.backward()
     assert loss.isfinite() and frozen.alignment.text_heads["global"].weight.grad.any() and frozen.embed_texts(["no nodule."]).shape == (1, CONFIG.shared_dim)
+    torch.manual_seed(0)
+    learns = ScanLanguage(replace(model.config, text=str(tmp_path), text_trained=True, text_pooling="first"))
+    learns(collate_scans([data[i] for i in range(3)]), 0)[0].backward()
+    tower = [p for name, p in learns.named_parameters() if name.startswith("tower.")]
+    assert tower and sum(p.grad.abs().sum() for p in tower if p.grad is not None) > 0 and any("tower" in name for name in learns.state_dict())
+    assert not torch.allclose(learns.read(["no nodule."]), ScanLanguage(replace(model.config, text=str(tmp_path), text_trained=True)).read(["no nodule."]))  # pooled by the first token
+    with pytest.raises(ValueError, match="text_trained: minilm stays"): CTEncoderRun("smoke", text="minilm", text_trained=True)
 
 
 def test_the_bench_measures_the_networks_that_are_trained(tmp_path, monkeypatch):

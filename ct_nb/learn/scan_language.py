@@ -63,6 +63,8 @@ class ScanLanguageConfig(Settings):
     encoder: CTEncoderConfig = CTEncoderConfig()
     words: tuple[str, ...] = ()  # of the tokenizer
     text: str = "tiny"  # "tiny", "minilm" or a folder of transformers
+    text_trained: bool = False  # a folder's tower learns too; the tiny one always does, minilm never
+    text_pooling: str = "mean"  # of a folder's tower, or "first"
     text_width: int = 128  # of the tiny tower
     text_depth: int = 2
     text_length: int = 160  # tokens
@@ -84,11 +86,12 @@ class ScanLanguageConfig(Settings):
         if min(self.region_texts, self.step_texts) < 1: raise ValueError(f"region_texts, step_texts: must be at least 1, got {self.region_texts} and {self.step_texts}")
 
 def make_tower(config: ScanLanguageConfig) -> TextTower:
-    "The text tower that a configuration names; all but the tiny one frozen."
+    "The text tower that a configuration names, frozen unless it is the tiny one or a folder's that is to learn. ValueError for a name that is none."
     if config.text == "tiny": return TinyText(WordTokenizer(config.words), config.text_width, config.text_depth, max_length=config.text_length)
     if config.text == "minilm": return minilm().freeze()
     if not Path(config.text).expanduser().is_dir(): raise ValueError(f"text: must be 'tiny', 'minilm' or a folder of transformers, got {config.text!r}")
-    return FolderText(config.text).freeze()
+    tower = FolderText(config.text, config.text_pooling)
+    return tower if config.text_trained else tower.freeze()
 
 class ScanLanguage(nn.Module):
     "Scans and texts in one space, with the losses that bring them there."

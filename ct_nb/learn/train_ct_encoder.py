@@ -68,6 +68,8 @@ class CTEncoderRun:
     text: str = "tiny"  # "tiny", "minilm" or a folder of transformers
     steps: int | None = None  # optimiser steps; None: the preset's
     reports: str | None = None  # a file of reports, where they do not lie in the folder of CTs
+    text_trained: bool = False  # a folder's text tower learns too
+    text_pooling: str = "mean"  # of a folder's tower over its tokens, or "first": by the first one
     settings: CTEncoderPreset | None = None  # None: those of the preset
 
     def __post_init__(self):
@@ -76,7 +78,8 @@ class CTEncoderRun:
         steps = int(self.steps) if self.steps else s.trainer.steps
         text = self.text if self.text in ("tiny", "minilm") else str(Path(self.text).expanduser())
         if text not in ("tiny", "minilm") and not Path(text).is_dir(): raise ValueError(f"text: must be 'tiny', 'minilm' or a folder of transformers, got {self.text!r}")
-        self.settings = replace(s, network=replace(s.network, text=text), trainer=replace(s.trainer, seed=self.seed, steps=steps, warmup_steps=min(s.trainer.warmup_steps, max(steps // 5, 1))))
+        if self.text_trained and text == "minilm": raise ValueError("text_trained: minilm stays as it is; give a folder of transformers, or leave text_trained out")
+        self.settings = replace(s, network=replace(s.network, text=text, text_trained=self.text_trained, text_pooling=self.text_pooling), trainer=replace(s.trainer, seed=self.seed, steps=steps, warmup_steps=min(s.trainer.warmup_steps, max(steps // 5, 1))))
 
     @property
     def is_main(self) -> bool: return int(os.environ.get("RANK", 0)) == 0
@@ -151,11 +154,13 @@ def main(
     seed: int = 0,  # decides split, start, draws and order
     resume: bool = False,  # go on from the checkpoint in `out`
     text: str = "tiny",  # "tiny", "minilm" or a folder of transformers
+    text_trained: bool = False,  # a folder's text tower learns too
+    text_pooling: Param("of a folder's tower over its tokens", str, choices=["mean", "first"]) = "mean",
     steps: int = None,  # optimiser steps; the preset's unless given
     reports: str = None,  # a file of reports, where they do not lie in the folder of CTs
 ):
     "Train system B (the CT encoder) and judge it on scans left out."
-    run = CTEncoderRun(preset, data, out, seed, resume, text, steps, reports).open()
+    run = CTEncoderRun(preset, data, out, seed, resume, text, steps, reports, text_trained, text_pooling).open()
     print(run.describe())
     run.fit()
     if run.is_main: print(run.judge().table())
