@@ -1,12 +1,13 @@
 """Thinning of scans: portions without seams, noise that belongs to slices, the frame of the input, consistency across portions, and a sentence for what cannot be done."""
 
 import json
+import zipfile
 
 import nibabel
 import numpy as np
 import pytest
 import torch
-from ct_files import write_series
+from ct_files import body, pair_members, write_series, zipped
 
 import ct_nb.learn.thinning as thinning
 from ct_nb.data.slabs import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
@@ -207,12 +208,39 @@ def test_a_file_comes_out_and_overlays_the_input(scan, run, tmp_path, model):
 def test_a_dicom_series_goes_in_with_the_thickness_of_its_header(run, tmp_path):
     image = hu(10, 32).numpy().astype(np.int16)
     write_series(tmp_path / "series", image, z_mm=[5.0 * n for n in range(10)], SliceThickness=6.0)
-    assert header_width(tmp_path / "series") == 6.0 and header_width(tmp_path / "a.nii.gz") is None
+    axis = SliceAxis(0.0, 5.0, 10)
+    assert header_width(tmp_path / "series", axis) == (6.0, []) and header_width(tmp_path / "a.nii.gz", axis) == (None, [])
     found = thin_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False)
     assert found.profile == SliceProfile(6.0) and found.thick_axis.spacing_mm == 5 and found.volume.hu.shape == (50, 32, 32)
     overlapping = thin_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, width_mm=5.0, shape="gaussian", progress=False)
     assert overlapping.profile == SliceProfile(5.0, "gaussian") and not np.array_equal(overlapping.volume.hu, found.volume.hu)
     assert "one slice" in sentence(lambda: thin_file(write_series(tmp_path / "single", image[:1], z_mm=[0.0])[0].parent, tmp_path / "x.nii.gz", run, progress=False))
+
+
+@pytest.fixture(scope="module")
+def two_series(tmp_path_factory): return zipped(tmp_path_factory.mktemp("pe") / "0001.zip", pair_members(body((60, 32, 40)), SeriesDescription="chest"))
+
+
+def test_one_series_of_several_is_named(two_series, run, tmp_path):
+    "A patient's zip of a PE archive holds a thick and a thin series."
+    go = lambda **more: thin_file(**dict(path=two_series, out=tmp_path / "thin.nii.gz", weights=run, progress=False) | more)
+    text = sentence(go)
+    assert "0001.zip: holds 2 CT series; choose one with series=UID (--series UID): " in text and "1.2.1 (12 slices, chest)" in text and "1.2.2 (60 slices, chest)" in text
+    found = go(series="1.2.1", convention="centres")
+    assert found.thick_axis == SliceAxis(2.0, 5.0, 12) and found.thin_axis == SliceAxis(2.0, 1.0, 56) and found.profile == SliceProfile(5.0)
+    about = json.loads((tmp_path / "thin_thinning.json").read_text())
+    assert (about["series"], about["convention"]) == ("1.2.1", "centres")
+    assert "1 mm apart already" in sentence(lambda: go(series="1.2.2")) and "has no series 1.2.3" in sentence(lambda: go(series="1.2.3"))
+    with zipfile.ZipFile(two_series) as archive: archive.extractall(tmp_path / "folder")
+    assert np.array_equal(go(path=tmp_path / "folder", series="1.2.1", convention="centres").volume.hu, found.volume.hu)
+
+
+@pytest.mark.parametrize("claimed", [0.0, 400.0, 12.0])
+def test_a_thickness_that_cannot_be_true_is_said_and_not_used(claimed, run, tmp_path):
+    "Neither silently, nor as a refusal of a width that nobody gave."
+    write_series(tmp_path / "series", hu(2, 24).numpy().astype(np.int16), z_mm=[0.0, 5.0], SliceThickness=claimed)
+    found = thin_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False)
+    assert found.profile == SliceProfile(5.0) and any(f"SliceThickness of {claimed} mm cannot be that of slices 5 mm apart" in note for note in found.notes)
 
 
 def sentence(call, kind=ValueError) -> str:
@@ -227,10 +255,10 @@ def test_what_cannot_be_done_is_said(scan, run, regressor, tmp_path):
     out = tmp_path / "out" / "x.nii.gz"
     go = lambda p=path, spacing=1.0, **more: thin_file(p, out, run, spacing, progress=False, **more)
     save = lambda name, array, affine: nibabel.save(nibabel.Nifti1Image(array, affine), tmp_path / name) or tmp_path / name
-    body = hu(6, 24).numpy().astype(np.int16).transpose(2, 1, 0)
-    assert "at least two along each axis" in sentence(lambda: go(save("one.nii.gz", body[..., :1], np.diag([2, 2, 5, 1]))))
-    assert "4 dimensions" in sentence(lambda: go(save("four.nii.gz", np.stack([body, body], -1), np.diag([2, 2, 5, 1]))))
-    bare = nibabel.Nifti1Image(body, None)
+    image = hu(6, 24).numpy().astype(np.int16).transpose(2, 1, 0)
+    assert "at least two along each axis" in sentence(lambda: go(save("one.nii.gz", image[..., :1], np.diag([2, 2, 5, 1]))))
+    assert "4 dimensions" in sentence(lambda: go(save("four.nii.gz", np.stack([image, image], -1), np.diag([2, 2, 5, 1]))))
+    bare = nibabel.Nifti1Image(image, None)
     bare.header["pixdim"][1:4] = 0
     nibabel.save(bare, tmp_path / "bare.nii.gz")
     raw = bytearray(__import__("gzip").decompress((tmp_path / "bare.nii.gz").read_bytes()))
@@ -239,8 +267,8 @@ def test_what_cannot_be_done_is_said(scan, run, regressor, tmp_path):
     assert "voxel spacing" in sentence(lambda: go(tmp_path / "bare.nii"))
     assert "5 mm apart already, 5 mm were asked for" in sentence(lambda: go(spacing=5.0))
     assert "spacing_mm: must be above 0" in sentence(lambda: go(spacing=0.0))
-    assert "learnt from 4 to 6 mm" in sentence(lambda: go(save("thick8.nii.gz", body, np.diag([2, 2, 8, 1]))))
-    assert "another axis" in sentence(lambda: go(save("side.nii.gz", body.transpose(2, 0, 1), np.diag([5, 2, 2, 1])), spacing=1.0))
+    assert "learnt from 4 to 6 mm" in sentence(lambda: go(save("thick8.nii.gz", image, np.diag([2, 2, 8, 1]))))
+    assert "another axis" in sentence(lambda: go(save("side.nii.gz", image.transpose(2, 0, 1), np.diag([5, 2, 2, 1])), spacing=1.0))
     assert "no such file" in sentence(lambda: go(tmp_path / "none.nii.gz"))
     assert "choose a name that ends in" in sentence(lambda: thin_file(path, tmp_path / "x.jpg", run))
     assert "model: must be one of" in sentence(lambda: go(model="best"))
@@ -254,9 +282,10 @@ def test_settings_without_sense_are_refused_before_a_scan_is_read(scan, run, tmp
     out, was = tmp_path / "out" / "x.nii.gz", path.read_bytes()
     go = lambda **more: thin_file(**dict(path=path, out=out, weights=run, progress=False) | more)
     read = []
-    monkeypatch.setattr("ct_nb.learn.thin_scans.read_ct", lambda path: read.append(path))
+    monkeypatch.setattr("ct_nb.learn.thin_scans.read_ct", lambda *given: read.append(given))
     for value in (0.0, -1.0, float("nan"), float("inf")): assert "memory_gib: must be a number above 0" in sentence(lambda: go(memory_gib=value))
     for value in (-3.0, float("nan"), float("inf")): assert "noise_hu: must be 0 or more" in sentence(lambda: go(noise_hu=value))
+    assert "convention must be 'slabs' or 'centres'" in sentence(lambda: go(convention="edges")) and "shape must be" in sentence(lambda: go(shape="round")) and "width_mm must be above 0" in sentence(lambda: go(width_mm=-1.0))
     assert "count: the mean is of 1 draw" in sentence(lambda: go(model="mean", samples=0))
     assert "is the scan itself" in sentence(lambda: go(out=path)) and path.read_bytes() == was
     (tmp_path / "folder.nii.gz").mkdir()
@@ -287,6 +316,16 @@ def test_a_profile_that_is_none_and_slices_that_nobody_counts(scan, run, tmp_pat
 def test_the_file_is_named_where_a_model_has_not_seen_such_slices(run, tmp_path):
     Volume(hu(6, 24).numpy(), np.diag([2.0, 2, 8, 1])).save(tmp_path / "eight.nii.gz")
     assert "eight.nii.gz: its slices are 8 mm apart" in sentence(lambda: thin_file(tmp_path / "eight.nii.gz", tmp_path / "x.nii.gz", run, 2.0, progress=False))
+
+
+def test_the_command_thins_a_named_series_and_shows_progress(two_series, run, tmp_path, monkeypatch, capsys):
+    from ct_nb.console import thin
+    monkeypatch.chdir(tmp_path)
+    thin(str(two_series), weights=str(run), spacing=1.25, series="1.2.1", convention="centres", out="thin.nii")
+    said = capsys.readouterr()
+    assert "12 slices 5 mm apart → 45 1.25 mm apart" in said.out and said.out.splitlines()[-1] == "thin.nii" and "12/12" in said.err and "thinning" in said.err and "thick slice" in said.err
+    assert read_volume(tmp_path / "thin.nii").hu.shape == (45, 32, 40)
+    with pytest.raises(SystemExit, match=r"ct_nb_thin: .*0001.zip: holds 2 CT series; choose one with series=UID \(--series UID\)"): thin(str(two_series), weights=str(run))
 
 
 @pytest.mark.parametrize("given, words", [({"memory": float("inf")}, "memory_gib: must be"), ({"width": 0.0}, "width_mm must be above 0"), ({"out": "x.jpg"}, "out: unknown kind of file 'x.jpg'"), ({"spacing": 5.0}, "mm apart already")])
