@@ -145,7 +145,7 @@ def thin(
     steps: Param("of the sampler", int) = 20,
     seed: Param("of the draws", int) = 0,
     noise: Param("HU, of the thick slices: they are explained up to it", float) = 0.0,
-    memory: Param("GiB that a portion may take", float) = 2.0,
+    memory: Param("GiB that the features of a portion may take; the slices themselves come on top", float) = 2.0,
     convention: Param("thin slices fill the thick ones' length, or run from first to last centre", str, choices=["slabs", "centres"]) = "slabs",
     anyway: Param("go on where the slices are thicker than the model learnt from", bool) = False,
 ):

@@ -1,6 +1,7 @@
 """Thinning of scans: portions without seams, noise that belongs to slices, the frame of the input, consistency across portions, and a sentence for what cannot be done."""
 
 import json
+import weakref
 import zipfile
 
 import nibabel
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from ct_files import body, pair_members, write_series, zipped
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import ct_nb.learn.thinning as thinning
 from ct_nb.data.slabs import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
 from ct_nb.learn.checkpoints import WeightsError, save_weights
 from ct_nb.learn.thin_scans import header_width, thin_file, thin_frame, thin_volume
@@ -107,7 +109,7 @@ def test_the_regressor_in_portions_is_the_regressor(regressor):
     whole = RegressorThinner(regressor, consistent=False).thin(*case)
     with torch.no_grad(): assert torch.allclose(whole, regressor(case[0][None], *case[1:])[0], atol=1e-2)
     cut = RegressorThinner(regressor, consistent=False, memory_gib=0.006, halo=4)
-    assert len(portions(case[1], case[2], thinning._core(0.006 * 2 ** 30 / (4 * 8 * 20 * 400) / 5, 4), 4)) > 1
+    assert len(portions(case[1], case[2], cut.plan(40, 40, *case[1:3])[0], 4)) > 1
     moved = (whole - interpolate_slabs(*case[:3])).abs().mean()
     assert (cut.thin(*case) - whole).abs().mean() < 0.1 * moved
 
@@ -124,12 +126,12 @@ def test_consistency_holds_across_portions(kind, regressor, diffusion):
 
 def test_noise_belongs_to_slices(diffusion, monkeypatch):
     case, seen = given(), {}
-    own = DiffusionThinner._portion
+    own = SliceDiffusion.sample
 
-    def watched(self, thick, thick_axis, thin_axis, profile, noise):
+    def watched(self, thick, thick_axis, thin_axis, profile, steps, consistent, noise):
         for place, z in zip(np.round(thin_axis.positions_mm, 3), noise[0].unbind(1)): seen.setdefault(place, []).append(z)
-        return own(self, thick, thick_axis, thin_axis, profile, noise)
-    monkeypatch.setattr(DiffusionThinner, "_portion", watched)
+        return own(self, thick, thick_axis, thin_axis, profile, steps, consistent=consistent, noise=noise)
+    monkeypatch.setattr(SliceDiffusion, "sample", watched)
     DiffusionThinner(diffusion, steps=1, memory_gib=0.004).thin(*case)
     shared = [zs for zs in seen.values() if len(zs) > 1]
     assert shared and all(torch.equal(zs[0], z) for zs in shared for z in zs[1:]) and not torch.equal(seen[0.0][0], seen[1.0][0])
@@ -147,6 +149,16 @@ def test_draws_repeat_and_differ_and_the_mean_is_their_mean(diffusion):
     assert (thicken(make(count=3), matrix) - case[0]).abs().max() < 0.05
 
 
+def test_what_is_shared_is_drawn_once(diffusion, monkeypatch):
+    known, case, drawn, own = {}, given(5, 24), [], DiffusionThinner.draw
+    alone = DiffusionThinner(diffusion, steps=1, count=3).thin(*case)
+    monkeypatch.setattr(DiffusionThinner, "draw", lambda self, number, *rest: drawn.append(number) or own(self, number, *rest))
+    one, free, mean = (DiffusionThinner(diffusion, steps=1, known=known, **more) for more in ({}, {"consistent": False}, {"count": 3}))
+    found = [thinner.thin(*case) for thinner in (one, free, mean)]
+    assert drawn == [0, 1, 2] and torch.equal(found[2], alone) and torch.equal(free.thin(*case), found[1]) and torch.equal(one.thin(*case), found[0])  # what came out was not changed by what came later
+    assert sum(tensor.numel() for _, tensor in known.values()) == found[0].numel()
+
+
 def test_shared_draws_are_of_one_scan(diffusion):
     known, case, other = {}, given(5, 24), given(5, 24)
     other = (other[0] + 5, *other[1:])
@@ -155,20 +167,54 @@ def test_shared_draws_are_of_one_scan(diffusion):
     assert not torch.equal(thinner.thin(*other), first) and len(known) == 1 and torch.equal(DiffusionThinner(diffusion, steps=1).thin(*other), thinner.thin(*other))
 
 
-def test_memory_does_not_grow_with_the_scan(regressor, monkeypatch):
-    depths = []
-    forward = SliceRegressor.forward
+class Peak(TorchDispatchMode):
+    "Bytes of tensors that are alive while it is on, and the most there were."
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most, self._seen = 0, 0, set()
 
-    def watched(self, thick, *args, **more):
-        depths.append(thick.shape[1])
-        return forward(self, thick, *args, **more)
-    monkeypatch.setattr(SliceRegressor, "forward", watched)
-    for slices in (20, 60):
-        depths.clear()
-        RegressorThinner(regressor, memory_gib=0.004).thin(*given(slices, 32, 2.5))
-        assert max(depths) < 15, depths
-        largest = max(depths)
-    assert len(depths) > 5 and largest < 15
+    def _gone(self, key, size):
+        self.alive -= size
+        self._seen.discard(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage()._cdata in self._seen: continue
+            storage = tensor.untyped_storage()
+            self._seen.add(storage._cdata)
+            self.alive += storage.nbytes()
+            self.most = max(self.most, self.alive)
+            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["regressor", "diffusion"])
+def test_features_do_not_grow_with_the_scan_and_only_the_slices_do(kind, regressor, diffusion, monkeypatch):
+    monkeypatch.setattr("ct_nb.nets.slab_consistency.VOXELS_AT_ONCE", 2 ** 14)  # as it is to a scan of ordinary size
+    make = lambda gib, **more: RegressorThinner(regressor, memory_gib=gib, **more) if kind == "regressor" else DiffusionThinner(diffusion, steps=1, memory_gib=gib, **more)
+    gib, bytes_of = (0.042, 0.019)[kind == "diffusion"], lambda case, count: count * 4 * case[2].count * case[0][0].numel()
+    few, many = given(12, 128, 2.5), given(36, 128, 2.5)
+
+    def most(case, thinner):
+        before = case[0].clone()
+        with Peak() as peak: thinner.thin(*case)
+        assert torch.equal(before, case[0])
+        return peak.most
+    assert make(gib).plan(128, 128, *many[1:3]) == (4, pytest.approx(gib, rel=0.2))
+    short, long = most(few, make(gib)), most(many, make(gib))
+    room = 2 ** 21  # matrices along z, and the rows that consistency works on at a time, in float64
+    assert long - short < bytes_of(many, 1) - bytes_of(few, 1) + room  # one volume of thin slices, and nothing else that grows
+    assert long - bytes_of(many, 1) < gib * 2 ** 30 + room  # the plan keeps its word
+    assert most(many, make(9.0)) - bytes_of(many, 1) > 1.5 * (long - bytes_of(many, 1))  # as a whole it takes more, so the measure sees features
+    if kind == "diffusion": assert most(many, make(gib, count=4)) - long < bytes_of(many, 1) + room  # a sum beside the draw, not four draws
+
+
+def test_a_memory_that_is_too_small_is_said(scan, run, tmp_path):
+    go = lambda memory, model: thin_file(scan[1], tmp_path / "x.nii.gz", run, 2.5, memory_gib=memory, model=model, samples=1, steps=1, progress=False).notes
+    for model in ("regressor", "mean"):
+        assert any("the smallest portion of these slices takes about" in note and "more than the 0.0001 GiB" in note for note in go(1e-4, model))
+        assert not any("portion" in note for note in go(1.0, model))
 
 
 def test_the_frame_is_the_inputs(scan, regressor):

@@ -61,8 +61,9 @@ def thin_volume(
     notes = [*volume.notes, *check_seen(axis, profile, spacing_mm, seen, anyway, name)]
     fine = thin_axis(axis, spacing_mm, convention)
     thick = volume.tensor()
+    if hasattr(thinner, "notes"): notes += thinner.notes(*thick.shape[1:], axis, fine)
     hu = thinner.thin(thick, axis, fine, profile).round_().clamp_(-32768, 32767)
-    below = int((hu < -1024).sum())
+    below = sum(int((image < -1024).sum()) for image in hu)
     if below: notes.append(f"{below} voxels of the thin slices lie below -1024 HU (lowest {float(hu.min()):g}): beside steep edges to air, where consistency overshoots")
     rows = range(0, thick.shape[1], 64)
     matrix = slab_matrix(fine, axis, profile)
@@ -112,7 +113,7 @@ def thin_file(
     consistent: bool = True,  # averaged over the profile, the answer is the scan that came in
     noise_hu: float = 0.0,  # of the thick slices: how exactly, where consistent
     convention: str = "slabs",  # thin slices fill the thick ones' length; "centres": they run from first to last centre
-    memory_gib: float = 2.0,  # of a portion
+    memory_gib: float = 2.0,  # of a portion's features; the slices themselves come on top
     anyway: bool = False,  # slices thicker than the model learnt from all the same
     progress: bool = True,
 ) -> Thinned:
