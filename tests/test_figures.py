@@ -156,10 +156,16 @@ def spectrum():
     return {"frequency_per_mm": [0.01, 0.05], "truth": [9.0, 3.0], "power": {"coarse": [8.0, 1.0], "refined": [9.0, 2.0]}, "correlation": {"coarse": [0.9, 0.1], "refined": [0.95, 0.4]}}
 
 
+def slab_item():
+    from ct_nb.data.slab_archives import open_stacks
+    from ct_nb.data.slabs import SlabPairs, SlabRange
+    return SlabPairs(open_stacks("phantom:1", size=24, side_mm=192.0), SlabRange((24.0, 24.0)))[0]
+
+
 def call(module: str, name: str, *arguments): return getattr(importlib.import_module(f"ct_nb.view.{module}"), name)(*arguments)
 
 
-EXAMPLES = {  # name → how to draw it, and whether it shows planes of a patient
+EXAMPLES = {  # name → how to draw it, and whether it shows planes of a patient; where it is not all three, the letters of those that it shows
     "figures.slices_figure": (lambda: slices_figure({"a": thorax(), "b": thorax()}), True),
     "figures.xrays_figure": (lambda: xrays_figure(np.ones((2, 6, 8)), ConeBeam.biplanar(grid=Grid.cube(8), detector_shape=(6, 8), pixel_mm=40.0)), False),
     "figures.comparison_figure": (lambda: comparison_figure(np.ones((2, 6, 6)), thorax(), {"model": thorax()}), True),
@@ -173,6 +179,8 @@ EXAMPLES = {  # name → how to draw it, and whether it shows planes of a patien
     "attention_figure.attention_figure": (lambda: call("attention_figure", "attention_figure", thorax(), {"a place": torch.rand(64)}, (4, 4, 4)), True),
     "attention_figure.recall_figure": (lambda: call("attention_figure", "recall_figure", recalls()), False),
     "attention_figure.labels_figure": (lambda: call("attention_figure", "labels_figure", {"scan": {"mass": 0.8}}), False),
+    "slice_figures.slices_cut_figure": (lambda: call("slice_figures", "slices_cut_figure", item := slab_item(), {"linear": item["thin"]}), "RLHF"),
+    "slice_figures.latent_figure": (lambda: call("slice_figures", "latent_figure", thorax(), {"vae": thorax().tensor() + 20}), "RLAP"),
 }
 
 
@@ -189,7 +197,7 @@ def test_figures_are_figures_and_carry_the_same_marks(name, tmp_path):
     axes = [axis for axis in figure.findobj(plt.Axes) if axis.images and axis.name != "3d"]
     words = [text.get_text() for axis in axes for text in axis.texts]
     if shows_planes:
-        assert {"R", "L", "A", "P", "H", "F"} <= set(words), "orientation marks"
+        assert set("RLAPHF" if shows_planes is True else shows_planes) <= set(words), "orientation marks"
         assert "50 mm" in words, "a scale bar"
         bars = [np.ptp(line.get_xdata()) for axis in axes if "50 mm" in [text.get_text() for text in axis.texts] for line in axis.lines]
         assert bars and all(length == pytest.approx(50) for length in bars)

@@ -333,6 +333,16 @@ def test_processes_of_dask_and_one_that_dies(archive, tmp_path):
     assert len(lines) == 3 and found.pop("deadly") == "failed" and "process died" in next(line["reason"] for line in lines if line["id"] == "deadly")
     assert set(found.values()) <= {"prepared", "kept"} and np.array_equal(prepared_stacks(tmp_path / "out")[1].thin, THIN)  # those in line behind it are not lost
 
+def test_a_scheduler_whose_worker_is_another_process(archive, tmp_path):
+    distributed = pytest.importorskip("dask.distributed")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
+        address = cluster.scheduler_address
+        with distributed.Client(address, set_as_default=False) as client: elsewhere = client.run(os.getpid)
+        lines = prepare_stacks(StackSource(pe_archive(archive).cases[::2]), tmp_path / "out", scheduler=address)  # one that is whole, one that is not
+    assert address.startswith("tcp://") and os.getpid() not in elsewhere.values()
+    assert statuses(lines) == {"APE_0001": "prepared", "APE_0003": "failed", "non_APE_0002": "failed"} and np.array_equal(prepared_stacks(tmp_path / "out")[0].thin, THIN)
+
+
 def test_a_scheduler_that_is_not_there(tmp_path, monkeypatch):
     distributed = pytest.importorskip("dask.distributed")
     real = distributed.Client

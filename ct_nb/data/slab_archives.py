@@ -102,8 +102,8 @@ def stack_sides(source: StackSource, shares=PE_SHARES, seed: int = 0, known: dic
     if patients <= set(own) or len(patients) < len(SIDES): return {patient: "train" for patient in patients} | own
     return split_patients(patients, shares, seed, (known or {}) | own)
 
-def split_stacks(source: StackSource, shares=PE_SHARES, seed: int = 0) -> dict[str, StackSource]:
-    "The three sides of a source, by patient; an archive that names its own sides keeps them."
+def split_stacks(source, shares=PE_SHARES, seed: int = 0) -> dict[str, StackSource]:
+    "The three sides of a `StackSource` (or what has its `cases` and `subset`), by patient; an archive that names its own sides keeps them."
     sides = stack_sides(source, shares, seed)
     return {side: source.subset([i for i, patient in enumerate(source.patients) if sides[patient] == side]) for side in SIDES}
 
