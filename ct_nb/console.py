@@ -137,6 +137,7 @@ def thin(
     weights: Param("folder of a training run of system E (config.json and model.safetensors)", str, required=True) = None,
     spacing: Param("mm between the thin slices", float) = 1.0,
     out: Param("the CT to write: .nii.gz, .nii, .nrrd, .mha or .npz", str) = "thin.nii.gz",
+    series: Param("SeriesInstanceUID, where a DICOM folder or zip holds several", str) = None,
     width: Param("mm, of the thick slices' profile; the DICOM header's thickness, else their spacing, where it is not given", float) = None,
     shape: Param("of the profile", str, choices=["rectangular", "gaussian"]) = "rectangular",
     model: Param("what answers: the regressor, one draw, or the mean of draws; the regressor where the run has one", str, choices=["regressor", "sample", "mean"]) = None,
@@ -144,7 +145,8 @@ def thin(
     steps: Param("of the sampler", int) = 20,
     seed: Param("of the draws", int) = 0,
     noise: Param("HU, of the thick slices: they are explained up to it", float) = 0.0,
-    memory: Param("GiB that a portion may take", float) = 2.0,
+    memory: Param("GiB that the features of a portion may take; the slices themselves come on top", float) = 2.0,
+    convention: Param("thin slices fill the thick ones' length, or run from first to last centre", str, choices=["slabs", "centres"]) = "slabs",
     anyway: Param("go on where the slices are thicker than the model learnt from", bool) = False,
 ):
     """Make thin slices of a CT in thick ones.
@@ -152,7 +154,7 @@ def thin(
     Same pixels and frame; averaged over the profile, the thin slices are the thick ones that came in. Beside the CT, NAME_thinning.json says how it was made."""
     with _sentences("ct_nb_thin"):
         from ct_nb.learn.thin_scans import thin_file
-        found = thin_file(ct, out, weights, spacing, width, shape, model, samples, steps, seed, noise_hu=noise, memory_gib=memory, anyway=anyway)
+        found = thin_file(ct, out, weights, spacing, series, width, shape, model, samples, steps, seed, noise_hu=noise, convention=convention, memory_gib=memory, anyway=anyway)
         for note in found.notes: print(f"note: {note}")
         print(f"{found.thick_axis.count} slices {found.thick_axis.spacing_mm:g} mm apart → {found.thin_axis.count} {found.thin_axis.spacing_mm:g} mm apart; averaged again they miss the scan by at most {found.reaveraged_hu:.2f} HU")
         print(out)

@@ -1,4 +1,6 @@
 "Made-up scans and hand-written DICOM for the tests of reading and writing."
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,26 @@ def write_series(folder, hu, z_mm=None, names=None, intercept=-1024.0, slope=1.0
     for k, file in enumerate(files):
         dicom_slice((hu[k] - intercept) / slope, (-40, -30, z_mm[k]), intercept=intercept, slope=slope, **tags).save_as(file, enforce_file_format=True)
     return files
+
+def series_members(hu, first, spacing, uid, folder, **tags) -> list[tuple[str, bytes]]:
+    "Slices of a series as files of a zip, out of order."
+    members = []
+    for k in np.random.default_rng(0).permutation(len(hu)):
+        d = dicom_slice(np.rint(hu[k]) + 1024, (-40, -30, first + spacing * k), series=uid, **{"SliceThickness": spacing} | tags)
+        buffer = io.BytesIO()
+        d.save_as(buffer, enforce_file_format=True)
+        members.append((f"{folder}/IM{k:04d}", buffer.getvalue()))
+    return members
+
+def pair_members(thin, **tags) -> list[tuple[str, bytes]]:
+    "A PE archive's zip: `thin` (D, H, W) 1 mm apart as series 1.2.2, and the means of every five of them as series 1.2.1."
+    return series_members(thin.reshape(-1, 5, *thin.shape[1:]).mean(1), 2.0, 5.0, "1.2.1", "1", **tags) + series_members(thin, 0.0, 1.0, "1.2.2", "2", **tags)
+
+def zipped(path, members) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members: archive.writestr(name, content)
+    return path
 
 def change(file, **tags) -> None:
     "Set tags of a DICOM file; None removes one."

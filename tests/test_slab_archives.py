@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from ct_files import body, dicom_slice
+from ct_files import body
+from ct_files import series_members as series
+from ct_files import zipped
 from ct_nb.data.rplhr import rplhr, rplhr_scores, rplhr_ssim
 from ct_nb.data.slab_archives import (SIDES, StackCase, StackSource, agreement_hu, find_series, open_stacks, pair_stack, pe_archive, read_pair, side_counts, split_patients, split_stacks, stack_sides,
                                       thin_folder)
@@ -28,24 +29,8 @@ THIN = body((60, 32, 40))
 THICK = THIN.reshape(12, 5, 32, 40).mean(1)
 
 
-def series(hu, first, spacing, uid, folder, **tags) -> list[tuple[str, bytes]]:
-    "Slices of a series as files of a zip, out of order."
-    import io
-    members = []
-    for k in np.random.default_rng(0).permutation(len(hu)):
-        d = dicom_slice(np.rint(hu[k]) + 1024, (-40, -30, first + spacing * k), series=uid, **{"SliceThickness": spacing} | tags)
-        buffer = io.BytesIO()
-        d.save_as(buffer, enforce_file_format=True)
-        members.append((f"{folder}/IM{k:04d}", buffer.getvalue()))
-    return members
-
 def pair(thick=THICK, thin=THIN, **tags): return series(thick, 2.0, 5.0, "1.2.1", "1", **tags) + series(thin, 0.0, 1.0, "1.2.2", "2", **tags)
 
-def zipped(path, members) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members: archive.writestr(name, content)
-    return path
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path: return zipped(tmp_path_factory.mktemp("pe") / "APE" / "0001.zip", pair())
@@ -120,11 +105,14 @@ def test_what_is_no_pair_is_refused_with_its_reason(tmp_path, members, words):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 def test_a_claimed_thickness_is_used_when_it_can_be_true(tmp_path):
-    widths = {}
+    found = {}
     for claimed in (7.5, 0.0, 400.0, None):
-        found, _ = find_series(zipped(tmp_path / f"{claimed}.zip", series(THICK, 2.0, 5.0, "1.2.1", "1", SliceThickness=claimed) + series(THIN, 0.0, 1.0, "1.2.2", "2")))
-        widths[claimed] = next(f.thickness_mm for f in found if f.slices == 12)
-    assert widths == {7.5: 7.5, 0.0: None, 400.0: None, None: None}
+        path = zipped(tmp_path / f"{claimed}.zip", series(THICK, 2.0, 5.0, "1.2.1", "1", SliceThickness=claimed) + series(THIN, 0.0, 1.0, "1.2.2", "2"))
+        found[claimed] = next(f for f in find_series(path)[0] if f.slices == 12)
+    assert {claimed: f.thickness_mm for claimed, f in found.items()} == {7.5: 7.5, 0.0: None, 400.0: None, None: None}
+    assert [len(f.notes) for f in found.values()] == [0, 1, 1, 0]
+    stack = read_pair(tmp_path / "400.0.zip", "a", "a")
+    assert stack.profile == SliceProfile(5.0) and any("SliceThickness of 400.0 mm cannot be that of slices 5 mm apart" in note for note in stack.notes)
 
 
 # ---------------------------------------------------------------- two grids
@@ -344,6 +332,16 @@ def test_processes_of_dask_and_one_that_dies(archive, tmp_path):
     found = statuses(lines)
     assert len(lines) == 3 and found.pop("deadly") == "failed" and "process died" in next(line["reason"] for line in lines if line["id"] == "deadly")
     assert set(found.values()) <= {"prepared", "kept"} and np.array_equal(prepared_stacks(tmp_path / "out")[1].thin, THIN)  # those in line behind it are not lost
+
+def test_a_scheduler_whose_worker_is_another_process(archive, tmp_path):
+    distributed = pytest.importorskip("dask.distributed")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
+        address = cluster.scheduler_address
+        with distributed.Client(address, set_as_default=False) as client: elsewhere = client.run(os.getpid)
+        lines = prepare_stacks(StackSource(pe_archive(archive).cases[::2]), tmp_path / "out", scheduler=address)  # one that is whole, one that is not
+    assert address.startswith("tcp://") and os.getpid() not in elsewhere.values()
+    assert statuses(lines) == {"APE_0001": "prepared", "APE_0003": "failed", "non_APE_0002": "failed"} and np.array_equal(prepared_stacks(tmp_path / "out")[0].thin, THIN)
+
 
 def test_a_scheduler_that_is_not_there(tmp_path, monkeypatch):
     distributed = pytest.importorskip("dask.distributed")

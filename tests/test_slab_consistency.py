@@ -91,6 +91,13 @@ def test_portions_of_rows_change_nothing(monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(whole, run())) and max(largest) == 2
 
 
+def test_in_place_is_the_same_without_a_second_volume():
+    fine, matrix, guess, thick = case()
+    for noise in (0.0, 30.0):
+        moved, apart = guess.clone(), make_consistent_slabs(guess, thick, matrix, noise, smooth_spread(fine))
+        assert make_consistent_slabs(moved, thick, matrix, noise, smooth_spread(fine), in_place=True) is moved and torch.equal(moved, apart) and not torch.equal(apart, guess)
+
+
 def test_reduced_precision_of_the_session_does_not_reach_it():
     fine, matrix, guess, thick = case()
     plain = make_consistent_slabs(guess, thick, matrix)

@@ -1,12 +1,16 @@
 """Crops of slices: they are what they say they are, the same ones each time, and where something happens."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from ct_nb.data.slab_archives import open_stacks
-from ct_nb.data.slabs import SlabPairs, SlabRange, SliceAxis, ThinStack, slab_matrix, thicken
-from ct_nb.data.slice_crops import KeptStacks, SliceCrops, change_along_z, thinned_less, turned_in_plane, turned_over
+from ct_nb.data.slab_archives import StackCase, StackSource, open_stacks
+from ct_nb.data.slabs import SlabPairs, SlabRange, SliceAxis, SliceProfile, ThinStack, slab_matrix, thicken
+from ct_nb.data.slice_crops import KeptStacks, SliceCrops, change_along_z, thinned_less, turned_in_plane, turned_over, usable
+from ct_nb.learn.train_vae import ThinCrops
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,42 @@ def test_scans_are_read_once_and_no_more_than_fit():
     kept = KeptStacks(source)
     kept.limit_bytes = 600
     kept[0], kept[1], kept[1]
-    assert list(kept.kept) == [0]
+    assert list(kept.kept) == ["a"]
+
+
+def resident() -> int: return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="resident memory is read from /proc, which only Linux has")
+def test_of_a_map_only_the_crop_is_read(tmp_path):
+    "A prepared scan of 0.4 GB: what keeps it, and crops of thin slices and of pairs."
+    about = dict(pixel_mm=(1.0, 1.0), thick_axis=SliceAxis(2.0, 5.0, 160), profile=SliceProfile(5.0))
+    shapes = {"thin": (800, 500, 500), "thick": (160, 500, 500)}
+    maps = {name: np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", np.int16, shape) for name, shape in shapes.items()}  # empty, so no room is taken on the disk
+    stack = ThinStack("a", "a", maps["thin"], SliceAxis(0.0, 1.0, 800), thick=maps["thick"], **about)
+    kept = KeptStacks(StackSource([StackCase("a", "a", lambda: stack)]))
+    before = resident()
+    assert kept[0].thin is maps["thin"] and kept[0].thick is maps["thick"] and kept[0] is kept[0]
+    for epoch in range(4): assert ThinCrops(kept, (8, 64, 64)).at(epoch, 0)["hu"].shape == (8, 64, 64)
+    item = SliceCrops(SlabPairs(kept, SlabRange(), 64, 4)).at(0, 0)
+    assert item["measured"] and item["thin"].shape[1:] == (64, 64) and resident() - before < 100 * 2 ** 20
+    maps["thin"][:, 250, 250] = 7  # written through: the crop comes from the file
+    assert ThinCrops(kept, (8, 260, 260)).at(0, 0)["hu"].max() == 7
+
+
+def test_what_cannot_be_used_is_left_out_and_named():
+    def broken(): raise ValueError("b.zip: is cut short")
+    good = ThinStack("a", "a", np.zeros((4, 8, 8), np.int16), SliceAxis(0, 1, 4), (1.0, 1.0))
+    short = ThinStack("c", "c", np.zeros((2, 8, 8), np.int16), SliceAxis(0, 1, 2), (1.0, 1.0))
+    files = (Path("somewhere"),)
+    source = KeptStacks(StackSource([StackCase("a", "a", lambda: good, files), StackCase("b", "b", broken, files), StackCase("c", "c", lambda: short, files), StackCase("made", "made", broken)]))
+    def fits(stack):
+        if len(stack.thin) < 3: raise ValueError(f"{stack.id}: is too short")
+    rest, reasons = usable(source, fits)
+    assert rest.ids == ["a", "made"] and reasons == ["b: b.zip: is cut short", "c: c: is too short"] and rest.kept is source.kept
+    with pytest.raises(ValueError, match="data: none of its 2 scans can be used; b: b.zip: is cut short"): usable(source.subset([1, 2]), fits)
+    def bug(): raise KeyError("a mistake in the program is none of the data")
+    with pytest.raises(KeyError): usable(StackSource([StackCase("a", "a", bug, files)]))
 
 
 @pytest.mark.parametrize("rows", [False, True])

@@ -14,7 +14,9 @@ from ct_nb.learn.metrics import CHEST, psnr, ssim
 from ct_nb.learn.score import METRICS
 from ct_nb.learn.scoreboard import Scoreboard, judge
 from ct_nb.learn.slice_scores import (BackProjection, CEILINGS, Interpolation, SLICE_MAIN, SLICE_METRICS, SliceBoard, evaluate_slices, reach, slice_floors, slice_noise, slice_scores,
-                                      step_scores, vae_ceilings, volume_ssim, z_edges)
+                                      step_scores, vae_ceilings, z_edges)
+from ct_nb.learn.vae_scores import volume_ssim
+from ct_nb.learn.vae_scores import scores as vae_figures
 from ct_nb.nets.vae import SliceVAE, SliceVAEConfig
 
 THICK, PROFILE = SliceAxis(2.5, 5.0, 6), SliceProfile(5.0)
@@ -97,6 +99,7 @@ def test_slice_figures_are_means_over_slices():
     assert found["slice_psnr"] == pytest.approx(sum(each) / 30, abs=1e-3) and found["worst_slice_psnr"] == pytest.approx(min(each), abs=1e-3)
     assert found["slice_psnr"] > found["psnr"]  # dB of a mean is not a mean of dB: the wrong one flatters
     assert math.isnan(found["reaveraged_hu"])
+    assert {name: found[name] for name in vae_figures(pred, item["thin"])} == vae_figures(pred, item["thin"])  # the VAE's board and this one say the same
 
 
 def test_re_averaging_is_not_clipped():

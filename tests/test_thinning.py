@@ -1,14 +1,17 @@
 """Thinning of scans: portions without seams, noise that belongs to slices, the frame of the input, consistency across portions, and a sentence for what cannot be done."""
 
 import json
+import weakref
+import zipfile
 
 import nibabel
 import numpy as np
 import pytest
 import torch
-from ct_files import write_series
+from ct_files import body, pair_members, write_series, zipped
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import ct_nb.learn.thinning as thinning
 from ct_nb.data.slabs import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
 from ct_nb.learn.checkpoints import WeightsError, save_weights
 from ct_nb.learn.thin_scans import header_width, thin_file, thin_frame, thin_volume
@@ -106,7 +109,7 @@ def test_the_regressor_in_portions_is_the_regressor(regressor):
     whole = RegressorThinner(regressor, consistent=False).thin(*case)
     with torch.no_grad(): assert torch.allclose(whole, regressor(case[0][None], *case[1:])[0], atol=1e-2)
     cut = RegressorThinner(regressor, consistent=False, memory_gib=0.006, halo=4)
-    assert len(portions(case[1], case[2], thinning._core(0.006 * 2 ** 30 / (4 * 8 * 20 * 400) / 5, 4), 4)) > 1
+    assert len(portions(case[1], case[2], cut.plan(40, 40, *case[1:3])[0], 4)) > 1
     moved = (whole - interpolate_slabs(*case[:3])).abs().mean()
     assert (cut.thin(*case) - whole).abs().mean() < 0.1 * moved
 
@@ -123,12 +126,12 @@ def test_consistency_holds_across_portions(kind, regressor, diffusion):
 
 def test_noise_belongs_to_slices(diffusion, monkeypatch):
     case, seen = given(), {}
-    own = DiffusionThinner._portion
+    own = SliceDiffusion.sample
 
-    def watched(self, thick, thick_axis, thin_axis, profile, noise):
+    def watched(self, thick, thick_axis, thin_axis, profile, steps, consistent, noise):
         for place, z in zip(np.round(thin_axis.positions_mm, 3), noise[0].unbind(1)): seen.setdefault(place, []).append(z)
-        return own(self, thick, thick_axis, thin_axis, profile, noise)
-    monkeypatch.setattr(DiffusionThinner, "_portion", watched)
+        return own(self, thick, thick_axis, thin_axis, profile, steps, consistent=consistent, noise=noise)
+    monkeypatch.setattr(SliceDiffusion, "sample", watched)
     DiffusionThinner(diffusion, steps=1, memory_gib=0.004).thin(*case)
     shared = [zs for zs in seen.values() if len(zs) > 1]
     assert shared and all(torch.equal(zs[0], z) for zs in shared for z in zs[1:]) and not torch.equal(seen[0.0][0], seen[1.0][0])
@@ -146,6 +149,16 @@ def test_draws_repeat_and_differ_and_the_mean_is_their_mean(diffusion):
     assert (thicken(make(count=3), matrix) - case[0]).abs().max() < 0.05
 
 
+def test_what_is_shared_is_drawn_once(diffusion, monkeypatch):
+    known, case, drawn, own = {}, given(5, 24), [], DiffusionThinner.draw
+    alone = DiffusionThinner(diffusion, steps=1, count=3).thin(*case)
+    monkeypatch.setattr(DiffusionThinner, "draw", lambda self, number, *rest: drawn.append(number) or own(self, number, *rest))
+    one, free, mean = (DiffusionThinner(diffusion, steps=1, known=known, **more) for more in ({}, {"consistent": False}, {"count": 3}))
+    found = [thinner.thin(*case) for thinner in (one, free, mean)]
+    assert drawn == [0, 1, 2] and torch.equal(found[2], alone) and torch.equal(free.thin(*case), found[1]) and torch.equal(one.thin(*case), found[0])  # what came out was not changed by what came later
+    assert sum(tensor.numel() for _, tensor in known.values()) == found[0].numel()
+
+
 def test_shared_draws_are_of_one_scan(diffusion):
     known, case, other = {}, given(5, 24), given(5, 24)
     other = (other[0] + 5, *other[1:])
@@ -154,20 +167,54 @@ def test_shared_draws_are_of_one_scan(diffusion):
     assert not torch.equal(thinner.thin(*other), first) and len(known) == 1 and torch.equal(DiffusionThinner(diffusion, steps=1).thin(*other), thinner.thin(*other))
 
 
-def test_memory_does_not_grow_with_the_scan(regressor, monkeypatch):
-    depths = []
-    forward = SliceRegressor.forward
+class Peak(TorchDispatchMode):
+    "Bytes of tensors that are alive while it is on, and the most there were."
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most, self._seen = 0, 0, set()
 
-    def watched(self, thick, *args, **more):
-        depths.append(thick.shape[1])
-        return forward(self, thick, *args, **more)
-    monkeypatch.setattr(SliceRegressor, "forward", watched)
-    for slices in (20, 60):
-        depths.clear()
-        RegressorThinner(regressor, memory_gib=0.004).thin(*given(slices, 32, 2.5))
-        assert max(depths) < 15, depths
-        largest = max(depths)
-    assert len(depths) > 5 and largest < 15
+    def _gone(self, key, size):
+        self.alive -= size
+        self._seen.discard(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage()._cdata in self._seen: continue
+            storage = tensor.untyped_storage()
+            self._seen.add(storage._cdata)
+            self.alive += storage.nbytes()
+            self.most = max(self.most, self.alive)
+            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["regressor", "diffusion"])
+def test_features_do_not_grow_with_the_scan_and_only_the_slices_do(kind, regressor, diffusion, monkeypatch):
+    monkeypatch.setattr("ct_nb.nets.slab_consistency.VOXELS_AT_ONCE", 2 ** 14)  # as it is to a scan of ordinary size
+    make = lambda gib, **more: RegressorThinner(regressor, memory_gib=gib, **more) if kind == "regressor" else DiffusionThinner(diffusion, steps=1, memory_gib=gib, **more)
+    gib, bytes_of = (0.042, 0.019)[kind == "diffusion"], lambda case, count: count * 4 * case[2].count * case[0][0].numel()
+    few, many = given(12, 128, 2.5), given(36, 128, 2.5)
+
+    def most(case, thinner):
+        before = case[0].clone()
+        with Peak() as peak: thinner.thin(*case)
+        assert torch.equal(before, case[0])
+        return peak.most
+    assert make(gib).plan(128, 128, *many[1:3]) == (4, pytest.approx(gib, rel=0.2))
+    short, long = most(few, make(gib)), most(many, make(gib))
+    room = 2 ** 21  # matrices along z, and the rows that consistency works on at a time, in float64
+    assert long - short < bytes_of(many, 1) - bytes_of(few, 1) + room  # one volume of thin slices, and nothing else that grows
+    assert long - bytes_of(many, 1) < gib * 2 ** 30 + room  # the plan keeps its word
+    assert most(many, make(9.0)) - bytes_of(many, 1) > 1.5 * (long - bytes_of(many, 1))  # as a whole it takes more, so the measure sees features
+    if kind == "diffusion": assert most(many, make(gib, count=4)) - long < bytes_of(many, 1) + room  # a sum beside the draw, not four draws
+
+
+def test_a_memory_that_is_too_small_is_said(scan, run, tmp_path):
+    go = lambda memory, model: thin_file(scan[1], tmp_path / "x.nii.gz", run, 2.5, memory_gib=memory, model=model, samples=1, steps=1, progress=False).notes
+    for model in ("regressor", "mean"):
+        assert any("the smallest portion of these slices takes about" in note and "more than the 0.0001 GiB" in note for note in go(1e-4, model))
+        assert not any("portion" in note for note in go(1.0, model))
 
 
 def test_the_frame_is_the_inputs(scan, regressor):
@@ -207,12 +254,39 @@ def test_a_file_comes_out_and_overlays_the_input(scan, run, tmp_path, model):
 def test_a_dicom_series_goes_in_with_the_thickness_of_its_header(run, tmp_path):
     image = hu(10, 32).numpy().astype(np.int16)
     write_series(tmp_path / "series", image, z_mm=[5.0 * n for n in range(10)], SliceThickness=6.0)
-    assert header_width(tmp_path / "series") == 6.0 and header_width(tmp_path / "a.nii.gz") is None
+    axis = SliceAxis(0.0, 5.0, 10)
+    assert header_width(tmp_path / "series", axis) == (6.0, []) and header_width(tmp_path / "a.nii.gz", axis) == (None, [])
     found = thin_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False)
     assert found.profile == SliceProfile(6.0) and found.thick_axis.spacing_mm == 5 and found.volume.hu.shape == (50, 32, 32)
     overlapping = thin_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, width_mm=5.0, shape="gaussian", progress=False)
     assert overlapping.profile == SliceProfile(5.0, "gaussian") and not np.array_equal(overlapping.volume.hu, found.volume.hu)
     assert "one slice" in sentence(lambda: thin_file(write_series(tmp_path / "single", image[:1], z_mm=[0.0])[0].parent, tmp_path / "x.nii.gz", run, progress=False))
+
+
+@pytest.fixture(scope="module")
+def two_series(tmp_path_factory): return zipped(tmp_path_factory.mktemp("pe") / "0001.zip", pair_members(body((60, 32, 40)), SeriesDescription="chest"))
+
+
+def test_one_series_of_several_is_named(two_series, run, tmp_path):
+    "A patient's zip of a PE archive holds a thick and a thin series."
+    go = lambda **more: thin_file(**dict(path=two_series, out=tmp_path / "thin.nii.gz", weights=run, progress=False) | more)
+    text = sentence(go)
+    assert "0001.zip: holds 2 CT series; choose one with series=UID (--series UID): " in text and "1.2.1 (12 slices, chest)" in text and "1.2.2 (60 slices, chest)" in text
+    found = go(series="1.2.1", convention="centres")
+    assert found.thick_axis == SliceAxis(2.0, 5.0, 12) and found.thin_axis == SliceAxis(2.0, 1.0, 56) and found.profile == SliceProfile(5.0)
+    about = json.loads((tmp_path / "thin_thinning.json").read_text())
+    assert (about["series"], about["convention"]) == ("1.2.1", "centres")
+    assert "1 mm apart already" in sentence(lambda: go(series="1.2.2")) and "has no series 1.2.3" in sentence(lambda: go(series="1.2.3"))
+    with zipfile.ZipFile(two_series) as archive: archive.extractall(tmp_path / "folder")
+    assert np.array_equal(go(path=tmp_path / "folder", series="1.2.1", convention="centres").volume.hu, found.volume.hu)
+
+
+@pytest.mark.parametrize("claimed", [0.0, 400.0, 12.0])
+def test_a_thickness_that_cannot_be_true_is_said_and_not_used(claimed, run, tmp_path):
+    "Neither silently, nor as a refusal of a width that nobody gave."
+    write_series(tmp_path / "series", hu(2, 24).numpy().astype(np.int16), z_mm=[0.0, 5.0], SliceThickness=claimed)
+    found = thin_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False)
+    assert found.profile == SliceProfile(5.0) and any(f"SliceThickness of {claimed} mm cannot be that of slices 5 mm apart" in note for note in found.notes)
 
 
 def sentence(call, kind=ValueError) -> str:
@@ -227,10 +301,10 @@ def test_what_cannot_be_done_is_said(scan, run, regressor, tmp_path):
     out = tmp_path / "out" / "x.nii.gz"
     go = lambda p=path, spacing=1.0, **more: thin_file(p, out, run, spacing, progress=False, **more)
     save = lambda name, array, affine: nibabel.save(nibabel.Nifti1Image(array, affine), tmp_path / name) or tmp_path / name
-    body = hu(6, 24).numpy().astype(np.int16).transpose(2, 1, 0)
-    assert "at least two along each axis" in sentence(lambda: go(save("one.nii.gz", body[..., :1], np.diag([2, 2, 5, 1]))))
-    assert "4 dimensions" in sentence(lambda: go(save("four.nii.gz", np.stack([body, body], -1), np.diag([2, 2, 5, 1]))))
-    bare = nibabel.Nifti1Image(body, None)
+    image = hu(6, 24).numpy().astype(np.int16).transpose(2, 1, 0)
+    assert "at least two along each axis" in sentence(lambda: go(save("one.nii.gz", image[..., :1], np.diag([2, 2, 5, 1]))))
+    assert "4 dimensions" in sentence(lambda: go(save("four.nii.gz", np.stack([image, image], -1), np.diag([2, 2, 5, 1]))))
+    bare = nibabel.Nifti1Image(image, None)
     bare.header["pixdim"][1:4] = 0
     nibabel.save(bare, tmp_path / "bare.nii.gz")
     raw = bytearray(__import__("gzip").decompress((tmp_path / "bare.nii.gz").read_bytes()))
@@ -239,8 +313,8 @@ def test_what_cannot_be_done_is_said(scan, run, regressor, tmp_path):
     assert "voxel spacing" in sentence(lambda: go(tmp_path / "bare.nii"))
     assert "5 mm apart already, 5 mm were asked for" in sentence(lambda: go(spacing=5.0))
     assert "spacing_mm: must be above 0" in sentence(lambda: go(spacing=0.0))
-    assert "learnt from 4 to 6 mm" in sentence(lambda: go(save("thick8.nii.gz", body, np.diag([2, 2, 8, 1]))))
-    assert "another axis" in sentence(lambda: go(save("side.nii.gz", body.transpose(2, 0, 1), np.diag([5, 2, 2, 1])), spacing=1.0))
+    assert "learnt from 4 to 6 mm" in sentence(lambda: go(save("thick8.nii.gz", image, np.diag([2, 2, 8, 1]))))
+    assert "another axis" in sentence(lambda: go(save("side.nii.gz", image.transpose(2, 0, 1), np.diag([5, 2, 2, 1])), spacing=1.0))
     assert "no such file" in sentence(lambda: go(tmp_path / "none.nii.gz"))
     assert "choose a name that ends in" in sentence(lambda: thin_file(path, tmp_path / "x.jpg", run))
     assert "model: must be one of" in sentence(lambda: go(model="best"))
@@ -254,9 +328,10 @@ def test_settings_without_sense_are_refused_before_a_scan_is_read(scan, run, tmp
     out, was = tmp_path / "out" / "x.nii.gz", path.read_bytes()
     go = lambda **more: thin_file(**dict(path=path, out=out, weights=run, progress=False) | more)
     read = []
-    monkeypatch.setattr("ct_nb.learn.thin_scans.read_ct", lambda path: read.append(path))
+    monkeypatch.setattr("ct_nb.learn.thin_scans.read_ct", lambda *given: read.append(given))
     for value in (0.0, -1.0, float("nan"), float("inf")): assert "memory_gib: must be a number above 0" in sentence(lambda: go(memory_gib=value))
     for value in (-3.0, float("nan"), float("inf")): assert "noise_hu: must be 0 or more" in sentence(lambda: go(noise_hu=value))
+    assert "convention must be 'slabs' or 'centres'" in sentence(lambda: go(convention="edges")) and "shape must be" in sentence(lambda: go(shape="round")) and "width_mm must be above 0" in sentence(lambda: go(width_mm=-1.0))
     assert "count: the mean is of 1 draw" in sentence(lambda: go(model="mean", samples=0))
     assert "is the scan itself" in sentence(lambda: go(out=path)) and path.read_bytes() == was
     (tmp_path / "folder.nii.gz").mkdir()
@@ -287,6 +362,16 @@ def test_a_profile_that_is_none_and_slices_that_nobody_counts(scan, run, tmp_pat
 def test_the_file_is_named_where_a_model_has_not_seen_such_slices(run, tmp_path):
     Volume(hu(6, 24).numpy(), np.diag([2.0, 2, 8, 1])).save(tmp_path / "eight.nii.gz")
     assert "eight.nii.gz: its slices are 8 mm apart" in sentence(lambda: thin_file(tmp_path / "eight.nii.gz", tmp_path / "x.nii.gz", run, 2.0, progress=False))
+
+
+def test_the_command_thins_a_named_series_and_shows_progress(two_series, run, tmp_path, monkeypatch, capsys):
+    from ct_nb.console import thin
+    monkeypatch.chdir(tmp_path)
+    thin(str(two_series), weights=str(run), spacing=1.25, series="1.2.1", convention="centres", out="thin.nii")
+    said = capsys.readouterr()
+    assert "12 slices 5 mm apart → 45 1.25 mm apart" in said.out and said.out.splitlines()[-1] == "thin.nii" and "12/12" in said.err and "thinning" in said.err and "thick slice" in said.err
+    assert read_volume(tmp_path / "thin.nii").hu.shape == (45, 32, 40)
+    with pytest.raises(SystemExit, match=r"ct_nb_thin: .*0001.zip: holds 2 CT series; choose one with series=UID \(--series UID\)"): thin(str(two_series), weights=str(run))
 
 
 @pytest.mark.parametrize("given, words", [({"memory": float("inf")}, "memory_gib: must be"), ({"width": 0.0}, "width_mm must be above 0"), ({"out": "x.jpg"}, "out: unknown kind of file 'x.jpg'"), ({"spacing": 5.0}, "mm apart already")])

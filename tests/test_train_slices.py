@@ -2,19 +2,28 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from ct_files import body, pair_members, zipped
 
 import ct_nb.learn.train_slices as training
+import ct_nb.learn.train_vae as vae_training
+from ct_nb.data.rplhr import rplhr, rplhr_scores
 from ct_nb.data.slab_archives import open_stacks
-from ct_nb.data.slabs import SlabPairs, SlabRange, collate_slabs
+from ct_nb.data.slab_preparation import prepare_stacks
+from ct_nb.data.slabs import SlabPairs, SlabRange, SliceAxis, SliceProfile, collate_slabs, slab_matrix, thicken, to_unit
 from ct_nb.data.slice_crops import KeptStacks, SliceCrops, thinned_less
 from ct_nb.learn.checkpoints import WeightsError
-from ct_nb.learn.train_slices import SLICES_PRESETS, Slices, SlicesRun, _Learner, get_slices_preset, load_slices, slices_cut_figure
+from ct_nb.learn.thin_scans import thin_file
+from ct_nb.learn.train_slices import SLICES_PRESETS, Slices, SlicesRun, _Learner, get_slices_preset, load_slices
+from ct_nb.learn.train_vae import VAERun
 from ct_nb.nets.slices import SliceDiffusion, SliceRegressor
+from ct_nb.physics.volume import Volume
 from ct_nb.view.figures import training_figure
+from ct_nb.view.slice_figures import slices_cut_figure
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +36,7 @@ def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     run = SlicesRun("smoke", out=out).open()
     history = run.fit(progress=False)
-    return run, history, run.judge(progress=False)
+    return run, history, run.judge(picture=slices_cut_figure, progress=False)
 
 
 def test_padding_in_a_batch_teaches_nothing(pairs):
@@ -86,25 +95,34 @@ def test_weights_are_read_as_they_were(done):
     with pytest.raises(WeightsError, match="slice_vae"): load_slices(run.out / "vae")
 
 
-def test_a_killed_run_ends_with_the_same_weights(done, tmp_path):
+def test_a_killed_run_ends_with_the_same_weights(done, tmp_path, monkeypatch):
+    "Killed in the regressor, and again in the diffusion model."
     run = done[0]
     class Killed(Exception): pass
-    again = SlicesRun("smoke", out=tmp_path, vae=str(run.out / "vae"), model="regressor").open()
-    step = training._one_step
+    begin = lambda **more: SlicesRun("smoke", out=tmp_path, vae=str(run.out / "vae"), **more).open()
+    step, stage = training._one_step, SliceRegressor
     def until(learner, batch, number):
-        if number == 6: raise Killed
+        if number == 6 and isinstance(learner.model, stage): raise Killed
         return step(learner, batch, number)
-    training._one_step = until
-    try:
-        with pytest.raises(Killed): again.fit(progress=False)
-    finally: training._one_step = step
-    resumed = SlicesRun("smoke", out=tmp_path, vae=str(run.out / "vae"), model="regressor", resume=True).open()
+    monkeypatch.setattr(training, "_one_step", until)
+    with pytest.raises(Killed): begin().fit(progress=False)
+    stage = SliceDiffusion
+    with pytest.raises(Killed): begin(resume=True).fit(progress=False)
+    monkeypatch.undo()
+    resumed = begin(resume=True)
     history = resumed.fit(progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(resumed.slices.regressor.state_dict().values(), run.slices.regressor.state_dict().values())) and [row["step"] for row in history] == [4, 8]
-    assert resumed.slices.diffusion is None and load_slices(tmp_path).diffusion is None
-    board = resumed.judge(progress=False)
-    assert board.models == ["regressor_consistent", "regressor"] and "ceiling_vae" not in board.predictors
-    other = SlicesRun("smoke", out=tmp_path, vae=str(run.out / "vae"), model="diffusion", steps=4).open()
+    for name, value in run.slices.state_dict().items(): assert torch.equal(value, resumed.slices.state_dict()[name]), name
+    assert [(row["stage"], row["step"]) for row in history] == [("regressor", 4), ("regressor", 8), ("diffusion", 12), ("diffusion", 16)]
+
+
+def test_one_of_the_two_alone(done, tmp_path):
+    run = done[0]
+    alone = SlicesRun("smoke", out=tmp_path, vae=str(run.out / "vae"), model="regressor").open()
+    alone.fit(progress=False)
+    assert alone.slices.diffusion is None and load_slices(tmp_path).diffusion is None
+    board = alone.judge(progress=False)
+    assert board.models == ["regressor_consistent", "regressor"] and "ceiling_vae" not in board.predictors and not (tmp_path / "cuts.png").exists()
+    other = SlicesRun("smoke", out=tmp_path, vae=str(run.out / "vae"), model="diffusion", steps=2).open()
     other.fit(progress=False)
     assert other.slices.regressor is not None and other.slices.diffusion is not None  # the one that was there was taken
 
@@ -116,7 +134,10 @@ def test_bad_settings_get_a_sentence(done, tmp_path):
     with pytest.raises(WeightsError, match="no such file"): SlicesRun("smoke", out=tmp_path, vae=str(tmp_path / "none")).open()
     shutil.copytree(done[0].out / "vae", tmp_path / "vae")
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
-    config["training"]["cases"] += config["validation"]["cases"]
+    config["training"]["patients"] += config["validation"]["patients"]  # another scan of a patient who is judged here: no case is the same
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="was trained on phantom-.*, which would be judged here"): SlicesRun("smoke", out=tmp_path / "run", vae=str(tmp_path / "vae")).open()
+    config["training"] = {"cases": config["training"]["cases"] + config["validation"]["cases"]}  # of a run that did not write down its patients
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="would be judged here"): SlicesRun("smoke", out=tmp_path / "run", vae=str(tmp_path / "vae")).open()
 
@@ -127,8 +148,111 @@ def test_steps_and_spacing_are_taken():
     assert SlicesRun("cpu").settings.thick_mm == 5
 
 
-def test_the_picture_shows_what_is_there(pairs):
-    item = SlabPairs(pairs.source, SlabRange((9.0, 9.0)))[0]
-    figure = slices_cut_figure(item, {"linear": item["thin"], "unknown": item["thin"]})
-    titles = [axis.get_title() for axis in figure.axes]
-    assert {"thick", "linear", "truth"} <= set(titles) and "unknown" not in titles and "error, mean 0 HU" in titles
+# ---------------------------------------------------------------- measured slices, in three sides
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    "A PE archive of four patients, and what preparing it gives."
+    root = tmp_path_factory.mktemp("pe")
+    for n in range(4): zipped(root / "archive" / "APE" / f"{n}.zip", pair_members(body((60, 32, 32), seed=n)))
+    prepare_stacks(open_stacks(f"pe:{root / 'archive'}"), root / "prepared", workers=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def measured(archive, tmp_path_factory):
+    "A short run on it, watched as it goes; and who was looked at while it was."
+    watched, own = [], KeptStacks.__getitem__
+    def looking(validate):
+        def told(self, learner, **more):
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(KeptStacks, "__getitem__", lambda kept, index: watched.append(kept.patients[index]) or own(kept, index))
+                return validate(self, learner, **more)
+        return told
+    often = lambda trainer: replace(trainer, validate_every=2)
+    preset, small = SLICES_PRESETS["smoke"], vae_training.VAE_PRESETS["smoke"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(VAERun, "_validate", looking(VAERun._validate))
+        patched.setattr(SlicesRun, "_validate", looking(SlicesRun._validate))
+        patched.setattr(vae_training, "SCALE_CROPS", 8)
+        patched.setitem(vae_training.VAE_PRESETS, "smoke", replace(small, trainer=replace(small.trainer, steps=4, validate_every=2)))
+        run = SlicesRun("smoke", str(archive / "prepared"), tmp_path_factory.mktemp("measured"), steps=2, settings=replace(preset, regressor=often(preset.regressor), diffusion=often(preset.diffusion))).open()
+        said = run.describe()
+        run.fit(progress=False)
+    return run, said, watched
+
+
+def test_nobody_looks_at_the_test_before_it_is_judged(measured):
+    run, said, watched = measured
+    sides = [set(side.patients) for side in (run.training, run.validation, run.test)]
+    assert [len(side) for side in sides] == [2, 1, 1] and len(set.union(*sides)) == 4
+    assert set(watched) == sides[1] and len(watched) > 6
+    assert [line.split(":")[0] for line in said.splitlines()] == ["trained on", "watched on", "judged on", "thick", "thin"]
+    config = json.loads((run.out / "config.json").read_text())
+    assert [config[side]["patients"] for side in ("training", "validation", "test")] == [sorted(side) for side in sides] and len({config[side]["fingerprint"] for side in ("training", "validation", "test")}) == 3
+    vae = json.loads((run.out / "vae" / "config.json").read_text())
+    assert vae["training"]["patients"] == sorted(sides[0]) and vae["test"]["patients"] == sorted(sides[2])
+
+
+def test_prepared_scans_stay_on_disk(measured):
+    run = measured[0]
+    assert all(isinstance(run.training[n].thin, np.memmap) and isinstance(run.training[n].thick, np.memmap) for n in range(len(run.training)))
+    assert {row["stage"] for row in run.history} == {"regressor", "diffusion"} and (run.out / "model.safetensors").is_file()
+
+
+def test_a_pe_archive_is_split_as_it_is_when_prepared(archive):
+    zips, prepared = (VAERun("smoke", data).open() for data in (f"pe:{archive / 'archive'}", str(archive / "prepared")))
+    assert [side.patients for side in (zips.training, zips.validation, zips.test)] == [side.patients for side in (prepared.training, prepared.validation, prepared.test)]
+
+
+def test_slices_that_were_measured_are_what_was_seen(measured, tmp_path):
+    "The preset would simulate 12 mm; 5 mm is what there was, and what a scan is held against."
+    run, said, _ = measured
+    assert run.slices.about["seen"] == {"thick_mm": [5.0, 5.0], "width": [1.0, 1.0], "thin_mm": [1.0, 1.5]} and "thick:      5 to 5 mm to learn from, 5 mm to be judged on" in said
+    for spacing in (5.0, 8.0, 12.0): Volume(body((8, 32, 40)), np.diag([2.0, 2, spacing, 1])).save(tmp_path / f"{spacing:g}.nii.gz")
+    go = lambda spacing: thin_file(tmp_path / f"{spacing}.nii.gz", tmp_path / "thin.nii.gz", run.out, 1.0, model="regressor", progress=False)
+    found = go(5)
+    assert found.thin_axis.count == 40 and not any("learnt from" in note for note in found.notes)
+    for spacing in (8, 12):
+        with pytest.raises(ValueError, match=f"{spacing}.nii.gz: its slices are {spacing} mm apart, the model learnt from 5 to 5 mm; train on thicker"): go(spacing)
+
+
+# ---------------------------------------------------------------- RPLHR-CT
+def test_rplhr_is_also_judged_by_its_own_rules(tmp_path, capsys):
+    centres, fine = SliceAxis(0.0, 5.0, 10), SliceAxis(0.0, 1.0, 46)
+    matrix = slab_matrix(fine, centres, SliceProfile(5.0))
+    for n, side in enumerate(("train", "val", "test")):
+        thin = to_unit(body((46, 32, 40), seed=n)).astype(np.float32)
+        for width, hu, spacing in (("1mm", thin, 1.0), ("5mm", thicken(thin, matrix), 5.0)): Volume(hu, np.diag([2.0, 2, spacing, 1])).save(tmp_path / "set" / side / width / f"{side}.nii.gz")
+    training.main("smoke", f"rplhr:{tmp_path / 'set'}", out=str(tmp_path / "run"), model="regressor", steps=1)
+    said, metrics = capsys.readouterr().out, json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert "trained on: train\nwatched on: val\njudged on:  test" in said and (metrics["thick_mm"], metrics["measured"]) == (5, True)
+    assert {row.split(",")[1] for row in (tmp_path / "run" / "scoreboard.csv").read_text().splitlines()[1:]} == {"test"}
+    stack, model = rplhr(tmp_path / "set")[2], load_slices(tmp_path / "run").regressor
+    with torch.no_grad(): hu = model(torch.from_numpy(stack.thick).float()[None], stack.thick_axis, stack.thin_axis, stack.profile, consistent=True)[0]
+    by_hand = rplhr_scores(to_unit(hu), to_unit(stack.thin))  # all ten thick slices; the board's own case has eight of them
+    assert stack.thick.shape[0] == 10 and metrics["rplhr"]["regressor_consistent"]["psnr"] == pytest.approx(by_hand["psnr"], abs=1e-3) and metrics["rplhr"]["regressor_consistent"]["ssim"] == pytest.approx(by_hand["ssim"], abs=1e-4)
+    assert f"by RPLHR-CT's evaluator, all thick slices of 1 cases: regressor_consistent {by_hand['psnr']:.2f} dB" in said and {"cubic", "back_projection", "regressor"} <= set(metrics["rplhr"])
+
+
+# ---------------------------------------------------------------- bad data
+def test_a_scan_that_cannot_be_used_does_not_end_the_run(tmp_path):
+    affine = lambda spacing: np.diag([2.0, 2, spacing, 1])
+    for n in range(3): Volume(body((90, 32, 40), seed=n), affine(1.25)).save(tmp_path / "cts" / f"good{n}.nii.gz")
+    Volume(body((30, 32, 40)), affine(4.0)).save(tmp_path / "cts" / "thick.nii.gz")
+    Volume(body((20, 32, 40)), affine(1.0)).save(tmp_path / "cts" / "short.nii.gz")
+    Volume(body((90, 16, 40)), affine(1.0)).save(tmp_path / "cts" / "narrow.nii.gz")
+    (tmp_path / "cts" / "broken.nii.gz").write_bytes((tmp_path / "cts" / "good0.nii.gz").read_bytes()[:5000])
+    run = SlicesRun("smoke", str(tmp_path / "cts"), tmp_path / "run").open()
+    assert sorted(run.training.ids + run.test.ids) == ["good0", "good1", "good2"]
+    reasons = dict(reason.split(": ", 1) for reason in run.left_out)
+    assert set(reasons) == {"thick", "short", "narrow", "broken"} and len([line for line in run.describe().splitlines() if line.startswith("left out:")]) == 4
+    for name, words in (("thick", "4 mm apart, at most 1.5 mm"), ("short", "20 mm long"), ("narrow", "crop of 4×32×32 does not fit"), ("broken", "cut short")): assert words in reasons[name], reasons[name]
+
+
+@pytest.mark.parametrize("module", [training, vae_training])
+def test_a_folder_without_a_usable_scan_gets_one_sentence(module, tmp_path):
+    Volume(body((12, 32, 40)), np.diag([2.0, 2, 5, 1])).save(tmp_path / "cts" / "thick.nii.gz")
+    (tmp_path / "cts" / "broken.nii.gz").write_bytes(b"\x1f\x8b")
+    for data, words in ((tmp_path / "cts", "none of its 2 scans can be used"), (tmp_path / "nowhere", "neither 'phantom:COUNT'"), ("phantom:1", "leave at least one on each side")):
+        with pytest.raises(SystemExit) as ended: module.main("smoke", str(data), out=str(tmp_path / "run"))
+        assert isinstance(ended.value.code, str) and ended.value.code.startswith(f"{module.__name__}: ") and words in ended.value.code and "\n" not in ended.value.code

@@ -69,4 +69,4 @@ def rplhr_scores(
         raise ValueError(f"rplhr_scores: needs two (D, H, W) of one shape and more than {2 * RPLHR_BORDER} slices, got {tuple(predicted.shape)} and {tuple(truth.shape)}")
     predicted, truth = (v[RPLHR_BORDER:-RPLHR_BORDER] for v in (predicted.clamp(0, 1), truth))
     error = (predicted - truth).square().mean().item()
-    return {"psnr": -10 * math.log10(error) if error else math.inf, "ssim": rplhr_ssim(predicted, truth).mean().item()}
+    return {"psnr": -10 * math.log10(error) if error else math.inf, "ssim": torch.cat([rplhr_ssim(*part) for part in zip(predicted.split(16), truth.split(16))]).mean().item()}  # a few slices at a time: in float64 a scan is large

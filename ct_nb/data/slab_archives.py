@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'PE_SHARES', 'LEAST_SLICES', 'StackCase', 'StackSource', 'side_counts', 'split_patients', 'stack_sides',
-           'split_stacks', 'same_pixels', 'pair_stack', 'agreement_hu', 'SeriesFound', 'find_series', 'choose_pair',
-           'read_pair', 'pe_archive', 'read_thin', 'thin_folder', 'open_stacks']
+           'split_stacks', 'same_pixels', 'pair_stack', 'agreement_hu', 'claimed_width', 'SeriesFound', 'find_series',
+           'choose_pair', 'read_pair', 'pe_archive', 'read_thin', 'thin_folder', 'open_stacks']
 
 # %% ../../nbs/data/05a_slab_archives.ipynb #cell-003
 import functools
@@ -102,8 +102,8 @@ def stack_sides(source: StackSource, shares=PE_SHARES, seed: int = 0, known: dic
     if patients <= set(own) or len(patients) < len(SIDES): return {patient: "train" for patient in patients} | own
     return split_patients(patients, shares, seed, (known or {}) | own)
 
-def split_stacks(source: StackSource, shares=PE_SHARES, seed: int = 0) -> dict[str, StackSource]:
-    "The three sides of a source, by patient; an archive that names its own sides keeps them."
+def split_stacks(source, shares=PE_SHARES, seed: int = 0) -> dict[str, StackSource]:
+    "The three sides of a `StackSource` (or what has its `cases` and `subset`), by patient; an archive that names its own sides keeps them."
     sides = stack_sides(source, shares, seed)
     return {side: source.subset([i for i, patient in enumerate(source.patients) if sides[patient] == side]) for side in SIDES}
 
@@ -172,7 +172,18 @@ def agreement_hu(stack: ThinStack, most: int = 12) -> float:
     found = np.concatenate(differences) if differences else np.zeros(0)
     return float(np.median(found)) if len(found) else math.nan
 
-# %% ../../nbs/data/05a_slab_archives.ipynb #cell-015
+# %% ../../nbs/data/05a_slab_archives.ipynb #cell-016
+def claimed_width(header, axis: SliceAxis) -> tuple[float | None, list[str]]:
+    "`SliceThickness` of a DICOM header, mm, where it can be true of slices on `axis` (a third to three times their spacing, not longer than the scan); else None, and a note where it claims something else."
+    try:
+        said = header.get("SliceThickness")
+        if said is None: return None, []
+        width = float(said)
+    except (TypeError, ValueError): said, width = "an unreadable number of", math.nan
+    if axis.spacing_mm / 3 <= width <= min(3 * axis.spacing_mm, axis.length_mm): return width, []
+    return None, [f"the header's SliceThickness of {said} mm cannot be that of slices {axis.spacing_mm:.4g} mm apart; their spacing is taken for it"]
+
+# %% ../../nbs/data/05a_slab_archives.ipynb #cell-018
 LEAST_SLICES = 8  # a shorter series is a scout, a bolus-tracking run or a single reformat
 
 @dataclass(frozen=True)
@@ -181,7 +192,8 @@ class SeriesFound:
     uid: str
     slices: int
     spacing_mm: float
-    thickness_mm: float | None  # SliceThickness, what the header claims of the profile
+    thickness_mm: float | None  # what the header claims of the profile's width, where that can be true
+    notes: tuple[str, ...] = ()  # what it claims where it cannot
 
 def find_series(path) -> tuple[list[SeriesFound], list[str]]:
     "The CT series of a zip that can be arranged, and why others cannot. No safe or readable zip: `CTReadError`."
@@ -197,13 +209,9 @@ def find_series(path) -> tuple[list[SeriesFound], list[str]]:
             except CTReadError as error: left_out.append(f"series {uid}: {str(error).removeprefix(f'{path}: ').removeprefix(f'{path}/')}")
             else:
                 axis = SliceAxis.along(Grid((len(arranged), 1, 1), affine))
-                found.append(SeriesFound(uid, len(arranged), axis.spacing_mm, _thickness(arranged[0].header, axis.spacing_mm)))
+                width, said = claimed_width(arranged[0].header, axis)
+                found.append(SeriesFound(uid, len(arranged), axis.spacing_mm, width, tuple(said)))
     return found, left_out
-
-def _thickness(header, spacing_mm: float) -> float | None:
-    try: thickness = float(header.get("SliceThickness"))
-    except (TypeError, ValueError): return None
-    return thickness if spacing_mm / 3 <= thickness <= 3 * spacing_mm else None  # else it is a slip of the pen
 
 def choose_pair(path, found: list[SeriesFound], left_out=()) -> tuple[SeriesFound, SeriesFound]:
     "The thick and the thin series of a patient. No two of clearly different spacing: `CTReadError`."
@@ -215,7 +223,7 @@ def choose_pair(path, found: list[SeriesFound], left_out=()) -> tuple[SeriesFoun
     near = lambda spacing: max((f for f in found if abs(f.spacing_mm / spacing - 1) < 0.1), key=lambda f: (f.slices, f.uid))
     return near(spacings[-1]), near(spacings[0])
 
-# %% ../../nbs/data/05a_slab_archives.ipynb #cell-016
+# %% ../../nbs/data/05a_slab_archives.ipynb #cell-019
 def read_pair(path, id: str, patient: str) -> ThinStack:
     "The thick and thin series of a patient's zip as a stack in HU. Anything wrong: `CTReadError` that names the zip."
     found, left_out = find_series(path)
@@ -223,7 +231,7 @@ def read_pair(path, id: str, patient: str) -> ThinStack:
     volumes = [read_ct(path, series.uid) for series in (thick, thin)]
     try: stack = pair_stack(id, patient, *volumes, thick.thickness_mm)
     except ValueError as error: raise CTReadError(f"{path}: {error}") from None
-    stack.notes += tuple(left_out)
+    stack.notes += (*thick.notes, *left_out)
     return stack
 
 def _file_name(name: str) -> str: return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "case"  # drops what no file name should hold, half-decoded bytes too
@@ -242,7 +250,7 @@ def pe_archive(root) -> StackSource:
         cases.append(StackCase(id, patient, functools.partial(read_pair, path, id, patient), (path,)))
     return StackSource(cases)
 
-# %% ../../nbs/data/05a_slab_archives.ipynb #cell-021
+# %% ../../nbs/data/05a_slab_archives.ipynb #cell-024
 def read_thin(path, id: str, patient: str, most_spacing_mm: float = 1.5) -> ThinStack:
     "A CT in thin slices. Slices farther apart than `most_spacing_mm`: `CTReadError`."
     volume = read_ct(path)
@@ -259,7 +267,7 @@ def thin_folder(root, most_spacing_mm: float = 1.5) -> StackSource:
     return StackSource(StackCase(f.id, f.patient, functools.partial(read_thin, f.path, f.id, f.patient, most_spacing_mm),
                                  tuple(sorted(p for p in f.path.iterdir() if p.is_file())) if f.path.is_dir() else (f.path,)) for f in name_cases(root, paths))
 
-# %% ../../nbs/data/05a_slab_archives.ipynb #cell-023
+# %% ../../nbs/data/05a_slab_archives.ipynb #cell-026
 def open_stacks(
     data: str,  # "phantom:4", "pe:FOLDER", "rplhr:FOLDER", a prepared folder, a folder of thin CT, or several joined by "+"
     most_spacing_mm: float = 1.5,  # of a folder of thin CT

@@ -15,7 +15,7 @@ import torch
 
 from .pairs import stream
 from ..physics.geometry import patch_to
-from ..physics.volume import Grid, Window, get_window
+from ..physics.volume import Grid, Volume, Window, get_window
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-005
 @dataclass(frozen=True)
@@ -164,6 +164,11 @@ class ThinStack:
     affine: np.ndarray | None = None  # (4, 4) index (x, y, z) of the thin slices -> LPS mm
     notes: tuple[str, ...] = ()  # what reading it had to repair or decide
 
+    @property
+    def volume(self) -> Volume:
+        "The thin slices on their grid, float32 HU; where nothing is known of it, columns run to the left, rows to the back and slices to the head."
+        return Volume(self.thin, np.diag([*self.pixel_mm[::-1], self.thin_axis.spacing_mm, 1.0]) if self.affine is None else self.affine)
+
     @classmethod
     def of(cls, sample) -> "ThinStack":
         "A `Sample` of `CTSource` as a stack; a stack as it is."
@@ -197,7 +202,7 @@ class SlabRange:
 # %% ../../nbs/data/05_slabs.ipynb #cell-029
 class SlabPairs(torch.utils.data.Dataset):
     """Thick slices and the thin ones under them. Item: `id`, `patient`, `thin` (D, H, W) and `thick` (K, H, W) float32 HU, `matrix` (K, D) float64, `thin_axis`, `thick_axis`, `profile`, `pixel_mm` (rows, columns),
-    `measured`: whether the thick slices were. Simulated ones are `thicken(thin, matrix)` exactly. `pairs[index]` is `pairs.at(0, index)`; every epoch draws its own slabs and crop from (seed, epoch, index)."""
+    `affine` of the thin slices (index → LPS mm, None where it is not known), `measured`: whether the thick slices were. Simulated ones are `thicken(thin, matrix)` exactly. `pairs[index]` is `pairs.at(0, index)`; every epoch draws its own slabs and crop from (seed, epoch, index)."""
 
     def __init__(
         self,
@@ -266,8 +271,9 @@ def at(self, epoch: int, index: int) -> dict:
     matrix = torch.from_numpy(slab_matrix(axis, thick_axis, profile))
     thin = torch.from_numpy(np.array(stack.thin[start:stop][:, *window], np.float32))
     thick = thicken(thin, matrix) if stack.thick is None else torch.from_numpy(np.array(stack.thick[low:high][:, *window], np.float32))
+    affine = None if stack.affine is None else stack.affine @ np.block([[np.eye(3), np.array([[column], [row], [start]])], [np.zeros(3), 1]])
     return {"id": stack.id, "patient": stack.patient, "thin": thin, "thick": thick, "matrix": matrix, "thin_axis": axis, "thick_axis": thick_axis,
-            "profile": profile, "pixel_mm": stack.pixel_mm, "measured": stack.thick is not None}
+            "profile": profile, "pixel_mm": stack.pixel_mm, "affine": affine, "measured": stack.thick is not None}
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-034
 def collate_slabs(items: list[dict]) -> dict:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLICE_METRICS', 'CEILINGS', 'SLICE_MAIN', 'SLICE_VERDICT', 'SLICE_FLOORS', 'REACH', 'slice_noise', 'step_scores',
-           'z_edges', 'volume_ssim', 'slice_scores', 'ThinsSlices', 'Interpolation', 'BackProjection', 'slice_floors',
-           'vae_ceilings', 'SliceBoard', 'reach', 'save_slices', 'evaluate_slices']
+           'z_edges', 'slice_scores', 'ThinsSlices', 'Interpolation', 'BackProjection', 'slice_floors', 'vae_ceilings',
+           'SliceBoard', 'reach', 'save_slices', 'evaluate_slices']
 
 # %% ../../nbs/learn/15_slice_scores.ipynb #cell-002
 import math
@@ -20,11 +20,11 @@ import torch
 from ..data.slabs import SliceAxis, SliceProfile, slab_matrix
 from ..files import atomic_write, write_json
 from .checkpoints import versions
-from .metrics import CHEST, SSIM_TAPS, as_pair, bias_hu, mae_hu, psnr, ssim_map
+from .metrics import CHEST, as_pair
 from .score import METRICS, Metric
 from .scoreboard import Scoreboard, board_content, board_figure, board_table, judge, save_board
 from .sharpness import Edges
-from .vae_scores import slice_ssim
+from .vae_scores import scores
 from ..nets.slab_consistency import INTERPOLATIONS, along_z, back_projection, interpolate_slabs
 from ..nets.vae import SliceVAE
 from ..nets.vae_tiles import decode_tiled, encode_tiled
@@ -79,30 +79,13 @@ SLICE_METRICS = METRICS | {
     "reaveraged_worst_hu": Metric("re-averaged, worst", "HU", "lower", "largest |A x̂ − y|"),
 }
 
-def volume_ssim(pred, truth, window: Window = CHEST, slices: int = 32) -> float:
-    "`metrics.ssim`, worked off in portions of `slices`; NaN below 11 voxels a side."
-    pred, truth = as_pair(pred, truth, window)
-    if min(truth.shape) < SSIM_TAPS: return math.nan
-    total = count = 0
-    for first in range(0, len(truth) - SSIM_TAPS + 1, slices):
-        part = slice(first, first + slices + SSIM_TAPS - 1)
-        local = ssim_map(pred[part], truth[part], window)
-        total, count = total + local.sum().item(), count + local.numel()
-    return total / count
-
 # %% ../../nbs/learn/15_slice_scores.ipynb #cell-013
 def slice_scores(pred, truth, thick=None, matrix=None, window: Window = CHEST) -> dict[str, float]:
     "All columns for HU volumes (D, H, W); with thick slices (K, H, W), HU, and the matrix (K, D) of `slab_matrix` also the re-averaged ones, else NaN."
-    whole = as_pair(pred, truth)
-    pred, truth = as_pair(*whole, window)
-    each = torch.stack([(p.double() - t.double()).square().mean() for p, t in zip(pred, truth)])
-    decibel = -10 * torch.log10((each / window.width_hu ** 2).clamp_min(1e-12))
+    pred, truth = as_pair(pred, truth)
     edge = z_edges(pred, truth, window)
-    missed = None if matrix is None or thick is None else (along_z(matrix, whole[0].float()) - torch.as_tensor(thick).to(whole[0])).abs()
-    return {"psnr": psnr(pred, truth, window), "ssim": volume_ssim(pred, truth, window), "mae_hu": mae_hu(pred, truth, window=window), "bias_hu": bias_hu(pred, truth, window=window),
-            "slice_psnr": decibel.mean().item(), "worst_slice_psnr": decibel.min().item(),
-            "slice_ssim": math.nan if min(truth.shape[1:]) < SSIM_TAPS else torch.cat([slice_ssim(p, t, window) for p, t in zip(pred.split(16), truth.split(16))]).mean().item(),
-            **step_scores(pred, truth, window), "z_edge_response": edge.response, "z_edge_softness": abs(1 - edge.response), "z_edge_error": edge.error,
+    missed = None if matrix is None or thick is None else (along_z(matrix, pred.float()) - torch.as_tensor(thick).to(pred)).abs()
+    return {**scores(pred, truth, window), **step_scores(pred, truth, window), "z_edge_response": edge.response, "z_edge_softness": abs(1 - edge.response), "z_edge_error": edge.error,
             "reaveraged_hu": math.nan if missed is None else missed.mean().item(), "reaveraged_worst_hu": math.nan if missed is None else missed.max().item()}
 
 # %% ../../nbs/learn/15_slice_scores.ipynb #cell-016

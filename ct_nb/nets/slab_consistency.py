@@ -98,6 +98,7 @@ def make_consistent_slabs(
     matrix,  # (K, D) or with leading axes that broadcast, of `slab_matrix`; numpy or torch
     noise_hu: float = 0.0,  # standard deviation of the noise of the thick slices; 0: explain them exactly
     spread: torch.Tensor | None = None,  # (D, D) covariance of the guess's errors along z, in any unit; None: independent slices
+    in_place: bool = False,  # move `thin` itself, for want of room for two; no gradient then
 ) -> torch.Tensor:
     """The volume (…, D, H, W), HU, nearest to `thin` whose weighted means are `thick`: exactly, or for `noise_hu` > 0 with that root mean square misfit in each volume.
 
@@ -115,7 +116,7 @@ def make_consistent_slabs(
         damping = _damping(energy, values, known, thick.shape[-3] * thick.shape[-2] * thick.shape[-1] * noise_hu ** 2)
     gain = torch.where(known, 1 / (values.clamp_min(1e-300) + damping), 0.0)
     lift = spread_up @ (vectors * gain[..., None, :]) @ vectors.mT
-    out = thin.clone()
+    out = thin if in_place else thin.clone()
     for rows in chunks: out[..., rows, :] += _times(lift, misfit(rows)).to(out.dtype)
     return out
 

@@ -7,8 +7,8 @@ __all__ = ['FREE_SHARE', 'around', 'consistent_batch', 'masked_mean', 'SliceRegr
            'SliceDiffusionConfig', 'SliceDiffusion']
 
 # %% ../../nbs/nets/10b_slices.ipynb #cell-002
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -102,27 +102,24 @@ class SliceRegressor(nn.Module):
         consistent: bool = False,  # averaged over the profile, the answer is `thick`
         noise_hu: float = 0.0,  # of the thick slices, where consistent
         tile: int | None = None,  # pixels a side that the network sees at a time, beside the halo; None: all
-        on_tile: Callable | None = None,  # is told (tiles done, of how many)
     ) -> torch.Tensor:
         "Thin slices (B, D, H, W), HU, D the largest count of `thin_axis`. ValueError for shapes that do not fit and for NaN."
         _measured(thick, thick_axis)
         places = slice_places(thick_axis, thin_axis, profile, len(thick), self.config.start, thick.device)
         start = along_z(places.weights, thick)
         if tile is None: out = start + self.window.width_hu / 2 * self._residual(start, thick, places)
-        else: out = self._tiled(start, thick, places, tile, on_tile)
+        else: out = self._tiled(start, thick, places, tile)
         return consistent_batch(out, thick, thick_axis, thin_axis, profile, noise_hu) if consistent else out
 
-    def _tiled(self, start, thick, places, tile, on_tile):
+    def _tiled(self, start, thick, places, tile):
         step, halo = (self.config.fold * n for n in (self.config.network.plane_step, self.config.network.halo))
         if tile < 1 or tile % step: raise ValueError(f"tile: must be a multiple of {step} pixels, got {tile}")
         out, rows, columns = start.clone(), *thick.shape[-2:]
-        corners = [(top, left) for top in range(0, rows, tile) for left in range(0, columns, tile)]
-        for done, (top, left) in enumerate(corners, 1):
+        for top, left in product(range(0, rows, tile), range(0, columns, tile)):
             y, x = max(top - halo, 0), max(left - halo, 0)
             wide = (..., slice(y, top + tile + halo), slice(x, left + tile + halo))
             part = self._residual(start[wide], thick[wide], places)[..., top - y:top - y + tile, left - x:left - x + tile]
             out[..., top:top + tile, left:left + tile] += self.window.width_hu / 2 * part
-            if on_tile is not None: on_tile(done, len(corners))
         return out
 
     def loss(self, thin: torch.Tensor, thick: torch.Tensor, thick_axis, thin_axis, profile, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, float]]:
@@ -235,13 +232,13 @@ class SliceDiffusion(nn.Module):
         sampler: str = "ddim",  # or "ddpm" or "dpm++"
         guidance: float = 1.0,  # classifier-free; 1: the conditional answer as it is
         consistent: bool = True,  # averaged over the profile, the draw is `thick`
-        noise_hu: float = 0.0,  # of the thick slices, where consistent
+        noise: torch.Tensor | None = None,  # (B, latent, D, h, w), standard normal, that the draw begins with; None: drawn
         generator: torch.Generator | None = None,
-        on_step: Callable | None = None,  # is told (steps done, the residual as it looks now)
     ) -> torch.Tensor:
-        "A draw (B, D, H, W), HU; the same generator state gives the same draw. ValueError for shapes that do not fit, a wrong step count or NaN."
+        "A draw (B, D, H, W), HU; the same noise, or generator state, gives the same draw. ValueError for shapes that do not fit, a wrong step count or NaN."
         places, start, latent, condition = self.conditioned(thick, thick_axis, thin_axis, profile)
         told = lambda given: lambda z, time: self.network(torch.cat([z, given], 1), places, time)
-        z0 = self.diffusion.sample(told(condition), tuple(latent.shape), steps, sampler, guidance, told(torch.zeros_like(condition)), generator=generator, device=thick.device, on_step=on_step)
+        without = None if guidance == 1 else told(torch.zeros_like(condition))
+        z0 = self.diffusion.sample(told(condition), tuple(latent.shape), steps, sampler, guidance, without, noise=noise, generator=generator, device=thick.device)
         out = self.thin_from(z0, start, latent)
-        return consistent_batch(out, thick, thick_axis, thin_axis, profile, noise_hu) if consistent else out
+        return consistent_batch(out, thick, thick_axis, thin_axis, profile) if consistent else out

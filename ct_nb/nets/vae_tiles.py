@@ -70,11 +70,9 @@ def plan_tiles(
     return best[1]
 
 # %% ../../nbs/nets/09a_vae_tiles.ipynb #cell-012
-def _tiles(vae: SliceVAE, shape, halo, memory_bytes, size, progress: bool, about: str) -> Iterator[tuple[Cut, Cut, Cut]]:
-    from tqdm.auto import tqdm
+def _tiles(vae: SliceVAE, shape, halo, memory_bytes, size) -> Iterator[tuple[Cut, Cut, Cut]]:
     size = size or plan_tiles(vae.config, shape, halo, memory_bytes, next(vae.parameters()).element_size())
-    axes = [cuts(*axis) for axis in zip(shape, size, halo)]
-    yield from tqdm(list(product(*axes)), desc=about, unit="tile", mininterval=5, disable=not progress)
+    return product(*(cuts(*axis) for axis in zip(shape, size, halo)))
 
 @torch.no_grad()
 def encode_tiled(
@@ -82,14 +80,13 @@ def encode_tiled(
     x: torch.Tensor,  # (B, 1, D, H, W) in [-1, 1], on any device
     memory_bytes: float = 4 * 2 ** 30,  # of the network's device, for one tile of one volume
     tile: tuple[int, int, int] | None = None,  # slices, latents along y and x; None: what fits the memory
-    progress: bool = False,
 ) -> Latent:
     "`vae.encode(x)`, on the device of `x`, in tiles."
     if x.ndim != 5: raise ValueError(f"x: slices must be a float tensor (B, 1, D, H, W), got {tuple(x.shape)}")
     c, device = vae.config, next(vae.parameters()).device
     shape = (x.shape[2], *(ceil(n / REDUCTION) for n in x.shape[-2:]))
     found = Latent(*(x.new_empty(len(x), c.latent_channels, *shape) for _ in range(2)))
-    for cut in _tiles(vae, shape, (c.halo_slices, c.encoder_halo, c.encoder_halo), memory_bytes, tile, progress, "encoding"):
+    for cut in _tiles(vae, shape, (c.halo_slices, c.encoder_halo, c.encoder_halo), memory_bytes, tile):
         z, y, w = cut
         for number in range(len(x)):
             part = vae.encode(x[number:number + 1, :, z.start:z.stop, REDUCTION * y.start:REDUCTION * y.stop, REDUCTION * w.start:REDUCTION * w.stop].to(device))
@@ -104,13 +101,12 @@ def decode_tiled(
     size: tuple[int, int] | None = None,  # (H, W), by default (8h, 8w)
     memory_bytes: float = 4 * 2 ** 30,
     tile: tuple[int, int, int] | None = None,
-    progress: bool = False,
 ) -> torch.Tensor:
     "`vae.decode(z, size)`, on the device of `z`, in tiles."
     rows, columns = vae.image_size(z, size)
     c, device = vae.config, next(vae.parameters()).device
     image = z.new_empty(len(z), 1, z.shape[2], rows, columns)
-    for cut in _tiles(vae, tuple(z.shape[2:]), (c.halo_slices, c.decoder_halo, c.decoder_halo), memory_bytes, tile, progress, "decoding"):
+    for cut in _tiles(vae, tuple(z.shape[2:]), (c.halo_slices, c.decoder_halo, c.decoder_halo), memory_bytes, tile):
         d, y, w = cut
         for number in range(len(z)):
             part = vae.decode(z[number:number + 1, :, d.start:d.stop, y.start:y.stop, w.start:w.stop].to(device))
