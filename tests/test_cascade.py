@@ -261,9 +261,10 @@ def test_a_coarse_model_that_knows_the_judged_cases_is_refused(tmp_path):
     from ct_nb.nets.drr2ct import DRR2CT, DRR2CTConfig
     model = DRR2CT(DRR2CTConfig.preset("smoke"))
     judged = CascadeRun("smoke").open().validation.ids
-    save = lambda cases: save_weights(tmp_path, model, {"system": "drr2ct", "network": model.config.to_dict(), "training": {"cases": cases}})
-    save(judged)
-    with pytest.raises(ValueError, match="coarse: .* was trained on phantom-.*, which would be judged here"): CascadeRun("smoke", coarse=str(tmp_path)).open()
+    save = lambda cases, patients=(): save_weights(tmp_path, model, {"system": "drr2ct", "network": model.config.to_dict(), "training": {"cases": cases, "patients": list(patients)}})
+    for cases, patients in ((judged, []), (["another scan"], CascadeRun("smoke").open().validation.patients[:1])):
+        save(cases, patients)
+        with pytest.raises(ValueError, match="coarse: .* was trained on phantom-.* or its patient, who would be judged here"): CascadeRun("smoke", coarse=str(tmp_path)).open()
     save(["phantom-09999"])
     run = CascadeRun("smoke", "phantom:30", coarse=str(tmp_path)).open()
     assert not set(run.cases[64].phantoms_for_network.ids) & set(run.validation.ids) and run.sizes == [32, 64]

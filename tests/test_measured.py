@@ -55,6 +55,17 @@ def test_figures_come_from_the_files_of_a_run(tmp_path):
     assert measured.systems({}).count("not yet") == 5 and "make demo" in measured.scores({}) and "--clone" in measured.waiting({})
 
 
+def test_a_refiner_is_shown_behind_what_it_learnt_from(tmp_path):
+    def found(start, end):
+        run = write_run(tmp_path / str(start), {"predictors": {"refined": {"psnr": end}, "coarse": {"psnr": start}}, "cases": 8})
+        (run / "refinement.json").write_text(json.dumps({"gain_over": {"coarse": {"psnr": {"mean": end - start, "low": end - start - 1, "high": end - start + 1}}}}))
+        return {**measured.refinement(run), "made": measured.made(run)}
+    both = {"refinement": found(27.5, 27.25), "refinement_sirt": found(16.5, 22.0)}
+    row = measured.systems(both)
+    assert "| with `-p coarse sirt`, SIRT's 16.50 → 22.00 dB, +5.50 [+4.50, +6.50]; A's answer 27.50 → 27.25 dB, -0.25 [-1.25, +0.75], on 8 phantoms |" in row
+    assert "(C: ct_nb" in measured.provenance(both) and "A's answer" not in measured.systems({"refinement_sirt": both["refinement_sirt"]})
+
+
 def test_old_figures_are_known_as_such(tmp_path):
     of = measured.made(write_run(tmp_path, {}, fingerprint="today"))
     assert of | {"date": ""} == {"version": "0.1.0", "date": "", "preset": "cpu", "data": "phantom", "fingerprint": "today"} and re.fullmatch(r"\d{4}-\d\d-\d\d", of["date"])

@@ -112,8 +112,10 @@ class CascadeRun:
         "Find the cases, split them by patient; the largest size says what is judged."
         self.cases = {size: self._cases(size) for size in self.sizes}
         self.validation, self.fitted = self.cases[self.sizes[-1]].validation, self.cases[self.sizes[-1]].fitted
-        known = set() if self.coarse is None else set(self.validation.ids) & set(read_config(self.coarse, system="drr2ct")["training"]["cases"])
-        if known: raise ValueError(f"coarse: {self.coarse} was trained on {sorted(known)[0]}, which would be judged here; take the same data and seed as it did")
+        training = {} if self.coarse is None else read_config(self.coarse, system="drr2ct")["training"]
+        known = {*training.get("cases", []), *training.get("patients", [])}  # a patient may have several scans, under several names
+        shared = [id for id, patient in zip(self.validation.ids, self.validation.patients) if known.intersection((id, patient))]
+        if shared: raise ValueError(f"coarse: {self.coarse} was trained on {shared[0]} or its patient, who would be judged here; take the same data and seed as it did")
         return self
 
     def describe(self) -> str:

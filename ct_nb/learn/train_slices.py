@@ -176,8 +176,6 @@ class _Learner(nn.Module):
         given = [batch[name] for name in ("thin", "thick", "thick_axis", "thin_axis", "profile", "mask")]
         return self.model.loss(*given) if isinstance(self.model, SliceRegressor) else self.model.loss(*given, generator=stream("slices", self.seed, step, *batch["id"]))
 
-def _one_step(learner, batch: dict, number: int): return learner(batch, number)
-
 SCALE_CROPS = 32  # that the scale of the latent residual is measured on
 
 # %% ../../nbs/learn/15a_train_slices.ipynb #cell-012
@@ -220,7 +218,7 @@ def fit(self: SlicesRun, progress: bool = True) -> list[dict]:
             models[name] = self.build(name, progress)
             if progress: print(f"{name}: {trainer.steps} steps")
             size = self.settings.size if name == "regressor" else self.settings.latent_size
-            loop = Trainer(_Learner(models[name], self.seed), _one_step, self.crops(size), trainer, folder, collate_slabs, self._validate)
+            loop = Trainer(_Learner(models[name], self.seed), nn.Module.__call__, self.crops(size), trainer, folder, collate_slabs, self._validate)
             rows = loop.fit(self.resume, progress).rows
             if loop.is_main:
                 save_weights(folder, models[name], {"system": "slices_stage", "network": models[name].config.to_dict()})

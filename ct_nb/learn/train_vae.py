@@ -203,14 +203,12 @@ def build(self: VAERun) -> SliceVAE:
     self.linear = deepcopy(self.vae.straight)
     return self.vae
 
-def _one_step(learner, batch: dict, number: int): return learner(batch, number)
-
 @patch
 def fit(self: VAERun, progress: bool = True) -> list[dict]:
     "Train, measure the scale of the latents, and save the weights with their configuration. Returns the history."
     self.build()
     learner = VAELearner(self.vae, self.settings, self.seed, LPIPS(self.perceptual, "cuda" if torch.cuda.is_available() else None) if self.perceptual else None)
-    trainer = Trainer(learner, _one_step, self.data_of_training, self.settings.trainer, self.out, collate_crops, self._validate)
+    trainer = Trainer(learner, nn.Module.__call__, self.data_of_training, self.settings.trainer, self.out, collate_crops, self._validate)
     self.is_main = trainer.is_main
     self.history = trainer.fit(self.resume, progress).rows
     device = next(self.vae.parameters()).device
