@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import unicodedata
 from concurrent.futures import ProcessPoolExecutor
 from functools import reduce
 from importlib import import_module
@@ -184,6 +185,18 @@ TOKEN = re.compile(r"(?P<picture>!?)\[(?P<text>(?:[^\[\]\n`]|`[^`\n]*`)*)\]\((?P
                    r"|\[(?P<keys>@?[a-z]+\d{4}[a-z]*(?:[;,] ?@?[a-z]+\d{4}[a-z]*)*)\](?!\()"  # a citation, as papers write it
                    r"|(?<!\[)`(?P<word>[\w./]+)(?:\(\))?`|`[^`\n]+`")  # a name or a file; other code is passed over
 
+def plain(text: str) -> str:
+    "Letters without accents, be they Unicode's or LaTeX's."
+    return "".join(c for c in unicodedata.normalize("NFKD", re.sub(r"\\[\W_]|[{}]", "", text)) if not unicodedata.combining(c))
+
+
+def first_authors(bibliography: str) -> dict[str, str]:
+    "Key → surname of the first author, without accents."
+    entries = re.split(r"^@\w+\{", bibliography, flags=re.M)[1:]
+    authors = {entry.split(",")[0].strip(): re.search(r"author\s*=\s*\{(.*?)(?: and |\},?\n)", entry, flags=re.S) for entry in entries}
+    return {key: plain(found[1]).split(",")[0].strip() if found else key for key, found in authors.items()}
+
+
 class Links:
     "Turns what the repository's text refers to into links between pages."
     def __init__(self, root: Path = ROOT):
@@ -192,7 +205,7 @@ class Links:
             for name, (html, _) in names.items():
                 self.symbols[name] = html.split("#")[0], module
                 self.tails.setdefault(name.removeprefix(module + "."), []).append(name)
-        self.keys = set(re.findall(r"^@\w+\{([^,\s]+)", (root / "papers" / "references.bib").read_text(encoding="utf-8"), flags=re.M))
+        self.keys = first_authors((root / "papers" / "references.bib").read_text(encoding="utf-8"))
         self.anchors: dict[str, set[str]] = {}
 
     def scope(self, notebook) -> dict[str, str]:
@@ -228,7 +241,9 @@ class Links:
                 return f"{found['picture']}[{found['text']}]({to(target)}{mark}{part})" if target else found["text"]
             if found["keys"]:
                 keys = [key.strip().lstrip("@") for key in re.split("[;,]", found["keys"])]
-                return "[" + "; ".join("@" + key for key in keys) + "]" if self.keys.issuperset(keys) else match[0]
+                if not self.keys.keys() >= set(keys): return match[0]
+                before = plain(match.string[:match.start()][-100:])
+                return "[" + "; ".join(("-@" if re.search(rf"\b{re.escape(self.keys[key])}\b", before) else "@") + key for key in keys) + "]"  # with -, the year alone
             if found["word"]:
                 word = found["word"]
                 if "/" in word and (target := page_of(word, self.root)) and (self.root / word).is_file(): return f"[{match[0]}]({to(target)})"

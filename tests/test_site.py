@@ -145,7 +145,7 @@ def test_nothing_that_a_chapter_says_is_lost(site):
 
 def bare(text: str) -> str:
     "Without link targets, citation marks and blanks."
-    return re.sub(r"\]\([^)\s]*\)|[\[\]@;,]|\s", "", text)
+    return re.sub(r"\]\([^)\s]*\)|-?@|[\[\];,]|\s", "", text)
 
 
 # ---------------------------------------------------------------- links, pictures and named files
@@ -215,8 +215,8 @@ def citation_faults(pages: dict[str, str], keys: set[str]) -> list[str]:
 
 
 def cited(pages: dict[str, str]) -> set[str]:
-    "Keys that pages cite as the site needs it, [@key] or [@key; @other]."
-    return {key for text in pages.values() for group in re.findall(r"\[(@[^\]]*)\]", prose(text)) for key in re.findall(r"@([A-Za-z][\w:-]*\w)", group)}
+    "Keys that pages cite as the site needs it, [@key], [@key; @other] or, after the author's name, [-@key]."
+    return {key for text in pages.values() for group in re.findall(r"\[(-?@[^\]]*)\]", prose(text)) for key in re.findall(r"@([A-Za-z][\w:-]*\w)", group)}
 
 
 def test_citations_resolve(site):
@@ -225,7 +225,22 @@ def test_citations_resolve(site):
     assert len(keys) == len(set(keys)) and bibliography.count("{") == bibliography.count("}")
     assert citation_faults(pages_of(site), set(keys)) == []
     assert not (left := sorted(set(keys) - cited(pages_of(site)))), f"papers/references.bib: nobody cites {', '.join(left)}"
-    assert "[@joseph1982]" in (site / "papers" / "projector.md").read_text(encoding="utf-8")
+    assert "[-@joseph1982]" in (site / "papers" / "projector.md").read_text(encoding="utf-8")
+
+
+def test_an_author_who_is_named_is_not_named_twice():
+    bibliography = """@article{hu2018,
+  author  = {Hu, Jie and Shen, Li},
+}
+
+@book{lopez2001,
+  author = {L{\\'o}pez, A.},
+  year = {2001}
+}
+"""
+    assert build_site.first_authors(bibliography) == {"hu2018": "Hu", "lopez2001": "Lopez"}
+    links = build_site.Links()
+    assert links("Ho et al. [@ho2020] and Kingma & Welling [@kingma2014] (SIRT [@gregor2008])", "nbs/index.ipynb") == "Ho et al. [-@ho2020] and Kingma & Welling [-@kingma2014] (SIRT [@gregor2008])"
 
 
 def test_an_unknown_citation_is_found():
