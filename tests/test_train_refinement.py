@@ -1,5 +1,8 @@
 """A refiner's run from end to end on a tiny system A: what it leaves, how it goes on after a kill, what it learns from; and a reconstruction refined."""
 import json
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -70,7 +73,7 @@ def test_its_pictures_are_drawn_from_its_files(run):
     with pytest.raises(ValueError, match="holds no refinement.json, so it is no run of a refiner that was judged"): draw_run(run.out / "cases")
 
 
-def test_the_command_says_how_to_draw_them(monkeypatch, capsys):
+def test_the_command_says_how_to_draw_them(run, monkeypatch, capsys):
     class Told:
         is_main, verdict = True, ["a gain"]
         def __init__(self, *told): pass
@@ -80,8 +83,12 @@ def test_the_command_says_how_to_draw_them(monkeypatch, capsys):
         def judge(self): return self
         def table(self): return "a table"
     monkeypatch.setattr(train_refinement, "RefinementRun", Told)
-    train_refinement.main(out="runs/somewhere")
-    assert capsys.readouterr().out.splitlines() == ["described", "a table", "a gain", "the pictures: python -m ct_nb.view.refinement_figure runs/somewhere"]
+    train_refinement.main(out=str(run.out))
+    *before, told = capsys.readouterr().out.splitlines()
+    assert before == ["described", "a table", "a gain"] and told == f"the pictures: python -m ct_nb.view.refinement_figure {run.out}"
+    (run.out / "spectra.png").unlink(missing_ok=True)
+    subprocess.run([sys.executable, "-W", "ignore", *shlex.split(told.split("python ")[1])], check=True, capture_output=True)
+    assert (run.out / "spectra.png").stat().st_size > 5000
 
 
 def test_every_case_has_a_folder_of_its_own():

@@ -96,6 +96,6 @@ def draw_run(out) -> list[Path]:
 
 # %% ../../nbs/view/04_refinement_figure.ipynb #cell-016
 @call_parse
-def main(out: str = "runs/refinement"):  # folder of a judged run
+def main(run: str):  # folder of a run that was judged
     "Draw the pictures of a refinement from its files."
-    print(*draw_run(out), sep="\n")
+    print(*draw_run(run), sep="\n")
