@@ -45,9 +45,6 @@ def without_command(text: str) -> list[str]:
     return found
 
 
-TO_MEND = {"slices": {"Time and memory"}}  # sections whose command is still to be written down
-
-
 def recipes(text: str) -> list[tuple[str, list[str]]]:
     "(notebook, names of parameters) of every papermill command of a page; a command ends with its code."
     return [(words[1], re.findall(r"-p (\w+)", " ".join(words))) for code in re.findall(r"`+([^`]+)`+", text, flags=re.S)
@@ -64,7 +61,7 @@ def known_keys() -> list[str]: return re.findall(r"^@\w+\{(\w+),", (ROOT / "pape
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_figures_name_their_command(page):
-    assert set(without_command(page.read_text(encoding="utf-8"))) <= TO_MEND.get(page.stem, set()), "name what prints these figures, or say that they cannot be repeated and why"
+    assert without_command(page.read_text(encoding="utf-8")) == [], "name what prints these figures, or say that they cannot be repeated and why"
 
 
 def test_a_figure_without_command_is_found():
