@@ -40,7 +40,7 @@ test: $(STAMP)
 	@echo "== the notebooks' own tests"
 	@MPLBACKEND=agg OMP_NUM_THREADS=1 $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing
 	@echo "== pytest, with the smoke recipe by papermill"
-	@OMP_NUM_THREADS=1 $(QUIET) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(QUIET) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: $(STAMP)
 	@$(QUIET) $(BIN)/python -m pytest tests/browser
