@@ -185,7 +185,7 @@ TOKEN = re.compile(r"(?P<picture>!?)\[(?P<text>(?:[^\[\]\n`]|`[^`\n]*`)*)\]\((?P
                    r"|\[(?P<keys>@?[a-z]+\d{4}[a-z]*(?:[;,] ?@?[a-z]+\d{4}[a-z]*)*)\](?!\()"  # a citation, as papers write it
                    r"|(?<!\[)`(?P<word>[\w./]+)(?:\(\))?`|`[^`\n]+`")  # a name or a file; other code is passed over
 
-def plain(text: str) -> str:
+def unaccented(text: str) -> str:
     "Letters without accents, be they Unicode's or LaTeX's."
     return "".join(c for c in unicodedata.normalize("NFKD", re.sub(r"\\[\W_]|[{}]", "", text)) if not unicodedata.combining(c))
 
@@ -194,7 +194,7 @@ def first_authors(bibliography: str) -> dict[str, str]:
     "Key → surname of the first author, without accents."
     entries = re.split(r"^@\w+\{", bibliography, flags=re.M)[1:]
     authors = {entry.split(",")[0].strip(): re.search(r"author\s*=\s*\{(.*?)(?: and |\},?\n)", entry, flags=re.S) for entry in entries}
-    return {key: plain(found[1]).split(",")[0].strip() if found else key for key, found in authors.items()}
+    return {key: unaccented(found[1]).split(",")[0].strip() if found else key for key, found in authors.items()}
 
 
 class Links:
@@ -242,7 +242,7 @@ class Links:
             if found["keys"]:
                 keys = [key.strip().lstrip("@") for key in re.split("[;,]", found["keys"])]
                 if not self.keys.keys() >= set(keys): return match[0]
-                before = plain(match.string[:match.start()][-100:])
+                before = unaccented(match.string[:match.start()][-100:])
                 return "[" + "; ".join(("-@" if re.search(rf"\b{re.escape(self.keys[key])}\b", before) else "@") + key for key in keys) + "]"  # with -, the year alone
             if found["word"]:
                 word = found["word"]

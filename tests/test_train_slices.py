@@ -100,11 +100,11 @@ def test_a_killed_run_ends_with_the_same_weights(done, tmp_path, monkeypatch):
     run = done[0]
     class Killed(Exception): pass
     begin = lambda **more: SlicesRun("smoke", out=tmp_path, vae=str(run.out / "vae"), **more).open()
-    step, stage = training._one_step, SliceRegressor
+    step, stage = training._Learner.forward, SliceRegressor
     def until(learner, batch, number):
         if number == 6 and isinstance(learner.model, stage): raise Killed
         return step(learner, batch, number)
-    monkeypatch.setattr(training, "_one_step", until)
+    monkeypatch.setattr(training._Learner, "forward", until)
     with pytest.raises(Killed): begin().fit(progress=False)
     stage = SliceDiffusion
     with pytest.raises(Killed): begin(resume=True).fit(progress=False)

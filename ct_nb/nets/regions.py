@@ -85,7 +85,7 @@ LOUDEST = 8.0  # of the gates
 
 def gated_means(x: torch.Tensor, gates: torch.Tensor, overlaps: torch.Tensor) -> torch.Tensor:
     "Tokens and gates (B, N, channels), overlaps (B, N, regions) ≥ 0 → the mean of each channel over each region, patches weighted by overlap · exp(gate): (B, regions, channels) float32; 0 for a region that is nowhere. Gates are bent to lie within ±8."
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
         gates, prior = LOUDEST * torch.tanh(gates.float() / LOUDEST), overlaps.float().mT
         weight = (gates - gates.amax(1, keepdim=True)).exp()
         return prior @ (weight * x.float()) / (prior @ weight).clamp_min(1e-20)
