@@ -836,6 +836,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                      'ct_nb/learn/refinement_board.py'),
                                               'ct_nb.learn.refinement_board.RefinementBoard.table': ( 'learn/refinement_board.html#refinementboard.table',
                                                                                                       'ct_nb/learn/refinement_board.py'),
+                                              'ct_nb.learn.refinement_board._beside_truth': ( 'learn/refinement_board.html#_beside_truth',
+                                                                                              'ct_nb/learn/refinement_board.py'),
                                               'ct_nb.learn.refinement_board.refinement_verdict': ( 'learn/refinement_board.html#refinement_verdict',
                                                                                                    'ct_nb/learn/refinement_board.py')},
             'ct_nb.learn.refinement_losses': { 'ct_nb.learn.refinement_losses.RandomFeatures': ( 'learn/refinement_losses.html#randomfeatures',

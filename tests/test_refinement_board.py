@@ -41,6 +41,14 @@ def test_worse_on_the_xrays_is_what_the_interval_says(metric, line, after, answe
     assert verdict(0, refined={metric: 0.5})[line].endswith("one patient gives no interval: whether it is worse cannot be said.")
 
 
+def test_the_error_on_given_views_stands_beside_that_of_the_cts():
+    told = lambda truth, after: verdict(0, 0, 0, drr_error_of_truth=truth, refined={"drr_error": after})[5]
+    assert told(0.05, [0.03, 0.031, 0.029]).endswith(": worse; the CTs themselves, on this grid, have 0.0500, so before and after are within what noise and anatomy finer than a voxel explain.")
+    assert told(0.025, [0.03, 0.031, 0.029]).endswith(": worse; the CTs themselves, on this grid, have 0.0250.")  # farther than a CT is
+    assert told(0.03, [0.03, 0.04, 0.02]).endswith("have 0.0300.")  # not certainly below
+    assert told(0.01, [0.005, 0.006, 0.004]).endswith(": no worse; the CTs themselves, on this grid, have 0.0100.")  # the input was above
+
+
 def test_the_spectrum_is_told():
     nearer, farther = (verdict(0, 0, 0, refined={"spectrum_error_db": [5 + s, 5 + 1.1 * s, 5 + 0.9 * s], "fine_correlation": [0.3 - 0.1 * s, 0.3 - 0.11 * s, 0.3 - 0.09 * s]})[7] for s in (-1, 1))
     assert "5.0 dB off that of the CTs before, 4.0 after" in nearer and "nearer to the truth" in nearer and nearer.endswith("0.30 before, 0.40 after: a gain.")

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..files import atomic_write
-from .score import METRICS
+from .metrics import paired_interval
+from .score import METRICS, Metric
 from .scoreboard import Scoreboard, board_figure, board_table, save_board
 from .sharpness import SHARPNESS_METRICS
 
@@ -25,7 +26,7 @@ GAINS = ("psnr", "ssim", "mae_hu_body", "drr_error", "drr_error_held_out", "null
 class RefinementBoard(Scoreboard):
     "A `Scoreboard` of refined volumes, with the columns of `SHARPNESS_METRICS`."
     model: str = "refined"
-    definitions = METRICS | SHARPNESS_METRICS
+    definitions = METRICS | SHARPNESS_METRICS | {"drr_error_of_truth": Metric("DRR error of the CTs", "", "lower", "‖A μ − y‖ / ‖y‖ of the CT itself, on the grid, against the X-rays as given: noise, and what is finer than a voxel")}
 
     def table(self, metrics: Sequence[str] = REFINEMENT_MAIN, markdown: bool = False) -> str: return board_table(self, metrics, markdown)
     def figure(self, metrics: Sequence[str] = REFINEMENT_MAIN): return board_figure(self, metrics)
@@ -44,6 +45,13 @@ class RefinementBoard(Scoreboard):
         return out
 
 # %% ../../nbs/learn/13e_refinement_board.ipynb #cell-007
+def _beside_truth(board: RefinementBoard) -> str:
+    "What the DRR error on the given views means beside that of the CTs themselves."
+    true, refined = (board.values("refined", name) for name in ("drr_error_of_truth", "drr_error"))
+    below = paired_interval(true, refined, [row["patient"] for row in board.rows if row["predictor"] == "refined"])
+    told = f"; the CTs themselves, on this grid, have {board.mean('refined', 'drr_error_of_truth'):.4f}"
+    return told + (", so before and after are within what noise and anatomy finer than a voxel explain" if below.low > 0 and board.mean("coarse", "drr_error") < board.mean("refined", "drr_error_of_truth") else "")
+
 def refinement_verdict(board: RefinementBoard) -> list[str]:
     "What the board says, in sentences."
     mean, gain = board.mean, board.gain
@@ -57,6 +65,7 @@ def refinement_verdict(board: RefinementBoard) -> list[str]:
     for metric, views in (("drr_error", "given"), ("drr_error_held_out", "held-out")):
         g = gain("coarse", metric)
         told = "worse" if g.high < 0 else "no worse" if g.low >= 0 else "whether it is worse cannot be said"
+        if metric == "drr_error" and metric + "_of_truth" in board.metrics: told += _beside_truth(board)
         lines.append(f"DRR error on the {views} views: {mean('coarse', metric):.4f} before, {mean('refined', metric):.4f} after, a change of {0 - g.mean:+.4f}, {interval(0 - g.high, 0 - g.low, g.patients, 4)}: {told}.")
     g, fine = gain("coarse", "spectrum_error_db"), gain("coarse", "fine_correlation")
     lines.append(f"Spectrum: {mean('coarse', 'spectrum_error_db'):.1f} dB off that of the CTs before, {mean('refined', 'spectrum_error_db'):.1f} after, nearer by {better(g, 2)}: {answer(g, 'nearer to the truth', 'farther from the truth', 'no difference is shown')}; "

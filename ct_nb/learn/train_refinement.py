@@ -26,7 +26,7 @@ from ..files import write_json
 from .baselines import shrunk_spread
 from .checkpoints import save_weights, versions
 from .coarse import CoarseFiles, CoarsePairs, open_coarse, unseen_phantoms
-from .metrics import psnr, ssim
+from .metrics import drr_error, psnr, ssim
 from .reconstruction import view_residuals
 from .refinement import ConsistencySettings, RefinementModel
 from .refinement_board import RefinementBoard
@@ -275,7 +275,8 @@ def judge(self: RefinementRun, out=None, progress: bool = True) -> RefinementBoa
         grid = item["geometry"].grid
         scored, volumes = score_case(predictors, item, held_out.on(grid), energy)
         found.append({name: spectra(hu, item["hu"], float(grid.spacing_mm[0])) for name, hu in volumes.items()})
-        scored = [{**row, **sharpness_scores(volumes[row["predictor"]], item["coarse"], item["hu"], item["geometry"], energy, spectrum=found[-1][row["predictor"]])} for row in scored]
+        explained = drr_error(item["hu"], item["xrays"], item["geometry"], energy)
+        scored = [{**row, "drr_error_of_truth": explained, **sharpness_scores(volumes[row["predictor"]], item["coarse"], item["hu"], item["geometry"], energy, spectrum=found[-1][row["predictor"]])} for row in scored]
         rows += scored
         _save_case(out / "cases" / folders[number], item, volumes, scored, _mean_spectra(found[-1:]))
     self.spectra = _mean_spectra(found)
