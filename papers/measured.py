@@ -1,6 +1,6 @@
 """What README shows of measurements: `python papers/measured.py` after training runs, then `make readme`.
 
-Reads runs/drr2ct, runs/ct_encoder, runs/refinement, runs/refinement_sirt, runs/cascade and runs/slices (or the same in the folder --runs) and keeps in papers/measured.json their figures and what they are of: the version, the day, the
+Reads runs/drr2ct, runs/ct_encoder, runs/refinement, runs/refinement_sirt, runs/refinement_real, runs/cascade and runs/slices (or the same in the folder --runs) and keeps in papers/measured.json their figures and what they are of: the version, the day, the
 fingerprint of the data. Draws README's pictures anew from runs/drr2ct and runs/cascade and keeps their digests. Writes the tables into nbs/index.ipynb between their marks. What is not there keeps its figures.
 
 `python papers/measured.py --clone` measures first how long a newcomer waits: it clones this repository into a temporary folder, sets it up and runs `make demo` there, with empty caches."""
@@ -75,7 +75,7 @@ def slices(run: Path) -> dict:
             "of": "phantoms" if made(run)["data"] == "phantom" else "patients"}
 
 
-RUNS = {"drr2ct": drr2ct, "ct_encoder": ct_encoder, "refinement": refinement, "cascade": cascade, "slices": slices, "refinement_sirt": refinement}
+RUNS = {"drr2ct": drr2ct, "ct_encoder": ct_encoder, "refinement": refinement, "cascade": cascade, "slices": slices, "refinement_sirt": refinement, "refinement_real": refinement}
 
 
 # ---------------------------------------------------------------- pictures
@@ -159,12 +159,12 @@ def clone(folder: Path) -> dict:
 def systems(m: dict) -> str:
     "The five systems: a line and a command each, and what was measured."
     share = lambda x: f"{x:.0%}".replace("%", " %")
-    a, b, c, d, e, c_sirt = (m.get(name) for name in RUNS)
+    a, b, c, d, e, c_sirt, c_real = (m.get(name) for name in RUNS)
     refined = lambda r, what: f"{what} {r['coarse_psnr']:.2f} → {r['psnr']:.2f} dB, {r['gain']:+.2f} [{r['interval'][0]:+.2f}, {r['interval'][1]:+.2f}]"
     said = [
         a and f"{a['psnr']:.2f} dB, SSIM {a['ssim']:.3f}, on {a['cases']} phantoms; best floor {a['floor_psnr']:.2f} dB; better by {a['gain']:.2f} [{a['interval'][0]:.2f}, {a['interval'][1]:.2f}]",
         b and f"report → scan, recall at 1 {100 * b['recall_at_1']:.1f} % among {b['candidates']} phantoms with findings (chance {100 * b['chance']:.1f} %); given the map of regions, {share(b['sentence_place'])} of sentences look into theirs; present and absent told apart in {share(b['polarity'])}",
-        "; ".join(refined(r, what) for r, what in ((c_sirt, "with `-p coarse sirt`, SIRT's"), (c, "A's answer")) if r) + (f", on {(c_sirt or c)['cases']} phantoms" if c or c_sirt else ""),
+        "; ".join(refined(r, what) + f", on {r['cases']} {whom}" for r, what, whom in ((c_sirt, "with `-p coarse sirt`, SIRT's", "phantoms"), (c_real, "with `-p data CTS` as well, SIRT's", "patients left out"), (c, "A's answer", "phantoms")) if r),
         d and f"mean of {d['samples']} samples {d['psnr']:.2f} dB, where {'A' if d['start'] == 'drr2ct' else 'the linear start'} has {d['start_psnr']:.2f} on the same {d['cases']} phantoms; intervals of " + " / ".join(f"{100 * float(k):g}" for k in d["coverage"]) + " % hold " + " / ".join(f"{100 * v:.1f}" for v in d["coverage"].values()) + " %",
         e and f"{e['thick_mm']:g} mm → thin, {'one of the ' if e['cases'] == 1 and e['of'] == 'phantoms' else ''}" + (f"{e['cases']} {e['of']}" if e["cases"] > 1 else "phantoms" if e["of"] == "phantoms" else "one patient, not trained on") + f": {e['psnr']:.2f} dB, cubic {e['cubic_psnr']:.2f}, linear {e['linear_psnr']:.2f}" + ("; of one case no interval" if e["cases"] == 1 else ""),
     ]
@@ -178,7 +178,7 @@ def systems(m: dict) -> str:
 def provenance(m: dict, today: str | None = None) -> str:
     "Of which version and day the figures are, and which of them are old: of a run that did not say what it is of, or (A) of other phantoms than this version makes, whose fingerprint is `today`."
     known, old = {}, []
-    for letter, name in zip("ABCDEC", RUNS):
+    for letter, name in zip("ABCDECC", RUNS):
         if name not in m: continue
         of = m[name].get("made")
         if of is None or name == "drr2ct" and of["data"] == "phantom" and today not in (None, of["fingerprint"]): old.append(letter)

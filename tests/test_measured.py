@@ -60,9 +60,9 @@ def test_a_refiner_is_shown_behind_what_it_learnt_from(tmp_path):
         run = write_run(tmp_path / str(start), {"predictors": {"refined": {"psnr": end}, "coarse": {"psnr": start}}, "cases": 8})
         (run / "refinement.json").write_text(json.dumps({"gain_over": {"coarse": {"psnr": {"mean": end - start, "low": end - start - 1, "high": end - start + 1}}}}))
         return {**measured.refinement(run), "made": measured.made(run)}
-    both = {"refinement": found(27.5, 27.25), "refinement_sirt": found(16.5, 22.0)}
+    both = {"refinement": found(27.5, 27.25), "refinement_sirt": found(16.5, 22.0), "refinement_real": found(17.5, 21.0)}
     row = measured.systems(both)
-    assert "| with `-p coarse sirt`, SIRT's 16.50 → 22.00 dB, +5.50 [+4.50, +6.50]; A's answer 27.50 → 27.25 dB, -0.25 [-1.25, +0.75], on 8 phantoms |" in row
+    assert "| with `-p coarse sirt`, SIRT's 16.50 → 22.00 dB, +5.50 [+4.50, +6.50], on 8 phantoms; with `-p data CTS` as well, SIRT's 17.50 → 21.00 dB, +3.50 [+2.50, +4.50], on 8 patients left out; A's answer 27.50 → 27.25 dB, -0.25 [-1.25, +0.75], on 8 phantoms |" in row
     assert "(C: ct_nb" in measured.provenance(both) and "A's answer" not in measured.systems({"refinement_sirt": both["refinement_sirt"]})
 
 

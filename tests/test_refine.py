@@ -78,6 +78,21 @@ def test_untrained_can_start(chests):
     assert all("sharpen" in name and ("read" in name or "query_key_value" in name) for name in silent), silent  # behind a layer that starts at zero
 
 
+def test_what_the_channels_show_everywhere_alike_does_not_count(chests):
+    truth, soft, xrays, geometry = chests
+    plain, shifted = opened(), opened()
+    with torch.no_grad():
+        shifted.prior.last.bias += 5.0  # of every cue
+        before = [net.residual(net.seen(soft, xrays, geometry)) for net in (plain, shifted)]
+        for net in (plain, shifted): net.centre((soft[i:i + 1], xrays[i:i + 1], geometry[i:i + 1]) for i in range(len(soft)))
+        after = [net.residual(net.seen(soft, xrays, geometry)) for net in (plain, shifted)]
+        assert (plain.seen(soft, xrays, geometry) - plain.seen_mean).mean((0, 2, 3, 4)).abs().max() < 1e-4
+        assert (before[0] - before[1]).abs().max() > 5 and torch.allclose(*after, atol=0.05)  # HU
+        net = fresh()
+        net.centre([(soft, xrays, geometry)])
+        assert torch.equal(net(soft, xrays, geometry), soft) and "seen_mean" in net.state_dict()
+
+
 @pytest.mark.parametrize("limit", [20.0, 800.0])
 def test_bound(chests, limit):
     _, soft, xrays, geometry = chests

@@ -25,6 +25,7 @@ from ct_nb.learn.train import Mixture
 from ct_nb.learn.train_refinement import REFINEMENT_PRESETS, RefinementLearner, RefinementRun, case_folders, collate_coarse
 from ct_nb.nets.prior import binned
 from ct_nb.nets.refine import Refiner, RefinerConfig
+from ct_nb.physics.phantom import phantom
 from ct_nb.physics.solvers import make_consistent
 from ct_nb.physics.volume import Grid, Volume, hu_to_mu, mu_to_hu
 from ct_nb.view.reconstruction_figure import reconstruct_files, report
@@ -58,6 +59,8 @@ def test_a_run_leaves_weights_scores_and_a_folder_for_each_case(run):
     metrics, told = (json.loads((run.out / f"{name}.json").read_text()) for name in ("metrics", "refinement"))
     assert set(SHARPNESS_METRICS) <= set(metrics["predictors"]["refined"]) & set(metrics["definitions"]) and metrics["verdict"] == told["verdict"]
     assert {"psnr", "edge_response", "null_right", "null_invented"} <= set(told["gain_over"]["consistency_alone"]) and len(told["spectra"]["truth"]) == len(told["spectra"]["power"]["refined"]) == 8
+    means = [model.refiner.seen_mean for model in (run.model, load_refiner(run.out))]
+    assert means[0].abs().max() > 0.1 and torch.equal(*means)  # measured on training cases, and stored with the weights
     folders = sorted((run.out / "cases").iterdir())
     assert [folder.name for folder in folders] == sorted(run.judged.ids)
     for folder in folders:
@@ -133,6 +136,15 @@ def test_training_pairs_are_of_phantoms_the_coarse_model_has_not_seen(run, coars
     known = known_cases(coarse)
     assert known and not known & set(run.pairs.ids) and not set(run.pairs.ids) & set(run.judged.ids) and not known & set(run.judged.ids)
     assert run.pairs.ids[0] == "phantom-00014"
+
+
+def test_a_refiner_is_judged_on_patients_of_another_folder(run, coarse, tmp_path):
+    for seed in (901, 902): phantom(seed, 64).volume.save(tmp_path / "cts" / f"patient-{seed}.nii.gz")
+    again = RefinementRun("smoke", out=tmp_path / "out", coarse=str(coarse)).open()
+    with pytest.raises(ValueError, match="trained on phantom-00000 of phantom:3; judge it on patients that neither has seen"): again.on_others(run.out, "phantom:3")
+    board = again.on_others(run.out, str(tmp_path / "cts")).judge(progress=False)
+    assert board.patients == ["patient-901", "patient-902"] and board.metrics and {"refined", "coarse"} <= set(board.predictors)
+    assert len(list((tmp_path / "out" / "cases").iterdir())) == 2
 
 
 def test_a_coarse_model_that_knows_a_judged_patient_is_refused(tmp_path):

@@ -24,11 +24,11 @@ from ..data.pairs import collate, stream
 from ..data.sources import open_source
 from ..files import write_json
 from .baselines import shrunk_spread
-from .checkpoints import save_weights, versions
+from .checkpoints import read_config, save_weights, versions
 from .coarse import CoarseFiles, CoarsePairs, open_coarse, unseen_phantoms
 from .metrics import drr_error, psnr, ssim
 from .reconstruction import view_residuals
-from .refinement import ConsistencySettings, RefinementModel
+from .refinement import ConsistencySettings, RefinementModel, load_refiner
 from .refinement_board import RefinementBoard
 from .refinement_losses import RandomFeatures, RefinementWeights, refinement_loss
 from .scoreboard import board_content, held_out_views, score_case
@@ -196,6 +196,7 @@ def fit(self: RefinementRun, progress: bool = True) -> list[dict]:
     self.source.to("cuda" if cuda else "cpu")
     for pairs in (self.pairs, self.judged): pairs.prepare(0 if cuda else os.cpu_count() or 1, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), progress)
     self.source.to("cpu")  # makes room, and loaders may ask it from other processes
+    self.model.refiner.centre((item["coarse"][None], item["xrays"][None], item["geometry"].to(torch.float32)) for item in self._fitting_items(8))
     learner = RefinementLearner(self.model.refiner, self.settings.weights, self.seed, self.features)
     self.history = Trainer(learner, nn.Module.__call__, self.pairs, self.settings.trainer, self.out, collate_coarse, self._validate).fit(self.resume, progress).rows
     self.model.eval().to(next(learner.parameters()).device)
@@ -263,6 +264,19 @@ def fit_floors(self: RefinementRun) -> list:
     return [mask, ConsistencyAlone(shrunk_spread(square / count, count), energy)]
 
 @patch
+def on_others(self: RefinementRun, refiner, data: str) -> RefinementRun:
+    "The refiner in folder `refiner`, to be judged on every usable patient of `data`, one scan of each, in place of this run's. ValueError where it or its coarse model was trained on one of them."
+    source = open_source(str(data), self.cases.settings.render_size, on_error="skip", thorax_only=True, cache_dir=default_cache_dir()).one_per_patient()
+    if isinstance(self.source, CoarseFiles): source = source.subset([i for i, id in enumerate(source.ids) if id in self.source.files])
+    told = read_config(refiner, system="refiner")["training"]
+    known = {*told["cases"], *told["patients"], *self.source.known, *self.source.known_patients}
+    shared = sorted(patient for id, patient in zip(source.ids, source.patients) if known & {id, patient})
+    if not len(source): raise ValueError(f"data: {self.coarse} has no file for any case of {data}; name the files after the cases")
+    if shared: raise ValueError(f"data: {refiner} or its coarse model was trained on {shared[0]} of {data}; judge it on patients that neither has seen")
+    self.model, self.judged = load_refiner(refiner), CoarsePairs(Mixture((self.cases._pairs(source), 1)), self.source, 1, default_cache_dir())
+    return self
+
+@patch
 def judge(self: RefinementRun, out=None, progress: bool = True) -> RefinementBoard:
     """Refiner, input and floors on the cases left out. Writes into `out` (the run's folder) scoreboard, `refinement.json` (gains with intervals, verdict, mean spectra) and a folder for each case: coarse, refined and ground truth as NIfTI, `metrics.json`.
     The pictures of it are `ct_nb.view.refinement_figure.draw_run`'s."""
@@ -286,7 +300,7 @@ def judge(self: RefinementRun, out=None, progress: bool = True) -> RefinementBoa
     write_json(out / "refinement.json", {"gain_over": board.gains(), "verdict": self.verdict, "spectra": self.spectra})
     return board
 
-# %% ../../nbs/learn/13d_train_refinement.ipynb #cell-017
+# %% ../../nbs/learn/13d_train_refinement.ipynb #cell-018
 @call_parse
 def main(
     preset: Param("how much to train", str, choices=["smoke", "cpu", "gpu", "paper"]) = "cpu",

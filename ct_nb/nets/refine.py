@@ -100,6 +100,7 @@ class Refiner(nn.Module):
         nn.init.zeros_(self.last.weight)
         self.sharpen = nn.ModuleList(nn.Sequential(FrequencyAttention(widths[0], c.hidden), HighPass(widths[0])) for _ in range(2))
         self.prior = DepthPrior(c.size, c.prior_features)
+        self.register_buffer("seen_mean", torch.zeros(1, SEEN_CHANNELS, 1, 1, 1))  # of `centre`
 
     @property
     def window(self) -> Window: return WINDOWS[self.config.window]
@@ -132,9 +133,15 @@ class Refiner(nn.Module):
         z, y, w = (slice(start, start + self.config.patch) for start in corner)
         return x[..., z, y, w]
 
+    @torch.no_grad()
+    def centre(self, examples) -> None:
+        "Before training: measure the mean of each channel of what is seen of `examples`, (coarse_hu, xrays, geometry) as of `forward`, and take it away from then on."
+        means = [self.seen(*example).mean((0, 2, 3, 4)) for example in examples]
+        self.seen_mean.copy_(torch.stack(means).mean(0).view_as(self.seen_mean))
+
     def residual(self, seen: torch.Tensor) -> torch.Tensor:
         "What is added, HU (B, 1, n, n, n), for what is seen of a volume or a patch, (B, 19, n, n, n)."
-        x = self.sharpen[0](self.enter(channels_inner(seen)))
+        x = self.sharpen[0](self.enter(channels_inner(seen - self.seen_mean.to(seen))))
         ways = []
         for down, block in zip(self.down, self.sinking):
             ways.append(x)
