@@ -143,6 +143,8 @@ def test_a_refiner_is_judged_on_patients_of_another_folder(run, coarse, tmp_path
     again = RefinementRun("smoke", out=tmp_path / "out", coarse=str(coarse)).open()
     with pytest.raises(ValueError, match="trained on phantom-00000 of phantom:3; judge it on patients that neither has seen"): again.on_others(run.out, "phantom:3")
     board = again.on_others(run.out, str(tmp_path / "cts")).judge(progress=False)
+    again.settings = replace(again.settings, network=replace(again.settings.network, energy_kev=80.0))
+    with pytest.raises(ValueError, match="is for energy_kev 60.0, this run has 80.0; open the run as the refiner's was"): again.on_others(run.out, str(tmp_path / "cts"))
     assert board.patients == ["patient-901", "patient-902"] and board.metrics and {"refined", "coarse"} <= set(board.predictors)
     assert len(list((tmp_path / "out" / "cases").iterdir())) == 2
 

@@ -269,11 +269,14 @@ def on_others(self: RefinementRun, refiner, data: str) -> RefinementRun:
     source = open_source(str(data), self.cases.settings.render_size, on_error="skip", thorax_only=True, cache_dir=default_cache_dir()).one_per_patient()
     if isinstance(self.source, CoarseFiles): source = source.subset([i for i, id in enumerate(source.ids) if id in self.source.files])
     told = read_config(refiner, system="refiner")["training"]
-    known = {*told["cases"], *told["patients"], *self.source.known, *self.source.known_patients}
+    known = {*told["cases"], *told.get("patients", []), *self.source.known, *self.source.known_patients}
     shared = sorted(patient for id, patient in zip(source.ids, source.patients) if known & {id, patient})
     if not len(source): raise ValueError(f"data: {self.coarse} has no file for any case of {data}; name the files after the cases")
     if shared: raise ValueError(f"data: {refiner} or its coarse model was trained on {shared[0]} of {data}; judge it on patients that neither has seen")
-    self.model, self.judged = load_refiner(refiner), CoarsePairs(Mixture((self.cases._pairs(source), 1)), self.source, 1, default_cache_dir())
+    model, ours = load_refiner(refiner), self.settings.network
+    for name in ("size", "window", "energy_kev"):
+        if getattr(model.config, name) != getattr(ours, name): raise ValueError(f"refiner: {refiner} is for {name} {getattr(model.config, name)}, this run has {getattr(ours, name)}; open the run as the refiner's was")
+    self.model, self.judged = model, CoarsePairs(Mixture((self.cases._pairs(source), 1)), self.source, 1, default_cache_dir())
     return self
 
 @patch
