@@ -9,7 +9,7 @@ from time import process_time
 
 import numpy as np
 import pytest
-from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 
 from ct_nb.physics.anatomy import REGIONS, Anatomy, thorax_width
 from ct_nb.physics.phantom import PHANTOM_VERSION, phantom
@@ -314,14 +314,17 @@ def test_impossible_requests_are_named(kwargs, word):
     with pytest.raises(ValueError, match=f"phantom: {word} must"): phantom(**kwargs)
 
 
-def test_speed():
-    for size, target in ((64, 0.3), (128, 2.0)):
-        times = []
-        for seed in range(4):
-            start = process_time()
-            phantom(seed, size)
-            times.append(process_time() - start)
-        assert min(times) < target, (size, times)
+@pytest.mark.parametrize("size,limit", [(64, 20), (128, 6)])
+def test_speed(size, limit):
+    "Measured against smoothing the same cube four times in the same moments, since machines and their neighbours differ: 10 and 3 of it when written."
+    cube, ratios = np.random.default_rng(0).normal(size=(size,) * 3).astype(np.float32), []
+    for seed in range(4):
+        start = process_time()
+        phantom(seed, size)
+        painted = process_time()
+        for _ in range(4): gaussian_filter(cube, 2.0)
+        ratios.append((painted - start) / (process_time() - painted))
+    assert min(ratios) < limit, ratios
 
 
 @pytest.mark.skipif(not (REAL / "lidc-0002.nii.gz").exists(), reason=f"no real CT at {REAL}; set CT_NB_REAL_CT to their folder")
