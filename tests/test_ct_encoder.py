@@ -75,9 +75,29 @@ def test_a_block_in_the_designs_order():
 
 # regions
 
-def test_without_a_map_there_is_one_region():
+def without_contents(model):
+    "The same, told nothing but by patches."
+    for layer in (model.contents.out, model.loudest): layer.weight.data.zero_()
+    return model
+
+
+def test_regions_hear_what_they_hold():
+    "What a region holds is added to what its patches say, and the whole hears each channel of the regions' embeddings where it is largest; of nothing but background it hears nothing."
     hu, labels = inputs()
     model = seeded().eval()
+    model.measure([(hu, labels)])
+    with torch.no_grad(): told, untold = model(hu, labels), without_contents(seeded().eval())(hu, labels)
+    held = model.contents(hu, labels, SMOKE.spacing_mm)
+    assert torch.equal(told.tokens, untold.tokens) and torch.allclose(told.regions - untold.regions, held[:, 2:], atol=1e-5)
+    largest = torch.stack([told.region_embeddings[b, told.present[b]].amax(0) for b in range(2)])
+    assert torch.allclose(told.whole - untold.whole, held[:, 0] + model.loudest(largest), atol=1e-5)
+    assert model.contents.usual[1 + SMOKE.body].any() and model.contents.usual[2].any()
+    with torch.no_grad(): assert torch.isfinite(model(hu, torch.zeros_like(labels)).global_embedding).all()
+
+
+def test_without_a_map_there_is_one_region():
+    hu, labels = inputs()
+    model = without_contents(seeded().eval())
     with torch.no_grad(): alone, filled, mixed = model(hu), model(hu, torch.full_like(labels, SMOKE.body)), model(hu, torch.cat([labels[:1], torch.full_like(labels[:1], SMOKE.body)]))
     assert alone.present.sum(1).tolist() == [1, 1] and alone.present[:, 20].all() and torch.equal(alone.tokens, filled.tokens)
     assert torch.allclose(alone.regions[:, 20], alone.whole, atol=1e-5) and (alone.regions[:, :20] == 0).all()
@@ -87,7 +107,7 @@ def test_without_a_map_there_is_one_region():
 def test_regions_stand_at_their_number():
     hu, labels = inputs()
     labels[0, 0, 0, 0] = 7
-    model = seeded().eval()
+    model = without_contents(seeded().eval())
     model.pooling.loud.weight.data.zero_()  # as untrained: the mean over the region
     said = model(hu, torch.where(labels == 4, 0, labels).to(torch.uint8))
     for b in range(2): assert said.present[b].nonzero()[:, 0].tolist() == [n - 1 for n in sorted(set(labels[b].flatten().tolist()) - {0, 4})]

@@ -3,13 +3,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 import ct_nb.nets.regions as module
 from ct_nb.data.folders import name_cases
 from ct_nb.data.label_maps import name_region, total_doubt
 from ct_nb.learn.scan_reports import scan_and_regions
 from ct_nb.nets.ct_encoder import CTEncoderConfig
-from ct_nb.nets.regions import FORMS, RegionAttention, RegionPooling, merge_total, multiplicative_attention, overlap_means, patch_overlaps, prior_attention
+from ct_nb.nets.regions import FORMS, HU_EDGES, RegionAttention, RegionContents, RegionPooling, box_largest, box_smallest, merge_total, multiplicative_attention, overlap_means, patch_overlaps, prior_attention, region_histograms
 from ct_nb.physics.anatomy import REGIONS
 from ct_nb.physics.phantom import phantom
 from ct_nb.physics.readers import CTReadError
@@ -260,3 +261,73 @@ def test_autocast_and_refusals():
     with pytest.raises(ValueError, match="heads: must divide"): RegionAttention(8, 3)
     with pytest.raises(ValueError, match="heads: must divide"): RegionPooling(8, 3, 4)
     assert module.TOTAL_LABELS == 117
+
+
+# what a region holds
+
+@pytest.mark.parametrize("radii", [(1, 1, 1), (0, 2, 3), (4, 0, 1)])
+def test_boxes_are_those_of_scipy(radii):
+    x = some_labels((9, 10, 11), 256)
+    size = tuple(2 * r + 1 for r in radii)
+    assert np.array_equal(box_largest(x, radii), ndimage.maximum_filter(x.numpy(), size, mode="constant", cval=0))
+    assert np.array_equal(box_smallest(x, radii), ndimage.minimum_filter(x.numpy(), size, mode="constant", cval=255))
+
+
+@pytest.mark.parametrize("spacing", [(5.0, 5.0, 5.0), (5.0, 2.5, 2.0)])
+def test_histograms_are_counted_by_hand(spacing):
+    "Openings and closings of HU by scipy, binned by numpy, label by label."
+    hu, labels = 600 * random(0, 2, 10, 12, 14), some_labels((2, 2, 2, 2), 4).repeat_interleave(7, 1).repeat_interleave(7, 2).repeat_interleave(7, 3)[:, :10, :12, :14]
+    size, cube = tuple(2 * round(5 / s) + 1 for s in spacing), np.prod(spacing) / 125
+    found = region_histograms(hu.float(), labels, 6, spacing)
+    assert found.shape == (2, 7, 9, len(HU_EDGES) + 1) and (found[:, 5:] == 0).all()
+    for scan, label, one in zip(hu.float().round().numpy(), labels.numpy(), found.numpy()):
+        kinds = [scan, ndimage.grey_opening(scan, size, mode="reflect"), ndimage.grey_closing(scan, size, mode="reflect")]
+        boxes = [[2 * depth * round(5 / s) + 1 for s in spacing] for depth in range(3)]
+        everywhere, inside, deep = ((ndimage.maximum_filter(label, box) == label) & (ndimage.minimum_filter(label, box) == label) for box in boxes)
+        for row, kind in enumerate(kinds):
+            count = lambda where: cube * np.histogram(kind[where], [-np.inf, *HU_EDGES, np.inf])[0]
+            for k, within in enumerate((everywhere, inside, deep)):
+                assert np.allclose(one[0, 3 * k + row], count(label >= 0))
+                for value in range(4): assert np.allclose(one[1 + value, 3 * k + row], count((label == value) & within))
+        assert found[0, 1:5, 6].sum() > 0
+    with pytest.raises(ValueError, match="labels: the map must have the scans' shape"): region_histograms(hu, labels[:1], 6, spacing)
+
+
+def test_finer_voxels_fill_the_same_histogram():
+    hu, labels = 400 * random(1, 1, 6, 6, 6), some_labels((1, 6, 6, 6), 3)
+    fine = lambda x: x.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    coarse, halved = region_histograms(hu, labels, 3, (5.0,) * 3), region_histograms(fine(hu), fine(labels), 3, (2.5,) * 3)
+    assert torch.allclose(coarse[:, :, 0], halved[:, :, 0]) and torch.allclose(coarse[0, 0].sum(-1), torch.full((9,), 216.0))
+
+
+def test_contents_of_a_label_are_its_own():
+    "A voxel of one label changes that label and the whole; what is nowhere is 0 and stays 0 after measuring."
+    torch.manual_seed(0)
+    hu, labels, spacing = 300 * random(2, 6, 8, 8, 8, dtype=torch.float32), some_labels((6, 8, 8, 8), 4), (5.0,) * 3
+    contents = RegionContents(12, 5)
+    contents.measure(zip(hu[:5].split(1), labels[:5].split(1)), spacing)
+    assert (contents.usual[5] == 0).all() and (contents.spread[5] == 1).all() and (contents.spread[:5] >= 0.25).all() and contents.usual[:5].abs().sum(-1).min() > 0
+    before, changed = contents(hu[5:], labels[5:], spacing), hu[5:].clone()
+    z, y, x = (labels[5] == 2).nonzero()[0].tolist()
+    changed[0, z, y, x] = 2000
+    counts = lambda v: region_histograms(v, labels[5:], 5, spacing)[0, :, 0]
+    assert ((counts(changed) - counts(hu[5:])).abs().sum(-1) > 0).tolist() == [True, False, False, True, False, False]
+    after = contents(changed, labels[5:], spacing)
+    assert not torch.equal(before[0, 3], after[0, 3]) and not torch.equal(before[0, 0], after[0, 0]) and (before[0, 5] == 0).all() and before.shape == (1, 6, 12)
+    after.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in contents.parameters())
+
+
+def test_what_is_usual_lies_about_zero():
+    hu, labels, spacing = 300 * random(3, 40, 6, 6, 6, dtype=torch.float32), some_labels((40, 6, 6, 6), 3), (5.0,) * 3
+    contents = RegionContents(4, 3)
+    contents.measure([(hu, labels)], spacing)
+    seen = (torch.log1p(region_histograms(hu, labels, 3, spacing).flatten(2)) - contents.usual) / contents.spread
+    assert seen.mean(0).abs().max() < 1e-4 and seen.std(0).max() < 1
+
+
+def test_contents_under_autocast_and_on_meta():
+    contents, hu, labels = RegionContents(8, 4), 300 * random(4, 2, 8, 8, 8, dtype=torch.float32), some_labels((2, 8, 8, 8), 4)
+    with torch.autocast("cpu", torch.bfloat16): said = contents(hu, labels, (5.0,) * 3)
+    assert torch.isfinite(said.float()).all()
+    assert RegionContents(8, 4).to("meta")(hu.to("meta"), labels.to("meta"), (5.0,) * 3).shape == (2, 5, 8)

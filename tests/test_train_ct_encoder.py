@@ -13,6 +13,7 @@ import torch
 
 from ct_files import write_stored, write_table
 from ct_nb.data.cache import DiskCache
+from ct_nb.data.pairs import stream
 from ct_nb.data.reports import CT_RATE_LABELS, Report, Step
 from ct_nb.learn import scan_reports
 from ct_nb.learn.alignment import same, text_keys
@@ -196,6 +197,43 @@ def test_hidden_maps_are_hidden(data, model):
     finally:
         del model.encoder.forward
         model.config = replace(model.config, hidden_maps=0.25)
+
+
+def test_maps_that_are_told_are_a_little_off(data, model):
+    "By whole voxels within the error, two of three, and by themselves: neither the scan nor the map that is to be drawn moves."
+    regions = torch.stack([data[i]["regions"] for i in range(6)])
+    regions[5] = CONFIG.body
+    kept, config, seen = regions.clone(), model.config, []
+    try:
+        model.config = replace(config, hidden_maps=0.0, map_error_mm=20.0)
+        assert [round(20 / s) for s in CONFIG.spacing_mm] == [1, 2, 2]
+        for seed in range(40):
+            told, hidden = model.told_maps(regions, [stream(seed, i) for i in range(6)])
+            assert not hidden.any() and (told[5] == CONFIG.body).all()
+            for one, exact in zip(told[:5], regions):
+                fits = [(z, y, x) for z in range(-1, 2) for y in range(-2, 3) for x in range(-2, 3) if torch.equal(one, shifted(exact, (z, y, x), 0))]
+                assert len(fits) == 1
+                seen += fits
+        assert {axis: {move[axis] for move in seen} for axis in range(3)} == {0: {-1, 0, 1}, 1: {-2, -1, 0, 1, 2}, 2: {-2, -1, 0, 1, 2}}
+        assert 0.25 < np.mean([move == (0, 0, 0) for move in seen]) < 0.45 and torch.equal(regions, kept)
+        model.config = replace(config, hidden_maps=1.0, map_error_mm=20.0)
+        told, hidden = model.told_maps(regions, [stream(0, i) for i in range(6)])
+        assert hidden.all() and (told == CONFIG.body).all()
+        model.config = replace(config, hidden_maps=0.0, map_error_mm=0.0)
+        assert torch.equal(model.told_maps(regions, [stream(0, i) for i in range(6)])[0], regions)
+    finally: model.config = config
+    with pytest.raises(ValueError, match="map_error_mm: must not be negative"): ScanLanguageConfig(map_error_mm=-1.0)
+
+
+def test_noise_is_between_none_and_the_most(data):
+    "A network that has seen one noise only knows openings by it."
+    found = []
+    for epoch in range(30):
+        moved = data.at(epoch, 0)
+        move = next((z, y, x) for z in range(-2, 3) for y in range(-2, 3) for x in range(-2, 3) if torch.equal(shifted(data[0]["regions"], (z, y, x), 0), moved["regions"]))
+        still = shifted(data[0]["hu"], move, -1000.0)
+        found.append(float((moved["hu"] - still).std()))
+    assert max(found) < 15.5 and min(found) < 4 and max(found) > 11
 
 
 def test_scans_without_map_or_without_some_texts(data, model):

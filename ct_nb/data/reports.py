@@ -7,6 +7,7 @@ __all__ = ['LUNGS', 'BONES', 'VOCABULARY', 'CT_RATE_LABELS', 'FINDINGS', 'Step',
            'finding_states', 'Mention', 'is_denial', 'find_mentions', 'region_texts', 'is_normal']
 
 # %% ../../nbs/data/06_reports.ipynb #cell-002
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -161,6 +162,7 @@ def region_texts(text: str) -> tuple[tuple[int, str], ...]:
 # %% ../../nbs/data/06_reports.ipynb #cell-020
 _WELL = re.compile(r"\b(?:normal|unremarkable|patent|open|intact|clear|natural|symmetric|preserved|regular|as far as seen)\b", re.I)
 
+@functools.lru_cache(maxsize=65536)
 def is_normal(text: str) -> bool:
     "Whether a text only says that nothing is wrong. False for an empty text."
     parts = clauses(text)

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..data.pairs import stream
 from ..data.reports import Report, Step, find_places, is_normal
+from .scan_reports import shifted
 from .alignment import Alignment, Keys, Pairs, Steps, inside_regions, mean_over_all, text_keys
 from ..nets.cot import CoTDecoder, RegionSegmentation, claims, generate, label_shares, segmentation_loss
 from ..nets.ct_encoder import CTEncoder, CTEncoderConfig, Encoding
@@ -73,16 +74,19 @@ class ScanLanguageConfig(Settings):
     writer_length: int = 320  # tokens
     refine: tuple[int, int, int] = (1, 2, 2)  # pieces of a patch in the map
     hidden_maps: float = 0.25  # share of the scans of a batch whose map is hidden
+    map_error_mm: float = 5.0  # along each axis, by which two of three maps that are told are off
     region_texts: int = 8  # of a scan in a step of training
     step_texts: int = 5
     written_share: float = 0.5  # of the scans of a batch whose reasoning is written
+    global_weight: float = 2.0  # of the whole scan and its impression; regions and steps have 1
     anchor_weight: float = 0.3
-    claim_weight: float = 1.0
+    claim_weight: float = 3.0
     map_weight: float = 0.3
     words_weight: float = 0.3
 
     def __post_init__(self):
         if not 0 <= self.hidden_maps <= 1: raise ValueError(f"hidden_maps: must be a share, 0 to 1, got {self.hidden_maps}")
+        if self.map_error_mm < 0: raise ValueError(f"map_error_mm: must not be negative, got {self.map_error_mm}")
         if min(self.region_texts, self.step_texts) < 1: raise ValueError(f"region_texts, step_texts: must be at least 1, got {self.region_texts} and {self.step_texts}")
 
 def make_tower(config: ScanLanguageConfig) -> TextTower:
@@ -101,7 +105,7 @@ class ScanLanguage(nn.Module):
         self.config, self.encoder, tower = c, CTEncoder(e), make_tower(c)
         self.tower = tower if not tower.frozen else None
         self._frozen = [tower] if tower.frozen else []  # in a list: neither trained, averaged nor saved
-        self.alignment = Alignment(e.shared_dim, tower.width, e.shared_dim, weights={"anchor": c.anchor_weight})
+        self.alignment = Alignment(e.shared_dim, tower.width, e.shared_dim, weights={"global": c.global_weight, "anchor": c.anchor_weight})
         self.writer = CoTDecoder(WordTokenizer(c.words), e.embed_dim, c.writer_width, c.writer_depth, max_length=c.writer_length)
         self.map = RegionSegmentation(e.pyramid_dim, e.num_regions + 1, c.refine)
 
@@ -138,6 +142,7 @@ def step_scope(step: Step, report: Report, case: str) -> str:
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-013
 _LUNG_WORDS = ("nodule", "mass", "granuloma", "opacity", "sequela")
 
+@functools.lru_cache(maxsize=4096)
 def label_regions(name: str) -> tuple[int, ...]:
     "Where a finding can be; empty where its name does not say."
     places = find_places(name)
@@ -181,13 +186,28 @@ def text_losses(writer: CoTDecoder, texts, patches: torch.Tensor) -> torch.Tenso
     return loss.sum(1) / (numbers[:, 1:] > 0).sum(1)
 
 @patch
+def told_maps(self: ScanLanguage, regions: torch.Tensor, draws: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
+    "What the encoder is told of the maps (B, D, H, W) in training: most a little off, some not at all; and which are hidden, (B,) bool. A draw for each decides."
+    c, e = self.config, self.config.encoder
+    hidden = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < c.hidden_maps
+    reach = [round(c.map_error_mm / s) for s in e.spacing_mm]
+    moves = [[int(torch.rand(1, generator=draw) * (2 * r + 1)) - r for r in reach] if torch.rand(1, generator=draw) < 2 / 3 else [0, 0, 0] for draw in draws]
+    unknown = (regions == e.body).flatten(1).all(1)
+    moved = torch.stack([shifted(one, move, 0) for one, move in zip(regions, moves)])
+    return torch.where((hidden.to(unknown.device) | unknown)[:, None, None, None], e.body, moved), hidden
+
+@patch
+def measure(self: ScanLanguage, batches, seed) -> None:
+    "Tell the encoder before training what regions usually hold, by some batches as they are trained on."
+    self.encoder.measure((batch["hu"], self.told_maps(batch["regions"], [stream("language", seed, name) for name in batch["id"]])[0]) for batch in batches)
+
+@patch
 def encode(self: ScanLanguage, batch: dict, seed) -> dict[str, torch.Tensor]:
     "Everything of a batch of `collate_scans` that its loss is made of, in rows: what one scan adds depends on no other scan, so the rows of pieces of a batch, joined, are the batch's. `seed`, anything that `stream` takes, decides with the scan's name what is hidden and which texts are read."
     c, e, reports, names = self.config, self.config.encoder, batch["report"], batch["id"]
     draws = [stream("language", seed, name) for name in names]
     known = (batch["regions"] != e.body).flatten(1).any(1).cpu()
-    hidden = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < c.hidden_maps
-    maps = torch.where((hidden | ~known).to(batch["hu"].device)[:, None, None, None], e.body, batch["regions"])
+    maps, hidden = self.told_maps(batch["regions"], draws)
     seen: Encoding = self.encoder(batch["hu"], maps)
     present = seen.present.cpu() & known[:, None] & ~hidden[:, None]
     whole = [(b, r.impression) for b, r in enumerate(reports) if r.impression.strip()]

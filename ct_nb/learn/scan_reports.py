@@ -171,7 +171,7 @@ class ScanReports(Dataset):
     cache: object = field(default_factory=MemoryCache)  # or a `DiskCache`
     seed: int = 0
     shift: int = 2  # voxels
-    noise_hu: float = 15.0
+    noise_hu: float = 15.0  # at most
     skipped: list = field(default_factory=list)  # (name, reason) of what was left out
 
     @property
@@ -201,7 +201,7 @@ class ScanReports(Dataset):
         moves = torch.randint(-self.shift, self.shift + 1, (3,), generator=draw).tolist()
         unknown = self.config.body if (item["regions"] == self.config.body).all() else 0  # what is moved in is no background where nothing is known
         for name, outside in (("hu", -1000.0), ("regions", unknown), ("lesions", 0)): item[name] = shifted(item[name], moves, outside)
-        item["hu"] = item["hu"] + self.noise_hu * torch.randn(item["hu"].shape, generator=draw)
+        item["hu"] = item["hu"] + self.noise_hu * torch.rand(1, generator=draw) * torch.randn(item["hu"].shape, generator=draw)
         return item
 
     def subset(self, indices) -> "ScanReports":

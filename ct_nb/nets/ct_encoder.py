@@ -7,6 +7,7 @@ __all__ = ['CTEncoderConfig', 'body_box', 'prepare_scan', 'patch_embedding', 'Po
            'Encoding', 'CTEncoder']
 
 # %% ../../nbs/nets/12b_ct_encoder.ipynb #cell-002
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil, pi
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import ResidualBlock, channels_inner, keep_variance
-from .regions import FORMS, RegionAttention, RegionPooling, patch_overlaps
+from .regions import FORMS, RegionAttention, RegionContents, RegionPooling, patch_overlaps
 from .slice_attention import SliceAttention
 from .vae import ChannelNorm
 from ..physics.readers import CTReadError, check_hounsfield
@@ -182,6 +183,7 @@ class CTEncoder(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(c.embed_dim, c.num_heads, c.slice_bins, c.slice_weight, c.region_form) for _ in range(c.depth))
         self.pyramid, self.widen = FeaturePyramid(c.embed_dim, c.pyramid_dim, c.pyramid_levels), nn.Linear(c.pyramid_dim, c.embed_dim)
         self.norm, self.pooling = nn.LayerNorm(c.embed_dim), RegionPooling(c.embed_dim, c.num_heads, c.num_regions + 2)
+        self.contents, self.loudest = RegionContents(c.embed_dim, c.num_regions + 2), nn.Linear(c.shared_dim, c.embed_dim)
         self.global_head, self.region_head, self.step_head = (nn.Linear(c.embed_dim, c.shared_dim) for _ in range(3))
         keep_variance(self)
 
@@ -204,6 +206,13 @@ class CTEncoder(nn.Module):
         if not np.isfinite([low, high]).all(): raise ValueError("hu: there are voxels that are NaN or infinite; replace them by air, -1000")
         if max(abs(low), abs(high)) <= 4: raise ValueError(f"hu: the values run from {low:g} to {high:g}, which is not HU; give HU, the encoder applies its window {c.window!r} itself")
 
+    def _spacing_mm(self, shape) -> tuple[float, float, float]: return tuple(self.config.side_mm / n for n in shape[1:])
+
+    def measure(self, scans: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        "What regions usually hold, from some training scans: pairs of HU and regions (B, D, H, W) of `config.size`, each seen with its map and without. Before training, once."
+        pairs = ((hu, shown) for hu, regions in scans for shown in (regions, torch.full_like(regions, self.config.body)))
+        self.contents.measure(pairs, self.config.spacing_mm)
+
     def overlaps(self, regions: torch.Tensor | None, shape: tuple[int, int, int, int], device=None) -> torch.Tensor:
         "(B, N, num_regions + 2): background, each region, the body where there is no map."
         c = self.config
@@ -225,6 +234,9 @@ class CTEncoder(nn.Module):
             if number in self.layers: layers.append(x)
         pyramid = self.pyramid(layers, grid)
         tokens = self.norm(x) + self.widen(pyramid[0].flatten(2).mT)
-        whole, pooled = self.pooling(tokens, overlaps)
+        held = self.contents(hu, torch.full_like(hu, c.body, dtype=torch.uint8) if regions is None else regions, self._spacing_mm(hu.shape))
+        whole, pooled = (pooled + part for pooled, part in zip(self.pooling(tokens, overlaps), (held[:, 0], held[:, 1:])))
         pooled, present = pooled[:, 1:], overlaps[..., 1:].sum(1) > 0
-        return Encoding(tokens, whole, pooled, present, overlaps, pyramid, self.global_head(whole), self.region_head(pooled), self.step_head(tokens), grid)
+        said = self.region_head(pooled)
+        whole = whole + self.loudest(torch.where(present[..., None], said, torch.where(present.any(1)[:, None, None], -torch.inf, 0)).amax(1))
+        return Encoding(tokens, whole, pooled, present, overlaps, pyramid, self.global_head(whole), said, self.step_head(tokens), grid)
