@@ -137,7 +137,8 @@ def region_histograms(hu: torch.Tensor, labels: torch.Tensor, classes: int, spac
     if hu.shape != labels.shape: raise ValueError(f"labels: the map must have the scans' shape {tuple(hu.shape)}, got {tuple(labels.shape)}")
     bins, radii = len(HU_EDGES) + 1, tuple(round(GRAIN_MM / s) for s in spacing_mm)
     edges, found = torch.tensor(HU_EDGES, device=hu.device), []
-    for scan, label in zip(torch.bucketize(hu.float().round(), edges, right=True).to(torch.uint8), labels.to(torch.uint8)):  # of bins as of HU: openings only compare
+    for scan, label in zip(hu, labels.to(torch.uint8)):
+        scan = torch.bucketize(scan.float().round(), edges, right=True, out_int32=True).to(torch.uint8)  # of bins as of HU: openings only compare
         kinds = [scan, box_largest(box_smallest(scan, radii), radii), box_smallest(box_largest(scan, radii), radii)]
         boxes = [tuple(depth * r for r in radii) for depth in (1, 2)]
         depths = sum(((box_largest(label, box) == label) & (box_smallest(label, box) == label)).int() for box in boxes)

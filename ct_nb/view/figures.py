@@ -221,8 +221,8 @@ def training_figure(history):
         figure, axes = plt.subplots(math.ceil(len(panels) / columns), columns, squeeze=False, figsize=(3.1 * columns + 0.4, 2.5 * math.ceil(len(panels) / columns)), layout="constrained")
         for axis in axes.flat[len(panels):]: axis.set_visible(False)
         for axis, (title, names) in zip(axes.flat, panels):
-            for colour, name in zip(SERIES * len(names), names):
-                axis.plot(*series[name], color=colour, label=name.replace("_", " "), marker="o" if len(series[name][0]) < 30 else "", ms=3)
+            for k, name in enumerate(names):  # as many kinds of lines as colours run out
+                axis.plot(*series[name], color=SERIES[k % len(SERIES)], linestyle=("-", "--", ":")[k // len(SERIES) % 3], label=name.replace("_", " "), marker="o" if len(series[name][0]) < 30 else "", ms=3)
             values = [v for n in names for v in series[n][1]]
             if min(values) > 0 and max(values) > 8 * min(values) and not title.startswith("validation"): axis.set_yscale("log")
             if len(names) > 4: axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
