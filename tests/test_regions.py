@@ -291,6 +291,8 @@ def test_histograms_are_counted_by_hand(spacing):
                 for value in range(4): assert np.allclose(one[1 + value, 3 * k + row], count((label == value) & within))
         assert found[0, 1:5, 6].sum() > 0
     with pytest.raises(ValueError, match="labels: the map must have the scans' shape"): region_histograms(hu, labels[:1], 6, spacing)
+    for wrong in (labels.int() - 1, labels + 3):
+        with pytest.raises(ValueError, match="labels: there are labels from .* expected 0 to 5"): region_histograms(hu, wrong, 6, spacing)
 
 
 def test_finer_voxels_fill_the_same_histogram():

@@ -133,8 +133,10 @@ def box_smallest(x: torch.Tensor, radii: tuple[int, int, int]) -> torch.Tensor:
 @torch.no_grad()
 def region_histograms(hu: torch.Tensor, labels: torch.Tensor, classes: int, spacing_mm: tuple[float, float, float]) -> torch.Tensor:
     """HU (B, D, H, W), labels of that shape, 0 to classes − 1, voxels of `spacing_mm` along z, y, x → (B, 1 + classes, 9, bins) float32, in cubes of 5 mm: of the whole, then of each label; of the
-    scan, its opening and its closing, in all voxels, then in those 5 mm within the label, then 10 mm; the whole has no border. HU are rounded. Another shape: ValueError."""
+    scan, its opening and its closing, in all voxels, then in those 5 mm within the label, then 10 mm; the whole has no border. HU are rounded. Another shape, other labels: ValueError."""
     if hu.shape != labels.shape: raise ValueError(f"labels: the map must have the scans' shape {tuple(hu.shape)}, got {tuple(labels.shape)}")
+    low, high = (int(v) for v in labels.aminmax())
+    if low < 0 or high >= classes: raise ValueError(f"labels: there are labels from {low} to {high}, expected 0 to {classes - 1}")
     bins, radii = len(HU_EDGES) + 1, tuple(round(GRAIN_MM / s) for s in spacing_mm)
     edges, found = torch.tensor(HU_EDGES, device=hu.device), []
     for scan, label in zip(hu, labels.to(torch.uint8)):
