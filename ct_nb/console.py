@@ -18,25 +18,38 @@ from fastcore.script import Param, call_parse
 @contextmanager
 def _sentences(command: str):
     "Errors that a user can mend end the program with their message alone."
-    try: yield
-    except (ValueError, OSError) as error: sys.exit(f"{command}: {error}")
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{command}: {error}")
+
 
 def _number(text: str, name: str) -> float:
     numbers = _numbers(text, name)
-    if len(numbers) != 1: raise ValueError(f"{name}: must be one number, got {text!r}.")
+    if len(numbers) != 1:
+        raise ValueError(f"{name}: must be one number, got {text!r}.")
     return numbers[0]
 
+
 def _numbers(text: str, name: str) -> list[float]:
-    try: return [float(word) for word in str(text).replace(",", " ").split()]
-    except ValueError: raise ValueError(f"{name}: must be numbers separated by commas, got {text!r}.") from None
+    try:
+        return [float(word) for word in str(text).replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"{name}: must be numbers separated by commas, got {text!r}.") from None
 
 # %% ../nbs/02_console.ipynb #cell-005
 @call_parse
 def drr(
     ct: Param("a CT: NIfTI, NRRD, MHA, npz, a DICOM folder or a zip of one", str),
     out: Param("folder for the X-rays (16-bit PNG and npz) and geometry.json", str) = "xrays",
-    azimuth: Param("view angles in degrees, separated by commas: 0 is from the front, 90 has the tube at the patient's right", str) = "0,90",
-    elevation: Param("tilt of the rays towards the head in degrees, one number or one a view", str) = "0",
+    azimuth: Param(
+        "view angles in degrees, separated by commas: 0 is from the front, 90 has the tube at the"
+        " patient's right",
+        str,
+    ) = "0,90",
+    elevation: Param(
+        "tilt of the rays towards the head in degrees, one number or one a view", str
+    ) = "0",
     source_to_isocenter: Param("mm", float) = 1000.0,
     source_to_detector: Param("mm", float) = 1500.0,
     pixels: Param("rows and columns of the detector", int) = 256,
@@ -46,8 +59,11 @@ def drr(
 ):
     """Simulate X-rays of a CT.
 
-    The cube about the body (1.25 mm voxels) is projected onto each detector; pixels are line integrals of attenuation, stored with their scale.
-    geometry.json says where tube, detectors and cube stand in the patient's frame; ct_nb_reconstruct takes it as it is."""
+    The cube about the body (1.25 mm voxels) is projected onto each detector; pixels are line
+    integrals of attenuation, stored with their scale.
+    geometry.json says where tube, detectors and cube stand in the patient's frame;
+    ct_nb_reconstruct takes it as it is.
+    """
     with _sentences("ct_nb_drr"):
         import torch
         from ct_nb.data.radiographs import write_radiographs
@@ -55,51 +71,144 @@ def drr(
         from ct_nb.physics.projector import project
         from ct_nb.physics.readers import read_ct
         from ct_nb.physics.volume import hu_to_mu
+
         volume = read_ct(ct)
         cube = volume.to_grid(int(round(side / 1.25)), side)
-        for note in dict.fromkeys([*volume.notes, *cube.notes]): print(f"note: {note}")
-        angles, tilts = _numbers(azimuth, "azimuth"), _numbers(elevation, "elevation")
-        if len(tilts) not in (1, len(angles)): raise ValueError(f"elevation: give one number or {len(angles)}, got {len(tilts)}.")
-        geometry = ConeBeam.orbit(angles, tilts if len(tilts) > 1 else tilts[0], grid=cube.grid, source_to_isocenter_mm=source_to_isocenter,
-                                  source_to_detector_mm=source_to_detector, detector_shape=(pixels, pixels), pixel_mm=pixel_mm)
+        for note in dict.fromkeys([*volume.notes, *cube.notes]):
+            print(f"note: {note}")
+        angles = _numbers(azimuth, "azimuth")
+        tilts = _numbers(elevation, "elevation")
+        if len(tilts) not in (1, len(angles)):
+            raise ValueError(f"elevation: give one number or {len(angles)}, got {len(tilts)}.")
+        geometry = ConeBeam.orbit(
+            angles,
+            tilts if len(tilts) > 1 else tilts[0],
+            grid=cube.grid,
+            source_to_isocenter_mm=source_to_isocenter,
+            source_to_detector_mm=source_to_detector,
+            detector_shape=(pixels, pixels),
+            pixel_mm=pixel_mm,
+        )
         geometry.require_hits()
         xrays = project(hu_to_mu(cube.tensor(), energy), geometry)
-        for path in write_radiographs(out, xrays, geometry): print(path)
+        for path in write_radiographs(out, xrays, geometry):
+            print(path)
 
 # %% ../nbs/02_console.ipynb #cell-007
 @call_parse
 def reconstruct(
-    xrays: Param("the X-rays in the order of the geometry's views: PNG, npz, NIfTI or DICOM; or one folder that ct_nb_drr wrote", str, nargs="+"),
+    xrays: Param(
+        "the X-rays in the order of the geometry's views: PNG, npz, NIfTI or DICOM; or one folder"
+        " that ct_nb_drr wrote",
+        str,
+        nargs="+",
+    ),
     geometry: Param("geometry.json of these X-rays", str, required=True) = None,
-    weights: Param("folder of a training run of system A or of a cascade (config.json and model.safetensors)", str, required=True) = None,
+    weights: Param(
+        "folder of a training run of system A or of a cascade (config.json and model.safetensors)",
+        str,
+        required=True,
+    ) = None,
     out: Param("the CT to write: .nii.gz, .nii, .nrrd, .mha or .npz", str) = "ct.nii.gz",
-    samples: Param("answers to draw beside the one that is given, and for a cascade to take the mean of (0: 8); two or more also give their spread", int) = 0,
+    samples: Param(
+        "answers to draw beside the one that is given, and for a cascade to take the mean of (0:"
+        " 8); two or more also give their spread",
+        int,
+    ) = 0,
     consistency: Param("leave out the layer that moves the answer onto the X-rays", bool) = True,
     seed: Param("of the samples", int) = 0,
-    guidance: Param("how far a cascade's samples are moved onto the X-rays: up to their noise, or to equality", str, choices=["soft", "exact"]) = "soft",
+    guidance: Param(
+        "how far a cascade's samples are moved onto the X-rays: up to their noise, or to equality",
+        str,
+        choices=["soft", "exact"],
+    ) = "soft",
     refine: Param("folder of a training run of the refiner, which sharpens the answer", str) = None,
-    kind: Param("what the pixels are, where the files do not say; found from the direct beam where it is not given", str, choices=["line_integrals", "intensity", "log_intensity"]) = None,
-    i0: Param("for intensities and their logarithms: the reading beside the patient, a number, 'maximum' or 'border'; found at the border where it is not given", str) = None,
-    inverted: Param("for intensities and their logarithms: high numbers mean few X-rays (bright is dense)", bool) = False,
-    not_inverted: Param("for intensities and their logarithms: high numbers mean many X-rays", bool) = False,
-    white: Param("for inverted intensities in fractions: the number of a white pixel", float) = None,
-    scale: Param("for logarithms and for line integrals stored as whole numbers: the line integral of one step", float) = None,
+    kind: Param(
+        "what the pixels are, where the files do not say; found from the direct beam where it is"
+        " not given",
+        str,
+        choices=["line_integrals", "intensity", "log_intensity"],
+    ) = None,
+    i0: Param(
+        "for intensities and their logarithms: the reading beside the patient, a number, 'maximum'"
+        " or 'border'; found at the border where it is not given",
+        str,
+    ) = None,
+    inverted: Param(
+        "for intensities and their logarithms: high numbers mean few X-rays (bright is dense)", bool
+    ) = False,
+    not_inverted: Param(
+        "for intensities and their logarithms: high numbers mean many X-rays", bool
+    ) = False,
+    white: Param(
+        "for inverted intensities in fractions: the number of a white pixel", float
+    ) = None,
+    scale: Param(
+        "for logarithms and for line integrals stored as whole numbers: the line integral of one"
+        " step",
+        float,
+    ) = None,
 ):
     """Reconstruct a CT from one or more X-rays.
 
-    Writes Hounsfield units on the cube about the centre of the geometry's grid, in the patient's frame; beside it a preview (_preview.png), a report (_report.json) and, where asked
-    for, samples and their spread. Prints how well the CT explains each X-ray, what the pixels were taken for, and whether an X-ray contradicts the geometry."""
+    Writes Hounsfield units on the cube about the centre of the geometry's grid, in the patient's
+    frame; beside it a preview (_preview.png), a report (_report.json) and, where asked
+    for, samples and their spread. Prints how well the CT explains each X-ray, what the pixels were
+    taken for, and whether an X-ray contradicts the geometry.
+    """
     with _sentences("ct_nb_reconstruct"):
         from ct_nb.view.reconstruction_figure import reconstruct_files
-        if inverted and not_inverted: raise ValueError("inverted: the X-rays cannot be inverted and not inverted; give one of --inverted and --not_inverted.")
-        told = dict(kind=kind, i0=i0 if i0 in (None, "maximum", "border") else _number(i0, "i0"), white=white, scale=scale, inverted=True if inverted else False if not_inverted else None)
-        found = reconstruct_files(xrays, geometry, weights, out, samples, consistency, seed, guidance, refine, **{name: value for name, value in told.items() if value is not None})
-        for note in found.notes: print(f"note: {note}")
+
+        if inverted and not_inverted:
+            raise ValueError(
+                "inverted: the X-rays cannot be inverted and not inverted; give one of --inverted"
+                " and --not_inverted."
+            )
+        told = dict(
+            kind=kind,
+            i0=i0 if i0 in (None, "maximum", "border") else _number(i0, "i0"),
+            white=white,
+            scale=scale,
+            inverted=True if inverted else False if not_inverted else None,
+        )
+        found = reconstruct_files(
+            xrays,
+            geometry,
+            weights,
+            out,
+            samples,
+            consistency,
+            seed,
+            guidance,
+            refine,
+            **{name: value for name, value in told.items() if value is not None},
+        )
+        for note in found.notes:
+            print(f"note: {note}")
         for number, residual in enumerate(found.residual):
-            layer = "" if not found.residual_consistent else f", {found.residual_unconstrained[number]:.3f} without the data-consistency layer" if found.consistent else f", {found.residual_consistent[number]:.3f} with the data-consistency layer"
+            layer = (
+                ""
+                if not found.residual_consistent
+                else (
+                    f", {found.residual_unconstrained[number]:.3f} without the data-consistency"
+                    " layer"
+                    if found.consistent
+                    else (
+                        f", {found.residual_consistent[number]:.3f} with the data-consistency layer"
+                    )
+                )
+            )
             print(f"view {number}: residual {residual:.3f}{layer}")
-        if found.contradictions is None: print("the run does not say what residual noise explains, so contradictions are not judged")
-        if found.spread is not None: print(f"spread of {len(found.samples)} samples: {found.spread.hu.mean():.1f} HU on average ({found.spread_means})")
+        if found.contradictions is None:
+            print(
+                "the run does not say what residual noise explains, so contradictions are not"
+                " judged"
+            )
+        if found.spread is not None:
+            print(
+                f"spread of {len(found.samples)} samples: {found.spread.hu.mean():.1f} HU on"
+                f" average ({found.spread_means})"
+            )
         print(out)
 
 # %% ../nbs/02_console.ipynb #cell-009
@@ -107,89 +216,180 @@ def reconstruct(
 def evaluate(
     pred: Param("the reconstructed CT", str),
     truth: Param("the true CT", str),
-    labels: Param("label map on the truth's grid: errors are also given for each label", str) = None,
-    pred_labels: Param("the same labels found in the reconstruction: adds Dice and HD95", str) = None,
+    labels: Param(
+        "label map on the truth's grid: errors are also given for each label", str
+    ) = None,
+    pred_labels: Param(
+        "the same labels found in the reconstruction: adds Dice and HD95", str
+    ) = None,
     out: Param("also write everything to this JSON file", str) = None,
 ):
     """Compare two CTs, the metrics with their definitions.
 
-    The prediction is put onto the truth's voxels where their grids differ, and only the part that both cover is compared; both are said."""
+    The prediction is put onto the truth's voxels where their grids differ, and only the part that
+    both cover is compared; both are said.
+    """
     with _sentences("ct_nb_evaluate"):
         from ct_nb.files import write_json
         from ct_nb.learn.score import METRICS, evaluate_volumes
         from ct_nb.physics.readers import read_ct, read_labels, read_volume
+
         one, two = read_volume(pred), read_ct(truth)
-        maps = [None if path is None else read_labels(path, two.grid) for path in (labels, pred_labels)]
+        maps = [
+            None if path is None else read_labels(path, two.grid) for path in (labels, pred_labels)
+        ]
         found = evaluate_volumes(one, two, *maps)
-        for note in found["notes"]: print(f"note: {note}")
+        for note in found["notes"]:
+            print(f"note: {note}")
         for name, value in found["metrics"].items():
-            if math.isfinite(value): print(f"{METRICS[name].label:<22}{value:>9.3f} {METRICS[name].unit:<4} {METRICS[name].definition}")
-        for label, row in found["labels"].items(): print(f"label {label:<4} " + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            if math.isfinite(value):
+                print(
+                    f"{METRICS[name].label:<22}{value:>9.3f} {METRICS[name].unit:<4}"
+                    f" {METRICS[name].definition}"
+                )
+        for label, row in found["labels"].items():
+            print(
+                f"label {label:<4} "
+                + "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+            )
         if out is not None:
-            clean = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
-            write_json(out, {"metrics": {k: clean(v) for k, v in found["metrics"].items()}, "notes": found["notes"],
-                             "labels": {str(k): {n: clean(v) for n, v in row.items()} for k, row in found["labels"].items()}})
+
+            def clean(value):
+                return None if isinstance(value, float) and not math.isfinite(value) else value
+
+            write_json(
+                out,
+                {
+                    "metrics": {k: clean(v) for k, v in found["metrics"].items()},
+                    "notes": found["notes"],
+                    "labels": {
+                        str(k): {n: clean(v) for n, v in row.items()}
+                        for k, row in found["labels"].items()
+                    },
+                },
+            )
 
 # %% ../nbs/02_console.ipynb #cell-018
 @call_parse
 def thin(
     ct: Param("a CT in thick slices: NIfTI, NRRD, MHA, npz, a DICOM folder or a zip of one", str),
-    weights: Param("folder of a training run of system E (config.json and model.safetensors)", str, required=True) = None,
+    weights: Param(
+        "folder of a training run of system E (config.json and model.safetensors)",
+        str,
+        required=True,
+    ) = None,
     spacing: Param("mm between the thin slices", float) = 1.0,
     out: Param("the CT to write: .nii.gz, .nii, .nrrd, .mha or .npz", str) = "thin.nii.gz",
     series: Param("SeriesInstanceUID, where a DICOM folder or zip holds several", str) = None,
-    width: Param("mm, of the thick slices' profile; the DICOM header's thickness, else their spacing, where it is not given", float) = None,
+    width: Param(
+        "mm, of the thick slices' profile; the DICOM header's thickness, else their spacing, where"
+        " it is not given",
+        float,
+    ) = None,
     shape: Param("of the profile", str, choices=["rectangular", "gaussian"]) = "rectangular",
-    model: Param("what answers: the regressor, one draw, or the mean of draws; the regressor where the run has one", str, choices=["regressor", "sample", "mean"]) = None,
+    model: Param(
+        "what answers: the regressor, one draw, or the mean of draws; the regressor where the run"
+        " has one",
+        str,
+        choices=["regressor", "sample", "mean"],
+    ) = None,
     samples: Param("draws for the mean", int) = 8,
     steps: Param("of the sampler", int) = 20,
     seed: Param("of the draws", int) = 0,
     noise: Param("HU, of the thick slices: they are explained up to it", float) = 0.0,
-    memory: Param("GiB that the features of a portion may take; the slices themselves come on top", float) = 2.0,
-    convention: Param("thin slices fill the thick ones' length, or run from first to last centre", str, choices=["slabs", "centres"]) = "slabs",
+    memory: Param(
+        "GiB that the features of a portion may take; the slices themselves come on top", float
+    ) = 2.0,
+    convention: Param(
+        "thin slices fill the thick ones' length, or run from first to last centre",
+        str,
+        choices=["slabs", "centres"],
+    ) = "slabs",
     anyway: Param("go on where the slices are thicker than the model learnt from", bool) = False,
 ):
     """Make thin slices of a CT in thick ones.
 
-    Same pixels and frame; averaged over the profile, the thin slices are the thick ones that came in. Beside the CT, NAME_thinning.json says how it was made."""
+    Same pixels and frame; averaged over the profile, the thin slices are the thick ones that came
+    in. Beside the CT, NAME_thinning.json says how it was made.
+    """
     with _sentences("ct_nb_thin"):
         from ct_nb.learn.thin_scans import thin_file
-        found = thin_file(ct, out, weights, spacing, series, width, shape, model, samples, steps, seed, noise_hu=noise, convention=convention, memory_gib=memory, anyway=anyway)
-        for note in found.notes: print(f"note: {note}")
-        print(f"{found.thick_axis.count} slices {found.thick_axis.spacing_mm:g} mm apart → {found.thin_axis.count} {found.thin_axis.spacing_mm:g} mm apart; averaged again they miss the scan by at most {found.reaveraged_hu:.2f} HU")
+
+        found = thin_file(
+            ct,
+            out,
+            weights,
+            spacing,
+            series,
+            width,
+            shape,
+            model,
+            samples,
+            steps,
+            seed,
+            noise_hu=noise,
+            convention=convention,
+            memory_gib=memory,
+            anyway=anyway,
+        )
+        for note in found.notes:
+            print(f"note: {note}")
+        print(
+            f"{found.thick_axis.count} slices {found.thick_axis.spacing_mm:g} mm apart →"
+            f" {found.thin_axis.count} {found.thin_axis.spacing_mm:g} mm apart; averaged again they"
+            f" miss the scan by at most {found.reaveraged_hu:.2f} HU"
+        )
         print(out)
 
 # %% ../nbs/02_console.ipynb #cell-020
 @call_parse
 def embed(
     cts: Param("CTs, DICOM folders, or folders of these", str, nargs="+"),
-    weights: Param("folder of a training run of system B (config.json and model.safetensors)", str, required=True) = None,
+    weights: Param(
+        "folder of a training run of system B (config.json and model.safetensors)",
+        str,
+        required=True,
+    ) = None,
     out: Param("the table to write", str) = "embeddings.parquet",
 ):
-    """Turn CTs into vectors that can be searched by text: one for each scan, and one for each region of those with a label map in `labels` beside them.
+    """Turn CTs into vectors that can be searched by text: one for each scan, and one for each
+    region of those with a label map in `labels` beside them.
 
-    A scan that cannot be read is left out and named."""
+    A scan that cannot be read is left out and named.
+    """
     with _sentences("ct_nb_embed"):
         from ct_nb.learn.embeddings import check_index_name, embed_scans
+
         check_index_name(out)
         index, skipped, notes = embed_scans(cts, weights)
         index.save(out)
-        for note in notes: print(f"note: {note}")
-        for file, reason in skipped: print(f"left out: {reason if file in reason else f'{file}: {reason}'}")
+        for note in notes:
+            print(f"note: {note}")
+        for file, reason in skipped:
+            print(f"left out: {reason if file in reason else f'{file}: {reason}'}")
         print(f"{len(set(index.files))} scans, {len(index)} vectors\n{out}")
+
 
 @call_parse
 def retrieve(
     text: Param("what to look for, such as 'consolidation in the left lower lobe'", str),
     index: Param("what ct_nb_embed wrote", str, required=True) = None,
     weights: Param("folder of the run that made it, where it is not where it was", str) = None,
-    about: Param("'scan' or the name of a region; the places that the text names unless given", str) = None,
+    about: Param(
+        "'scan' or the name of a region; the places that the text names unless given", str
+    ) = None,
     top: Param("how many scans", int) = 10,
 ):
     "Find the scans nearest to a sentence: cosine, scan, what answered, file; the nearest first."
     with _sentences("ct_nb_retrieve"):
         from ct_nb.learn.embeddings import open_index, places_asked, search_scans
+
         rows, model = open_index(index, weights)
         wanted = places_asked(text, rows, about)
-        for hit in search_scans(text, rows, model, top, about): print(f"{hit.score:+.3f}  {hit.scan}  ({hit.about})  {hit.file}")
-        if lacking := rows.lacking(wanted): print(f"note: {lacking} of {len(set(rows.files))} scans have no row about {' or '.join(wanted)} and were not asked; --about scan asks all")
+        for hit in search_scans(text, rows, model, top, about):
+            print(f"{hit.score:+.3f}  {hit.scan}  ({hit.about})  {hit.file}")
+        if lacking := rows.lacking(wanted):
+            print(
+                f"note: {lacking} of {len(set(rows.files))} scans have no row about"
+                f" {' or '.join(wanted)} and were not asked; --about scan asks all"
+            )

@@ -9,7 +9,7 @@ __all__ = ['atomic_write', 'write_json', 'project_path']
 import json
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,43 +20,63 @@ import torch
 def atomic_write(
     path,  # the file to be made or replaced
 ):
-    "A temporary path beside `path` that takes its name when the block ends well; after an error nothing is left and the old file stands."
+    """A temporary path beside `path` that takes its name when the block ends well; after an error
+    nothing is left and the old file stands.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=f".{path.name}", dir=path.parent)  # writers choose a format by the ending
+        # writers choose a format by the ending
+        handle, name = tempfile.mkstemp(prefix=".", suffix=f".{path.name}", dir=path.parent)
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror}); choose a folder that is yours and has room.") from None
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror}); choose a folder that is yours and has"
+            " room."
+        ) from None
     os.close(handle)
     try:
         yield Path(name)
-        with open(name, "rb") as written: os.fsync(written.fileno())
+        with open(name, "rb") as written:
+            os.fsync(written.fileno())
         os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(name, path)
     except OSError as error:
-        if error.errno is None: raise
-        raise OSError(f"{path}: could not be written ({error.strerror}); choose a folder that has room (a file that was there before is untouched).") from error
+        if error.errno is None:
+            raise
+        raise OSError(
+            f"{path}: could not be written ({error.strerror}); choose a folder that has room (a"
+            " file that was there before is untouched)."
+        ) from error
     finally:
         Path(name).unlink(missing_ok=True)
 
 # %% ../nbs/00_files.ipynb #cell-005
 def _plain(value):
-    if isinstance(value, np.generic): return value.item()
-    if isinstance(value, (np.ndarray, torch.Tensor)): return value.tolist()
-    if isinstance(value, Path): return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
 
 def write_json(path, value) -> None:
     "Write strict JSON (no NaN) atomically."
     text = json.dumps(value, indent=2, default=_plain, allow_nan=False)
-    with atomic_write(path) as temporary: temporary.write_text(text + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 # %% ../nbs/00_files.ipynb #cell-010
 def project_path(path) -> Path:
-    "An absolute path: relative ones begin at the top of a ct_nb checkout (where settings.ini is) when the working folder lies in one, else at the working folder."
+    """An absolute path: relative ones begin at the top of a ct_nb checkout (where settings.ini is)
+    when the working folder lies in one, else at the working folder.
+    """
     path, here = Path(path).expanduser(), Path.cwd()
-    if path.is_absolute(): return path
+    if path.is_absolute():
+        return path
     for folder in (here, *here.parents):
         settings = folder / "settings.ini"
-        if settings.is_file() and "lib_name = ct_nb" in settings.read_text(encoding="utf-8"): return (folder / path).resolve()
+        if settings.is_file() and "lib_name = ct_nb" in settings.read_text(encoding="utf-8"):
+            return (folder / path).resolve()
     return (here / path).resolve()

@@ -11,19 +11,32 @@ from typing import get_args, get_origin, get_type_hints
 
 # %% ../nbs/03_settings.ipynb #cell-004
 class Settings:
-    "A base for dataclasses that are stored: `to_dict` gives what JSON can hold, `from_dict` the same object; ValueError that names a setting it does not know."
-    def to_dict(self) -> dict: return asdict(self)
+    """A base for dataclasses that are stored: `to_dict` gives what JSON can hold, `from_dict` the
+    same object; ValueError that names a setting it does not know.
+    """
+
+    def to_dict(self) -> dict:
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict):
         unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown: raise ValueError(f"{cls.__name__}: unknown settings {', '.join(sorted(unknown))}; the file was written by another version")
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__}: unknown settings {', '.join(sorted(unknown))}; the file was"
+                " written by another version"
+            )
         types = get_type_hints(cls)
         return cls(**{name: _restored(types[name], value) for name, value in values.items()})
+
 
 def _restored(kind, value):
     "A value from JSON as the type of its field says."
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         inner = get_args(kind)[0]
         return tuple(_restored(inner, one) for one in value)
-    return kind.from_dict(value) if isinstance(kind, type) and issubclass(kind, Settings) and isinstance(value, dict) else value
+    return (
+        kind.from_dict(value)
+        if isinstance(kind, type) and issubclass(kind, Settings) and isinstance(value, dict)
+        else value
+    )

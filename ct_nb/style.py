@@ -9,8 +9,13 @@ __all__ = ['INK', 'MUTED', 'FAINT', 'MODEL', 'FLOOR', 'TRUTH', 'SERIES', 'style'
 from contextlib import contextmanager
 
 # %% ../nbs/01_style.ipynb #cell-005
-INK, MUTED, FAINT = "#22272e", "#7a828e", "#dfe3e8"
-MODEL, FLOOR, TRUTH = "#D55E00", "#0072B2", "#009E73"  # what is judged, what it must clear, what is so
+INK = "#22272e"
+MUTED = "#7a828e"
+FAINT = "#dfe3e8"
+# what is judged, what it must clear, what is so
+MODEL = "#D55E00"
+FLOOR = "#0072B2"
+TRUTH = "#009E73"
 SERIES = (FLOOR, MODEL, TRUTH, "#E69F00", "#CC79A7", "#56B4E9")
 
 # %% ../nbs/01_style.ipynb #cell-010
@@ -18,11 +23,39 @@ SERIES = (FLOOR, MODEL, TRUTH, "#E69F00", "#CC79A7", "#56B4E9")
 def style():
     "matplotlib settings of this library's figures, for the length of a `with` block."
     import matplotlib.pyplot as plt
-    with plt.rc_context({
-        "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8.5, "legend.fontsize": 8.5,
-        "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
-        "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
-        "axes.grid": False, "grid.color": FAINT, "grid.linewidth": 0.8, "legend.frameon": False, "lines.linewidth": 1.6,
-        "axes.prop_cycle": plt.cycler(color=SERIES), "image.cmap": "gray", "image.interpolation": "nearest",
-        "figure.facecolor": "white", "savefig.facecolor": "white", "figure.dpi": 75, "savefig.dpi": 150, "figure.constrained_layout.use": True}):
+
+    with plt.rc_context(
+        {
+            "font.size": 9,
+            "axes.titlesize": 9.5,
+            "axes.labelsize": 9,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8.5,
+            "legend.fontsize": 8.5,
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "axes.titlecolor": INK,
+            "axes.edgecolor": MUTED,
+            "xtick.color": MUTED,
+            "ytick.color": MUTED,
+            "xtick.labelcolor": INK,
+            "ytick.labelcolor": INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.linewidth": 0.8,
+            "axes.grid": False,
+            "grid.color": FAINT,
+            "grid.linewidth": 0.8,
+            "legend.frameon": False,
+            "lines.linewidth": 1.6,
+            "axes.prop_cycle": plt.cycler(color=SERIES),
+            "image.cmap": "gray",
+            "image.interpolation": "nearest",
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "figure.dpi": 75,
+            "savefig.dpi": 150,
+            "figure.constrained_layout.use": True,
+        }
+    ):
         yield

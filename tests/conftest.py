@@ -7,11 +7,14 @@ import pytest
 os.environ.setdefault("MPLBACKEND", "agg")
 sys.path.insert(0, str(Path(__file__).parent))  # tests share helpers as plain modules
 
-REAL_CT = Path(os.environ.get("CT_NB_REAL_CT", Path(__file__).resolve().parents[2] / "shared" / "ct"))
+REAL_CT = Path(
+    os.environ.get("CT_NB_REAL_CT", Path(__file__).resolve().parents[2] / "shared" / "ct")
+)
 
 
 @pytest.fixture(scope="session")
 def real_ct() -> Path:
     "The folder of real CT, or a skip with its reason."
-    if not REAL_CT.is_dir(): pytest.skip("no real CT here; set CT_NB_REAL_CT to a folder of CT volumes")
+    if not REAL_CT.is_dir():
+        pytest.skip("no real CT here; set CT_NB_REAL_CT to a folder of CT volumes")
     return REAL_CT

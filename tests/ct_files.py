@@ -1,4 +1,5 @@
 "Made-up scans and hand-written DICOM for the tests of reading and writing."
+
 import io
 import zipfile
 from pathlib import Path
@@ -18,78 +19,137 @@ def body(shape=(12, 32, 40), seed=0) -> np.ndarray:
     hu[x**2 + (y - 0.45) ** 2 < 0.12**2] = 400
     return np.round(hu + np.random.default_rng(seed).normal(0, 8, shape)).clip(-1024)
 
+
 def affine_of(spacing=(2.0, 2.0, 3.0), origin=(-40.0, -30.0, 100.0)) -> np.ndarray:
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = origin
     return affine
 
-def dicom_slice(stored, position, orientation=ORIENTATION, slope=1.0, intercept=-1024.0, spacing=(2.0, 2.0), series="1.2.3", signed=False, **tags) -> pydicom.Dataset:
+
+def dicom_slice(
+    stored,
+    position,
+    orientation=ORIENTATION,
+    slope=1.0,
+    intercept=-1024.0,
+    spacing=(2.0, 2.0),
+    series="1.2.3",
+    signed=False,
+    **tags,
+) -> pydicom.Dataset:
     "One CT slice of stored values (R, C) in 16 bits; `tags` replace, a tag of None is left out."
     d = pydicom.Dataset()
     d.file_meta = pydicom.dataset.FileMetaDataset()
     d.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    d.SOPClassUID, d.SOPInstanceUID, d.SeriesInstanceUID = pydicom.uid.CTImageStorage, pydicom.uid.generate_uid(), series
-    d.Modality, d.PhotometricInterpretation, d.SamplesPerPixel = "CT", "MONOCHROME2", 1
+    d.SOPClassUID = pydicom.uid.CTImageStorage
+    d.SOPInstanceUID = pydicom.uid.generate_uid()
+    d.SeriesInstanceUID = series
+    d.Modality = "CT"
+    d.PhotometricInterpretation = "MONOCHROME2"
+    d.SamplesPerPixel = 1
     d.Rows, d.Columns = stored.shape
     d.PixelSpacing, d.SliceThickness = list(spacing), 7.5
-    d.ImagePositionPatient, d.ImageOrientationPatient = [float(v) for v in position], [float(v) for v in orientation]
+    d.ImagePositionPatient = [float(v) for v in position]
+    d.ImageOrientationPatient = [float(v) for v in orientation]
     d.RescaleSlope, d.RescaleIntercept = slope, intercept
-    d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 16, 16, 15, int(signed)
+    d.BitsAllocated = 16
+    d.BitsStored = 16
+    d.HighBit = 15
+    d.PixelRepresentation = int(signed)
     assert stored.min() >= (-32768 if signed else 0) and stored.max() < (32768 if signed else 65536)
     d.PixelData = np.round(stored).astype(np.int16 if signed else np.uint16).tobytes()
     for name, value in tags.items():
-        if value is None: delattr(d, name)
-        else: setattr(d, name, value)
+        if value is None:
+            delattr(d, name)
+        else:
+            setattr(d, name, value)
     return d
 
-def write_series(folder, hu, z_mm=None, names=None, intercept=-1024.0, slope=1.0, **tags) -> list[Path]:
-    "`hu` (D, H, W) as an axial series at heights `z_mm` (default 3 mm apart from 100); returns the files, in order of z."
+
+def write_series(
+    folder, hu, z_mm=None, names=None, intercept=-1024.0, slope=1.0, **tags
+) -> list[Path]:
+    """`hu` (D, H, W) as an axial series at heights `z_mm` (default 3 mm apart from 100); returns
+    the files, in order of z.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     z_mm = 100 + 3.0 * np.arange(len(hu)) if z_mm is None else z_mm
     files = [folder / (names[k] if names else f"{k:03d}.dcm") for k in range(len(hu))]
     for k, file in enumerate(files):
-        dicom_slice((hu[k] - intercept) / slope, (-40, -30, z_mm[k]), intercept=intercept, slope=slope, **tags).save_as(file, enforce_file_format=True)
+        dicom_slice(
+            (hu[k] - intercept) / slope,
+            (-40, -30, z_mm[k]),
+            intercept=intercept,
+            slope=slope,
+            **tags,
+        ).save_as(file, enforce_file_format=True)
     return files
+
 
 def series_members(hu, first, spacing, uid, folder, **tags) -> list[tuple[str, bytes]]:
     "Slices of a series as files of a zip, out of order."
     members = []
     for k in np.random.default_rng(0).permutation(len(hu)):
-        d = dicom_slice(np.rint(hu[k]) + 1024, (-40, -30, first + spacing * k), series=uid, **{"SliceThickness": spacing} | tags)
+        d = dicom_slice(
+            np.rint(hu[k]) + 1024,
+            (-40, -30, first + spacing * k),
+            series=uid,
+            **{"SliceThickness": spacing} | tags,
+        )
         buffer = io.BytesIO()
         d.save_as(buffer, enforce_file_format=True)
         members.append((f"{folder}/IM{k:04d}", buffer.getvalue()))
     return members
 
+
 def pair_members(thin, **tags) -> list[tuple[str, bytes]]:
-    "A PE archive's zip: `thin` (D, H, W) 1 mm apart as series 1.2.2, and the means of every five of them as series 1.2.1."
-    return series_members(thin.reshape(-1, 5, *thin.shape[1:]).mean(1), 2.0, 5.0, "1.2.1", "1", **tags) + series_members(thin, 0.0, 1.0, "1.2.2", "2", **tags)
+    """A PE archive's zip: `thin` (D, H, W) 1 mm apart as series 1.2.2, and the means of every five
+    of them as series 1.2.1.
+    """
+    return series_members(
+        thin.reshape(-1, 5, *thin.shape[1:]).mean(1), 2.0, 5.0, "1.2.1", "1", **tags
+    ) + series_members(thin, 0.0, 1.0, "1.2.2", "2", **tags)
+
 
 def zipped(path, members) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members: archive.writestr(name, content)
+        for name, content in members:
+            archive.writestr(name, content)
     return path
+
 
 def change(file, **tags) -> None:
     "Set tags of a DICOM file; None removes one."
     d = pydicom.dcmread(file)
     for name, value in tags.items():
-        if value is None: delattr(d, name)
-        else: setattr(d, name, value)
+        if value is None:
+            delattr(d, name)
+        else:
+            setattr(d, name, value)
     d.save_as(file, enforce_file_format=True)
 
+
 def write_stored(path, stored, affine, slope=1.0, intercept=0.0) -> None:
-    "Whole numbers (D, H, W) as a NIfTI of 16 bits whose header scales them, on an affine in LPS mm."
+    """Whole numbers (D, H, W) as a NIfTI of 16 bits whose header scales them, on an affine in LPS
+    mm.
+    """
     import nibabel
-    image = nibabel.Nifti1Image(np.round(stored).astype(np.int16).transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
+
+    image = nibabel.Nifti1Image(
+        np.round(stored).astype(np.int16).transpose(2, 1, 0),
+        np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine,
+    )
     image.header.set_slope_inter(slope, intercept)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(image, path)
 
+
 def write_table(path, columns, *rows) -> Path:
     import csv
+
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file: csv.writer(file).writerows([columns, *rows])
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
     return Path(path)

@@ -2,6 +2,7 @@
 
 settings.ini pins what ct_nb asks for by name; the lock pins what those ask for in turn. `pip install -c requirements.lock -e '.[dev]'` installs exactly these.
 """
+
 import shlex
 import sys
 from configparser import ConfigParser
@@ -23,7 +24,11 @@ def asked(root: Path = ROOT) -> list[Requirement]:
     "What settings.ini asks for, for use and for development."
     settings = ConfigParser(delimiters=["="])
     settings.read(root / "settings.ini", encoding="utf-8")
-    return [Requirement(word) for key in ("requirements", "dev_requirements") for word in shlex.split(settings["DEFAULT"][key])]
+    return [
+        Requirement(word)
+        for key in ("requirements", "dev_requirements")
+        for word in shlex.split(settings["DEFAULT"][key])
+    ]
 
 
 def locked(text: str) -> dict[str, str]:
@@ -33,23 +38,34 @@ def locked(text: str) -> dict[str, str]:
 
 def version(name: str) -> str | None:
     "Installed version without the mark of a build, as in 2.13.0+cpu; None where there is none."
-    try: return distribution(name).version.split("+")[0]
-    except PackageNotFoundError: return None
+    try:
+        return distribution(name).version.split("+")[0]
+    except PackageNotFoundError:
+        return None
 
 
 def needed(name: str, extras: frozenset = frozenset()) -> list[Requirement]:
     "What an installed package asks for here."
     found = [Requirement(line) for line in distribution(name).requires or []]
-    return [r for r in found if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in (extras or {""}))]
+    return [
+        r
+        for r in found
+        if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras or {""})
+    ]
 
 
 def closure() -> dict[str, str]:
     "Everything that settings.ini's packages lead to in the running environment."
-    open_, found, seen = [r for r in asked() if r.marker is None or r.marker.evaluate()], {}, set()
+    open_ = [r for r in asked() if r.marker is None or r.marker.evaluate()]
+    found = {}
+    seen = set()
     while open_:
         request = open_.pop()
-        name, extras = canonicalize_name(request.name), frozenset(request.extras)
-        if (name, extras) in seen or (installed := version(name)) is None: continue  # optional on this platform
+        name = canonicalize_name(request.name)
+        extras = frozenset(request.extras)
+        # optional on this platform
+        if (name, extras) in seen or (installed := version(name)) is None:
+            continue
         seen.add((name, extras))
         found[name] = installed
         open_ += needed(name, extras) + (needed(name) if extras else [])
@@ -57,22 +73,39 @@ def closure() -> dict[str, str]:
 
 
 def faults(requests: list[Requirement], lock: dict[str, str]) -> list[str]:
-    "Where settings.ini and the lock disagree, and what installed packages of the lock's versions ask for that it does not have or does not satisfy."
+    """Where settings.ini and the lock disagree, and what installed packages of the lock's versions
+    ask for that it does not have or does not satisfy.
+    """
     found = []
     for request in requests:
         name = canonicalize_name(request.name)
-        if name not in lock: found.append(f"requirements.lock has no {name}, which settings.ini asks for")
-        elif not request.specifier.contains(lock[name]): found.append(f"requirements.lock has {name}=={lock[name]}, settings.ini asks for {request.specifier}")
+        if name not in lock:
+            found.append(f"requirements.lock has no {name}, which settings.ini asks for")
+        elif not request.specifier.contains(lock[name]):
+            found.append(
+                f"requirements.lock has {name}=={lock[name]}, settings.ini asks for"
+                f" {request.specifier}"
+            )
     for name in lock:
-        if version(name) != lock[name]: continue  # another environment than the lock's
+        if version(name) != lock[name]:
+            continue  # another environment than the lock's
         for request in needed(name):
             other = canonicalize_name(request.name)
-            if other not in lock and version(other) is not None: found.append(f"requirements.lock has no {other}, which {name} asks for")
-            elif other in lock and not request.specifier.contains(lock[other], prereleases=True): found.append(f"requirements.lock has {other}=={lock[other]}, {name} asks for {request.specifier}")
+            if other not in lock and version(other) is not None:
+                found.append(f"requirements.lock has no {other}, which {name} asks for")
+            elif other in lock and not request.specifier.contains(lock[other], prereleases=True):
+                found.append(
+                    f"requirements.lock has {other}=={lock[other]}, {name} asks for"
+                    f" {request.specifier}"
+                )
     return found
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv[1:]: LOCK.write_text(HEAD + "".join(f"{name}=={number}\n" for name, number in closure().items()), encoding="utf-8")
+    if "--write" in sys.argv[1:]:
+        LOCK.write_text(
+            HEAD + "".join(f"{name}=={number}\n" for name, number in closure().items()),
+            encoding="utf-8",
+        )
     wrong = faults(asked(), locked(LOCK.read_text(encoding="utf-8")))
     sys.exit("\n".join(wrong) or None)

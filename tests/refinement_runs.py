@@ -1,4 +1,5 @@
 """What tests of the refiner share: a tiny system A on disk, and one cache of phantoms for all of them."""
+
 from dataclasses import replace
 from functools import lru_cache
 
@@ -22,15 +23,31 @@ def cache(tmp_path_factory):
 
 
 @lru_cache
-def volumes(count=6, size=16): return torch.stack([phantoms(count, size)[i].volume.tensor().float() for i in range(count)])
+def volumes(count=6, size=16):
+    return torch.stack([phantoms(count, size)[i].volume.tensor().float() for i in range(count)])
 
 
 def save_coarse(folder, training=None, **changes):
     "What a smoke run of system A leaves, with the linear prior fitted and the network as it began."
-    run = DRR2CTRun("smoke", "phantom", folder, settings=replace(get_preset("smoke"), network=NETWORK)).open()
+    run = DRR2CTRun(
+        "smoke", "phantom", folder, settings=replace(get_preset("smoke"), network=NETWORK)
+    ).open()
     torch.manual_seed(0)
     model = DRR2CT(NETWORK)
     model.prior.fit(volumes())
-    save_weights(folder, model, {"system": "drr2ct", "network": NETWORK.to_dict(), "preset": "smoke", "data": "phantom", "seed": 0, "settings": {"phantoms": 12, "validation_phantoms": 2},
-                                 "training": {"cases": run.fitted.ids if training is None else training}, "validation": {"cases": run.validation.ids}, **changes})
+    save_weights(
+        folder,
+        model,
+        {
+            "system": "drr2ct",
+            "network": NETWORK.to_dict(),
+            "preset": "smoke",
+            "data": "phantom",
+            "seed": 0,
+            "settings": {"phantoms": 12, "validation_phantoms": 2},
+            "training": {"cases": run.fitted.ids if training is None else training},
+            "validation": {"cases": run.validation.ids},
+            **changes,
+        },
+    )
     return run

@@ -7,9 +7,29 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ct_nb.learn.train_cascade import CASCADE_PRESETS, V_LEARNING_RATE, CascadeRun, Sampler, checklist, load_cascade
+from ct_nb.learn.train_cascade import (
+    CASCADE_PRESETS,
+    V_LEARNING_RATE,
+    CascadeRun,
+    Sampler,
+    checklist,
+    load_cascade,
+)
 from ct_nb.learn.trainer import TrainingStopped
-from ct_nb.nets.cascade import SMALLEST_SCALE, Cascade, CascadeConfig, CascadeStage, ErrorScale, StageConfig, blended, patch_starts, patch_weights, physics_error, resized, roughness
+from ct_nb.nets.cascade import (
+    SMALLEST_SCALE,
+    Cascade,
+    CascadeConfig,
+    CascadeStage,
+    ErrorScale,
+    StageConfig,
+    blended,
+    patch_starts,
+    patch_weights,
+    physics_error,
+    resized,
+    roughness,
+)
 from ct_nb.nets.denoiser import DenoiserConfig
 from ct_nb.nets.diffusion import DiffusionConfig
 from ct_nb.physics.geometry import ConeBeam
@@ -17,47 +37,81 @@ from ct_nb.physics.phantom import phantom
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
 
-STAGE = StageConfig(DenoiserConfig.preset("smoke", 16, condition_channels=2), DiffusionConfig(steps=20))
+STAGE = StageConfig(
+    DenoiserConfig.preset("smoke", 16, condition_channels=2), DiffusionConfig(steps=20)
+)
 
 
 def scene(seeds=(1, 2), size=16):
     hu = torch.stack([phantom(seed, size).volume.tensor() for seed in seeds])
-    geometry = ConeBeam.stack([ConeBeam.biplanar(grid=Grid.cube(size), detector_shape=(32, 32), pixel_mm=16.0)] * len(hu)).to(torch.float32)
+    geometry = ConeBeam.stack(
+        [ConeBeam.biplanar(grid=Grid.cube(size), detector_shape=(32, 32), pixel_mm=16.0)] * len(hu)
+    ).to(torch.float32)
     return hu, project(hu_to_mu(hu), geometry), geometry
 
 
 @pytest.fixture(scope="module")
 def cascade():
     torch.manual_seed(0)
-    found = Cascade(CascadeConfig((STAGE, replace(STAGE, network=DenoiserConfig.preset("smoke", 32, condition_channels=2), coarse_noise=0.1)), "prior", {"size": 16, "modes": 4})).eval()
-    found.start.prior.fit(torch.stack([phantom(seed, 16).volume.tensor() for seed in range(10, 16)]))
+    found = Cascade(
+        CascadeConfig(
+            (
+                STAGE,
+                replace(
+                    STAGE,
+                    network=DenoiserConfig.preset("smoke", 32, condition_channels=2),
+                    coarse_noise=0.1,
+                ),
+            ),
+            "prior",
+            {"size": 16, "modes": 4},
+        )
+    ).eval()
+    found.start.prior.fit(
+        torch.stack([phantom(seed, 16).volume.tensor() for seed in range(10, 16)])
+    )
     return found
 
 
-def seeded(seed=0): return torch.Generator().manual_seed(seed)
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 # the defects
 
-def soft_tissue_share(window): return 400 / WINDOWS[window].width_hu
+
+def soft_tissue_share(window):
+    return 400 / WINDOWS[window].width_hu
 
 
 def test_defect_04_the_window_leaves_room_for_soft_tissue_and_is_stored(tmp_path):
     for preset in CASCADE_PRESETS.values():
         for stage in preset.stages:
             assert soft_tissue_share(stage.window) > 0.15
-            assert StageConfig.from_dict(json.loads(json.dumps(stage.to_dict()))).window == stage.window
+            assert (
+                StageConfig.from_dict(json.loads(json.dumps(stage.to_dict()))).window
+                == stage.window
+            )
     assert soft_tissue_share("full") < 0.1  # the window that lost it
-    low, high = (float(CascadeStage(STAGE).to_range(torch.full((1, 2, 2, 2), hu)).mean()) for hu in (-160.0, 240.0))
+    low, high = (
+        float(CascadeStage(STAGE).to_range(torch.full((1, 2, 2, 2), hu)).mean())
+        for hu in (-160.0, 240.0)
+    )
     assert high - low > 0.3
 
 
 def per_image(error):
     "The wrong formula: every image is scaled to its own range first."
+
     def scaled(hu, xrays, geometry, energy_kev=60.0):
         found = project(hu_to_mu(hu, energy_kev), geometry)
-        to_range = lambda t: (t - t.amin((-2, -1), keepdim=True)) / (t.amax((-2, -1), keepdim=True) - t.amin((-2, -1), keepdim=True))
-        return (to_range(found) - to_range(xrays)).flatten(1).norm(dim=1) / to_range(xrays).flatten(1).norm(dim=1)
+        to_range = lambda t: (t - t.amin((-2, -1), keepdim=True)) / (
+            t.amax((-2, -1), keepdim=True) - t.amin((-2, -1), keepdim=True)
+        )
+        return (to_range(found) - to_range(xrays)).flatten(1).norm(dim=1) / to_range(xrays).flatten(
+            1
+        ).norm(dim=1)
+
     return scaled
 
 
@@ -66,17 +120,26 @@ def test_defect_05_the_physics_loss_sees_scale_and_is_off_in_the_coarse_stage():
     denser = 1.5 * (hu + 1000) - 1000
     assert physics_error(hu, xrays, geometry).max() < 1e-5
     assert torch.allclose(physics_error(denser, xrays, geometry), torch.tensor(0.5), atol=0.01)
-    assert per_image(physics_error)(denser, xrays, geometry).max() < 0.01  # blind to half as much again
+    # blind to half as much again
+    assert per_image(physics_error)(denser, xrays, geometry).max() < 0.01
     for preset in CASCADE_PRESETS.values():
-        assert preset.stages[0].physics_weight == 0 and all(stage.physics_weight > 0 for stage in preset.stages[1:])
+        assert preset.stages[0].physics_weight == 0 and all(
+            stage.physics_weight > 0 for stage in preset.stages[1:]
+        )
     stage = CascadeStage(replace(STAGE, physics_weight=1.0))
-    assert "physics" in stage.loss(hu, xrays, geometry, resized(hu, 8), seeded())[1] and "physics" not in CascadeStage(STAGE).loss(hu, xrays, geometry, resized(hu, 8), seeded())[1]
+    assert (
+        "physics" in stage.loss(hu, xrays, geometry, resized(hu, 8), seeded())[1]
+        and "physics"
+        not in CascadeStage(STAGE).loss(hu, xrays, geometry, resized(hu, 8), seeded())[1]
+    )
 
 
 def test_defect_07_the_learning_rate_of_v_prediction():
     assert V_LEARNING_RATE == 5e-5
     for name in ("gpu", "paper"):
-        assert CASCADE_PRESETS[name].trainer.learning_rate == V_LEARNING_RATE and {stage.diffusion.prediction for stage in CASCADE_PRESETS[name].stages} == {"v"}
+        assert CASCADE_PRESETS[name].trainer.learning_rate == V_LEARNING_RATE and {
+            stage.diffusion.prediction for stage in CASCADE_PRESETS[name].stages
+        } == {"v"}
 
 
 def test_defect_09_beer_lambert():
@@ -84,14 +147,23 @@ def test_defect_09_beer_lambert():
     mu = hu_to_mu(hu)
     front, back = mu.clone(), mu.clone()
     front[:, :, 8:], back[:, :, :8] = 0, 0
-    whole, parts = project(mu, geometry), (project(front, geometry), project(back, geometry))
-    assert torch.allclose(torch.exp(-whole), torch.exp(-parts[0]) * torch.exp(-parts[1]), atol=1e-5)  # what is behind one another multiplies
-    assert not torch.allclose(torch.exp(-whole), torch.exp(-parts[0]) + torch.exp(-parts[1]), atol=0.1)  # the sum of exponentials
+    whole = project(mu, geometry)
+    parts = (project(front, geometry), project(back, geometry))
+    # what is behind one another multiplies
+    assert torch.allclose(torch.exp(-whole), torch.exp(-parts[0]) * torch.exp(-parts[1]), atol=1e-5)
+    # the sum of exponentials
+    assert not torch.allclose(
+        torch.exp(-whole), torch.exp(-parts[0]) + torch.exp(-parts[1]), atol=0.1
+    )
 
 
 def test_defect_10_the_lateral_view_has_its_own_angle():
-    geometry = ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(32, 32), pixel_mm=16.0).to(torch.float32)
-    assert abs(float(geometry.azimuth_deg[1] - geometry.azimuth_deg[0])) == pytest.approx(90, abs=1e-3)
+    geometry = ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(32, 32), pixel_mm=16.0).to(
+        torch.float32
+    )
+    assert abs(float(geometry.azimuth_deg[1] - geometry.azimuth_deg[0])) == pytest.approx(
+        90, abs=1e-3
+    )
     box = torch.zeros(16, 16, 16)
     box[6:10, 7:9, 2:14] = 0.02  # broad from the front, narrow from the side
     frontal, lateral = project(box, geometry)
@@ -103,23 +175,37 @@ def test_defect_10_the_lateral_view_has_its_own_angle():
 
 # patches
 
+
 def test_patches_cover_and_their_weights_sum_to_one():
-    for size, patch, overlap, halo in ((40, 16, 8, 2), (64, 64, 16, 2), (37, 20, 6, 0), (256, 64, 16, 2)):
+    for size, patch, overlap, halo in (
+        (40, 16, 8, 2),
+        (64, 64, 16, 2),
+        (37, 20, 6, 0),
+        (256, 64, 16, 2),
+    ):
         starts = patch_starts(size, patch, overlap)
         total = torch.zeros(size)
-        for start, weight in zip(starts, patch_weights(size, starts, patch, overlap, halo)): total[start:start + patch] += weight
-        assert torch.allclose(total, torch.ones(size), atol=1e-6) and starts[0] == 0 and starts[-1] + patch == size
+        for start, weight in zip(starts, patch_weights(size, starts, patch, overlap, halo)):
+            total[start : start + patch] += weight
+        assert (
+            torch.allclose(total, torch.ones(size), atol=1e-6)
+            and starts[0] == 0
+            and starts[-1] + patch == size
+        )
         assert all(b + overlap <= a + patch for a, b in zip(starts, starts[1:]))
 
 
 def test_blended_is_whole_for_a_convolution_and_only_with_the_halo():
     torch.manual_seed(0)
-    layer, x = torch.nn.Conv3d(1, 1, 5, padding=2).requires_grad_(False), torch.randn(1, 1, 24, 24, 24)
-    cut = lambda z, y, w, n: layer(x[..., z:z + n, y:y + n, w:w + n])
+    layer = torch.nn.Conv3d(1, 1, 5, padding=2).requires_grad_(False)
+    x = torch.randn(1, 1, 24, 24, 24)
+    cut = lambda z, y, w, n: layer(x[..., z : z + n, y : y + n, w : w + n])
     assert torch.allclose(blended(cut, 24, 12, 6, 2), layer(x), atol=1e-6)
     assert not torch.allclose(blended(cut, 24, 12, 6, 0), layer(x), atol=1e-3)
-    with pytest.raises(ValueError, match="halo: must be below half the overlap"): blended(cut, 24, 12, 6, 3)
-    with pytest.raises(ValueError, match="patch, overlap: need"): blended(cut, 24, 12, 8)
+    with pytest.raises(ValueError, match="halo: must be below half the overlap"):
+        blended(cut, 24, 12, 6, 3)
+    with pytest.raises(ValueError, match="patch, overlap: need"):
+        blended(cut, 24, 12, 8)
 
 
 def test_a_stage_of_patches_trains_and_samples():
@@ -128,13 +214,15 @@ def test_a_stage_of_patches_trains_and_samples():
     hu, xrays, geometry = scene((1,))
     losses = [stage.loss(hu, xrays, geometry, resized(hu, 8), seeded(n)) for n in range(3)]
     sum(loss for loss, _ in losses).backward()
-    assert max(figures["physics"] for _, figures in losses) > 0  # at a step of pure noise it counts nothing
+    # at a step of pure noise it counts nothing
+    assert max(figures["physics"] for _, figures in losses) > 0
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in stage.network.parameters())
     found = stage.eval().sample(resized(hu, 8), xrays, geometry, steps=2, generator=seeded())
     assert found.shape == hu.shape and torch.isfinite(found).all()
 
 
 # stages and the cascade
+
 
 def test_an_untrained_stage_returns_its_coarse_volume_when_guessing_at_once():
     hu, xrays, geometry = scene()
@@ -143,10 +231,14 @@ def test_an_untrained_stage_returns_its_coarse_volume_when_guessing_at_once():
 
 
 def test_the_coarse_noise_is_told_and_part_of_the_task():
-    stage, (hu, xrays, geometry) = CascadeStage(replace(STAGE, coarse_noise=0.2)), scene()
+    stage = CascadeStage(replace(STAGE, coarse_noise=0.2))
+    hu, xrays, geometry = scene()
     level = torch.tensor([0.0, 0.2])
-    clean, noisy = stage._coarse(hu, torch.zeros(2)), stage._coarse(hu, level, seeded())
-    assert torch.equal(clean[0], noisy[0]) and (noisy[1] - clean[1]).std().item() == pytest.approx(0.2, rel=0.05)
+    clean = stage._coarse(hu, torch.zeros(2))
+    noisy = stage._coarse(hu, level, seeded())
+    assert torch.equal(clean[0], noisy[0]) and (noisy[1] - clean[1]).std().item() == pytest.approx(
+        0.2, rel=0.05
+    )
     told = stage._told(xrays, geometry, noisy, level)
     assert torch.equal(told.extra[:, 1].amax((1, 2, 3)), level)
 
@@ -160,15 +252,28 @@ def test_the_same_seed_gives_the_same_sample_and_another_seed_another(cascade):
 
 def test_exact_guidance_agrees_with_the_xrays(cascade):
     hu, xrays, geometry = scene((1,), 32)
-    error = {mode: float(physics_error(cascade.sample(xrays, geometry, steps=2, guidance=mode, generator=seeded()), xrays, geometry)) for mode in ("off", "soft", "exact")}
+    error = {
+        mode: float(
+            physics_error(
+                cascade.sample(xrays, geometry, steps=2, guidance=mode, generator=seeded()),
+                xrays,
+                geometry,
+            )
+        )
+        for mode in ("off", "soft", "exact")
+    }
     assert error["exact"] < error["off"] / 5 and error["soft"] < error["off"]
 
 
 def test_weights_come_back(cascade, tmp_path):
     from ct_nb.learn.checkpoints import save_weights
+
     save_weights(tmp_path, cascade, {"system": "cascade", "network": cascade.config.to_dict()})
     _, xrays, geometry = scene((1,), 32)
-    ours, theirs = (c.sample(xrays, geometry, steps=2, generator=seeded()) for c in (cascade, load_cascade(tmp_path)))
+    ours, theirs = (
+        c.sample(xrays, geometry, steps=2, generator=seeded())
+        for c in (cascade, load_cascade(tmp_path))
+    )
     assert torch.equal(ours, theirs)
 
 
@@ -178,11 +283,15 @@ def test_samples_are_remembered_for_a_scan(cascade):
     plain = cascade.sample
     cascade.sample = lambda *a, **k: calls.append(1) or plain(*a, **k)
     try:
-        first, again, more = sampler.draws(xrays[0], geometry[0], 2), sampler.draws(xrays[0], geometry[0], 2), sampler.draws(xrays[0], geometry[0], 3)
+        first = sampler.draws(xrays[0], geometry[0], 2)
+        again = sampler.draws(xrays[0], geometry[0], 2)
+        more = sampler.draws(xrays[0], geometry[0], 3)
         sampler.draws(xrays[0] + 0.01, geometry[0], 1)
         assert len(calls) == 4
-        sampler.draws(xrays[0] + 0.01, geometry[0].select([1, 0]), 1)  # the same images, told otherwise, are another scan
-    finally: del cascade.sample
+        # the same images, told otherwise, are another scan
+        sampler.draws(xrays[0] + 0.01, geometry[0].select([1, 0]), 1)
+    finally:
+        del cascade.sample
     assert len(calls) == 5 and torch.equal(first, again) and torch.equal(first, more[:2])
 
 
@@ -190,8 +299,11 @@ def test_roughness_is_the_standard_deviation():
     ramp = (torch.arange(12.0) * 0.02).view(1, 1, 12, 1, 1).expand(1, 1, 12, 12, 12).contiguous()
     near, wide = ((2 * (r - 1.5)).exp() - SMALLEST_SCALE for r in roughness(ramp)[0])
     assert torch.allclose(near[5, 5, 5], torch.tensor(0.02 * (2 / 3) ** 0.5), rtol=1e-3)
-    assert torch.allclose(wide[5, 5, 5], torch.tensor(0.02 * (3 * 2 / 3) ** 0.5), rtol=1e-3)  # three boxes in turn: their variances add
-    assert (roughness(torch.full((1, 1, 8, 8, 8), 0.7))[0] - (math.log(SMALLEST_SCALE) / 2 + 1.5)).abs().max() < 0.1
+    # three boxes in turn: their variances add
+    assert torch.allclose(wide[5, 5, 5], torch.tensor(0.02 * (3 * 2 / 3) ** 0.5), rtol=1e-3)
+    assert (
+        roughness(torch.full((1, 1, 8, 8, 8), 0.7))[0] - (math.log(SMALLEST_SCALE) / 2 + 1.5)
+    ).abs().max() < 0.1
 
 
 def test_the_error_scale_begins_with_one_number_and_finds_where_errors_are():
@@ -214,65 +326,129 @@ def test_the_error_scale_begins_with_one_number_and_finds_where_errors_are():
 
 def test_the_two_losses_do_not_move_each_others_networks(cascade, monkeypatch):
     import ct_nb.nets.cascade as module
+
     hu, xrays, geometry = scene()
     stage, moved = cascade.stages[0], {}
     for weight in (0.0, 1.0):
         monkeypatch.setattr(module, "ERROR_WEIGHT", weight)
         stage.zero_grad()
         stage.loss(hu, xrays, geometry, hu, seeded())[0].backward()
-        moved[weight] = [[p.grad.clone() for p in part.parameters() if p.grad is not None] for part in (stage.error_scale, stage.network)]
+        moved[weight] = [
+            [p.grad.clone() for p in part.parameters() if p.grad is not None]
+            for part in (stage.error_scale, stage.network)
+        ]
     stage.zero_grad()
-    assert all(g.abs().max() == 0 for g in moved[0.0][0]) and any(g.abs().max() > 0 for g in moved[1.0][0])
+    assert all(g.abs().max() == 0 for g in moved[0.0][0]) and any(
+        g.abs().max() > 0 for g in moved[1.0][0]
+    )
     assert all(torch.equal(a, b) for a, b in zip(moved[0.0][1], moved[1.0][1]))
 
 
 # bad input
 
+
 def test_bad_input_is_a_sentence(cascade):
     hu, xrays, geometry = scene((1,), 32)
-    with pytest.raises(ValueError, match="geometry: .* without the ConeBeam"): cascade.sample(xrays, None, guidance="off")
-    with pytest.raises(ValueError, match="xrays: there are NaN"): cascade.sample(xrays * torch.nan, geometry)
-    with pytest.raises(ValueError, match="xrays: the geometry describes"): cascade.sample(xrays[:, :1], geometry)
-    with pytest.raises(ValueError, match="steps: must be an integer from 1 to 20"): cascade.sample(xrays, geometry, steps=21)
-    with pytest.raises(ValueError, match="mode: must be one of off, soft, exact"): cascade.sample(xrays, geometry, guidance="hard")
-    with pytest.raises(ValueError, match="coarse_hu: there are NaN"): cascade.sample(xrays, geometry, coarse_hu=torch.full((1, 16, 16, 16), torch.nan))
-    with pytest.raises(ValueError, match="hu: this stage is for 16³ voxels, got"): cascade.stages[0].loss(hu, xrays, geometry, hu)
-    with pytest.raises(ValueError, match="window: must be one of"): replace(STAGE, window="bones")
-    with pytest.raises(ValueError, match="network: a stage's network takes 2"): StageConfig(DenoiserConfig.preset("smoke", 16))
-    with pytest.raises(ValueError, match="stages: must be one or more, each larger"): CascadeConfig((STAGE, STAGE))
-    with pytest.raises(ValueError, match="stages: all must have one window"): CascadeConfig((STAGE, replace(STAGE, network=DenoiserConfig.preset("smoke", 32, condition_channels=2), window="full")))
-    with pytest.raises(ValueError, match="start: its window and energy are full and 60 keV, those of the stages chest and 60 keV"): CascadeConfig((STAGE,), "drr2ct", {"window": "full", "energy_kev": 60.0})
-    with pytest.raises(ValueError, match="start: its window and energy are chest and 80 keV"): CascadeConfig((STAGE,), "prior", {"energy_kev": 80.0})
-    with pytest.raises(ValueError, match="start: must be one of prior, drr2ct"): CascadeConfig((STAGE,), "nothing")
-    with pytest.raises(ValueError, match="preset: must be one of smoke, cpu, gpu, paper"): CascadeRun("huge")
-    with pytest.raises(ValueError, match="stage: must be one of 16, 32, 64"): CascadeRun("smoke", stage=48)
+    with pytest.raises(ValueError, match="geometry: .* without the ConeBeam"):
+        cascade.sample(xrays, None, guidance="off")
+    with pytest.raises(ValueError, match="xrays: there are NaN"):
+        cascade.sample(xrays * torch.nan, geometry)
+    with pytest.raises(ValueError, match="xrays: the geometry describes"):
+        cascade.sample(xrays[:, :1], geometry)
+    with pytest.raises(ValueError, match="steps: must be an integer from 1 to 20"):
+        cascade.sample(xrays, geometry, steps=21)
+    with pytest.raises(ValueError, match="mode: must be one of off, soft, exact"):
+        cascade.sample(xrays, geometry, guidance="hard")
+    with pytest.raises(ValueError, match="coarse_hu: there are NaN"):
+        cascade.sample(xrays, geometry, coarse_hu=torch.full((1, 16, 16, 16), torch.nan))
+    with pytest.raises(ValueError, match="hu: this stage is for 16³ voxels, got"):
+        cascade.stages[0].loss(hu, xrays, geometry, hu)
+    with pytest.raises(ValueError, match="window: must be one of"):
+        replace(STAGE, window="bones")
+    with pytest.raises(ValueError, match="network: a stage's network takes 2"):
+        StageConfig(DenoiserConfig.preset("smoke", 16))
+    with pytest.raises(ValueError, match="stages: must be one or more, each larger"):
+        CascadeConfig((STAGE, STAGE))
+    with pytest.raises(ValueError, match="stages: all must have one window"):
+        CascadeConfig(
+            (
+                STAGE,
+                replace(
+                    STAGE,
+                    network=DenoiserConfig.preset("smoke", 32, condition_channels=2),
+                    window="full",
+                ),
+            )
+        )
+    with pytest.raises(
+        ValueError,
+        match=(
+            "start: its window and energy are full and 60 keV, those of the stages chest and 60 keV"
+        ),
+    ):
+        CascadeConfig((STAGE,), "drr2ct", {"window": "full", "energy_kev": 60.0})
+    with pytest.raises(ValueError, match="start: its window and energy are chest and 80 keV"):
+        CascadeConfig((STAGE,), "prior", {"energy_kev": 80.0})
+    with pytest.raises(ValueError, match="start: must be one of prior, drr2ct"):
+        CascadeConfig((STAGE,), "nothing")
+    with pytest.raises(ValueError, match="preset: must be one of smoke, cpu, gpu, paper"):
+        CascadeRun("huge")
+    with pytest.raises(ValueError, match="stage: must be one of 16, 32, 64"):
+        CascadeRun("smoke", stage=48)
 
 
 def test_a_collapsed_output_stops_the_run():
     truth = phantom(1, 16).volume.tensor()
     assert checklist(truth[None] + 10, truth)["structure"] > 0.8
-    with pytest.raises(TrainingStopped, match="has collapsed: all voxels are about 3 HU"): checklist(torch.full_like(truth, 3.0)[None], truth)
-    with pytest.raises(TrainingStopped, match="the output is noise"): checklist(1000 * torch.randn(truth.shape, generator=seeded())[None], truth)
-    with pytest.raises(TrainingStopped, match="NaN"): checklist(truth[None] * torch.nan, truth)
+    with pytest.raises(TrainingStopped, match="has collapsed: all voxels are about 3 HU"):
+        checklist(torch.full_like(truth, 3.0)[None], truth)
+    with pytest.raises(TrainingStopped, match="the output is noise"):
+        checklist(1000 * torch.randn(truth.shape, generator=seeded())[None], truth)
+    with pytest.raises(TrainingStopped, match="NaN"):
+        checklist(truth[None] * torch.nan, truth)
 
 
 def test_a_coarse_model_that_knows_the_judged_cases_is_refused(tmp_path):
     from ct_nb.learn.checkpoints import save_weights
     from ct_nb.nets.drr2ct import DRR2CT, DRR2CTConfig
+
     model = DRR2CT(DRR2CTConfig.preset("smoke"))
     judged = CascadeRun("smoke").open().validation.ids
-    save = lambda cases, patients=(): save_weights(tmp_path, model, {"system": "drr2ct", "network": model.config.to_dict(), "training": {"cases": cases, "patients": list(patients)}})
-    for cases, patients in ((judged, []), (["another scan"], CascadeRun("smoke").open().validation.patients[:1])):
+    save = lambda cases, patients=(): save_weights(
+        tmp_path,
+        model,
+        {
+            "system": "drr2ct",
+            "network": model.config.to_dict(),
+            "training": {"cases": cases, "patients": list(patients)},
+        },
+    )
+    for cases, patients in (
+        (judged, []),
+        (["another scan"], CascadeRun("smoke").open().validation.patients[:1]),
+    ):
         save(cases, patients)
-        with pytest.raises(ValueError, match="coarse: .* was trained on phantom-.* or its patient, who would be judged here"): CascadeRun("smoke", coarse=str(tmp_path)).open()
+        with pytest.raises(
+            ValueError,
+            match="coarse: .* was trained on phantom-.* or its patient, who would be judged here",
+        ):
+            CascadeRun("smoke", coarse=str(tmp_path)).open()
     save(["phantom-09999"])
     run = CascadeRun("smoke", "phantom:30", coarse=str(tmp_path)).open()
-    assert not set(run.cases[64].phantoms_for_network.ids) & set(run.validation.ids) and run.sizes == [32, 64]
+    assert not set(run.cases[64].phantoms_for_network.ids) & set(
+        run.validation.ids
+    ) and run.sizes == [32, 64]
 
 
 def test_pieces_of_a_batch_draw_their_own_noise(cascade):
     from ct_nb.learn.train_cascade import _Learner
+
     hu, xrays, geometry = scene()
     learner = _Learner(cascade, 0, 0)
-    losses = [learner({"id": [name], "hu": hu[:1], "xrays": xrays[:1], "geometry": geometry[:1]}, 3)[0].item() for name in ("phantom-00001", "phantom-00002", "phantom-00001")]
+    losses = [
+        learner({"id": [name], "hu": hu[:1], "xrays": xrays[:1], "geometry": geometry[:1]}, 3)[
+            0
+        ].item()
+        for name in ("phantom-00001", "phantom-00002", "phantom-00001")
+    ]
     assert losses[0] != losses[1] and losses[0] == losses[2]

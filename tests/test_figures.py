@@ -1,4 +1,5 @@
 """Figures: what they refuse, what they label, that all of the library's return their figure and carry the same marks, and that a saved one is whole."""
+
 import ast
 import importlib
 import inspect
@@ -20,7 +21,19 @@ import matplotlib.pyplot as plt
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
 from ct_nb.style import FLOOR, MODEL, SERIES, TRUTH
-from ct_nb.view.figures import along_lps, comparison_figure, orientation_marks, plane, save_figure, scale_bar, slices_figure, training_figure, view_name, xray_ends, xrays_figure
+from ct_nb.view.figures import (
+    along_lps,
+    comparison_figure,
+    orientation_marks,
+    plane,
+    save_figure,
+    scale_bar,
+    slices_figure,
+    training_figure,
+    view_name,
+    xray_ends,
+    xrays_figure,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +42,8 @@ def close():
     plt.close("all")
 
 
-def cube(value=0.0, size=12): return Volume(np.full((size,) * 3, value), Grid.cube(size).affine)
+def cube(value=0.0, size=12):
+    return Volume(np.full((size,) * 3, value), Grid.cube(size).affine)
 
 
 def test_an_oblique_scan_is_drawn_in_the_patients_frame():
@@ -38,7 +52,9 @@ def test_an_oblique_scan_is_drawn_in_the_patients_frame():
     turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     grid = Grid((20, 40, 40), turn @ Grid((20, 40, 40), np.diag([2.0, 2, 4, 1])).affine)
     points = grid.centers_mm().numpy() - grid.center_mm
-    ball_at_the_left = Volume(np.where(np.linalg.norm(points - [20, 0, 0], axis=-1) < 12, 100.0, -1000.0), grid.affine)
+    ball_at_the_left = Volume(
+        np.where(np.linalg.norm(points - [20, 0, 0], axis=-1) < 12, 100.0, -1000.0), grid.affine
+    )
     straight = along_lps(ball_at_the_left)
     image, extent, _ = plane(straight, "axial")
     rows, columns = np.nonzero(image > -200)
@@ -52,131 +68,273 @@ def test_planes_are_drawn_in_millimetres():
     axes = slices_figure({"a": flat, "b": flat}, "soft_tissue").axes
     spans = [(abs(np.subtract(*a.get_xlim())), abs(np.subtract(*a.get_ylim()))) for a in axes[:3]]
     assert spans == [(80, 100), (80, 80), (100, 80)] and all(a.get_aspect() == 1 for a in axes[:6])
-    assert [a.get_title().split(",")[0] for a in axes[:3]] == ["axial", "coronal", "sagittal"] and axes[3].get_ylabel() == "b"
+    assert [a.get_title().split(",")[0] for a in axes[:3]] == [
+        "axial",
+        "coronal",
+        "sagittal",
+    ] and axes[3].get_ylabel() == "b"
 
 
 def test_xrays_share_one_scale_and_name_their_views():
-    geometry = ConeBeam.orbit([0, 90, 180, -90, 30], grid=Grid.cube(8), detector_shape=(10, 14), pixel_mm=3.0)
-    assert [view_name(geometry, v).split(",")[0] for v in range(5)] == ["AP", "left lateral", "PA", "right lateral", "azimuth 30°"]
-    images = [a.get_images()[0] for a in xrays_figure(np.random.default_rng(0).random((5, 10, 14)), geometry).axes[:5]]
+    geometry = ConeBeam.orbit(
+        [0, 90, 180, -90, 30], grid=Grid.cube(8), detector_shape=(10, 14), pixel_mm=3.0
+    )
+    assert [view_name(geometry, v).split(",")[0] for v in range(5)] == [
+        "AP",
+        "left lateral",
+        "PA",
+        "right lateral",
+        "azimuth 30°",
+    ]
+    images = [
+        a.get_images()[0]
+        for a in xrays_figure(np.random.default_rng(0).random((5, 10, 14)), geometry).axes[:5]
+    ]
     assert len({i.get_clim() for i in images}) == 1 and images[0].get_extent() == [-21, 21, 15, -15]
-    with pytest.raises(ValueError, match=r"xrays: the geometry describes \(views, rows, columns\) = \(5, 10, 14\), got \(2, 10, 14\)"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"xrays: the geometry describes \(views, rows, columns\) = \(5, 10, 14\), got \(2, 10,"
+            r" 14\)"
+        ),
+    ):
         xrays_figure(np.zeros((2, 10, 14)), geometry)
 
 
 def test_comparison_says_what_it_compares():
     geometry = ConeBeam.biplanar(grid=Grid.cube(12), detector_shape=(6, 6), pixel_mm=80.0)
-    figure = comparison_figure(np.ones((2, 6, 6)), geometry, cube(), {"model": cube(204.8), "sirt": cube(20.48)})
+    figure = comparison_figure(
+        np.ones((2, 6, 6)), geometry, cube(), {"model": cube(204.8), "sirt": cube(20.48)}
+    )
     labels = [a.get_ylabel() for a in figure.findobj(plt.Axes)]
     assert "model   20.0 dB" in labels and "sirt   40.0 dB" in labels and "model − CT" in labels
-    with pytest.raises(ValueError, match="'model' is on another grid"): comparison_figure(np.ones((2, 6, 6)), geometry, cube(), {"model": cube(size=13)})
-    with pytest.raises(ValueError, match=r"xrays: the geometry describes .* = \(2, 6, 6\), got \(3, 6, 6\)"): comparison_figure(np.ones((3, 6, 6)), geometry, cube(), {"model": cube()})
-    with pytest.raises(ValueError, match="window"): slices_figure(cube(), "no such window")
+    with pytest.raises(ValueError, match="'model' is on another grid"):
+        comparison_figure(np.ones((2, 6, 6)), geometry, cube(), {"model": cube(size=13)})
+    with pytest.raises(
+        ValueError, match=r"xrays: the geometry describes .* = \(2, 6, 6\), got \(3, 6, 6\)"
+    ):
+        comparison_figure(np.ones((3, 6, 6)), geometry, cube(), {"model": cube()})
+    with pytest.raises(ValueError, match="window"):
+        slices_figure(cube(), "no such window")
 
 
 def test_training_figure_takes_history_rows_or_file(tmp_path):
-    rows = [{"step": 10, "loss": 1.0, "l1": 0.5, "gradient_norm": 2.0}, {"step": 10, "psnr": 20.0}, {"step": 20, "loss": 0.1, "l1": 0.05, "gradient_norm": 1.0}]
+    rows = [
+        {"step": 10, "loss": 1.0, "l1": 0.5, "gradient_norm": 2.0},
+        {"step": 10, "psnr": 20.0},
+        {"step": 20, "loss": 0.1, "l1": 0.05, "gradient_norm": 1.0},
+    ]
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for history in (rows, SimpleNamespace(rows=rows), tmp_path / "history.jsonl"):
         titles = [a.get_title(loc="left") for a in training_figure(history).axes]
         assert titles == ["loss", "its parts", "validation psnr", "gradient norm"]
-    with pytest.raises(ValueError, match="history: there is nothing in it yet"): training_figure([])
+    with pytest.raises(ValueError, match="history: there is nothing in it yet"):
+        training_figure([])
 
 
 def test_saved_figures_are_whole_and_still_shown(tmp_path):
     figure = slices_figure(cube())
-    assert save_figure(figure, tmp_path / "new" / "slices.png") is figure and plt.fignum_exists(figure.number)
-    assert (tmp_path / "new" / "slices.png").read_bytes()[:4] == b"\x89PNG" and len(list((tmp_path / "new").iterdir())) == 1
+    assert save_figure(figure, tmp_path / "new" / "slices.png") is figure and plt.fignum_exists(
+        figure.number
+    )
+    assert (tmp_path / "new" / "slices.png").read_bytes()[:4] == b"\x89PNG" and len(
+        list((tmp_path / "new").iterdir())
+    ) == 1
 
 
 # ---------------------------------------------------------------- all figures of the library
 def public_figures() -> dict[str, callable]:
     "Module (without ct_nb) and name → every public function `…_figure` that the library exports."
-    known = runpy.run_path(str(Path(__file__).resolve().parents[1] / "ct_nb" / "_modidx.py"))["d"]["syms"]
-    names = [(module, name.removeprefix(module + ".")) for module, symbols in known.items() for name in symbols if name.endswith("_figure")]
-    return {f"{module.removeprefix('ct_nb.')}.{name}": getattr(importlib.import_module(module), name) for module, name in names if "." not in name and name[0] != "_" and name != "save_figure"}
+    known = runpy.run_path(str(Path(__file__).resolve().parents[1] / "ct_nb" / "_modidx.py"))["d"][
+        "syms"
+    ]
+    names = [
+        (module, name.removeprefix(module + "."))
+        for module, symbols in known.items()
+        for name in symbols
+        if name.endswith("_figure")
+    ]
+    return {
+        f"{module.removeprefix('ct_nb.')}.{name}": getattr(importlib.import_module(module), name)
+        for module, name in names
+        if "." not in name and name[0] != "_" and name != "save_figure"
+    }
 
 
 def signature_faults(function) -> list[str]:
-    "What a figure function must say of itself: something to draw, a docstring, and a figure in every return."
-    found, tree = [], ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    nested = {id(node) for inner in ast.walk(tree) if isinstance(inner, (ast.FunctionDef, ast.Lambda)) and inner is not tree for node in ast.walk(inner)}
-    returns = [node for node in ast.walk(tree) if isinstance(node, ast.Return) and id(node) not in nested]
-    if not inspect.signature(function).parameters: found.append("it has nothing to draw")
-    if "figure" not in (function.__doc__ or "").lower(): found.append("its docstring does not say that it returns a figure")
-    if not returns or any(node.value is None for node in returns): found.append("it does not return its figure")
+    """What a figure function must say of itself: something to draw, a docstring, and a figure in
+    every return.
+    """
+    found = []
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    nested = {
+        id(node)
+        for inner in ast.walk(tree)
+        if isinstance(inner, (ast.FunctionDef, ast.Lambda)) and inner is not tree
+        for node in ast.walk(inner)
+    }
+    returns = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Return) and id(node) not in nested
+    ]
+    if not inspect.signature(function).parameters:
+        found.append("it has nothing to draw")
+    if "figure" not in (function.__doc__ or "").lower():
+        found.append("its docstring does not say that it returns a figure")
+    if not returns or any(node.value is None for node in returns):
+        found.append("it does not return its figure")
     return found
 
 
 @pytest.mark.parametrize("name", sorted(public_figures()))
-def test_every_figure_returns_itself(name): assert signature_faults(public_figures()[name]) == []
+def test_every_figure_returns_itself(name):
+    assert signature_faults(public_figures()[name]) == []
 
 
 def test_a_figure_that_shows_and_forgets_is_found():
     def shown_figure():
         plt.figure()
-        def helper(): return 1
-    assert signature_faults(shown_figure) == ["it has nothing to draw", "its docstring does not say that it returns a figure", "it does not return its figure"]
+
+        def helper():
+            return 1
+
+    assert signature_faults(shown_figure) == [
+        "it has nothing to draw",
+        "its docstring does not say that it returns a figure",
+        "it does not return its figure",
+    ]
 
 
 def thorax() -> Volume:
     from ct_nb.physics.phantom import phantom
+
     return phantom(3, 16).volume
 
 
 def found_reconstruction():
-    volume, geometry = thorax(), ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(12, 12), pixel_mm=40.0)
+    volume = thorax()
+    geometry = ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(12, 12), pixel_mm=40.0)
     images = np.random.default_rng(0).random((2, 12, 12))
-    return SimpleNamespace(volume=volume, spread=Volume(np.abs(volume.hu) / 50, volume.affine), samples=[volume] * 2, window="chest", xrays=images, reprojection=images * 0.98, geometry=geometry,
-                           residual=[0.01, 0.02], residual_consistent=[0.01, 0.2], limit=0.1, how="for a test")
+    return SimpleNamespace(
+        volume=volume,
+        spread=Volume(np.abs(volume.hu) / 50, volume.affine),
+        samples=[volume] * 2,
+        window="chest",
+        xrays=images,
+        reprojection=images * 0.98,
+        geometry=geometry,
+        residual=[0.01, 0.02],
+        residual_consistent=[0.01, 0.2],
+        limit=0.1,
+        how="for a test",
+    )
 
 
 def uncertain():
     from ct_nb.learn.uncertainty import hallucination_map, summarise
+
     volume = thorax()
-    samples = volume.tensor() + 60 * torch.randn((3, 16, 16, 16), generator=torch.Generator().manual_seed(0))
-    return volume, summarise(samples), samples[0], hallucination_map(samples, ConeBeam.biplanar(grid=volume.grid, detector_shape=(12, 12), pixel_mm=40.0))
+    samples = volume.tensor() + 60 * torch.randn(
+        (3, 16, 16, 16), generator=torch.Generator().manual_seed(0)
+    )
+    return (
+        volume,
+        summarise(samples),
+        samples[0],
+        hallucination_map(
+            samples, ConeBeam.biplanar(grid=volume.grid, detector_shape=(12, 12), pixel_mm=40.0)
+        ),
+    )
 
 
 def levels():
     from ct_nb.learn.masks import body_mask
     from ct_nb.learn.uncertainty import reliability, summarise, uncertainty_rows
-    volume, draws = thorax(), torch.randn((5, 16, 16, 16), generator=torch.Generator().manual_seed(1))
+
+    volume = thorax()
+    draws = torch.randn((5, 16, 16, 16), generator=torch.Generator().manual_seed(1))
     body = torch.from_numpy(body_mask(volume.hu, volume.grid))
-    return reliability([row for patient in range(3) for row in uncertainty_rows(summarise(100 * draws[1:] + patient), 100 * draws[0], body, f"c{patient}", f"p{patient}")])
+    return reliability(
+        [
+            row
+            for patient in range(3)
+            for row in uncertainty_rows(
+                summarise(100 * draws[1:] + patient),
+                100 * draws[0],
+                body,
+                f"c{patient}",
+                f"p{patient}",
+            )
+        ]
+    )
 
 
 def recalls():
     from ct_nb.learn.retrieval import retrieval
+
     scans = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
     return {"impression": retrieval(scans, scans + 0.5)}
 
 
 def spectrum():
-    return {"frequency_per_mm": [0.01, 0.05], "truth": [9.0, 3.0], "power": {"coarse": [8.0, 1.0], "refined": [9.0, 2.0]}, "correlation": {"coarse": [0.9, 0.1], "refined": [0.95, 0.4]}}
+    return {
+        "frequency_per_mm": [0.01, 0.05],
+        "truth": [9.0, 3.0],
+        "power": {"coarse": [8.0, 1.0], "refined": [9.0, 2.0]},
+        "correlation": {"coarse": [0.9, 0.1], "refined": [0.95, 0.4]},
+    }
 
 
-def call(name: str, *arguments, **settings): return public_figures()[name](*arguments, **settings)
+def call(name: str, *arguments, **settings):
+    return public_figures()[name](*arguments, **settings)
 
 
 def scores():
     from ct_nb.learn.scoreboard import MAIN, Scoreboard
-    return Scoreboard([{"case": f"c{number}", "patient": f"p{number}", "predictor": name, **{metric: float(number + place) for metric in MAIN}}
-                       for number in range(3) for place, name in enumerate(("model", "air"))])
+
+    return Scoreboard(
+        [
+            {
+                "case": f"c{number}",
+                "patient": f"p{number}",
+                "predictor": name,
+                **{metric: float(number + place) for metric in MAIN},
+            }
+            for number in range(3)
+            for place, name in enumerate(("model", "air"))
+        ]
+    )
 
 
 def conditions():
     from ct_nb.learn.robustness import Robustness
-    return Robustness([{"case": f"c{number}", "group": "noise", "condition": f"{severity} photons", "severity": severity, "told": "true", "psnr": 30.0 - severity, "beyond_noise": 0.01 * severity, "says_contradiction": severity > 1}
-                       for number in range(2) for severity in (1.0, 2.0)], 0.015)
+
+    return Robustness(
+        [
+            {
+                "case": f"c{number}",
+                "group": "noise",
+                "condition": f"{severity} photons",
+                "severity": severity,
+                "told": "true",
+                "psnr": 30.0 - severity,
+                "beyond_noise": 0.01 * severity,
+                "says_contradiction": severity > 1,
+            }
+            for number in range(2)
+            for severity in (1.0, 2.0)
+        ],
+        0.015,
+    )
 
 
-def seen_by(geometry: ConeBeam): return np.random.default_rng(0).random((geometry.views, *geometry.detector_shape))
+def seen_by(geometry: ConeBeam):
+    return np.random.default_rng(0).random((geometry.views, *geometry.detector_shape))
 
 
 def slab_item():
     from ct_nb.data.slab_archives import open_stacks
     from ct_nb.data.slabs import SlabPairs, SlabRange
+
     return SlabPairs(open_stacks("phantom:1", size=24, side_mm=192.0), SlabRange((24.0, 24.0)))[0]
 
 
@@ -184,70 +342,161 @@ SCAN = ConeBeam.orbit([0, 90, 200], grid=Grid.cube(16), detector_shape=(12, 14),
 EXAMPLES = {  # name → how to draw it, and whether it shows anatomy
     "view.figures.slices_figure": (lambda: slices_figure({"a": thorax(), "b": thorax()}), True),
     "view.figures.xrays_figure": (lambda: xrays_figure(seen_by(SCAN), SCAN), True),
-    "view.figures.comparison_figure": (lambda: comparison_figure(seen_by(SCAN), SCAN, thorax(), {"model": thorax(), "floor": thorax()}), True),
-    "view.figures.training_figure": (lambda: training_figure([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]), False),
-    "view.geometry_figure.geometry_figure": (lambda: call("view.geometry_figure.geometry_figure", SCAN, thorax()), True),
-    "view.reconstruction_figure.reconstruction_figure": (lambda: call("view.reconstruction_figure.reconstruction_figure", found_reconstruction()), True),
-    "view.uncertainty_figure.uncertainty_figure": (lambda: call("view.uncertainty_figure.uncertainty_figure", *uncertain()), True),
-    "view.uncertainty_figure.reliability_figure": (lambda: call("view.uncertainty_figure.reliability_figure", levels()), False),
-    "view.refinement_figure.refinement_figure": (lambda: call("view.refinement_figure.refinement_figure", thorax(), thorax(), thorax()), True),
-    "view.refinement_figure.spectrum_figure": (lambda: call("view.refinement_figure.spectrum_figure", spectrum()), False),
-    "view.attention_figure.attention_figure": (lambda: call("view.attention_figure.attention_figure", thorax(), {"a place": torch.rand(64), "another": torch.rand(64)}, (4, 4, 4)), True),
-    "view.attention_figure.recall_figure": (lambda: call("view.attention_figure.recall_figure", recalls()), False),
-    "view.attention_figure.labels_figure": (lambda: call("view.attention_figure.labels_figure", {"scan": {"mass": 0.8}}), False),
-    "view.slice_figures.slices_cut_figure": (lambda: call("view.slice_figures.slices_cut_figure", item := slab_item(), {"linear": item["thin"]}), True),
-    "view.slice_figures.latent_figure": (lambda: call("view.slice_figures.latent_figure", thorax(), {"vae": thorax().tensor() + 20}), True),
-    "learn.robustness.robustness_figure": (lambda: call("learn.robustness.robustness_figure", conditions()), False),
-    "learn.scoreboard.board_figure": (lambda: call("learn.scoreboard.board_figure", scores()), False),
+    "view.figures.comparison_figure": (
+        lambda: comparison_figure(
+            seen_by(SCAN), SCAN, thorax(), {"model": thorax(), "floor": thorax()}
+        ),
+        True,
+    ),
+    "view.figures.training_figure": (
+        lambda: training_figure([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]),
+        False,
+    ),
+    "view.geometry_figure.geometry_figure": (
+        lambda: call("view.geometry_figure.geometry_figure", SCAN, thorax()),
+        True,
+    ),
+    "view.reconstruction_figure.reconstruction_figure": (
+        lambda: call("view.reconstruction_figure.reconstruction_figure", found_reconstruction()),
+        True,
+    ),
+    "view.uncertainty_figure.uncertainty_figure": (
+        lambda: call("view.uncertainty_figure.uncertainty_figure", *uncertain()),
+        True,
+    ),
+    "view.uncertainty_figure.reliability_figure": (
+        lambda: call("view.uncertainty_figure.reliability_figure", levels()),
+        False,
+    ),
+    "view.refinement_figure.refinement_figure": (
+        lambda: call("view.refinement_figure.refinement_figure", thorax(), thorax(), thorax()),
+        True,
+    ),
+    "view.refinement_figure.spectrum_figure": (
+        lambda: call("view.refinement_figure.spectrum_figure", spectrum()),
+        False,
+    ),
+    "view.attention_figure.attention_figure": (
+        lambda: call(
+            "view.attention_figure.attention_figure",
+            thorax(),
+            {"a place": torch.rand(64), "another": torch.rand(64)},
+            (4, 4, 4),
+        ),
+        True,
+    ),
+    "view.attention_figure.recall_figure": (
+        lambda: call("view.attention_figure.recall_figure", recalls()),
+        False,
+    ),
+    "view.attention_figure.labels_figure": (
+        lambda: call("view.attention_figure.labels_figure", {"scan": {"mass": 0.8}}),
+        False,
+    ),
+    "view.slice_figures.slices_cut_figure": (
+        lambda: call(
+            "view.slice_figures.slices_cut_figure", item := slab_item(), {"linear": item["thin"]}
+        ),
+        True,
+    ),
+    "view.slice_figures.latent_figure": (
+        lambda: call("view.slice_figures.latent_figure", thorax(), {"vae": thorax().tensor() + 20}),
+        True,
+    ),
+    "learn.robustness.robustness_figure": (
+        lambda: call("learn.robustness.robustness_figure", conditions()),
+        False,
+    ),
+    "learn.scoreboard.board_figure": (
+        lambda: call("learn.scoreboard.board_figure", scores()),
+        False,
+    ),
 }
 
 
-def test_every_figure_has_an_example(): assert set(public_figures()) == set(EXAMPLES)
+def test_every_figure_has_an_example():
+    assert set(public_figures()) == set(EXAMPLES)
 
 
 OPPOSITE = str.maketrans("RLAPHF", "LRPAFH")
 
+
 def marks_faults(figure, besides=()) -> list[str]:
-    "What a figure of anatomy lacks: letters at the four ends of every image, and in every row of panels a bar as long as it says, or an axis in mm. `besides`: titles of panels that show none."
+    """What a figure of anatomy lacks: letters at the four ends of every image, and in every row of
+    panels a bar as long as it says, or an axis in mm. `besides`: titles of panels that show none.
+    """
     faults, rows = [], {}
     for axis in figure.findobj(plt.Axes):
-        if not axis.images or axis.name == "3d" or axis.get_title() in besides: continue
+        if not axis.images or axis.name == "3d" or axis.get_title() in besides:
+            continue
         words = [text.get_text() for text in axis.texts]
         ends = {word for word in words if re.fullmatch("[RLAPHF]{1,2}", word)}
-        if len(ends) != 4 or {end.translate(OPPOSITE) for end in ends} != ends: faults.append(f"{axis.get_title() or axis.get_ylabel()!r}: letters {sorted(ends)}")
+        if len(ends) != 4 or {end.translate(OPPOSITE) for end in ends} != ends:
+            faults.append(f"{axis.get_title() or axis.get_ylabel()!r}: letters {sorted(ends)}")
         bars = [float(word[:-3]) for word in words if re.fullmatch(r"\d+ mm", word)]
         for length in bars:
-            if not any(np.ptp(line.get_xdata()) == pytest.approx(length) for line in axis.lines): faults.append(f"{axis.get_title()!r}: a bar that is not {length:g} mm long")
+            if not any(np.ptp(line.get_xdata()) == pytest.approx(length) for line in axis.lines):
+                faults.append(f"{axis.get_title()!r}: a bar that is not {length:g} mm long")
         place = axis.get_subplotspec()
         row = (id(place.get_gridspec()), place.rowspan.start) if place else id(axis)
-        rows[row] = rows.get(row, False) or bool(bars) or not place and axis.get_xlabel().endswith(", mm")
-    return faults + ["a row without a scale bar"] * (len(rows) - sum(rows.values()) if rows else 0) + ["no anatomy"] * (not rows)
+        rows[row] = (
+            rows.get(row, False) or bool(bars) or not place and axis.get_xlabel().endswith(", mm")
+        )
+    return (
+        faults
+        + ["a row without a scale bar"] * (len(rows) - sum(rows.values()) if rows else 0)
+        + ["no anatomy"] * (not rows)
+    )
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_figures_are_figures_and_carry_the_same_marks(name, tmp_path):
-    before, (draw, shows_anatomy) = plt.rcParams.copy(), EXAMPLES[name]
+    before = plt.rcParams.copy()
+    draw, shows_anatomy = EXAMPLES[name]
     figure = draw()
     assert isinstance(figure, matplotlib.figure.Figure) and plt.rcParams == before
-    assert save_figure(figure, tmp_path / "a.png") is figure and (tmp_path / "a.png").stat().st_size > 3000
+    assert (
+        save_figure(figure, tmp_path / "a.png") is figure
+        and (tmp_path / "a.png").stat().st_size > 3000
+    )
     axes = [axis for axis in figure.findobj(plt.Axes) if axis.images and axis.name != "3d"]
-    if shows_anatomy: assert marks_faults(figure) == []
-    images = [axis.images[0] for axis in axes if axis.images[0].get_cmap().name == "gray" and axis.images[0].get_clim()[0] < 0]
+    if shows_anatomy:
+        assert marks_faults(figure) == []
+    images = [
+        axis.images[0]
+        for axis in axes
+        if axis.images[0].get_cmap().name == "gray" and axis.images[0].get_clim()[0] < 0
+    ]
     assert {image.get_clim() for image in images} <= {(-1024, 1024)}, "one window"
-    assert {image.get_cmap().name for axis in axes for image in axis.images} <= {"gray", "magma", "berlin"}, "maps that need no red against green"
+    assert {image.get_cmap().name for axis in axes for image in axis.images} <= {
+        "gray",
+        "magma",
+        "berlin",
+    }, "maps that need no red against green"
 
 
 def test_what_is_not_marked_is_found():
     def one_row(letters=("R", "L", "A", "P"), bar=50.0):
         figure, axis = plt.subplots()
-        axis.imshow(np.zeros((4, 4)), extent=(0, 100, 0, 100)), orientation_marks(axis, letters), axis.set_title("slice")
-        if bar: scale_bar(axis, bar)
+        axis.imshow(np.zeros((4, 4)), extent=(0, 100, 0, 100)), orientation_marks(
+            axis, letters
+        ), axis.set_title("slice")
+        if bar:
+            scale_bar(axis, bar)
         return figure, axis
-    assert marks_faults(one_row()[0]) == [] and marks_faults(one_row(bar=0)[0]) == ["a row without a scale bar"]
-    assert marks_faults(one_row(("R", "", "A", "P"))[0]) == ["'slice': letters ['A', 'P', 'R']"] and len(marks_faults(one_row(("R", "P", "A", "H"))[0])) == 1
+
+    assert marks_faults(one_row()[0]) == [] and marks_faults(one_row(bar=0)[0]) == [
+        "a row without a scale bar"
+    ]
+    assert (
+        marks_faults(one_row(("R", "", "A", "P"))[0]) == ["'slice': letters ['A', 'P', 'R']"]
+        and len(marks_faults(one_row(("R", "P", "A", "H"))[0])) == 1
+    )
     figure, axis = one_row()
     axis.lines[0].set_xdata([10, 20])
-    assert marks_faults(figure) == ["'slice': a bar that is not 50 mm long"] and marks_faults(figure, ["slice"]) == ["no anatomy"]
+    assert marks_faults(figure) == ["'slice': a bar that is not 50 mm long"] and marks_faults(
+        figure, ["slice"]
+    ) == ["no anatomy"]
 
 
 def test_marks_say_which_end_is_which():
@@ -255,10 +504,20 @@ def test_marks_say_which_end_is_which():
     axis.imshow(np.zeros((4, 4)))
     orientation_marks(axis, ("LA", "", "H", "F"))
     assert [text.get_text() for text in axis.texts] == ["LA", "H", "F"]
-    for ends, words in (("oblique", "no plane named 'oblique'"), (("R", "L"), "expected letters for left, right, top and bottom, got 2")):
-        with pytest.raises(ValueError, match=words): orientation_marks(axis, ends)
+    for ends, words in (
+        ("oblique", "no plane named 'oblique'"),
+        (("R", "L"), "expected letters for left, right, top and bottom, got 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            orientation_marks(axis, ends)
     geometry = ConeBeam.orbit([0, 90, 180, 45, 30], grid=Grid.cube(8))
-    assert [xray_ends(geometry, view)[:2] for view in range(5)] == [("R", "L"), ("P", "A"), ("L", "R"), ("RP", "LA") if xray_ends(geometry, 3)[0][0] == "R" else ("PR", "AL"), ("RP", "LA")]
+    assert [xray_ends(geometry, view)[:2] for view in range(5)] == [
+        ("R", "L"),
+        ("P", "A"),
+        ("L", "R"),
+        ("RP", "LA") if xray_ends(geometry, 3)[0][0] == "R" else ("PR", "AL"),
+        ("RP", "LA"),
+    ]
     assert all(xray_ends(geometry, view)[2:] == ("H", "F") for view in range(5))
 
 
@@ -267,7 +526,11 @@ def test_a_scale_bar_is_as_long_as_it_says_on_every_axis():
         figure, axis = plt.subplots()
         axis.set(xlim=limits, ylim=(0, 300))
         scale_bar(axis, 100)
-        assert np.ptp(axis.lines[0].get_xdata()) == 100 and axis.get_xlim() == limits and axis.texts[0].get_text() == "100 mm"
+        assert (
+            np.ptp(axis.lines[0].get_xdata()) == 100
+            and axis.get_xlim() == limits
+            and axis.texts[0].get_text() == "100 mm"
+        )
         low, high = sorted(limits)
         assert low < axis.lines[0].get_xdata().min() and axis.lines[0].get_xdata().max() < high
 

@@ -1,4 +1,5 @@
 """ConeBeam: faults, gradients, limits and files. What a reader should see stands in nbs/physics/03*.ipynb."""
+
 import json
 import math
 from dataclasses import replace
@@ -13,116 +14,238 @@ from ct_nb.physics.volume import Grid
 GRID = Grid.cube(16, 320.0, (12.0, -30.0, 450.0))  # off the origin: a frame mix-up shows
 
 
-def generator(seed=0): return torch.Generator().manual_seed(seed)
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
 
 def odd_views(count=5, seed=0, **kwargs) -> ConeBeam:
-    "Views with nothing special about them: any angle, jittered, skewed and non-square pixels, some mirrored."
+    """Views with nothing special about them: any angle, jittered, skewed and non-square pixels,
+    some mirrored.
+    """
     draw = torch.rand(4, count, generator=generator(seed), dtype=torch.float64)
-    g = ConeBeam.orbit(360 * draw[0] - 180, 120 * draw[1] - 60, 360 * draw[2], grid=GRID, detector_shape=(48, 70), source_to_detector_mm=1100 + 500 * draw[3], **kwargs)
+    g = ConeBeam.orbit(
+        360 * draw[0] - 180,
+        120 * draw[1] - 60,
+        360 * draw[2],
+        grid=GRID,
+        detector_shape=(48, 70),
+        source_to_detector_mm=1100 + 500 * draw[3],
+        **kwargs,
+    )
     g = g.jitter(generator(seed + 1), 2.0, 5.0, 3.0, 8.0)
     mirror = torch.where(torch.arange(count) % 2 == 0, 1.0, -1.0)[:, None]
     return replace(g, column_step_mm=mirror * (1.3 * g.column_step_mm + 0.1 * g.row_step_mm))
 
-def differences(a: ConeBeam, b: ConeBeam) -> float: return max((getattr(a, n) - getattr(b, n)).abs().max().item() for n in VECTORS)
+
+def differences(a: ConeBeam, b: ConeBeam) -> float:
+    return max((getattr(a, n) - getattr(b, n)).abs().max().item() for n in VECTORS)
 
 
 # ---------------------------------------------------------------- faults
-@pytest.mark.parametrize("change, words", [
-    (dict(source_mm=torch.zeros(3)), "source_mm must be"), (dict(source_mm=torch.zeros(2, 2)), "source_mm must be"), (dict(source_mm=torch.zeros(0, 3)), "at least one view"),
-    (dict(row_step_mm=torch.zeros(3, 3)), "row_step_mm has shape"), (dict(source_mm=torch.full((2, 3), math.nan)), "NaN or infinity"),
-    (dict(detector_center_mm=torch.full((2, 3), math.inf)), "NaN or infinity"), (dict(row_step_mm=torch.zeros(2, 3)), "zero or parallel"),
-    (dict(detector_shape=(0, 5)), "detector_shape"), (dict(detector_shape=(5,)), "detector_shape"), (dict(grid=(16, 16, 16)), "grid must be a Grid")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(source_mm=torch.zeros(3)), "source_mm must be"),
+        (dict(source_mm=torch.zeros(2, 2)), "source_mm must be"),
+        (dict(source_mm=torch.zeros(0, 3)), "at least one view"),
+        (dict(row_step_mm=torch.zeros(3, 3)), "row_step_mm has shape"),
+        (dict(source_mm=torch.full((2, 3), math.nan)), "NaN or infinity"),
+        (dict(detector_center_mm=torch.full((2, 3), math.inf)), "NaN or infinity"),
+        (dict(row_step_mm=torch.zeros(2, 3)), "zero or parallel"),
+        (dict(detector_shape=(0, 5)), "detector_shape"),
+        (dict(detector_shape=(5,)), "detector_shape"),
+        (dict(grid=(16, 16, 16)), "grid must be a Grid"),
+    ],
+)
 def test_impossible_geometries_are_refused_in_one_sentence(change, words):
-    with pytest.raises(GeometryError, match=words) as caught: replace(ConeBeam.biplanar(), **change)
+    with pytest.raises(GeometryError, match=words) as caught:
+        replace(ConeBeam.biplanar(), **change)
     assert "\n" not in str(caught.value)
+
 
 def test_source_in_the_plane_of_its_detector():
     g = ConeBeam.biplanar()
     with pytest.raises(GeometryError, match="view 1 the source lies in the detector's plane"):
-        replace(g, source_mm=torch.stack([g.source_mm[0], g.detector_center_mm[1] + 300 * g.row_step_mm[1]]))
+        replace(
+            g,
+            source_mm=torch.stack(
+                [g.source_mm[0], g.detector_center_mm[1] + 300 * g.row_step_mm[1]]
+            ),
+        )
+
 
 @pytest.mark.parametrize("name", ["source_to_isocenter_mm", "source_to_detector_mm", "pixel_mm"])
 def test_orbit_refuses_distances_that_are_not_positive(name):
-    with pytest.raises(GeometryError, match=name): ConeBeam.biplanar(**{name: -1.0})
+    with pytest.raises(GeometryError, match=name):
+        ConeBeam.biplanar(**{name: -1.0})
+
 
 def test_stack_names_what_differs():
     g = ConeBeam.biplanar()
-    for other, word in ((ConeBeam.orbit([0.0]), "views"), (ConeBeam.biplanar(detector_shape=(8, 8)), "detector_shape"), (g.on(GRID), "grid")):
-        with pytest.raises(GeometryError, match=f"geometry 1 differs from geometry 0 in its {word}"): ConeBeam.stack([g, other])
-    with pytest.raises(GeometryError, match="empty"): ConeBeam.stack([])
+    for other, word in (
+        (ConeBeam.orbit([0.0]), "views"),
+        (ConeBeam.biplanar(detector_shape=(8, 8)), "detector_shape"),
+        (g.on(GRID), "grid"),
+    ):
+        with pytest.raises(
+            GeometryError, match=f"geometry 1 differs from geometry 0 in its {word}"
+        ):
+            ConeBeam.stack([g, other])
+    with pytest.raises(GeometryError, match="empty"):
+        ConeBeam.stack([])
+
 
 def test_lists_arrays_and_integers_become_double_tensors():
-    g = ConeBeam([[0, -1000, 0]], np.array([[0, 500, 0]], dtype=np.float32), [[2, 0, 0]], [[0.0, 0.0, -2.0]], (4, 4), GRID)
+    g = ConeBeam(
+        [[0, -1000, 0]],
+        np.array([[0, 500, 0]], dtype=np.float32),
+        [[2, 0, 0]],
+        [[0.0, 0.0, -2.0]],
+        (4, 4),
+        GRID,
+    )
     assert g.dtype == torch.float64 and all(getattr(g, n).dtype == torch.float64 for n in VECTORS)
-    assert ConeBeam.biplanar(dtype=torch.float32).dtype == torch.float32 and ConeBeam.biplanar().to(torch.float32).dtype == torch.float32
+    assert (
+        ConeBeam.biplanar(dtype=torch.float32).dtype == torch.float32
+        and ConeBeam.biplanar().to(torch.float32).dtype == torch.float32
+    )
 
 
 # ---------------------------------------------------------------- constructors and angles
 def test_angles_and_lengths_come_back():
-    azimuth, elevation, roll = torch.tensor([[-179.0, 35, 90], [0, 120, -60]]).double(), torch.tensor([[80.0, -80, 0], [10, 0, -30]]).double(), torch.tensor([[0.0, 179, -90], [45, 0, 10]]).double()
+    azimuth = torch.tensor([[-179.0, 35, 90], [0, 120, -60]]).double()
+    elevation = torch.tensor([[80.0, -80, 0], [10, 0, -30]]).double()
+    roll = torch.tensor([[0.0, 179, -90], [45, 0, 10]]).double()
     length = torch.tensor([1200.0, 1500, 1800]).double()
-    g = ConeBeam.orbit(azimuth, elevation, roll, source_to_detector_mm=length, pixel_mm=torch.tensor([[1.0], [2.0]]))
+    g = ConeBeam.orbit(
+        azimuth,
+        elevation,
+        roll,
+        source_to_detector_mm=length,
+        pixel_mm=torch.tensor([[1.0], [2.0]]),
+    )
     assert g.batch_shape == (2,) and g.views == 3
-    for got, expected in ((g.azimuth_deg, azimuth), (g.elevation_deg, elevation), (g.roll_deg, roll), (g.source_to_detector_mm, length.expand(2, 3))):
+    for got, expected in (
+        (g.azimuth_deg, azimuth),
+        (g.elevation_deg, elevation),
+        (g.roll_deg, roll),
+        (g.source_to_detector_mm, length.expand(2, 3)),
+    ):
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=0)
-    torch.testing.assert_close(g.column_step_mm.norm(dim=-1), torch.tensor([[1.0] * 3, [2.0] * 3]).double())
+    torch.testing.assert_close(
+        g.column_step_mm.norm(dim=-1), torch.tensor([[1.0] * 3, [2.0] * 3]).double()
+    )
+
 
 def test_isocentre_is_where_it_is_said_to_be():
     for isocenter in (None, (5.0, 6.0, 7.0)):
         g = ConeBeam.orbit([0.0, 77.0], 12.0, grid=GRID, isocenter_mm=isocenter)
-        uv, depth = g.project_points(torch.tensor(np.array(GRID.center_mm if isocenter is None else isocenter)))
-        torch.testing.assert_close(uv, torch.full((2, 2), 128.0).double()); torch.testing.assert_close(depth, torch.full((2,), 1000.0).double())
+        uv, depth = g.project_points(
+            torch.tensor(np.array(GRID.center_mm if isocenter is None else isocenter))
+        )
+        torch.testing.assert_close(uv, torch.full((2, 2), 128.0).double())
+        torch.testing.assert_close(depth, torch.full((2,), 1000.0).double())
+
 
 def test_view_along_the_body_axis_is_defined_with_finite_gradients():
     elevation = torch.tensor([90.0, -90.0], dtype=torch.float64, requires_grad=True)
     g = ConeBeam.orbit([0.0, 0.0], elevation)
     g = g._map(lambda t: torch.where(t.abs() < 1e-9, 0.0, t))  # exactly along the axis
     assert g.azimuth_deg.tolist() == [0, 0] and g.elevation_deg.tolist() == [90, -90]
-    total = g.azimuth_deg.sum() + g.elevation_deg.sum() + g.roll_deg.sum() + g.matrices().sum() + g.plucker((3, 3)).sum()
+    total = (
+        g.azimuth_deg.sum()
+        + g.elevation_deg.sum()
+        + g.roll_deg.sum()
+        + g.matrices().sum()
+        + g.plucker((3, 3)).sum()
+    )
     assert torch.isfinite(torch.autograd.grad(total, elevation)[0]).all()
+
 
 def test_batch_select_index_and_device_move():
     a, b = odd_views(seed=1), odd_views(seed=2)
     both = ConeBeam.stack([a, b])
-    assert both.batch_shape == (2,) and differences(both[1], b) == 0 and differences(both.select([3, 0])[0], a.select([3, 0])) == 0
+    assert (
+        both.batch_shape == (2,)
+        and differences(both[1], b) == 0
+        and differences(both.select([3, 0])[0], a.select([3, 0])) == 0
+    )
     assert "batch (2,)" in repr(both) and "5 views" in repr(a)
-    with pytest.raises(GeometryError, match="no batch"): a[0]
+    with pytest.raises(GeometryError, match="no batch"):
+        a[0]
 
 
 # ---------------------------------------------------------------- matrices
 def test_matrices_and_back():
-    for g in (ConeBeam.biplanar(), odd_views(), ConeBeam.stack([odd_views(seed=3), odd_views(seed=4)])):
+    for g in (
+        ConeBeam.biplanar(),
+        odd_views(),
+        ConeBeam.stack([odd_views(seed=3), odd_views(seed=4)]),
+    ):
         P = g.matrices()
-        for scale in (1.0, -1.0, 1e-4, torch.linspace(-3, 5, g.views, dtype=torch.float64)[:, None, None]):
-            for known in (dict(source_to_detector_mm=g.source_to_detector_mm), dict(pixel_mm=g.column_step_mm.norm(dim=-1))):
-                again = ConeBeam.from_matrices(scale * P, detector_shape=g.detector_shape, grid=g.grid, **known)
+        for scale in (
+            1.0,
+            -1.0,
+            1e-4,
+            torch.linspace(-3, 5, g.views, dtype=torch.float64)[:, None, None],
+        ):
+            for known in (
+                dict(source_to_detector_mm=g.source_to_detector_mm),
+                dict(pixel_mm=g.column_step_mm.norm(dim=-1)),
+            ):
+                again = ConeBeam.from_matrices(
+                    scale * P, detector_shape=g.detector_shape, grid=g.grid, **known
+                )
                 assert differences(again, g) < 1e-9
                 torch.testing.assert_close(again.matrices(), P, atol=1e-9, rtol=1e-12)
+
 
 def test_matrix_row_three_is_depth_in_mm_and_agrees_with_a_hand_computed_camera():
     g = odd_views()
     assert torch.allclose(g.matrices()[:, 2, :3].norm(dim=-1), torch.ones(5).double())
     # AP view by hand: u = 128 + x·(1500/depth)/2, depth = y + 1000
     P = ConeBeam.biplanar().matrices()[0]
-    torch.testing.assert_close(P, torch.tensor([[750.0, 128, 0, 128000], [0, 128, -750, 128000], [0, 1, 0, 1000]]).double())
+    torch.testing.assert_close(
+        P, torch.tensor([[750.0, 128, 0, 128000], [0, 128, -750, 128000], [0, 1, 0, 1000]]).double()
+    )
+
 
 def test_projection_agrees_with_ray_and_plane():
-    g, points = odd_views(), torch.tensor(np.array(GRID.center_mm)) + 100 * torch.randn(40, 3, generator=generator(5), dtype=torch.float64)
+    g = odd_views()
+    points = torch.tensor(np.array(GRID.center_mm)) + 100 * torch.randn(
+        40, 3, generator=generator(5), dtype=torch.float64
+    )
     uv, depth = g.project_points(points)
     for v in range(g.views):
         s, c, a, b = (getattr(g, n)[v] for n in VECTORS)
-        n = torch.linalg.cross(a, b); n = n / n.norm() * torch.sign(n @ (c - s))
+        n = torch.linalg.cross(a, b)
+        n = n / n.norm() * torch.sign(n @ (c - s))
         for k in range(40):
             hit = s + (points[k] - s) * ((n @ (c - s)) / (n @ (points[k] - s)))
             image = c + (uv[v, k, 0] - 35) * a + (uv[v, k, 1] - 24) * b
             assert (hit - image).norm() < 1e-9 and abs(depth[v, k] - n @ (points[k] - s)) < 1e-9
 
-@pytest.mark.parametrize("kwargs, words", [
-    (dict(), "exactly one of"), (dict(pixel_mm=1.0, source_to_detector_mm=1.0), "exactly one of"), (dict(matrices=torch.zeros(2, 3, 3), pixel_mm=1.0), "must be"),
-    (dict(matrices=torch.zeros(2, 3, 4), pixel_mm=1.0), "singular"), (dict(matrices=torch.full((2, 3, 4), math.nan), pixel_mm=1.0), "not finite"),
-    (dict(grid=Grid.cube(4, center_mm=(0, -1000, 0)), pixel_mm=1.0), "in the plane of a source")])
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(), "exactly one of"),
+        (dict(pixel_mm=1.0, source_to_detector_mm=1.0), "exactly one of"),
+        (dict(matrices=torch.zeros(2, 3, 3), pixel_mm=1.0), "must be"),
+        (dict(matrices=torch.zeros(2, 3, 4), pixel_mm=1.0), "singular"),
+        (dict(matrices=torch.full((2, 3, 4), math.nan), pixel_mm=1.0), "not finite"),
+        (
+            dict(grid=Grid.cube(4, center_mm=(0, -1000, 0)), pixel_mm=1.0),
+            "in the plane of a source",
+        ),
+    ],
+)
 def test_from_matrices_faults(kwargs, words):
-    with pytest.raises(GeometryError, match=words): ConeBeam.from_matrices(**{"matrices": ConeBeam.biplanar().matrices().round(decimals=9), **kwargs})
+    with pytest.raises(GeometryError, match=words):
+        ConeBeam.from_matrices(
+            **{"matrices": ConeBeam.biplanar().matrices().round(decimals=9), **kwargs}
+        )
+
 
 def test_points_shared_or_per_scan():
     g = ConeBeam.stack([odd_views(seed=s) for s in range(3)])
@@ -130,15 +253,20 @@ def test_points_shared_or_per_scan():
     uv, depth = g.project_points(points)
     assert uv.shape == (3, 5, 7, 2) and depth.shape == (3, 5, 7)
     for b in range(3):
-        torch.testing.assert_close(uv[b], g[b].project_points(points[b])[0]); torch.testing.assert_close(g.project_points(points[b])[0][b], uv[b])
+        torch.testing.assert_close(uv[b], g[b].project_points(points[b])[0])
+        torch.testing.assert_close(g.project_points(points[b])[0][b], uv[b])
     assert g.project_points(GRID.centers_mm()[None])[0].shape == (3, 5, 16, 16, 16, 2)
-    with pytest.raises(GeometryError, match="points_mm must be"): g.project_points(torch.zeros(2, 7, 3))
-    with pytest.raises(GeometryError, match="points_mm must be"): g.project_points(torch.zeros(7, 2))
+    with pytest.raises(GeometryError, match="points_mm must be"):
+        g.project_points(torch.zeros(2, 7, 3))
+    with pytest.raises(GeometryError, match="points_mm must be"):
+        g.project_points(torch.zeros(7, 2))
+
 
 def test_point_at_the_source_gives_finite_numbers():
     g = ConeBeam.biplanar()
     uv, depth = g.project_points(g.source_mm)
     assert torch.isfinite(uv).all() and depth[0, 0] == 0 and depth[1, 1] == 0
+
 
 def test_single_precision_projects_to_a_hundredth_of_a_pixel():
     g = odd_views()
@@ -149,47 +277,106 @@ def test_single_precision_projects_to_a_hundredth_of_a_pixel():
 # ---------------------------------------------------------------- gradients
 def test_every_number_is_differentiable():
     def everything(angles, lengths, shift, turn):
-        g = ConeBeam.orbit(angles[0], angles[1], angles[2], grid=GRID, detector_shape=(4, 6), source_to_isocenter_mm=lengths[0], source_to_detector_mm=lengths[1], pixel_mm=lengths[2])
+        g = ConeBeam.orbit(
+            angles[0],
+            angles[1],
+            angles[2],
+            grid=GRID,
+            detector_shape=(4, 6),
+            source_to_isocenter_mm=lengths[0],
+            source_to_detector_mm=lengths[1],
+            pixel_mm=lengths[2],
+        )
         g = g.rotated(turn).moved(shift)
-        again = ConeBeam.from_matrices(g.matrices(), source_to_detector_mm=g.source_to_detector_mm, detector_shape=(4, 6), grid=GRID)
-        points = torch.tensor(np.array(GRID.center_mm)) + torch.tensor([[30.0, -20, 50], [1, 2, 3]], dtype=torch.float64)
+        again = ConeBeam.from_matrices(
+            g.matrices(),
+            source_to_detector_mm=g.source_to_detector_mm,
+            detector_shape=(4, 6),
+            grid=GRID,
+        )
+        points = torch.tensor(np.array(GRID.center_mm)) + torch.tensor(
+            [[30.0, -20, 50], [1, 2, 3]], dtype=torch.float64
+        )
         uv, depth = again.project_points(points)
         lines = g.epipolar_lines(0, 1, g.token_uv((2, 2)).reshape(-1, 2))
-        return uv, depth, g.azimuth_deg, g.elevation_deg, g.roll_deg, g.plucker((2, 3)), g.ray_directions((2, 2)), lines
-    inputs = ([[10.0, 100.0], [5.0, -20.0], [3.0, 40.0]], [900.0, 1300.0, 1.5], [3.0, -2.0, 1.0], [1.0, 2.0, -3.0])
-    assert torch.autograd.gradcheck(everything, tuple(torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs), eps=1e-5, atol=1e-4, rtol=1e-4)
+        return (
+            uv,
+            depth,
+            g.azimuth_deg,
+            g.elevation_deg,
+            g.roll_deg,
+            g.plucker((2, 3)),
+            g.ray_directions((2, 2)),
+            lines,
+        )
+
+    inputs = (
+        [[10.0, 100.0], [5.0, -20.0], [3.0, 40.0]],
+        [900.0, 1300.0, 1.5],
+        [3.0, -2.0, 1.0],
+        [1.0, 2.0, -3.0],
+    )
+    assert torch.autograd.gradcheck(
+        everything,
+        tuple(torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs),
+        eps=1e-5,
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
 
 def test_zero_rotation_has_a_gradient():
     turn = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    gradient, = torch.autograd.grad(ConeBeam.biplanar().rotated(turn).azimuth_deg.sum(), turn)
-    torch.testing.assert_close(gradient, torch.tensor([0.0, 0, -2], dtype=torch.float64), atol=1e-9, rtol=0)
+    (gradient,) = torch.autograd.grad(ConeBeam.biplanar().rotated(turn).azimuth_deg.sum(), turn)
+    torch.testing.assert_close(
+        gradient, torch.tensor([0.0, 0, -2], dtype=torch.float64), atol=1e-9, rtol=0
+    )
 
 
 # ---------------------------------------------------------------- motion
 def test_jitter_has_the_spread_it_names_and_leaves_the_generator_in_step():
     g = ConeBeam.stack([ConeBeam.orbit([20.0, 110.0], grid=GRID)] * 3000)
     moved = g.jitter(generator(), shift_mm=3.0)
-    assert abs((moved.source_mm - g.source_mm).std() - 3) < 0.05 and torch.allclose(moved.source_mm - g.source_mm, moved.detector_center_mm - g.detector_center_mm)
+    assert abs((moved.source_mm - g.source_mm).std() - 3) < 0.05 and torch.allclose(
+        moved.source_mm - g.source_mm, moved.detector_center_mm - g.detector_center_mm
+    )
     turned = g.jitter(generator(), rotation_deg=1.0)
-    assert abs(turned.elevation_deg.std() - 1) < 0.03 and abs((turned.azimuth_deg - g.azimuth_deg).std() - 1) < 0.03
+    assert (
+        abs(turned.elevation_deg.std() - 1) < 0.03
+        and abs((turned.azimuth_deg - g.azimuth_deg).std() - 1) < 0.03
+    )
     plate = g.jitter(generator(), detector_rotation_deg=2.0, detector_shift_mm=4.0)
-    assert torch.equal(plate.source_mm, g.source_mm) and abs((plate.detector_center_mm - g.detector_center_mm).std() - 4) < 0.06
+    assert (
+        torch.equal(plate.source_mm, g.source_mm)
+        and abs((plate.detector_center_mm - g.detector_center_mm).std() - 4) < 0.06
+    )
     torch.testing.assert_close(plate.column_step_mm.norm(dim=-1), g.column_step_mm.norm(dim=-1))
     one, two = generator(3), generator(3)
     g[0].jitter(one, 1.0), g[0].jitter(two, 0.0, 0.0, 1.0, 1.0)
     assert torch.equal(torch.rand(3, generator=one), torch.rand(3, generator=two))
 
+
 def test_rigid_motion_is_the_patient_moving_the_other_way():
-    g, points = odd_views(), torch.randn(9, 3, generator=generator(), dtype=torch.float64) * 80
-    torch.testing.assert_close(g.moved((3.0, -4.0, 5.0)).project_points(points)[0], g.project_points(points - torch.tensor([3.0, -4, 5]).double())[0])
-    back = g.rotated((3.0, 4.0, -5.0), center_mm=(1.0, 2.0, 3.0)).rotated((-3.0, -4.0, 5.0), center_mm=(1.0, 2.0, 3.0))
+    g = odd_views()
+    points = torch.randn(9, 3, generator=generator(), dtype=torch.float64) * 80
+    torch.testing.assert_close(
+        g.moved((3.0, -4.0, 5.0)).project_points(points)[0],
+        g.project_points(points - torch.tensor([3.0, -4, 5]).double())[0],
+    )
+    back = g.rotated((3.0, 4.0, -5.0), center_mm=(1.0, 2.0, 3.0)).rotated(
+        (-3.0, -4.0, 5.0), center_mm=(1.0, 2.0, 3.0)
+    )
     assert differences(back, g) < 1e-9
 
 
 # ---------------------------------------------------------------- rays and the grid
 def test_missing_rays_by_brute_force():
-    oblique = Grid((6, 8, 10), np.array([[18.0, 4, 0, -60], [-3, 20, 2, -80], [1, -2, 30, 400], [0, 0, 0, 1]]))
-    g = ConeBeam.orbit([0.0, 60.0, 200.0], [0.0, 30.0, -10.0], grid=oblique, detector_shape=(20, 24), pixel_mm=18.0)
+    oblique = Grid(
+        (6, 8, 10), np.array([[18.0, 4, 0, -60], [-3, 20, 2, -80], [1, -2, 30, 400], [0, 0, 0, 1]])
+    )
+    g = ConeBeam.orbit(
+        [0.0, 60.0, 200.0], [0.0, 30.0, -10.0], grid=oblique, detector_shape=(20, 24), pixel_mm=18.0
+    )
     t = torch.linspace(0, 1, 4001, dtype=torch.float64)[:, None, None, None]
     inverse = torch.tensor(np.linalg.inv(oblique.affine))
     high = torch.tensor([10.0, 8, 6]).double() - 0.5
@@ -197,54 +384,89 @@ def test_missing_rays_by_brute_force():
         points = g.source_mm[v] + t * (g.pixel_centers_mm()[v] - g.source_mm[v])
         index = points @ inverse[:3, :3].T + inverse[:3, 3]
         hit = ((index > -0.5) & (index < high)).all(-1).any(0)
-        assert 0.1 < fraction < 0.9 and abs(fraction - (~hit).double().mean()) <= 2 / 480  # a sampled ray can step over a corner
+        # a sampled ray can step over a corner
+        assert 0.1 < fraction < 0.9 and abs(fraction - (~hit).double().mean()) <= 2 / 480
+
 
 def test_views_that_miss_are_named():
     g = ConeBeam.biplanar(grid=GRID)
     lost = g.perturbed(1, shift_mm=(0, 0, 900))
     assert lost.missing_rays().tolist() == [0.0, 1.0] and g.require_hits() is g
-    with pytest.raises(GeometryError, match="no ray of view 1 meets the grid") as caught: lost.require_hits()
+    with pytest.raises(GeometryError, match="no ray of view 1 meets the grid") as caught:
+        lost.require_hits()
     assert "\n" not in str(caught.value)
-    with pytest.raises(GeometryError, match=r"view 1 of scan \(1,\)"): ConeBeam.stack([g, lost]).require_hits()
+    with pytest.raises(GeometryError, match=r"view 1 of scan \(1,\)"):
+        ConeBeam.stack([g, lost]).require_hits()
+
 
 def test_detector_short_of_the_volume_and_volume_behind_the_source_are_missed():
     box = Grid.cube(8, 100.0)
-    assert ConeBeam.orbit([0.0], grid=box, source_to_isocenter_mm=1000, source_to_detector_mm=900, pixel_mm=0.1).missing_rays().item() == 1.0
-    assert ConeBeam.orbit([0.0], grid=box, isocenter_mm=(0, 1200, 0), pixel_mm=0.1).missing_rays().item() == 1.0
+    assert (
+        ConeBeam.orbit(
+            [0.0], grid=box, source_to_isocenter_mm=1000, source_to_detector_mm=900, pixel_mm=0.1
+        )
+        .missing_rays()
+        .item()
+        == 1.0
+    )
+    assert (
+        ConeBeam.orbit([0.0], grid=box, isocenter_mm=(0, 1200, 0), pixel_mm=0.1)
+        .missing_rays()
+        .item()
+        == 1.0
+    )
+
 
 def test_parallel_limit_and_source_inside():
-    far = ConeBeam.biplanar(source_to_isocenter_mm=1e8, source_to_detector_mm=1e8 + 400, pixel_mm=1.0)
+    far = ConeBeam.biplanar(
+        source_to_isocenter_mm=1e8, source_to_detector_mm=1e8 + 400, pixel_mm=1.0
+    )
     points = 100 * torch.randn(20, 3, generator=generator(), dtype=torch.float64)
     uv, _ = far.project_points(points)
-    torch.testing.assert_close(uv[0], torch.stack([points[:, 0], -points[:, 2]], -1) + 128, atol=3e-3, rtol=0)
-    torch.testing.assert_close(uv[1], torch.stack([-points[:, 1], -points[:, 2]], -1) + 128, atol=3e-3, rtol=0)
+    torch.testing.assert_close(
+        uv[0], torch.stack([points[:, 0], -points[:, 2]], -1) + 128, atol=3e-3, rtol=0
+    )
+    torch.testing.assert_close(
+        uv[1], torch.stack([-points[:, 1], -points[:, 2]], -1) + 128, atol=3e-3, rtol=0
+    )
     inside = ConeBeam.biplanar(source_to_isocenter_mm=40.0, source_to_detector_mm=500.0)
     again = ConeBeam.from_matrices(inside.matrices(), source_to_detector_mm=500.0, grid=inside.grid)
     assert inside.missing_rays().max() == 0 and differences(again, inside) < 1e-9
+
 
 def test_plucker_does_not_depend_on_the_point_of_the_line():
     g = odd_views()
     six = g.plucker((5, 7))
     assert six.shape == (5, 5, 7, 6)
     point = g.pixel_centers_mm((5, 7)) - torch.tensor(np.array(GRID.center_mm))
-    torch.testing.assert_close(torch.linalg.cross(point, six[..., :3]), six[..., 3:], atol=1e-8, rtol=0)
-    shifted = g.moved((10.0, 20.0, 30.0)).on(Grid.cube(16, 320.0, np.array(GRID.center_mm) + [10, 20, 30]))
-    torch.testing.assert_close(shifted.plucker((5, 7)), six, atol=1e-8, rtol=0)  # room and patient moved together: nothing changed
+    torch.testing.assert_close(
+        torch.linalg.cross(point, six[..., :3]), six[..., 3:], atol=1e-8, rtol=0
+    )
+    shifted = g.moved((10.0, 20.0, 30.0)).on(
+        Grid.cube(16, 320.0, np.array(GRID.center_mm) + [10, 20, 30])
+    )
+    # room and patient moved together: nothing changed
+    torch.testing.assert_close(shifted.plucker((5, 7)), six, atol=1e-8, rtol=0)
 
 
 # ---------------------------------------------------------------- epipolar
 def test_lines_hold_projected_points_and_f_transposes():
     g = ConeBeam.stack([odd_views(seed=s) for s in (1, 2)])
-    points = torch.tensor(np.array(GRID.center_mm)) + 100 * torch.randn(30, 3, generator=generator(9), dtype=torch.float64)
+    points = torch.tensor(np.array(GRID.center_mm)) + 100 * torch.randn(
+        30, 3, generator=generator(9), dtype=torch.float64
+    )
     uv, _ = g.project_points(points)
     for i, j in ((0, 1), (3, 2), (4, 0)):
         lines = g.epipolar_lines(i, j, uv[:, i])
         assert (lines[..., :2] * uv[:, j]).sum(-1).add(lines[..., 2]).abs().max() < 1e-8
         torch.testing.assert_close(lines[..., :2].norm(dim=-1), torch.ones(2, 30).double())
-        F, back = g.fundamental_matrix(i, j), g.fundamental_matrix(j, i).transpose(-1, -2)
+        F = g.fundamental_matrix(i, j)
+        back = g.fundamental_matrix(j, i).transpose(-1, -2)
         sign = (F * back).sum((-1, -2)).sign()[:, None, None]
         torch.testing.assert_close(F, sign * back, atol=1e-12, rtol=1e-9)
-        for b in range(2): torch.testing.assert_close(g[b].fundamental_matrix(i, j), F[b])
+        for b in range(2):
+            torch.testing.assert_close(g[b].fundamental_matrix(i, j), F[b])
+
 
 def test_fundamental_matrix_is_hartley_zisserman_9_1():
     g = odd_views()
@@ -257,18 +479,32 @@ def test_fundamental_matrix_is_hartley_zisserman_9_1():
         ours = g.fundamental_matrix(i, j).numpy()
         assert min(abs(F - ours).max(), abs(F + ours).max()) < 1e-9
 
+
 def test_nearest_tokens_by_brute_force():
     g = odd_views()
     shape, k = (6, 9), 11
     for i, j in ((0, 1), (2, 4)):
         tokens = g.pixel_centers_mm(shape)
         for n, got in enumerate(g.epipolar_nearest(i, j, shape, k)):
-            # in space: the epipolar plane holds both sources and the token of view i; the line is where it cuts detector j
-            normal = torch.linalg.cross(g.source_mm[j] - g.source_mm[i], tokens[i].reshape(-1, 3)[n] - g.source_mm[i])
-            normal = normal - (normal @ (d := torch.linalg.cross(g.column_step_mm[j], g.row_step_mm[j]))) * d / (d @ d)  # within the detector's plane
-            distance = ((tokens[j].reshape(-1, 3) - g.source_mm[j]) @ torch.linalg.cross(g.source_mm[j] - g.source_mm[i], tokens[i].reshape(-1, 3)[n] - g.source_mm[i])).abs() / normal.norm()
-            # the skewed pixels of odd_views measure mm along their own axes; the order may differ only among nearly equal distances
+            # in space: the epipolar plane holds both sources and the token of view i; the line is
+            # where it cuts detector j
+            normal = torch.linalg.cross(
+                g.source_mm[j] - g.source_mm[i], tokens[i].reshape(-1, 3)[n] - g.source_mm[i]
+            )
+            # within the detector's plane
+            normal = normal - (
+                normal @ (d := torch.linalg.cross(g.column_step_mm[j], g.row_step_mm[j]))
+            ) * d / (d @ d)
+            distance = (
+                (tokens[j].reshape(-1, 3) - g.source_mm[j])
+                @ torch.linalg.cross(
+                    g.source_mm[j] - g.source_mm[i], tokens[i].reshape(-1, 3)[n] - g.source_mm[i]
+                )
+            ).abs() / normal.norm()
+            # the skewed pixels of odd_views measure mm along their own axes; the order may differ
+            # only among nearly equal distances
             assert distance[got].max() <= 1.25 * distance.sort().values[k - 1] + 1e-6
+
 
 def test_nearest_tokens_are_exact_on_square_pixels():
     g = ConeBeam.orbit([0.0, 80.0], [3.0, -10.0], [20.0, 5.0], detector_shape=(40, 64))
@@ -277,8 +513,11 @@ def test_nearest_tokens_are_exact_on_square_pixels():
     lines = g.epipolar_lines(0, 1, uv)
     distance = (lines[:, :2] @ uv.T + lines[:, 2:]).abs()
     got = g.epipolar_nearest(0, 1, shape, k)
-    torch.testing.assert_close(distance.gather(1, got), distance.sort(-1).values[:, :k], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        distance.gather(1, got), distance.sort(-1).values[:, :k], atol=1e-4, rtol=0
+    )
     assert torch.equal(g.to(torch.float32).epipolar_nearest(0, 1, shape, k), got)
+
 
 def test_nearest_tokens_of_a_batch_in_strips():
     g = ConeBeam.stack([odd_views(seed=s) for s in range(3)])
@@ -286,143 +525,300 @@ def test_nearest_tokens_of_a_batch_in_strips():
     assert got.shape == (3, 1600, 8) and got.dtype == torch.int64
     assert all(torch.equal(got[b], g[b].epipolar_nearest(1, 2, (40, 40), 8)) for b in range(3))
 
+
 def test_degenerate_pairs_fall_back_to_position():
     g = ConeBeam.orbit([0.0, 0.0, 180.0])
-    assert (g.fundamental_matrix(0, 1) == 0).all() and (g.epipolar_lines(0, 1, g.token_uv((3, 3)).reshape(-1, 2)) == 0).all()
+    assert (g.fundamental_matrix(0, 1) == 0).all() and (
+        g.epipolar_lines(0, 1, g.token_uv((3, 3)).reshape(-1, 2)) == 0
+    ).all()
     assert torch.equal(g.epipolar_nearest(0, 1, (8, 8), 1)[:, 0], torch.arange(64))
-    shifted = replace(g, detector_center_mm=g.detector_center_mm + torch.tensor([[0.0, 0, 0], [64.0, 0, 0], [0, 0, 0]]))  # one source, a plate moved by 64 mm = one token of 8
+    # one source, a plate moved by 64 mm = one token of 8
+    shifted = replace(
+        g,
+        detector_center_mm=g.detector_center_mm
+        + torch.tensor([[0.0, 0, 0], [64.0, 0, 0], [0, 0, 0]]),
+    )
     assert torch.equal(shifted.epipolar_nearest(0, 1, (8, 8), 1)[1:8, 0], torch.arange(0, 7))
     for pair in ((0, 2), (2, 0)):
-        assert torch.isfinite(g.fundamental_matrix(*pair)).all() and torch.isfinite(g.epipolar_lines(*pair, g.token_uv((3, 3)).reshape(-1, 2))).all()
+        assert (
+            torch.isfinite(g.fundamental_matrix(*pair)).all()
+            and torch.isfinite(g.epipolar_lines(*pair, g.token_uv((3, 3)).reshape(-1, 2))).all()
+        )
         assert g.epipolar_nearest(*pair, (9, 9), 81).sort(-1).values.eq(torch.arange(81)).all()
     source = g.source_mm.clone().requires_grad_()
-    assert torch.isfinite(torch.autograd.grad(replace(g, source_mm=source).fundamental_matrix(0, 1).sum(), source)[0]).all()
-    with pytest.raises(GeometryError, match="k must be 1 to 16"): g.epipolar_nearest(0, 1, (4, 4), 17)
+    assert torch.isfinite(
+        torch.autograd.grad(replace(g, source_mm=source).fundamental_matrix(0, 1).sum(), source)[0]
+    ).all()
+    with pytest.raises(GeometryError, match="k must be 1 to 16"):
+        g.epipolar_nearest(0, 1, (4, 4), 17)
 
 
 # ---------------------------------------------------------------- JSON
 def test_json_round_trip_is_exact(tmp_path):
     g = odd_views()
     again = ConeBeam.load(g.save(tmp_path / "geometry.json"))
-    assert differences(again, g) == 0 and again.detector_shape == g.detector_shape and np.array_equal(again.grid.affine, g.grid.affine) and again.grid.shape == g.grid.shape
+    assert (
+        differences(again, g) == 0
+        and again.detector_shape == g.detector_shape
+        and np.array_equal(again.grid.affine, g.grid.affine)
+        and again.grid.shape == g.grid.shape
+    )
     assert differences(ConeBeam.load(tmp_path / "geometry.json", grid=Grid.cube(8)), g) == 0
     single = g.to(torch.float32)
     assert differences(ConeBeam.from_json(single.to_json()), single.to(torch.float64)) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["geometry.json"]
 
+
 GOOD = json.loads(ConeBeam.biplanar(grid=GRID).to_json())
-BY_HAND = {"azimuth_deg": [0, 90], "source_to_isocenter_mm": 1000, "source_to_detector_mm": [1500, 1600], "pixel_mm": 1.5, "detector_shape": [64, 64], "grid": GOOD["grid"]}
+BY_HAND = {
+    "azimuth_deg": [0, 90],
+    "source_to_isocenter_mm": 1000,
+    "source_to_detector_mm": [1500, 1600],
+    "pixel_mm": 1.5,
+    "detector_shape": [64, 64],
+    "grid": GOOD["grid"],
+}
+
 
 def without(content, *keys):
     content = json.loads(json.dumps(content))
     inner = content
-    for key in keys[:-1]: inner = inner[key]
+    for key in keys[:-1]:
+        inner = inner[key]
     del inner[keys[-1]]
     return content
+
 
 def with_(content, value, *keys):
     content = json.loads(json.dumps(content))
     inner = content
-    for key in keys[:-1]: inner = inner[key]
+    for key in keys[:-1]:
+        inner = inner[key]
     inner[keys[-1]] = value
     return content
 
-@pytest.mark.parametrize("content, words", [
-    (without(GOOD, "grid"), '"grid" is missing'), (without(GOOD, "grid", "affine"), '"affine" in the grid is missing'), (without(GOOD, "detector_shape"), '"detector_shape" is missing'),
-    (without(GOOD, "views"), "exactly one of the keys views"), (without(GOOD, "views", 1, "row_step_mm"), '"row_step_mm" of view 1 is missing'),
-    (with_(GOOD, [1, 2], "views", 0, "source_mm"), '"source_mm" of view 0 must hold 3 numbers, got 2'), (with_(GOOD, "left", "views", 0, "source_mm"), "must hold numbers"),
-    (with_(GOOD, [[1], [2, 3]], "views", 0, "source_mm"), "must hold numbers"), (with_(GOOD, [1, 2, None], "views", 0, "source_mm"), "must hold numbers"),
-    (with_(GOOD, float("nan"), "grid", "affine", 0, 0), "NaN or infinity"), (with_(GOOD, [], "views"), "at least one view"), (with_(GOOD, {}, "views"), "must be a list"),
-    (with_(GOOD, ["AP"], "views"), 'view 0 in "views" must be an object'), (with_(GOOD, [64.5, 64], "detector_shape"), "positive whole numbers"), (with_(GOOD, [0, 64], "detector_shape"), "positive whole numbers"),
-    (with_(GOOD, [0, 0, 0], "views", 0, "row_step_mm"), "zero or parallel"), (with_(GOOD, [[0] * 4] * 4, "grid", "affine"), "affine"), ([1, 2], "exactly one of the keys"),
-    ({**GOOD, "matrices": []}, "exactly one of the keys"), (without(BY_HAND, "pixel_mm"), '"pixel_mm" is missing'), (with_(BY_HAND, 0, "azimuth_deg"), '"azimuth_deg" must hold n numbers'),
-    (with_(BY_HAND, [1500], "source_to_detector_mm"), "must hold 2 numbers, got 1"), (with_(BY_HAND, -5, "pixel_mm"), "must be positive"), (with_(BY_HAND, True, "pixel_mm"), "must hold numbers"),
-    ({"matrices": [[[1, 0], [0, 1]]], "detector_shape": [4, 4], "grid": GOOD["grid"]}, '"matrices" must hold n×3×4 numbers'),
-    ({"matrices": [np.eye(3, 4).tolist()], "detector_shape": [4, 4], "grid": GOOD["grid"]}, '"source_to_detector_mm" is missing')])
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (without(GOOD, "grid"), '"grid" is missing'),
+        (without(GOOD, "grid", "affine"), '"affine" in the grid is missing'),
+        (without(GOOD, "detector_shape"), '"detector_shape" is missing'),
+        (without(GOOD, "views"), "exactly one of the keys views"),
+        (without(GOOD, "views", 1, "row_step_mm"), '"row_step_mm" of view 1 is missing'),
+        (
+            with_(GOOD, [1, 2], "views", 0, "source_mm"),
+            '"source_mm" of view 0 must hold 3 numbers, got 2',
+        ),
+        (with_(GOOD, "left", "views", 0, "source_mm"), "must hold numbers"),
+        (with_(GOOD, [[1], [2, 3]], "views", 0, "source_mm"), "must hold numbers"),
+        (with_(GOOD, [1, 2, None], "views", 0, "source_mm"), "must hold numbers"),
+        (with_(GOOD, float("nan"), "grid", "affine", 0, 0), "NaN or infinity"),
+        (with_(GOOD, [], "views"), "at least one view"),
+        (with_(GOOD, {}, "views"), "must be a list"),
+        (with_(GOOD, ["AP"], "views"), 'view 0 in "views" must be an object'),
+        (with_(GOOD, [64.5, 64], "detector_shape"), "positive whole numbers"),
+        (with_(GOOD, [0, 64], "detector_shape"), "positive whole numbers"),
+        (with_(GOOD, [0, 0, 0], "views", 0, "row_step_mm"), "zero or parallel"),
+        (with_(GOOD, [[0] * 4] * 4, "grid", "affine"), "affine"),
+        ([1, 2], "exactly one of the keys"),
+        ({**GOOD, "matrices": []}, "exactly one of the keys"),
+        (without(BY_HAND, "pixel_mm"), '"pixel_mm" is missing'),
+        (with_(BY_HAND, 0, "azimuth_deg"), '"azimuth_deg" must hold n numbers'),
+        (with_(BY_HAND, [1500], "source_to_detector_mm"), "must hold 2 numbers, got 1"),
+        (with_(BY_HAND, -5, "pixel_mm"), "must be positive"),
+        (with_(BY_HAND, True, "pixel_mm"), "must hold numbers"),
+        (
+            {"matrices": [[[1, 0], [0, 1]]], "detector_shape": [4, 4], "grid": GOOD["grid"]},
+            '"matrices" must hold n×3×4 numbers',
+        ),
+        (
+            {"matrices": [np.eye(3, 4).tolist()], "detector_shape": [4, 4], "grid": GOOD["grid"]},
+            '"source_to_detector_mm" is missing',
+        ),
+    ],
+)
 def test_json_faults_name_file_and_key(tmp_path, content, words):
     path = tmp_path / "geometry.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(GeometryError) as caught: ConeBeam.load(path)
+    with pytest.raises(GeometryError) as caught:
+        ConeBeam.load(path)
     message = str(caught.value)
     assert message.startswith(str(path)) and words in message and "\n" not in message
 
+
 def test_json_files_that_are_none(tmp_path):
-    with pytest.raises(GeometryError, match="nothing.json: the geometry file cannot be read"): ConeBeam.load(tmp_path / "nothing.json")
+    with pytest.raises(GeometryError, match="nothing.json: the geometry file cannot be read"):
+        ConeBeam.load(tmp_path / "nothing.json")
     (tmp_path / "text.json").write_text("AP and lateral")
-    with pytest.raises(GeometryError, match="text.json: this is not valid JSON"): ConeBeam.load(tmp_path / "text.json")
+    with pytest.raises(GeometryError, match="text.json: this is not valid JSON"):
+        ConeBeam.load(tmp_path / "text.json")
     (tmp_path / "bytes.json").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(GeometryError, match="bytes.json: this is no text file"): ConeBeam.load(tmp_path / "bytes.json")
+    with pytest.raises(GeometryError, match="bytes.json: this is no text file"):
+        ConeBeam.load(tmp_path / "bytes.json")
     (tmp_path / "cut.json").write_text(ConeBeam.biplanar().to_json()[:300])
-    with pytest.raises(GeometryError, match="cut.json: this is not valid JSON"): ConeBeam.load(tmp_path / "cut.json")
+    with pytest.raises(GeometryError, match="cut.json: this is not valid JSON"):
+        ConeBeam.load(tmp_path / "cut.json")
+
 
 def test_save_is_whole_or_nothing(tmp_path):
     (tmp_path / "taken").write_text("a file, no folder")
-    with pytest.raises(OSError, match="cannot be written"): ConeBeam.biplanar().save(tmp_path / "taken" / "geometry.json")
-    with pytest.raises(GeometryError, match="a file holds one scan"): ConeBeam.stack([ConeBeam.biplanar()] * 2).save(tmp_path / "geometry.json")
+    with pytest.raises(OSError, match="cannot be written"):
+        ConeBeam.biplanar().save(tmp_path / "taken" / "geometry.json")
+    with pytest.raises(GeometryError, match="a file holds one scan"):
+        ConeBeam.stack([ConeBeam.biplanar()] * 2).save(tmp_path / "geometry.json")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
+
 def test_json_by_hand():
-    g = ConeBeam.from_json(json.dumps({**BY_HAND, "elevation_deg": 5, "roll_deg": [1, 2], "isocenter_mm": [1, 2, 3]}))
-    expected = ConeBeam.orbit([0.0, 90.0], 5.0, [1.0, 2.0], source_to_detector_mm=torch.tensor([1500.0, 1600.0]), pixel_mm=1.5, detector_shape=(64, 64), isocenter_mm=(1.0, 2.0, 3.0), grid=GRID)
+    g = ConeBeam.from_json(
+        json.dumps({**BY_HAND, "elevation_deg": 5, "roll_deg": [1, 2], "isocenter_mm": [1, 2, 3]})
+    )
+    expected = ConeBeam.orbit(
+        [0.0, 90.0],
+        5.0,
+        [1.0, 2.0],
+        source_to_detector_mm=torch.tensor([1500.0, 1600.0]),
+        pixel_mm=1.5,
+        detector_shape=(64, 64),
+        isocenter_mm=(1.0, 2.0, 3.0),
+        grid=GRID,
+    )
     assert differences(g, expected) == 0
 
 
 # ---------------------------------------------------------------- DICOM
 def radiograph(**tags):
     from pydicom.dataset import Dataset
+
     data = Dataset()
-    for keyword, value in dict(PositionerPrimaryAngle=0, PositionerSecondaryAngle=0, DistanceSourceToDetector=1200, DistanceSourceToPatient=800, ImagerPixelSpacing=[0.4, 0.3],
-                               Rows=100, Columns=120).items():
-        if keyword not in tags: setattr(data, keyword, value)
+    for keyword, value in dict(
+        PositionerPrimaryAngle=0,
+        PositionerSecondaryAngle=0,
+        DistanceSourceToDetector=1200,
+        DistanceSourceToPatient=800,
+        ImagerPixelSpacing=[0.4, 0.3],
+        Rows=100,
+        Columns=120,
+    ).items():
+        if keyword not in tags:
+            setattr(data, keyword, value)
     for keyword, value in tags.items():
-        if value is not None: setattr(data, keyword, value)
+        if value is not None:
+            setattr(data, keyword, value)
     return data
 
-@pytest.mark.parametrize("primary, secondary, detector_at", [(0, 0, (0, -400, 0)), (90, 0, (400, 0, 0)), (-90, 0, (-400, 0, 0)), (180, 0, (0, 400, 0)), (0, 90, (0, 0, 400)), (0, -90, (0, 0, -400))])
+
+@pytest.mark.parametrize(
+    "primary, secondary, detector_at",
+    [
+        (0, 0, (0, -400, 0)),
+        (90, 0, (400, 0, 0)),
+        (-90, 0, (-400, 0, 0)),
+        (180, 0, (0, 400, 0)),
+        (0, 90, (0, 0, 400)),
+        (0, -90, (0, 0, -400)),
+    ],
+)
 def test_dicom_detector_moves_as_the_standard_says(primary, secondary, detector_at):
-    g = ConeBeam.from_dicom(radiograph(PositionerPrimaryAngle=primary, PositionerSecondaryAngle=secondary))
-    torch.testing.assert_close(g.detector_center_mm[0], torch.tensor(detector_at).double(), atol=1e-9, rtol=0)
-    torch.testing.assert_close(g.source_mm[0], -2 * torch.tensor(detector_at).double(), atol=1e-9, rtol=0)
+    g = ConeBeam.from_dicom(
+        radiograph(PositionerPrimaryAngle=primary, PositionerSecondaryAngle=secondary)
+    )
+    torch.testing.assert_close(
+        g.detector_center_mm[0], torch.tensor(detector_at).double(), atol=1e-9, rtol=0
+    )
+    torch.testing.assert_close(
+        g.source_mm[0], -2 * torch.tensor(detector_at).double(), atol=1e-9, rtol=0
+    )
+
 
 def test_dicom_image_is_seen_from_the_detector():
-    g = ConeBeam.from_dicom([radiograph(), radiograph(PositionerPrimaryAngle=30, PositionerSecondaryAngle=-20)], grid=GRID)
-    ray, up = g.central_ray, torch.linalg.cross(g.row_step_mm, g.column_step_mm)
-    assert ((up * ray).sum(-1) > 0).all()  # columns right, rows down, the ray comes towards the viewer
-    torch.testing.assert_close(g.column_step_mm[0], torch.tensor([0.3, 0, 0], dtype=torch.float64), atol=1e-12, rtol=0)
-    torch.testing.assert_close(g.row_step_mm[0], torch.tensor([0, 0, -0.4], dtype=torch.float64), atol=1e-12, rtol=0)
+    g = ConeBeam.from_dicom(
+        [radiograph(), radiograph(PositionerPrimaryAngle=30, PositionerSecondaryAngle=-20)],
+        grid=GRID,
+    )
+    ray = g.central_ray
+    up = torch.linalg.cross(g.row_step_mm, g.column_step_mm)
+    # columns right, rows down, the ray comes towards the viewer
+    assert ((up * ray).sum(-1) > 0).all()
+    torch.testing.assert_close(
+        g.column_step_mm[0], torch.tensor([0.3, 0, 0], dtype=torch.float64), atol=1e-12, rtol=0
+    )
+    torch.testing.assert_close(
+        g.row_step_mm[0], torch.tensor([0, 0, -0.4], dtype=torch.float64), atol=1e-12, rtol=0
+    )
 
-@pytest.mark.parametrize("orientation, column, row", [(["L", "F"], (1, 0, 0), (0, 0, -1)), (["R", "F"], (-1, 0, 0), (0, 0, -1)), (["F", "R"], (0, 0, -1), (-1, 0, 0)), (["LH", "FL"], None, None)])
+
+@pytest.mark.parametrize(
+    "orientation, column, row",
+    [
+        (["L", "F"], (1, 0, 0), (0, 0, -1)),
+        (["R", "F"], (-1, 0, 0), (0, 0, -1)),
+        (["F", "R"], (0, 0, -1), (-1, 0, 0)),
+        (["LH", "FL"], None, None),
+    ],
+)
 def test_dicom_patient_orientation_is_obeyed(orientation, column, row):
     g = ConeBeam.from_dicom(radiograph(PatientOrientation=orientation))
-    if column is None: column, row = (1, 0, 0), (0, 0, -1)
-    torch.testing.assert_close(g.column_step_mm[0] / 0.3, torch.tensor(column).double(), atol=1e-9, rtol=0)
-    torch.testing.assert_close(g.row_step_mm[0] / 0.4, torch.tensor(row).double(), atol=1e-9, rtol=0)
+    if column is None:
+        column, row = (1, 0, 0), (0, 0, -1)
+    torch.testing.assert_close(
+        g.column_step_mm[0] / 0.3, torch.tensor(column).double(), atol=1e-9, rtol=0
+    )
+    torch.testing.assert_close(
+        g.row_step_mm[0] / 0.4, torch.tensor(row).double(), atol=1e-9, rtol=0
+    )
 
-@pytest.mark.parametrize("tags, words", [
-    (dict(DistanceSourceToDetector=None), "DistanceSourceToDetector is missing; give source_to_detector_mm"), (dict(DistanceSourceToPatient=None), "give source_to_isocenter_mm"),
-    (dict(ImagerPixelSpacing=None), "give pixel_mm"), (dict(PositionerPrimaryAngle=None), "PositionerPrimaryAngle is missing"), (dict(Rows=None), "Rows is missing"),
-    (dict(PositionerMotion="DYNAMIC"), "moved during this run"), (dict(DetectorPrimaryAngle=3.0), "tilted"), (dict(PatientOrientation=["A", "F"]), "contradicts the C-arm angles"),
-    (dict(PatientOrientation=["X", "F"]), "is not two words")])
+
+@pytest.mark.parametrize(
+    "tags, words",
+    [
+        (
+            dict(DistanceSourceToDetector=None),
+            "DistanceSourceToDetector is missing; give source_to_detector_mm",
+        ),
+        (dict(DistanceSourceToPatient=None), "give source_to_isocenter_mm"),
+        (dict(ImagerPixelSpacing=None), "give pixel_mm"),
+        (dict(PositionerPrimaryAngle=None), "PositionerPrimaryAngle is missing"),
+        (dict(Rows=None), "Rows is missing"),
+        (dict(PositionerMotion="DYNAMIC"), "moved during this run"),
+        (dict(DetectorPrimaryAngle=3.0), "tilted"),
+        (dict(PatientOrientation=["A", "F"]), "contradicts the C-arm angles"),
+        (dict(PatientOrientation=["X", "F"]), "is not two words"),
+    ],
+)
 def test_dicom_faults(tags, words):
-    with pytest.raises(GeometryError, match=words) as caught: ConeBeam.from_dicom(radiograph(**tags))
+    with pytest.raises(GeometryError, match=words) as caught:
+        ConeBeam.from_dicom(radiograph(**tags))
     assert "\n" not in str(caught.value)
+
 
 def test_dicom_from_files_and_view_positions(tmp_path):
     from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian
+
     paths = []
     for name, position in (("pa", "PA"), ("ll", "LL")):
-        data = radiograph(PositionerPrimaryAngle=None, PositionerSecondaryAngle=None, ViewPosition=position)
+        data = radiograph(
+            PositionerPrimaryAngle=None, PositionerSecondaryAngle=None, ViewPosition=position
+        )
         data.file_meta = FileMetaDataset()
         data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        data.SOPClassUID, data.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.12.1", f"1.2.3.{len(paths)}"
+        data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.12.1"
+        data.SOPInstanceUID = f"1.2.3.{len(paths)}"
         paths.append(tmp_path / f"{name}.dcm")
         data.save_as(paths[-1], enforce_file_format=True)
     g = ConeBeam.from_dicom(paths)
-    assert g.views == 2 and torch.allclose(g.azimuth_deg.abs(), torch.tensor([180.0, 90.0]).double()) and g.detector_shape == (100, 120)
+    assert (
+        g.views == 2
+        and torch.allclose(g.azimuth_deg.abs(), torch.tensor([180.0, 90.0]).double())
+        and g.detector_shape == (100, 120)
+    )
     (tmp_path / "no.dcm").write_text("no")
-    with pytest.raises(GeometryError, match="no.dcm: cannot be read as DICOM"): ConeBeam.from_dicom(tmp_path / "no.dcm")
-    with pytest.raises(GeometryError, match="must have one size"): ConeBeam.from_dicom([radiograph(), radiograph(Rows=50)])
+    with pytest.raises(GeometryError, match="no.dcm: cannot be read as DICOM"):
+        ConeBeam.from_dicom(tmp_path / "no.dcm")
+    with pytest.raises(GeometryError, match="must have one size"):
+        ConeBeam.from_dicom([radiograph(), radiograph(Rows=50)])
 
 
 # ---------------------------------------------------------------- figure
@@ -431,32 +827,62 @@ def plt():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     yield plt
     plt.close("all")
+
 
 def test_figure_of_any_geometry(plt):
     from ct_nb.view.geometry_figure import geometry_figure
     from ct_nb.physics.volume import Volume
-    oblique = Grid((12, 14, 16), np.array([[18.0, 4, 0, -60], [-3, 20, 2, -80], [1, -2, 22, 400], [0, 0, 0, 1]]))
-    ball = np.where(np.linalg.norm(np.indices((12, 14, 16)) - np.array([6, 7, 8])[:, None, None, None], axis=0) < 5, 50.0, -1000.0)
-    air, body = Volume(np.full((12, 14, 16), -1000.0), oblique.affine), Volume(ball, oblique.affine)
+
+    oblique = Grid(
+        (12, 14, 16),
+        np.array([[18.0, 4, 0, -60], [-3, 20, 2, -80], [1, -2, 22, 400], [0, 0, 0, 1]]),
+    )
+    ball = np.where(
+        np.linalg.norm(np.indices((12, 14, 16)) - np.array([6, 7, 8])[:, None, None, None], axis=0)
+        < 5,
+        50.0,
+        -1000.0,
+    )
+    air = Volume(np.full((12, 14, 16), -1000.0), oblique.affine)
+    body = Volume(ball, oblique.affine)
     one = ConeBeam.orbit([10.0], [30.0], grid=oblique, detector_shape=(20, 30), pixel_mm=20.0)
     around = ConeBeam.orbit(range(0, 360, 72), grid=oblique, detector_shape=(20, 30), pixel_mm=20.0)
-    for g, volume in ((one, air), (one, body), (around, None), (ConeBeam.orbit([0.0], [90.0], grid=oblique), None)):  # the last looks along the body axis
+    # the last looks along the body axis
+    for g, volume in (
+        (one, air),
+        (one, body),
+        (around, None),
+        (ConeBeam.orbit([0.0], [90.0], grid=oblique), None),
+    ):
         figure = geometry_figure(g, volume)
         figure.canvas.draw()
         assert len(figure.axes) == 3
         plt.close(figure)
 
+
 def test_xray_hangs_on_its_detector_as_its_pixels_lie(plt):
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection
     from ct_nb.view.geometry_figure import geometry_figure
+
     g = ConeBeam.orbit([25.0], [10.0], [15.0], detector_shape=(4, 6), pixel_mm=50.0)
-    image = torch.zeros(1, 4, 6); image[0, 1, 4] = 1.0
+    image = torch.zeros(1, 4, 6)
+    image[0, 1, 4] = 1.0
     figure = geometry_figure(g, xrays=image)
     figure.canvas.draw()
-    textured = next(c for c in figure.axes[0].collections if isinstance(c, Poly3DCollection) and len(c._vec[0] if hasattr(c, "_vec") else c._faces) >= 24)
-    faces = textured._faces if hasattr(textured, "_faces") else textured._vec[:3].T.reshape(-1, 4, 3)
+    textured = next(
+        c
+        for c in figure.axes[0].collections
+        if isinstance(c, Poly3DCollection)
+        and len(c._vec[0] if hasattr(c, "_vec") else c._faces) >= 24
+    )
+    faces = (
+        textured._faces if hasattr(textured, "_faces") else textured._vec[:3].T.reshape(-1, 4, 3)
+    )
     colors = textured._facecolor3d
     brightest = int(np.argmax(np.asarray(colors)[:, 0]))
-    assert np.allclose(np.asarray(faces)[brightest].mean(0), g.pixel_centers_mm()[0, 1, 4].numpy(), atol=1.0)
+    assert np.allclose(
+        np.asarray(faces)[brightest].mean(0), g.pixel_centers_mm()[0, 1, 4].numpy(), atol=1.0
+    )

@@ -1,10 +1,21 @@
 """Where words point: floors that are computed against floors that are drawn, ties, and what is refused."""
+
 import numpy as np
 import pytest
 import torch
 
 from ct_nb.learn.alignment import text_keys
-from ct_nb.learn.localisation import centre_prior, correlations, localisation, locate, preprocessing_check, random_location, region_text_accuracy, step_patch_correlation, top_patches
+from ct_nb.learn.localisation import (
+    centre_prior,
+    correlations,
+    localisation,
+    locate,
+    preprocessing_check,
+    random_location,
+    region_text_accuracy,
+    step_patch_correlation,
+    top_patches,
+)
 from ct_nb.nets.ct_encoder import CTEncoderConfig
 from ct_nb.physics.phantom import phantom
 from ct_nb.physics.volume import Volume
@@ -15,14 +26,22 @@ def people():
     "Vectors (5 scans, 4 regions, 16) with the sentences that are the same vectors."
     draw = torch.Generator().manual_seed(0)
     regions = torch.randn(4, 16, generator=draw) + torch.randn(5, 4, 16, generator=draw)
-    case, region = (t.flatten() for t in torch.meshgrid(torch.arange(5), torch.arange(1, 5), indexing="ij"))
+    case, region = (
+        t.flatten() for t in torch.meshgrid(torch.arange(5), torch.arange(1, 5), indexing="ij")
+    )
     return regions, torch.ones(5, 4, dtype=torch.bool), regions.flatten(0, 1), case, region
 
 
 def test_perfect_vectors_are_right(people):
     found = region_text_accuracy(*people)
-    assert found["place"].share.mean == found["patient"].share.mean == 1 and found["place"].chance == 0.25 and found["patient"].chance == pytest.approx(0.2)
-    assert found["place"].questions == found["patient"].questions == 20 and "chance 25.0%" in str(found["place"])
+    assert (
+        found["place"].share.mean == found["patient"].share.mean == 1
+        and found["place"].chance == 0.25
+        and found["patient"].chance == pytest.approx(0.2)
+    )
+    assert found["place"].questions == found["patient"].questions == 20 and "chance 25.0%" in str(
+        found["place"]
+    )
 
 
 def test_ties_are_no_answer(people):
@@ -35,78 +54,145 @@ def test_regions_that_are_missing_are_no_candidates(people):
     regions, present, text, case, region = people
     present = present.clone()
     present[0, 1] = False
-    with pytest.raises(ValueError, match="does not have"): region_text_accuracy(regions, present, text, case, region)
+    with pytest.raises(ValueError, match="does not have"):
+        region_text_accuracy(regions, present, text, case, region)
     kept = ~((case == 0) & (region == 2))
     found = region_text_accuracy(regions, present, text[kept], case[kept], region[kept])
-    assert found["place"].chance == pytest.approx((3 * (1 / 3) + 16 * 0.25) / 19) and found["patient"].chance == pytest.approx((15 * 0.2 + 4 * 0.25) / 19)
+    assert found["place"].chance == pytest.approx((3 * (1 / 3) + 16 * 0.25) / 19) and found[
+        "patient"
+    ].chance == pytest.approx((15 * 0.2 + 4 * 0.25) / 19)
 
 
 def test_sentences_that_say_the_same_are_right_for_each_other(people):
     regions, present, text, case, region = people
-    keys = text_keys([f"nodule {0 if c < 2 else c}" for c in case.tolist()], region.tolist())  # scans 0 and 1 say the same
+    # scans 0 and 1 say the same
+    keys = text_keys([f"nodule {0 if c < 2 else c}" for c in case.tolist()], region.tolist())
     exchanged = torch.where(case == 0, 1, torch.where(case == 1, 0, case))
     swapped = regions[exchanged, region - 1]
-    assert region_text_accuracy(regions, present, swapped, case, region, keys)["patient"].share.mean == 1
-    assert region_text_accuracy(regions, present, swapped, case, region)["patient"].share.mean == pytest.approx(0.6)
+    assert (
+        region_text_accuracy(regions, present, swapped, case, region, keys)["patient"].share.mean
+        == 1
+    )
+    assert region_text_accuracy(regions, present, swapped, case, region)[
+        "patient"
+    ].share.mean == pytest.approx(0.6)
     nobody = text_keys(["normal"] * 20, region.tolist())
     assert "patient" not in region_text_accuracy(regions, present, text, case, region, nobody)
-    with pytest.raises(ValueError, match="as many"): region_text_accuracy(regions, present, text, case[:3], region)
+    with pytest.raises(ValueError, match="as many"):
+        region_text_accuracy(regions, present, text, case[:3], region)
 
 
 def test_correlation_is_numpys():
     a, b = torch.rand(6, 40), torch.rand(6, 40)
-    assert np.allclose(correlations(a, b), [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b)]) and correlations(torch.ones(1, 9), b[:1, :9]).item() == 0
+    assert (
+        np.allclose(correlations(a, b), [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b)])
+        and correlations(torch.ones(1, 9), b[:1, :9]).item() == 0
+    )
 
 
 def test_steps_that_listen_and_steps_that_do_not():
     inside = torch.zeros(4, 30)
-    for i in range(4): inside[i, 5 * i:5 * i + 5] = 1
+    for i in range(4):
+        inside[i, 5 * i : 5 * i + 5] = 1
     case = torch.tensor([0, 0, 1, 1])
     listens = step_patch_correlation(inside / 5, inside, case)
-    assert listens.correlation.mean == pytest.approx(1) and listens.elsewhere.mean < 0 and listens.inside.mean == pytest.approx(1) and listens.uniform == pytest.approx(1 / 6)
+    assert (
+        listens.correlation.mean == pytest.approx(1)
+        and listens.elsewhere.mean < 0
+        and listens.inside.mean == pytest.approx(1)
+        and listens.uniform == pytest.approx(1 / 6)
+    )
     deaf = step_patch_correlation((inside.sum(0) / 20).expand(4, -1), inside, case)
-    assert deaf.gain.mean == pytest.approx(0, abs=1e-12) and deaf.correlation.mean > 0.1 and deaf.correlation.patients == 2
+    assert (
+        deaf.gain.mean == pytest.approx(0, abs=1e-12)
+        and deaf.correlation.mean > 0.1
+        and deaf.correlation.patients == 2
+    )
     alone = step_patch_correlation(inside[:1] / 5, inside[:1], case[:1])
     assert alone.steps == 1 and np.isnan(alone.elsewhere.mean)
-    with pytest.raises(ValueError, match="no step names"): step_patch_correlation(inside, 0 * inside, case)
-    with pytest.raises(ValueError, match="inside, case"): step_patch_correlation(inside, inside[:, :9], case)
+    with pytest.raises(ValueError, match="no step names"):
+        step_patch_correlation(inside, 0 * inside, case)
+    with pytest.raises(ValueError, match="inside, case"):
+        step_patch_correlation(inside, inside[:, :9], case)
 
 
 def test_places_and_floors():
     share = torch.zeros(60)
     share[[3, 4, 17]] = torch.tensor([1.0, 0.5, 0.01])
-    assert locate(share, share) == {"dice": 1.0, "iou": 1.0, "voxel_dice": pytest.approx(2 * 1.51 / 4.51), "hit": 1.0}
+    assert locate(share, share) == {
+        "dice": 1.0,
+        "iou": 1.0,
+        "voxel_dice": pytest.approx(2 * 1.51 / 4.51),
+        "hit": 1.0,
+    }
     half = torch.zeros(60)
     half[[3, 50, 51]] = torch.tensor([0.2, 0.9, 0.8])
-    assert locate(half, share) == {"dice": pytest.approx(1 / 3), "iou": pytest.approx(0.2), "voxel_dice": pytest.approx(2 / 4.51), "hit": 0.0}
-    drawn = [locate(torch.rand(60, generator=torch.Generator().manual_seed(i)), share) for i in range(800)]
-    for name in ("dice", "voxel_dice", "hit"): assert np.mean([d[name] for d in drawn]) == pytest.approx(random_location(share)[name], abs=0.012)
-    assert top_patches(torch.zeros(5), 2).tolist() == [True, True, False, False, False] and centre_prior((3, 3, 3)).argmax() == 13
-    with pytest.raises(ValueError, match="no lesion"): locate(share, 0 * share)
-    with pytest.raises(ValueError, match="share"): locate(share, share[:9])
+    assert locate(half, share) == {
+        "dice": pytest.approx(1 / 3),
+        "iou": pytest.approx(0.2),
+        "voxel_dice": pytest.approx(2 / 4.51),
+        "hit": 0.0,
+    }
+    drawn = [
+        locate(torch.rand(60, generator=torch.Generator().manual_seed(i)), share)
+        for i in range(800)
+    ]
+    for name in ("dice", "voxel_dice", "hit"):
+        assert np.mean([d[name] for d in drawn]) == pytest.approx(
+            random_location(share)[name], abs=0.012
+        )
+    assert (
+        top_patches(torch.zeros(5), 2).tolist() == [True, True, False, False, False]
+        and centre_prior((3, 3, 3)).argmax() == 13
+    )
+    with pytest.raises(ValueError, match="no lesion"):
+        locate(share, 0 * share)
+    with pytest.raises(ValueError, match="share"):
+        locate(share, share[:9])
 
 
 def test_localisation_stands_beside_its_floors():
     grid, draw = (4, 4, 4), torch.Generator().manual_seed(0)
     inside = torch.zeros(6, 64)
-    for i in range(6): inside[i, torch.randperm(64, generator=draw)[:12]] = 1
+    for i in range(6):
+        inside[i, torch.randperm(64, generator=draw)[:12]] = 1
     lesion = inside * (torch.rand(6, 64, generator=draw) < 0.3)
     lesion[5] = 0  # is in no patch
     found = localisation(lesion, lesion, inside, grid, [0, 0, 1, 1, 2, 2], list("aabbcc"))
-    assert found.lesions == 5 and found.scores["attention"]["dice"].mean == 1 and found.gain["region"].mean > 0.3
-    assert found.scores["region"]["dice"].mean > found.scores["random"]["dice"].mean and found.gain["random"].patients == 3
-    assert {"random dice", "attention hit", "centre iou", "kind"} <= found.rows[0].keys() and "5 lesions of 3 patients" in str(found)
-    with pytest.raises(ValueError, match="no lesion"): localisation(lesion, 0 * lesion, inside, grid, range(6))
-    with pytest.raises(ValueError, match="grid"): localisation(lesion, lesion, inside, (4, 4, 2), range(6))
-    with pytest.raises(ValueError, match="like the attention"): localisation(lesion, lesion[:2], inside, grid, range(6))
+    assert (
+        found.lesions == 5
+        and found.scores["attention"]["dice"].mean == 1
+        and found.gain["region"].mean > 0.3
+    )
+    assert (
+        found.scores["region"]["dice"].mean > found.scores["random"]["dice"].mean
+        and found.gain["random"].patients == 3
+    )
+    assert {"random dice", "attention hit", "centre iou", "kind"} <= found.rows[
+        0
+    ].keys() and "5 lesions of 3 patients" in str(found)
+    with pytest.raises(ValueError, match="no lesion"):
+        localisation(lesion, 0 * lesion, inside, grid, range(6))
+    with pytest.raises(ValueError, match="grid"):
+        localisation(lesion, lesion, inside, (4, 4, 2), range(6))
+    with pytest.raises(ValueError, match="like the attention"):
+        localisation(lesion, lesion[:2], inside, grid, range(6))
 
 
 def test_scans_that_are_not_hu_are_refused():
-    config, scans = CTEncoderConfig.preset("smoke"), [phantom(seed, 24).volume for seed in range(2)]
+    config = CTEncoderConfig.preset("smoke")
+    scans = [phantom(seed, 24).volume for seed in range(2)]
     found = preprocessing_check(scans, config)
     assert found["right"] == {"refused": 0, "of": 2, "sentence": ""}
-    assert all(row["refused"] == 2 and row["sentence"] for name, row in found.items() if name != "right")
-    assert "rescaled twice" in found["rescaled twice"]["sentence"] and "mm" in found["in metres"]["sentence"]
-    wrong = preprocessing_check([Volume(scans[0].hu - 1024, scans[0].affine)], config)  # the judge itself must notice a scan that is wrong
+    assert all(
+        row["refused"] == 2 and row["sentence"] for name, row in found.items() if name != "right"
+    )
+    assert (
+        "rescaled twice" in found["rescaled twice"]["sentence"]
+        and "mm" in found["in metres"]["sentence"]
+    )
+    # the judge itself must notice a scan that is wrong
+    wrong = preprocessing_check([Volume(scans[0].hu - 1024, scans[0].affine)], config)
     assert wrong["right"]["refused"] == 1
-    with pytest.raises(ValueError, match="at least one"): preprocessing_check([], config)
+    with pytest.raises(ValueError, match="at least one"):
+        preprocessing_check([], config)

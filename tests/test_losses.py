@@ -1,4 +1,5 @@
 """Losses against closed forms, brute force, a second library, and two processes."""
+
 import os
 import subprocess
 import sys
@@ -9,8 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.learn.adversary import Adversary, PatchDiscriminator3d, adaptive_weight, discriminator_hinge, generator_hinge
-from ct_nb.learn.consistency_losses import cross_view_infonce, distillation_error, drr_cycle_error, mask_patches, masked_error, mixup, third_view
+from ct_nb.learn.adversary import (
+    Adversary,
+    PatchDiscriminator3d,
+    adaptive_weight,
+    discriminator_hinge,
+    generator_hinge,
+)
+from ct_nb.learn.consistency_losses import (
+    cross_view_infonce,
+    distillation_error,
+    drr_cycle_error,
+    mask_patches,
+    masked_error,
+    mixup,
+    third_view,
+)
 from ct_nb.learn.losses import LossWeights, kl_weight, reconstruction_loss, weighted_sum, windowed
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
@@ -20,29 +35,52 @@ CHEST = WINDOWS["chest"]
 PROGRAM = Path(__file__).parent / "programs" / "gather_tokens.py"
 
 
-def seeded(number): return torch.Generator().manual_seed(number)
+def seeded(number):
+    return torch.Generator().manual_seed(number)
 
 
 def scene(batch=2, size=16, pixels=24, dtype=torch.float32):
-    "HU (B, N, N, N) above vacuum with air around, X-rays, geometry of batch shape (B,) with another pose for each case."
-    geometry = ConeBeam.stack([ConeBeam.biplanar(grid=Grid.cube(size), detector_shape=(pixels, pixels), pixel_mm=500 / pixels).rotated([0.0, 0.0, 7.0 * b]) for b in range(batch)]).to(dtype)
-    hu = F.pad(torch.rand(batch, size - 4, size - 4, size - 4, generator=seeded(0), dtype=dtype) * 600 - 300, (2,) * 6, value=-1000.0)
+    """HU (B, N, N, N) above vacuum with air around, X-rays, geometry of batch shape (B,) with
+    another pose for each case.
+    """
+    geometry = ConeBeam.stack(
+        [
+            ConeBeam.biplanar(
+                grid=Grid.cube(size), detector_shape=(pixels, pixels), pixel_mm=500 / pixels
+            ).rotated([0.0, 0.0, 7.0 * b])
+            for b in range(batch)
+        ]
+    ).to(dtype)
+    hu = F.pad(
+        torch.rand(batch, size - 4, size - 4, size - 4, generator=seeded(0), dtype=dtype) * 600
+        - 300,
+        (2,) * 6,
+        value=-1000.0,
+    )
     return hu, project(hu_to_mu(hu), geometry), geometry
 
 
 # the sum
 
+
 def test_default_weights_are_the_absolute_error_alone():
     a, b = (torch.rand(1, 12, 12, 12, generator=seeded(k)) * 400 for k in (0, 1))
     loss, parts = reconstruction_loss(a, b, CHEST)
-    assert parts == {"absolute": pytest.approx(((a - b).abs() / 2048).mean().item())} and loss.item() == pytest.approx(parts["absolute"])
+    assert parts == {
+        "absolute": pytest.approx(((a - b).abs() / 2048).mean().item())
+    } and loss.item() == pytest.approx(parts["absolute"])
     assert asdict(LossWeights())["absolute"] == 1 and sum(asdict(LossWeights()).values()) == 1
 
 
 def test_terms_are_weighted_named_and_lazy():
-    def never(): raise AssertionError("computed at weight 0")
+    def never():
+        raise AssertionError("computed at weight 0")
+
     x = torch.tensor(3.0, requires_grad=True)
-    loss, parts = weighted_sum(LossWeights(absolute=0, kl=0.5, cycle=2), {"kl": x, "cycle": lambda: x * x, "contrast": never})
+    loss, parts = weighted_sum(
+        LossWeights(absolute=0, kl=0.5, cycle=2),
+        {"kl": x, "cycle": lambda: x * x, "contrast": never},
+    )
     loss.backward()
     assert loss.item() == 1.5 + 18 and parts == {"kl": 3, "cycle": 9} and x.grad == 0.5 + 2 * 2 * 3
 
@@ -52,28 +90,58 @@ def test_a_term_handed_over_takes_the_place_of_the_built_in_one():
     assert reconstruction_loss(a, a, CHEST, others={"absolute": torch.tensor(7.0)})[0] == 7
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda: LossWeights(kl=-1), "kl must be zero or positive"), (lambda: LossWeights(cycle=float("nan")), "cycle"),
-    (lambda: weighted_sum(LossWeights(), {"cylce": torch.tensor(1.0)}), "no weight for cylce"),
-    (lambda: weighted_sum(LossWeights(), {"kl": torch.tensor(1.0)}), "nothing would be learned"),
-    (lambda: reconstruction_loss(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2), CHEST, LossWeights(cycle=1, kl=1), {"kl": torch.tensor(1.0)}), "cycle has a weight"),
-    (lambda: reconstruction_loss(torch.zeros(1, 2, 2, 2), torch.zeros(2, 2, 2, 2), CHEST), "differ in shape")])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: LossWeights(kl=-1), "kl must be zero or positive"),
+        (lambda: LossWeights(cycle=float("nan")), "cycle"),
+        (lambda: weighted_sum(LossWeights(), {"cylce": torch.tensor(1.0)}), "no weight for cylce"),
+        (
+            lambda: weighted_sum(LossWeights(), {"kl": torch.tensor(1.0)}),
+            "nothing would be learned",
+        ),
+        (
+            lambda: reconstruction_loss(
+                torch.zeros(1, 2, 2, 2),
+                torch.zeros(1, 2, 2, 2),
+                CHEST,
+                LossWeights(cycle=1, kl=1),
+                {"kl": torch.tensor(1.0)},
+            ),
+            "cycle has a weight",
+        ),
+        (
+            lambda: reconstruction_loss(torch.zeros(1, 2, 2, 2), torch.zeros(2, 2, 2, 2), CHEST),
+            "differ in shape",
+        ),
+    ],
+)
 def test_wrong_weights_are_a_sentence(make, words):
-    with pytest.raises(ValueError, match=words): make()
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
 def test_kl_weight():
-    assert [kl_weight(s, 8) for s in (-1, 0, 2, 8, 9)] == [0, 0, 0.25, 1, 1] and kl_weight(0, 0) == kl_weight(5, -1) == 1
+    assert [kl_weight(s, 8) for s in (-1, 0, 2, 8, 9)] == [0, 0, 0.25, 1, 1] and kl_weight(
+        0, 0
+    ) == kl_weight(5, -1) == 1
 
 
 # the cycle
+
 
 def test_cycle_is_the_relative_l1_by_hand():
     hu, xrays, geometry = scene()
     other = hu + 50 * torch.randn(hu.shape, generator=seeded(1)).abs()
     projected = project(hu_to_mu(other), geometry)
-    by_hand = [((projected[b, v] - xrays[b, v]).abs().sum() / xrays[b, v].abs().sum()).item() for b in range(2) for v in range(2)]
-    assert drr_cycle_error(other, xrays, geometry).item() == pytest.approx(sum(by_hand) / 4, rel=1e-5)
+    by_hand = [
+        ((projected[b, v] - xrays[b, v]).abs().sum() / xrays[b, v].abs().sum()).item()
+        for b in range(2)
+        for v in range(2)
+    ]
+    assert drr_cycle_error(other, xrays, geometry).item() == pytest.approx(
+        sum(by_hand) / 4, rel=1e-5
+    )
     assert drr_cycle_error(hu, xrays, geometry) < 1e-6
 
 
@@ -81,23 +149,35 @@ def test_cycle_scales_with_density_and_not_with_the_beam():
     hu, _, geometry = scene()
     for energy in (40.0, 60.0, 120.0):
         xrays = project(hu_to_mu(hu, energy), geometry)
-        assert drr_cycle_error(hu + 0.2 * (hu + 1000), xrays, geometry, energy).item() == pytest.approx(0.2, rel=1e-4)
+        assert drr_cycle_error(
+            hu + 0.2 * (hu + 1000), xrays, geometry, energy
+        ).item() == pytest.approx(0.2, rel=1e-4)
 
 
 def test_cycle_forgives_what_noise_explains():
     hu, xrays, geometry = scene()
     assert drr_cycle_error(hu, xrays + 0.03, geometry, sigma=0.031) == 0
     expected = (0.02 / (xrays + 0.03).mean((-2, -1))).mean().item()
-    assert drr_cycle_error(hu, xrays + 0.03, geometry, sigma=0.01).item() == pytest.approx(expected, rel=1e-4)
+    assert drr_cycle_error(hu, xrays + 0.03, geometry, sigma=0.01).item() == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_cycle_gradient_is_the_transpose_and_survives_vacuum():
     hu, xrays, geometry = scene(dtype=torch.float64)
-    guess = (hu + torch.randn(hu.shape, generator=seeded(2), dtype=torch.float64) * 20).float().requires_grad_()
+    guess = (
+        (hu + torch.randn(hu.shape, generator=seeded(2), dtype=torch.float64) * 20)
+        .float()
+        .requires_grad_()
+    )
     drr_cycle_error(guess, xrays, geometry).backward()
     direction = torch.randn(hu.shape, generator=seeded(3))
-    value = lambda step: drr_cycle_error(guess.detach() + step * direction, xrays, geometry).double()
-    assert ((value(0.5) - value(-0.5)) / 1.0).item() == pytest.approx((guess.grad * direction).sum().item(), rel=0.05)
+    value = lambda step: drr_cycle_error(
+        guess.detach() + step * direction, xrays, geometry
+    ).double()
+    assert ((value(0.5) - value(-0.5)) / 1.0).item() == pytest.approx(
+        (guess.grad * direction).sum().item(), rel=0.05
+    )
     low = torch.full_like(guess, -1500.0).requires_grad_()
     drr_cycle_error(low, xrays, geometry).backward()
     assert (low.grad.abs() > 0).float().mean() > 0.9
@@ -107,76 +187,120 @@ def test_cycle_bins_what_is_too_fine():
     hu, _, geometry = scene(pixels=32)
     xrays = project(hu_to_mu(hu), geometry)
     coarse = F.avg_pool2d(xrays, 4)
-    assert drr_cycle_error(hu + 40, xrays, geometry, most=8).item() == pytest.approx(drr_cycle_error(hu + 40, coarse, geometry.rebinned((8, 8))).item(), rel=1e-5)
+    assert drr_cycle_error(hu + 40, xrays, geometry, most=8).item() == pytest.approx(
+        drr_cycle_error(hu + 40, coarse, geometry.rebinned((8, 8))).item(), rel=1e-5
+    )
 
 
 def test_third_view_is_drawn_by_its_generator_and_seen_truly():
     hu, xrays, geometry = scene()
-    (a, where), (b, there), (c, elsewhere) = (third_view(hu, geometry, generator=seeded(s), most=12) for s in (5, 5, 6))
-    assert torch.equal(a, b) and torch.equal(where.source_mm, there.source_mm) and not torch.equal(where.source_mm, elsewhere.source_mm)
-    assert a.shape == (2, 1, 12, 12) and where.batch_shape == (2,) and not torch.allclose(where.azimuth_deg[0], where.azimuth_deg[1])
-    assert torch.allclose(a, project(hu_to_mu(hu), where)) and drr_cycle_error(hu, xrays, geometry, extra_view=(a, where)) < 1e-6
+    (a, where), (b, there), (c, elsewhere) = (
+        third_view(hu, geometry, generator=seeded(s), most=12) for s in (5, 5, 6)
+    )
+    assert (
+        torch.equal(a, b)
+        and torch.equal(where.source_mm, there.source_mm)
+        and not torch.equal(where.source_mm, elsewhere.source_mm)
+    )
+    assert (
+        a.shape == (2, 1, 12, 12)
+        and where.batch_shape == (2,)
+        and not torch.allclose(where.azimuth_deg[0], where.azimuth_deg[1])
+    )
+    assert (
+        torch.allclose(a, project(hu_to_mu(hu), where))
+        and drr_cycle_error(hu, xrays, geometry, extra_view=(a, where)) < 1e-6
+    )
     one = third_view(hu, geometry[0], generator=seeded(5))
     assert one[0].shape == (2, 1, 24, 24) and one[1].batch_shape == ()
 
 
 def test_third_view_stays_on_its_band():
     _, _, geometry = scene(batch=1)
-    geometry, air = ConeBeam.stack([geometry[0]] * 400), torch.full((400, 4, 4, 4), -1000.0)
+    geometry = ConeBeam.stack([geometry[0]] * 400)
+    air = torch.full((400, 4, 4, 4), -1000.0)
     _, drawn = third_view(air, geometry, generator=seeded(0), tilt_deg=15.0, most=2)
-    assert drawn.elevation_deg.abs().max() <= 15.01 and drawn.elevation_deg.abs().mean() == pytest.approx(7.5, abs=1)
+    assert (
+        drawn.elevation_deg.abs().max() <= 15.01
+        and drawn.elevation_deg.abs().mean() == pytest.approx(7.5, abs=1)
+    )
     quarters = torch.histc(drawn.azimuth_deg, 4, -180, 180)
     assert quarters.min() > 70, quarters
-    assert torch.allclose(drawn.source_to_detector_mm, geometry.source_to_detector_mm[:, :1], rtol=1e-5)
+    assert torch.allclose(
+        drawn.source_to_detector_mm, geometry.source_to_detector_mm[:, :1], rtol=1e-5
+    )
 
 
 def test_a_third_view_tells_what_the_given_views_cannot():
     from ct_nb.physics.solvers import null_component
+
     _, _, geometry = scene(batch=1)
     hu = torch.zeros(1, 16, 16, 16)
-    forged = hu + 1000 * null_component(0.2 * torch.randn(hu.shape, generator=seeded(4)), geometry, iterations=60)  # nothing falls below vacuum
-    seen, extra = project(hu_to_mu(hu), geometry), third_view(hu, geometry, generator=seeded(7))
+    # nothing falls below vacuum
+    forged = hu + 1000 * null_component(
+        0.2 * torch.randn(hu.shape, generator=seeded(4)), geometry, iterations=60
+    )
+    seen = project(hu_to_mu(hu), geometry)
+    extra = third_view(hu, geometry, generator=seeded(7))
     apart = drr_cycle_error(forged, *extra)
     assert apart > 5 * drr_cycle_error(forged, seen, geometry)
-    assert drr_cycle_error(forged, seen, geometry, extra_view=extra).item() == pytest.approx((2 * drr_cycle_error(forged, seen, geometry) + apart).item() / 3, rel=1e-4)
+    assert drr_cycle_error(forged, seen, geometry, extra_view=extra).item() == pytest.approx(
+        (2 * drr_cycle_error(forged, seen, geometry) + apart).item() / 3, rel=1e-4
+    )
 
 
 def test_cycle_of_the_wrong_shape_is_a_sentence():
     hu, xrays, geometry = scene()
-    with pytest.raises(ValueError, match="ask for"): drr_cycle_error(hu, xrays[:, :1], geometry)
-    with pytest.raises(ValueError, match="sigma"): drr_cycle_error(hu, xrays, geometry, sigma=-1)
+    with pytest.raises(ValueError, match="ask for"):
+        drr_cycle_error(hu, xrays[:, :1], geometry)
+    with pytest.raises(ValueError, match="sigma"):
+        drr_cycle_error(hu, xrays, geometry, sigma=-1)
 
 
 # InfoNCE
+
 
 def infonce_by_hand(views, latents, temperature, patients=None):
     views, latents = (x / x.norm(dim=-1, keepdim=True) for x in (views, latents))
     total, (batch, count) = 0.0, views.shape[:2]
     allowed = lambda b, d: d == b or patients is None or patients[b] != patients[d]
     for v in range(count):
-        s = [[float(views[b, v] @ latents[d]) / temperature for d in range(batch)] for b in range(batch)]
+        s = [
+            [float(views[b, v] @ latents[d]) / temperature for d in range(batch)]
+            for b in range(batch)
+        ]
         for b in range(batch):
-            for row in ([s[b][d] for d in range(batch) if allowed(b, d)], [s[d][b] for d in range(batch) if allowed(b, d)]):
+            for row in (
+                [s[b][d] for d in range(batch) if allowed(b, d)],
+                [s[d][b] for d in range(batch) if allowed(b, d)],
+            ):
                 total += torch.tensor(row, dtype=torch.float64).logsumexp(0).item() - s[b][b]
     return total / (2 * batch * count)
 
 
 @pytest.mark.parametrize("patients", [None, [0, 1, 1, 2, 0]])
 def test_infonce_by_brute_force(patients):
-    views, latents = torch.randn(5, 3, 7, generator=seeded(0)), torch.randn(5, 7, generator=seeded(1))
+    views = torch.randn(5, 3, 7, generator=seeded(0))
+    latents = torch.randn(5, 7, generator=seeded(1))
     given = None if patients is None else torch.tensor(patients)
-    assert cross_view_infonce(views, latents, 0.2, given).item() == pytest.approx(infonce_by_hand(views, latents, 0.2, patients), rel=1e-5)
+    assert cross_view_infonce(views, latents, 0.2, given).item() == pytest.approx(
+        infonce_by_hand(views, latents, 0.2, patients), rel=1e-5
+    )
 
 
 def test_infonce_equals_cross_entropy_for_one_view():
-    views, latents = torch.randn(6, 1, 8, generator=seeded(2)), torch.randn(6, 8, generator=seeded(3))
+    views = torch.randn(6, 1, 8, generator=seeded(2))
+    latents = torch.randn(6, 8, generator=seeded(3))
     logits = F.normalize(views[:, 0], dim=-1) @ F.normalize(latents, dim=-1).T / 0.1
     own = torch.arange(6)
-    assert cross_view_infonce(views, latents, 0.1).item() == pytest.approx(((F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2).item(), rel=1e-5)
+    assert cross_view_infonce(views, latents, 0.1).item() == pytest.approx(
+        ((F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2).item(), rel=1e-5
+    )
 
 
 def test_infonce_of_one_is_zero_with_zero_gradients_and_of_nothing_is_finite():
-    views, latents = torch.randn(1, 2, 8, requires_grad=True), torch.randn(1, 8, requires_grad=True)
+    views = torch.randn(1, 2, 8, requires_grad=True)
+    latents = torch.randn(1, 8, requires_grad=True)
     loss = cross_view_infonce(views, latents)
     loss.backward()
     assert loss == 0 and not views.grad.any() and not latents.grad.any()
@@ -189,47 +313,84 @@ def test_infonce_learns_its_temperature_and_refuses_wrong_shapes():
     temperature = torch.tensor(0.1, requires_grad=True)
     cross_view_infonce(torch.randn(4, 2, 8), torch.randn(4, 8), temperature).backward()
     assert temperature.grad.abs() > 0
-    with pytest.raises(ValueError, match=r"\(B, V, C\)"): cross_view_infonce(torch.randn(4, 8), torch.randn(4, 8))
+    with pytest.raises(ValueError, match=r"\(B, V, C\)"):
+        cross_view_infonce(torch.randn(4, 8), torch.randn(4, 8))
 
 
 def test_infonce_of_two_processes_is_that_of_one(tmp_path):
     "The value, and the gradient of the weights as data-parallel training averages it."
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(PROGRAM), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(PROGRAM),
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     from programs.gather_tokens import loss_of, network
+
     model = network()
     loss = loss_of(model, slice(0, 6))
     loss.backward()
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
-        for mine, theirs in zip(model.parameters(), found["gradients"]): assert torch.allclose(mine.grad, theirs, atol=1e-6)
+        for mine, theirs in zip(model.parameters(), found["gradients"]):
+            assert torch.allclose(mine.grad, theirs, atol=1e-6)
 
 
 # hidden patches and the teacher
+
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 48), (2, 3, 2, 32, 48)])
 def test_masks_hide_whole_patches_exactly_as_many_and_channels_together(shape):
     images = torch.randn(shape, generator=seeded(0))
     hidden, mask = mask_patches(images, 0.6, 8, seeded(1))
     patches = F.max_pool2d(mask.flatten(0, -3).float(), 8)
-    assert mask.shape == (2, 3, *(1,) * (len(shape) - 4), 32, 48) and torch.equal(patches, F.avg_pool2d(mask.flatten(0, -3).float(), 8))
-    assert (patches.sum((-2, -1)) == round(0.6 * 24)).all() and len({tuple(p.flatten().tolist()) for p in patches}) == 6
+    assert mask.shape == (2, 3, *(1,) * (len(shape) - 4), 32, 48) and torch.equal(
+        patches, F.avg_pool2d(mask.flatten(0, -3).float(), 8)
+    )
+    assert (patches.sum((-2, -1)) == round(0.6 * 24)).all() and len(
+        {tuple(p.flatten().tolist()) for p in patches}
+    ) == 6
     full = mask.expand_as(images)
     assert torch.equal(hidden[~full], images[~full])
-    for b in range(2): assert torch.allclose(hidden[b, 0][full[b, 0]].mean(), images[b, 0][~full[b, 0]].mean(), atol=1e-5) or len(shape) == 5
+    for b in range(2):
+        assert (
+            torch.allclose(
+                hidden[b, 0][full[b, 0]].mean(), images[b, 0][~full[b, 0]].mean(), atol=1e-5
+            )
+            or len(shape) == 5
+        )
     assert torch.equal(mask, mask_patches(images, 0.6, 8, seeded(1))[1])
 
 
 def test_masks_at_their_ends():
     images = torch.randn(1, 1, 16, 16)
     nothing, mask = mask_patches(images, 0.0, 8)
-    assert torch.equal(nothing, images) and not mask.any() and masked_error(images + 1, images, mask) == 0
-    assert mask_patches(images, 0.99, 8)[1].float().mean() == 0.75  # something is always left to see
-    with pytest.raises(ValueError, match="multiples"): mask_patches(images, 0.5, 5)
-    with pytest.raises(ValueError, match="share"): mask_patches(images, 1.0, 8)
-    with pytest.raises(ValueError, match="differ"): masked_error(images, images[..., :8], mask)
+    assert (
+        torch.equal(nothing, images)
+        and not mask.any()
+        and masked_error(images + 1, images, mask) == 0
+    )
+    # something is always left to see
+    assert mask_patches(images, 0.99, 8)[1].float().mean() == 0.75
+    with pytest.raises(ValueError, match="multiples"):
+        mask_patches(images, 0.5, 5)
+    with pytest.raises(ValueError, match="share"):
+        mask_patches(images, 1.0, 8)
+    with pytest.raises(ValueError, match="differ"):
+        masked_error(images, images[..., :8], mask)
 
 
 def test_masked_error_by_hand_and_blind_to_what_is_seen():
@@ -244,19 +405,39 @@ def test_masked_error_by_hand_and_blind_to_what_is_seen():
 
 
 def test_distillation_by_hand_and_without_a_gradient_to_the_teacher():
-    student, teacher = ([torch.randn(2, c, n, n, generator=seeded(c + k)).requires_grad_() for c, n in ((4, 6), (8, 3))] for k in (0, 100))
-    by_hand = sum((1 - (a / a.norm(dim=1, keepdim=True) * b / b.norm(dim=1, keepdim=True)).sum(1)).mean() for a, b in zip(student, teacher)) / 2
+    student, teacher = (
+        [
+            torch.randn(2, c, n, n, generator=seeded(c + k)).requires_grad_()
+            for c, n in ((4, 6), (8, 3))
+        ]
+        for k in (0, 100)
+    )
+    by_hand = (
+        sum(
+            (1 - (a / a.norm(dim=1, keepdim=True) * b / b.norm(dim=1, keepdim=True)).sum(1)).mean()
+            for a, b in zip(student, teacher)
+        )
+        / 2
+    )
     error = distillation_error(student, teacher)
     error.backward()
-    assert error.item() == pytest.approx(by_hand.item(), rel=1e-5) and all(t.grad is None for t in teacher) and all(s.grad is not None for s in student)
+    assert (
+        error.item() == pytest.approx(by_hand.item(), rel=1e-5)
+        and all(t.grad is None for t in teacher)
+        and all(s.grad is not None for s in student)
+    )
     assert distillation_error(5 * teacher[0].detach(), teacher[0]) < 1e-6
-    with pytest.raises(ValueError, match="projection"): distillation_error(student, teacher[:1])
+    with pytest.raises(ValueError, match="projection"):
+        distillation_error(student, teacher[:1])
 
 
 # mixed patients
 
+
 def one_pose(batch=4):
-    geometry = ConeBeam.stack([ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(24, 24), pixel_mm=20.0)] * batch).to(torch.float32)
+    geometry = ConeBeam.stack(
+        [ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(24, 24), pixel_mm=20.0)] * batch
+    ).to(torch.float32)
     hu = torch.rand(batch, 16, 16, 16, generator=seeded(0)) * 1600 - 1100  # some of it below vacuum
     return hu, project(hu_to_mu(hu), geometry), geometry
 
@@ -264,19 +445,30 @@ def one_pose(batch=4):
 @pytest.mark.parametrize("batched", [True, False])
 def test_xrays_of_a_mixture_are_the_mixture_of_xrays(batched):
     hu, xrays, geometry = one_pose()
-    mixed, images = mixup(hu, xrays, geometry=geometry if batched else geometry[0], alpha=2.0, probability=1.0, generator=seeded(1))
+    mixed, images = mixup(
+        hu,
+        xrays,
+        geometry=geometry if batched else geometry[0],
+        alpha=2.0,
+        probability=1.0,
+        generator=seeded(1),
+    )
     assert (mixed - hu).abs().amax((1, 2, 3)).min() > 50, "every case should be mixed"
     assert (project(hu_to_mu(mixed), geometry) - images).abs().max() < 1e-5 * images.max()
 
 
 def test_mixup_weights_follow_beta():
     from scipy.stats import beta, kstest
+
     count = 2000
     one = ConeBeam.biplanar(grid=Grid.cube(2), detector_shape=(2, 2), pixel_mm=200.0)
     hu = torch.arange(count, dtype=torch.float64).view(-1, 1, 1, 1).expand(-1, 2, 2, 2)
     basis = torch.eye(count, dtype=torch.float64)
     _, weights = mixup(hu, basis, geometry=one, alpha=0.4, probability=1.0, generator=seeded(2))
-    assert torch.allclose(weights.sum(1), torch.ones(count, dtype=torch.float64)) and ((weights > 0).sum(1) <= 2).all()
+    assert (
+        torch.allclose(weights.sum(1), torch.ones(count, dtype=torch.float64))
+        and ((weights > 0).sum(1) <= 2).all()
+    )
     assert kstest(weights.diagonal().numpy(), beta(0.4, 0.4).cdf).pvalue > 0.01
     _, some = mixup(hu, basis, geometry=one, probability=0.25, generator=seeded(3))
     assert (some.diagonal() < 1).double().mean().item() == pytest.approx(0.25, abs=0.03)
@@ -285,34 +477,52 @@ def test_mixup_weights_follow_beta():
 def test_mixup_leaves_alone_what_it_does_not_mix():
     hu, xrays, geometry = one_pose()
     for changes in (dict(probability=0.0), dict(probability=1.0)):
-        chosen = slice(None) if changes["probability"] == 0 else slice(0, 1)  # a batch of one has no partner
-        mixed, images = mixup(hu[chosen], xrays[chosen], geometry=geometry[chosen], generator=seeded(0), **changes)
+        # a batch of one has no partner
+        chosen = slice(None) if changes["probability"] == 0 else slice(0, 1)
+        mixed, images = mixup(
+            hu[chosen], xrays[chosen], geometry=geometry[chosen], generator=seeded(0), **changes
+        )
         expected = hu[chosen] if changes["probability"] == 0 else hu[chosen].clamp_min(-1000)
-        assert torch.allclose(mixed, expected, atol=1e-3) and torch.allclose(images, xrays[chosen], rtol=1e-5)
+        assert torch.allclose(mixed, expected, atol=1e-3) and torch.allclose(
+            images, xrays[chosen], rtol=1e-5
+        )
 
 
 def test_mixup_refuses_different_poses_and_wrong_settings():
     hu, xrays, geometry = one_pose(2)
     moved = ConeBeam.stack([geometry[0], geometry[1].moved([0.0, 0.0, 0.5])])
-    with pytest.raises(ValueError, match="case 1 were taken from another pose"): mixup(hu, xrays, geometry=moved)
-    with pytest.raises(ValueError, match="alpha"): mixup(hu, xrays, geometry=geometry, alpha=0)
+    with pytest.raises(ValueError, match="case 1 were taken from another pose"):
+        mixup(hu, xrays, geometry=moved)
+    with pytest.raises(ValueError, match="alpha"):
+        mixup(hu, xrays, geometry=geometry, alpha=0)
 
 
 # the adversary
 
+
 def test_hinge_agrees_with_monai_on_bounded_scores():
     "MONAI sends scores through tanh first; on what comes out, its hinge and ours are one."
     from monai.losses import PatchAdversarialLoss
+
     peer = PatchAdversarialLoss(criterion="hinge")
-    real, predicted = torch.randn(2, 1, 4, 4, 4, generator=seeded(0)), torch.randn(2, 1, 4, 4, 4, generator=seeded(1))
-    theirs = peer(real, target_is_real=True, for_discriminator=True) + peer(predicted, target_is_real=False, for_discriminator=True)
-    assert discriminator_hinge(real.tanh(), predicted.tanh()).item() == pytest.approx(theirs.item(), rel=1e-5)
+    real = torch.randn(2, 1, 4, 4, 4, generator=seeded(0))
+    predicted = torch.randn(2, 1, 4, 4, 4, generator=seeded(1))
+    theirs = peer(real, target_is_real=True, for_discriminator=True) + peer(
+        predicted, target_is_real=False, for_discriminator=True
+    )
+    assert discriminator_hinge(real.tanh(), predicted.tanh()).item() == pytest.approx(
+        theirs.item(), rel=1e-5
+    )
 
 
 def test_hinge_stops_at_the_margin_and_the_generator_does_not():
     scores = torch.tensor([-3.0, -0.5, 0.5, 3.0], requires_grad=True)
-    assert torch.autograd.grad(discriminator_hinge(scores, torch.full((1,), -9.0)), scores)[0].tolist() == [-0.25, -0.25, -0.25, 0]
-    assert torch.autograd.grad(discriminator_hinge(torch.full((1,), 9.0), scores), scores)[0].tolist() == [0, 0.25, 0.25, 0.25]
+    assert torch.autograd.grad(discriminator_hinge(scores, torch.full((1,), -9.0)), scores)[
+        0
+    ].tolist() == [-0.25, -0.25, -0.25, 0]
+    assert torch.autograd.grad(discriminator_hinge(torch.full((1,), 9.0), scores), scores)[
+        0
+    ].tolist() == [0, 0.25, 0.25, 0.25]
     assert torch.autograd.grad(generator_hinge(scores), scores)[0].tolist() == [-0.25] * 4
 
 
@@ -323,7 +533,12 @@ def test_a_score_sees_its_patch_and_nothing_else(layers, patch):
     x = torch.rand(1, 1, 32, 32, 32, requires_grad=True)
     middle = 16 // 2**layers
     critic(x)[0, 0, middle, middle, middle].backward()
-    for axis in range(3): assert (x.grad[0, 0].abs().amax([a for a in range(3) if a != axis]) > 0).sum() == patch == critic.patch
+    for axis in range(3):
+        assert (
+            (x.grad[0, 0].abs().amax([a for a in range(3) if a != axis]) > 0).sum()
+            == patch
+            == critic.patch
+        )
 
 
 def test_weights_have_unit_spectral_norm():
@@ -331,13 +546,19 @@ def test_weights_have_unit_spectral_norm():
     critic = PatchDiscriminator3d(4, 2)
     x = torch.rand(1, 1, 16, 16, 16)
     with torch.no_grad():
-        for _ in range(60): critic(x)
-    for layer in (*critic.layers, critic.score): assert torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=0.01)
+        for _ in range(60):
+            critic(x)
+    for layer in (*critic.layers, critic.score):
+        assert torch.linalg.matrix_norm(
+            layer.weight.detach().flatten(1), 2
+        ).item() == pytest.approx(1, abs=0.01)
 
 
 def test_the_critic_refuses_what_is_too_small():
-    with pytest.raises(ValueError, match="at least 8 voxels"): PatchDiscriminator3d(4, 3)(torch.zeros(1, 1, 4, 16, 16))
-    with pytest.raises(ValueError, match="at least one layer"): PatchDiscriminator3d(4, 0)
+    with pytest.raises(ValueError, match="at least 8 voxels"):
+        PatchDiscriminator3d(4, 3)(torch.zeros(1, 1, 4, 16, 16))
+    with pytest.raises(ValueError, match="at least one layer"):
+        PatchDiscriminator3d(4, 0)
 
 
 def heard_by(adversary, guess, step=0, **changes):
@@ -356,7 +577,10 @@ def test_one_backward_pass_is_two_separate_ones():
     network = -adversary.discriminator(windowed(apart, CHEST)[:, None]).mean()
     assert torch.allclose(guess.grad, torch.autograd.grad(network, apart)[0], rtol=1e-4, atol=1e-12)
     heard = heard_by(adversary, guess.detach())
-    for parameter, gradient in zip(adversary.parameters(), torch.autograd.grad(heard.critic, list(adversary.parameters()))): assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+    for parameter, gradient in zip(
+        adversary.parameters(), torch.autograd.grad(heard.critic, list(adversary.parameters()))
+    ):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-6)
 
 
 def test_late_start_and_ramp():
@@ -364,10 +588,19 @@ def test_late_start_and_ramp():
     adversary = Adversary(4, 2, start_step=5, ramp_steps=4).eval()
     guess = torch.randn(1, 16, 16, 16, requires_grad=True)
     before = heard_by(adversary, guess, 4)
-    assert before.network == 0 and before.critic == 0 and not before.network.requires_grad and before.figures == {}
+    assert (
+        before.network == 0
+        and before.critic == 0
+        and not before.network.requires_grad
+        and before.figures == {}
+    )
     full = heard_by(adversary, guess, 100).network
-    assert [round((heard_by(adversary, guess, s).network / full).item(), 5) for s in (5, 6, 7, 9)] == [0, 0.25, 0.5, 1]
-    assert heard_by(adversary, guess, 5).critic.requires_grad, "the critic learns from the first step on"
+    assert [
+        round((heard_by(adversary, guess, s).network / full).item(), 5) for s in (5, 6, 7, 9)
+    ] == [0, 0.25, 0.5, 1]
+    assert heard_by(
+        adversary, guess, 5
+    ).critic.requires_grad, "the critic learns from the first step on"
     assert Adversary(4, 2, start_step=5).share(5) == 1
 
 
@@ -377,17 +610,31 @@ def test_adaptive_weight_balances_and_is_bounded():
     guess = (torch.randn(1, 16, 16, 16) * 300).requires_grad_()
     reconstruction = (windowed(guess, CHEST) - 0.4).abs().mean()
     heard = heard_by(adversary, guess, reconstruction=reconstruction)
-    norms = [torch.autograd.grad(loss, guess, retain_graph=True)[0].norm().item() for loss in (heard.network, reconstruction)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and not torch.tensor(heard.figures["adversary_ratio"]).isnan()
+    norms = [
+        torch.autograd.grad(loss, guess, retain_graph=True)[0].norm().item()
+        for loss in (heard.network, reconstruction)
+    ]
+    assert (
+        norms[0] == pytest.approx(norms[1], rel=1e-4)
+        and not torch.tensor(heard.figures["adversary_ratio"]).isnan()
+    )
     quiet = Adversary(4, 2, largest=1e-3)
-    assert heard_by(quiet, guess, reconstruction=reconstruction).figures["adversary_ratio"] == pytest.approx(1e-3)
+    assert heard_by(quiet, guess, reconstruction=reconstruction).figures[
+        "adversary_ratio"
+    ] == pytest.approx(1e-3)
     x = torch.ones(3, requires_grad=True)
-    assert adaptive_weight(x.sum(), 0 * x.sum(), x, largest=7.0) == 7 and adaptive_weight(0 * x.sum(), x.sum(), x) == 0
-    assert adaptive_weight(1e-12 * x.sum(), 2e-12 * x.sum(), x).item() == pytest.approx(0.5), "small gradients are not drowned by a constant"
+    assert (
+        adaptive_weight(x.sum(), 0 * x.sum(), x, largest=7.0) == 7
+        and adaptive_weight(0 * x.sum(), x.sum(), x) == 0
+    )
+    assert adaptive_weight(1e-12 * x.sum(), 2e-12 * x.sum(), x).item() == pytest.approx(
+        0.5
+    ), "small gradients are not drowned by a constant"
 
 
 def test_a_critic_learns_and_can_be_saved(tmp_path):
     from safetensors.torch import load_file, save_file
+
     torch.manual_seed(0)
     adversary = Adversary(4, 2)
     optimizer = torch.optim.Adam(adversary.parameters(), lr=1e-2)
@@ -407,12 +654,18 @@ def test_a_critic_learns_and_can_be_saved(tmp_path):
 
 # the structure
 
+
 def test_structure_equals_a_convolution_and_keeps_its_precision():
     from ct_nb.learn.losses import _gaussian_blur, structure_error
-    x, taps = torch.randn(2, 14, 16, 18, generator=seeded(0), dtype=torch.float64), torch.arange(11.0, dtype=torch.float64) - 5
+
+    x = torch.randn(2, 14, 16, 18, generator=seeded(0), dtype=torch.float64)
+    taps = torch.arange(11.0, dtype=torch.float64) - 5
     kernel = torch.exp(-0.5 * (taps / 1.5) ** 2)
     kernel = torch.einsum("i,j,k->ijk", *[kernel / kernel.sum()] * 3)
-    assert torch.allclose(_gaussian_blur(x), F.conv3d(x[:, None], kernel[None, None])[:, 0], atol=1e-7)
+    assert torch.allclose(
+        _gaussian_blur(x), F.conv3d(x[:, None], kernel[None, None])[:, 0], atol=1e-7
+    )
     a, b = (torch.rand(1, 16, 16, 16, generator=seeded(k)) * 100 for k in (1, 2))
     plain = structure_error(a, b, CHEST)
-    with torch.autocast("cpu", dtype=torch.bfloat16): assert structure_error(a, b, CHEST) == plain
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert structure_error(a, b, CHEST) == plain

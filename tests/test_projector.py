@@ -1,4 +1,5 @@
 """The projector pair: transpose, gradients, agreement of the backends, and rays that are hard on a ray tracer."""
+
 import pytest
 import torch
 
@@ -22,14 +23,31 @@ def grid(shape=(7, 6, 8), spacing=(9.0, 11.0, 8.0), turn=0.0):
 GEOMETRIES = {
     "biplanar": dict(azimuth_deg=[0.0, 90.0]),
     "diagonal": dict(azimuth_deg=[45.0, 135.0]),
-    "tilted and rolled": dict(azimuth_deg=[20.0, 110.0], elevation_deg=[15.0, -20.0], roll_deg=[10.0, -5.0]),
+    "tilted and rolled": dict(
+        azimuth_deg=[20.0, 110.0], elevation_deg=[15.0, -20.0], roll_deg=[10.0, -5.0]
+    ),
     "from above": dict(azimuth_deg=[0.0, 30.0], elevation_deg=[89.0, 75.0]),
 }
 
 
 def views(name="biplanar", box=None, **changes):
-    settings = dict(source_to_isocenter_mm=300.0, source_to_detector_mm=450.0, detector_shape=(9, 10), pixel_mm=14.0) | GEOMETRIES[name] | changes
-    return ConeBeam.orbit(settings.pop("azimuth_deg"), settings.pop("elevation_deg", 0.0), settings.pop("roll_deg", 0.0), grid=box or grid(), **settings)
+    settings = (
+        dict(
+            source_to_isocenter_mm=300.0,
+            source_to_detector_mm=450.0,
+            detector_shape=(9, 10),
+            pixel_mm=14.0,
+        )
+        | GEOMETRIES[name]
+        | changes
+    )
+    return ConeBeam.orbit(
+        settings.pop("azimuth_deg"),
+        settings.pop("elevation_deg", 0.0),
+        settings.pop("roll_deg", 0.0),
+        grid=box or grid(),
+        **settings,
+    )
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
@@ -40,8 +58,11 @@ def draw(*shape, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backproject_is_the_transpose(backend, name, dtype, limit):
-    geometry = views(name, grid((33, 21, 30), (3.0, 4.0, 2.5), turn=0.2), detector_shape=(40, 37), pixel_mm=4.0)
-    x, y = draw(33, 21, 30, dtype=dtype), draw(2, 40, 37, dtype=dtype, seed=1)
+    geometry = views(
+        name, grid((33, 21, 30), (3.0, 4.0, 2.5), turn=0.2), detector_shape=(40, 37), pixel_mm=4.0
+    )
+    x = draw(33, 21, 30, dtype=dtype)
+    y = draw(2, 40, 37, dtype=dtype, seed=1)
     left = (project(x, geometry, backend).double() * y.double()).sum()
     right = (x.double() * backproject(y, geometry, backend).double()).sum()
     assert left > 0 and abs(left - right) <= limit * abs(left)
@@ -50,10 +71,14 @@ def test_backproject_is_the_transpose(backend, name, dtype, limit):
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_the_kernels_are_the_reference(name, dtype, limit):
-    geometry = views(name, grid((33, 21, 30), (3.0, 4.0, 2.5), turn=0.2), detector_shape=(40, 37), pixel_mm=4.0)
-    x, y = draw(33, 21, 30, dtype=dtype), draw(2, 40, 37, dtype=dtype, seed=1)
+    geometry = views(
+        name, grid((33, 21, 30), (3.0, 4.0, 2.5), turn=0.2), detector_shape=(40, 37), pixel_mm=4.0
+    )
+    x = draw(33, 21, 30, dtype=dtype)
+    y = draw(2, 40, 37, dtype=dtype, seed=1)
     for function, argument in ((project, x), (backproject, y)):
-        ours, reference = function(argument, geometry, "numba"), function(argument, geometry, "torch")
+        ours = function(argument, geometry, "numba")
+        reference = function(argument, geometry, "torch")
         assert (ours - reference).norm() <= limit * reference.norm()
 
 
@@ -62,13 +87,21 @@ def test_the_kernels_are_the_reference(name, dtype, limit):
 def test_gradcheck_to_volume_and_pose(backend, name):
     geometry = views(name, detector_shape=(4, 5), pixel_mm=26.0)
     fields = ("source_mm", "detector_center_mm", "column_step_mm", "row_step_mm")
-    tensors = [(getattr(geometry, f) + 1e-3 * draw(2, 3, seed=7 + i)).requires_grad_() for i, f in enumerate(fields)]
+    tensors = [
+        (getattr(geometry, f) + 1e-3 * draw(2, 3, seed=7 + i)).requires_grad_()
+        for i, f in enumerate(fields)
+    ]
     mu = draw(7, 6, 8).requires_grad_()
     from dataclasses import replace
-    def forward(mu, *pose): return project(mu, replace(geometry, **dict(zip(fields, pose))), backend)
+
+    def forward(mu, *pose):
+        return project(mu, replace(geometry, **dict(zip(fields, pose))), backend)
+
     assert torch.autograd.gradcheck(forward, (mu, *tensors), eps=1e-6, atol=1e-5, rtol=1e-3)
     image = draw(2, 4, 5, seed=3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda y: backproject(y, geometry, backend), (image,), eps=1e-6, atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda y: backproject(y, geometry, backend), (image,), eps=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -78,47 +111,70 @@ def test_several_views_and_a_batch_in_one_call(backend):
     together = project(x, ConeBeam.stack([first, second]), backend)
     for b, geometry in enumerate((first, second)):
         assert torch.allclose(together[b], project(x[b], geometry, backend), rtol=1e-12)
-        for v in range(2): assert torch.allclose(together[b, v], project(x[b], geometry.select([v]), backend)[0], rtol=1e-12)
+        for v in range(2):
+            assert torch.allclose(
+                together[b, v], project(x[b], geometry.select([v]), backend)[0], rtol=1e-12
+            )
     assert torch.allclose(project(x, first, backend)[1], project(x[1], first, backend), rtol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hard_rays_are_finite(backend):
-    "Misses, grazing rays, rays in a plane of the grid and along an edge, a source inside, a detector in front of the volume."
+    """Misses, grazing rays, rays in a plane of the grid and along an edge, a source inside, a
+    detector in front of the volume.
+    """
     box = grid((8, 8, 8), (10.0, 10.0, 10.0))
     hard = {
         "misses": views(box=box).moved([2000.0, 0.0, 0.0]),
         "grazes": views(box=box).moved([40.0, 40.0, 40.0]),
-        "in a plane": views(box=box, detector_shape=(9, 9), azimuth_deg=[0.0]).moved([5.0, 0.0, 5.0]),
+        "in a plane": (
+            views(box=box, detector_shape=(9, 9), azimuth_deg=[0.0]).moved([5.0, 0.0, 5.0])
+        ),
         "source inside": views(box=box, source_to_isocenter_mm=10.0, source_to_detector_mm=200.0),
-        "detector in front": views(box=box, source_to_isocenter_mm=300.0, source_to_detector_mm=120.0),
+        "detector in front": views(
+            box=box, source_to_isocenter_mm=300.0, source_to_detector_mm=120.0
+        ),
     }
     for name, geometry in hard.items():
         mu = draw(8, 8, 8).requires_grad_()
         geometry = geometry._map(lambda t: t.clone().requires_grad_())
         image = project(mu, geometry, backend)
         image.square().sum().backward()
-        for tensor in (image, mu.grad, geometry.source_mm.grad, geometry.detector_center_mm.grad, geometry.row_step_mm.grad):
+        for tensor in (
+            image,
+            mu.grad,
+            geometry.source_mm.grad,
+            geometry.detector_center_mm.grad,
+            geometry.row_step_mm.grad,
+        ):
             assert torch.isfinite(tensor).all(), name
-        if name in ("misses", "detector in front"): assert not image.any(), name
+        if name in ("misses", "detector in front"):
+            assert not image.any(), name
 
 
 def test_a_box_gives_length_times_attenuation():
     box = grid((16, 16, 16), (10.0, 10.0, 10.0))
-    image = project(torch.full((16, 16, 16), 0.02, dtype=torch.float64), views(box=box, detector_shape=(1, 1), pixel_mm=1.0, azimuth_deg=[0.0]))
+    image = project(
+        torch.full((16, 16, 16), 0.02, dtype=torch.float64),
+        views(box=box, detector_shape=(1, 1), pixel_mm=1.0, azimuth_deg=[0.0]),
+    )
     assert abs(image.item() - 0.02 * 160) < 1e-9  # the central ray crosses 160 mm
 
 
 def test_repeats_are_equal_to_the_bit_and_do_not_depend_on_threads():
-    geometry, x, y = views("tilted and rolled", grid((33, 21, 30), (3.0, 4.0, 2.5))), draw(33, 21, 30, dtype=torch.float32), draw(2, 9, 10, dtype=torch.float32)
+    geometry = views("tilted and rolled", grid((33, 21, 30), (3.0, 4.0, 2.5)))
+    x = draw(33, 21, 30, dtype=torch.float32)
+    y = draw(2, 9, 10, dtype=torch.float32)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
             results.append((project(x, geometry), backproject(y, geometry)))
-    finally: torch.set_num_threads(before)
-    for a, b in results[1:]: assert torch.equal(a, results[0][0]) and torch.equal(b, results[0][1])
+    finally:
+        torch.set_num_threads(before)
+    for a, b in results[1:]:
+        assert torch.equal(a, results[0][0]) and torch.equal(b, results[0][1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -138,20 +194,28 @@ def test_a_forked_worker_can_project():
     from torch.utils.data import DataLoader
 
     class Projections(torch.utils.data.Dataset):
-        def __len__(self): return 2
-        def __getitem__(self, i): return project(draw(7, 6, 8, seed=i), views())
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return project(draw(7, 6, 8, seed=i), views())
 
     here = [Projections()[i] for i in range(2)]
     there = list(DataLoader(Projections(), batch_size=None, num_workers=2))
-    for a, b in zip(here, there): assert torch.equal(a, b)
+    for a, b in zip(here, there):
+        assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: project(torch.zeros(7, 6, 9), views()), "expected shape"),
-    (lambda: project(torch.zeros(7, 6, 8, dtype=torch.int16), views()), "floating point"),
-    (lambda: project(np.zeros((7, 6, 8)), views()), "torch tensor"),
-    (lambda: backproject(torch.zeros(3, 9, 10), views()), "expected shape"),
-    (lambda: project(torch.zeros(7, 6, 8), views(), "cuda"), "backend"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: project(torch.zeros(7, 6, 9), views()), "expected shape"),
+        (lambda: project(torch.zeros(7, 6, 8, dtype=torch.int16), views()), "floating point"),
+        (lambda: project(np.zeros((7, 6, 8)), views()), "torch tensor"),
+        (lambda: backproject(torch.zeros(3, 9, 10), views()), "expected shape"),
+        (lambda: project(torch.zeros(7, 6, 8), views(), "cuda"), "backend"),
+    ],
+)
 def test_wrong_arguments_are_a_sentence(call, words):
-    with pytest.raises((ValueError, TypeError), match=words): call()
+    with pytest.raises((ValueError, TypeError), match=words):
+        call()

@@ -1,4 +1,5 @@
 """The recipes end to end, as a user runs them: papermill for training, then the other recipes and the console commands on what it left."""
+
 import json
 import os
 import subprocess
@@ -14,9 +15,21 @@ BIN = Path(sys.executable).parent
 
 
 def run(*command, cwd=ROOT, expect=0):
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"}
-    environment.pop("MPLBACKEND", None)  # a kernel draws into its notebook only with its own backend
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONWARNINGS": "ignore",
+    }
+    # a kernel draws into its notebook only with its own backend
+    environment.pop("MPLBACKEND", None)
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == expect, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
@@ -28,14 +41,20 @@ def papermill(recipe, target, **parameters):
 
 
 def pictures(notebook) -> int:
-    return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+    return sum(
+        "image/png" in output.get("data", {})
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     "A folder with what the smoke recipe leaves, and the executed notebook."
     folder = tmp_path_factory.mktemp("trained")
-    return folder / "run", papermill("train_drr2ct", folder / "train_drr2ct.ipynb", preset="smoke", out=folder / "run")
+    return folder / "run", papermill(
+        "train_drr2ct", folder / "train_drr2ct.ipynb", preset="smoke", out=folder / "run"
+    )
 
 
 def test_the_training_recipe_takes_parameters_and_shows_pictures(trained):
@@ -43,14 +62,22 @@ def test_the_training_recipe_takes_parameters_and_shows_pictures(trained):
     assert any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells)
     assert pictures(notebook) >= 7
     said = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
-    first, trains = (next(place for place, text in enumerate(said) if words in text) for words in ("first picture after", "stage joint"))
-    assert first < trains and f"s: {out / 'first.png'}" in said[first] and (out / "first.png").is_file(), "a picture before the network trains"
+    first, trains = (
+        next(place for place, text in enumerate(said) if words in text)
+        for words in ("first picture after", "stage joint")
+    )
+    assert (
+        first < trains
+        and f"s: {out / 'first.png'}" in said[first]
+        and (out / "first.png").is_file()
+    ), "a picture before the network trains"
     assert any("dB before training" in text and "dB after" in text for text in said)
 
 
 def readme_picture(name, runs, images) -> dict:
     "Draw one of README's pictures from these runs, as papers/measured.py does."
     from test_measured import measured
+
     return measured.redraw(name, runs, images)
 
 
@@ -58,76 +85,173 @@ def test_readme_s_first_picture_comes_from_a_run(trained, tmp_path):
     out, _ = trained
     (tmp_path / "drr2ct").symlink_to(out)
     kept = readme_picture("comparison.png", tmp_path, tmp_path)
-    assert (tmp_path / "comparison.png").stat().st_size > 50_000 and kept["preset"] == "smoke" and kept["fingerprint"] == json.loads((out / "config.json").read_text())["training"]["fingerprint"]
+    assert (
+        (tmp_path / "comparison.png").stat().st_size > 50_000
+        and kept["preset"] == "smoke"
+        and kept["fingerprint"]
+        == json.loads((out / "config.json").read_text())["training"]["fingerprint"]
+    )
 
 
 def test_the_smoke_cascade_runs_from_16_to_64(tmp_path):
-    notebook = papermill("train_cascade", tmp_path / "train_cascade.ipynb", preset="smoke", out=tmp_path / "cascade")
+    notebook = papermill(
+        "train_cascade", tmp_path / "train_cascade.ipynb", preset="smoke", out=tmp_path / "cascade"
+    )
     assert pictures(notebook) >= 4
-    out, config = tmp_path / "cascade", json.loads((tmp_path / "cascade" / "config.json").read_text())
-    assert config["system"] == "cascade" and [stage["network"]["size"] for stage in config["network"]["stages"]] == [16, 32, 64]
-    assert {"model", "model_single", "model_exact", "model_unguided", "prior_start"} <= set(json.loads((out / "metrics.json").read_text())["predictors"])
-    assert json.loads((out / "uncertainty.json").read_text())["intervals"] and not list(out.rglob("training_state.pt"))
+    out = tmp_path / "cascade"
+    config = json.loads((tmp_path / "cascade" / "config.json").read_text())
+    assert config["system"] == "cascade" and [
+        stage["network"]["size"] for stage in config["network"]["stages"]
+    ] == [16, 32, 64]
+    assert {"model", "model_single", "model_exact", "model_unguided", "prior_start"} <= set(
+        json.loads((out / "metrics.json").read_text())["predictors"]
+    )
+    assert json.loads((out / "uncertainty.json").read_text())["intervals"] and not list(
+        out.rglob("training_state.pt")
+    )
     readme_picture("samples.png", tmp_path, tmp_path)
     assert (tmp_path / "samples.png").stat().st_size > 50_000
 
 
 def test_the_smoke_slices_run_from_vae_to_board(tmp_path):
-    notebook = papermill("train_slices", tmp_path / "train_slices.ipynb", preset="smoke", out=tmp_path / "slices")
+    notebook = papermill(
+        "train_slices", tmp_path / "train_slices.ipynb", preset="smoke", out=tmp_path / "slices"
+    )
     assert pictures(notebook) >= 3
-    out, config = tmp_path / "slices", json.loads((tmp_path / "slices" / "config.json").read_text())
-    assert config["system"] == "slices" and (out / "vae" / "model.safetensors").is_file() and not list(out.rglob("training_state.pt"))
+    out = tmp_path / "slices"
+    config = json.loads((tmp_path / "slices" / "config.json").read_text())
+    assert (
+        config["system"] == "slices"
+        and (out / "vae" / "model.safetensors").is_file()
+        and not list(out.rglob("training_state.pt"))
+    )
     metrics = json.loads((out / "metrics.json").read_text())
-    assert {"regressor_consistent", "diffusion_sample", "cubic", "ceiling_vae"} <= set(metrics["predictors"]) and metrics["reach"]
+    assert {"regressor_consistent", "diffusion_sample", "cubic", "ceiling_vae"} <= set(
+        metrics["predictors"]
+    ) and metrics["reach"]
     assert metrics["predictors"]["diffusion_sample"]["reaveraged_worst_hu"] < 1
 
 
 def test_the_smoke_refiner_runs_on_the_smoke_model(trained, tmp_path):
     out, _ = trained
-    notebook = papermill("train_refinement", tmp_path / "train_refinement.ipynb", preset="smoke", coarse=out, out=tmp_path / "refinement")
+    notebook = papermill(
+        "train_refinement",
+        tmp_path / "train_refinement.ipynb",
+        preset="smoke",
+        coarse=out,
+        out=tmp_path / "refinement",
+    )
     assert pictures(notebook) >= 5
     found = tmp_path / "refinement"
-    assert json.loads((found / "config.json").read_text())["system"] == "refiner" and {"coarse", "unsharp_mask", "consistency_alone"} == set(json.loads((found / "refinement.json").read_text())["gain_over"])
+    assert json.loads((found / "config.json").read_text())["system"] == "refiner" and {
+        "coarse",
+        "unsharp_mask",
+        "consistency_alone",
+    } == set(json.loads((found / "refinement.json").read_text())["gain_over"])
     case = next((found / "cases").iterdir())
-    assert {"coarse.nii.gz", "refined.nii.gz", "ground_truth.nii.gz", "comparison.png", "spectrum.png", "metrics.json"} <= {p.name for p in case.iterdir()}
-    for name in ("training.png", "spectra.png", "scoreboard.png"): assert (found / name).stat().st_size > 5000, name
+    assert {
+        "coarse.nii.gz",
+        "refined.nii.gz",
+        "ground_truth.nii.gz",
+        "comparison.png",
+        "spectrum.png",
+        "metrics.json",
+    } <= {p.name for p in case.iterdir()}
+    for name in ("training.png", "spectra.png", "scoreboard.png"):
+        assert (found / name).stat().st_size > 5000, name
 
 
 def test_the_smoke_encoder_learns_to_be_asked(tmp_path):
-    notebook = papermill("train_ct_encoder", tmp_path / "train_ct_encoder.ipynb", preset="smoke", out=tmp_path / "ct_encoder")
+    notebook = papermill(
+        "train_ct_encoder",
+        tmp_path / "train_ct_encoder.ipynb",
+        preset="smoke",
+        out=tmp_path / "ct_encoder",
+    )
     assert pictures(notebook) >= 2
     metrics = json.loads((tmp_path / "ct_encoder" / "metrics.json").read_text())
-    assert {"sentence_place", "preprocessing", "map"} <= set(metrics) and (tmp_path / "ct_encoder" / "retrieval.csv").is_file()
+    assert {"sentence_place", "preprocessing", "map"} <= set(metrics) and (
+        tmp_path / "ct_encoder" / "retrieval.csv"
+    ).is_file()
 
 
 def test_the_run_leaves_what_the_readme_promises(trained):
     out, _ = trained
-    for name in ("model.safetensors", "config.json", "scoreboard.csv", "metrics.json", "scoreboard.png", "comparison.png", "history.jsonl"):
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "scoreboard.csv",
+        "metrics.json",
+        "scoreboard.png",
+        "comparison.png",
+        "history.jsonl",
+    ):
         assert (out / name).is_file(), name
     assert len(list(out.rglob("truth.nii.gz"))) >= 1 and len(list(out.rglob("model.nii.gz"))) >= 1
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics["predictors"]) == {"model", "model_without_consistency", "air", "mean_atlas", "nearest_neighbour", "minimum_norm", "sirt", "atlas_consistent"}
+    assert set(metrics["predictors"]) == {
+        "model",
+        "model_without_consistency",
+        "air",
+        "mean_atlas",
+        "nearest_neighbour",
+        "minimum_norm",
+        "sirt",
+        "atlas_consistent",
+    }
     for row in metrics["predictors"].values():
-        assert {"psnr", "ssim", "mae_hu", "drr_error", "drr_error_held_out", "null_space_error"} <= set(row)
+        assert {
+            "psnr",
+            "ssim",
+            "mae_hu",
+            "drr_error",
+            "drr_error_held_out",
+            "null_space_error",
+        } <= set(row)
     assert metrics["cases"] >= 1
     config = json.loads((out / "config.json").read_text())
-    assert config["system"] == "drr2ct" and config["training"]["fingerprint"] and config["versions"]["torch"]
+    assert (
+        config["system"] == "drr2ct"
+        and config["training"]["fingerprint"]
+        and config["versions"]["torch"]
+    )
     rows = (out / "scoreboard.csv").read_text().splitlines()
     assert len(rows) == 1 + 8 * metrics["cases"]
 
 
 def test_the_parameters_cell_is_typed_and_commented():
     text = run("papermill", "--help-notebook", ROOT / "nbs" / "train_drr2ct.ipynb")
-    for name in ("preset: str", "data: str", "out: str", "seed: int", "resume: bool", "stage: str", "start: str", "teacher: str"): assert name in text, text
+    for name in (
+        "preset: str",
+        "data: str",
+        "out: str",
+        "seed: int",
+        "resume: bool",
+        "stage: str",
+        "start: str",
+        "teacher: str",
+    ):
+        assert name in text, text
     assert "Unknown type" not in text
 
 
 def test_reconstruct_and_evaluate_recipes(trained, tmp_path):
     out, _ = trained
-    notebook = papermill("reconstruct", tmp_path / "reconstruct.ipynb", weights=out, out=tmp_path / "found.nii.gz")
+    notebook = papermill(
+        "reconstruct", tmp_path / "reconstruct.ipynb", weights=out, out=tmp_path / "found.nii.gz"
+    )
     assert (tmp_path / "found.nii.gz").is_file() and pictures(notebook) >= 3
-    notebook = papermill("evaluate", tmp_path / "evaluate.ipynb", weights=out, data="phantom:2", out=tmp_path / "evaluation")
-    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["cases"] == 2 and pictures(notebook) >= 2
+    notebook = papermill(
+        "evaluate",
+        tmp_path / "evaluate.ipynb",
+        weights=out,
+        data="phantom:2",
+        out=tmp_path / "evaluation",
+    )
+    assert (
+        json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["cases"] == 2
+        and pictures(notebook) >= 2
+    )
 
 
 def test_console_from_ct_to_ct(trained, tmp_path):
@@ -136,24 +260,52 @@ def test_console_from_ct_to_ct(trained, tmp_path):
     from ct_nb.physics.phantom import phantom
     from ct_nb.physics.readers import read_ct
     from ct_nb.physics.volume import Grid, Volume
-    Volume(phantom(11, 64).volume.hu, Grid.cube(64, center_mm=(12, -30, 250)).affine).save(tmp_path / "ct.nii.gz")
+
+    Volume(phantom(11, 64).volume.hu, Grid.cube(64, center_mm=(12, -30, 250)).affine).save(
+        tmp_path / "ct.nii.gz"
+    )
     run("ct_nb_drr", tmp_path / "ct.nii.gz", "--out", tmp_path / "xrays", cwd=tmp_path)
     geometry = tmp_path / "xrays" / "geometry.json"
     images = sorted((tmp_path / "xrays").glob("*.png"))
     assert len(images) == 2 and ConeBeam.load(geometry).views == 2
-    text = run("ct_nb_reconstruct", *images, "--geometry", geometry, "--weights", out, "--out", tmp_path / "found.nii.gz", cwd=tmp_path)
+    text = run(
+        "ct_nb_reconstruct",
+        *images,
+        "--geometry",
+        geometry,
+        "--weights",
+        out,
+        "--out",
+        tmp_path / "found.nii.gz",
+        cwd=tmp_path,
+    )
     assert "view 1: residual 0.0" in text
     found = read_ct(tmp_path / "found.nii.gz")
     assert np.abs(found.grid.center_mm - ConeBeam.load(geometry).grid.center_mm).max() < 1e-3
-    text = run("ct_nb_evaluate", tmp_path / "found.nii.gz", tmp_path / "ct.nii.gz", "--out", tmp_path / "score.json", cwd=tmp_path)
-    assert "PSNR" in text and json.loads((tmp_path / "score.json").read_text())["metrics"]["psnr"] > 12
+    text = run(
+        "ct_nb_evaluate",
+        tmp_path / "found.nii.gz",
+        tmp_path / "ct.nii.gz",
+        "--out",
+        tmp_path / "score.json",
+        cwd=tmp_path,
+    )
+    assert (
+        "PSNR" in text and json.loads((tmp_path / "score.json").read_text())["metrics"]["psnr"] > 12
+    )
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (("ct_nb_drr", "nothing.nii.gz"), "nothing.nii.gz"),
-    (("ct_nb_reconstruct", "a.png", "--geometry", "none.json", "--weights", "no_run"), "no_run"),
-    (("ct_nb_evaluate", "a.nii.gz", "b.nii.gz"), "a.nii.gz"),
-])
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (("ct_nb_drr", "nothing.nii.gz"), "nothing.nii.gz"),
+        (
+            ("ct_nb_reconstruct", "a.png", "--geometry", "none.json", "--weights", "no_run"),
+            "no_run",
+        ),
+        (("ct_nb_evaluate", "a.nii.gz", "b.nii.gz"), "a.nii.gz"),
+    ],
+)
 def test_console_errors_are_one_sentence(words, sentence, tmp_path):
     text = run(*words, cwd=tmp_path, expect=1).strip()
     assert sentence in text and "Traceback" not in text and len(text.splitlines()) == 1, text
@@ -164,12 +316,28 @@ def test_console_wrong_count_and_wrong_weights(trained, tmp_path):
     from ct_nb.learn.checkpoints import save_weights
     from ct_nb.physics.geometry import ConeBeam
     import torch
-    run(sys.executable, "-c", "from ct_nb.data.radiographs import write_radiographs as w; from ct_nb.physics.geometry import ConeBeam as C; import torch; "
-        "w('x', torch.rand(2, 256, 256), C.biplanar())", cwd=tmp_path)
+
+    run(
+        sys.executable,
+        "-c",
+        "from ct_nb.data.radiographs import write_radiographs as w; from ct_nb.physics.geometry"
+        " import ConeBeam as C; import torch; w('x', torch.rand(2, 256, 256), C.biplanar())",
+        cwd=tmp_path,
+    )
     words = ("--geometry", "x/geometry.json", "--weights", out)
     assert "2" in run("ct_nb_reconstruct", "x/xray_0.png", *words, cwd=tmp_path, expect=1)
     save_weights(tmp_path / "other", torch.nn.Linear(2, 2), {"system": "vae", "network": {}})
-    text = run("ct_nb_reconstruct", "x/xray_0.png", "x/xray_1.png", "--geometry", "x/geometry.json", "--weights", "other", cwd=tmp_path, expect=1)
+    text = run(
+        "ct_nb_reconstruct",
+        "x/xray_0.png",
+        "x/xray_1.png",
+        "--geometry",
+        "x/geometry.json",
+        "--weights",
+        "other",
+        cwd=tmp_path,
+        expect=1,
+    )
     assert "'vae'" in text and "Traceback" not in text
 
 

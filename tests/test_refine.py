@@ -1,4 +1,5 @@
 """The refiner: nothing at first, a bound, true geometry, patches, size, and a sentence for what does not fit."""
+
 from dataclasses import replace
 
 import pytest
@@ -19,12 +20,15 @@ SMOKE = RefinerConfig.preset("smoke")
 def scene(seeds=(1, 2), size=16):
     hu = torch.stack([phantom(seed, size).volume.tensor() for seed in seeds])
     soft = F.avg_pool3d(F.pad(hu[:, None], (1,) * 6, mode="replicate"), 3, 1)[:, 0]
-    geometry = ConeBeam.stack([ConeBeam.biplanar(grid=Grid.cube(size), detector_shape=(32, 32), pixel_mm=16.0)] * len(hu)).to(torch.float32)
+    geometry = ConeBeam.stack(
+        [ConeBeam.biplanar(grid=Grid.cube(size), detector_shape=(32, 32), pixel_mm=16.0)] * len(hu)
+    ).to(torch.float32)
     return hu, soft, project(hu_to_mu(hu), geometry), geometry
 
 
 @pytest.fixture(scope="module")
-def chests(): return scene()
+def chests():
+    return scene()
 
 
 def fresh(config=SMOKE, seed=0):
@@ -37,15 +41,20 @@ def opened(config=SMOKE, last=0.5, attention=0.1):
     net = fresh(config)
     with torch.no_grad():
         torch.nn.init.normal_(net.last.weight, std=last)
-        for part in net.sharpen: torch.nn.init.normal_(part[0].write.weight, std=attention) if attention else None
+        for part in net.sharpen:
+            torch.nn.init.normal_(part[0].write.weight, std=attention) if attention else None
     return net
 
 
-@pytest.mark.parametrize("config", [SMOKE, replace(SMOKE, patch=8), RefinerConfig(size=16, channels=(4, 6, 8), blocks=2)])
+@pytest.mark.parametrize(
+    "config", [SMOKE, replace(SMOKE, patch=8), RefinerConfig(size=16, channels=(4, 6, 8), blocks=2)]
+)
 def test_untrained_is_the_input_bit_for_bit(chests, config):
     _, soft, xrays, geometry = chests
     wild = soft.clone()
-    wild[0, 3, 3, 3], wild[1, 5, 5, 5], wild[0, 0, 0, 0] = 3000.0, -2000.0, -0.0
+    wild[0, 3, 3, 3] = 3000.0
+    wild[1, 5, 5, 5] = -2000.0
+    wild[0, 0, 0, 0] = -0.0
     with torch.no_grad():
         net = fresh(config)
         assert torch.equal(net(wild, xrays, geometry), wild)
@@ -54,14 +63,18 @@ def test_untrained_is_the_input_bit_for_bit(chests, config):
 
 
 def test_learns_and_does_not_jump(chests):
-    "Without the scale of the last layer the first steps were hundreds of HU, the gates closed, and the loss stayed where it began."
+    """Without the scale of the last layer the first steps were hundreds of HU, the gates closed,
+    and the loss stayed where it began.
+    """
     truth, soft, xrays, geometry = chests
     for seed in (0, 1):
         net, losses = fresh(seed=seed).train(), []
         optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
         for _ in range(25):
             loss = (net(soft, xrays, geometry) - truth).abs().mean()
-            optimizer.zero_grad(); loss.backward(); optimizer.step()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
             losses.append(loss.item())
         assert max(losses) < 1.1 * losses[0] and losses[-1] < 0.93 * losses[0]
 
@@ -71,11 +84,17 @@ def test_untrained_can_start(chests):
     net = fresh().train()
     (net(soft, xrays, geometry) - truth).abs().mean().backward()
     assert net.last.weight.grad[0].abs().max() > 0
-    with torch.no_grad(): torch.nn.init.normal_(net.last.weight, std=0.5)
+    with torch.no_grad():
+        torch.nn.init.normal_(net.last.weight, std=0.5)
     net.zero_grad()
     (net(soft, xrays, geometry) - truth).abs().mean().backward()
-    silent = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    assert all("sharpen" in name and ("read" in name or "query_key_value" in name) for name in silent), silent  # behind a layer that starts at zero
+    silent = [
+        name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
+    # behind a layer that starts at zero
+    assert all(
+        "sharpen" in name and ("read" in name or "query_key_value" in name) for name in silent
+    ), silent
 
 
 def test_what_the_channels_show_everywhere_alike_does_not_count(chests):
@@ -84,9 +103,14 @@ def test_what_the_channels_show_everywhere_alike_does_not_count(chests):
     with torch.no_grad():
         shifted.prior.last.bias += 5.0  # of every cue
         before = [net.residual(net.seen(soft, xrays, geometry)) for net in (plain, shifted)]
-        for net in (plain, shifted): net.centre((soft[i:i + 1], xrays[i:i + 1], geometry[i:i + 1]) for i in range(len(soft)))
+        for net in (plain, shifted):
+            net.centre(
+                (soft[i : i + 1], xrays[i : i + 1], geometry[i : i + 1]) for i in range(len(soft))
+            )
         after = [net.residual(net.seen(soft, xrays, geometry)) for net in (plain, shifted)]
-        assert (plain.seen(soft, xrays, geometry) - plain.seen_mean).mean((0, 2, 3, 4)).abs().max() < 1e-4
+        assert (plain.seen(soft, xrays, geometry) - plain.seen_mean).mean(
+            (0, 2, 3, 4)
+        ).abs().max() < 1e-4
         assert (before[0] - before[1]).abs().max() > 5 and torch.allclose(*after, atol=0.05)  # HU
         net = fresh()
         net.centre([(soft, xrays, geometry)])
@@ -107,7 +131,12 @@ def test_x_rays_count_by_scale_and_pose(chests):
     net = opened()
     with torch.no_grad():
         own = net(soft, xrays, geometry)
-        for other in (net(soft, xrays.flip(0), geometry), net(soft, 1.1 * xrays, geometry), net(soft, xrays, geometry.rotated([0.0, 0.0, 15.0]))): assert (other - own).abs().mean() > 0.5
+        for other in (
+            net(soft, xrays.flip(0), geometry),
+            net(soft, 1.1 * xrays, geometry),
+            net(soft, xrays, geometry.rotated([0.0, 0.0, 15.0])),
+        ):
+            assert (other - own).abs().mean() > 0.5
         step = lambda hu: net.seen(hu, xrays, geometry)[:, 2].abs().mean().item()
         dense = step(1.1 * (truth + 1000) - 1000)
         assert step(truth) < 0.01 * dense and dense > 0.05
@@ -121,17 +150,23 @@ def test_x_rays_count_by_scale_and_pose(chests):
 def test_agreement_with_the_x_rays_is_in_hu(chests):
     "A uniform excess of 30 HU within every ray's path asks for about −30 HU where two views pass."
     truth, _, xrays, geometry = chests
-    with torch.no_grad(): step = fresh().seen(truth.clamp_min(-1000) + 30, xrays, geometry)[0, 2, 6:10, 6:10, 6:10] * 100
+    with torch.no_grad():
+        step = (
+            fresh().seen(truth.clamp_min(-1000) + 30, xrays, geometry)[0, 2, 6:10, 6:10, 6:10] * 100
+        )
     assert -33 < step.mean() < -27
 
 
 class Convolutions(Refiner):
     "Reaches two voxels."
-    def residual(self, seen): return 300 * torch.tanh(self.last(self.enter(seen)))[:, :1]
+
+    def residual(self, seen):
+        return 300 * torch.tanh(self.last(self.enter(seen)))[:, :1]
 
 
 class Attends(Refiner):
-    def residual(self, seen): return 300 * torch.tanh(self.last(self.sharpen[0][0](self.enter(seen))))[:, :1]
+    def residual(self, seen):
+        return 300 * torch.tanh(self.last(self.sharpen[0][0](self.enter(seen))))[:, :1]
 
 
 def test_patches_are_the_whole_for_convolutions_and_not_for_frequency_attention():
@@ -142,36 +177,67 @@ def test_patches_are_the_whole_for_convolutions_and_not_for_frequency_attention(
         torch.manual_seed(0)
         net = kind(config).eval()
         torch.nn.init.normal_(net.last.weight, std=0.02)
-        for part in net.sharpen: torch.nn.init.normal_(part[0].write.weight, std=0.2)
+        for part in net.sharpen:
+            torch.nn.init.normal_(part[0].write.weight, std=0.2)
         with torch.no_grad():
             pieces = net(soft, xrays, geometry)
             net.config = replace(config, patch=None, overlap=None)
             difference[kind] = (pieces - net(soft, xrays, geometry)).abs().max().item()
         net.config = replace(config, overlap=2)  # shallower than the convolutions reach
         if kind is Convolutions:
-            with torch.no_grad(): pieces = net(soft, xrays, geometry)
+            with torch.no_grad():
+                pieces = net(soft, xrays, geometry)
             net.config = replace(config, patch=None, overlap=None)
-            with torch.no_grad(): assert (pieces - net(soft, xrays, geometry)).abs().max() > 0.1
+            with torch.no_grad():
+                assert (pieces - net(soft, xrays, geometry)).abs().max() > 0.1
     assert difference[Convolutions] < 0.01 < difference[Attends]
 
 
 def test_patches_of_the_whole_network_leave_no_seams(monkeypatch):
-    "At the planes where patches begin and end, neighbours differ as they do in the whole; cut hard, they do not. Every path of the real network is open."
-    size, config = 48, RefinerConfig(size=48, channels=(4, 6, 8), prior_features=2, hidden=8, patch=24, overlap=8)
+    """At the planes where patches begin and end, neighbours differ as they do in the whole; cut
+    hard, they do not. Every path of the real network is open.
+    """
+    size = 48
+    config = RefinerConfig(
+        size=48, channels=(4, 6, 8), prior_features=2, hidden=8, patch=24, overlap=8
+    )
     net, draw = opened(config), torch.Generator().manual_seed(0)
-    seen = sum(weight * F.interpolate(torch.randn(1, SEEN_CHANNELS, *(size // coarse,) * 3, generator=draw), size=(size,) * 3, mode="trilinear") for coarse, weight in ((1, 0.3), (4, 0.6), (12, 1.0)))
+    seen = sum(
+        weight
+        * F.interpolate(
+            torch.randn(1, SEEN_CHANNELS, *(size // coarse,) * 3, generator=draw),
+            size=(size,) * 3,
+            mode="trilinear",
+        )
+        for coarse, weight in ((1, 0.3), (4, 0.6), (12, 1.0))
+    )
     monkeypatch.setattr(net, "seen", lambda *given: seen)
     monkeypatch.setattr(net, "checked", lambda *given: None)
     added = lambda: net(torch.zeros(1, size, size, size), None, None)[0]
     starts = patch_starts(size, config.patch, config.shared)
     ends = sorted({end for start in starts for end in (start, start + config.patch)} - {0, size})
-    def steps(volume): return torch.stack([volume.diff(dim=axis).abs().transpose(0, axis).flatten(1).mean(1)[[end - 1 for end in ends]].mean() for axis in range(3)])
+
+    def steps(volume):
+        return torch.stack(
+            [
+                volume.diff(dim=axis)
+                .abs()
+                .transpose(0, axis)
+                .flatten(1)
+                .mean(1)[[end - 1 for end in ends]]
+                .mean()
+                for axis in range(3)
+            ]
+        )
+
     def cut(answer, size, patch, *_):
         whole = torch.zeros(1, 1, size, size, size)
         for z in starts:
             for y in starts:
-                for x in starts: whole[..., z:z + patch, y:y + patch, x:x + patch] = answer(z, y, x, patch)
+                for x in starts:
+                    whole[..., z : z + patch, y : y + patch, x : x + patch] = answer(z, y, x, patch)
         return whole
+
     with torch.no_grad():
         pieces = steps(added())
         monkeypatch.setattr(refine, "blended", cut)
@@ -187,9 +253,17 @@ def test_a_patch_sees_what_the_whole_sees_there():
     net = opened(replace(RefinerConfig.preset("smoke", 32), patch=16))
     with torch.no_grad():
         whole, corner = net.seen(soft, xrays, geometry), (16, 8, 0)
-        assert torch.allclose(net.seen(soft, xrays, geometry, corner), whole[..., 16:32, 8:24, :16], atol=1e-4)
-        assert not torch.allclose(net.seen(soft, xrays, geometry, (8, 8, 0)), whole[..., 16:32, 8:24, :16], atol=1e-2)
-        assert torch.equal(net(soft, xrays, geometry, corner=corner), soft[..., 16:32, 8:24, :16] + net.residual(net.seen(soft, xrays, geometry, corner))[:, 0])
+        assert torch.allclose(
+            net.seen(soft, xrays, geometry, corner), whole[..., 16:32, 8:24, :16], atol=1e-4
+        )
+        assert not torch.allclose(
+            net.seen(soft, xrays, geometry, (8, 8, 0)), whole[..., 16:32, 8:24, :16], atol=1e-2
+        )
+        assert torch.equal(
+            net(soft, xrays, geometry, corner=corner),
+            soft[..., 16:32, 8:24, :16]
+            + net.residual(net.seen(soft, xrays, geometry, corner))[:, 0],
+        )
 
 
 def test_paper_has_about_five_million_parameters():
@@ -200,35 +274,61 @@ def test_paper_has_about_five_million_parameters():
 def test_config_travels():
     for name, size in (("smoke", None), ("cpu", 64), ("gpu", 128), ("paper", 256)):
         config = RefinerConfig.preset(name, size)
-        assert RefinerConfig.from_dict(config.to_dict()) == config and (config.patch == 64) == (config.size > 64)
-    with pytest.raises(ValueError, match="unknown settings colour"): RefinerConfig.from_dict({"colour": 1})
+        assert RefinerConfig.from_dict(config.to_dict()) == config and (config.patch == 64) == (
+            config.size > 64
+        )
+    with pytest.raises(ValueError, match="unknown settings colour"):
+        RefinerConfig.from_dict({"colour": 1})
 
 
 def test_deterministic(chests):
     _, soft, xrays, geometry = chests
-    with torch.no_grad(): assert torch.equal(opened()(soft, xrays, geometry), opened()(soft, xrays, geometry))
+    with torch.no_grad():
+        assert torch.equal(opened()(soft, xrays, geometry), opened()(soft, xrays, geometry))
 
 
-@pytest.mark.parametrize("said, attempt", [
-    (r"coarse_hu: this refiner is for volumes \(B, 16, 16, 16\)", lambda n, c, x, g: n(c[..., :8], x, g)),
-    ("coarse_hu: there are NaN", lambda n, c, x, g: n(c * torch.nan, x, g)),
-    ("coarse_hu: expected Hounsfield units", lambda n, c, x, g: n(WINDOWS["chest"].to_network(c), x, g)),
-    ("window: this refiner was made for coarse volumes in the window 'chest', got 'soft_tissue'", lambda n, c, x, g: n(c, x, g, window="soft_tissue")),
-    ("energy_kev: this refiner was made for X-rays of 60 keV, got 80", lambda n, c, x, g: n(c, x, g, energy_kev=80.0)),
-    ("xrays: a refiner takes its detail from X-rays", lambda n, c, x, g: n(c, None, g)),
-    ("geometry: a refiner takes its detail from X-rays", lambda n, c, x, g: n(c, x, None)),
-    ("xrays: there are 2 coarse volumes and X-rays of 1", lambda n, c, x, g: n(c, x[:1], g)),
-    ("xrays: there are NaN", lambda n, c, x, g: n(c, x * torch.inf, g)),
-    ("xrays: the geometry describes", lambda n, c, x, g: n(c, x, g.select([0]))),
-    ("corner: this refiner has no patches", lambda n, c, x, g: n(c, x, g, corner=(0, 0, 0))),
-    ("patch: must be a multiple of 2 below 16", lambda n, c, x, g: replace(SMOKE, patch=16)),
-    ("overlap: patches would begin at", lambda n, c, x, g: RefinerConfig(size=72, patch=32, overlap=8)),
-    ("size: must be a multiple of 8", lambda n, c, x, g: RefinerConfig(size=62)),
-    ("limit_hu: must be positive", lambda n, c, x, g: replace(SMOKE, limit_hu=0.0)),
-    ("window: must be one of", lambda n, c, x, g: replace(SMOKE, window="liver")),
-    ("preset: must be one of", lambda n, c, x, g: RefinerConfig.preset("huge")),
-])
+@pytest.mark.parametrize(
+    "said, attempt",
+    [
+        (
+            r"coarse_hu: this refiner is for volumes \(B, 16, 16, 16\)",
+            lambda n, c, x, g: n(c[..., :8], x, g),
+        ),
+        ("coarse_hu: there are NaN", lambda n, c, x, g: n(c * torch.nan, x, g)),
+        (
+            "coarse_hu: expected Hounsfield units",
+            lambda n, c, x, g: n(WINDOWS["chest"].to_network(c), x, g),
+        ),
+        (
+            (
+                "window: this refiner was made for coarse volumes in the window 'chest', got"
+                " 'soft_tissue'"
+            ),
+            lambda n, c, x, g: n(c, x, g, window="soft_tissue"),
+        ),
+        (
+            "energy_kev: this refiner was made for X-rays of 60 keV, got 80",
+            lambda n, c, x, g: n(c, x, g, energy_kev=80.0),
+        ),
+        ("xrays: a refiner takes its detail from X-rays", lambda n, c, x, g: n(c, None, g)),
+        ("geometry: a refiner takes its detail from X-rays", lambda n, c, x, g: n(c, x, None)),
+        ("xrays: there are 2 coarse volumes and X-rays of 1", lambda n, c, x, g: n(c, x[:1], g)),
+        ("xrays: there are NaN", lambda n, c, x, g: n(c, x * torch.inf, g)),
+        ("xrays: the geometry describes", lambda n, c, x, g: n(c, x, g.select([0]))),
+        ("corner: this refiner has no patches", lambda n, c, x, g: n(c, x, g, corner=(0, 0, 0))),
+        ("patch: must be a multiple of 2 below 16", lambda n, c, x, g: replace(SMOKE, patch=16)),
+        (
+            "overlap: patches would begin at",
+            lambda n, c, x, g: RefinerConfig(size=72, patch=32, overlap=8),
+        ),
+        ("size: must be a multiple of 8", lambda n, c, x, g: RefinerConfig(size=62)),
+        ("limit_hu: must be positive", lambda n, c, x, g: replace(SMOKE, limit_hu=0.0)),
+        ("window: must be one of", lambda n, c, x, g: replace(SMOKE, window="liver")),
+        ("preset: must be one of", lambda n, c, x, g: RefinerConfig.preset("huge")),
+    ],
+)
 def test_what_does_not_fit_gets_a_sentence(chests, said, attempt):
     _, soft, xrays, geometry = chests
-    with pytest.raises(ValueError, match=said) as found: attempt(fresh(), soft, xrays, geometry)
+    with pytest.raises(ValueError, match=said) as found:
+        attempt(fresh(), soft, xrays, geometry)
     assert "\n" not in str(found.value)

@@ -1,4 +1,5 @@
 """What a refinement's board says: paired, with a definition for every column, and nothing that its intervals do not show."""
+
 import pytest
 
 from ct_nb.learn.refinement_board import REFINEMENT_MAIN, RefinementBoard
@@ -9,75 +10,200 @@ PREDICTORS = ("refined", "coarse", "unsharp_mask", "consistency_alone")
 
 
 def rows(*gains, refined=(), **columns):
-    "A patient for each gain in dB; `refined` changes its columns, one value for all patients or a list."
-    plain = {"ssim": 0.5, "mae_hu_body": 50.0, "drr_error": 0.02, "drr_error_held_out": 0.02, "null_space_error": 0.3, "edge_response": 0.5, "edge_mismatch": 0.5, "edge_error": 0.5, "edges_elsewhere_db": -2.0,
-             "spectrum_error_db": 5.0, "fine_correlation": 0.3, "null_added": 0.1, "null_right": 0.1, "null_invented": 0.1, **columns}
+    """A patient for each gain in dB; `refined` changes its columns, one value for all patients or a
+    list.
+    """
+    plain = {
+        "ssim": 0.5,
+        "mae_hu_body": 50.0,
+        "drr_error": 0.02,
+        "drr_error_held_out": 0.02,
+        "null_space_error": 0.3,
+        "edge_response": 0.5,
+        "edge_mismatch": 0.5,
+        "edge_error": 0.5,
+        "edges_elsewhere_db": -2.0,
+        "spectrum_error_db": 5.0,
+        "fine_correlation": 0.3,
+        "null_added": 0.1,
+        "null_right": 0.1,
+        "null_invented": 0.1,
+        **columns,
+    }
     pick = lambda value, n: value[n] if isinstance(value, list) else value
-    return [{"case": n, "patient": n, "predictor": name, "psnr": 20 + 3 * n + (g if name == "refined" else 0), **plain, **({key: pick(value, n) for key, value in dict(refined).items()} if name == "refined" else {})}
-            for n, g in enumerate(gains) for name in PREDICTORS]
+    return [
+        {
+            "case": n,
+            "patient": n,
+            "predictor": name,
+            "psnr": 20 + 3 * n + (g if name == "refined" else 0),
+            **plain,
+            **(
+                {key: pick(value, n) for key, value in dict(refined).items()}
+                if name == "refined"
+                else {}
+            ),
+        }
+        for n, g in enumerate(gains)
+        for name in PREDICTORS
+    ]
 
 
-def verdict(*gains, **changes): return RefinementBoard(rows(*gains, **changes)).verdict()
+def verdict(*gains, **changes):
+    return RefinementBoard(rows(*gains, **changes)).verdict()
 
 
 def test_gains_are_paired():
     found = RefinementBoard(rows(1.0, 1.1, 0.9)).gain("coarse", "psnr")
-    assert found.mean == pytest.approx(1.0) and 0.7 < found.low < 1 < found.high < 1.3 and found.patients == 3  # unpaired, the patients differ by 3 dB
-    assert [verdict(*gains)[0].rsplit(": ", 1)[1] for gains in ((1.0, 1.1, 0.9), (1.0, -1.1, 0.9), (-1.0, -1.1, -0.9))] == ["a gain.", "no gain is shown.", "a loss."]
-    assert "one patient gives no interval" in verdict(1.0)[0] and "a gain." not in " ".join(verdict(1.0))
-    assert RefinementBoard(rows(0, 0, refined={"edge_error": 0.4})).gain("coarse", "edge_error").mean == pytest.approx(0.1)  # less is better
+    # unpaired, the patients differ by 3 dB
+    assert (
+        found.mean == pytest.approx(1.0)
+        and 0.7 < found.low < 1 < found.high < 1.3
+        and found.patients == 3
+    )
+    assert [
+        verdict(*gains)[0].rsplit(": ", 1)[1]
+        for gains in ((1.0, 1.1, 0.9), (1.0, -1.1, 0.9), (-1.0, -1.1, -0.9))
+    ] == ["a gain.", "no gain is shown.", "a loss."]
+    assert "one patient gives no interval" in verdict(1.0)[0] and "a gain." not in " ".join(
+        verdict(1.0)
+    )
+    # less is better
+    assert RefinementBoard(rows(0, 0, refined={"edge_error": 0.4})).gain(
+        "coarse", "edge_error"
+    ).mean == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("metric, line", [("drr_error", 5), ("drr_error_held_out", 6)])
-@pytest.mark.parametrize("after, answer", [
-    ([0.0201, 0.02011, 0.02012], "worse."),  # by 1 %, and certainly
-    ([0.0199, 0.01989, 0.01988], "no worse."),
-    ([0.02, 0.02, 0.02], "no worse."),
-    ([0.03, 0.01, 0.021], "whether it is worse cannot be said.")])
+@pytest.mark.parametrize(
+    "after, answer",
+    [
+        ([0.0201, 0.02011, 0.02012], "worse."),  # by 1 %, and certainly
+        ([0.0199, 0.01989, 0.01988], "no worse."),
+        ([0.02, 0.02, 0.02], "no worse."),
+        ([0.03, 0.01, 0.021], "whether it is worse cannot be said."),
+    ],
+)
 def test_worse_on_the_xrays_is_what_the_interval_says(metric, line, after, answer):
     told = verdict(0, 0, 0, refined={metric: after})
     assert told[line].rsplit(": ", 1)[1] == answer and "DRR error" in told[line]
     assert told[11 - line].rsplit(": ", 1)[1] == "no worse."  # the other views did not change
-    assert verdict(0, refined={metric: 0.5})[line].endswith("one patient gives no interval: whether it is worse cannot be said.")
+    assert verdict(0, refined={metric: 0.5})[line].endswith(
+        "one patient gives no interval: whether it is worse cannot be said."
+    )
 
 
 def test_the_error_on_given_views_stands_beside_that_of_the_cts():
-    told = lambda truth, after: verdict(0, 0, 0, drr_error_of_truth=truth, refined={"drr_error": after})[5]
-    assert told(0.05, [0.03, 0.031, 0.029]).endswith(": worse; the CTs themselves, on this grid, have 0.0500, so before and after are within what noise and anatomy finer than a voxel explain.")
-    assert told(0.025, [0.03, 0.031, 0.029]).endswith(": worse; the CTs themselves, on this grid, have 0.0250.")  # farther than a CT is
+    told = lambda truth, after: verdict(
+        0, 0, 0, drr_error_of_truth=truth, refined={"drr_error": after}
+    )[5]
+    assert told(0.05, [0.03, 0.031, 0.029]).endswith(
+        ": worse; the CTs themselves, on this grid, have 0.0500, so before and after are within"
+        " what noise and anatomy finer than a voxel explain."
+    )
+    # farther than a CT is
+    assert told(0.025, [0.03, 0.031, 0.029]).endswith(
+        ": worse; the CTs themselves, on this grid, have 0.0250."
+    )
     assert told(0.03, [0.03, 0.04, 0.02]).endswith("have 0.0300.")  # not certainly below
-    assert told(0.01, [0.005, 0.006, 0.004]).endswith(": no worse; the CTs themselves, on this grid, have 0.0100.")  # the input was above
+    # the input was above
+    assert told(0.01, [0.005, 0.006, 0.004]).endswith(
+        ": no worse; the CTs themselves, on this grid, have 0.0100."
+    )
 
 
 def test_the_spectrum_is_told():
-    nearer, farther = (verdict(0, 0, 0, refined={"spectrum_error_db": [5 + s, 5 + 1.1 * s, 5 + 0.9 * s], "fine_correlation": [0.3 - 0.1 * s, 0.3 - 0.11 * s, 0.3 - 0.09 * s]})[7] for s in (-1, 1))
-    assert "5.0 dB off that of the CTs before, 4.0 after" in nearer and "nearer to the truth" in nearer and nearer.endswith("0.30 before, 0.40 after: a gain.")
-    assert "farther from the truth" in farther and farther.endswith("a loss.") and "no difference is shown" in verdict(0, 0, 0, refined={"spectrum_error_db": [4, 6, 5]})[7]
+    nearer, farther = (
+        verdict(
+            0,
+            0,
+            0,
+            refined={
+                "spectrum_error_db": [5 + s, 5 + 1.1 * s, 5 + 0.9 * s],
+                "fine_correlation": [0.3 - 0.1 * s, 0.3 - 0.11 * s, 0.3 - 0.09 * s],
+            },
+        )[7]
+        for s in (-1, 1)
+    )
+    assert (
+        "5.0 dB off that of the CTs before, 4.0 after" in nearer
+        and "nearer to the truth" in nearer
+        and nearer.endswith("0.30 before, 0.40 after: a gain.")
+    )
+    assert (
+        "farther from the truth" in farther
+        and farther.endswith("a loss.")
+        and "no difference is shown"
+        in verdict(0, 0, 0, refined={"spectrum_error_db": [4, 6, 5]})[7]
+    )
 
 
 def test_what_was_invented_stands_beside_the_floors():
-    told = verdict(0, 0, 0, refined={"null_invented": [0.3, 0.31, 0.29], "null_right": -0.2, "null_added": 0.4})
-    assert "added 0.40 of the size" in told[8] and "-20% of the missing energy was recovered" in told[8] and "has 0.30 of its size" in told[8]
-    assert told[9].startswith("unsharp_mask invented 0.10; a change of +0.200") and told[10].startswith("consistency_alone") and all(line.endswith("the refiner invented more.") for line in told[9:11])
-    assert verdict(0, 0, 0, refined={"null_invented": [0.05, 0.04, 0.06]})[9].endswith("the refiner invented less.") and verdict(0, 0, 0, refined={"null_invented": [0.05, 0.15, 0.1]})[9].endswith("no difference is shown.")
+    told = verdict(
+        0, 0, 0, refined={"null_invented": [0.3, 0.31, 0.29], "null_right": -0.2, "null_added": 0.4}
+    )
+    assert (
+        "added 0.40 of the size" in told[8]
+        and "-20% of the missing energy was recovered" in told[8]
+        and "has 0.30 of its size" in told[8]
+    )
+    assert (
+        told[9].startswith("unsharp_mask invented 0.10; a change of +0.200")
+        and told[10].startswith("consistency_alone")
+        and all(line.endswith("the refiner invented more.") for line in told[9:11])
+    )
+    assert verdict(0, 0, 0, refined={"null_invented": [0.05, 0.04, 0.06]})[9].endswith(
+        "the refiner invented less."
+    ) and verdict(0, 0, 0, refined={"null_invented": [0.05, 0.15, 0.1]})[9].endswith(
+        "no difference is shown."
+    )
 
 
 def test_a_coarse_volume_sharper_than_the_truth_is_told():
     sharp = verdict(0.1, 0.2, edge_response=1.3, refined={"edge_response": 1.1})
-    assert "already sharper than the CTs: their edges are 1.30 times as steep, and 1.10 times after refinement" in sharp[-1] and not any("sharper" in line for line in verdict(0.1, 0.2))
+    assert (
+        "already sharper than the CTs: their edges are 1.30 times as steep, and 1.10 times after"
+        " refinement" in sharp[-1]
+        and not any("sharper" in line for line in verdict(0.1, 0.2))
+    )
 
 
 def test_every_column_is_defined_and_shown():
     board = RefinementBoard(rows(1.0, 1.1))
-    assert set(SHARPNESS_METRICS) <= set(board.metrics) and set(REFINEMENT_MAIN) <= set(board.metrics)
+    assert set(SHARPNESS_METRICS) <= set(board.metrics) and set(REFINEMENT_MAIN) <= set(
+        board.metrics
+    )
     told = board_content(board)
     for name, metric in SHARPNESS_METRICS.items():
-        assert told["definitions"][name]["better"] in ("higher", "lower", "zero") and told["definitions"][name]["definition"] and told["predictors"]["coarse"][name] is not None
+        assert (
+            told["definitions"][name]["better"] in ("higher", "lower", "zero")
+            and told["definitions"][name]["definition"]
+            and told["predictors"]["coarse"][name] is not None
+        )
         assert metric.unit == ("dB" if name.endswith("_db") else "")
     head = board.table().splitlines()[0]
-    for words in ("edge mismatch ↓", "spectrum error, dB ↓", "fine correlation ↑", "null space, recovered ↑", "null space, invented ↓"): assert words in head
+    for words in (
+        "edge mismatch ↓",
+        "spectrum error, dB ↓",
+        "fine correlation ↑",
+        "null space, recovered ↑",
+        "null space, invented ↓",
+    ):
+        assert words in head
     gains = board.gains()
-    assert set(gains) == {"coarse", "unsharp_mask", "consistency_alone"} and {"psnr", "edge_response", "null_right", "null_invented"} <= set(gains["coarse"])
-    assert set(gains["coarse"]["null_invented"]) == {"mean", "low", "high", "patients"} and gains["coarse"]["psnr"]["mean"] == pytest.approx(1.05)
-    assert RefinementBoard(rows(1.0)).gains()["coarse"]["psnr"] == {"mean": 1.0, "low": None, "high": None, "patients": 1}
+    assert set(gains) == {"coarse", "unsharp_mask", "consistency_alone"} and {
+        "psnr",
+        "edge_response",
+        "null_right",
+        "null_invented",
+    } <= set(gains["coarse"])
+    assert set(gains["coarse"]["null_invented"]) == {"mean", "low", "high", "patients"} and gains[
+        "coarse"
+    ]["psnr"]["mean"] == pytest.approx(1.05)
+    assert RefinementBoard(rows(1.0)).gains()["coarse"]["psnr"] == {
+        "mean": 1.0,
+        "low": None,
+        "high": None,
+        "patients": 1,
+    }
     assert told["verdict"] == board.verdict()

@@ -1,4 +1,5 @@
 """Whose answers a refiner learns from, and who may be judged: patients whatever their scans are called, cascades and their stages, the code that decides what is kept."""
+
 import json
 import subprocess
 import sys
@@ -21,19 +22,24 @@ from ct_nb.nets.diffusion import DiffusionConfig
 from ct_nb.physics.phantom import phantom
 from refinement_runs import NETWORK, cache, save_coarse, volumes  # noqa: F401 (cache is a fixture)
 
-
 # patients
+
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
     "Five scans of four patients, and a seed that judges Anna, who was scanned twice."
     folder = tmp_path_factory.mktemp("scans")
-    for seed, name in enumerate(("anna_1", "anna_2", "ben", "cleo", "dora")): phantom(seed, 32).volume.save(folder / f"{name}.nii.gz")
-    (folder / "patients.csv").write_text("case,patient\nanna_1,Anna\nanna_2,Anna\nben,Ben\ncleo,Cleo\ndora,Dora\n")
+    for seed, name in enumerate(("anna_1", "anna_2", "ben", "cleo", "dora")):
+        phantom(seed, 32).volume.save(folder / f"{name}.nii.gz")
+    (folder / "patients.csv").write_text(
+        "case,patient\nanna_1,Anna\nanna_2,Anna\nben,Ben\ncleo,Cleo\ndora,Dora\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CT_NB_CACHE", str(tmp_path_factory.mktemp("cache")))
         source = open_source(str(folder), 32, thorax_only=True).one_per_patient()
-    return folder, next(seed for seed in range(100) if source.split(0.3, seed)[1].patients == ["Anna"])
+    return folder, next(
+        seed for seed in range(100) if source.split(0.3, seed)[1].patients == ["Anna"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,57 +48,111 @@ def learnt(tmp_path_factory, scans):
     folder = tmp_path_factory.mktemp("learnt") / "drr2ct"
     save_coarse(folder)
     config = json.loads((folder / "config.json").read_text())
+
     def trained_on(**training):
         write_json(folder / "config.json", {**config, "data": str(scans[0]), "training": training})
-        return RefinementRun("smoke", str(scans[0]), folder.parent / "out", scans[1], coarse=str(folder))
+        return RefinementRun(
+            "smoke", str(scans[0]), folder.parent / "out", scans[1], coarse=str(folder)
+        )
+
     return trained_on
 
 
-@pytest.mark.parametrize("training", [
-    {"cases": ["anna_2"]},  # her other scan, as runs told before patients were listed
-    {"cases": ["an_old_name"], "patients": ["Anna"]},  # her scan has been renamed, or is gone
-    {"cases": ["anna_2"], "patients": ["Anna"]}])
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"cases": ["anna_2"]},  # her other scan, as runs told before patients were listed
+        {"cases": ["an_old_name"], "patients": ["Anna"]},  # her scan has been renamed, or is gone
+        {"cases": ["anna_2"], "patients": ["Anna"]},
+    ],
+)
 def test_a_patient_is_refused_whatever_her_scan_is_called(learnt, training):
-    with pytest.raises(ValueError, match="was trained on Anna, a patient that this refiner would be judged on"): learnt(**training).open()
+    with pytest.raises(
+        ValueError, match="was trained on Anna, a patient that this refiner would be judged on"
+    ):
+        learnt(**training).open()
 
 
 def test_a_run_that_tells_no_patients_still_opens(learnt):
     run = learnt(cases=["an_old_name"]).open()
-    assert run.validation.patients == ["Anna"] and run.known_training == [] and "beware" not in run.describe()
+    assert (
+        run.validation.patients == ["Anna"]
+        and run.known_training == []
+        and "beware" not in run.describe()
+    )
 
 
-@pytest.mark.parametrize("training", [{"cases": ["ben"]}, {"cases": ["an_old_name"], "patients": ["Ben"]}])
+@pytest.mark.parametrize(
+    "training", [{"cases": ["ben"]}, {"cases": ["an_old_name"], "patients": ["Ben"]}]
+)
 def test_training_patients_that_the_coarse_model_knows_are_told(learnt, training):
     run = learnt(**training).open()
-    assert run.known_training == ["ben"] and "beware:     the coarse model was trained on ben, so its errors there look smaller than they are" in run.describe()
+    assert (
+        run.known_training == ["ben"]
+        and "beware:     the coarse model was trained on ben, so its errors there look smaller than they are"
+        in run.describe()
+    )
 
 
 def test_patients_are_told_and_followed(scans, tmp_path):
     run = DRR2CTRun("smoke", str(scans[0]), tmp_path / "a", scans[1]).open()
     run.model = type("Model", (), {"config": NETWORK})
     told = json.loads(json.dumps(run.configuration(), default=str))
-    assert dict(zip(told["training"]["cases"], told["training"]["patients"])) == {"ben": "Ben", "cleo": "Cleo", "dora": "Dora"}
+    assert dict(zip(told["training"]["cases"], told["training"]["patients"])) == {
+        "ben": "Ben",
+        "cleo": "Cleo",
+        "dora": "Dora",
+    }
     write_json(tmp_path / "a" / "config.json", told)
-    write_json(tmp_path / "b" / "config.json", {**told, "start": str(tmp_path / "a"), "training": {"cases": ["eve_1"], "patients": ["Eve"]}})
-    assert known_patients(tmp_path / "b") == {"Ben", "Cleo", "Dora", "Eve"} and {"eve_1", "cleo"} < known_cases(tmp_path / "b")
+    write_json(
+        tmp_path / "b" / "config.json",
+        {
+            **told,
+            "start": str(tmp_path / "a"),
+            "training": {"cases": ["eve_1"], "patients": ["Eve"]},
+        },
+    )
+    assert known_patients(tmp_path / "b") == {"Ben", "Cleo", "Dora", "Eve"} and {
+        "eve_1",
+        "cleo",
+    } < known_cases(tmp_path / "b")
 
 
 # a cascade
 
-STAGES = tuple(StageConfig(DenoiserConfig.preset("smoke", size, condition_channels=2), DiffusionConfig(steps=10)) for size in (16, 32))
+STAGES = tuple(
+    StageConfig(
+        DenoiserConfig.preset("smoke", size, condition_channels=2), DiffusionConfig(steps=10)
+    )
+    for size in (16, 32)
+)
 
 
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory):
     "What a smoke run of a cascade leaves, untrained: 16³ → 32³."
-    folder, cases = tmp_path_factory.mktemp("runs") / "cascade", DRR2CTRun("smoke").open()
+    folder = tmp_path_factory.mktemp("runs") / "cascade"
+    cases = DRR2CTRun("smoke").open()
     torch.manual_seed(0)
     model = Cascade(CascadeConfig(STAGES, "prior", {"size": 16, "modes": 4})).eval()
     model.start.prior.fit(volumes())
-    about = {"system": "cascade", "network": model.config.to_dict(), "preset": "smoke", "data": "phantom", "seed": 0, "coarse": None, "settings": {"sampling_steps": 2, "samples": 1},
-             "training": {"cases": cases.fitted.ids, "patients": cases.fitted.patients}, "validation": {"cases": cases.validation.ids}}
+    about = {
+        "system": "cascade",
+        "network": model.config.to_dict(),
+        "preset": "smoke",
+        "data": "phantom",
+        "seed": 0,
+        "coarse": None,
+        "settings": {"sampling_steps": 2, "samples": 1},
+        "training": {"cases": cases.fitted.ids, "patients": cases.fitted.patients},
+        "validation": {"cases": cases.validation.ids},
+    }
     save_weights(folder, model, about)
-    save_weights(folder / "stages" / "16", model.stages[0], {**about, "system": "cascade_stage", "network": STAGES[0].to_dict()})
+    save_weights(
+        folder / "stages" / "16",
+        model.stages[0],
+        {**about, "system": "cascade_stage", "network": STAGES[0].to_dict()},
+    )
     return folder, model
 
 
@@ -100,56 +160,130 @@ def test_a_refiner_learns_behind_a_cascade(cascade, tmp_path):
     folder, _ = cascade
     run = RefinementRun("smoke", out=tmp_path, coarse=str(folder)).open()
     item = run.pairs[0]
-    assert run.source.size == 32 and item["coarse"].shape == item["hu"].shape == (32, 32, 32) and not known_cases(folder) & {*run.pairs.ids, *run.judged.ids}
-    drawn = run.source.model.sample(item["xrays"][None], item["geometry"], 2, generator=torch.Generator().manual_seed(0))[0].clamp_min(-1000)
-    assert (item["coarse"] - drawn).abs().max() <= 0.5 + 1e-2 and run.consistency.detector == 64  # that of a smoke system A
+    assert (
+        run.source.size == 32
+        and item["coarse"].shape == item["hu"].shape == (32, 32, 32)
+        and not known_cases(folder) & {*run.pairs.ids, *run.judged.ids}
+    )
+    drawn = run.source.model.sample(
+        item["xrays"][None], item["geometry"], 2, generator=torch.Generator().manual_seed(0)
+    )[0].clamp_min(-1000)
+    # that of a smoke system A
+    assert (item["coarse"] - drawn).abs().max() <= 0.5 + 1e-2 and run.consistency.detector == 64
 
 
 def test_a_stage_stands_for_the_cascade_up_to_there(cascade, tmp_path):
     folder, model = cascade
-    whole, stage = open_coarse(folder), open_coarse(folder / "stages" / "16")
-    assert (whole.size, stage.size) == (32, 16) and whole.digest("") != stage.digest("") and stage.known == whole.known and stage.weights == whole.weights
-    item = RefinementRun("smoke", out=tmp_path, coarse=str(folder / "stages" / "16")).open().judged[0]
+    whole = open_coarse(folder)
+    stage = open_coarse(folder / "stages" / "16")
+    assert (
+        (whole.size, stage.size) == (32, 16)
+        and whole.digest("") != stage.digest("")
+        and stage.known == whole.known
+        and stage.weights == whole.weights
+    )
+    item = (
+        RefinementRun("smoke", out=tmp_path, coarse=str(folder / "stages" / "16")).open().judged[0]
+    )
     first = Cascade(CascadeConfig(STAGES[:1], "prior", {"size": 16, "modes": 4})).eval()
-    first.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("stages.1.")})
-    assert (Sampler(first, 2).draws(item["xrays"], item["geometry"], 1)[0] - item["coarse"]).abs().max() <= 0.5 + 1e-2
+    first.load_state_dict(
+        {
+            name: value
+            for name, value in model.state_dict().items()
+            if not name.startswith("stages.1.")
+        }
+    )
+    assert (
+        Sampler(first, 2).draws(item["xrays"], item["geometry"], 1)[0] - item["coarse"]
+    ).abs().max() <= 0.5 + 1e-2
     (folder / "stages" / "16").rename(tmp_path / "alone")
     try:
-        with pytest.raises(ValueError, match="alone is a stage of a cascade, which is not in .*; finish the cascade's training, or leave the stage where it was"): open_coarse(tmp_path / "alone")
-    finally: (tmp_path / "alone").rename(folder / "stages" / "16")
+        with pytest.raises(
+            ValueError,
+            match=(
+                "alone is a stage of a cascade, which is not in .*; finish the cascade's training,"
+                " or leave the stage where it was"
+            ),
+        ):
+            open_coarse(tmp_path / "alone")
+    finally:
+        (tmp_path / "alone").rename(folder / "stages" / "16")
 
 
 def test_a_cascade_tells_the_system_a_that_it_started_from(tmp_path):
-    run, config = save_coarse(tmp_path / "drr2ct"), CascadeConfig(STAGES[1:], "drr2ct", NETWORK.to_dict())
-    save_weights(tmp_path / "cascade", Cascade(config), {"system": "cascade", "network": config.to_dict(), "preset": "smoke", "data": "phantom", "seed": 0, "coarse": str(tmp_path / "drr2ct"), "settings": {"sampling_steps": 2, "samples": 1},
-                                                         "training": {"cases": run.fitted.ids}, "validation": {"cases": run.validation.ids}})
+    run = save_coarse(tmp_path / "drr2ct")
+    config = CascadeConfig(STAGES[1:], "drr2ct", NETWORK.to_dict())
+    save_weights(
+        tmp_path / "cascade",
+        Cascade(config),
+        {
+            "system": "cascade",
+            "network": config.to_dict(),
+            "preset": "smoke",
+            "data": "phantom",
+            "seed": 0,
+            "coarse": str(tmp_path / "drr2ct"),
+            "settings": {"sampling_steps": 2, "samples": 1},
+            "training": {"cases": run.fitted.ids},
+            "validation": {"cases": run.validation.ids},
+        },
+    )
     found = open_coarse(tmp_path / "cascade")
-    assert found.drr2ct == NETWORK == open_coarse(tmp_path / "drr2ct").drr2ct and set(run.fitted.ids) < found.known and not set(run.validation.ids) & found.known
+    assert (
+        found.drr2ct == NETWORK == open_coarse(tmp_path / "drr2ct").drr2ct
+        and set(run.fitted.ids) < found.known
+        and not set(run.validation.ids) & found.known
+    )
 
 
 # what is kept goes by the code
 
+
 def test_every_network_that_answers_decides_what_is_kept():
-    program = "import sys, ct_nb.nets.drr2ct, ct_nb.nets.cascade; print(*(name for name in sys.modules if name.startswith('ct_nb.')))"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    program = (
+        "import sys, ct_nb.nets.drr2ct, ct_nb.nets.cascade; print(*(name for name in sys.modules if"
+        " name.startswith('ct_nb.')))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
     needed = {"/".join(name.split(".")[1:]) + ".py" for name in loaded if name.count(".") == 2}
     found = set(imported_files("nets/drr2ct.py", "nets/cascade.py"))
     assert {"nets/blocks.py", "nets/biased_attention.py"} < needed
-    assert {name for name in needed if not name.startswith("physics/")} <= found and "nets/refine.py" not in found
+    assert {
+        name for name in needed if not name.startswith("physics/")
+    } <= found and "nets/refine.py" not in found
 
 
 def test_a_change_of_a_network_changes_what_is_kept(monkeypatch):
     asked = []
-    monkeypatch.setattr(coarse_module, "code_digest", lambda *patterns: asked.extend(patterns) or "digest")
-    assert coarse_code() == "digest" and {"physics/*.py", "data/pairs.py", "nets/blocks.py", "nets/drr2ct.py", "nets/cascade.py", "learn/reconstruction.py", "learn/train_cascade.py"} < set(asked)
+    monkeypatch.setattr(
+        coarse_module, "code_digest", lambda *patterns: asked.extend(patterns) or "digest"
+    )
+    assert coarse_code() == "digest" and {
+        "physics/*.py",
+        "data/pairs.py",
+        "nets/blocks.py",
+        "nets/drr2ct.py",
+        "nets/cascade.py",
+        "learn/reconstruction.py",
+        "learn/train_cascade.py",
+    } < set(asked)
 
 
 # classical solutions
 
+
 def test_a_classical_solution_is_a_coarse_volume_that_knows_nobody(tmp_path, cache):
     run = RefinementRun("smoke", "phantom:6", tmp_path, coarse="sirt", steps=2).open()
     item = run.pairs[0]
-    assert torch.equal(item["coarse"], SIRT().predict(item["xrays"], item["geometry"]).round()) and item["coarse"].shape == (16,) * 3
-    assert not run.source.known and open_coarse("minimum_norm", 16).digest("a") != open_coarse("sirt", 16).digest("a")
+    assert (
+        torch.equal(item["coarse"], SIRT().predict(item["xrays"], item["geometry"]).round())
+        and item["coarse"].shape == (16,) * 3
+    )
+    assert not run.source.known and open_coarse("minimum_norm", 16).digest("a") != open_coarse(
+        "sirt", 16
+    ).digest("a")
     assert run.configuration()["coarse"] == "sirt" and run.configuration()["coarse_weights"] is None
-    with pytest.raises(ValueError, match="no folder fdk; .* or take sirt or minimum_norm"): open_coarse("fdk")
+    with pytest.raises(ValueError, match="no folder fdk; .* or take sirt or minimum_norm"):
+        open_coarse("fdk")

@@ -1,4 +1,5 @@
 """The picture of a refinement: its differences are those that their titles say."""
+
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -9,7 +10,8 @@ from ct_nb.view.refinement_figure import refinement_figure
 
 def three():
     "Coarse, refined and true, all different everywhere."
-    draw, affine = np.random.default_rng(0), Grid.cube(12).affine
+    draw = np.random.default_rng(0)
+    affine = Grid.cube(12).affine
     return [Volume(draw.uniform(-900, 900, (12, 12, 12)), affine) for _ in range(3)]
 
 
@@ -20,8 +22,21 @@ def test_difference_maps_are_refined_and_coarse_minus_the_truth():
     for line, kind in enumerate(PLANES):
         for column, hu in enumerate(expected):
             image = figure.axes[5 * line + column].images[0]
-            assert np.allclose(image.get_array(), plane(along_lps(Volume(hu, truth.affine)), kind)[0], atol=1e-3), (kind, column)
+            assert np.allclose(
+                image.get_array(), plane(along_lps(Volume(hu, truth.affine)), kind)[0], atol=1e-3
+            ), (kind, column)
             assert image.get_clim()[1] == (1024 if column < 3 else ERROR_HU / 2)
-    titles = [axis.get_title(loc) for axis in figure.axes[:5] for loc in ("left", "center") if axis.get_title(loc)]
-    assert [title.split(",")[0] for title in titles] == ["coarse", "refined", "CT", "coarse − CT", "refined − CT"]
+    titles = [
+        axis.get_title(loc)
+        for axis in figure.axes[:5]
+        for loc in ("left", "center")
+        if axis.get_title(loc)
+    ]
+    assert [title.split(",")[0] for title in titles] == [
+        "coarse",
+        "refined",
+        "CT",
+        "coarse − CT",
+        "refined − CT",
+    ]
     plt.close(figure)

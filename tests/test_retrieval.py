@@ -1,4 +1,5 @@
 """Recall, AUROC, polarity, probe and CRG against counting by hand and against peers, and what they refuse."""
+
 import math
 import sys
 
@@ -6,11 +7,25 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.learn.retrieval import (auroc, bootstrap, chance_recall, crg, label_scores, linear_probe, polarity, prompt_pairs, prompt_scores, ranks, retrieval, share_interval,
-                                   text_overlap)
+from ct_nb.learn.retrieval import (
+    auroc,
+    bootstrap,
+    chance_recall,
+    crg,
+    label_scores,
+    linear_probe,
+    polarity,
+    prompt_pairs,
+    prompt_scores,
+    ranks,
+    retrieval,
+    share_interval,
+    text_overlap,
+)
 
 
-def random(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def random(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_ranks_by_hand():
@@ -32,19 +47,31 @@ def test_chance_is_what_random_orders_give(right, k):
     positive[0, :right] = True
     rng = np.random.default_rng(0)
     drawn = np.mean([positive[0, rng.permutation(12)[:k]].any() for _ in range(4000)])
-    assert chance_recall(positive, k) == pytest.approx(drawn, abs=0.025) and chance_recall(positive, k) >= k / 12 - 1e-12
-    if right > 1: assert abs(k / 12 - drawn) > 0.025  # k / N would be wrong
+    assert (
+        chance_recall(positive, k) == pytest.approx(drawn, abs=0.025)
+        and chance_recall(positive, k) >= k / 12 - 1e-12
+    )
+    if right > 1:
+        assert abs(k / 12 - drawn) > 0.025  # k / N would be wrong
 
 
 def test_recall_both_ways_and_by_scan():
     text = torch.eye(6)
     image = text[[0, 1, 2, 3, 5, 4]]  # the last two are exchanged
     alone = {(r.direction, r.k): r for r in retrieval(image, text, ks=(1, 2, 6, 50))}
-    assert set(alone) == {(d, k) for d in ("image to text", "text to image") for k in (1, 2)}  # k of N and above say nothing
-    assert alone["image to text", 1].recall.mean == pytest.approx(4 / 6) and alone["image to text", 1].hits.tolist() == [True] * 4 + [False] * 2
+    # k of N and above say nothing
+    assert set(alone) == {(d, k) for d in ("image to text", "text to image") for k in (1, 2)}
+    assert (
+        alone["image to text", 1].recall.mean == pytest.approx(4 / 6)
+        and alone["image to text", 1].hits.tolist() == [True] * 4 + [False] * 2
+    )
     scans = np.array([0, 1, 2, 3, 4, 4])
     assert retrieval(image, text, scans[:, None] == scans, ks=(1,))[0].recall.mean == 1
-    lopsided = retrieval(torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1]]), torch.tensor([[1.0, 0], [0.5, 0.5], [0, 1]]), ks=(1,))
+    lopsided = retrieval(
+        torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1]]),
+        torch.tensor([[1.0, 0], [0.5, 0.5], [0, 1]]),
+        ks=(1,),
+    )
     assert lopsided[0].recall.mean == pytest.approx(2 / 3) and lopsided[1].recall.mean == 1
     line = str(alone["image to text", 1])
     assert "N = 6" in line and "chance 16.7%" in line and "6 patients" in line
@@ -59,17 +86,25 @@ def test_intervals_hold_their_word():
     nothing = share_interval([0.0] * 64, range(64))
     assert nothing.low == 0 and nothing.high == pytest.approx(1 - 0.025 ** (1 / 64))
     once = share_interval([1.0, 0.0], ["a", "a"])
-    assert once.patients == 1 and math.isnan(once.low) and math.isnan(once.high) and once.mean == 0.5
+    assert (
+        once.patients == 1 and math.isnan(once.low) and math.isnan(once.high) and once.mean == 0.5
+    )
     repeated = share_interval([0, 1] * 20, [i // 10 for i in range(40)])
     assert repeated.patients == 4  # ten queries of a patient are one
 
 
 def test_auroc_counts_pairs():
     rng = np.random.default_rng(1)
-    scores, labels = rng.integers(0, 5, 40).astype(float), rng.random(40) < 0.4
+    scores = rng.integers(0, 5, 40).astype(float)
+    labels = rng.random(40) < 0.4
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels] for b in scores[~labels]]
-    assert auroc(scores, labels) == pytest.approx(np.mean(pairs)) and auroc(-scores, labels) == pytest.approx(1 - np.mean(pairs))
-    assert np.mean([a > b for a in scores[labels] for b in scores[~labels]]) != pytest.approx(np.mean(pairs))  # ties matter
+    assert auroc(scores, labels) == pytest.approx(np.mean(pairs)) and auroc(
+        -scores, labels
+    ) == pytest.approx(1 - np.mean(pairs))
+    # ties matter
+    assert np.mean([a > b for a in scores[labels] for b in scores[~labels]]) != pytest.approx(
+        np.mean(pairs)
+    )
     assert math.isnan(auroc(scores, np.ones(40, bool)))
 
 
@@ -77,38 +112,66 @@ def test_label_scores():
     scores = np.array([[0.0, 1, 0], [1, 0, 0], [2, 2, 0], [3, 3, 0]])
     labels = np.array([[0, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 0]], bool)
     found = label_scores(scores, labels, ["a", "b", "none"], draws=50)
-    assert found.per_label["a"] == found.per_label["b"] == 1 and math.isnan(found.per_label["none"]) and found.judged == 2 and "2 of 3 labels" in str(found)
+    assert (
+        found.per_label["a"] == found.per_label["b"] == 1
+        and math.isnan(found.per_label["none"])
+        and found.judged == 2
+        and "2 of 3 labels" in str(found)
+    )
     unjudged = label_scores(scores, 0 * labels, ["a", "b", "c"], draws=5)
     assert unjudged.judged == 0 and math.isnan(unjudged.macro.mean)
-    with pytest.raises(ValueError, match="labels"): label_scores(scores, labels[:, :2], ["a", "b"])
+    with pytest.raises(ValueError, match="labels"):
+        label_scores(scores, labels[:, :2], ["a", "b"])
 
 
 def test_prompt_scores_order_as_the_softmax_of_everybody():
-    image, present, absent = random(0, 9, 5), random(1, 3, 5), random(2, 3, 5)
+    image = random(0, 9, 5)
+    present = random(1, 3, 5)
+    absent = random(2, 3, 5)
     unit = lambda t: t / t.norm(dim=-1, keepdim=True)
     both = torch.stack([unit(image) @ unit(present).T, unit(image) @ unit(absent).T])
     probability = (both.double() * 20).softmax(0)[0].numpy()
     scores = prompt_scores(image, present, absent)
-    assert (np.argsort(scores, 0) == np.argsort(probability, 0)).all() and ((scores > 0) == (probability > 0.5)).all()
-    assert prompt_pairs(["Lung nodule"]) == (["Lung nodule is present."], ["Lung nodule is not present."])
-    with pytest.raises(ValueError, match="prompts"): prompt_scores(image, present, random(0, 3, 4))
+    assert (np.argsort(scores, 0) == np.argsort(probability, 0)).all() and (
+        (scores > 0) == (probability > 0.5)
+    ).all()
+    assert prompt_pairs(["Lung nodule"]) == (
+        ["Lung nodule is present."],
+        ["Lung nodule is not present."],
+    )
+    with pytest.raises(ValueError, match="prompts"):
+        prompt_scores(image, present, random(0, 3, 4))
 
 
 def test_polarity_by_hand():
     labels = np.array([[1, 0], [1, 0], [0, 0]], bool)
     found = polarity(np.array([[1.0, -1], [-1, -1], [2, 0]]), labels, draws=50)
-    assert found.present == 0.5 and found.absent == pytest.approx((1 + 1 + 0 + 0.5) / 4) and found.balanced.mean == pytest.approx((0.5 + 0.625) / 2)
-    assert polarity(np.ones((3, 2)), labels, draws=5).balanced.mean == polarity(np.zeros((3, 2)), labels, draws=5).balanced.mean == 0.5
-    assert ((np.ones((3, 2)) > 0) == labels).mean() != 0.5  # plain accuracy would depend on how rare findings are
-    with pytest.raises(ValueError, match="some that are not"): polarity(np.ones((3, 2)), np.ones((3, 2), bool))
-    with pytest.raises(ValueError, match="expected"): polarity(np.ones((3, 2)), labels[:2])
+    assert (
+        found.present == 0.5
+        and found.absent == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+        and found.balanced.mean == pytest.approx((0.5 + 0.625) / 2)
+    )
+    assert (
+        polarity(np.ones((3, 2)), labels, draws=5).balanced.mean
+        == polarity(np.zeros((3, 2)), labels, draws=5).balanced.mean
+        == 0.5
+    )
+    # plain accuracy would depend on how rare findings are
+    assert ((np.ones((3, 2)) > 0) == labels).mean() != 0.5
+    with pytest.raises(ValueError, match="some that are not"):
+        polarity(np.ones((3, 2)), np.ones((3, 2), bool))
+    with pytest.raises(ValueError, match="expected"):
+        polarity(np.ones((3, 2)), labels[:2])
 
 
 def test_bootstrap_draws_patients():
     values = np.repeat(np.random.default_rng(2).normal(size=20), 10)
     mean = lambda rows: values[rows].mean()
-    by_patient, by_row = bootstrap(mean, np.repeat(np.arange(20), 10), 200), bootstrap(mean, range(200), 200)
-    assert by_patient.high - by_patient.low > 2 * (by_row.high - by_row.low) and by_patient.mean == pytest.approx(values.mean())
+    by_patient = bootstrap(mean, np.repeat(np.arange(20), 10), 200)
+    by_row = bootstrap(mean, range(200), 200)
+    assert by_patient.high - by_patient.low > 2 * (
+        by_row.high - by_row.low
+    ) and by_patient.mean == pytest.approx(values.mean())
     assert bootstrap(mean, np.repeat(np.arange(20), 10), 200) == by_patient  # seeded
 
 
@@ -117,16 +180,27 @@ def test_probe_is_logistic_regression():
     labels = ((x @ direction + 0.5 * random(5, 120)) > 0).float()[:, None]
     logits = linear_probe(x[:80], labels[:80], x[80:], ridge=0.1)
     assert auroc(logits[:, 0], labels[80:, 0]) > 0.9
-    weight, bias = torch.zeros(6, dtype=torch.float64, requires_grad=True), torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    weight = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     mean, sd = x[:80].double().mean(0), x[:80].double().std(0)
     for _ in range(1500):  # plain gradient descent comes to the same
-        loss = torch.nn.functional.binary_cross_entropy_with_logits((x[:80].double() - mean) / sd @ weight + bias, labels[:80, 0].double()) + 0.05 * weight.square().sum()
+        loss = (
+            torch.nn.functional.binary_cross_entropy_with_logits(
+                (x[:80].double() - mean) / sd @ weight + bias, labels[:80, 0].double()
+            )
+            + 0.05 * weight.square().sum()
+        )
         gradient = torch.autograd.grad(loss, (weight, bias))
         with torch.no_grad():
-            for p, g in zip((weight, bias), gradient): p -= 0.5 * g
-    assert np.allclose(logits[:, 0], ((x[80:].double() - mean) / sd @ weight + bias).detach().numpy(), atol=1e-4)
-    assert np.isfinite(linear_probe(x[:80], torch.ones(80, 1), x[80:])).all()  # a label that everybody has
-    with pytest.raises(ValueError, match="expected"): linear_probe(x, labels[:5], x)
+            for p, g in zip((weight, bias), gradient):
+                p -= 0.5 * g
+    assert np.allclose(
+        logits[:, 0], ((x[80:].double() - mean) / sd @ weight + bias).detach().numpy(), atol=1e-4
+    )
+    # a label that everybody has
+    assert np.isfinite(linear_probe(x[:80], torch.ones(80, 1), x[80:])).all()
+    with pytest.raises(ValueError, match="expected"):
+        linear_probe(x, labels[:5], x)
 
 
 def test_crg():
@@ -134,29 +208,51 @@ def test_crg():
     labels[:3, 0] = labels[5, 2] = True
     assert crg(labels, labels) == 1 and crg(labels & False, labels) == pytest.approx(1 / 3)
     some = labels.copy()
-    some[0, 0], some[9, 3] = False, True  # one missed, one too many: X = 40, A = 4, r = 4.5, U = 18, s = 13.5 - 4.5 - 1 = 8
+    # one missed, one too many: X = 40, A = 4, r = 4.5, U = 18, s = 13.5 - 4.5 - 1 = 8
+    some[0, 0], some[9, 3] = False, True
     assert crg(some, labels) == pytest.approx(18 / 28)
-    with pytest.raises(ValueError, match="CRG needs"): crg(labels, labels & False)
-    with pytest.raises(ValueError, match="predicted"): crg(labels[:2], labels)
+    with pytest.raises(ValueError, match="CRG needs"):
+        crg(labels, labels & False)
+    with pytest.raises(ValueError, match="predicted"):
+        crg(labels[:2], labels)
 
 
 def test_text_overlap():
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
-    same = text_overlap(["No pleural effusion is seen today."], ["No pleural effusion is seen today."])
-    assert all(v == pytest.approx(1) for v in same.values()) and set(same) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"}
+    same = text_overlap(
+        ["No pleural effusion is seen today."], ["No pleural effusion is seen today."]
+    )
+    assert all(v == pytest.approx(1) for v in same.values()) and set(same) == {
+        "bleu_1",
+        "bleu_2",
+        "bleu_3",
+        "bleu_4",
+        "rouge_l",
+    }
     part = text_overlap(["no effusion seen"], ["No mass seen"])
-    assert part["bleu_1"] == pytest.approx(2 / 3) and part["bleu_2"] == 0 and part["rouge_l"] == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="references"): text_overlap(["a"], [])
+    assert (
+        part["bleu_1"] == pytest.approx(2 / 3)
+        and part["bleu_2"] == 0
+        and part["rouge_l"] == pytest.approx(2 / 3)
+    )
+    with pytest.raises(ValueError, match="references"):
+        text_overlap(["a"], [])
 
 
 def test_text_overlap_says_what_to_install(monkeypatch):
-    for name in ("sacrebleu", "sacrebleu.metrics", "rouge_score", "rouge_score.rouge_scorer"): monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match="sacrebleu==2.6.0 rouge-score==0.1.2"): text_overlap(["a"], ["a"])
+    for name in ("sacrebleu", "sacrebleu.metrics", "rouge_score", "rouge_score.rouge_scorer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="sacrebleu==2.6.0 rouge-score==0.1.2"):
+        text_overlap(["a"], ["a"])
 
 
 def test_bad_features():
-    with pytest.raises(ValueError, match="image, text"): retrieval(random(0, 4, 3), random(0, 5, 3))
-    with pytest.raises(ValueError, match="at least 2"): retrieval(random(0, 1, 3), random(0, 1, 3))
-    with pytest.raises(ValueError, match="NaN"): retrieval(random(0, 4, 3) * math.nan, random(0, 4, 3))
-    with pytest.raises(ValueError, match="query 1 has no right"): ranks(np.eye(2), np.array([[1, 0], [0, 0]], bool))
+    with pytest.raises(ValueError, match="image, text"):
+        retrieval(random(0, 4, 3), random(0, 5, 3))
+    with pytest.raises(ValueError, match="at least 2"):
+        retrieval(random(0, 1, 3), random(0, 1, 3))
+    with pytest.raises(ValueError, match="NaN"):
+        retrieval(random(0, 4, 3) * math.nan, random(0, 4, 3))
+    with pytest.raises(ValueError, match="query 1 has no right"):
+        ranks(np.eye(2), np.array([[1, 0], [0, 0]], bool))

@@ -1,4 +1,5 @@
 """Conditions change what they say and nothing else; the residual beyond noise; smoothness and contradictions in numbers that are known."""
+
 import csv
 import json
 
@@ -8,26 +9,45 @@ import torch
 from ct_nb.data.pairs import XrayPairs
 from ct_nb.data.sources import phantoms
 from ct_nb.learn.baselines import SIRT
-from ct_nb.learn.robustness import CONDITIONS, REFERENCE, Condition, Robustness, applied, rendered, residuals, robustness, told
+from ct_nb.learn.robustness import (
+    CONDITIONS,
+    REFERENCE,
+    Condition,
+    Robustness,
+    applied,
+    rendered,
+    residuals,
+    robustness,
+    told,
+)
 from ct_nb.physics.geometry import ConeBeam, GeometryError
 from ct_nb.physics.volume import Grid
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    return XrayPairs(phantoms(2, 32), 16, geometry=ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(32, 32), pixel_mm=16))
+    return XrayPairs(
+        phantoms(2, 32),
+        16,
+        geometry=ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(32, 32), pixel_mm=16),
+    )
 
 
 class Remembers:
     "A predictor that returns its first truth and keeps what it was given."
+
     name = "model"
-    def __init__(self, hu): self.hu, self.given = hu, []
+
+    def __init__(self, hu):
+        self.hu, self.given = hu, []
+
     def predict(self, xrays, geometry):
         self.given.append((xrays, geometry))
         return self.hu
 
 
-def condition(name): return next(c for c in CONDITIONS if c.name == name)
+def condition(name):
+    return next(c for c in CONDITIONS if c.name == name)
 
 
 def test_the_reference_is_what_the_pairs_hold(pairs):
@@ -49,80 +69,166 @@ def test_a_condition_changes_what_it_says(pairs):
 
 def test_what_is_told_wrong(pairs):
     true = pairs.geometry
-    turned, tilted = told(true, condition("turned 5°")), told(true, condition("tilted 5°"))
-    assert float(turned.azimuth_deg[1]) == pytest.approx(95, abs=1e-6) and float(turned.elevation_deg[1]) == pytest.approx(0, abs=1e-6)
-    assert abs(float(tilted.elevation_deg[1])) == pytest.approx(5, abs=1e-6) and float(tilted.azimuth_deg[1]) == pytest.approx(90, abs=1e-6)
-    across, down = told(true, condition("5 mm across")), told(true, condition("5 mm down"))
+    turned = told(true, condition("turned 5°"))
+    tilted = told(true, condition("tilted 5°"))
+    assert float(turned.azimuth_deg[1]) == pytest.approx(95, abs=1e-6) and float(
+        turned.elevation_deg[1]
+    ) == pytest.approx(0, abs=1e-6)
+    assert abs(float(tilted.elevation_deg[1])) == pytest.approx(5, abs=1e-6) and float(
+        tilted.azimuth_deg[1]
+    ) == pytest.approx(90, abs=1e-6)
+    across = told(true, condition("5 mm across"))
+    down = told(true, condition("5 mm down"))
     for moved, axis in ((across, true.column_step_mm), (down, true.row_step_mm)):
         assert torch.equal(moved.source_mm, true.source_mm)
-        assert torch.allclose(moved.detector_center_mm[1] - true.detector_center_mm[1], 5 * axis[1] / axis[1].norm())
+        assert torch.allclose(
+            moved.detector_center_mm[1] - true.detector_center_mm[1], 5 * axis[1] / axis[1].norm()
+        )
         assert torch.equal(moved.detector_center_mm[0], true.detector_center_mm[0])
 
 
 def test_noise_and_blocks_are_alike_on_a_ladder(pairs):
     true, clean = rendered(pairs, 0, [REFERENCE])[None]
-    noise = [(applied(condition(n), true, clean, 0, 0)[0] - clean) for n in ("1e5 photons", "1e4 photons")]
-    assert noise[1].std() / noise[0].std() == pytest.approx(10 ** 0.5, rel=0.2)
-    changed = [(applied(condition(n), true, clean, 0, 0)[0] != clean).float().mean() for n in ("block of 50 mm", "block of 100 mm", "block of 200 mm")]
+    noise = [
+        (applied(condition(n), true, clean, 0, 0)[0] - clean)
+        for n in ("1e5 photons", "1e4 photons")
+    ]
+    assert noise[1].std() / noise[0].std() == pytest.approx(10**0.5, rel=0.2)
+    changed = [
+        (applied(condition(n), true, clean, 0, 0)[0] != clean).float().mean()
+        for n in ("block of 50 mm", "block of 100 mm", "block of 200 mm")
+    ]
     assert 0 < changed[0] < changed[1] < changed[2]
     again = applied(condition("1e4 photons"), true, clean, 0, 0)[0] - clean
-    assert torch.equal(again, noise[1]) and not torch.equal(applied(condition("1e4 photons"), true, clean, 0, 1)[0] - clean, again)
+    assert torch.equal(again, noise[1]) and not torch.equal(
+        applied(condition("1e4 photons"), true, clean, 0, 1)[0] - clean, again
+    )
 
 
 def test_the_model_gets_what_is_told_and_the_residual_uses_it(pairs):
-    model, conditions = Remembers(pairs[0]["hu"]), [REFERENCE, condition("tilted 5°")]
+    model = Remembers(pairs[0]["hu"])
+    conditions = [REFERENCE, condition("tilted 5°")]
     board = robustness(model, pairs, conditions, progress=False)
-    assert len(model.given) == 4 and len(board.rows) == 4 and board.conditions == [c.name for c in conditions]
+    assert (
+        len(model.given) == 4
+        and len(board.rows) == 4
+        and board.conditions == [c.name for c in conditions]
+    )
     (xrays, geometry), row = model.given[2], board.rows[2]
-    assert float(residuals(model.hu, xrays, geometry)[0].max()) == row["residual"] and geometry.elevation_deg[1].abs() > 4.9
-    assert row["residual"] > board.rows[0]["residual"]  # the truth does not explain X-rays whose geometry is wrong
+    assert (
+        float(residuals(model.hu, xrays, geometry)[0].max()) == row["residual"]
+        and geometry.elevation_deg[1].abs() > 4.9
+    )
+    # the truth does not explain X-rays whose geometry is wrong
+    assert row["residual"] > board.rows[0]["residual"]
     assert board.rows[0]["psnr"] > 60 or board.rows[0]["psnr"] == float("inf")
 
 
 def test_noise_is_no_contradiction(pairs):
-    fine = XrayPairs(phantoms(1, 16), 16, geometry=pairs.geometry)  # rendered from the target's own grid: only noise is left
-    board = robustness(Remembers(fine[0]["hu"]), fine, [REFERENCE, condition("1e6 photons"), condition("1e5 photons"), condition("tilted 5°")], limit=5e-3, progress=False)
+    # rendered from the target's own grid: only noise is left
+    fine = XrayPairs(phantoms(1, 16), 16, geometry=pairs.geometry)
+    board = robustness(
+        Remembers(fine[0]["hu"]),
+        fine,
+        [REFERENCE, condition("1e6 photons"), condition("1e5 photons"), condition("tilted 5°")],
+        limit=5e-3,
+        progress=False,
+    )
     assert [r["says_contradiction"] for r in board.rows] == [False, False, False, True]
     assert board.rows[2]["residual"] > 2 * board.rows[2]["beyond_noise"]
 
 
 def made(limit=None):
-    figures = {"as in training": (0, "reference", 25.0, 0.01), "a": (1, "even", 24.0, 0.01), "b": (2, "even", 22.0, 0.03),
-               "c": (1, "cliff", 20.0, 0.01), "d": (1, "up", 24.0, 0.02), "e": (2, "up", 24.5, 0.02), "many": (-1, "up", 26.0, 0.01)}
-    return Robustness([{"case": "p0", "patient": "p0", "condition": name, "group": group, "severity": s, "told": "wrong" if group == "even" else "true", "psnr": p, "ssim": 0.5, "residual": r, "beyond_noise": r,
-                        "says_contradiction": None if limit is None else r > limit} for name, (s, group, p, r) in figures.items()], limit)
+    figures = {
+        "as in training": (0, "reference", 25.0, 0.01),
+        "a": (1, "even", 24.0, 0.01),
+        "b": (2, "even", 22.0, 0.03),
+        "c": (1, "cliff", 20.0, 0.01),
+        "d": (1, "up", 24.0, 0.02),
+        "e": (2, "up", 24.5, 0.02),
+        "many": (-1, "up", 26.0, 0.01),
+    }
+    return Robustness(
+        [
+            {
+                "case": "p0",
+                "patient": "p0",
+                "condition": name,
+                "group": group,
+                "severity": s,
+                "told": "wrong" if group == "even" else "true",
+                "psnr": p,
+                "ssim": 0.5,
+                "residual": r,
+                "beyond_noise": r,
+                "says_contradiction": None if limit is None else r > limit,
+            }
+            for name, (s, group, p, r) in figures.items()
+        ],
+        limit,
+    )
 
 
 def test_smoothness_in_known_numbers():
     found = {row["group"]: row for row in made().smoothness()}
     assert found["even"]["smooth"] and found["even"]["fall"] == 2.0 and found["even"]["rise"] == 0.0
     assert not found["cliff"]["smooth"] and found["cliff"]["fall"] == 5.0
-    assert not found["up"]["smooth"] and found["up"]["rise"] == 0.5 and found["up"]["ladder"] == ["many", "as in training", "d", "e"]
+    assert (
+        not found["up"]["smooth"]
+        and found["up"]["rise"] == 0.5
+        and found["up"]["ladder"] == ["many", "as in training", "d", "e"]
+    )
 
 
 def test_sentences_say_what_is_not_known():
     assert "no residual limit" in made().sentences()[-1]
     wrong, damaged, alarms = made(0.015).sentences()[-3:]
-    assert "a 0 %, b 100 %" in wrong and "none" in damaged and "d 100 %, e 100 %" in alarms and "as in training" not in alarms
-    assert made().summary()[0]["says_contradiction"] is None and "+0.00" in made().table() and "-3.00" in made().table(markdown=True)
+    assert (
+        "a 0 %, b 100 %" in wrong
+        and "none" in damaged
+        and "d 100 %, e 100 %" in alarms
+        and "as in training" not in alarms
+    )
+    assert (
+        made().summary()[0]["says_contradiction"] is None
+        and "+0.00" in made().table()
+        and "-3.00" in made().table(markdown=True)
+    )
 
 
 @pytest.mark.parametrize("limit", [None, 0.015])
 def test_what_is_written(tmp_path, limit):
     made(limit).save(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["robustness.csv", "robustness.json", "robustness.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "robustness.csv",
+        "robustness.json",
+        "robustness.png",
+    ]
     rows = list(csv.DictReader(open(tmp_path / "robustness.csv")))
-    assert len(rows) == 7 and rows[2]["says_contradiction"] == ("" if limit is None else "True") and float(rows[0]["psnr"]) == 25.0
+    assert (
+        len(rows) == 7
+        and rows[2]["says_contradiction"] == ("" if limit is None else "True")
+        and float(rows[0]["psnr"]) == 25.0
+    )
     assert json.loads((tmp_path / "robustness.json").read_text())["limit"] == limit
 
 
 def test_one_view_and_four_reach_a_predictor(pairs):
-    board = robustness(SIRT(5), pairs, [c for c in CONDITIONS if c.group in ("reference", "views")], progress=False)
+    board = robustness(
+        SIRT(5), pairs, [c for c in CONDITIONS if c.group in ("reference", "views")], progress=False
+    )
     means = [row["psnr"] for row in board.summary()]
     assert means[3] < means[0] < means[1]  # one, two, four views
 
 
 def test_errors_are_sentences(pairs):
-    with pytest.raises(ValueError, match="each with a name"): robustness(SIRT(1), pairs, [REFERENCE, REFERENCE], progress=False)
-    with pytest.raises(ValueError, match="NaN"): robustness(Remembers(torch.full((16, 16, 16), float("nan"))), pairs, [REFERENCE], progress=False)
-    with pytest.raises(GeometryError): applied(Condition("off", "far", 1.0, down_mm=1e5), *rendered(pairs, 0, [REFERENCE])[None], 0, 0)
+    with pytest.raises(ValueError, match="each with a name"):
+        robustness(SIRT(1), pairs, [REFERENCE, REFERENCE], progress=False)
+    with pytest.raises(ValueError, match="NaN"):
+        robustness(
+            Remembers(torch.full((16, 16, 16), float("nan"))), pairs, [REFERENCE], progress=False
+        )
+    with pytest.raises(GeometryError):
+        applied(
+            Condition("off", "far", 1.0, down_mm=1e5), *rendered(pairs, 0, [REFERENCE])[None], 0, 0
+        )

@@ -1,4 +1,5 @@
 """Sharpness against the truth: edges, spectra, the null space, and the floors of refinement."""
+
 import math
 
 import pytest
@@ -6,8 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from ct_nb.learn.baselines import AtlasConsistent
-from ct_nb.learn.sharpness import (SHARPNESS_METRICS, ConsistencyAlone, Unrefined, UnsharpMask, _parts, edges, gaussian_high_pass, null_space_added, sharpness_scores, spectra,
-                                   spectrum_error_db)
+from ct_nb.learn.sharpness import (
+    SHARPNESS_METRICS,
+    ConsistencyAlone,
+    Unrefined,
+    UnsharpMask,
+    _parts,
+    edges,
+    gaussian_high_pass,
+    null_space_added,
+    sharpness_scores,
+    spectra,
+    spectrum_error_db,
+)
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.phantom import phantom
 from ct_nb.physics.projector import project
@@ -15,26 +27,38 @@ from ct_nb.physics.solvers import range_component
 from ct_nb.physics.volume import Grid, hu_to_mu, mu_to_hu
 
 
-def random(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def random(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def soften(hu): return F.avg_pool3d(F.pad(hu[None, None], (1,) * 6, mode="replicate"), 3, 1)[0, 0]
+def soften(hu):
+    return F.avg_pool3d(F.pad(hu[None, None], (1,) * 6, mode="replicate"), 3, 1)[0, 0]
 
 
 @pytest.fixture(scope="module")
 def chest():
     truth = phantom(5, 16).volume.tensor().clamp(-990, 900)
-    geometry = ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(32, 32), pixel_mm=16.0).to(torch.float32)
+    geometry = ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(32, 32), pixel_mm=16.0).to(
+        torch.float32
+    )
     return truth, soften(truth), project(hu_to_mu(truth), geometry), geometry
 
 
 # edges
 
+
 def test_edges_of_a_ramp_in_closed_form():
-    "A step of height h blurred over w voxels has a slope h/w; a share of it is the response, and halos are above 1."
-    ramp = lambda w: (torch.arange(16.0) - 8).div(w).clamp(-0.5, 0.5)[:, None, None].expand(16, 16, 16) * 400
+    """A step of height h blurred over w voxels has a slope h/w; a share of it is the response, and
+    halos are above 1.
+    """
+    ramp = (
+        lambda w: (torch.arange(16.0) - 8).div(w).clamp(-0.5, 0.5)[:, None, None].expand(16, 16, 16)
+        * 400
+    )
     assert edges(ramp(4), ramp(4))[:2] == (1, 0)
-    assert edges(0.6 * ramp(4), ramp(4), share=0.2).response == pytest.approx(0.6) and edges(0.6 * ramp(4), ramp(4), share=0.2).error == pytest.approx(0.4)
+    assert edges(0.6 * ramp(4), ramp(4), share=0.2).response == pytest.approx(0.6) and edges(
+        0.6 * ramp(4), ramp(4), share=0.2
+    ).error == pytest.approx(0.4)
     assert edges(1.5 * ramp(4), ramp(4), share=0.2).response == pytest.approx(1.5)
     assert edges(-ramp(4), ramp(4), share=0.2).response == pytest.approx(-1)
 
@@ -42,35 +66,56 @@ def test_edges_of_a_ramp_in_closed_form():
 def test_only_edges_of_the_truth_count(chest):
     truth, soft, *_ = chest
     noisy = edges(soft + 300 * random(0, 16, 16, 16), truth)
-    mean_gradient = lambda v: sum(v.diff(dim=a).abs().mean() for a in range(3))  # the usual measure, which noise pleases
-    assert mean_gradient(soft + 300 * random(0, 16, 16, 16)) > mean_gradient(truth) > mean_gradient(soft)
+    # the usual measure, which noise pleases
+    mean_gradient = lambda v: sum(v.diff(dim=a).abs().mean() for a in range(3))
+    assert (
+        mean_gradient(soft + 300 * random(0, 16, 16, 16))
+        > mean_gradient(truth)
+        > mean_gradient(soft)
+    )
     plain = edges(soft, truth)
-    assert abs(noisy.response - plain.response) < 0.15 and noisy.elsewhere > 1.5 * plain.elsewhere and plain.response < 0.8
-    assert edges(truth.roll(3, -1), truth).response < 0.5 and edges(truth.roll(3, -1), truth).error > 0.8
+    assert (
+        abs(noisy.response - plain.response) < 0.15
+        and noisy.elsewhere > 1.5 * plain.elsewhere
+        and plain.response < 0.8
+    )
+    assert (
+        edges(truth.roll(3, -1), truth).response < 0.5
+        and edges(truth.roll(3, -1), truth).error > 0.8
+    )
     assert edges(soft + 2.5 * (truth - soft), truth).response > 1.2
     assert all(math.isnan(v) for v in edges(truth, torch.zeros_like(truth)))
 
 
 # spectrum
 
+
 def test_a_wave_is_in_its_shell():
     n, spacing = 32, 2.5
     wave = 100 * torch.cos(2 * math.pi * 6 * torch.arange(n) / n)[None, :, None].expand(n, n, n)
     s = spectra(wave, wave, spacing)
-    assert s.frequency_per_mm[int(s.pred.argmax())] == pytest.approx(6 / (n * spacing)) and s.frequency_per_mm[-1] == pytest.approx(1 / (2 * spacing))
+    assert s.frequency_per_mm[int(s.pred.argmax())] == pytest.approx(
+        6 / (n * spacing)
+    ) and s.frequency_per_mm[-1] == pytest.approx(1 / (2 * spacing))
 
 
 def test_white_noise_has_its_power_in_every_shell():
     noise = 50 * random(1, 24, 24, 24)
     s = spectra(noise, noise, 2.0)
-    assert (s.pred[3:] / (50**2 * 2.0**3) - 1).abs().max() < 0.3  # variance times the volume of a voxel
+    # variance times the volume of a voxel
+    assert (s.pred[3:] / (50**2 * 2.0**3) - 1).abs().max() < 0.3
     assert abs(s.pred[3:].mean() / (50**2 * 2.0**3) - 1) < 0.05
     half = spectra(0.5 * noise, noise, 2.0)
-    assert torch.allclose(half.pred / half.truth, torch.full((12,), 0.25, dtype=torch.float64)) and spectrum_error_db(half) == pytest.approx(10 * math.log10(4))
+    assert torch.allclose(
+        half.pred / half.truth, torch.full((12,), 0.25, dtype=torch.float64)
+    ) and spectrum_error_db(half) == pytest.approx(10 * math.log10(4))
     assert torch.allclose(half.correlation, torch.ones(12, dtype=torch.float64))
     other = spectra(50 * random(2, 24, 24, 24), noise, 2.0)
-    assert other.correlation[3:].abs().max() < 0.2 and spectrum_error_db(other) < 1.5  # the right power is not the right volume
-    assert torch.allclose(spectra(-noise, noise, 2.0).correlation, -torch.ones(12, dtype=torch.float64))
+    # the right power is not the right volume
+    assert other.correlation[3:].abs().max() < 0.2 and spectrum_error_db(other) < 1.5
+    assert torch.allclose(
+        spectra(-noise, noise, 2.0).correlation, -torch.ones(12, dtype=torch.float64)
+    )
 
 
 def test_blur_lowers_power_and_keeps_correlation(chest):
@@ -81,6 +126,7 @@ def test_blur_lowers_power_and_keeps_correlation(chest):
 
 # null space
 
+
 def test_null_space_parts_in_closed_form():
     m, whole = random(3, 8, 8, 8), (8, 8, 8)
     across = random(4, 8, 8, 8)
@@ -89,11 +135,16 @@ def test_null_space_parts_in_closed_form():
     told = lambda n, *expected: _parts(n, m, whole) == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert told(m, 1, 1, 0) and told(0 * m, 0, 0, 0) and told(0.5 * m, 0.5, 0.75, 0)
     assert told(3 * m, 3, -3, 2) and told(2 * m, 2, 0, 1)  # what goes beyond the truth is invented
-    assert told(0.3 * across, 0.3, -0.09, 0.3) and told(0.6 * m + 0.3 * across, math.hypot(0.6, 0.3), 1 - 0.4 ** 2 - 0.3 ** 2, 0.3)
-    assert told(-0.5 * m, 0.5, 1 - 1.5 ** 2, 0.5)  # and so is the opposite of what was missing
+    assert told(0.3 * across, 0.3, -0.09, 0.3) and told(
+        0.6 * m + 0.3 * across, math.hypot(0.6, 0.3), 1 - 0.4**2 - 0.3**2, 0.3
+    )
+    assert told(-0.5 * m, 0.5, 1 - 1.5**2, 0.5)  # and so is the opposite of what was missing
     assert math.isnan(_parts(m, 0 * m, whole).right)
     padded = _parts(random(5, 10, 10, 10), random(6, 10, 10, 10), (4, 4, 4))
-    assert padded.added == pytest.approx((random(5, 10, 10, 10).norm() / random(6, 10, 10, 10).norm()).item(), rel=1e-5)  # blocks that stick out count
+    # blocks that stick out count
+    assert padded.added == pytest.approx(
+        (random(5, 10, 10, 10).norm() / random(6, 10, 10, 10).norm()).item(), rel=1e-5
+    )
 
 
 def test_one_block_does_not_excuse_another():
@@ -101,20 +152,40 @@ def test_one_block_does_not_excuse_another():
     n = m.clone()
     n[8:] = 3 * m[8:]  # right on one side, too much on the other
     share = (m[8:].norm() / m.norm()).item()
-    assert _parts(n, m, (8, 8, 8)).invented == pytest.approx(2 * share, rel=1e-4) and _parts(n, m, (8, 8, 8)).right == pytest.approx(1 - 4 * share ** 2, rel=1e-4)
+    assert _parts(n, m, (8, 8, 8)).invented == pytest.approx(2 * share, rel=1e-4) and _parts(
+        n, m, (8, 8, 8)
+    ).right == pytest.approx(1 - 4 * share**2, rel=1e-4)
     n[8:] = -m[8:]
-    assert _parts(n, m, (8, 8, 8)).invented == pytest.approx(share, rel=1e-4) and _parts(n, m, (16, 8, 8)).invented > share  # as one piece, c is neither 0 nor 1
+    # as one piece, c is neither 0 nor 1
+    assert (
+        _parts(n, m, (8, 8, 8)).invented == pytest.approx(share, rel=1e-4)
+        and _parts(n, m, (16, 8, 8)).invented > share
+    )
 
 
 def test_the_block_is_in_millimetres():
     "The same tissue on voxels of 20 and of 10 mm: the same blocks, so the same answer."
     found = {}
     for size in (16, 32):
-        fine = lambda v: v.repeat_interleave(size // 16, 0).repeat_interleave(size // 16, 1).repeat_interleave(size // 16, 2)
-        geometry = ConeBeam.biplanar(grid=Grid.cube(size), detector_shape=(32, 32), pixel_mm=16.0).to(torch.float32)
-        base, added, missing = torch.zeros(size, size, size), fine(100 * random(1, 16, 16, 16)), fine(100 * random(2, 16, 16, 16))
-        for block in (20.0, 40.0): found[size, block] = null_space_added(base + added, base, base + missing, geometry, block_mm=block, iterations=10).invented
-    assert found[16, 40.0] == pytest.approx(found[32, 40.0], abs=0.03) and abs(found[32, 20.0] - found[32, 40.0]) > 0.1
+        fine = (
+            lambda v: v.repeat_interleave(size // 16, 0)
+            .repeat_interleave(size // 16, 1)
+            .repeat_interleave(size // 16, 2)
+        )
+        geometry = ConeBeam.biplanar(
+            grid=Grid.cube(size), detector_shape=(32, 32), pixel_mm=16.0
+        ).to(torch.float32)
+        base = torch.zeros(size, size, size)
+        added = fine(100 * random(1, 16, 16, 16))
+        missing = fine(100 * random(2, 16, 16, 16))
+        for block in (20.0, 40.0):
+            found[size, block] = null_space_added(
+                base + added, base, base + missing, geometry, block_mm=block, iterations=10
+            ).invented
+    assert (
+        found[16, 40.0] == pytest.approx(found[32, 40.0], abs=0.03)
+        and abs(found[32, 20.0] - found[32, 40.0]) > 0.1
+    )
 
 
 def test_doing_nothing_the_truth_and_noise(chest):
@@ -123,22 +194,28 @@ def test_doing_nothing_the_truth_and_noise(chest):
     assert judge(soft) == (0, 0, 0)
     assert judge(truth).right == pytest.approx(1, abs=1e-5) and judge(truth).invented < 1e-3
     noise = judge(soft + 60 * random(7, 16, 16, 16))
-    assert noise.invented > 0.9 * noise.added and noise.right < -0.5 * noise.added ** 2
+    assert noise.invented > 0.9 * noise.added and noise.right < -0.5 * noise.added**2
     assert judge(soft + 0.5 * (truth - soft)).right == pytest.approx(0.75, abs=0.03)
     assert judge(truth + 60 * random(7, 16, 16, 16)).invented > 3 * judge(truth).invented
 
 
 def test_what_the_x_rays_determine_is_not_counted(chest):
     truth, soft, _, geometry = chest
-    seen = range_component(hu_to_mu(60 * random(8, 16, 16, 16)) - hu_to_mu(0.0), geometry, iterations=60)
+    seen = range_component(
+        hu_to_mu(60 * random(8, 16, 16, 16)) - hu_to_mu(0.0), geometry, iterations=60
+    )
     base = soft + 1200.0  # far from the clamp at zero attenuation
     changed = mu_to_hu(hu_to_mu(base) + seen)
     added = null_space_added(changed, base, truth + 1200.0, geometry, iterations=60)
-    unsplit = _parts(hu_to_mu(changed) - hu_to_mu(base), hu_to_mu(truth) - hu_to_mu(soft), (2, 2, 2))  # without the split it would count
+    # without the split it would count
+    unsplit = _parts(
+        hu_to_mu(changed) - hu_to_mu(base), hu_to_mu(truth) - hu_to_mu(soft), (2, 2, 2)
+    )
     assert added.added < 0.3 * unsplit.added and unsplit.added > 0.1
 
 
 # floors
+
 
 def test_high_pass_is_blind_to_constants_and_keeps_fine_waves():
     assert gaussian_high_pass(torch.full((6, 7, 8), 30.0), 1.0).abs().max() < 1e-4
@@ -151,37 +228,82 @@ def test_unsharp_mask_is_the_best_of_its_kind(chest):
     truth, soft, xrays, geometry = chest
     mask = UnsharpMask.fit([(soft, truth)])
     error = lambda m: (m.refine(soft, xrays, geometry) - truth).square().mean().item()
-    amount, sigma = mask.settings["amount"], mask.settings["sigma_voxels"]
-    for worse in (UnsharpMask(amount * 1.1, sigma), UnsharpMask(amount * 0.9, sigma), UnsharpMask(amount, sigma * 1.5)): assert error(worse) > error(mask)
+    amount = mask.settings["amount"]
+    sigma = mask.settings["sigma_voxels"]
+    for worse in (
+        UnsharpMask(amount * 1.1, sigma),
+        UnsharpMask(amount * 0.9, sigma),
+        UnsharpMask(amount, sigma * 1.5),
+    ):
+        assert error(worse) > error(mask)
     assert error(mask) < error(UnsharpMask(0.0)) and amount > 0
     noisy = truth + 200 * random(9, 16, 16, 16)
     assert UnsharpMask.fit([(noisy, truth)]).settings["amount"] < 0  # smoothing is better
-    with pytest.raises(ValueError, match="pairs: "): UnsharpMask.fit([])
+    with pytest.raises(ValueError, match="pairs: "):
+        UnsharpMask.fit([])
 
 
 def test_consistency_alone_agrees_with_the_x_rays_and_is_the_floor_of_reconstruction(chest):
     truth, soft, xrays, geometry = chest
     refined = ConsistencyAlone().refine(soft, xrays, geometry)
     error = lambda hu: ((project(hu_to_mu(hu), geometry) - xrays).norm() / xrays.norm()).item()
-    assert error(refined) < 0.2 * error(soft) and torch.equal(refined, AtlasConsistent(soft).predict(xrays, geometry))
+    assert error(refined) < 0.2 * error(soft) and torch.equal(
+        refined, AtlasConsistent(soft).predict(xrays, geometry)
+    )
     assert torch.equal(Unrefined().refine(soft, xrays, geometry), soft)
 
 
 def test_scores_of_a_case(chest):
     truth, soft, xrays, geometry = chest
-    perfect, nothing, floor = (sharpness_scores(hu, soft, truth, geometry) for hu in (truth, soft, UnsharpMask(8.0).refine(soft, xrays, geometry)))
-    assert perfect["edge_response"] == 1 and perfect["edge_error"] == perfect["spectrum_error_db"] == 0 and perfect["fine_correlation"] == pytest.approx(1) and perfect["null_right"] == pytest.approx(1, abs=1e-5)
-    assert nothing["null_added"] == 0 and nothing["edge_response"] < 0.8 and floor["edge_response"] > nothing["edge_response"] and floor["null_invented"] > 0.1
-    assert all(isinstance(v, float) for v in perfect.values()) and perfect.keys() == nothing.keys() == SHARPNESS_METRICS.keys()
-    assert perfect["edge_mismatch"] == perfect["edges_elsewhere_db"] == 0 and floor["edge_mismatch"] == pytest.approx(abs(1 - floor["edge_response"])) and nothing["edges_elsewhere_db"] < 0 < floor["edges_elsewhere_db"]
+    perfect, nothing, floor = (
+        sharpness_scores(hu, soft, truth, geometry)
+        for hu in (truth, soft, UnsharpMask(8.0).refine(soft, xrays, geometry))
+    )
+    assert (
+        perfect["edge_response"] == 1
+        and perfect["edge_error"] == perfect["spectrum_error_db"] == 0
+        and perfect["fine_correlation"] == pytest.approx(1)
+        and perfect["null_right"] == pytest.approx(1, abs=1e-5)
+    )
+    assert (
+        nothing["null_added"] == 0
+        and nothing["edge_response"] < 0.8
+        and floor["edge_response"] > nothing["edge_response"]
+        and floor["null_invented"] > 0.1
+    )
+    assert (
+        all(isinstance(v, float) for v in perfect.values())
+        and perfect.keys() == nothing.keys() == SHARPNESS_METRICS.keys()
+    )
+    assert (
+        perfect["edge_mismatch"] == perfect["edges_elsewhere_db"] == 0
+        and floor["edge_mismatch"] == pytest.approx(abs(1 - floor["edge_response"]))
+        and nothing["edges_elsewhere_db"] < 0 < floor["edges_elsewhere_db"]
+    )
     at_hand = spectra(soft, truth, 20.0)
-    assert sharpness_scores(soft, soft, truth, geometry, spectrum=at_hand) == nothing and sharpness_scores(soft, soft, truth, geometry, spectrum=spectra(truth, truth, 20.0))["spectrum_error_db"] == 0
+    assert (
+        sharpness_scores(soft, soft, truth, geometry, spectrum=at_hand) == nothing
+        and sharpness_scores(soft, soft, truth, geometry, spectrum=spectra(truth, truth, 20.0))[
+            "spectrum_error_db"
+        ]
+        == 0
+    )
 
 
 def test_what_does_not_fit_gets_a_sentence(chest):
     truth, soft, xrays, geometry = chest
-    for said, attempt in (("must have one shape", lambda: edges(truth[:8], truth)), ("share: ", lambda: edges(truth, truth, share=0.0)), ("spacing_mm: ", lambda: spectra(truth, truth, -1.0)),
-                          ("bins: ", lambda: spectra(truth, truth, 5.0, bins=9)), ("block_mm: ", lambda: null_space_added(truth, soft, truth, geometry, block_mm=0)),
-                          ("sigma_voxels: ", lambda: UnsharpMask(1.0, 0.0)), ("NaN", lambda: sharpness_scores(soft * torch.nan, soft, truth, geometry)),
-                          ("truth: expected the geometry's grid", lambda: sharpness_scores(truth[:8], soft[:8], truth[:8], geometry))):
-        with pytest.raises(ValueError, match=said): attempt()
+    for said, attempt in (
+        ("must have one shape", lambda: edges(truth[:8], truth)),
+        ("share: ", lambda: edges(truth, truth, share=0.0)),
+        ("spacing_mm: ", lambda: spectra(truth, truth, -1.0)),
+        ("bins: ", lambda: spectra(truth, truth, 5.0, bins=9)),
+        ("block_mm: ", lambda: null_space_added(truth, soft, truth, geometry, block_mm=0)),
+        ("sigma_voxels: ", lambda: UnsharpMask(1.0, 0.0)),
+        ("NaN", lambda: sharpness_scores(soft * torch.nan, soft, truth, geometry)),
+        (
+            "truth: expected the geometry's grid",
+            lambda: sharpness_scores(truth[:8], soft[:8], truth[:8], geometry),
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            attempt()

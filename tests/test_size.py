@@ -1,11 +1,21 @@
 """What the network weighs: the same by shape and in a run, `paper` on the meta device, and a real step at its widths."""
+
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ct_nb.learn.size import PARTS, buffer_bytes, count_activations, measure, outlined, parameter_counts, scene, size_table
+from ct_nb.learn.size import (
+    PARTS,
+    buffer_bytes,
+    count_activations,
+    measure,
+    outlined,
+    parameter_counts,
+    scene,
+    size_table,
+)
 from ct_nb.nets.drr2ct import DRR2CT, DRR2CTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,50 +34,73 @@ def test_parts_are_the_whole():
     model = DRR2CT(SMOKE)
     counts = parameter_counts(model)
     assert sum(counts[part] for part in PARTS) == sum(p.numel() for p in model.parameters())
-    assert counts["prior"] == sum(b.numel() for b in model.prior.buffers()) and buffer_bytes(model) == sum(b.nbytes for b in model.buffers())
+    assert counts["prior"] == sum(b.numel() for b in model.prior.buffers()) and buffer_bytes(
+        model
+    ) == sum(b.nbytes for b in model.buffers())
 
 
 def test_operations_grow_with_the_batch():
     one, two = (measure(SMOKE, detector=64, batch=b) for b in (1, 2))
     assert sum(two.flops.values()) == pytest.approx(2 * sum(one.flops.values()), rel=0.02)
-    assert sum(two.activations.values()) == pytest.approx(2 * sum(one.activations.values()), rel=0.1)
+    assert sum(two.activations.values()) == pytest.approx(
+        2 * sum(one.activations.values()), rel=0.1
+    )
 
 
 def test_a_known_layer_is_counted_right():
-    "The decoder's last level at 32³: head 3³·6·6 and last 6·1, a multiplication and an addition each."
+    """The decoder's last level at 32³: head 3³·6·6 and last 6·1, a multiplication and an addition
+    each.
+    """
     model = DRR2CT(SMOKE)
-    up, block, last = 12 * 6 * 32 ** 3, 2 * 27 * 12 * 12 * 16 ** 3, (27 * 6 * 6 + 6) * 32 ** 3
-    camera = model.decoder.camera.layer.weight.numel() * 2 + sum(b.modulation.weight.numel() for b in model.decoder.blocks)
+    up = 12 * 6 * 32**3
+    block = 2 * 27 * 12 * 12 * 16**3
+    last = (27 * 6 * 6 + 6) * 32**3
+    camera = model.decoder.camera.layer.weight.numel() * 2 + sum(
+        b.modulation.weight.numel() for b in model.decoder.blocks
+    )
     assert measure(SMOKE, detector=64).flops["decoder"] == 2 * (up + block + last + camera)
 
 
 def test_recompute_keeps_only_what_blocks_are_given():
     plain, thrifty = (measure(replace(SMOKE, recompute=r)) for r in (False, True))
     assert plain.flops == thrifty.flops and plain.parameters == thrifty.parameters
-    for part in ("epipolar", "trunk"): assert thrifty.activations[part] < 0.3 * plain.activations[part]
+    for part in ("epipolar", "trunk"):
+        assert thrifty.activations[part] < 0.3 * plain.activations[part]
     assert thrifty.activations["decoder"] == plain.activations["decoder"]
 
 
 def test_counting_leaves_the_network_as_it_was():
     import ct_nb.nets.drr2ct
     from ct_nb.physics.projector import project
-    with torch.device("meta"): model = DRR2CT(SMOKE)
+
+    with torch.device("meta"):
+        model = DRR2CT(SMOKE)
     finders = [a.find for a in model.views.epipolar.values()]
-    with pytest.raises(RuntimeError), outlined(model): raise RuntimeError
-    with outlined(model): count_activations(model, *scene(SMOKE))
-    assert ct_nb.nets.drr2ct.project is project and finders == [a.find for a in model.views.epipolar.values()]
-    assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(RuntimeError), outlined(model):
+        raise RuntimeError
+    with outlined(model):
+        count_activations(model, *scene(SMOKE))
+    assert ct_nb.nets.drr2ct.project is project and finders == [
+        a.find for a in model.views.epipolar.values()
+    ]
+    assert model.training and not any(
+        m._forward_hooks or m._forward_pre_hooks for m in model.modules()
+    )
 
 
 def test_paper_is_built_on_the_meta_device():
     size = measure(DRR2CTConfig.preset("paper"))
-    assert sum(size.parameters[p] for p in PARTS) > 3e7 and all(size.flops[p] > 0 and size.activations[p] >= 0 for p in PARTS)
-    assert sum(size.activations.values()) + size.buffer_bytes + size.state_bytes < 70e9  # of the 80 GB of a card, in float32
+    assert sum(size.parameters[p] for p in PARTS) > 3e7 and all(
+        size.flops[p] > 0 and size.activations[p] >= 0 for p in PARTS
+    )
+    # of the 80 GB of a card, in float32
+    assert sum(size.activations.values()) + size.buffer_bytes + size.state_bytes < 70e9
     assert "paper: GFLOP" in size_table({"paper": size})
 
 
 def test_paper_takes_a_real_step_at_a_small_size():
     import resource
+
     torch.manual_seed(0)
     config = replace(DRR2CTConfig.preset("paper"), size=32, prior_modes=2, consistency_detector=64)
     model = DRR2CT(config)
@@ -75,12 +108,21 @@ def test_paper_takes_a_real_step_at_a_small_size():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     before = [p.detach().clone() for p in model.parameters()]
     found = model(xrays + 2, geometry, base=base)
-    loss = (found.hu - 40).abs().mean() / 1000 + found.latent.kl() + found.view_tokens.square().mean() + found.latent_tokens.square().mean()
+    loss = (
+        (found.hu - 40).abs().mean() / 1000
+        + found.latent.kl()
+        + found.view_tokens.square().mean()
+        + found.latent_tokens.square().mean()
+    )
     loss.backward()
-    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert torch.isfinite(loss) and all(
+        torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None
+    )
     optimizer.step()
     moved = [bool((a != b).any()) for a, b in zip(before, model.parameters())]
-    assert sum(moved) > 0.9 * len(moved) and all(torch.isfinite(p).all() for p in model.parameters())
+    assert sum(moved) > 0.9 * len(moved) and all(
+        torch.isfinite(p).all() for p in model.parameters()
+    )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8e6  # kB
 
 
@@ -88,9 +130,23 @@ def test_accelerate_reads_the_configuration_that_ships():
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from ct_nb.learn.train import get_preset
+
     path = str(ROOT / "launch" / "paper.yaml")
-    config, preset = load_config_from_file(path), get_preset("paper").trainer
-    assert config.distributed_type.value == "MULTI_GPU" and config.num_processes == 3 and config.mixed_precision == preset.mixed_precision == "bf16"
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "-m", "ct_nb.learn.train", "--preset", "paper"]))
+    config = load_config_from_file(path)
+    preset = get_preset("paper").trainer
+    assert (
+        config.distributed_type.value == "MULTI_GPU"
+        and config.num_processes == 3
+        and config.mixed_precision == preset.mixed_precision == "bf16"
+    )
+    args, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args(
+            ["--config_file", path, "-m", "ct_nb.learn.train", "--preset", "paper"]
+        )
+    )
     assert args.multi_gpu and args.num_processes == 3
-    assert preset.shard_optimizer and 16 <= preset.batch_size <= 32 and preset.batch_size % (config.num_processes * preset.accumulation) == 0
+    assert (
+        preset.shard_optimizer
+        and 16 <= preset.batch_size <= 32
+        and preset.batch_size % (config.num_processes * preset.accumulation) == 0
+    )

@@ -1,28 +1,51 @@
 """Thin slices moved onto thick ones, against dense least squares, the conditions of the optimum and the stated noise; interpolation against its definitions; and the inputs they refuse."""
+
 import numpy as np
 import pytest
 import torch
 
 from ct_nb.data.slabs import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
 from ct_nb.nets import slab_consistency as module
-from ct_nb.nets.slab_consistency import along_z, back_projection, back_projection_matrix, interpolate_slabs, interpolation_matrix, make_consistent_slabs, smooth_spread
+from ct_nb.nets.slab_consistency import (
+    along_z,
+    back_projection,
+    back_projection_matrix,
+    interpolate_slabs,
+    interpolation_matrix,
+    make_consistent_slabs,
+    smooth_spread,
+)
 
 THICK = SliceAxis(-13.0, 5.0, 8)
 
 
-def random(seed, *shape, scale=300.0): return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def random(seed, *shape, scale=300.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def case(spacing=1.0, profile=SliceProfile(5.0), thick=THICK):
     fine = thin_axis(thick, spacing)
-    return fine, torch.from_numpy(slab_matrix(fine, thick, profile)), random(0, fine.count, 4, 3), random(1, thick.count, 4, 3)
+    return (
+        fine,
+        torch.from_numpy(slab_matrix(fine, thick, profile)),
+        random(0, fine.count, 4, 3),
+        random(1, thick.count, 4, 3),
+    )
 
 
-def far(matrix, x, thick): return float((along_z(matrix, x.double()) - thick).abs().max())
+def far(matrix, x, thick):
+    return float((along_z(matrix, x.double()) - thick).abs().max())
 
 
-CASES = {"adjacent": (1.0, SliceProfile(5.0)), "overlap": (1.0, SliceProfile(7.5)), "gaps": (1.0, SliceProfile(2.0)), "gaussian": (0.8, SliceProfile(5.0, "gaussian")),
-         "odd ratio": (1.25 / 1.1, SliceProfile(5.0)), "as thin": (5.0, SliceProfile(5.0)), "fewer thin than thick": (7.0, SliceProfile(5.0))}
+CASES = {
+    "adjacent": (1.0, SliceProfile(5.0)),
+    "overlap": (1.0, SliceProfile(7.5)),
+    "gaps": (1.0, SliceProfile(2.0)),
+    "gaussian": (0.8, SliceProfile(5.0, "gaussian")),
+    "odd ratio": (1.25 / 1.1, SliceProfile(5.0)),
+    "as thin": (5.0, SliceProfile(5.0)),
+    "fewer thin than thick": (7.0, SliceProfile(5.0)),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -32,27 +55,38 @@ def test_the_nearest_consistent_volume_is_that_of_dense_least_squares(name, smoo
     spread = smooth_spread(fine, 5.0) if smooth else None
     root = torch.linalg.cholesky(spread) if smooth else torch.eye(fine.count).double()
     gap = (thick - along_z(matrix, guess.double())).flatten(1)
-    dense = guess + (root @ torch.linalg.lstsq(matrix @ root, gap, driver="gelsd", rcond=1e-7).solution).view_as(guess)
+    dense = guess + (
+        root @ torch.linalg.lstsq(matrix @ root, gap, driver="gelsd", rcond=1e-7).solution
+    ).view_as(guess)
     found = make_consistent_slabs(guess, thick, matrix, spread=spread)
     assert (found - dense).abs().max() < 2e-2
-    assert torch.allclose(make_consistent_slabs(found, thick, matrix, spread=spread), found, atol=1e-2)  # a projection
-    if name != "fewer thin than thick": assert far(matrix, found, thick) < 1e-2
+    # a projection
+    assert torch.allclose(
+        make_consistent_slabs(found, thick, matrix, spread=spread), found, atol=1e-2
+    )
+    if name != "fewer thin than thick":
+        assert far(matrix, found, thick) < 1e-2
     wrong = guess + along_z(matrix.mT, (thick - along_z(matrix, guess)))
-    if name != "as thin": assert (wrong - dense).abs().max() > 1
+    if name != "as thin":
+        assert (wrong - dense).abs().max() > 1
 
 
 def test_extreme_values_still_come_back():
     fine, matrix, _, _ = case()
     guess = torch.where(random(2, fine.count, 16, 16) > 0, 30000.0, -1024.0)
     thick = torch.where(random(3, 8, 16, 16) > 0, 3071.0, -1024.0)
-    assert far(matrix, make_consistent_slabs(guess, thick, matrix, spread=smooth_spread(fine)), thick) < 1e-2
+    assert (
+        far(matrix, make_consistent_slabs(guess, thick, matrix, spread=smooth_spread(fine)), thick)
+        < 1e-2
+    )
 
 
 @pytest.mark.parametrize("noise", [1.0, 20.0, 120.0])
 @pytest.mark.parametrize("smooth", [False, True])
 def test_the_misfit_that_stays_is_the_stated_noise(noise, smooth):
     fine, matrix, _, _ = case(profile=SliceProfile(7.0))
-    guess, thick = random(0, 2, fine.count, 4, 3), random(1, 2, 8, 4, 3)
+    guess = random(0, 2, fine.count, 4, 3)
+    thick = random(1, 2, 8, 4, 3)
     thick[1] *= 5  # every volume has its own damping
     spread = smooth_spread(fine) if smooth else None
     found = make_consistent_slabs(guess, thick, matrix, noise, spread)
@@ -60,7 +94,11 @@ def test_the_misfit_that_stays_is_the_stated_noise(noise, smooth):
     assert torch.allclose(rms(found), torch.full((2,), noise).double(), rtol=1e-3)
     covariance = torch.eye(fine.count).double() if spread is None else spread
     gram = matrix @ covariance @ matrix.mT
-    naive = guess + along_z(covariance @ matrix.mT @ torch.linalg.inv(gram + noise ** 2 * torch.eye(8)), thick - along_z(matrix, guess))  # damping in the wrong unit
+    # damping in the wrong unit
+    naive = guess + along_z(
+        covariance @ matrix.mT @ torch.linalg.inv(gram + noise**2 * torch.eye(8)),
+        thick - along_z(matrix, guess),
+    )
     assert (rms(naive) - noise).abs().min() > 0.1 * noise
 
 
@@ -68,24 +106,36 @@ def test_with_noise_it_is_the_smallest_change_of_that_misfit():
     fine, matrix, guess, thick = case(profile=SliceProfile(7.0))
     spread = smooth_spread(fine)
     found = make_consistent_slabs(guess.double(), thick.double(), matrix, 40.0, spread)
-    change, pulled = found - guess, along_z(spread @ matrix.mT, thick.double() - along_z(matrix, found))
-    ratio = float((change * pulled).sum() / pulled.square().sum())  # Lagrange: the change is along C Aᵀ(y − A x'), with one factor everywhere
-    assert ratio > 0 and torch.allclose(change, ratio * pulled, atol=1e-6 * float(change.abs().max()))
+    change = found - guess
+    pulled = along_z(spread @ matrix.mT, thick.double() - along_z(matrix, found))
+    # Lagrange: the change is along C Aᵀ(y − A x'), with one factor everywhere
+    ratio = float((change * pulled).sum() / pulled.square().sum())
+    assert ratio > 0 and torch.allclose(
+        change, ratio * pulled, atol=1e-6 * float(change.abs().max())
+    )
 
 
 def test_a_guess_within_the_noise_stays_and_unreachable_noise_is_least_squares():
     fine, matrix, guess, thick = case()
     assert torch.equal(make_consistent_slabs(guess, thick, matrix, 5000.0), guess)
-    twice, measured = torch.cat([matrix, matrix]), torch.cat([thick, thick + 10])  # contradict each other by 10 HU
+    # contradict each other by 10 HU
+    twice = torch.cat([matrix, matrix])
+    measured = torch.cat([thick, thick + 10])
     for noise in (0.0, 1.0):
         assert far(matrix, make_consistent_slabs(guess, measured, twice, noise), thick + 5) < 1e-2
 
 
 def test_portions_of_rows_change_nothing(monkeypatch):
     fine, matrix, _, _ = case()
-    guess, thick, spread = random(0, 2, fine.count, 9, 5), random(1, 2, 8, 9, 5), smooth_spread(fine)
-    run = lambda: [make_consistent_slabs(guess, thick, matrix, noise, spread) for noise in (0.0, 30.0)] + [interpolate_slabs(thick, THICK, fine, kind) for kind in module.INTERPOLATIONS]
-    whole, largest, real = run(), [], module._times
+    guess = random(0, 2, fine.count, 9, 5)
+    thick = random(1, 2, 8, 9, 5)
+    spread = smooth_spread(fine)
+    run = lambda: [
+        make_consistent_slabs(guess, thick, matrix, noise, spread) for noise in (0.0, 30.0)
+    ] + [interpolate_slabs(thick, THICK, fine, kind) for kind in module.INTERPOLATIONS]
+    whole = run()
+    largest = []
+    real = module._times
     monkeypatch.setattr(module, "VOXELS_AT_ONCE", 2 * fine.count * 5 * 2)
     monkeypatch.setattr(module, "_times", lambda m, x: (largest.append(x.shape[-2]), real(m, x))[1])
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(whole, run())) and max(largest) == 2
@@ -94,42 +144,65 @@ def test_portions_of_rows_change_nothing(monkeypatch):
 def test_in_place_is_the_same_without_a_second_volume():
     fine, matrix, guess, thick = case()
     for noise in (0.0, 30.0):
-        moved, apart = guess.clone(), make_consistent_slabs(guess, thick, matrix, noise, smooth_spread(fine))
-        assert make_consistent_slabs(moved, thick, matrix, noise, smooth_spread(fine), in_place=True) is moved and torch.equal(moved, apart) and not torch.equal(apart, guess)
+        moved = guess.clone()
+        apart = make_consistent_slabs(guess, thick, matrix, noise, smooth_spread(fine))
+        assert (
+            make_consistent_slabs(moved, thick, matrix, noise, smooth_spread(fine), in_place=True)
+            is moved
+            and torch.equal(moved, apart)
+            and not torch.equal(apart, guess)
+        )
 
 
 def test_reduced_precision_of_the_session_does_not_reach_it():
     fine, matrix, guess, thick = case()
     plain = make_consistent_slabs(guess, thick, matrix)
-    with torch.autocast("cpu", torch.bfloat16): assert torch.equal(make_consistent_slabs(guess, thick, matrix), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(make_consistent_slabs(guess, thick, matrix), plain)
     assert make_consistent_slabs(guess.half(), thick.half(), matrix).dtype == torch.float16
     assert torch.equal(make_consistent_slabs(guess, thick, matrix.numpy()), plain)
 
 
 def test_gradients():
     fine, matrix, _, _ = case(2.5, thick=SliceAxis(0.0, 5.0, 3))
-    guess, thick = (random(k, n, 2, 1, scale=1.0).double().requires_grad_() for k, n in ((0, fine.count), (1, 3)))
-    assert torch.autograd.gradcheck(lambda a, b: make_consistent_slabs(a, b, matrix, spread=smooth_spread(fine)), (guess, thick))
-    assert torch.autograd.gradcheck(lambda b: interpolate_slabs(b, SliceAxis(0.0, 5.0, 3), fine, "cubic"), (thick,))
+    guess, thick = (
+        random(k, n, 2, 1, scale=1.0).double().requires_grad_()
+        for k, n in ((0, fine.count), (1, 3))
+    )
+    assert torch.autograd.gradcheck(
+        lambda a, b: make_consistent_slabs(a, b, matrix, spread=smooth_spread(fine)), (guess, thick)
+    )
+    assert torch.autograd.gradcheck(
+        lambda b: interpolate_slabs(b, SliceAxis(0.0, 5.0, 3), fine, "cubic"), (thick,)
+    )
 
 
 def test_each_case_may_have_its_own_matrix():
     fine = SliceAxis(-15.0, 1.0, 41)
     both = [SliceAxis(-13.0 + shift, 5.0, 8) for shift in (0.0, 0.7)]
-    matrices = torch.stack([torch.from_numpy(slab_matrix(fine, axis, SliceProfile(5.0))) for axis in both])
+    matrices = torch.stack(
+        [torch.from_numpy(slab_matrix(fine, axis, SliceProfile(5.0))) for axis in both]
+    )
     guess, thick = random(0, 2, 41, 3, 3), random(1, 2, 8, 3, 3)
     found = make_consistent_slabs(guess, thick, matrices)
-    for k in range(2): assert torch.allclose(found[k], make_consistent_slabs(guess[k], thick[k], matrices[k]), atol=1e-3)
+    for k in range(2):
+        assert torch.allclose(
+            found[k], make_consistent_slabs(guess[k], thick[k], matrices[k]), atol=1e-3
+        )
 
 
 # interpolation
+
 
 @pytest.mark.parametrize("spacing", [1.0, 1.25, 0.7, 5.0, 6.0])
 @pytest.mark.parametrize("convention", ["slabs", "centres"])
 def test_interpolation_is_what_it_says(spacing, convention):
     from scipy.interpolate import CubicSpline
-    fine, thick = thin_axis(THICK, spacing, convention), random(0, 8, 2, 3).double()
-    known, wanted = THICK.positions_mm, np.clip(fine.positions_mm, -13, 22)
+
+    fine = thin_axis(THICK, spacing, convention)
+    thick = random(0, 8, 2, 3).double()
+    known = THICK.positions_mm
+    wanted = np.clip(fine.positions_mm, -13, 22)
     column = lambda kind: interpolate_slabs(thick, THICK, fine, kind)[:, 1, 2].numpy()
     values = thick[:, 1, 2].numpy()
     assert np.allclose(column("linear"), np.interp(wanted, known, values))
@@ -138,7 +211,9 @@ def test_interpolation_is_what_it_says(spacing, convention):
     clear = np.diff(np.sort(distance, 1)[:, :2])[:, 0] > 1e-6
     assert np.allclose(column("nearest")[clear], values[distance.argmin(1)][clear])
     for kind in module.INTERPOLATIONS:
-        assert torch.allclose(interpolation_matrix(THICK, fine, kind).sum(1), torch.ones(fine.count).double())
+        assert torch.allclose(
+            interpolation_matrix(THICK, fine, kind).sum(1), torch.ones(fine.count).double()
+        )
         assert torch.allclose(interpolate_slabs(thick, THICK, THICK, kind), thick)
 
 
@@ -148,42 +223,79 @@ def test_few_slices(kind, count):
     axis = SliceAxis(3.0, 5.0, count)
     fine, thick = thin_axis(axis, 1.0), random(0, count, 2, 2)
     found = interpolate_slabs(thick, axis, fine, kind)
-    assert torch.allclose(found[2::5], thick, atol=1e-3) and torch.equal(found[0], found[1]) and torch.equal(found[-1], found[-2])
-    assert far(slab_matrix(fine, axis, SliceProfile(5.0)), back_projection(thick, axis, fine, slab_matrix(fine, axis, SliceProfile(5.0))), thick) < 1e-2
+    assert (
+        torch.allclose(found[2::5], thick, atol=1e-3)
+        and torch.equal(found[0], found[1])
+        and torch.equal(found[-1], found[-2])
+    )
+    assert (
+        far(
+            slab_matrix(fine, axis, SliceProfile(5.0)),
+            back_projection(thick, axis, fine, slab_matrix(fine, axis, SliceProfile(5.0))),
+            thick,
+        )
+        < 1e-2
+    )
 
 
 def test_back_projection_clears_the_lower_floors():
     fine = thin_axis(SliceAxis(0.0, 5.0, 20), 1.0)
     z = torch.from_numpy(fine.positions_mm)
     phase = torch.rand(30, 1, 1, generator=torch.Generator().manual_seed(0)).double() * 6.3
-    truth = 300 * torch.sin(2 * torch.pi * z.view(1, -1, 1, 1) / 17 + phase[..., None])  # waves of 17 mm
+    # waves of 17 mm
+    truth = 300 * torch.sin(2 * torch.pi * z.view(1, -1, 1, 1) / 17 + phase[..., None])
     matrix = slab_matrix(fine, SliceAxis(0.0, 5.0, 20), SliceProfile(5.0))
     thick = thicken(truth, matrix)
     error = lambda x: float((x - truth)[:, 5:-5].square().mean().sqrt())
     linear = interpolate_slabs(thick, SliceAxis(0.0, 5.0, 20), fine)
-    smooth, steps = back_projection(thick, SliceAxis(0.0, 5.0, 20), fine, matrix), make_consistent_slabs(linear, thick, matrix)
-    assert error(smooth) < 0.7 * error(steps) and error(steps) < 0.8 * error(linear) and far(matrix, smooth, thick) < 1e-9
+    smooth = back_projection(thick, SliceAxis(0.0, 5.0, 20), fine, matrix)
+    steps = make_consistent_slabs(linear, thick, matrix)
+    assert (
+        error(smooth) < 0.7 * error(steps)
+        and error(steps) < 0.8 * error(linear)
+        and far(matrix, smooth, thick) < 1e-9
+    )
 
 
 def test_back_projection_as_a_matrix():
     for thick in (THICK, SliceAxis(3.0, 5.0, 1)):
         for profile in (SliceProfile(5.0), SliceProfile(4.0)):
             fine = thin_axis(thick, 1.25)
-            matrix, weights, slices = slab_matrix(fine, thick, profile), back_projection_matrix(thick, fine, profile), random(0, thick.count, 3, 4).double()
-            assert torch.allclose(along_z(weights, slices), back_projection(slices, thick, fine, matrix), atol=1e-8) and torch.allclose(weights.sum(1), torch.ones(fine.count).double())
-            assert torch.allclose(torch.from_numpy(matrix) @ weights, torch.eye(thick.count).double(), atol=1e-9)
+            matrix = slab_matrix(fine, thick, profile)
+            weights = back_projection_matrix(thick, fine, profile)
+            slices = random(0, thick.count, 3, 4).double()
+            assert torch.allclose(
+                along_z(weights, slices), back_projection(slices, thick, fine, matrix), atol=1e-8
+            ) and torch.allclose(weights.sum(1), torch.ones(fine.count).double())
+            assert torch.allclose(
+                torch.from_numpy(matrix) @ weights, torch.eye(thick.count).double(), atol=1e-9
+            )
 
 
 def test_that_matrix_says_the_same_of_a_position_whatever_else_is_wanted():
     for profile in (SliceProfile(5.0), SliceProfile(8.0, "gaussian")):
         whole = back_projection_matrix(THICK, SliceAxis(-20.0, 0.9, 60), profile)
-        assert torch.allclose(back_projection_matrix(THICK, SliceAxis(-20.0 + 0.9 * 13, 0.9, 5), profile), whole[13:18], atol=1e-6)
-        assert torch.allclose(back_projection_matrix(THICK, SliceAxis(90.0, 0.9, 2), profile).sum(1), torch.ones(2).double())
+        assert torch.allclose(
+            back_projection_matrix(THICK, SliceAxis(-20.0 + 0.9 * 13, 0.9, 5), profile),
+            whole[13:18],
+            atol=1e-6,
+        )
+        assert torch.allclose(
+            back_projection_matrix(THICK, SliceAxis(90.0, 0.9, 2), profile).sum(1),
+            torch.ones(2).double(),
+        )
 
 
 def test_what_is_refused():
     fine, matrix, guess, thick = case()
-    for match, call in {"matrix": lambda: make_consistent_slabs(guess, thick, matrix.mT), "thick": lambda: make_consistent_slabs(guess, thick[..., :2], matrix), "noise_hu": lambda: make_consistent_slabs(guess, thick, matrix, -1.0),
-                        "spread": lambda: make_consistent_slabs(guess, thick, matrix, spread=torch.eye(3)), "kind": lambda: interpolate_slabs(thick, THICK, fine, "spline"), "x: a matrix": lambda: interpolate_slabs(thick[1:], THICK, fine),
-                        "length_mm": lambda: smooth_spread(fine, 0.0)}.items():
-        with pytest.raises(ValueError, match=match): call()
+    for match, call in {
+        "matrix": lambda: make_consistent_slabs(guess, thick, matrix.mT),
+        "thick": lambda: make_consistent_slabs(guess, thick[..., :2], matrix),
+        "noise_hu": lambda: make_consistent_slabs(guess, thick, matrix, -1.0),
+        "spread": lambda: make_consistent_slabs(guess, thick, matrix, spread=torch.eye(3)),
+        "kind": lambda: interpolate_slabs(thick, THICK, fine, "spline"),
+        "x: a matrix": lambda: interpolate_slabs(thick[1:], THICK, fine),
+        "length_mm": lambda: smooth_spread(fine, 0.0),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call()

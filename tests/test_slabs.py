@@ -1,93 +1,160 @@
 """Slabs: closed forms of the averaging operator, alignments and lengths, and the pairs that are cut from real thin CT."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from ct_nb.data.slabs import (SlabPairs, SlabRange, SliceAxis, SliceProfile, ThinStack, collate_slabs, fit_slabs, from_unit, slab_matrix, thicken, thin_axis, to_unit, touched)
+from ct_nb.data.slabs import (
+    SlabPairs,
+    SlabRange,
+    SliceAxis,
+    SliceProfile,
+    ThinStack,
+    collate_slabs,
+    fit_slabs,
+    from_unit,
+    slab_matrix,
+    thicken,
+    thin_axis,
+    to_unit,
+    touched,
+)
 from ct_nb.physics.readers import read_ct
 from ct_nb.physics.volume import Grid, get_window
 
-PROFILES = [SliceProfile(width, shape) for width in (3.0, 5.0, 7.5) for shape in ("rectangular", "gaussian")]
+PROFILES = [
+    SliceProfile(width, shape) for width in (3.0, 5.0, 7.5) for shape in ("rectangular", "gaussian")
+]
 
 
 def index_box(thin: SliceAxis, thick: SliceAxis) -> np.ndarray:
     "The wrong operator: means of r neighbours by index, whatever the positions."
-    ratio, matrix = int(thick.spacing_mm // thin.spacing_mm), np.zeros((thick.count, thin.count))
-    for k in range(thick.count): matrix[k, k * ratio:(k + 1) * ratio] = 1 / ratio
+    ratio = int(thick.spacing_mm // thin.spacing_mm)
+    matrix = np.zeros((thick.count, thin.count))
+    for k in range(thick.count):
+        matrix[k, k * ratio : (k + 1) * ratio] = 1 / ratio
     return matrix
+
 
 class Stacks(list):
     "Stacks as a source."
+
     @property
-    def ids(self): return [s.id for s in self]
+    def ids(self):
+        return [s.id for s in self]
+
     @property
-    def patients(self): return [s.patient for s in self]
+    def patients(self):
+        return [s.patient for s in self]
+
 
 def stack(depth=40, size=(12, 10), spacing=1.0, first=100.0, seed=0, **measured) -> ThinStack:
     hu = np.random.default_rng(seed).normal(0, 100, (depth, *size)).astype(np.float32)
-    return ThinStack(f"case-{seed}", f"case-{seed}", hu, SliceAxis(first, spacing, depth), (0.7, 0.8), **measured)
+    return ThinStack(
+        f"case-{seed}", f"case-{seed}", hu, SliceAxis(first, spacing, depth), (0.7, 0.8), **measured
+    )
 
 
 # ---------------------------------------------------------------- the operator
 @pytest.mark.parametrize("profile", PROFILES, ids=str)
-@pytest.mark.parametrize("thick", [SliceAxis(20.0, 5.0, 7), SliceAxis(20.5, 5.0, 7), SliceAxis(20.31, 3.3, 9)], ids=str)
+@pytest.mark.parametrize(
+    "thick", [SliceAxis(20.0, 5.0, 7), SliceAxis(20.5, 5.0, 7), SliceAxis(20.31, 3.3, 9)], ids=str
+)
 def test_the_slab_of_a_ramp_is_the_ramp_at_the_centre(profile, thick):
     thin = SliceAxis(-10.0, 0.5, 200)
     found = slab_matrix(thin, thick, profile) @ (3 * thin.positions_mm + 7)
-    flat = 3 * thin.spacing_mm**2 / (8 * profile.width_mm)  # thin cells are flat: what a border that cuts a cell can cost
+    # thin cells are flat: what a border that cuts a cell can cost
+    flat = 3 * thin.spacing_mm**2 / (8 * profile.width_mm)
     assert np.abs(found - (3 * thick.positions_mm + 7)).max() <= flat + 1e-9
-    if profile.shape == "rectangular": assert np.allclose(found, 3 * thick.positions_mm + 7)  # whole numbers of cells: exact wherever they begin
+    # whole numbers of cells: exact wherever they begin
+    if profile.shape == "rectangular":
+        assert np.allclose(found, 3 * thick.positions_mm + 7)
+
 
 def test_a_naive_index_box_fails_the_ramp():
-    thin, thick = SliceAxis(0.5, 1.0, 65), SliceAxis(20.0, 5.0, 6)
-    assert np.abs(index_box(thin, thick) @ thin.positions_mm - thick.positions_mm).min() > 15  # it does not even know where the slabs begin
+    thin = SliceAxis(0.5, 1.0, 65)
+    thick = SliceAxis(20.0, 5.0, 6)
+    # it does not even know where the slabs begin
+    assert np.abs(index_box(thin, thick) @ thin.positions_mm - thick.positions_mm).min() > 15
     thick = SliceAxis(2.75, 5.5, 11)  # begins where the stack begins; the ratio is no whole number
-    assert np.allclose(slab_matrix(thin, thick, SliceProfile(5.5)) @ thin.positions_mm, thick.positions_mm, atol=1 / 44 + 1e-9)
+    assert np.allclose(
+        slab_matrix(thin, thick, SliceProfile(5.5)) @ thin.positions_mm,
+        thick.positions_mm,
+        atol=1 / 44 + 1e-9,
+    )
     assert np.abs(index_box(thin, thick) @ thin.positions_mm - thick.positions_mm).max() > 2
     whole = SliceAxis(2.5, 5.0, 13)  # the one case it is right for
     assert np.allclose(index_box(thin, whole), slab_matrix(thin, whole, SliceProfile(5.0)))
-    assert np.abs(index_box(thin, whole) - slab_matrix(thin, whole, SliceProfile(6.5))).max() > 0.01  # and not where slabs overlap
+    # and not where slabs overlap
+    assert np.abs(index_box(thin, whole) - slab_matrix(thin, whole, SliceProfile(6.5))).max() > 0.01
+
 
 def test_entries_by_hand():
     thin = SliceAxis(0.0, 1.0, 10)
     row = lambda centre, width: slab_matrix(thin, SliceAxis(centre, 1.0, 1), SliceProfile(width))[0]
-    assert np.allclose(row(4.0, 3.0), [0, 0, 0, 1/3, 1/3, 1/3, 0, 0, 0, 0])
-    assert np.allclose(row(4.5, 3.0), np.array([0, 0, 0, 0.5, 1, 1, 0.5, 0, 0, 0]) / 3)  # centre offset: half a cell at either end
-    assert np.allclose(row(4.2, 2.5), np.array([0, 0, 0, 0.55, 1, 0.95, 0, 0, 0, 0]) / 2.5)  # 2.95 to 5.45
+    assert np.allclose(row(4.0, 3.0), [0, 0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0, 0])
+    # centre offset: half a cell at either end
+    assert np.allclose(row(4.5, 3.0), np.array([0, 0, 0, 0.5, 1, 1, 0.5, 0, 0, 0]) / 3)
+    # 2.95 to 5.45
+    assert np.allclose(row(4.2, 2.5), np.array([0, 0, 0, 0.55, 1, 0.95, 0, 0, 0, 0]) / 2.5)
     assert np.allclose(row(4.2, 0.4), np.eye(10)[4])  # thinner than a cell: that cell
-    assert np.allclose(row(-0.5, 3.0), np.array([1, 0.5] + [0] * 8) / 1.5)  # half outside: the mean over what is there
+    # half outside: the mean over what is there
+    assert np.allclose(row(-0.5, 3.0), np.array([1, 0.5] + [0] * 8) / 1.5)
+
 
 def test_gaussian_rows_are_gaussian_sums():
-    thin, profile = SliceAxis(0.0, 0.7, 60), SliceProfile(4.0, "gaussian")
-    row, sigma = slab_matrix(thin, SliceAxis(20.3, 5.0, 1), profile)[0], 4.0 / math.sqrt(8 * math.log(2))
+    thin = SliceAxis(0.0, 0.7, 60)
+    profile = SliceProfile(4.0, "gaussian")
+    row = slab_matrix(thin, SliceAxis(20.3, 5.0, 1), profile)[0]
+    sigma = 4.0 / math.sqrt(8 * math.log(2))
     fine = np.linspace(thin.edges_mm[0], thin.edges_mm[-1], 600_001)
     middle = (fine[1:] + fine[:-1]) / 2 - 20.3
-    density = np.where(np.abs(middle) <= profile.reach_mm, np.exp(-middle**2 / (2 * sigma**2)), 0)
+    density = np.where(np.abs(middle) <= profile.reach_mm, np.exp(-(middle**2) / (2 * sigma**2)), 0)
     assert np.exp(-profile.reach_mm**2 / (2 * sigma**2)) == pytest.approx(1e-3)
     assert np.abs(row - density.reshape(60, -1).sum(1) / density.sum()).max() < 1e-6
-    samples = np.exp(-(thin.positions_mm - 20.3)**2 / (2 * sigma**2))  # sampled at the centres instead: not the same
+    # sampled at the centres instead: not the same
+    samples = np.exp(-((thin.positions_mm - 20.3) ** 2) / (2 * sigma**2))
     assert np.abs(row - samples / samples.sum()).max() > 1e-3
-    spread = row @ (thin.positions_mm - 20.3)**2
-    assert spread == pytest.approx((density @ middle**2) / density.sum() + 0.7**2 / 12, rel=0.02)  # its own width and that of the cells
+    spread = row @ (thin.positions_mm - 20.3) ** 2
+    # its own width and that of the cells
+    assert spread == pytest.approx((density @ middle**2) / density.sum() + 0.7**2 / 12, rel=0.02)
+
 
 def test_overlap_and_gaps():
-    thin, thick = SliceAxis(0.5, 1.0, 60), SliceAxis(12.5, 5.0, 7)
+    thin = SliceAxis(0.5, 1.0, 60)
+    thick = SliceAxis(12.5, 5.0, 7)
     seen = lambda width: (slab_matrix(thin, thick, SliceProfile(width))[:, 10:45] > 1e-9).sum(0)
-    assert (seen(5.0) == 1).all() and seen(9.0).max() == 2 and seen(3.0).min() == 0 and (seen(3.0) == 0).sum() == 14
-    assert np.allclose(slab_matrix(thin, thick, SliceProfile(5.0))[:, 10:45].sum(0), 0.2)  # contiguous: every thin slice counts alike
+    assert (
+        (seen(5.0) == 1).all()
+        and seen(9.0).max() == 2
+        and seen(3.0).min() == 0
+        and (seen(3.0) == 0).sum() == 14
+    )
+    # contiguous: every thin slice counts alike
+    assert np.allclose(slab_matrix(thin, thick, SliceProfile(5.0))[:, 10:45].sum(0), 0.2)
+
 
 def test_two_thickenings_in_a_row_are_one():
-    fine, middle = SliceAxis(0.5, 1.0, 60), SliceAxis(1.5, 3.0, 20)
+    fine = SliceAxis(0.5, 1.0, 60)
+    middle = SliceAxis(1.5, 3.0, 20)
     thick = SliceAxis(4.5, 9.0, 6)
-    twice = slab_matrix(middle, thick, SliceProfile(9.0)) @ slab_matrix(fine, middle, SliceProfile(3.0))
+    twice = slab_matrix(middle, thick, SliceProfile(9.0)) @ slab_matrix(
+        fine, middle, SliceProfile(3.0)
+    )
     assert np.allclose(twice, slab_matrix(fine, thick, SliceProfile(9.0)))
 
+
 def test_only_positions_against_each_other_count():
-    one = slab_matrix(SliceAxis(0.0, 1.25, 50), SliceAxis(11.0, 4.0, 8), SliceProfile(5.0, "gaussian"))
-    two = slab_matrix(SliceAxis(-731.0, 1.25, 50), SliceAxis(-720.0, 4.0, 8), SliceProfile(5.0, "gaussian"))
+    one = slab_matrix(
+        SliceAxis(0.0, 1.25, 50), SliceAxis(11.0, 4.0, 8), SliceProfile(5.0, "gaussian")
+    )
+    two = slab_matrix(
+        SliceAxis(-731.0, 1.25, 50), SliceAxis(-720.0, 4.0, 8), SliceProfile(5.0, "gaussian")
+    )
     assert np.allclose(one, two, atol=1e-12)
+
 
 def test_kinds_shapes_and_batches():
     matrix = slab_matrix(SliceAxis(0.0, 1.0, 20), SliceAxis(4.0, 5.0, 3), SliceProfile(6.0))
@@ -97,9 +164,14 @@ def test_kinds_shapes_and_batches():
     assert torch.allclose(thicken(torch.from_numpy(thin), matrix), torch.from_numpy(out), atol=1e-6)
     assert np.allclose(out[1, 0, 2, 1, 3], matrix[2] @ thin[1, 0, :, 1, 3], atol=1e-6)
     whole = thicken((thin[0, 0] * 1000).astype(np.int16), matrix)
-    assert whole.dtype == np.float32 and np.allclose(whole, thicken((thin[0, 0] * 1000).astype(np.int16).astype(np.float32), matrix))
+    assert whole.dtype == np.float32 and np.allclose(
+        whole, thicken((thin[0, 0] * 1000).astype(np.int16).astype(np.float32), matrix)
+    )
     both = torch.stack([torch.from_numpy(matrix), torch.from_numpy(matrix[::-1].copy())])
-    assert torch.allclose(thicken(torch.from_numpy(thin[:, 0]), both)[1, 0], thicken(torch.from_numpy(thin[1, 0]), matrix)[2])
+    assert torch.allclose(
+        thicken(torch.from_numpy(thin[:, 0]), both)[1, 0],
+        thicken(torch.from_numpy(thin[1, 0]), matrix)[2],
+    )
     x = torch.randn(20, 2, 2, requires_grad=True)
     thicken(x, matrix).sum().backward()
     assert torch.allclose(x.grad[:, 0, 0], torch.from_numpy(matrix.sum(0)).float())
@@ -109,73 +181,145 @@ def test_kinds_shapes_and_batches():
 @pytest.mark.parametrize("d, r", [(50, 5), (50, 6), (1, 5), (7, 3)])
 def test_both_length_conventions(d, r):
     thick = SliceAxis(-12.0, float(r), d)
-    slabs, centres = thin_axis(thick, 1.0, "slabs"), thin_axis(thick, 1.0, "centres")
+    slabs = thin_axis(thick, 1.0, "slabs")
+    centres = thin_axis(thick, 1.0, "centres")
     assert slabs.count == r * d and centres.count == r * (d - 1) + 1
-    assert np.allclose(slabs.edges_mm[[0, -1]], thick.edges_mm[[0, -1]]) and np.allclose(centres.positions_mm[::r], thick.positions_mm)
-    assert np.allclose(np.abs(slabs.positions_mm[:, None] - thick.positions_mm).min(0), 0 if r % 2 else 0.5)
+    assert np.allclose(slabs.edges_mm[[0, -1]], thick.edges_mm[[0, -1]]) and np.allclose(
+        centres.positions_mm[::r], thick.positions_mm
+    )
+    assert np.allclose(
+        np.abs(slabs.positions_mm[:, None] - thick.positions_mm).min(0), 0 if r % 2 else 0.5
+    )
+
 
 @pytest.mark.parametrize("spacing", [0.625, 0.8, 1.25, 1.3, 2.0, 7.0])
 def test_ratios_that_are_no_whole_numbers(spacing):
     thick = SliceAxis(30.0, 5.0, 13)
-    slabs, centres = thin_axis(thick, spacing), thin_axis(thick, spacing, "centres")
-    assert abs(slabs.length_mm - thick.length_mm) <= spacing / 2 and np.isclose(slabs.edges_mm[[0, -1]].mean(), thick.edges_mm[[0, -1]].mean())
-    assert centres.first_mm == 30.0 and 0 <= thick.positions_mm[-1] - centres.positions_mm[-1] < spacing
+    slabs = thin_axis(thick, spacing)
+    centres = thin_axis(thick, spacing, "centres")
+    assert abs(slabs.length_mm - thick.length_mm) <= spacing / 2 and np.isclose(
+        slabs.edges_mm[[0, -1]].mean(), thick.edges_mm[[0, -1]].mean()
+    )
+    assert (
+        centres.first_mm == 30.0
+        and 0 <= thick.positions_mm[-1] - centres.positions_mm[-1] < spacing
+    )
     assert np.allclose(slab_matrix(slabs, thick, SliceProfile(5.0)).sum(1), 1)
+
 
 def test_windows_go_both_ways():
     hu = torch.tensor([-2000.0, -1024.0, 0.0, 1024.0, 3000.0])
-    assert torch.allclose(to_unit(hu), torch.tensor([0, 0, 0.5, 1, 1])) and torch.allclose(from_unit(to_unit(hu)), hu.clamp(-1024, 1024))
-    for window in ("chest", "full"): assert torch.allclose(to_unit(hu, window) * 2 - 1, get_window(window).to_network(hu), atol=1e-6)
+    assert torch.allclose(to_unit(hu), torch.tensor([0, 0, 0.5, 1, 1])) and torch.allclose(
+        from_unit(to_unit(hu)), hu.clamp(-1024, 1024)
+    )
+    for window in ("chest", "full"):
+        assert torch.allclose(
+            to_unit(hu, window) * 2 - 1, get_window(window).to_network(hu), atol=1e-6
+        )
+
 
 def test_axes_of_grids():
     affine = np.diag([0.7, 0.8, 2.5, 1.0])
     affine[:3, 3] = (5, 6, -40)
     assert SliceAxis.along(Grid((9, 4, 4), affine)) == SliceAxis(-40.0, 2.5, 9)
-    assert SliceAxis.along(Grid((9, 4, 4), affine @ np.diag([1, 1, -1, 1]))) == SliceAxis(40.0, 2.5, 9)  # from the head down: along its own direction
+    # from the head down: along its own direction
+    assert SliceAxis.along(Grid((9, 4, 4), affine @ np.diag([1, 1, -1, 1]))) == SliceAxis(
+        40.0, 2.5, 9
+    )
     turn = np.eye(4)
     turn[:3, :3] = [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
     assert SliceAxis.along(Grid((9, 4, 4), turn @ affine)).spacing_mm == 2.5
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: SliceAxis(0.0, 0.0, 3), "spacing_mm above 0"), (lambda: SliceAxis(math.nan, 1.0, 3), "finite first_mm"), (lambda: SliceAxis(0.0, 1.0, 0), "count must be"),
-    (lambda: SliceProfile(0.0), "width_mm must be above 0"), (lambda: SliceProfile(5.0, "triangle"), "shape must be .*'triangle'"),
-    (lambda: thin_axis(SliceAxis(0.0, 5.0, 3), 0.0), "thin_spacing_mm must be above 0"), (lambda: thin_axis(SliceAxis(0.0, 5.0, 3), 1.0, "edges"), "convention must be"),
-    (lambda: slab_matrix(SliceAxis(0.0, 1.0, 9), SliceAxis(0.0, 5.0, 4), SliceProfile(2.0)), "thick slice 2 at 10 mm sees none"),
-    (lambda: thicken(np.zeros((8, 2, 2)), np.zeros((2, 9))), r"with D = 9 .* \(8, 2, 2\)"), (lambda: thicken(np.zeros(9), np.zeros((2, 9))), "thin must be"),
-    (lambda: fit_slabs(SliceAxis(0.0, 1.0, 9), 5.0, SliceProfile(12.0)), "hold no slab that needs 12 mm"),
-    (lambda: SlabRange(spacing_mm=(5.0, 4.0)), "spacing_mm must be"), (lambda: SlabRange(shapes=()), "shapes is empty"), (lambda: SlabRange(shapes=("box",)), "'box'"),
-    (lambda: SlabPairs(Stacks(), count=0), "count must be 1"), (lambda: SlabPairs(Stacks(), size=(3,)), "size must be rows and columns"),
-    (lambda: SlabPairs(Stacks([stack()]), count=9)[0], "holds 8 of the 9 slabs of 5 mm"), (lambda: SlabPairs(Stacks([stack()]), size=11)[0], "12 × 10 pixels, a crop of 11 × 11"),
-    (lambda: SlabPairs(Stacks([stack(spacing=6.0)]))[0], "6 mm apart, thicker than the 5 mm"),
-])
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: SliceAxis(0.0, 0.0, 3), "spacing_mm above 0"),
+        (lambda: SliceAxis(math.nan, 1.0, 3), "finite first_mm"),
+        (lambda: SliceAxis(0.0, 1.0, 0), "count must be"),
+        (lambda: SliceProfile(0.0), "width_mm must be above 0"),
+        (lambda: SliceProfile(5.0, "triangle"), "shape must be .*'triangle'"),
+        (lambda: thin_axis(SliceAxis(0.0, 5.0, 3), 0.0), "thin_spacing_mm must be above 0"),
+        (lambda: thin_axis(SliceAxis(0.0, 5.0, 3), 1.0, "edges"), "convention must be"),
+        (
+            lambda: slab_matrix(SliceAxis(0.0, 1.0, 9), SliceAxis(0.0, 5.0, 4), SliceProfile(2.0)),
+            "thick slice 2 at 10 mm sees none",
+        ),
+        (lambda: thicken(np.zeros((8, 2, 2)), np.zeros((2, 9))), r"with D = 9 .* \(8, 2, 2\)"),
+        (lambda: thicken(np.zeros(9), np.zeros((2, 9))), "thin must be"),
+        (
+            lambda: fit_slabs(SliceAxis(0.0, 1.0, 9), 5.0, SliceProfile(12.0)),
+            "hold no slab that needs 12 mm",
+        ),
+        (lambda: SlabRange(spacing_mm=(5.0, 4.0)), "spacing_mm must be"),
+        (lambda: SlabRange(shapes=()), "shapes is empty"),
+        (lambda: SlabRange(shapes=("box",)), "'box'"),
+        (lambda: SlabPairs(Stacks(), count=0), "count must be 1"),
+        (lambda: SlabPairs(Stacks(), size=(3,)), "size must be rows and columns"),
+        (lambda: SlabPairs(Stacks([stack()]), count=9)[0], "holds 8 of the 9 slabs of 5 mm"),
+        (lambda: SlabPairs(Stacks([stack()]), size=11)[0], "12 × 10 pixels, a crop of 11 × 11"),
+        (lambda: SlabPairs(Stacks([stack(spacing=6.0)]))[0], "6 mm apart, thicker than the 5 mm"),
+    ],
+)
 def test_bad_input_gets_a_sentence(call, words):
-    with pytest.raises(ValueError, match=words): call()
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 # ---------------------------------------------------------------- pairs
 WIDE = SlabRange((3.0, 6.5), (0.6, 1.6), (0.0, 1.0), ("rectangular", "gaussian"))
 
+
 @pytest.mark.parametrize("epoch", range(8))
 def test_thick_is_exactly_the_matrix_times_thin(epoch):
     source = Stacks([stack(spacing=1.25)])
-    item, whole = SlabPairs(source, WIDE, size=(6, 5), count=3).at(epoch, 0), source[0]
-    assert item["thin"].shape[1:] == (6, 5) and item["thick"].shape == (3, 6, 5) and item["matrix"].dtype == torch.float64 and not item["measured"]
+    item = SlabPairs(source, WIDE, size=(6, 5), count=3).at(epoch, 0)
+    whole = source[0]
+    assert (
+        item["thin"].shape[1:] == (6, 5)
+        and item["thick"].shape == (3, 6, 5)
+        and item["matrix"].dtype == torch.float64
+        and not item["measured"]
+    )
     assert torch.equal(thicken(item["thin"], item["matrix"]), item["thick"])
-    full = slab_matrix(whole.thin_axis, item["thick_axis"], item["profile"])  # the crop misses nothing that the whole column would have added
+    # the crop misses nothing that the whole column would have added
+    full = slab_matrix(whole.thin_axis, item["thick_axis"], item["profile"])
     start = round((item["thin_axis"].first_mm - whole.thin_axis.first_mm) / 1.25)
-    assert np.allclose(full[:, start:start + len(item["thin"])], item["matrix"], atol=1e-12) and np.allclose(item["matrix"].sum(1), 1)
-    places = [(r, c) for r in range(7) for c in range(6) if np.array_equal(whole.thin[start:start + len(item["thin"]), r:r + 6, c:c + 5], item["thin"])]
+    assert np.allclose(
+        full[:, start : start + len(item["thin"])], item["matrix"], atol=1e-12
+    ) and np.allclose(item["matrix"].sum(1), 1)
+    places = [
+        (r, c)
+        for r in range(7)
+        for c in range(6)
+        if np.array_equal(
+            whole.thin[start : start + len(item["thin"]), r : r + 6, c : c + 5], item["thin"]
+        )
+    ]
     assert len(places) == 1
+
 
 def test_draws_are_of_seed_epoch_and_index():
     source = Stacks([stack(seed=0), stack(seed=1)])
     pairs = SlabPairs(source, WIDE, size=4, count=2)
-    same = lambda a, b: a["thick_axis"] == b["thick_axis"] and a["profile"] == b["profile"] and torch.equal(a["thin"], b["thin"])
-    assert same(pairs.at(3, 1), SlabPairs(source, WIDE, size=4, count=2).at(3, 1)) and same(pairs[0], pairs.at(0, 0)) and same(pairs[-1], pairs[1])
+    same = (
+        lambda a, b: a["thick_axis"] == b["thick_axis"]
+        and a["profile"] == b["profile"]
+        and torch.equal(a["thin"], b["thin"])
+    )
+    assert (
+        same(pairs.at(3, 1), SlabPairs(source, WIDE, size=4, count=2).at(3, 1))
+        and same(pairs[0], pairs.at(0, 0))
+        and same(pairs[-1], pairs[1])
+    )
     drawn = [pairs.at(epoch, 0) for epoch in range(6)]
-    assert len({(i["thick_axis"], i["profile"]) for i in drawn}) == 6 and {i["profile"].shape for i in drawn} == {"rectangular", "gaussian"}
+    assert len({(i["thick_axis"], i["profile"]) for i in drawn}) == 6 and {
+        i["profile"].shape for i in drawn
+    } == {"rectangular", "gaussian"}
     assert not same(pairs.at(0, 0), SlabPairs(source, WIDE, size=4, count=2, seed=1).at(0, 0))
-    with pytest.raises(IndexError): pairs[2]
+    with pytest.raises(IndexError):
+        pairs[2]
+
 
 def test_whole_stacks_and_both_ends_are_reached():
     source = Stacks([stack(depth=52)])
@@ -185,40 +329,74 @@ def test_whole_stacks_and_both_ends_are_reached():
     starts = {SlabPairs(source, count=10, seed=seed)[0]["thin_axis"].first_mm for seed in range(40)}
     assert starts == {100.0, 101.0, 102.0}  # three places for 50 mm in 52
 
+
 def test_batches_pad_what_is_shorter():
     pairs = SlabPairs(Stacks([stack(60, seed=s) for s in range(3)]), WIDE, size=4, count=3)
     items = [pairs[i] for i in range(3)]
     batch = collate_slabs(items)
-    assert len({len(i["thin"]) for i in items}) > 1 and batch["mask"].sum(1).tolist() == [len(i["thin"]) for i in items]
+    assert len({len(i["thin"]) for i in items}) > 1 and batch["mask"].sum(1).tolist() == [
+        len(i["thin"]) for i in items
+    ]
     assert torch.allclose(thicken(batch["thin"], batch["matrix"]), batch["thick"], atol=1e-3)
-    assert batch["matrix"].transpose(1, 2)[~batch["mask"]].abs().max() == 0 and batch["id"] == ["case-0", "case-1", "case-2"]
+    assert batch["matrix"].transpose(1, 2)[~batch["mask"]].abs().max() == 0 and batch["id"] == [
+        "case-0",
+        "case-1",
+        "case-2",
+    ]
+
 
 def test_measured_slices_are_used_and_not_simulated():
     thick_axis = SliceAxis(97.0, 5.0, 10)  # the first and the last stand out of the thin stack
     measured = np.arange(10, dtype=np.float32)[:, None, None] * np.ones((10, 12, 10), np.float32)
     source = Stacks([stack(thick=measured, thick_axis=thick_axis, profile=SliceProfile(5.0))])
     item = SlabPairs(source)[0]
-    assert item["measured"] and item["thick"][:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and item["thick_axis"].first_mm == 102.0 and len(item["thin"]) == 40
+    assert (
+        item["measured"]
+        and item["thick"][:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+        and item["thick_axis"].first_mm == 102.0
+        and len(item["thin"]) == 40
+    )
     drawn = [SlabPairs(source, count=2, size=3, seed=seed)[0] for seed in range(30)]
     assert {i["thick"][0, 0, 0].item() for i in drawn} == {1, 2, 3, 4, 5, 6, 7}
-    for i in drawn: assert i["thick_axis"].first_mm == 97 + 5 * i["thick"][0, 0, 0] and i["thin_axis"].edges_mm[0] == i["thick_axis"].edges_mm[0]
-    with pytest.raises(ValueError, match="8 of the 10 thick slices of case-0 lie wholly over"): SlabPairs(source, count=9)[0]
+    for i in drawn:
+        assert (
+            i["thick_axis"].first_mm == 97 + 5 * i["thick"][0, 0, 0]
+            and i["thin_axis"].edges_mm[0] == i["thick_axis"].edges_mm[0]
+        )
+    with pytest.raises(ValueError, match="8 of the 10 thick slices of case-0 lie wholly over"):
+        SlabPairs(source, count=9)[0]
 
 
 # ---------------------------------------------------------------- real thin CT
 @pytest.mark.parametrize("name, spacing", [("nsclcrg-R01-001", 1.0), ("lidc-0002", 1.25)])
 def test_real_thin_ct(real_ct, name, spacing):
     path = real_ct / "thin" / f"{name}.nii.gz"
-    if not path.is_file(): pytest.skip(f"{path.name} is not among the real thin CTs here")
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not among the real thin CTs here")
     volume = read_ct(path)
-    real = ThinStack(name, name, volume.hu, SliceAxis.along(volume.grid), tuple(volume.grid.spacing_mm[1::-1]))
+    real = ThinStack(
+        name, name, volume.hu, SliceAxis.along(volume.grid), tuple(volume.grid.spacing_mm[1::-1])
+    )
     assert real.thin_axis.spacing_mm == pytest.approx(spacing, abs=1e-4)
     pairs = SlabPairs(Stacks([real]))
     item = pairs[0]
-    assert len(item["thick"]) == int(real.thin_axis.length_mm // 5) and len(item["thin"]) == len(item["thick"]) * round(5 / spacing)
+    assert len(item["thick"]) == int(real.thin_axis.length_mm // 5) and len(item["thin"]) == len(
+        item["thick"]
+    ) * round(5 / spacing)
     inner = item["thick"][:, 100:150, 100:150]
     ratio = round(5 / spacing)
-    by_hand = torch.stack([item["thin"][k * ratio:(k + 1) * ratio, 100:150, 100:150].mean(0) for k in range(len(inner))])
+    by_hand = torch.stack(
+        [
+            item["thin"][k * ratio : (k + 1) * ratio, 100:150, 100:150].mean(0)
+            for k in range(len(inner))
+        ]
+    )
     assert torch.allclose(inner, by_hand, atol=0.01)
-    shifted = torch.stack([item["thin"][k * ratio + 1:(k + 1) * ratio + 1, 100:150, 100:150].mean(0) for k in range(len(inner) - 1)])
-    assert (inner[:-1] - shifted).abs().mean() > 2  # one thin slice beside costs whole HU: alignment is no detail
+    shifted = torch.stack(
+        [
+            item["thin"][k * ratio + 1 : (k + 1) * ratio + 1, 100:150, 100:150].mean(0)
+            for k in range(len(inner) - 1)
+        ]
+    )
+    # one thin slice beside costs whole HU: alignment is no detail
+    assert (inner[:-1] - shifted).abs().mean() > 2

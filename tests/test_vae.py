@@ -13,7 +13,14 @@ import torch
 
 import ct_nb.nets.vae_tiles as tiles
 from ct_nb.learn.checkpoints import WeightsError
-from ct_nb.learn.train_vae import VAE_PRESETS, VAELearner, VAERun, ThinCrops, collate_crops, load_vae
+from ct_nb.learn.train_vae import (
+    VAE_PRESETS,
+    VAELearner,
+    VAERun,
+    ThinCrops,
+    collate_crops,
+    load_vae,
+)
 from ct_nb.learn.vae_scores import block_means, scores, slice_ssim, vae_floors
 from ct_nb.nets.bottleneck import Latent
 from ct_nb.nets.vae import SliceVAE, SliceVAEConfig, Straight, fold, padded, unfold
@@ -21,35 +28,51 @@ from ct_nb.nets.vae_tiles import cuts, decode_tiled, encode_tiled, plan_tiles, t
 from ct_nb.physics.phantom import phantom
 from ct_nb.physics.volume import WINDOWS
 
-CONFIGS = (SliceVAEConfig(fold=8, channels=(12,), blocks=1), SliceVAEConfig(fold=4, channels=(8, 12), blocks=1), SliceVAEConfig(fold=2, channels=(4, 8, 8), blocks=1), SliceVAEConfig(fold=1, channels=(4, 4, 4, 8), blocks=1))
+CONFIGS = (
+    SliceVAEConfig(fold=8, channels=(12,), blocks=1),
+    SliceVAEConfig(fold=4, channels=(8, 12), blocks=1),
+    SliceVAEConfig(fold=2, channels=(4, 8, 8), blocks=1),
+    SliceVAEConfig(fold=1, channels=(4, 4, 4, 8), blocks=1),
+)
 
 
 def drawn(config=CONFIGS[1], seed=0) -> SliceVAE:
     "Random weights everywhere, as if trained: a new network is linear."
     torch.manual_seed(seed)
     vae = SliceVAE(config).eval().requires_grad_(False)
-    for layer in (vae.squeeze, vae.leave): torch.nn.init.normal_(layer.weight, std=0.3)
+    for layer in (vae.squeeze, vae.leave):
+        torch.nn.init.normal_(layer.weight, std=0.3)
     return vae
 
 
-def stack(*shape, seed=0): return torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def stack(*shape, seed=0):
+    return torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def worst(a, b): return float((a - b).abs().max())
+def worst(a, b):
+    return float((a - b).abs().max())
 
 
 @pytest.fixture(scope="module")
-def chest(): return WINDOWS["chest"].to_network(phantom(3, 64).volume.tensor())[None, None]
+def chest():
+    return WINDOWS["chest"].to_network(phantom(3, 64).volume.tensor())[None, None]
 
 
 # sizes
+
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 9), (2, 8, 16), (3, 23, 17), (5, 31, 8)])
 def test_any_depth_and_size_come_back(config, shape):
     x, vae = stack(*shape), drawn(config)
     image, latent = vae(x)
-    assert image.shape == x.shape and latent.mean.shape == latent.log_variance.shape == (1, 4, shape[0], -(-shape[1] // 8), -(-shape[2] // 8))
+    assert image.shape == x.shape and latent.mean.shape == latent.log_variance.shape == (
+        1,
+        4,
+        shape[0],
+        -(-shape[1] // 8),
+        -(-shape[2] // 8),
+    )
     assert torch.isfinite(image).all() and torch.equal(image, vae.decode(latent.mean, shape[1:]))
 
 
@@ -58,7 +81,9 @@ def test_padding_repeats_the_edge_and_is_cropped_exactly(chest):
     part = chest[..., :20, :27, :45]
     by_hand = torch.cat([part, part[..., -1:].expand(-1, -1, -1, -1, 3)], -1)
     by_hand = torch.cat([by_hand, by_hand[..., -1:, :].expand(-1, -1, -1, 5, -1)], -2)
-    assert torch.equal(padded(part), by_hand) and torch.equal(vae(part)[0], vae(by_hand)[0][..., :27, :45])
+    assert torch.equal(padded(part), by_hand) and torch.equal(
+        vae(part)[0], vae(by_hand)[0][..., :27, :45]
+    )
 
 
 def test_fold_and_unfold_are_inverse_and_as_pixel_unshuffle():
@@ -70,9 +95,12 @@ def test_fold_and_unfold_are_inverse_and_as_pixel_unshuffle():
 
 # the latent is the only way
 
+
 def jacobian_rank(function):
     spot = 0.5 * torch.randn(64, generator=torch.Generator().manual_seed(0))
-    return int(torch.linalg.matrix_rank(torch.autograd.functional.jacobian(function, spot), rtol=1e-4))
+    return int(
+        torch.linalg.matrix_rank(torch.autograd.functional.jacobian(function, spot), rtol=1e-4)
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -87,10 +115,15 @@ def test_slices_help_each_other_and_one_alone_is_fine():
     vae, x = drawn(), stack(6, 16, 16)
     moved = x.clone()
     moved[:, :, 2] = stack(1, 16, 16, seed=9)[:, :, 0]
-    changed = ((vae.encode(moved).mean - vae.encode(x).mean).abs().amax((0, 1, 3, 4)) > 1e-6).tolist()
+    changed = (
+        (vae.encode(moved).mean - vae.encode(x).mean).abs().amax((0, 1, 3, 4)) > 1e-6
+    ).tolist()
     assert changed == [True] * 5 + [False]  # two blocks see two slices to each side
-    for block in (*vae.sinking[0], *vae.sinking[1]): block.near.share.zero_()
-    changed = ((vae.encode(moved).mean - vae.encode(x).mean).abs().amax((0, 1, 3, 4)) > 1e-6).tolist()
+    for block in (*vae.sinking[0], *vae.sinking[1]):
+        block.near.share.zero_()
+    changed = (
+        (vae.encode(moved).mean - vae.encode(x).mean).abs().amax((0, 1, 3, 4)) > 1e-6
+    ).tolist()
     assert changed == [False, False, True, False, False, False]
 
 
@@ -98,14 +131,18 @@ def test_the_linear_start_is_the_best_linear_code(chest):
     straight = Straight(4).fit([chest[:, :, :40], chest[:, :, 40:]])
     blocks = fold(chest, 8).movedim(1, -1).flatten(0, -2).double()
     values = torch.linalg.eigvalsh(torch.cov(blocks.T, correction=0))
-    with torch.no_grad(): error = (straight.decode(straight.encode(chest)) - chest).square().mean()
-    assert float(error) == pytest.approx(float(values[:-4].sum() / 64), rel=1e-3)  # what the other components held
+    with torch.no_grad():
+        error = (straight.decode(straight.encode(chest)) - chest).square().mean()
+    # what the other components held
+    assert float(error) == pytest.approx(float(values[:-4].sum() / 64), rel=1e-3)
     vae = SliceVAE(CONFIGS[1]).eval()
     vae.straight.load_state_dict(straight.state_dict())
-    with torch.no_grad(): assert worst(vae(chest)[0], straight.decode(straight.encode(chest))) < 1e-5
+    with torch.no_grad():
+        assert worst(vae(chest)[0], straight.decode(straight.encode(chest))) < 1e-5
 
 
 # tiles
+
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_tiles_equal_the_whole(config, chest):
@@ -113,8 +150,17 @@ def test_tiles_equal_the_whole(config, chest):
     latent = vae.encode(x)
     for tile in ((4, 3, 3), (11, 1, 8), (1, 8, 2)):
         found = encode_tiled(vae, x, tile=tile)
-        assert worst(found.mean, latent.mean) < 1e-4 and worst(found.log_variance, latent.log_variance) < 1e-4
-        assert worst(decode_tiled(vae, latent.mean, x.shape[-2:], tile=tile), vae.decode(latent.mean, x.shape[-2:])) < 1e-4
+        assert (
+            worst(found.mean, latent.mean) < 1e-4
+            and worst(found.log_variance, latent.log_variance) < 1e-4
+        )
+        assert (
+            worst(
+                decode_tiled(vae, latent.mean, x.shape[-2:], tile=tile),
+                vae.decode(latent.mean, x.shape[-2:]),
+            )
+            < 1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["halo_slices", "encoder_halo", "decoder_halo"])
@@ -124,7 +170,9 @@ def test_a_smaller_halo_shows(name, chest, monkeypatch):
     image = vae.decode(latent.mean, x.shape[-2:])
     right = getattr(vae.config, name)
     monkeypatch.setattr(SliceVAEConfig, name, property(lambda self: right - 1))
-    errors = worst(encode_tiled(vae, x, tile=(4, 3, 3)).mean, latent.mean), worst(decode_tiled(vae, latent.mean, x.shape[-2:], tile=(4, 3, 3)), image)
+    errors = worst(encode_tiled(vae, x, tile=(4, 3, 3)).mean, latent.mean), worst(
+        decode_tiled(vae, latent.mean, x.shape[-2:], tile=(4, 3, 3)), image
+    )
     assert max(errors) > 5e-4
 
 
@@ -132,8 +180,13 @@ def test_cuts_cover_once_within_size():
     for count in (1, 7, 64, 300):
         for size in (1, 3, 8, 400):
             found = cuts(count, size, 2)
-            assert [i for cut in found for i in range(cut.keep_start, cut.keep_stop)] == list(range(count))
-            assert all(cut.keep_stop - cut.keep_start <= size and cut.start >= 0 and cut.stop <= count for cut in found)
+            assert [i for cut in found for i in range(cut.keep_start, cut.keep_stop)] == list(
+                range(count)
+            )
+            assert all(
+                cut.keep_stop - cut.keep_start <= size and cut.start >= 0 and cut.stop <= count
+                for cut in found
+            )
 
 
 def test_the_plan_keeps_its_memory():
@@ -141,11 +194,17 @@ def test_the_plan_keeps_its_memory():
         c = SliceVAEConfig.preset(name)
         halo = (c.halo_slices, c.decoder_halo, c.decoder_halo)
         for gib in (2, 4, 20):
-            size = plan_tiles(c, (300, 64, 64), halo, gib * 2 ** 30)
-            read = [max(cut.stop - cut.start for cut in cuts(*axis)) for axis in zip((300, 64, 64), size, halo)]
-            assert tile_bytes(c, *read) <= gib * 2 ** 30
-    with pytest.raises(ValueError, match="memory_bytes: the smallest tile of this network takes .* MiB, got 0 MiB"): plan_tiles(c, (300, 64, 64), halo, 1000)
-    assert plan_tiles(c, (3, 2, 2), halo, 2 ** 30) == (3, 2, 2)  # what fits is not cut
+            size = plan_tiles(c, (300, 64, 64), halo, gib * 2**30)
+            read = [
+                max(cut.stop - cut.start for cut in cuts(*axis))
+                for axis in zip((300, 64, 64), size, halo)
+            ]
+            assert tile_bytes(c, *read) <= gib * 2**30
+    with pytest.raises(
+        ValueError, match="memory_bytes: the smallest tile of this network takes .* MiB, got 0 MiB"
+    ):
+        plan_tiles(c, (300, 64, 64), halo, 1000)
+    assert plan_tiles(c, (3, 2, 2), halo, 2**30) == (3, 2, 2)  # what fits is not cut
 
 
 PEAK = """
@@ -168,32 +227,49 @@ print(tiled, rss() - before, bound, tile_bytes(config, 64, 16, 16))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of memory is read from /proc, which only Linux has")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(),
+    reason="the peak of memory is read from /proc, which only Linux has",
+)
 def test_memory_stays_within_the_bound():
-    found = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True).stdout.split()
+    found = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True
+    ).stdout.split()
     tiled, whole, bound, whole_bound = map(int, found)
-    most = lambda size: 1.25 * size + 120 * 2 ** 20  # code and scratch of the convolutions come on top once, 60 to 90 MiB
+    # code and scratch of the convolutions come on top once, 60 to 90 MiB
+    most = lambda size: 1.25 * size + 120 * 2**20
     assert tiled < most(bound) < whole and whole < most(whole_bound)
 
 
 # the latents
 
+
 def test_the_scale_is_that_of_draws_and_travels(tmp_path, chest):
     vae = drawn()
-    with pytest.raises(ValueError, match="batches: none came"): vae.measure_scale([])
+    with pytest.raises(ValueError, match="batches: none came"):
+        vae.measure_scale([])
     broken = drawn()
     broken.squeeze.bias.fill_(torch.nan)
-    with pytest.raises(ValueError, match="gives no scale"): broken.measure_scale([chest[:, :, :1]])
-    vae.squeeze.bias[4:] = 0.0  # a standard deviation of 1 for every number: draws vary more than means
+    with pytest.raises(ValueError, match="gives no scale"):
+        broken.measure_scale([chest[:, :, :1]])
+    # a standard deviation of 1 for every number: draws vary more than means
+    vae.squeeze.bias[4:] = 0.0
     vae.measure_scale([chest[:, :, :30], chest[:, :, 30:]])
     draws = vae.encode(chest).sample(torch.Generator().manual_seed(0))
     normal = vae.to_normal(draws)
-    assert normal.mean((0, 2, 3, 4)).abs().max() < 0.02 and torch.allclose(normal.std((0, 2, 3, 4)), torch.ones(4), atol=0.02)
-    assert not torch.allclose(vae.to_normal(vae.encode(chest).mean).std((0, 2, 3, 4)), torch.ones(4), atol=0.02)  # the wrong formula
+    assert normal.mean((0, 2, 3, 4)).abs().max() < 0.02 and torch.allclose(
+        normal.std((0, 2, 3, 4)), torch.ones(4), atol=0.02
+    )
+    # the wrong formula
+    assert not torch.allclose(
+        vae.to_normal(vae.encode(chest).mean).std((0, 2, 3, 4)), torch.ones(4), atol=0.02
+    )
     assert worst(vae.from_normal(normal), draws) < 1e-4
     other = SliceVAE(vae.config)
     other.load_state_dict(vae.state_dict())
-    assert torch.equal(other.latent_scale, vae.latent_scale) and torch.equal(other.latent_mean, vae.latent_mean)
+    assert torch.equal(other.latent_scale, vae.latent_scale) and torch.equal(
+        other.latent_mean, vae.latent_mean
+    )
 
 
 def test_training_draws_and_evaluation_does_not(chest):
@@ -204,6 +280,7 @@ def test_training_draws_and_evaluation_does_not(chest):
 
 
 # losses and scores
+
 
 def test_recomputing_gives_the_same_gradients(chest):
     found = []
@@ -218,10 +295,14 @@ def test_recomputing_gives_the_same_gradients(chest):
 
 
 def test_slice_ssim_is_that_of_images():
-    a, b = (1000 * torch.randn(3, 20, 24, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    a, b = (
+        1000 * torch.randn(3, 20, 24, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
     b = (a + 0.3 * b).clamp(-1024, 1024)
     a = a.clamp(-1024, 1024)
     from monai.metrics import SSIMMetric
+
     unit = lambda v: ((v + 1024) / 2048)[:, None]
     peer = SSIMMetric(2, data_range=1.0, win_size=11, kernel_sigma=1.5)(unit(b), unit(a))[:, 0]
     assert torch.allclose(slice_ssim(b, a, WINDOWS["chest"]), peer, atol=1e-4)
@@ -230,7 +311,11 @@ def test_slice_ssim_is_that_of_images():
 def test_scores_of_a_constant_error(chest):
     truth = WINDOWS["chest"].to_hu(chest[0, 0]).clamp(-900, 900)
     found = scores(truth + 20.48, truth, WINDOWS["chest"])
-    assert found["psnr"] == pytest.approx(40, abs=1e-3) and found["slice_psnr"] == pytest.approx(40, abs=1e-3) and found["mae_hu"] == pytest.approx(found["bias_hu"]) == pytest.approx(20.48, abs=1e-3)
+    assert (
+        found["psnr"] == pytest.approx(40, abs=1e-3)
+        and found["slice_psnr"] == pytest.approx(40, abs=1e-3)
+        and found["mae_hu"] == pytest.approx(found["bias_hu"]) == pytest.approx(20.48, abs=1e-3)
+    )
     assert np.isnan(scores(truth[:4], truth[:4] + 1, WINDOWS["chest"])["ssim"])
 
 
@@ -244,16 +329,27 @@ def test_block_means_keep_means():
 def test_floors_are_what_their_names_say():
     x, linear = stack(3, 21, 30), Straight(4)
     linear.fit([stack(3, 24, 32, seed=1)])
-    with torch.no_grad(): found = vae_floors(x, linear)
+    with torch.no_grad():
+        found = vae_floors(x, linear)
     blocks = fold(padded(x), 8).movedim(1, -1).reshape(-1, 64)
-    weight, bias = linear.narrow.weight.detach().reshape(4, 64), linear.narrow.bias.detach()
-    kept = (blocks @ weight.T + bias) @ linear.widen.weight.detach().reshape(64, 4).T + linear.widen.bias.detach()
+    weight = linear.narrow.weight.detach().reshape(4, 64)
+    bias = linear.narrow.bias.detach()
+    kept = (blocks @ weight.T + bias) @ linear.widen.weight.detach().reshape(
+        64, 4
+    ).T + linear.widen.bias.detach()
     again = unfold(kept.reshape(1, 3, 3, 4, 64).movedim(-1, 1), 8)[..., :21, :30]
-    assert list(found) == ["linear", "mean_4", "mean_8"] and torch.allclose(found["linear"], again, atol=1e-5)
-    assert all(image.shape == x.shape for image in found.values()) and torch.equal(found["mean_4"], block_means(x, 4)) and torch.equal(found["mean_8"], block_means(x, 8))
+    assert list(found) == ["linear", "mean_4", "mean_8"] and torch.allclose(
+        found["linear"], again, atol=1e-5
+    )
+    assert (
+        all(image.shape == x.shape for image in found.values())
+        and torch.equal(found["mean_4"], block_means(x, 4))
+        and torch.equal(found["mean_8"], block_means(x, 8))
+    )
 
 
 # the run
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -265,66 +361,141 @@ def run(tmp_path_factory):
 
 def test_a_run_leaves_weights_scale_and_scores(run):
     config = json.loads((run.out / "config.json").read_text())
-    assert config["system"] == "slice_vae" and config["versions"]["torch"] and config["training"]["fingerprint"] != config["validation"]["fingerprint"]
+    assert (
+        config["system"] == "slice_vae"
+        and config["versions"]["torch"]
+        and config["training"]["fingerprint"] != config["validation"]["fingerprint"]
+    )
     assert not set(config["training"]["cases"]) & set(config["validation"]["cases"])
     vae = load_vae(run.out)
-    assert vae.latent_scale.flatten().tolist() == pytest.approx(config["latent_scale"]) and set(config["latent_scale"]) != {1.0}
+    assert vae.latent_scale.flatten().tolist() == pytest.approx(config["latent_scale"]) and set(
+        config["latent_scale"]
+    ) != {1.0}
     x = stack(2, 16, 16)
-    with torch.no_grad(): assert torch.equal(vae(x)[0], run.vae(x)[0])
+    with torch.no_grad():
+        assert torch.equal(vae(x)[0], run.vae(x)[0])
     rows = list(csv.DictReader(open(run.out / "vae_scores.csv", encoding="utf-8")))
-    assert [row["method"] for row in rows] == ["vae", "linear", "mean_4", "mean_8"] and float(rows[0]["psnr"]) == pytest.approx(run.board.mean("vae", "psnr"))
-    assert run.board.mean("linear", "psnr") > run.board.mean("mean_4", "psnr") > run.board.mean("mean_8", "psnr") and "floor, linear" in run.board.verdict()
+    assert [row["method"] for row in rows] == ["vae", "linear", "mean_4", "mean_8"] and float(
+        rows[0]["psnr"]
+    ) == pytest.approx(run.board.mean("vae", "psnr"))
+    assert (
+        run.board.mean("linear", "psnr")
+        > run.board.mean("mean_4", "psnr")
+        > run.board.mean("mean_8", "psnr")
+        and "floor, linear" in run.board.verdict()
+    )
     assert {"absolute", "squared", "structure", "kl", "critic", "adversary"} <= set(run.history[-1])
     with pytest.raises(WeightsError, match="'slice_vae', but 'drr2ct'"):
         from ct_nb.learn.reconstruction import load_drr2ct
+
         load_drr2ct(run.out)
-    assert config["test"] == config["validation"] and run.test is run.validation and config["left_out"] == []  # two sides where an archive does not say more
+    # two sides where an archive does not say more
+    assert (
+        config["test"] == config["validation"]
+        and run.test is run.validation
+        and config["left_out"] == []
+    )
 
 
 def test_a_run_is_bit_exact_and_resumes(run, tmp_path):
-    class Killed(Exception): pass
+    class Killed(Exception):
+        pass
+
     again = VAERun("smoke", "phantom:3", tmp_path / "again", steps=6).open()
-    again.settings = replace(again.settings, trainer=replace(again.settings.trainer, checkpoint_every=3))
+    again.settings = replace(
+        again.settings, trainer=replace(again.settings.trainer, checkpoint_every=3)
+    )
     at = ThinCrops.at
     drawn_at = []
+
     def until(self, epoch, index):
-        if epoch >= 0 and len(drawn_at) == 8: raise Killed
+        if epoch >= 0 and len(drawn_at) == 8:
+            raise Killed
         drawn_at.append(1) if epoch >= 0 else None
         return at(self, epoch, index)
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ThinCrops, "at", until)
-        with pytest.raises(Killed): again.fit(progress=False)
-    resumed = VAERun("smoke", "phantom:3", tmp_path / "again", resume=True, steps=6, settings=again.settings).open()
+        with pytest.raises(Killed):
+            again.fit(progress=False)
+    resumed = VAERun(
+        "smoke", "phantom:3", tmp_path / "again", resume=True, steps=6, settings=again.settings
+    ).open()
     resumed.fit(progress=False)
-    for name, value in run.vae.state_dict().items(): assert torch.equal(value, resumed.vae.state_dict()[name]), name
+    for name, value in run.vae.state_dict().items():
+        assert torch.equal(value, resumed.vae.state_dict()[name]), name
 
 
 def test_perceptual_weights_join_the_loss(run, tmp_path):
     class Distance:
-        def images(self, a, b): return (a - b).abs().mean((1, 2, 3))
+        def images(self, a, b):
+            return (a - b).abs().mean((1, 2, 3))
+
     batch = collate_crops([run.crops()[0]])
-    plain, with_it = (VAELearner(run.vae, run.settings, perceptual=distance)(batch, 0) for distance in (None, Distance()))
+    plain, with_it = (
+        VAELearner(run.vae, run.settings, perceptual=distance)(batch, 0)
+        for distance in (None, Distance())
+    )
     assert with_it[0] > plain[0] and with_it[1]["perceptual"] > 0
-    with pytest.raises(ValueError, match="not a safetensors file"): VAERun("smoke", "phantom:3", tmp_path, perceptual=str(tmp_path / "none"), steps=1).open().fit(progress=False)
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        VAERun(
+            "smoke", "phantom:3", tmp_path, perceptual=str(tmp_path / "none"), steps=1
+        ).open().fit(progress=False)
 
 
 def test_presets_are_whole():
     for preset in VAE_PRESETS.values():
-        assert preset.network.latent_channels == 4 and preset.loss.absolute and preset.loss.squared and preset.loss.structure and preset.loss.kl and preset.loss.adversary
+        assert (
+            preset.network.latent_channels == 4
+            and preset.loss.absolute
+            and preset.loss.squared
+            and preset.loss.structure
+            and preset.loss.kl
+            and preset.loss.adversary
+        )
         assert 8 * max(preset.network.decoder_halo, preset.network.encoder_halo) < 512
 
 
 # bad input
 
+
 def test_bad_input_gets_a_sentence(chest, tmp_path):
     vae = drawn()
-    bad = [(lambda: vae.encode(1000 * chest), "x: slices must be in network range"), (lambda: vae.encode(chest * torch.nan), "x: slices must be in network range"), (lambda: vae.encode(chest[0]), "x: slices must be a float tensor"),
-           (lambda: vae.encode(chest[:, :, :0]), "x: slices must be a float tensor"), (lambda: vae.encode(torch.ones(1, 1, 2, 8, 8, dtype=torch.int16)), "x: slices must be a float tensor"),
-           (lambda: vae.decode(torch.zeros(1, 3, 2, 2, 2)), "z: latents must be"), (lambda: vae.decode(torch.zeros(1, 4, 2, 2, 2), (8, 16)), "size: 2×2 latents are 9 to 16 rows"),
-           (lambda: decode_tiled(vae, torch.zeros(1, 4, 2, 2, 2), (17, 16)), "size: 2×2 latents"), (lambda: encode_tiled(vae, chest[0]), "x: slices must be"),
-           (lambda: SliceVAEConfig(fold=3), "fold: must be 1, 2, 4 or 8"), (lambda: SliceVAEConfig(fold=2, channels=(8, 8)), "channels: a fold of 2 needs 3 numbers"), (lambda: SliceVAEConfig(blocks=0), "blocks: must be 1 or more"),
-           (lambda: SliceVAEConfig(window="brain"), "window: there is none named"), (lambda: SliceVAEConfig.preset("huge"), "preset: must be one of"), (lambda: SliceVAEConfig.from_dict({"colour": 1}), "unknown settings colour"),
-           (lambda: Straight(4).fit([]), "crops: none came"), (lambda: Straight(4).fit([torch.zeros(1, 1, 1, 16, 16)]), "do not vary"), (lambda: slice_ssim(torch.zeros(2, 9, 20), torch.zeros(2, 9, 20), WINDOWS["chest"]), "at least 11×11 pixels"),
-           (lambda: replace(VAE_PRESETS["smoke"], crop=(2, 32, 32)), "crop: a critic of 2 layers needs 4"), (lambda: VAERun("huge"), "preset: must be one of"), (lambda: VAERun("smoke", str(tmp_path / "none")).open(), "data: ")]
+    bad = [
+        (lambda: vae.encode(1000 * chest), "x: slices must be in network range"),
+        (lambda: vae.encode(chest * torch.nan), "x: slices must be in network range"),
+        (lambda: vae.encode(chest[0]), "x: slices must be a float tensor"),
+        (lambda: vae.encode(chest[:, :, :0]), "x: slices must be a float tensor"),
+        (
+            lambda: vae.encode(torch.ones(1, 1, 2, 8, 8, dtype=torch.int16)),
+            "x: slices must be a float tensor",
+        ),
+        (lambda: vae.decode(torch.zeros(1, 3, 2, 2, 2)), "z: latents must be"),
+        (
+            lambda: vae.decode(torch.zeros(1, 4, 2, 2, 2), (8, 16)),
+            "size: 2×2 latents are 9 to 16 rows",
+        ),
+        (lambda: decode_tiled(vae, torch.zeros(1, 4, 2, 2, 2), (17, 16)), "size: 2×2 latents"),
+        (lambda: encode_tiled(vae, chest[0]), "x: slices must be"),
+        (lambda: SliceVAEConfig(fold=3), "fold: must be 1, 2, 4 or 8"),
+        (lambda: SliceVAEConfig(fold=2, channels=(8, 8)), "channels: a fold of 2 needs 3 numbers"),
+        (lambda: SliceVAEConfig(blocks=0), "blocks: must be 1 or more"),
+        (lambda: SliceVAEConfig(window="brain"), "window: there is none named"),
+        (lambda: SliceVAEConfig.preset("huge"), "preset: must be one of"),
+        (lambda: SliceVAEConfig.from_dict({"colour": 1}), "unknown settings colour"),
+        (lambda: Straight(4).fit([]), "crops: none came"),
+        (lambda: Straight(4).fit([torch.zeros(1, 1, 1, 16, 16)]), "do not vary"),
+        (
+            lambda: slice_ssim(torch.zeros(2, 9, 20), torch.zeros(2, 9, 20), WINDOWS["chest"]),
+            "at least 11×11 pixels",
+        ),
+        (
+            lambda: replace(VAE_PRESETS["smoke"], crop=(2, 32, 32)),
+            "crop: a critic of 2 layers needs 4",
+        ),
+        (lambda: VAERun("huge"), "preset: must be one of"),
+        (lambda: VAERun("smoke", str(tmp_path / "none")).open(), "data: "),
+    ]
     for call, sentence in bad:
-        with pytest.raises(ValueError, match=sentence.replace("(", r"\(")): call()
+        with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
+            call()

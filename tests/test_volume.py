@@ -1,4 +1,5 @@
 "Grid, resampling, body and saving beyond what nbs/physics/00_volume.ipynb shows: peers, limits, faults, real scans."
+
 import errno
 import time
 
@@ -10,7 +11,17 @@ from scipy.spatial.transform import Rotation
 from ct_files import affine_of, body
 from ct_nb.physics import volume as volume_module
 from ct_nb.physics.readers import read_ct
-from ct_nb.physics.volume import AIR_HU, WINDOWS, Grid, Volume, get_window, hu_to_mu, mu_to_hu, mu_water_per_mm, resample
+from ct_nb.physics.volume import (
+    AIR_HU,
+    WINDOWS,
+    Grid,
+    Volume,
+    get_window,
+    hu_to_mu,
+    mu_to_hu,
+    mu_water_per_mm,
+    resample,
+)
 from ct_nb.files import atomic_write
 
 
@@ -22,18 +33,30 @@ def oblique(spacing=(1.7, 2.3, 3.1), angles=(20, -15, 40), origin=(10, -20, 300)
 
 
 # ---------------------------------------------------------------- grids and attenuation
-@pytest.mark.parametrize("shape, affine, words", [
-    ((4, 4), np.eye(4), "three positive counts"), ((4, 0, 4), np.eye(4), "three positive counts"), ((4, 4, 4), np.eye(3), "4×4"),
-    ((4, 4, 4), np.diag([1, 0, 1, 1.0]), "singular"), ((4, 4, 4), np.full((4, 4), np.nan), "not finite"), ((4, 4, 4), affine_of().T, "transposed")])
+@pytest.mark.parametrize(
+    "shape, affine, words",
+    [
+        ((4, 4), np.eye(4), "three positive counts"),
+        ((4, 0, 4), np.eye(4), "three positive counts"),
+        ((4, 4, 4), np.eye(3), "4×4"),
+        ((4, 4, 4), np.diag([1, 0, 1, 1.0]), "singular"),
+        ((4, 4, 4), np.full((4, 4), np.nan), "not finite"),
+        ((4, 4, 4), affine_of().T, "transposed"),
+    ],
+)
 def test_grid_refuses(shape, affine, words):
-    with pytest.raises(ValueError, match=words): Grid(shape, affine)
+    with pytest.raises(ValueError, match=words):
+        Grid(shape, affine)
+
 
 def test_grid_is_not_changed_from_outside():
     affine = affine_of()
     grid = Grid((3, 4, 5), affine)
     affine[0, 3] = 999
     assert grid.affine[0, 3] == -40
-    with pytest.raises(ValueError): grid.affine[0, 3] = 0
+    with pytest.raises(ValueError):
+        grid.affine[0, 3] = 0
+
 
 def test_resized_keeps_the_box():
     grid = Grid((30, 40, 50), oblique())
@@ -41,16 +64,22 @@ def test_resized_keeps_the_box():
         assert np.allclose(grid.resized(shape).bounds_mm, grid.bounds_mm)
         assert np.allclose(grid.resized(shape).center_mm, grid.center_mm)
 
+
 def test_water_follows_the_table_between_its_nodes():
     energies = np.linspace(10, 500, 200)
     mu = [mu_water_per_mm(e) for e in energies]
     assert (np.diff(mu) < 0).all()
-    # NIST's own intermediate values (XCOM, water with coherent scattering, cm²/g): 70 keV 0.1929, 90 keV 0.1766, 120 keV 0.1614
-    for energy, per_cm in ((70, 0.1929), (90, 0.1766), (120, 0.1614)): assert abs(mu_water_per_mm(energy) * 10 / per_cm - 1) < 0.01
+    # NIST's own intermediate values (XCOM, water with coherent scattering, cm²/g): 70 keV 0.1929,
+    # 90 keV 0.1766, 120 keV 0.1614
+    for energy, per_cm in ((70, 0.1929), (90, 0.1766), (120, 0.1614)):
+        assert abs(mu_water_per_mm(energy) * 10 / per_cm - 1) < 0.01
+
 
 @pytest.mark.parametrize("energy", [9.9, 501, 0, -60, np.nan])
 def test_energy_out_of_range(energy):
-    with pytest.raises(ValueError, match="energy_kev.*10 and 500"): hu_to_mu(0.0, energy)
+    with pytest.raises(ValueError, match="energy_kev.*10 and 500"):
+        hu_to_mu(0.0, energy)
+
 
 def test_hu_and_mu_are_inverse_on_arrays_tensors_and_numbers():
     hu = np.array([-1000, -500, 0, 3000])
@@ -60,75 +89,140 @@ def test_hu_and_mu_are_inverse_on_arrays_tensors_and_numbers():
     x = torch.tensor([-900.0, 200.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(hu_to_mu, x) and torch.autograd.gradcheck(mu_to_hu, x)
 
+
 def test_windows_name_themselves():
-    for name, window in WINDOWS.items(): assert name == window.name == get_window(window).name
-    with pytest.raises(ValueError, match="'cheast'.*chest"): Volume(np.zeros((2, 2, 2)), np.eye(4)).window("cheast")
+    for name, window in WINDOWS.items():
+        assert name == window.name == get_window(window).name
+    with pytest.raises(ValueError, match="'cheast'.*chest"):
+        Volume(np.zeros((2, 2, 2)), np.eye(4)).window("cheast")
     assert Volume(np.full((2, 2, 2), -2000.0), np.eye(4)).window("lung").min() == -1
 
 
 # ---------------------------------------------------------------- resampling
 def sitk_linear(hu, source, target, outside=AIR_HU):
     import SimpleITK
+
     def image(values, grid):
         result = SimpleITK.GetImageFromArray(values)
         result.SetSpacing(grid.spacing_mm.tolist())
         result.SetDirection((grid.affine[:3, :3] / grid.spacing_mm).ravel().tolist())
         result.SetOrigin(grid.affine[:3, 3].tolist())
         return result
+
     reference = image(np.zeros(target.shape, np.float32), target)
-    return SimpleITK.GetArrayFromImage(SimpleITK.Resample(image(hu, source), reference, SimpleITK.Transform(), SimpleITK.sitkLinear, outside))
+    return SimpleITK.GetArrayFromImage(
+        SimpleITK.Resample(
+            image(hu, source), reference, SimpleITK.Transform(), SimpleITK.sitkLinear, outside
+        )
+    )
+
 
 @pytest.mark.parametrize("turn", [np.eye(4), oblique((1, 1, 1), origin=(0, 0, 0))])
 def test_finer_grids_are_trilinear_as_in_simpleitk(turn):
     hu = np.random.default_rng(1).normal(0, 100, (14, 15, 16)).astype(np.float32)
     source = Grid(hu.shape, affine_of((2.0, 2.0, 2.0), (0, 0, 0)))
     target = Grid.cube(20, 14, source.center_mm)  # 0.7 mm voxels well inside
-    target = Grid(target.shape, np.block([[turn[:3, :3] @ target.affine[:3, :3],
-                                           (turn[:3, :3] @ (target.affine[:3, 3] - source.center_mm) + source.center_mm)[:, None]], [np.zeros((1, 3)), np.ones((1, 1))]]))
+    target = Grid(
+        target.shape,
+        np.block(
+            [
+                [
+                    turn[:3, :3] @ target.affine[:3, :3],
+                    (turn[:3, :3] @ (target.affine[:3, 3] - source.center_mm) + source.center_mm)[
+                        :, None
+                    ],
+                ],
+                [np.zeros((1, 3)), np.ones((1, 1))],
+            ]
+        ),
+    )
     assert np.abs(resample(hu, source, target) - sitk_linear(hu, source, target)).max() < 1e-2
+
 
 def test_flips_and_axis_swaps_are_exact():
     hu = body()
     source = Grid(hu.shape, affine_of())
     swapped = np.zeros((4, 4))
-    swapped[:, 0], swapped[:, 1], swapped[:, 2], swapped[:, 3] = -source.affine[:, 2], source.affine[:, 0], -source.affine[:, 1], source.affine[:, 3]
+    swapped[:, 0] = -source.affine[:, 2]
+    swapped[:, 1] = source.affine[:, 0]
+    swapped[:, 2] = -source.affine[:, 1]
+    swapped[:, 3] = source.affine[:, 3]
     swapped[:3, 3] = source.index_to_mm((0, hu.shape[1] - 1, hu.shape[0] - 1))
     target = Grid((hu.shape[1], hu.shape[2], hu.shape[0]), swapped)
     assert (resample(hu, source, target) == hu[::-1, ::-1].transpose(1, 2, 0)).all()
     assert (Volume(resample(hu, source, target), swapped).resample_onto(source).hu == hu).all()
 
+
 @pytest.mark.parametrize("shape", [(5, 7, 9), (12, 16, 20), (11, 31, 39), (1, 1, 1), (24, 64, 80)])
 def test_mass_is_kept_at_any_coarsening_and_at_whole_refinements(shape):
     hu = body()
     source = Grid(hu.shape, affine_of())
-    assert abs(resample(hu, source, source.resized(shape)).mean(dtype=np.float64) - hu.mean()) < 2e-3
+    assert (
+        abs(resample(hu, source, source.resized(shape)).mean(dtype=np.float64) - hu.mean()) < 2e-3
+    )
+
 
 def test_mass_is_kept_through_a_rotated_coarse_grid():
     points = Grid.cube(80, 160).centers_mm().numpy()
     ball = np.where((points**2).sum(-1) < 50**2, 40.0, AIR_HU).astype(np.float32)
     for angles in ((0, 0, 45), (20, -15, 40), (30, 30, 30)):
         cube = Grid.cube(32, 192)
-        target = Grid(cube.shape, np.block([[Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ cube.affine[:3], ], [np.array([[0, 0, 0, 1.0]])]]))
+        target = Grid(
+            cube.shape,
+            np.block(
+                [
+                    [
+                        Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+                        @ cube.affine[:3],
+                    ],
+                    [np.array([[0, 0, 0, 1.0]])],
+                ]
+            ),
+        )
         mass = (resample(ball, Grid.cube(80, 160), target) - AIR_HU).sum() * 6**3
         assert abs(mass / ((ball - AIR_HU).sum() * 2**3) - 1) < 2e-3
 
+
 def test_outside_is_air_and_the_last_voxel_reaches_its_edge():
     source = Grid((2, 3, 4), np.eye(4))
-    assert (resample(np.zeros(source.shape, np.float32), source, Grid((4, 6, 8), np.diag([.5, .5, .5, 1]) - 0.25 * np.pad(np.ones((3, 1)), ((0, 1), (3, 0))))) == 0).all()
+    assert (
+        resample(
+            np.zeros(source.shape, np.float32),
+            source,
+            Grid(
+                (4, 6, 8),
+                np.diag([0.5, 0.5, 0.5, 1]) - 0.25 * np.pad(np.ones((3, 1)), ((0, 1), (3, 0))),
+            ),
+        )
+        == 0
+    ).all()
     away = np.eye(4)
     away[:3, 3] = 100
     for linear in (np.eye(3), oblique()[:3, :3]):
         away[:3, :3] = linear
-        assert (resample(np.zeros(source.shape, np.float32), source, Grid((5, 5, 5), away)) == AIR_HU).all()
+        assert (
+            resample(np.zeros(source.shape, np.float32), source, Grid((5, 5, 5), away)) == AIR_HU
+        ).all()
+
 
 def test_a_sheared_volume_stands_straight_on_a_straight_grid():
     sheared = np.eye(4)
     sheared[:3, :3] = [[2, 0, 0], [0, 2, 0.9], [0, 0, 3]]
     sheared[:3, 3] = (-50, -70, -45)
     grid = Grid((30, 50, 50), sheared)
-    def anatomy(points): return 40 * np.sin(points[..., 0] / 15) + 0.8 * points[..., 1] - 0.5 * points[..., 2]
+
+    def anatomy(points):
+        return 40 * np.sin(points[..., 0] / 15) + 0.8 * points[..., 1] - 0.5 * points[..., 2]
+
     straight = Grid.cube(16, 40)
-    assert np.abs(resample(anatomy(grid.centers_mm().numpy()).astype(np.float32), grid, straight) - anatomy(straight.centers_mm().numpy())).max() < 1.5
+    assert (
+        np.abs(
+            resample(anatomy(grid.centers_mm().numpy()).astype(np.float32), grid, straight)
+            - anatomy(straight.centers_mm().numpy())
+        ).max()
+        < 1.5
+    )
+
 
 def test_thin_slices_onto_128_cubed_in_about_a_second():
     hu = np.random.default_rng(0).normal(-400, 500, (300, 256, 256)).astype(np.float32)
@@ -140,7 +234,10 @@ def test_thin_slices_onto_128_cubed_in_about_a_second():
 
 # ---------------------------------------------------------------- the body and the cube
 def patient_on_couch(offset_mm=(40.0, 60.0), couch=True) -> Volume:
-    grid = Grid((40, 120, 120), np.array([[4.0, 0, 0, -240], [0, 4, 0, -240], [0, 0, 6, -500], [0, 0, 0, 1]]))
+    grid = Grid(
+        (40, 120, 120),
+        np.array([[4.0, 0, 0, -240], [0, 4, 0, -240], [0, 0, 6, -500], [0, 0, 0, 1]]),
+    )
     x, y, _ = np.moveaxis(grid.centers_mm().numpy(), -1, 0)
     x, y = x - offset_mm[0], y - offset_mm[1]
     hu = np.full(grid.shape, -1000.0)
@@ -152,10 +249,15 @@ def patient_on_couch(offset_mm=(40.0, 60.0), couch=True) -> Volume:
     hu[((np.abs(x) - 65) / 50) ** 2 + (y / 80) ** 2 < 1] = -850
     return Volume(hu, grid.affine)
 
+
 @pytest.mark.parametrize("offset", [(0, 0), (40, 60), (-50, -30)])
 def test_the_body_is_found_without_its_couch(offset):
-    with_couch, without = patient_on_couch(offset), patient_on_couch(offset, couch=False)
-    for scan in (with_couch, without): assert np.abs(scan.body_center_mm - [*offset, -383]).max() <= 8  # its couch touches the back and is hollow
+    with_couch = patient_on_couch(offset)
+    without = patient_on_couch(offset, couch=False)
+    # its couch touches the back and is hollow
+    for scan in (with_couch, without):
+        assert np.abs(scan.body_center_mm - [*offset, -383]).max() <= 8
+
 
 def test_cube_holds_its_place_its_floor_and_its_note():
     scan = patient_on_couch((40, 60))
@@ -164,31 +266,52 @@ def test_cube_holds_its_place_its_floor_and_its_note():
         cube = scan.to_grid(size)
         assert cube.hu.shape == (size,) * 3 and cube.hu.min() == AIR_HU
         assert cube.grid == Grid.cube(size, 320, scan.body_center_mm)
-        assert cube.notes[-1].endswith("of the body lies outside the 320 mm cube") and scan.notes == []
+        assert (
+            cube.notes[-1].endswith("of the body lies outside the 320 mm cube") and scan.notes == []
+        )
     narrow = scan.to_grid(32, side_mm=160)
-    assert float(narrow.notes[-1].split("%")[0]) > 30 and float(scan.to_grid(32, 500).notes[-1].split("%")[0]) == 0
-    assert np.abs(scan.to_grid(64).hu.reshape(32, 2, 32, 2, 32, 2).mean((1, 3, 5)) - scan.to_grid(32).hu).max() < 1e-2
+    assert (
+        float(narrow.notes[-1].split("%")[0]) > 30
+        and float(scan.to_grid(32, 500).notes[-1].split("%")[0]) == 0
+    )
+    assert (
+        np.abs(
+            scan.to_grid(64).hu.reshape(32, 2, 32, 2, 32, 2).mean((1, 3, 5)) - scan.to_grid(32).hu
+        ).max()
+        < 1e-2
+    )
+
 
 def test_no_body_is_said():
-    with pytest.raises(ValueError, match="no body"): Volume(np.full((20, 40, 40), -1000.0), affine_of()).to_grid(32)
+    with pytest.raises(ValueError, match="no body"):
+        Volume(np.full((20, 40, 40), -1000.0), affine_of()).to_grid(32)
+
 
 def test_cube_lies_over_the_scan():
     scan = patient_on_couch((40, 60))
     back = scan.to_grid(128).resample_onto(scan.grid)
     assert back.grid == scan.grid
-    inside = (np.abs(scan.grid.centers_mm().numpy() - scan.body_center_mm) < [155, 155, 110]).all(-1)
+    inside = (np.abs(scan.grid.centers_mm().numpy() - scan.body_center_mm) < [155, 155, 110]).all(
+        -1
+    )
     assert np.abs(back.hu - scan.hu)[inside].mean() < 40  # edges only
     assert np.median(np.abs(back.hu - scan.hu)[inside]) < 0.01
 
+
 def test_real_scans_are_centred(real_ct):
-    "The cube's middle is the body's, and next to nothing of a chest is lost in front and behind. The lateral field of view may exceed it."
+    """The cube's middle is the body's, and next to nothing of a chest is lost in front and behind.
+
+    The lateral field of view may exceed it.
+    """
     for path in sorted(real_ct.glob("*.nii.gz")):
         scan = read_ct(path)
         cube = scan.to_grid(64)
-        assert np.abs(cube.grid.center_mm[2] - scan.grid.center_mm[2]) <= 3, path.name  # the body runs through all slices
+        # the body runs through all slices
+        assert np.abs(cube.grid.center_mm[2] - scan.grid.center_mm[2]) <= 3, path.name
         assert np.abs(cube.grid.center_mm[:2] - scan.grid.center_mm[:2]).max() < 40, path.name
         lost = float(cube.notes[-1].split("%")[0])
-        assert lost < (30 if path.name.startswith("pancreas") else 10), (path.name, cube.notes)  # that one has 402 mm of chest and abdomen
+        # that one has 402 mm of chest and abdomen
+        assert lost < (30 if path.name.startswith("pancreas") else 10), (path.name, cube.notes)
         tissue = cube.hu > -300
         if not path.name.startswith("ctfm"):  # a crop of 134 mm
             assert 0.15 < tissue.mean() < 0.9, path.name
@@ -201,27 +324,42 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
     scan = Volume(body(), affine_of())
     scan.save(path)
     before = path.read_bytes()
+
     def full(temporary, hu, affine):
         temporary.write_bytes(b"half a fi")
         raise OSError(errno.ENOSPC, "No space left on device")
-    for name in ("_write_nifti", "_write_itk", "_write_npz"): monkeypatch.setattr(volume_module, name, full)
-    with pytest.raises(OSError, match=rf"scan{suffix}: could not be written \(No space left on device\); choose"): scan.save(path)
+
+    for name in ("_write_nifti", "_write_itk", "_write_npz"):
+        monkeypatch.setattr(volume_module, name, full)
+    with pytest.raises(
+        OSError, match=rf"scan{suffix}: could not be written \(No space left on device\); choose"
+    ):
+        scan.save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
 
-@pytest.mark.parametrize("name", ["a_file/scan.nii.gz", "a_file/deeper/scan.mha", "a_file/scan.npz"])
+
+@pytest.mark.parametrize(
+    "name", ["a_file/scan.nii.gz", "a_file/deeper/scan.mha", "a_file/scan.npz"]
+)
 def test_unwritable_folder_is_a_sentence(tmp_path, name):
     (tmp_path / "a_file").write_text("")
-    with pytest.raises(OSError, match="cannot be written.*choose a folder"): Volume(body(), affine_of()).save(tmp_path / name)
+    with pytest.raises(OSError, match="cannot be written.*choose a folder"):
+        Volume(body(), affine_of()).save(tmp_path / name)
+
 
 @pytest.mark.parametrize("name", ["scan.jpg", "scan", "scan.dcm", "scan.gz"])
 def test_unknown_ending(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name}: unknown kind of file; .*nii.gz"): Volume(body(), affine_of()).save(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: unknown kind of file; .*nii.gz"):
+        Volume(body(), affine_of()).save(tmp_path / name)
+
 
 def test_whole_numbers_are_saved_as_int16_and_others_as_float32(tmp_path):
     import nibabel
+
     for hu, kind in ((body(), np.int16), (body() + 0.25, np.float32), (body() * 100, np.float32)):
         Volume(hu, affine_of()).save(tmp_path / "scan.nii")
         assert nibabel.load(tmp_path / "scan.nii").get_data_dtype() == kind
+
 
 def test_interrupted_block_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):

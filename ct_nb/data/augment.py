@@ -17,7 +17,11 @@ import torch.nn.functional as F
 # %% ../../nbs/data/02_augment.ipynb #cell-005
 @dataclass(frozen=True)
 class VolumeAugmentation:
-    "Half-widths of the random changes of a volume; zero is off. `VolumeAugmentation.gentle()` is a working choice."
+    """Half-widths of the random changes of a volume; zero is off.
+
+    `VolumeAugmentation.gentle()` is a working choice.
+    """
+
     flip_probability: float = 0.0  # left–right mirror
     rotation_deg: float = 0.0  # about each of the three axes
     shift_mm: float = 0.0  # along each axis
@@ -29,25 +33,68 @@ class VolumeAugmentation:
     bone_hu: float = 0.0  # at 1000 HU and above
 
     def __post_init__(self):
-        for name in ("flip_probability", "rotation_deg", "shift_mm", "scale", "elastic_mm", "lung_hu", "soft_hu", "bone_hu"):
-            if not 0 <= getattr(self, name) < math.inf: raise ValueError(f"VolumeAugmentation: {name} must be zero or positive, got {getattr(self, name)}")
-        if self.flip_probability > 1: raise ValueError(f"VolumeAugmentation: flip_probability is a probability, got {self.flip_probability}")
-        if self.scale >= 0.5: raise ValueError(f"VolumeAugmentation: scale must be below 0.5 (half to one and a half times the size), got {self.scale}")
+        for name in (
+            "flip_probability",
+            "rotation_deg",
+            "shift_mm",
+            "scale",
+            "elastic_mm",
+            "lung_hu",
+            "soft_hu",
+            "bone_hu",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"VolumeAugmentation: {name} must be zero or positive, got"
+                    f" {getattr(self, name)}"
+                )
+        if self.flip_probability > 1:
+            raise ValueError(
+                "VolumeAugmentation: flip_probability is a probability, got"
+                f" {self.flip_probability}"
+            )
+        if self.scale >= 0.5:
+            raise ValueError(
+                "VolumeAugmentation: scale must be below 0.5 (half to one and a half times the"
+                f" size), got {self.scale}"
+            )
         limit = FOLDING_LIMIT * self.elastic_spacing_mm
         if self.elastic_mm > limit:
-            raise ValueError(f"VolumeAugmentation: elastic_mm of {self.elastic_mm} could fold the body onto itself; with control points "
-                             f"{self.elastic_spacing_mm} mm apart it must not exceed {limit:.1f}")
+            raise ValueError(
+                f"VolumeAugmentation: elastic_mm of {self.elastic_mm} could fold the body onto"
+                f" itself; with control points {self.elastic_spacing_mm} mm apart it must not"
+                f" exceed {limit:.1f}"
+            )
         if self.lung_hu > 100 or max(self.soft_hu, self.bone_hu) > 250:
-            raise ValueError("VolumeAugmentation: lung_hu must not exceed 100, soft_hu and bone_hu 250, or tissues would change places")
+            raise ValueError(
+                "VolumeAugmentation: lung_hu must not exceed 100, soft_hu and bone_hu 250, or"
+                " tissues would change places"
+            )
 
     @classmethod
     def gentle(cls) -> "VolumeAugmentation":
-        return cls(rotation_deg=5.0, shift_mm=10.0, scale=0.1, elastic_mm=10.0, lung_hu=40.0, soft_hu=15.0, bone_hu=80.0)
+        return cls(
+            rotation_deg=5.0,
+            shift_mm=10.0,
+            scale=0.1,
+            elastic_mm=10.0,
+            lung_hu=40.0,
+            soft_hu=15.0,
+            bone_hu=80.0,
+        )
 
     @classmethod
     def strong(cls) -> "VolumeAugmentation":
         "For a handful of volumes: one patient is bent and scaled until it could be several."
-        return cls(rotation_deg=8.0, shift_mm=20.0, scale=0.2, elastic_mm=22.0, lung_hu=60.0, soft_hu=20.0, bone_hu=120.0)
+        return cls(
+            rotation_deg=8.0,
+            shift_mm=20.0,
+            scale=0.2,
+            elastic_mm=22.0,
+            lung_hu=60.0,
+            soft_hu=20.0,
+            bone_hu=120.0,
+        )
 
 # %% ../../nbs/data/02_augment.ipynb #cell-007
 def swap_left_right(
@@ -55,27 +102,40 @@ def swap_left_right(
     label_names: dict,  # value -> name
 ) -> torch.Tensor:
     "Exchange the labels whose names differ only in 'left' and 'right'."
-    value_of, table = {name: value for value, name in label_names.items()}, torch.arange(256, dtype=torch.uint8)
+    value_of = {name: value for value, name in label_names.items()}
+    table = torch.arange(256, dtype=torch.uint8)
     for value, name in label_names.items():
         twin = name.replace("left", "\0").replace("right", "left").replace("\0", "right")
-        if twin in value_of: table[value] = value_of[twin]
+        if twin in value_of:
+            table[value] = value_of[twin]
     return table[labels.long()]
 
 # %% ../../nbs/data/02_augment.ipynb #cell-010
-FOLDING_LIMIT = 1 / 2.479472335  # Choi & Lee (2000): largest safe displacement of a control point, in spacings
+# Choi & Lee (2000): largest safe displacement of a control point, in spacings
+FOLDING_LIMIT = 1 / 2.479472335
+
 
 @functools.lru_cache(maxsize=16)
 def bspline_basis(count: int, side: float, spacing: float) -> torch.Tensor:
-    "Cubic B-spline weights (count, control points) at `count` voxel centres over a length `side`; `side` and `spacing` in mm."
+    """Cubic B-spline weights (count, control points) at `count` voxel centres over a length `side`;
+    `side` and `spacing` in mm.
+    """
     position = (torch.arange(count, dtype=torch.float64) + 0.5) * (side / count) / spacing
-    cell, t = position.floor().long(), position - position.floor()
-    weights = torch.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], -1) / 6
+    cell = position.floor().long()
+    t = position - position.floor()
+    weights = (
+        torch.stack(
+            [(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], -1
+        )
+        / 6
+    )
     basis = torch.zeros(count, int(math.ceil(side / spacing)) + 3, dtype=torch.float64)
     return basis.scatter_(1, cell[:, None] + torch.arange(4), weights).float()
 
 # %% ../../nbs/data/02_augment.ipynb #cell-011
 def elastic_displacement(
-    control: torch.Tensor,  # (3, K, K, K): displacement (x, y, z) of the control points at (z, y, x)
+    # (3, K, K, K): displacement (x, y, z) of the control points at (z, y, x)
+    control: torch.Tensor,
     count: int,  # voxels per side
     side_mm: float,
     spacing_mm: float,  # between control points
@@ -89,21 +149,29 @@ def elastic_displacement(
 # %% ../../nbs/data/02_augment.ipynb #cell-015
 TISSUE_KNOTS_HU = (-1000.0, -850.0, 0.0, 1000.0)  # air, lung, soft tissue, bone
 
+
 def shift_tissues(hu: torch.Tensor, lung: float, soft: float, bone: float) -> torch.Tensor:
-    "Add `lung`, `soft` and `bone` HU at -850, 0 and 1000 HU, linearly between; air keeps its value, bone's offset holds above 1000."
+    """Add `lung`, `soft` and `bone` HU at -850, 0 and 1000 HU, linearly between; air keeps its
+    value, bone's offset holds above 1000.
+    """
     offsets, result = (0.0, lung, soft, bone), hu.clone()
-    for (low, high), (before, after) in zip(zip(TISSUE_KNOTS_HU, TISSUE_KNOTS_HU[1:]), zip(offsets, offsets[1:])):
-        if before != after: result += ((hu - low) * (1 / (high - low))).clamp_(0, 1).mul_(after - before)
+    for (low, high), (before, after) in zip(
+        zip(TISSUE_KNOTS_HU, TISSUE_KNOTS_HU[1:]), zip(offsets, offsets[1:])
+    ):
+        if before != after:
+            result += ((hu - low) * (1 / (high - low))).clamp_(0, 1).mul_(after - before)
     return result
 
 # %% ../../nbs/data/02_augment.ipynb #cell-018
 def _rotation(angles: torch.Tensor) -> torch.Tensor:
     "Rotation matrix from three angles in radians about x, y and z."
-    (cx, cy, cz), (sx, sy, sz) = angles.cos().tolist(), angles.sin().tolist()
+    cx, cy, cz = angles.cos().tolist()
+    sx, sy, sz = angles.sin().tolist()
     x = torch.tensor([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     y = torch.tensor([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     z = torch.tensor([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
     return z @ y @ x
+
 
 def _uniform(generator, *shape) -> torch.Tensor:
     return torch.rand(shape, generator=generator) * 2 - 1
@@ -115,15 +183,27 @@ def draw_field(
     config: VolumeAugmentation,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, bool]:
-    "Where each voxel of the result comes from, (size, size, size, 3) with (x, y, z) in [-1, 1] over the cube, and whether left and right changed places."
-    rotation = _rotation(torch.deg2rad(_uniform(generator, 3) * config.rotation_deg)) / (1 + config.scale * _uniform(generator, 1))
+    """Where each voxel of the result comes from, (size, size, size, 3) with (x, y, z) in [-1, 1]
+    over the cube, and whether left and right changed places.
+    """
+    rotation = _rotation(torch.deg2rad(_uniform(generator, 3) * config.rotation_deg)) / (
+        1 + config.scale * _uniform(generator, 1)
+    )
     shift = _uniform(generator, 3) * config.shift_mm * (2 / side_mm)
-    control = _uniform(generator, 3, *(bspline_basis(size, side_mm, config.elastic_spacing_mm).shape[1],) * 3) * config.elastic_mm * (2 / side_mm)
+    control = (
+        _uniform(
+            generator, 3, *(bspline_basis(size, side_mm, config.elastic_spacing_mm).shape[1],) * 3
+        )
+        * config.elastic_mm
+        * (2 / side_mm)
+    )
     mirrored = torch.rand((), generator=generator).item() < config.flip_probability
     theta = torch.cat([rotation, shift[:, None]], 1)
-    if mirrored: theta[:, 0] *= -1
+    if mirrored:
+        theta[:, 0] *= -1
     field = F.affine_grid(theta[None], (1, 1, size, size, size), align_corners=False)[0]
-    if config.elastic_mm: field += elastic_displacement(control, size, side_mm, config.elastic_spacing_mm)
+    if config.elastic_mm:
+        field += elastic_displacement(control, size, side_mm, config.elastic_spacing_mm)
     return field, mirrored
 
 # %% ../../nbs/data/02_augment.ipynb #cell-020
@@ -137,10 +217,15 @@ def augment(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     "A changed copy of a cube and of its labels; the generator's state decides everything."
     field, mirrored = draw_field(hu.shape[-1], float(side_mm), config, generator)
-    sample = functools.partial(F.grid_sample, grid=field[None], padding_mode="border", align_corners=False)
+    sample = functools.partial(
+        F.grid_sample, grid=field[None], padding_mode="border", align_corners=False
+    )
     result = sample(hu[None, None], mode="bilinear")[0, 0]
-    lung, soft, bone = (_uniform(generator, 3) * torch.tensor([config.lung_hu, config.soft_hu, config.bone_hu])).tolist()
+    lung, soft, bone = (
+        _uniform(generator, 3) * torch.tensor([config.lung_hu, config.soft_hu, config.bone_hu])
+    ).tolist()
     result = shift_tissues(result, lung, soft, bone)
-    if labels is None: return result, None
+    if labels is None:
+        return result, None
     moved = sample(labels[None, None].float(), mode="nearest")[0, 0].to(torch.uint8)
     return result, swap_left_right(moved, label_names or {}) if mirrored else moved

@@ -13,7 +13,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -27,9 +27,14 @@ def content_digest(
     "32 hexadecimal digits that change when any part changes: type, shape or value."
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        if isinstance(part, np.ndarray): head, body = f"array {part.dtype.str} {part.shape}", np.ascontiguousarray(part).data
-        elif isinstance(part, bytes): head, body = "bytes", part
-        else: head, body = "json", json.dumps(part, sort_keys=True).encode()
+        if isinstance(part, np.ndarray):
+            head = f"array {part.dtype.str} {part.shape}"
+            body = np.ascontiguousarray(part).data
+        elif isinstance(part, bytes):
+            head, body = "bytes", part
+        else:
+            head = "json"
+            body = json.dumps(part, sort_keys=True).encode()
         digest.update(f"{head} {memoryview(body).nbytes}\n".encode())
         digest.update(body)
     return digest.hexdigest()
@@ -38,10 +43,13 @@ def content_digest(
 def code_digest(
     *patterns: str,  # relative to the package, "physics/joseph*.py"
 ) -> str:
-    "A digest of source files of this package; a change in one of them changes the names of the entries that were computed with it."
+    """A digest of source files of this package; a change in one of them changes the names of the
+    entries that were computed with it.
+    """
     package = Path(ct_nb.__file__).parent
     files = sorted({file for pattern in patterns for file in package.glob(pattern)})
-    if not files: raise ValueError(f"code_digest: no file of ct_nb matches {patterns}")
+    if not files:
+        raise ValueError(f"code_digest: no file of ct_nb matches {patterns}")
     return content_digest(*(file.read_bytes() for file in files))
 
 # %% ../../nbs/data/03_cache.ipynb #cell-011
@@ -50,17 +58,31 @@ def files_digest(
     cache=None,  # a `DiskCache` that remembers the answer
 ) -> str:
     "Digest of the contents of files (their names do not count)."
+
     def read():
         digest = hashlib.blake2b(digest_size=16)
         for path in paths:
-            with open(path, "rb") as file: digest.update(hashlib.file_digest(file, "blake2b").digest())
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
         return {"digest": np.array(digest.hexdigest())}
-    if cache is None: return str(read()["digest"])
-    states = [(str(Path(path).resolve()), *(getattr(os.stat(path), n) for n in ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino"))) for path in paths]
+
+    if cache is None:
+        return str(read()["digest"])
+    states = [
+        (
+            str(Path(path).resolve()),
+            *(
+                getattr(os.stat(path), n)
+                for n in ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+            ),
+        )
+        for path in paths
+    ]
     return str(cache.get(content_digest("files", states), read)["digest"])
 
 # %% ../../nbs/data/03_cache.ipynb #cell-013
 MAGIC = b"ct_nb cache 1\n"
+
 
 def pack(name: str, arrays: dict) -> bytes:
     "Arrays as the bytes of an entry."
@@ -69,18 +91,30 @@ def pack(name: str, arrays: dict) -> bytes:
     body = buffer.getvalue()
     return MAGIC + hashlib.blake2b(body, digest_size=16).digest() + body
 
+
 def unpack(name: str, data: bytes) -> dict:
-    "The arrays of an entry; `ValueError` with the reason when the bytes are not what was written under this name."
-    head, checksum, body = data[:len(MAGIC)], data[len(MAGIC):len(MAGIC) + 16], data[len(MAGIC) + 16:]
-    if head != MAGIC: raise ValueError("it is not a cache entry")
-    if hashlib.blake2b(body, digest_size=16).digest() != checksum: raise ValueError("its checksum does not match; it was cut short or changed")
-    with np.load(io.BytesIO(body), allow_pickle=False) as file: arrays = {key: file[key] for key in file.files}
-    if str(arrays.pop("_name")) != name: raise ValueError("it belongs to another name")
+    """The arrays of an entry; `ValueError` with the reason when the bytes are not what was written
+    under this name.
+    """
+    head = data[: len(MAGIC)]
+    checksum = data[len(MAGIC) : len(MAGIC) + 16]
+    body = data[len(MAGIC) + 16 :]
+    if head != MAGIC:
+        raise ValueError("it is not a cache entry")
+    if hashlib.blake2b(body, digest_size=16).digest() != checksum:
+        raise ValueError("its checksum does not match; it was cut short or changed")
+    with np.load(io.BytesIO(body), allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    if str(arrays.pop("_name")) != name:
+        raise ValueError("it belongs to another name")
     return arrays
 
 # %% ../../nbs/data/03_cache.ipynb #cell-016
 class DiskCache:
-    "Dictionaries of arrays on disk, one file each, safe under any number of processes. Delete the folder to be rid of it."
+    """Dictionaries of arrays on disk, one file each, safe under any number of processes.
+
+    Delete the folder to be rid of it.
+    """
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -98,31 +132,48 @@ class DiskCache:
     ) -> dict:
         "The arrays of that name, built if they are not there or are damaged."
         path = self.path(name)
-        try: return unpack(name, path.read_bytes())
-        except FileNotFoundError: pass
-        except (ValueError, OSError) as error: warnings.warn(f"cache entry {path} is set aside and computed again: {error}", stacklevel=2)
+        try:
+            return unpack(name, path.read_bytes())
+        except FileNotFoundError:
+            pass
+        except (ValueError, OSError) as error:
+            warnings.warn(
+                f"cache entry {path} is set aside and computed again: {error}", stacklevel=2
+            )
         arrays = build()
-        if keep and self._writable: self._keep(path, pack(name, arrays))
+        if keep and self._writable:
+            self._keep(path, pack(name, arrays))
         return arrays
 
     def _keep(self, path: Path, data: bytes):
         try:
-            with atomic_write(path) as temporary: temporary.write_bytes(data)
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(data)
         except OSError as error:
             self._writable = False
-            warnings.warn(f"the cache in {self.folder} cannot be written and is not used for new entries in this run: {error}", stacklevel=3)
+            warnings.warn(
+                f"the cache in {self.folder} cannot be written and is not used for new entries in"
+                f" this run: {error}",
+                stacklevel=3,
+            )
 
 # %% ../../nbs/data/03_cache.ipynb #cell-018
 class MemoryCache(dict):
     "What `DiskCache` does, in this process's memory."
+
     limit_bytes = 2**30
 
     def get(self, name: str, build: Callable[[], dict], keep: bool = True) -> dict:
         "As `DiskCache.get`."
         keep = keep or name in self
         arrays = self.pop(name) if name in self else build()
-        if keep: self[name] = arrays  # at the end: dictionaries remember the order
-        while sum(a.nbytes for kept in self.values() for a in kept.values()) > self.limit_bytes and len(self) > 1: del self[next(iter(self))]
+        if keep:
+            self[name] = arrays  # at the end: dictionaries remember the order
+        while (
+            sum(a.nbytes for kept in self.values() for a in kept.values()) > self.limit_bytes
+            and len(self) > 1
+        ):
+            del self[next(iter(self))]
         return arrays
 
 # %% ../../nbs/data/03_cache.ipynb #cell-020

@@ -28,34 +28,47 @@ from ..physics.volume import AIR_HU, Grid, Volume, resample
 CT_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".npz", ".zip")
 LABEL_SUFFIXES = CT_SUFFIXES[:-1]
 
+
 def stem(path: Path) -> str:
     "The name of a file without its ending; of a folder, its name."
-    if path.is_dir(): return path.resolve().name
+    if path.is_dir():
+        return path.resolve().name
     suffix = next((s for s in CT_SUFFIXES if path.name.lower().endswith(s)), "")
-    return path.name[:len(path.name) - len(suffix)]
+    return path.name[: len(path.name) - len(suffix)]
+
 
 def _is_dicom(path: Path) -> bool:
     "By the name or by the four letters that follow DICOM's preamble."
-    if path.suffix.lower() in (".dcm", ".ima"): return True
+    if path.suffix.lower() in (".dcm", ".ima"):
+        return True
     try:
-        with open(path, "rb") as file: return file.read(132)[128:] == b"DICM"
-    except OSError: return False
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-006
 def find_cases(
     root: Path,  # a folder, or one file
 ) -> list[Path]:
     "Every CT file and every folder of DICOM files under `root`, sorted; label maps are not cases."
-    if root.is_file(): return [root]
+    if root.is_file():
+        return [root]
     found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith(".") and f != "labels")
-        if real in seen: continue  # a link back up
+        folders[:] = (
+            []
+            if real in seen
+            else sorted(f for f in folders if not f.startswith(".") and f != "labels")
+        )
+        if real in seen:
+            continue  # a link back up
         seen.add(real)
         paths = [Path(folder, f) for f in sorted(files) if not f.startswith(".")]
         scans = [p for p in paths if p.name.lower().endswith(CT_SUFFIXES)]
-        if any(_is_dicom(p) for p in paths if p not in scans): found.append(Path(folder))
+        if any(_is_dicom(p) for p in paths if p not in scans):
+            found.append(Path(folder))
         found += scans
     return sorted(found)
 
@@ -63,59 +76,103 @@ def find_cases(
 def read_patients(root: Path) -> dict[str, str]:
     "`patients.csv` of a folder as case -> patient; empty when there is none."
     path = root / "patients.csv"
-    if not path.is_file(): return {}
+    if not path.is_file():
+        return {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
-        if not {"case", "patient"} <= set(rows.fieldnames or ()): raise ValueError(f"{path}: must have the columns case and patient, has {', '.join(rows.fieldnames or ()) or 'none'}")
+        if not {"case", "patient"} <= set(rows.fieldnames or ()):
+            raise ValueError(
+                f"{path}: must have the columns case and patient, has"
+                f" {', '.join(rows.fieldnames or ()) or 'none'}"
+            )
         return {row["case"].strip(): row["patient"].strip() for row in rows}
+
 
 def _patient_id(folder: Path) -> str:
     "PatientID of the first DICOM file in a folder, or nothing."
     import pydicom
-    file = next(p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".") and _is_dicom(p))
-    try: return str(pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["PatientID"], force=True).get("PatientID", "")).strip()
-    except Exception: return ""  # a file that cannot be read is reported when the case is
+
+    file = next(
+        p
+        for p in sorted(folder.iterdir())
+        if p.is_file() and not p.name.startswith(".") and _is_dicom(p)
+    )
+    try:
+        return str(
+            pydicom.dcmread(
+                file, stop_before_pixels=True, specific_tags=["PatientID"], force=True
+            ).get("PatientID", "")
+        ).strip()
+    except Exception:
+        return ""  # a file that cannot be read is reported when the case is
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-009
 @dataclass(frozen=True)
 class Found:
     "A case on disk, before it is read."
+
     path: Path
     name: str  # path inside the folder
     id: str
     patient: str
     label_path: Path | None
 
+
 def name_cases(root: Path, paths: list[Path]) -> list[Found]:
     "Ids, patients and label maps of the cases found under `root`."
     base = root if root.is_dir() else root.parent
     names = [path.relative_to(base).as_posix() if path != base else stem(path) for path in paths]
-    ids = [(name[:len(name) - len(path.name)] + stem(path)).replace("/", "_") if path != base else name for name, path in zip(names, paths)]
-    shared, file_stems = {id for id, n in Counter(ids).items() if n > 1}, {stem(path) for path in paths if path.is_file()}
+    ids = [
+        (
+            (name[: len(name) - len(path.name)] + stem(path)).replace("/", "_")
+            if path != base
+            else name
+        )
+        for name, path in zip(names, paths)
+    ]
+    shared = {id for id, n in Counter(ids).items() if n > 1}
+    file_stems = {stem(path) for path in paths if path.is_file()}
     listed, found = read_patients(base), []
     for path, name, id in zip(paths, names, ids):
-        if id in shared: id = name.replace("/", "_")
+        if id in shared:
+            id = name.replace("/", "_")
         patient = stem(path)
-        if path.is_dir() and patient not in file_stems: patient = _patient_id(path) or patient
+        if path.is_dir() and patient not in file_stems:
+            patient = _patient_id(path) or patient
         patient = next((listed[key] for key in (name, id, stem(path)) if key in listed), patient)
         found.append(Found(path, name, id, patient, find_labels(base, path)))
     return found
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-010
 def find_labels(base: Path, path: Path) -> Path | None:
-    "The label map of a case: the same name in `labels/` beside it, or at the same place inside `labels/` at the top."
+    """The label map of a case: the same name in `labels/` beside it, or at the same place inside
+    `labels/` at the top.
+    """
     relative = path.parent.relative_to(base) if path != base else Path()
     for folder in (path.parent / "labels", base / "labels" / relative):
         for suffix in LABEL_SUFFIXES:
-            if (folder / (stem(path) + suffix)).is_file(): return folder / (stem(path) + suffix)
+            if (folder / (stem(path) + suffix)).is_file():
+                return folder / (stem(path) + suffix)
     return None
 
+
 def read_label_names(path: Path) -> dict[int, str]:
-    "The scheme of a label map: value -> name from NAME.json or labels.json beside it; empty where neither is."
+    """The scheme of a label map: value -> name from NAME.json or labels.json beside it; empty where
+    neither is.
+    """
     for file in (path.with_name(stem(path) + ".json"), path.with_name("labels.json")):
-        if not file.is_file(): continue
-        try: return {int(value): str(name) for value, name in json.loads(file.read_text(encoding="utf-8")).items()}
-        except (ValueError, AttributeError): raise ValueError(f"{file}: must be a JSON object of label values and their names, like {{\"1\": \"lung left\"}}") from None
+        if not file.is_file():
+            continue
+        try:
+            return {
+                int(value): str(name)
+                for value, name in json.loads(file.read_text(encoding="utf-8")).items()
+            }
+        except (ValueError, AttributeError):
+            raise ValueError(
+                f"{file}: must be a JSON object of label values and their names, like {{\"1\":"
+                " \"lung left\"}"
+            ) from None
     return {}
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-012
@@ -128,60 +185,104 @@ def convert(
 ) -> dict:
     "The arrays of a case, from its files. What cannot be read: `ValueError` that names the file."
     from ct_nb.physics.readers import read_ct, read_labels
+
     volume = read_ct(path)
-    try: measure, cube = measure_thorax(volume, side_mm), volume.to_grid(size, side_mm)
-    except ValueError as error: raise ValueError(f"{path}: {error}") from None
+    try:
+        measure = measure_thorax(volume, side_mm)
+        cube = volume.to_grid(size, side_mm)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     moved = measure.center_mm[2] - cube.grid.center_mm[2]
     if hold_lungs and abs(moved) > 0.5:
         grid = Grid.cube(size, side_mm, measure.center_mm)
-        notes = volume.notes + [f"the cube is moved {moved:+.0f} mm along the body axis to hold the lungs"]
-        cube = Volume(resample(np.maximum(volume.hu, AIR_HU), volume.grid, grid), grid.affine, notes)
+        notes = volume.notes + [
+            f"the cube is moved {moved:+.0f} mm along the body axis to hold the lungs"
+        ]
+        cube = Volume(
+            resample(np.maximum(volume.hu, AIR_HU), volume.grid, grid), grid.affine, notes
+        )
     labels, names = None, {}
     if label_path is not None:
-        labels, names = read_labels(label_path, cube.grid), read_label_names(label_path)
-        names = {int(value): names.get(int(value), str(value)) for value in np.unique(labels) if value}
+        labels = read_labels(label_path, cube.grid)
+        names = read_label_names(label_path)
+        names = {
+            int(value): names.get(int(value), str(value)) for value in np.unique(labels) if value
+        }
     return sample_arrays(cube, labels, names, thorax=asdict(measure))
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-014
 def prepared_identity(path: Path) -> list | None:
     "Id and patient of a prepared case, or None when the file is something else."
-    if not path.name.lower().endswith(".npz"): return None
+    if not path.name.lower().endswith(".npz"):
+        return None
     try:
-        with np.load(path, allow_pickle=False) as file: return json.loads(str(file["about"])).get("prepared")
-    except Exception: return None  # no npz, or another's: the reader will say what is wrong with it
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["about"])).get("prepared")
+    except Exception:
+        return None  # no npz, or another's: the reader will say what is wrong with it
+
 
 def fit_prepared(path: Path, size: int, side_mm: float) -> dict:
     "The arrays of a prepared case at a size that divides its own."
-    with np.load(path, allow_pickle=False) as file: arrays = {key: file[key] for key in file.files}
-    grid, factor = Grid(arrays["hu"].shape, arrays["affine"]), len(arrays["hu"]) // size
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    grid = Grid(arrays["hu"].shape, arrays["affine"])
+    factor = len(arrays["hu"]) // size
     if len(arrays["hu"]) % size or not np.isclose(grid.extent_mm[0], side_mm):
-        raise ValueError(f"{path}: is prepared as {len(arrays['hu'])}³ in {grid.extent_mm[0]:g} mm, which does not give {size}³ in {side_mm:g} mm; prepare the data at this size")
-    arrays["hu"] = np.rint(block_mean(torch.from_numpy(arrays["hu"]).float(), factor).numpy()).astype(np.int16)
-    if "labels" in arrays: arrays["labels"] = block_mode(torch.from_numpy(arrays["labels"]), factor).numpy()
+        raise ValueError(
+            f"{path}: is prepared as {len(arrays['hu'])}³ in {grid.extent_mm[0]:g} mm, which does"
+            f" not give {size}³ in {side_mm:g} mm; prepare the data at this size"
+        )
+    arrays["hu"] = np.rint(
+        block_mean(torch.from_numpy(arrays["hu"]).float(), factor).numpy()
+    ).astype(np.int16)
+    if "labels" in arrays:
+        arrays["labels"] = block_mode(torch.from_numpy(arrays["labels"]), factor).numpy()
     return arrays | {"affine": grid.resized(size).affine}
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-016
 def case_files(found: Found) -> list[Path]:
     "All files that decide a case, its label map and what names the map's values among them."
-    if found.path.is_dir(): scan = [p for p in found.path.iterdir() if p.is_file() and not p.name.startswith(".")]
-    else: scan = found.path.parent.glob(f"{stem(found.path)}.*") if found.path.suffix.lower() == ".mhd" else [found.path]
+    if found.path.is_dir():
+        scan = [p for p in found.path.iterdir() if p.is_file() and not p.name.startswith(".")]
+    else:
+        scan = (
+            found.path.parent.glob(f"{stem(found.path)}.*")
+            if found.path.suffix.lower() == ".mhd"
+            else [found.path]
+        )
     label = found.label_path
-    return sorted(scan) + ([] if label is None else [p for p in (label, label.with_name(stem(label) + ".json"), label.with_name("labels.json")) if p.is_file()])
+    return sorted(scan) + (
+        []
+        if label is None
+        else [
+            p
+            for p in (label, label.with_name(stem(label) + ".json"), label.with_name("labels.json"))
+            if p.is_file()
+        ]
+    )
+
 
 def _open_case(found: Found, size, side_mm, hold_lungs, cache) -> tuple[Case, dict]:
     "A case and what is known of it; reads the files unless the cache has them."
     prepared = prepared_identity(found.path)
-    if prepared is None: load = functools.partial(convert, found.path, found.label_path, size, side_mm, hold_lungs)
-    else: load = functools.partial(fit_prepared, found.path, size, side_mm)
+    if prepared is None:
+        load = functools.partial(convert, found.path, found.label_path, size, side_mm, hold_lungs)
+    else:
+        load = functools.partial(fit_prepared, found.path, size, side_mm)
     content = content_digest(files_digest(case_files(found), cache), found.label_path is not None)
     code = code_digest("physics/*.py", "data/thorax.py", "data/folders.py")
     digest = content_digest("case", content, [size, side_mm, hold_lungs and prepared is None], code)
+
     def summarise():
         arrays = cache.get(digest, load)
         return {"about": arrays["about"], "voxels": np.array(content_digest(arrays["hu"]))}
+
     summary = cache.get(content_digest("summary", digest), summarise)
     id, patient = prepared or (found.id, found.patient)
-    return Case(id, patient, content, digest, load), json.loads(str(summary["about"])) | {"voxels": str(summary["voxels"])}
+    return Case(id, patient, content, digest, load), json.loads(str(summary["about"])) | {
+        "voxels": str(summary["voxels"])
+    }
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-017
 def read_folder(
@@ -192,26 +293,58 @@ def read_folder(
     thorax_only: bool | ThoraxRule = False,  # True, or a rule of one's own
     cache=None,  # a `DiskCache`
 ) -> CTSource:
-    "All CTs of a folder. None there, or none left: `ValueError`. What is left out is warned of by name and stands in `.skipped`."
+    """All CTs of a folder.
+
+    None there, or none left: `ValueError`. What is left out is warned of by name and stands in
+    `.skipped`.
+    """
     from tqdm.auto import tqdm
-    if on_error not in ("raise", "skip"): raise ValueError(f"on_error: must be 'raise' or 'skip', got {on_error!r}")
-    root, cache = Path(path), MemoryCache() if cache is None else cache
+
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error: must be 'raise' or 'skip', got {on_error!r}")
+    root = Path(path)
+    cache = MemoryCache() if cache is None else cache
     rule = ThoraxRule() if thorax_only is True else thorax_only
     paths = find_cases(root)
-    if not paths: raise ValueError(f"{root}: holds no CT; expected files ending in {', '.join(CT_SUFFIXES)}, or folders of DICOM files")
-    cases, skipped, about = [], [], {}
-    for found in tqdm(name_cases(root, paths), desc=f"opening {root.name}", leave=False, disable=len(paths) < 3):
-        try: case, known = _open_case(found, size, side_mm, bool(rule), cache)
+    if not paths:
+        raise ValueError(
+            f"{root}: holds no CT; expected files ending in {', '.join(CT_SUFFIXES)}, or folders of"
+            " DICOM files"
+        )
+    cases = []
+    skipped = []
+    about = {}
+    for found in tqdm(
+        name_cases(root, paths), desc=f"opening {root.name}", leave=False, disable=len(paths) < 3
+    ):
+        try:
+            case, known = _open_case(found, size, side_mm, bool(rule), cache)
         except (ValueError, OSError) as error:
-            if on_error == "raise": raise
+            if on_error == "raise":
+                raise
             reasons = [str(error).removeprefix(f"{found.path}: ")]
-        else: reasons = rule.reasons(ThoraxMeasure(**known["thorax"])) if rule and known.get("thorax") else []
-        if reasons: skipped.append((found.name, "; ".join(reasons)))
+        else:
+            reasons = (
+                rule.reasons(ThoraxMeasure(**known["thorax"]))
+                if rule and known.get("thorax")
+                else []
+            )
+        if reasons:
+            skipped.append((found.name, "; ".join(reasons)))
         else:
             cases.append(case)
             about[case.id] = known
-    if skipped: warnings.warn(f"{root}: {len(skipped)} of {len(paths)} cases are left out\n" + "\n".join(f"  {name}: {reason}" for name, reason in skipped), stacklevel=3)
-    if not cases: raise ValueError(f"{root}: none of its {len(paths)} cases can be used; the first, {skipped[0][0]}: {skipped[0][1]}")
+    if skipped:
+        warnings.warn(
+            f"{root}: {len(skipped)} of {len(paths)} cases are left out\n"
+            + "\n".join(f"  {name}: {reason}" for name, reason in skipped),
+            stacklevel=3,
+        )
+    if not cases:
+        raise ValueError(
+            f"{root}: none of its {len(paths)} cases can be used; the first, {skipped[0][0]}:"
+            f" {skipped[0][1]}"
+        )
     return CTSource(_join_twins(cases, about), size, side_mm, skipped, cache)
 
 # %% ../../nbs/data/00a_folders.ipynb #cell-018
@@ -220,8 +353,15 @@ def _join_twins(cases: list[Case], about: dict) -> list[Case]:
     first, renamed = {}, {}
     for case in cases:
         twin = first.setdefault(about[case.id]["voxels"], case)
-        old, new = renamed.get(case.patient, case.patient), renamed.get(twin.patient, twin.patient)
-        if old == new: continue
-        warnings.warn(f"{case.id} has the same voxels as {twin.id}; both are counted as patient {new}", stacklevel=3)
-        renamed |= {name: new for name in (old, *(name for name, now in renamed.items() if now == old))}
+        old = renamed.get(case.patient, case.patient)
+        new = renamed.get(twin.patient, twin.patient)
+        if old == new:
+            continue
+        warnings.warn(
+            f"{case.id} has the same voxels as {twin.id}; both are counted as patient {new}",
+            stacklevel=3,
+        )
+        renamed |= {
+            name: new for name in (old, *(name for name, now in renamed.items() if now == old))
+        }
     return [replace(case, patient=renamed.get(case.patient, case.patient)) for case in cases]

@@ -15,30 +15,56 @@ from ..physics.anatomy import REGIONS
 
 # %% ../../nbs/data/06b_label_maps.ipynb #cell-005
 _NAMES_ONLY = (  # words of label maps that the vocabulary of reports does without
-    (r"sacrum", 13), (r"portal vein and splenic vein", 16), (r"iliac|femur|hip|gluteus|autochthon|iliopsoas|brain|skull", 20))
+    (r"sacrum", 13),
+    (r"portal vein and splenic vein", 16),
+    (r"iliac|femur|hip|gluteus|autochthon|iliopsoas|brain|skull", 20),
+)
+
 
 def name_region(name: str) -> int | None:
-    "The one region (a number in REGIONS) that a label's name means; None where it means none, or several."
+    """The one region (a number in REGIONS) that a label's name means; None where it means none, or
+    several.
+    """
     words = re.sub(r"[_\s]+", " ", name)
     for pattern, region in _NAMES_ONLY:
-        if re.search(rf"\b(?:{pattern})\b", words, re.I): return region
+        if re.search(rf"\b(?:{pattern})\b", words, re.I):
+            return region
     meant = {number for place in find_places(words) for number in place.regions}
     return meant.pop() if len(meant) == 1 else None
 
 # %% ../../nbs/data/06b_label_maps.ipynb #cell-008
-TOTAL_LUNGS, TOTAL_GAS = tuple(range(10, 15)), (6, 15, 16, 18, 19, 20)  # of TotalSegmentator 2, task `total`
+# of TotalSegmentator 2, task `total`
+TOTAL_LUNGS = tuple(range(10, 15))
+TOTAL_GAS = (6, 15, 16, 18, 19, 20)
 TOTAL_BONES = (*range(25, 51), *range(69, 79), *range(91, 117))
 _TOTAL_REGION = {value: region for region, (_, values) in REGIONS.items() for value in values}
 
+
 def total_doubt(labels: np.ndarray, hu: np.ndarray) -> str:
-    "Why a map (D, H, W) cannot be taken for TotalSegmentator's `total`, in the words that follow *because*; empty where its scan `hu`, on the same grid, bears it out."
+    """Why a map (D, H, W) cannot be taken for TotalSegmentator's `total`, in the words that follow
+    *because*; empty where its scan `hu`, on the same grid, bears it out.
+    """
     values, counts = np.unique(labels[labels > 0], return_counts=True)
-    if not values.size: return "it is empty"
-    if values[-1] > max(_TOTAL_REGION): return f"it has the value {values[-1]} and theirs end at {max(_TOTAL_REGION)}"
-    air, lungs, bones = hu < -300, np.isin(labels, TOTAL_LUNGS), np.isin(labels, TOTAL_BONES)
-    if not lungs.any() and not bones.any(): return "it has neither their lungs (10 to 14) nor their bones (25 to 50, 69 to 78, 91 to 116), by which they could be told"
-    if lungs.any() and air[lungs].mean() < 0.3: return f"their lungs (10 to 14) would hold {air[lungs].mean():.0%} air"
-    if bones.any() and (hu[bones] > 150).mean() < 0.1: return f"of their bones (25 to 50, 69 to 78, 91 to 116) only {(hu[bones] > 150).mean():.0%} would be above 150 HU"
+    if not values.size:
+        return "it is empty"
+    if values[-1] > max(_TOTAL_REGION):
+        return f"it has the value {values[-1]} and theirs end at {max(_TOTAL_REGION)}"
+    air = hu < -300
+    lungs = np.isin(labels, TOTAL_LUNGS)
+    bones = np.isin(labels, TOTAL_BONES)
+    if not lungs.any() and not bones.any():
+        return (
+            "it has neither their lungs (10 to 14) nor their bones (25 to 50, 69 to 78, 91 to 116),"
+            " by which they could be told"
+        )
+    if lungs.any() and air[lungs].mean() < 0.3:
+        return f"their lungs (10 to 14) would hold {air[lungs].mean():.0%} air"
+    if bones.any() and (hu[bones] > 150).mean() < 0.1:
+        return (
+            f"of their bones (25 to 50, 69 to 78, 91 to 116) only {(hu[bones] > 150).mean():.0%}"
+            " would be above 150 HU"
+        )
     for value in values[counts > 0.01 * counts.sum()]:  # smaller ones may be a slip of a good map
-        if value not in (*TOTAL_LUNGS, *TOTAL_GAS) and air[labels == value].mean() > 0.5: return f"their {value} ({REGIONS[_TOTAL_REGION[int(value)]][0]}) would be air"
+        if value not in (*TOTAL_LUNGS, *TOTAL_GAS) and air[labels == value].mean() > 0.5:
+            return f"their {value} ({REGIONS[_TOTAL_REGION[int(value)]][0]}) would be air"
     return ""

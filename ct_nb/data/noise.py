@@ -18,29 +18,48 @@ def _check_widths(config, **limits):
     "Every number of a config is finite and in [0, limit]."
     for name, limit in limits.items():
         value = getattr(config, name)
-        if not 0 <= value <= limit or not math.isfinite(value): raise ValueError(f"{type(config).__name__}: {name} must lie between 0 and {limit:g}, got {value}")
+        if not 0 <= value <= limit or not math.isfinite(value):
+            raise ValueError(
+                f"{type(config).__name__}: {name} must lie between 0 and {limit:g}, got {value}"
+            )
+
 
 @dataclass(frozen=True)
 class XrayNoise:
-    "What the detector does to the line integrals. Everything is off by default; `sd` are standard deviations, drawn for each view."
+    """What the detector does to the line integrals.
+
+    Everything is off by default; `sd` are standard deviations, drawn for each view.
+    """
+
     photons_per_pixel: float | None = None  # I₀, counted without a patient; None: no quantum noise
     readout_photons: float = 0.0  # sd of the electronic noise; needs photons_per_pixel
     floor_photons: float = 1.0  # the least count that is logged
-    exposure_sd: float = 0.0  # of ε, natural logarithm: 0.1 is 10 % of exposure, or ±0.1 on every line integral
+    # of ε, natural logarithm: 0.1 is 10 % of exposure, or ±0.1 on every line integral
+    exposure_sd: float = 0.0
     beam_quality_sd: float = 0.0  # of γ: 0.02 is 2 % of every line integral
     cutout_mm: float = 0.0  # largest side of one dead block per view, on the detector
 
     def __post_init__(self):
         _check_widths(self, readout_photons=1e9, exposure_sd=3, beam_quality_sd=0.3, cutout_mm=1e4)
         if self.photons_per_pixel is not None and not 1 <= self.photons_per_pixel <= 1e12:
-            raise ValueError(f"XrayNoise: photons_per_pixel must lie between 1 and 1e12, or be None for no quantum noise, got {self.photons_per_pixel}")
-        if self.readout_photons and self.photons_per_pixel is None: raise ValueError("XrayNoise: readout_photons needs photons_per_pixel; give both")
-        if not 0 < self.floor_photons <= (self.photons_per_pixel or math.inf): raise ValueError(f"XrayNoise: floor_photons must be above 0 and at most photons_per_pixel, got {self.floor_photons}")
+            raise ValueError(
+                "XrayNoise: photons_per_pixel must lie between 1 and 1e12, or be None for no"
+                f" quantum noise, got {self.photons_per_pixel}"
+            )
+        if self.readout_photons and self.photons_per_pixel is None:
+            raise ValueError("XrayNoise: readout_photons needs photons_per_pixel; give both")
+        if not 0 < self.floor_photons <= (self.photons_per_pixel or math.inf):
+            raise ValueError(
+                "XrayNoise: floor_photons must be above 0 and at most photons_per_pixel, got"
+                f" {self.floor_photons}"
+            )
 
     @classmethod
     def radiograph(cls) -> "XrayNoise":
         "A chest radiograph at 2 mm pixels, calibrated to 5 % in exposure and 2 % in beam quality."
-        return cls(photons_per_pixel=1e6, readout_photons=30.0, exposure_sd=0.05, beam_quality_sd=0.02)
+        return cls(
+            photons_per_pixel=1e6, readout_photons=30.0, exposure_sd=0.05, beam_quality_sd=0.02
+        )
 
 # %% ../../nbs/data/01a_noise.ipynb #cell-006
 def add_xray_noise(
@@ -48,14 +67,23 @@ def add_xray_noise(
     noise: XrayNoise,
     generator: torch.Generator,
 ) -> torch.Tensor:  # (V, R, C)
-    "Line integrals as a detector would report them; the generator's state decides everything. Dead blocks are `cut_out`'s."
-    normal = lambda *shape: torch.randn(shape, generator=generator, device=line_integrals.device)
+    """Line integrals as a detector would report them; the generator's state decides everything.
+
+    Dead blocks are `cut_out`'s.
+    """
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=line_integrals.device)
+
     views = len(line_integrals)
-    gain, exposure = (1 + noise.beam_quality_sd * normal(views, 1, 1)).clamp(min=0), noise.exposure_sd * normal(views, 1, 1)
+    gain = (1 + noise.beam_quality_sd * normal(views, 1, 1)).clamp(min=0)
+    exposure = noise.exposure_sd * normal(views, 1, 1)
     result = line_integrals * gain - exposure
-    if noise.photons_per_pixel is None: return result
+    if noise.photons_per_pixel is None:
+        return result
     counts = torch.poisson(noise.photons_per_pixel * torch.exp(-result), generator=generator)
-    if noise.readout_photons: counts = counts + noise.readout_photons * normal(*counts.shape)
+    if noise.readout_photons:
+        counts = counts + noise.readout_photons * normal(*counts.shape)
     return -torch.log(counts.clamp(min=noise.floor_photons) / noise.photons_per_pixel)
 
 # %% ../../nbs/data/01a_noise.ipynb #cell-011
@@ -69,34 +97,56 @@ def cut_out(
     result = line_integrals.clone()
     for view, image in enumerate(result):
         extents = []
-        for step, count in ((geometry.row_step_mm, image.shape[0]), (geometry.column_step_mm, image.shape[1])):
+        for step, count in (
+            (geometry.row_step_mm, image.shape[0]),
+            (geometry.column_step_mm, image.shape[1]),
+        ):
             share, place = torch.rand(2, generator=generator).tolist()
-            length = min(round((0.25 + 0.75 * share) * largest_mm / step[view].norm().item()), count)
+            length = min(
+                round((0.25 + 0.75 * share) * largest_mm / step[view].norm().item()), count
+            )
             start = int(place * (count - length + 1))
             extents.append((start, start + length))
         (top, bottom), (left, right) = extents
-        if bottom == top or right == left: continue
-        around = image[max(top - 1, 0):bottom + 1, max(left - 1, 0):right + 1]
-        inside, rim = image[top:bottom, left:right], around.numel() - (bottom - top) * (right - left)
-        if rim: inside.copy_(((around.sum() - inside.sum()) / rim).expand_as(inside))
+        if bottom == top or right == left:
+            continue
+        around = image[max(top - 1, 0) : bottom + 1, max(left - 1, 0) : right + 1]
+        inside = image[top:bottom, left:right]
+        rim = around.numel() - (bottom - top) * (right - left)
+        if rim:
+            inside.copy_(((around.sum() - inside.sum()) / rim).expand_as(inside))
     return result
 
 # %% ../../nbs/data/01a_noise.ipynb #cell-014
 @dataclass(frozen=True)
 class PoseNoise:
     "Random poses, all off by default. Standard deviations, drawn for each view."
+
     jitter_rotation_deg: float = 0.0  # source and detector about the isocentre, each axis; recorded
     jitter_shift_mm: float = 0.0  # source and detector together, each axis; recorded
     detector_shift_mm: float = 0.0  # detector along its columns and its rows; not recorded
     detector_rotation_deg: float = 0.0  # detector in its plane; not recorded
 
     def __post_init__(self):
-        _check_widths(self, jitter_rotation_deg=45, jitter_shift_mm=500, detector_shift_mm=500, detector_rotation_deg=45)
+        _check_widths(
+            self,
+            jitter_rotation_deg=45,
+            jitter_shift_mm=500,
+            detector_shift_mm=500,
+            detector_rotation_deg=45,
+        )
 
     @classmethod
     def gentle(cls) -> "PoseNoise":
-        "A patient placed to 3° and 5 mm, a detector calibrated to half a millimetre and a fifth of a degree."
-        return cls(jitter_rotation_deg=3.0, jitter_shift_mm=5.0, detector_shift_mm=0.5, detector_rotation_deg=0.2)
+        """A patient placed to 3° and 5 mm, a detector calibrated to half a millimetre and a fifth
+        of a degree.
+        """
+        return cls(
+            jitter_rotation_deg=3.0,
+            jitter_shift_mm=5.0,
+            detector_shift_mm=0.5,
+            detector_rotation_deg=0.2,
+        )
 
 # %% ../../nbs/data/01a_noise.ipynb #cell-015
 def move_detector(
@@ -107,12 +157,24 @@ def move_detector(
 ) -> ConeBeam:
     "The detector shifted and turned in its own plane; the source stays."
     column, row = geometry.column_step_mm, geometry.row_step_mm
-    width, height = column.norm(dim=-1, keepdim=True), row.norm(dim=-1, keepdim=True)
+    width = column.norm(dim=-1, keepdim=True)
+    height = row.norm(dim=-1, keepdim=True)
     across, down = column / width, row / height
-    expand = lambda value: torch.as_tensor(value, dtype=column.dtype, device=column.device).expand(column.shape[:-1])[..., None]
+
+    def expand(value):
+        return torch.as_tensor(value, dtype=column.dtype, device=column.device).expand(
+            column.shape[:-1]
+        )[..., None]
+
     angle = torch.deg2rad(expand(rotation_deg))
-    return replace(geometry, detector_center_mm=geometry.detector_center_mm + expand(along_columns_mm) * across + expand(along_rows_mm) * down,
-                   column_step_mm=width * (angle.cos() * across + angle.sin() * down), row_step_mm=height * (angle.cos() * down - angle.sin() * across))
+    return replace(
+        geometry,
+        detector_center_mm=geometry.detector_center_mm
+        + expand(along_columns_mm) * across
+        + expand(along_rows_mm) * down,
+        column_step_mm=width * (angle.cos() * across + angle.sin() * down),
+        row_step_mm=height * (angle.cos() * down - angle.sin() * across),
+    )
 
 # %% ../../nbs/data/01a_noise.ipynb #cell-016
 def perturb_pose(
@@ -122,5 +184,12 @@ def perturb_pose(
 ) -> tuple[ConeBeam, ConeBeam]:
     "The geometry that the X-rays are taken with, and the one that is recorded."
     recorded = geometry.jitter(generator, pose.jitter_rotation_deg, pose.jitter_shift_mm)
-    shift = torch.randn((3, *geometry.source_mm.shape[:-1]), generator=generator, dtype=torch.float64)
-    return move_detector(recorded, *(pose.detector_shift_mm * shift[:2]), pose.detector_rotation_deg * shift[2]), recorded
+    shift = torch.randn(
+        (3, *geometry.source_mm.shape[:-1]), generator=generator, dtype=torch.float64
+    )
+    return (
+        move_detector(
+            recorded, *(pose.detector_shift_mm * shift[:2]), pose.detector_rotation_deg * shift[2]
+        ),
+        recorded,
+    )

@@ -29,7 +29,9 @@ def take_xrays(
     energy_kev: float = 60.0,
 ) -> torch.Tensor:  # (V, R, C) float32
     "Line integrals through a cube, without noise."
-    return project(hu_to_mu(hu.float(), energy_kev), geometry.on(geometry.grid.resized(tuple(hu.shape))))
+    return project(
+        hu_to_mu(hu.float(), energy_kev), geometry.on(geometry.grid.resized(tuple(hu.shape)))
+    )
 
 # %% ../../nbs/data/01_pairs.ipynb #cell-007
 def stream(
@@ -41,15 +43,20 @@ def stream(
 
 # %% ../../nbs/data/01_pairs.ipynb #cell-010
 class XrayPairs(torch.utils.data.Dataset):
-    """X-rays and targets of a source. Item: `id`, `patient`, `hu` (N, N, N) float32 HU, `xrays` (V, R, C) float32 line integrals,
-    `geometry` as recorded, on the target's grid in the frame of the cube, `affine` (4, 4) float64 of that grid in the patient's frame,
-    and `labels` (N, N, N) uint8 where the case has them. `pairs[index]` is `pairs.at(0, index)`."""
+    """X-rays and targets of a source.
+
+    Item: `id`, `patient`, `hu` (N, N, N) float32 HU, `xrays` (V, R, C) float32 line integrals,
+    `geometry` as recorded, on the target's grid in the frame of the cube, `affine` (4, 4) float64
+    of that grid in the patient's frame,
+    and `labels` (N, N, N) uint8 where the case has them. `pairs[index]` is `pairs.at(0, index)`.
+    """
 
     def __init__(
         self,
         source: CTSource,
         size: int = 64,  # N, voxels per side of the target
-        render_size: int | None = None,  # M, a multiple of N that divides the source's size; the source's size unless given
+        # M, a multiple of N that divides the source's size; the source's size unless given
+        render_size: int | None = None,
         geometry: ConeBeam | None = None,  # about the origin; `ConeBeam.biplanar` unless given
         energy_kev: float = 60.0,
         noise: XrayNoise = XrayNoise(),
@@ -58,55 +65,111 @@ class XrayPairs(torch.utils.data.Dataset):
         cache_dir=None,  # keeps clean pairs; `ct_nb.data.cache.default_cache_dir()` is a good place
         seed: int = 0,
     ):
-        size, render_size = int(size), int(source.size if render_size is None else render_size)
+        size = int(size)
+        render_size = int(source.size if render_size is None else render_size)
         if render_size % size or source.size % render_size:
-            raise ValueError(f"XrayPairs: size must divide render_size and render_size the source's size, got {size}, {render_size} and {source.size}")
-        self.source, self.size, self.render_size, self.energy_kev = source, size, render_size, energy_kev
-        self.noise, self.pose, self.augmentation, self.seed = noise, pose, augmentation, seed
+            raise ValueError(
+                "XrayPairs: size must divide render_size and render_size the source's size, got"
+                f" {size}, {render_size} and {source.size}"
+            )
+        self.source = source
+        self.size = size
+        self.render_size = render_size
+        self.energy_kev = energy_kev
+        self.noise = noise
+        self.pose = pose
+        self.augmentation = augmentation
+        self.seed = seed
         self.grid = Grid.cube(size, source.side_mm)
-        self.geometry = (ConeBeam.biplanar(grid=self.grid) if geometry is None else geometry).on(self.grid)
-        if self.geometry.batch_shape: raise ValueError(f"XrayPairs: geometry must be of one scan, got a batch {self.geometry.batch_shape}")
+        self.geometry = (ConeBeam.biplanar(grid=self.grid) if geometry is None else geometry).on(
+            self.grid
+        )
+        if self.geometry.batch_shape:
+            raise ValueError(
+                f"XrayPairs: geometry must be of one scan, got a batch {self.geometry.batch_shape}"
+            )
         self.cache = None if cache_dir is None else DiskCache(cache_dir)
         self._code = code_digest("physics/*.py", "data/pairs.py", "data/sources.py")
 
-    def __len__(self): return len(self.source)
+    def __len__(self):
+        return len(self.source)
+
     @property
-    def ids(self) -> list[str]: return self.source.ids
+    def ids(self) -> list[str]:
+        return self.source.ids
+
     @property
-    def patients(self) -> list[str]: return self.source.patients
-    def __getitem__(self, index: int) -> dict: return self.at(0, index)
+    def patients(self) -> list[str]:
+        return self.source.patients
+
+    def __getitem__(self, index: int) -> dict:
+        return self.at(0, index)
 
 # %% ../../nbs/data/01_pairs.ipynb #cell-012
 @patch_to(XrayPairs)
 def _cube(self, index: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None, Sample]:
     "HU and labels of a case at the size that is rendered."
-    sample, factor = self.source.load(index, keep), self.source.size // self.render_size
-    return block_mean(sample.volume.tensor(), factor), None if sample.labels is None else block_mode(torch.from_numpy(sample.labels), factor), sample
+    sample = self.source.load(index, keep)
+    factor = self.source.size // self.render_size
+    return (
+        block_mean(sample.volume.tensor(), factor),
+        None if sample.labels is None else block_mode(torch.from_numpy(sample.labels), factor),
+        sample,
+    )
+
 
 @patch_to(XrayPairs)
 def _arrays(self, hu, labels, geometry, sample: Sample) -> dict:
     "Target, X-rays from `geometry`, affine and labels, from a cube at the size that is rendered."
     factor = self.render_size // self.size
     affine = torch.from_numpy(sample.volume.grid.resized(self.size).affine.copy())
-    arrays = {"hu": block_mean(hu, factor), "xrays": take_xrays(hu, geometry, self.energy_kev), "affine": affine}
+    arrays = {
+        "hu": block_mean(hu, factor),
+        "xrays": take_xrays(hu, geometry, self.energy_kev),
+        "affine": affine,
+    }
     return arrays if labels is None else arrays | {"labels": block_mode(labels, factor)}
 
 # %% ../../nbs/data/01_pairs.ipynb #cell-013
 @patch_to(XrayPairs)
 def _clean(self, index: int) -> dict:
-    "The arrays as they are without augmentation, pose and noise; from the cache where there is one."
+    """The arrays as they are without augmentation, pose and noise; from the cache where there is
+    one.
+    """
+
     def build():
         hu, labels, sample = self._cube(index, keep=self.cache is None)
-        return {key: value.numpy() for key, value in self._arrays(hu, labels, self.geometry, sample).items()}
-    name = content_digest("pair", self.source.cases[index].digest, [self.size, self.render_size, self.energy_kev], self.geometry.to_json(), self._code)
-    return {key: torch.from_numpy(value) for key, value in (build() if self.cache is None else self.cache.get(name, build)).items()}
+        return {
+            key: value.numpy()
+            for key, value in self._arrays(hu, labels, self.geometry, sample).items()
+        }
+
+    name = content_digest(
+        "pair",
+        self.source.cases[index].digest,
+        [self.size, self.render_size, self.energy_kev],
+        self.geometry.to_json(),
+        self._code,
+    )
+    return {
+        key: torch.from_numpy(value)
+        for key, value in (build() if self.cache is None else self.cache.get(name, build)).items()
+    }
+
 
 @patch_to(XrayPairs)
 def _changed(self, index: int, key: tuple) -> tuple[dict, ConeBeam]:
     "The arrays with augmentation and pose noise, and the geometry that is recorded."
     hu, labels, sample = self._cube(index, keep=True)
     if self.augmentation != VolumeAugmentation():
-        hu, labels = augment(hu, self.source.side_mm, self.augmentation, stream(*key, "volume"), labels, sample.label_names)
+        hu, labels = augment(
+            hu,
+            self.source.side_mm,
+            self.augmentation,
+            stream(*key, "volume"),
+            labels,
+            sample.label_names,
+        )
     true, recorded = perturb_pose(self.geometry, self.pose, stream(*key, "pose"))
     return self._arrays(hu, labels, true, sample), recorded
 
@@ -116,21 +179,26 @@ def at(self, epoch: int, index: int) -> dict:
     "The item of a case in an epoch: each epoch draws its own augmentation, pose and noise."
     index = range(len(self))[index]
     key, geometry = (self.seed, epoch, index), self.geometry
-    if self.augmentation == VolumeAugmentation() and self.pose == PoseNoise(): arrays = self._clean(index)
-    else: arrays, geometry = self._changed(index, key)
+    if self.augmentation == VolumeAugmentation() and self.pose == PoseNoise():
+        arrays = self._clean(index)
+    else:
+        arrays, geometry = self._changed(index, key)
     if self.noise != XrayNoise():
         generator = stream(*key, "noise")
         arrays["xrays"] = add_xray_noise(arrays["xrays"], self.noise, generator)
-        if self.noise.cutout_mm: arrays["xrays"] = cut_out(arrays["xrays"], geometry, self.noise.cutout_mm, generator)
+        if self.noise.cutout_mm:
+            arrays["xrays"] = cut_out(arrays["xrays"], geometry, self.noise.cutout_mm, generator)
     return {"id": self.ids[index], "patient": self.patients[index], "geometry": geometry, **arrays}
 
 # %% ../../nbs/data/01_pairs.ipynb #cell-020
 def collate(items: list[dict]) -> dict:
     "Items as a batch: tensors stacked, `geometry` a ConeBeam of batch shape (B,), names in lists."
     batch = {"geometry": ConeBeam.stack([item["geometry"] for item in items])}
-    for key in ("id", "patient"): batch[key] = [item[key] for item in items]
+    for key in ("id", "patient"):
+        batch[key] = [item[key] for item in items]
     for key in ("hu", "xrays", "affine", "labels"):
-        if all(key in item for item in items): batch[key] = torch.stack([item[key] for item in items])
+        if all(key in item for item in items):
+            batch[key] = torch.stack([item[key] for item in items])
     return batch
 
 # %% ../../nbs/data/01_pairs.ipynb #cell-024
@@ -138,8 +206,13 @@ def xray_statistics(
     pairs: XrayPairs,
     most: int = 64,  # cases looked at, evenly spread
 ) -> dict[str, float]:
-    "Mean and standard deviation of all line integrals of a set, as items give them: `{'mean': …, 'sd': …}`."
+    """Mean and standard deviation of all line integrals of a set, as items give them: `{'mean': …,
+    'sd': …}`.
+    """
     chosen = np.unique(np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int))
-    moments = [(x.mean().item(), x.square().mean().item()) for x in (pairs[int(i)]["xrays"].double() for i in chosen)]
+    moments = [
+        (x.mean().item(), x.square().mean().item())
+        for x in (pairs[int(i)]["xrays"].double() for i in chosen)
+    ]
     mean, square = np.mean(moments, axis=0)
     return {"mean": float(mean), "sd": math.sqrt(max(square - mean**2, 0.0))}

@@ -21,22 +21,42 @@ def prepare(
     source: CTSource,
     out,  # a folder that does not exist yet
 ) -> Path:
-    "Write every case of a source as one npz; gives back the folder. One that exists and is not empty: `ValueError`."
+    """Write every case of a source as one npz; gives back the folder.
+
+    One that exists and is not empty: `ValueError`.
+    """
     from tqdm.auto import tqdm
+
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"{out}: exists already; choose another folder, or delete it first")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists already; choose another folder, or delete it first")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error: raise OSError(f"{out}: cannot be written ({error.strerror}); choose a folder that is yours and has room") from None
+    except OSError as error:
+        raise OSError(
+            f"{out}: cannot be written ({error.strerror}); choose a folder that is yours and has"
+            " room"
+        ) from None
     try:
-        for case, sample in zip(source.cases, tqdm(source, desc=f"preparing {out.name}", disable=len(source) < 3)):
-            extra = {"prepared": [case.id, case.patient]} | ({"thorax": sample.thorax} if sample.thorax else {})
-            np.savez_compressed(beside / f"{case.id}.npz", **sample_arrays(sample.volume, sample.labels, sample.label_names, sample.report, **extra))
+        for case, sample in zip(
+            source.cases, tqdm(source, desc=f"preparing {out.name}", disable=len(source) < 3)
+        ):
+            extra = {"prepared": [case.id, case.patient]} | (
+                {"thorax": sample.thorax} if sample.thorax else {}
+            )
+            np.savez_compressed(
+                beside / f"{case.id}.npz",
+                **sample_arrays(
+                    sample.volume, sample.labels, sample.label_names, sample.report, **extra
+                ),
+            )
         os.chmod(beside, 0o755)
-        if out.exists(): out.rmdir()
+        if out.exists():
+            out.rmdir()
         os.replace(beside, out)
-    finally: shutil.rmtree(beside, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return out
 
 # %% ../../nbs/data/00c_prepare.ipynb #cell-006
@@ -52,5 +72,9 @@ def main(
     "Turn a source into a folder of cubes, one npz a case, that numpy alone can read."
     try:
         source = open_source(data, size, side_mm, on_error, thorax_only)
-        print(f"{prepare(source, out)}: {len(source)} cases of {len(set(source.patients))} patients, {len(source.skipped)} left out")
-    except (ValueError, OSError) as error: raise SystemExit(f"ct_nb.data.prepare: {error}") from None
+        print(
+            f"{prepare(source, out)}: {len(source)} cases of {len(set(source.patients))} patients,"
+            f" {len(source.skipped)} left out"
+        )
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"ct_nb.data.prepare: {error}") from None

@@ -11,7 +11,7 @@ import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,35 +23,48 @@ from ..physics.geometry import ConeBeam
 # %% ../../nbs/data/04_radiographs.ipynb #cell-004
 KINDS = ("line_integrals", "intensity", "log_intensity")  # what the numbers of a radiograph can be
 
+
 class RadiographError(ValueError):
-    "A radiograph that cannot be used; the message is one sentence that names the file, what is wrong and what to do."
+    """A radiograph that cannot be used; the message is one sentence that names the file, what is
+    wrong and what to do.
+    """
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-005
 @dataclass(eq=False)
 class Radiograph:
     "One X-ray image as its file has it, and what the file says about it."
+
     image: np.ndarray  # (R, C) float32, rows from the top, columns from the left
     name: str  # the file, for messages
     kind: str | None = None  # one of KINDS, or None where the file does not say
-    white: float | None = None  # the largest number the file could store: 255, 65535, …; None for floating point
+    # the largest number the file could store: 255, 65535, …; None for floating point
+    white: float | None = None
     notes: list[str] = field(default_factory=list)  # what the file says that a reader should know
-    inverted: bool | None = None  # higher numbers mean fewer X-rays; None where the file does not say
-    by_tag: bool = False  # kind and inverted stand in DICOM tags, which are often wrong: the caller may overrule them
+    # higher numbers mean fewer X-rays; None where the file does not say
+    inverted: bool | None = None
+    # kind and inverted stand in DICOM tags, which are often wrong: the caller may overrule them
+    by_tag: bool = False
     processed: bool = False  # the file says that its numbers were made for the eye
 
     def __post_init__(self):
         self.image = np.ascontiguousarray(self.image, dtype=np.float32)
         if self.image.ndim != 2 or 0 in self.image.shape:
-            raise RadiographError(f"{self.name}: a radiograph is one image of rows and columns, got the shape {self.image.shape}")
+            raise RadiographError(
+                f"{self.name}: a radiograph is one image of rows and columns, got the shape"
+                f" {self.image.shape}"
+            )
         bad = int((~np.isfinite(self.image)).sum())
         if bad:
-            raise RadiographError(f"{self.name}: {bad} of {self.image.size} pixels are NaN or infinite; "
-                                  "mend the image, no number can be put in their place")
+            raise RadiographError(
+                f"{self.name}: {bad} of {self.image.size} pixels are NaN or infinite; "
+                "mend the image, no number can be put in their place"
+            )
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-007
 @dataclass(frozen=True)
 class Air:
     "The direct beam of an image, as `find_air` sees it."
+
     level: float  # its reading
     bright: bool  # it is at the high end of the numbers
     border: float  # share of the border that it fills
@@ -60,116 +73,207 @@ class Air:
 
     @property
     def kind(self) -> str | None:
-        "intensity where the body is piled up opposite to the air, log_intensity where it is spread out, None between."
-        if self.body >= 0.88 and self.dense > 0.55: return "intensity"
+        """intensity where the body is piled up opposite to the air, log_intensity where it is
+        spread out, None between.
+        """
+        if self.body >= 0.88 and self.dense > 0.55:
+            return "intensity"
         return "log_intensity" if 0.4 <= self.body <= 0.72 and self.dense < 0.38 else None
+
 
 def find_air(
     image,  # (R, C) array or tensor
-    bright: bool | None = None,  # the end to look at, where it is known; a smaller plateau is enough then
+    # the end to look at, where it is known; a smaller plateau is enough then
+    bright: bool | None = None,
 ) -> Air | None:
-    "The plateau of the direct beam at the border of an image, or None where there is none, or one at both ends."
+    """The plateau of the direct beam at the border of an image, or None where there is none, or one
+    at both ends.
+    """
     image = np.asarray(image, dtype=np.float64)
     step = max(1, min(image.shape) // 128)
     rows, columns = (n // step * step for n in image.shape)
-    small = median_filter(image[:rows, :columns].reshape(rows // step, step, columns // step, step).mean((1, 3)), 3, mode="nearest")
+    small = median_filter(
+        image[:rows, :columns].reshape(rows // step, step, columns // step, step).mean((1, 3)),
+        3,
+        mode="nearest",
+    )
     low, high = np.percentile(small, [0.5, 99.5])
-    if not high > low or len(np.unique(image)) < 16 or min(small.shape) < 16: return None
-    (rows, columns), width = small.shape, max(1, round(0.04 * min(small.shape)))
-    border, centre = np.ones(small.shape, dtype=bool), np.zeros(small.shape, dtype=bool)
+    if not high > low or len(np.unique(image)) < 16 or min(small.shape) < 16:
+        return None
+    rows, columns = small.shape
+    width = max(1, round(0.04 * min(small.shape)))
+    border = np.ones(small.shape, dtype=bool)
+    centre = np.zeros(small.shape, dtype=bool)
     border[width:-width, width:-width] = False
-    centre[rows // 4:rows - rows // 4, columns // 4:columns - columns // 4] = True
+    centre[rows // 4 : rows - rows // 4, columns // 4 : columns - columns // 4] = True
     found = []
     for end in (True, False) if bright is None else (bright,):
-        depth = (high - small if end else small - low) / (high - low)  # 0 at this end, 1 at the other
-        body, plateau = depth[depth > 0.1], border & (depth < 0.04) & (np.hypot(*np.gradient(depth)) < 0.01)
-        if plateau[border].mean() < (0.085 if bright is None else 0.06) or (depth[centre] < 0.1).mean() > 0.02 or body.size < 0.1 * depth.size: continue
-        found.append(Air(float(np.median(small[plateau])), end, float(plateau[border].mean()), float(np.median(body)), float((body > 0.8).mean())))
+        # 0 at this end, 1 at the other
+        depth = (high - small if end else small - low) / (high - low)
+        body = depth[depth > 0.1]
+        plateau = border & (depth < 0.04) & (np.hypot(*np.gradient(depth)) < 0.01)
+        if (
+            plateau[border].mean() < (0.085 if bright is None else 0.06)
+            or (depth[centre] < 0.1).mean() > 0.02
+            or body.size < 0.1 * depth.size
+        ):
+            continue
+        found.append(
+            Air(
+                float(np.median(small[plateau])),
+                end,
+                float(plateau[border].mean()),
+                float(np.median(body)),
+                float((body > 0.8).mean()),
+            )
+        )
     return found[0] if len(found) == 1 else None
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-009
 def to_line_integrals(
     image,  # (…, R, C) array or tensor
-    kind: str,  # "line_integrals": already are; "intensity": I = i0·exp(−p); "log_intensity": i0 − p/scale, or i0 + p/scale where inverted
-    i0: float | str | None = None,  # the beam beside the patient: for intensities the intensity, for logs the number stored there; "maximum": where the most X-rays are; "border": `find_air`
-    inverted: bool = False,  # higher numbers mean fewer X-rays: the image holds white − I, or the logarithm upside down
-    white: float | None = None,  # the largest number the file could store; needed for intensities that are `inverted`
-    scale: float | None = None,  # of one stored step, in line integrals: p = scale · stored; logs need it
+    # "line_integrals": already are; "intensity": I = i0·exp(−p); "log_intensity": i0 − p/scale, or
+    # i0 + p/scale where inverted
+    kind: str,
+    # the beam beside the patient: for intensities the intensity, for logs the number stored there;
+    # "maximum": where the most X-rays are; "border": `find_air`
+    i0: float | str | None = None,
+    # higher numbers mean fewer X-rays: the image holds white − I, or the logarithm upside down
+    inverted: bool = False,
+    # the largest number the file could store; needed for intensities that are `inverted`
+    white: float | None = None,
+    # of one stored step, in line integrals: p = scale · stored; logs need it
+    scale: float | None = None,
     name: str = "radiograph",  # for messages
 ) -> torch.Tensor:
-    "Line integrals, float32, of the image's shape. Readings of zero or less count as 10⁻⁵ of i0 (p = 11.5, more than any patient)."
+    """Line integrals, float32, of the image's shape.
+
+    Readings of zero or less count as 10⁻⁵ of i0 (p = 11.5, more than any patient).
+    """
     image = torch.as_tensor(image, dtype=torch.float32)
-    if kind not in KINDS: raise RadiographError(f"{name}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in KINDS:
+        raise RadiographError(f"{name}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "line_integrals":
         if inverted or i0 is not None:
-            raise RadiographError(f"{name}: i0 and inverted belong to kind='intensity' and 'log_intensity', and these are told to be line integrals; "
-                                  "drop one or the other")
+            raise RadiographError(
+                f"{name}: i0 and inverted belong to kind='intensity' and 'log_intensity', and these"
+                " are told to be line integrals; drop one or the other"
+            )
         return image if scale is None else image * scale
     if i0 == "border":
         air = find_air(image, bright=not inverted) if image.ndim == 2 else None
-        if air is None: raise RadiographError(f"{name}: no direct beam is seen at its border; give i0, the reading of the beam beside the patient, as a number")
+        if air is None:
+            raise RadiographError(
+                f"{name}: no direct beam is seen at its border; give i0, the reading of the beam"
+                " beside the patient, as a number"
+            )
         i0 = air.level
-        if kind == "intensity" and inverted and white is not None: i0 = white - i0
+        if kind == "intensity" and inverted and white is not None:
+            i0 = white - i0
     if kind == "log_intensity":
         if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
-            raise RadiographError(f"{name}: log intensities need scale, the line integral of one stored step (1 for natural logarithms, 2.303 for decimal ones), got {scale!r}")
-        if i0 == "maximum": i0 = float(image.min() if inverted else image.max())
+            raise RadiographError(
+                f"{name}: log intensities need scale, the line integral of one stored step (1 for"
+                f" natural logarithms, 2.303 for decimal ones), got {scale!r}"
+            )
+        if i0 == "maximum":
+            i0 = float(image.min() if inverted else image.max())
         if not isinstance(i0, (int, float)) or not np.isfinite(i0):
-            raise RadiographError(f"{name}: log intensities need i0, the number stored where the beam passes beside the patient, got {i0!r}; "
-                                  "give it, \"maximum\" for the most X-rays, or \"border\" for what the border shows")
+            raise RadiographError(
+                f"{name}: log intensities need i0, the number stored where the beam passes beside"
+                f" the patient, got {i0!r}; give it, \"maximum\" for the most X-rays, or \"border\""
+                " for what the border shows"
+            )
         return (image - i0) * scale if inverted else (i0 - image) * scale
-    if scale is not None: raise RadiographError(f"{name}: scale belongs to kind='line_integrals' and 'log_intensity'; give i0 for intensities")
+    if scale is not None:
+        raise RadiographError(
+            f"{name}: scale belongs to kind='line_integrals' and 'log_intensity'; give i0 for"
+            " intensities"
+        )
     if inverted:
         if white is None:
-            raise RadiographError(f"{name}: inverted needs white, the number of a white pixel (255 or 65535 in a PNG); "
-                                  "the file does not say it")
+            raise RadiographError(
+                f"{name}: inverted needs white, the number of a white pixel (255 or 65535 in a"
+                " PNG); the file does not say it"
+            )
         image = white - image
-    if i0 == "maximum": i0 = float(image.max())
+    if i0 == "maximum":
+        i0 = float(image.max())
     if not isinstance(i0, (int, float)) or not 0 < i0 < float("inf"):
-        raise RadiographError(f"{name}: intensities need i0, the positive reading of the beam beside the patient, got {i0!r}; "
-                              "give the number, or \"maximum\" for the brightest pixel")
+        raise RadiographError(
+            f"{name}: intensities need i0, the positive reading of the beam beside the patient, got"
+            f" {i0!r}; give the number, or \"maximum\" for the brightest pixel"
+        )
     line_integrals = -(image / i0).clamp(min=1e-5).log()
     if float((line_integrals < -0.1).float().mean()) > 0.5:
-        raise RadiographError(f"{name}: most pixels are brighter than i0 = {i0:g} (their median is {float(image.median()):g}); "
-                              "i0 is too small, or the image is a negative (inverted)")
+        raise RadiographError(
+            f"{name}: most pixels are brighter than i0 = {i0:g} (their median is"
+            f" {float(image.median()):g}); i0 is too small, or the image is a negative (inverted)"
+        )
     return line_integrals
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-012
-def _because(error: Exception) -> str: return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _because(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
 
 TEXT_KEY = "ct_nb radiograph"  # of the PNG's tEXt chunk: JSON with kind, scale, offset
 
+
 def _read_png(path: Path) -> list[Radiograph]:
     from PIL import Image
+
     try:
         with Image.open(path, formats=("PNG",)) as picture:
             picture.load()
-            mode, stored, text = picture.mode, np.array(picture), picture.info.get(TEXT_KEY)
+            mode = picture.mode
+            stored = np.array(picture)
+            text = picture.info.get(TEXT_KEY)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RadiographError(f"{path}: cannot be read as PNG ({_because(error)}); write or fetch the file again") from None
+        raise RadiographError(
+            f"{path}: cannot be read as PNG ({_because(error)}); write or fetch the file again"
+        ) from None
     if mode not in ("L", "I;16", "I"):
-        raise RadiographError(f"{path}: is a colour or indexed PNG (mode {mode}); save it in greyscale with 8 or 16 bits")
+        raise RadiographError(
+            f"{path}: is a colour or indexed PNG (mode {mode}); save it in greyscale with 8 or 16"
+            " bits"
+        )
     white = 255.0 if mode == "L" else 65535.0
     code = _checked_code(text, path) or _code_beside(path)
-    if code is None: return [Radiograph(stored, str(path), white=white)]
+    if code is None:
+        return [Radiograph(stored, str(path), white=white)]
     return [Radiograph(stored * code["scale"] + code["offset"], str(path), kind=code["kind"])]
+
 
 def _checked_code(text, where) -> dict | None:
     "The dictionary in a PNG's text or a sidecar's entry, or None where there is none."
-    if text is None: return None
+    if text is None:
+        return None
     try:
         code = json.loads(text) if isinstance(text, str) else dict(text)
-        code = {"kind": code["kind"], "scale": float(code["scale"]), "offset": float(code["offset"])}
-    except (KeyError, TypeError, ValueError): code = {"kind": None}
+        code = {
+            "kind": code["kind"],
+            "scale": float(code["scale"]),
+            "offset": float(code["offset"]),
+        }
+    except (KeyError, TypeError, ValueError):
+        code = {"kind": None}
     if code["kind"] not in KINDS or not np.isfinite([code["scale"], code["offset"]]).all():
-        raise RadiographError(f"{where}: the note about the scale of its numbers is damaged ({str(text)[:60]!r}); "
-                              "write the image again with write_radiographs")
+        raise RadiographError(
+            f"{where}: the note about the scale of its numbers is damaged ({str(text)[:60]!r}); "
+            "write the image again with write_radiographs"
+        )
     return code
+
 
 def _code_beside(path: Path) -> dict | None:
     "What geometry.json in the same folder says about this image, or None."
-    try: entries = json.loads((path.parent / "geometry.json").read_text(encoding="utf-8")).get("images", [])
-    except (OSError, ValueError, AttributeError): return None
+    try:
+        entries = json.loads((path.parent / "geometry.json").read_text(encoding="utf-8")).get(
+            "images", []
+        )
+    except (OSError, ValueError, AttributeError):
+        return None
     entry = next((e for e in entries if isinstance(e, dict) and e.get("file") == path.name), None)
     return _checked_code(entry, path.parent / "geometry.json")
 
@@ -177,185 +281,382 @@ def _code_beside(path: Path) -> dict | None:
 def _stacked(images: np.ndarray, path: Path, **known) -> list[Radiograph]:
     "(R, C) or (V, R, C) -> a list of radiographs."
     if images.dtype.kind not in "iuf" or images.ndim not in (2, 3):
-        raise RadiographError(f"{path}: must hold one image (R, C) or several (V, R, C) of numbers, got {images.dtype} {images.shape}")
-    if images.ndim == 2: return [Radiograph(images, str(path), **known)]
+        raise RadiographError(
+            f"{path}: must hold one image (R, C) or several (V, R, C) of numbers, got"
+            f" {images.dtype} {images.shape}"
+        )
+    if images.ndim == 2:
+        return [Radiograph(images, str(path), **known)]
     return [Radiograph(image, f"{path}, view {v}", **known) for v, image in enumerate(images)]
+
 
 def _read_npz(path: Path) -> list[Radiograph]:
     try:
         with np.load(path, allow_pickle=False) as content:
             kinds = [key for key in KINDS if key in content.files]
             if len(kinds) != 1:
-                raise RadiographError(f"{path}: must hold exactly one array named {' or '.join(KINDS)}, got {content.files}; "
-                                      "name the array by what its numbers are")
+                raise RadiographError(
+                    f"{path}: must hold exactly one array named {' or '.join(KINDS)}, got"
+                    f" {content.files}; name the array by what its numbers are"
+                )
             images = content[kinds[0]]
-    except RadiographError: raise
+    except RadiographError:
+        raise
     except Exception as error:
-        raise RadiographError(f"{path}: cannot be read as npz ({_because(error)}); write or fetch the file again") from None
+        raise RadiographError(
+            f"{path}: cannot be read as npz ({_because(error)}); write or fetch the file again"
+        ) from None
     return _stacked(images, path, kind=kinds[0])
+
 
 def _read_nifti(path: Path) -> list[Radiograph]:
     import nibabel
-    try: images = np.asarray(nibabel.load(path).dataobj)
+
+    try:
+        images = np.asarray(nibabel.load(path).dataobj)
     except Exception as error:
-        raise RadiographError(f"{path}: cannot be read as NIfTI ({_because(error)}); write or fetch the file again") from None
-    return _stacked(images.squeeze().T if images.ndim > 3 or images.shape[-1] == 1 else images.T, path)
+        raise RadiographError(
+            f"{path}: cannot be read as NIfTI ({_because(error)}); write or fetch the file again"
+        ) from None
+    return _stacked(
+        images.squeeze().T if images.ndim > 3 or images.shape[-1] == 1 else images.T, path
+    )
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-015
 def _read_dicom(path: Path) -> list[Radiograph]:
     import pydicom
+
     try:
         dataset = pydicom.dcmread(path)
         stored = dataset.pixel_array.astype(np.float64)
     except Exception as error:
-        raise RadiographError(f"{path}: cannot be read as DICOM ({_because(error)}); export it uncompressed, or fetch it again") from None
+        raise RadiographError(
+            f"{path}: cannot be read as DICOM ({_because(error)}); export it uncompressed, or fetch"
+            " it again"
+        ) from None
     if int(getattr(dataset, "SamplesPerPixel", 1)) != 1:
-        raise RadiographError(f"{path}: is a colour DICOM; export the radiograph itself, not a screenshot of it")
+        raise RadiographError(
+            f"{path}: is a colour DICOM; export the radiograph itself, not a screenshot of it"
+        )
     white = 2.0 ** int(dataset.BitsStored) - 1
-    slope, intercept = float(getattr(dataset, "RescaleSlope", 1)), float(getattr(dataset, "RescaleIntercept", 0))
-    relation, sign = getattr(dataset, "PixelIntensityRelationship", ""), getattr(dataset, "PixelIntensityRelationshipSign", None)
+    slope = float(getattr(dataset, "RescaleSlope", 1))
+    intercept = float(getattr(dataset, "RescaleIntercept", 0))
+    relation = getattr(dataset, "PixelIntensityRelationship", "")
+    sign = getattr(dataset, "PixelIntensityRelationshipSign", None)
     intent = getattr(dataset, "PresentationIntentType", None)
-    notes = [f"{keyword} {value}" for keyword, value in (("PixelIntensityRelationship", relation), ("PixelIntensityRelationshipSign", sign),
-             ("PhotometricInterpretation", getattr(dataset, "PhotometricInterpretation", None)), ("PresentationIntentType", intent)) if value not in ("", None)]
+    notes = [
+        f"{keyword} {value}"
+        for keyword, value in (
+            ("PixelIntensityRelationship", relation),
+            ("PixelIntensityRelationshipSign", sign),
+            ("PhotometricInterpretation", getattr(dataset, "PhotometricInterpretation", None)),
+            ("PresentationIntentType", intent),
+        )
+        if value not in ("", None)
+    ]
     kind = {"LIN": "intensity", "LOG": "log_intensity"}.get(relation)
-    inverted = {1: False, -1: True}.get(sign) if kind else None  # PS3.3 C.8.11.3: with the sign 1, higher numbers mean more X-rays
-    return _stacked(stored * slope + intercept, path, kind=kind, white=white * slope + intercept, notes=notes, inverted=inverted, by_tag=kind is not None,
-                    processed=relation == "DISP" or kind is None and intent == "FOR PRESENTATION")
+    # PS3.3 C.8.11.3: with the sign 1, higher numbers mean more X-rays
+    inverted = {1: False, -1: True}.get(sign) if kind else None
+    return _stacked(
+        stored * slope + intercept,
+        path,
+        kind=kind,
+        white=white * slope + intercept,
+        notes=notes,
+        inverted=inverted,
+        by_tag=kind is not None,
+        processed=relation == "DISP" or kind is None and intent == "FOR PRESENTATION",
+    )
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-016
-READERS = {".png": _read_png, ".npz": _read_npz, ".nii": _read_nifti, ".nii.gz": _read_nifti,
-           ".dcm": _read_dicom, ".dicom": _read_dicom}  # by the name's ending
+READERS = {
+    ".png": _read_png,
+    ".npz": _read_npz,
+    ".nii": _read_nifti,
+    ".nii.gz": _read_nifti,
+    ".dcm": _read_dicom,
+    ".dicom": _read_dicom,
+}  # by the name's ending
+
 
 def open_radiographs(path) -> list[Radiograph]:
     "All images of one file: PNG (8 or 16 bits), npz, NIfTI or DICOM (also without an ending)."
     path = Path(path)
-    if not path.is_file(): raise RadiographError(f"{path}: there is no such file; check the path")
+    if not path.is_file():
+        raise RadiographError(f"{path}: there is no such file; check the path")
     reader = next((r for suffix, r in READERS.items() if path.name.lower().endswith(suffix)), None)
     if reader is None:
-        with open(path, "rb") as file: is_dicom = file.read(132)[128:] == b"DICM"
-        if not is_dicom: raise RadiographError(f"{path}: unknown kind of file; a radiograph ends in {', '.join(READERS)}")
+        with open(path, "rb") as file:
+            is_dicom = file.read(132)[128:] == b"DICM"
+        if not is_dicom:
+            raise RadiographError(
+                f"{path}: unknown kind of file; a radiograph ends in {', '.join(READERS)}"
+            )
         reader = _read_dicom
     return reader(path)
+
 
 def read_radiograph(path) -> Radiograph:
     "The image of a file that holds one."
     images = open_radiographs(path)
     if len(images) != 1:
-        raise RadiographError(f"{path}: holds {len(images)} images where one is expected; use open_radiographs or read_radiographs")
+        raise RadiographError(
+            f"{path}: holds {len(images)} images where one is expected; use open_radiographs or"
+            " read_radiographs"
+        )
     return images[0]
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-018
 def read_radiographs(
     paths,  # files in the order of the views; or one folder that write_radiographs wrote
     geometry: ConeBeam | None = None,  # its views and detector_shape are checked against the images
-    kind: str | None = None,  # what the numbers are, where the files do not say; None: see what they show
-    notes: list | None = None,  # gets a sentence for each thing that was found in the pixels; None: they are warnings
-    **told,  # i0, inverted, white, scale: passed to `to_line_integrals`; what is missing is found where it can be
+    # what the numbers are, where the files do not say; None: see what they show
+    kind: str | None = None,
+    # gets a sentence for each thing that was found in the pixels; None: they are warnings
+    notes: list | None = None,
+    # i0, inverted, white, scale: passed to `to_line_integrals`; what is missing is found where it
+    # can be
+    **told,
 ) -> torch.Tensor:
-    "Line integrals (V, R, C), float32. Raises RadiographError for a wrong size or count, files that neither say nor show what they hold, NaN, colour, and unreadable files."
+    """Line integrals (V, R, C), float32.
+
+    Raises RadiographError for a wrong size or count, files that neither say nor show what they
+    hold, NaN, colour, and unreadable files.
+    """
     images = [image for path in _files(paths) for image in open_radiographs(path)]
     found = [_found(image, kind, told) for image in images]
     others = {(f.kind, f.inverted) for f in found if f.kind is not None}
     said = []
-    line_integrals = [_as_told(image, f, next(iter(others)) if len(others) == 1 else None, kind, told, said) for image, f in zip(images, found)]
+    line_integrals = [
+        _as_told(image, f, next(iter(others)) if len(others) == 1 else None, kind, told, said)
+        for image, f in zip(images, found)
+    ]
     for image in images:
-        wanted, whose = (images[0].image.shape, images[0].name) if geometry is None else (geometry.detector_shape, "the geometry's detector")
+        wanted, whose = (
+            (images[0].image.shape, images[0].name)
+            if geometry is None
+            else (geometry.detector_shape, "the geometry's detector")
+        )
         got = image.image.shape
         if got != tuple(wanted):
-            raise RadiographError(f"{image.name}: has {got[0]}×{got[1]} pixels (rows × columns) but {whose} has {wanted[0]}×{wanted[1]}; "
-                                  "bring the images of one scan with their own geometry, or change its pixels with geometry.rebinned")
+            raise RadiographError(
+                f"{image.name}: has {got[0]}×{got[1]} pixels (rows × columns) but {whose} has"
+                f" {wanted[0]}×{wanted[1]}; bring the images of one scan with their own geometry,"
+                " or change its pixels with geometry.rebinned"
+            )
     if geometry is not None and len(images) != geometry.views:
         names = ", ".join(Path(image.name).name for image in images)
-        raise RadiographError(f"{names}: {len(images)} images for a geometry of {geometry.views} views; "
-                              "give one image for each view, in its order")
+        raise RadiographError(
+            f"{names}: {len(images)} images for a geometry of {geometry.views} views; "
+            "give one image for each view, in its order"
+        )
     for note in said:
-        if notes is None: warnings.warn(note, stacklevel=2)
-        else: notes.append(note)
+        if notes is None:
+            warnings.warn(note, stacklevel=2)
+        else:
+            notes.append(note)
     return torch.stack(line_integrals)
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-019
 def _files(paths) -> list[Path]:
     paths = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(p) for p in paths]
-    if not paths: raise RadiographError("radiographs: the list of files is empty; give one image for each view")
-    if len(paths) > 1 or not paths[0].is_dir(): return paths
+    if not paths:
+        raise RadiographError(
+            "radiographs: the list of files is empty; give one image for each view"
+        )
+    if len(paths) > 1 or not paths[0].is_dir():
+        return paths
     folder = paths[0]
-    try: return [folder / entry["file"] for entry in json.loads((folder / "geometry.json").read_text(encoding="utf-8"))["images"]]
+    try:
+        return [
+            folder / entry["file"]
+            for entry in json.loads((folder / "geometry.json").read_text(encoding="utf-8"))[
+                "images"
+            ]
+        ]
     except (OSError, ValueError, KeyError, TypeError):
-        raise RadiographError(f"{folder}: has no geometry.json that lists its images; name the image files themselves") from None
+        raise RadiographError(
+            f"{folder}: has no geometry.json that lists its images; name the image files themselves"
+        ) from None
+
 
 @dataclass
 class _Found:
     "What is known of an image's numbers before the other views are asked."
+
     kind: str | None
     inverted: bool | None
     seen: bool = False  # the kind or the sign is from the pixels
 
+
 def _found(image: Radiograph, kind: str | None, told: dict) -> _Found:
     if None not in (image.kind, kind) and image.kind != kind and not image.by_tag:
-        raise RadiographError(f"{image.name}: holds {image.kind} by its own word and {kind} by yours; drop yours, or mend the file")
+        raise RadiographError(
+            f"{image.name}: holds {image.kind} by its own word and {kind} by yours; drop yours, or"
+            " mend the file"
+        )
     if image.kind == "line_integrals" and told.get("scale") is not None:
-        raise RadiographError(f"{image.name}: holds line integrals by its own word, with their scale; drop yours")
-    low, high = float(image.image.min()), float(image.image.max())
+        raise RadiographError(
+            f"{image.name}: holds line integrals by its own word, with their scale; drop yours"
+        )
+    low = float(image.image.min())
+    high = float(image.image.max())
     if low == high and (image.kind is None or image.by_tag):
-        raise RadiographError(f"{image.name}: all {image.image.size} pixels are {low:g}, so there is no patient in it; export the radiograph again")
+        raise RadiographError(
+            f"{image.name}: all {image.image.size} pixels are {low:g}, so there is no patient in"
+            " it; export the radiograph again"
+        )
     inverted = told.get("inverted")
-    if (kind or image.kind) == "line_integrals": return _Found("line_integrals", inverted)
-    if kind and isinstance(told.get("i0"), (int, float)): return _Found(kind, bool(image.inverted if inverted is None else inverted))  # all is told
+    if (kind or image.kind) == "line_integrals":
+        return _Found("line_integrals", inverted)
+    # all is told
+    if kind and isinstance(told.get("i0"), (int, float)):
+        return _Found(kind, bool(image.inverted if inverted is None else inverted))
     air = find_air(image.image, None if inverted is None else not inverted)
-    if inverted is None and air is not None and image.inverted is not None and image.inverted == air.bright:
-        raise RadiographError(f"{image.name}: by its tags ({', '.join(image.notes)}) high numbers mean {'few' if image.inverted else 'many'} X-rays, but the direct beam at its border has "
-                              f"{'high' if air.bright else 'low'} numbers; tell inverted (True or False)")
-    if inverted is None: inverted = image.inverted
+    if (
+        inverted is None
+        and air is not None
+        and image.inverted is not None
+        and image.inverted == air.bright
+    ):
+        raise RadiographError(
+            f"{image.name}: by its tags ({', '.join(image.notes)}) high numbers mean"
+            f" {'few' if image.inverted else 'many'} X-rays, but the direct beam at its border has"
+            f" {'high' if air.bright else 'low'} numbers; tell inverted (True or False)"
+        )
+    if inverted is None:
+        inverted = image.inverted
     if kind or image.kind:
-        if inverted is None and air is not None: return _Found(kind or image.kind, not air.bright, True)
-        return _Found(kind or image.kind, False if inverted is None and not image.by_tag and kind and told.get("i0") is not None else inverted)
-    if air is None or air.kind is None or image.processed: return _Found(None, inverted)
-    if air.kind == "log_intensity" and not air.bright and image.white is None and _are_line_integrals(image.image, air) and told.get("scale") is None:
+        if inverted is None and air is not None:
+            return _Found(kind or image.kind, not air.bright, True)
+        return _Found(
+            kind or image.kind,
+            (
+                False
+                if inverted is None and not image.by_tag and kind and told.get("i0") is not None
+                else inverted
+            ),
+        )
+    if air is None or air.kind is None or image.processed:
+        return _Found(None, inverted)
+    if (
+        air.kind == "log_intensity"
+        and not air.bright
+        and image.white is None
+        and _are_line_integrals(image.image, air)
+        and told.get("scale") is None
+    ):
         return _Found("line_integrals", None, True)
     return _Found(air.kind, not air.bright, True)
+
 
 def _are_line_integrals(image: np.ndarray, air: Air) -> bool:
     "Fractions, 0 in air and of a chest's size."
     top = float(np.percentile(image, 99.5))
     return abs(air.level) < 0.03 * top and 1 < top < 15 and bool((image != np.round(image)).any())
 
-def _as_told(image: Radiograph, found: _Found, others: tuple | None, kind: str | None, told: dict, said: list) -> torch.Tensor:
-    told, tags, name = dict(told), f" ({', '.join(image.notes)})" if image.notes else "", Path(image.name).name
-    if found.kind is None and others is not None and not image.processed and found.inverted in (None, others[1]):
+
+def _as_told(
+    image: Radiograph, found: _Found, others: tuple | None, kind: str | None, told: dict, said: list
+) -> torch.Tensor:
+    told = dict(told)
+    tags = f" ({', '.join(image.notes)})" if image.notes else ""
+    name = Path(image.name).name
+    if (
+        found.kind is None
+        and others is not None
+        and not image.processed
+        and found.inverted in (None, others[1])
+    ):
         found = _Found(*others, True)
-        said.append(f"{name}: its border shows too little to tell what its pixels are; they are taken for what the other views are.")
+        said.append(
+            f"{name}: its border shows too little to tell what its pixels are; they are taken for"
+            " what the other views are."
+        )
     if found.kind is None:
-        raise RadiographError(f"{image.name}: the file does not say what its numbers are{tags}, " + ("which were made for the eye; " if image.processed else "nor do they show it; ")
-                              + "tell: kind='intensity' or 'log_intensity' with i0, inverted or not, or kind='line_integrals' with scale")
+        raise RadiographError(
+            f"{image.name}: the file does not say what its numbers are{tags}, "
+            + ("which were made for the eye; " if image.processed else "nor do they show it; ")
+            + "tell: kind='intensity' or 'log_intensity' with i0, inverted or not, or"
+            " kind='line_integrals' with scale"
+        )
     if found.kind == "line_integrals":
-        if image.kind is None and (image.white is not None or (image.image == np.round(image.image)).all()) and told.get("scale") is None:
-            raise RadiographError(f"{image.name}: line integrals stored as whole numbers{f' up to {image.white:g}' if image.white else ''} need scale, "
-                                  "the line integral of one step")
-        if found.seen: said.append(f"{name}: pixels are taken for line integrals: fractions, zero beside the patient, and no more than a chest has.")
+        if (
+            image.kind is None
+            and (image.white is not None or (image.image == np.round(image.image)).all())
+            and told.get("scale") is None
+        ):
+            raise RadiographError(
+                f"{image.name}: line integrals stored as whole"
+                f" numbers{f' up to {image.white:g}' if image.white else ''} need scale, the line"
+                " integral of one step"
+            )
+        if found.seen:
+            said.append(
+                f"{name}: pixels are taken for line integrals: fractions, zero beside the patient,"
+                " and no more than a chest has."
+            )
         told.pop("white", None)
         return to_line_integrals(image.image, "line_integrals", name=image.name, **told)
     told.setdefault("white", image.white)
     if found.inverted is None and told.get("i0") is None:
-        raise RadiographError(f"{image.name}: whether high numbers mean many X-rays stands neither in the file{tags} nor at its border; tell inverted (True or False), and i0")
-    told["inverted"], air = bool(found.inverted), find_air(image.image, not found.inverted)
-    what = f"{'the logarithm of the intensity' if found.kind == 'log_intensity' else 'intensity'}, {'inverted' if found.inverted else 'not inverted'}"
-    end, shape = ("bright", "dark")[air is None or not air.bright], ("spread over the range", "piled up at the other end")[air is not None and air.kind == "intensity"]
-    why = "" if air is None else f": the direct beam at its border is {end}, and the body is {shape}"
+        raise RadiographError(
+            f"{image.name}: whether high numbers mean many X-rays stands neither in the file{tags}"
+            " nor at its border; tell inverted (True or False), and i0"
+        )
+    told["inverted"] = bool(found.inverted)
+    air = find_air(image.image, not found.inverted)
+    what = (
+        f"{'the logarithm of the intensity' if found.kind == 'log_intensity' else 'intensity'},"
+        f" {'inverted' if found.inverted else 'not inverted'}"
+    )
+    end = ("bright", "dark")[air is None or not air.bright]
+    shape = (
+        "spread over the range",
+        "piled up at the other end",
+    )[air is not None and air.kind == "intensity"]
+    why = (
+        "" if air is None else f": the direct beam at its border is {end}, and the body is {shape}"
+    )
     if found.kind == "log_intensity" and told.get("scale") is None:
-        raise RadiographError(f"{image.name}: pixels are {what}{why if found.seen else ''}, and nothing says how much line integral one step is; "
-                              "give scale, or another kind if this is wrong")
-    if kind and image.kind and kind != image.kind: said.append(f"{name}: taken for {what}, as told, against its tags{tags}.")
-    elif found.seen: said.append(f"{name}: pixels are taken for {what}{why}; kind and inverted overrule this.")
-    elif image.by_tag: said.append(f"{name}: pixels are {what}, by its tags{tags}.")
+        raise RadiographError(
+            f"{image.name}: pixels are {what}{why if found.seen else ''}, and nothing says how much"
+            " line integral one step is; give scale, or another kind if this is wrong"
+        )
+    if kind and image.kind and kind != image.kind:
+        said.append(f"{name}: taken for {what}, as told, against its tags{tags}.")
+    elif found.seen:
+        said.append(f"{name}: pixels are taken for {what}{why}; kind and inverted overrule this.")
+    elif image.by_tag:
+        said.append(f"{name}: pixels are {what}, by its tags{tags}.")
     if told.get("i0") in (None, "border"):
         if air is None:
-            raise RadiographError(f"{image.name}: intensities need i0, the reading of the beam beside the patient, and none is seen at its border; "
-                                  "give the number, or \"maximum\" for the brightest pixel")
-        told["i0"] = air.level if found.kind == "log_intensity" or not found.inverted or told["white"] is None else told["white"] - air.level
-        said.append(f"{name}: i0 = {told['i0']:.6g}, the reading of the direct beam that fills {air.border:.0%} of its border; i0 overrules this.")
-        if found.kind == "intensity" and not found.inverted and told["white"] is not None and air.level >= told["white"]:
-            said.append(f"{name}: the direct beam has the largest number that the file can store; if it was cut off there, all line integrals are too small by one amount.")
-    if found.kind == "log_intensity": told.pop("white")
+            raise RadiographError(
+                f"{image.name}: intensities need i0, the reading of the beam beside the patient,"
+                " and none is seen at its border; give the number, or \"maximum\" for the"
+                " brightest pixel"
+            )
+        told["i0"] = (
+            air.level
+            if found.kind == "log_intensity" or not found.inverted or told["white"] is None
+            else told["white"] - air.level
+        )
+        said.append(
+            f"{name}: i0 = {told['i0']:.6g}, the reading of the direct beam that fills"
+            f" {air.border:.0%} of its border; i0 overrules this."
+        )
+        if (
+            found.kind == "intensity"
+            and not found.inverted
+            and told["white"] is not None
+            and air.level >= told["white"]
+        ):
+            said.append(
+                f"{name}: the direct beam has the largest number that the file can store; if it was"
+                " cut off there, all line integrals are too small by one amount."
+            )
+    if found.kind == "log_intensity":
+        told.pop("white")
     return to_line_integrals(image.image, found.kind, name=image.name, **told)
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-021
@@ -363,35 +664,56 @@ def write_radiographs(
     folder,  # made if needed; files of the same names are replaced
     line_integrals,  # (V, R, C) array or tensor
     geometry: ConeBeam,  # one scan with V views
-    names: Sequence[str] | None = None,  # of the PNG files, without ending; xray_0, xray_1, … unless given
+    # of the PNG files, without ending; xray_0, xray_1, … unless given
+    names: Sequence[str] | None = None,
 ) -> list[Path]:
-    "Write PNGs, xrays.npz and geometry.json, each whole or not at all; returns the paths of the PNGs."
-    folder, images = Path(folder), torch.as_tensor(line_integrals).detach().cpu().numpy().astype(np.float32)
+    """Write PNGs, xrays.npz and geometry.json, each whole or not at all; returns the paths of the
+    PNGs.
+    """
+    folder = Path(folder)
+    images = torch.as_tensor(line_integrals).detach().cpu().numpy().astype(np.float32)
     shape = (geometry.views, *geometry.detector_shape)
     if images.shape != shape:
-        raise RadiographError(f"write_radiographs: line_integrals must be {shape}, the geometry's (views, rows, columns), "
-                              f"got {images.shape}")
+        raise RadiographError(
+            f"write_radiographs: line_integrals must be {shape}, the geometry's (views, rows,"
+            f" columns), got {images.shape}"
+        )
     if not np.isfinite(images).all():
-        raise RadiographError(f"write_radiographs: line_integrals hold {int((~np.isfinite(images)).sum())} NaN or infinite values; "
-                              "nothing was written")
+        raise RadiographError(
+            f"write_radiographs: line_integrals hold {int((~np.isfinite(images)).sum())} NaN or"
+            " infinite values; nothing was written"
+        )
     names = list(names) if names else [f"xray_{v}" for v in range(len(images))]
-    if len(set(names)) != len(images): raise RadiographError(f"write_radiographs: names must be {len(images)} different ones, got {names}")
+    if len(set(names)) != len(images):
+        raise RadiographError(
+            f"write_radiographs: names must be {len(images)} different ones, got {names}"
+        )
     content = json.loads(geometry.to_json())
-    content["images"] = [{"file": f"{name}.png", **_write_png(folder / f"{name}.png", image)} for name, image in zip(names, images)]
+    content["images"] = [
+        {"file": f"{name}.png", **_write_png(folder / f"{name}.png", image)}
+        for name, image in zip(names, images)
+    ]
     with atomic_write(folder / "xrays.npz") as temporary:
         np.savez_compressed(temporary, line_integrals=images, geometry=np.array(geometry.to_json()))
     with atomic_write(folder / "geometry.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return [folder / f"{name}.png" for name in names]
+
 
 def _write_png(path: Path, image: np.ndarray) -> dict:
     "One view as 16-bit PNG; returns what its text chunk says."
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
+
     low, high = float(image.min()), float(image.max())
     code = {"kind": "line_integrals", "scale": (high - low) / 65535 or 1.0, "offset": low}
     stored = np.round((image.astype(np.float64) - low) / code["scale"]).astype(np.uint16)
     text = PngInfo()
-    text.add_text(TEXT_KEY, json.dumps({**code, "about": "line integral = offset + scale * stored number"}))
-    with atomic_write(path) as temporary: Image.fromarray(stored).save(temporary, format="PNG", pnginfo=text)
+    text.add_text(
+        TEXT_KEY, json.dumps({**code, "about": "line integral = offset + scale * stored number"})
+    )
+    with atomic_write(path) as temporary:
+        Image.fromarray(stored).save(temporary, format="PNG", pnginfo=text)
     return code

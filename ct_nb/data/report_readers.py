@@ -17,38 +17,80 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .reports import CT_RATE_LABELS, Report, Step, find_mentions, find_places, region_texts
+from ct_nb.data.reports import (
+    CT_RATE_LABELS,
+    Report,
+    Step,
+    find_mentions,
+    find_places,
+    region_texts,
+)
 from ..physics.anatomy import REGIONS
 from ..physics.readers import CTReadError, check_hounsfield, read_volume
 from ..physics.volume import AIR_HU, Volume
 
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-005
 def read_table(path, columns) -> list[dict[str, str]]:
-    "Rows of a CSV file that must have these columns; ValueError names the file and what is missing."
+    """Rows of a CSV file that must have these columns; ValueError names the file and what is
+    missing.
+    """
     path = Path(path)
-    if not path.is_file(): raise ValueError(f"{path}: there is no such file; give the path of a CSV file with the columns {', '.join(columns)}")
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: there is no such file; give the path of a CSV file with the columns"
+            f" {', '.join(columns)}"
+        )
     csv.field_size_limit(2**27)
     with open(path, newline="", encoding="utf-8-sig") as lines:
         reader = csv.DictReader(lines)
         missing = [c for c in columns if c not in (reader.fieldnames or [])]
-        if missing: raise ValueError(f"{path.name}: the column {missing[0]!r} is missing; its columns are {', '.join(reader.fieldnames or []) or 'none'}, expected {', '.join(columns)}")
+        if missing:
+            raise ValueError(
+                f"{path.name}: the column {missing[0]!r} is missing; its columns are"
+                f" {', '.join(reader.fieldnames or []) or 'none'}, expected {', '.join(columns)}"
+            )
         return [{c: given(row[c]) for c in reader.fieldnames if c} for row in reader]
 
+
 def read_records(path, keys) -> list[dict]:
-    "Objects of a JSON list, or of JSON lines, that must each have one of these keys; ValueError names the file and the place."
+    """Objects of a JSON list, or of JSON lines, that must each have one of these keys; ValueError
+    names the file and the place.
+    """
     path = Path(path)
-    if not path.is_file(): raise ValueError(f"{path}: there is no such file; give the path of a JSON or JSON lines file")
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: there is no such file; give the path of a JSON or JSON lines file"
+        )
     text = path.read_text(encoding="utf-8-sig").strip()
-    try: records = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error: raise ValueError(f"{path.name}: is not JSON at line {error.lineno} ({error.msg}); expected a list of objects, or one object a line") from None
+    try:
+        records = (
+            json.loads(text)
+            if text.startswith("[")
+            else [json.loads(line) for line in text.splitlines() if line.strip()]
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path.name}: is not JSON at line {error.lineno} ({error.msg}); expected a list of"
+            " objects, or one object a line"
+        ) from None
     for i, record in enumerate(records):
         if not isinstance(record, dict) or not any(k in record for k in keys):
-            raise ValueError(f"{path.name}: entry {i} has none of {', '.join(keys)}; expected an object with one of them")
+            raise ValueError(
+                f"{path.name}: entry {i} has none of {', '.join(keys)}; expected an object with one"
+                " of them"
+            )
     return records
 
+
 def _number(row: dict[str, str], column: str, path) -> float:
-    try: return float(row[column])
-    except ValueError: raise ValueError(f"{Path(path).name}: {column!r} of {row['VolumeName']} is {row[column]!r}, which is no number; correct the cell, or leave the row out") from None
+    try:
+        return float(row[column])
+    except ValueError:
+        raise ValueError(
+            f"{Path(path).name}: {column!r} of {row['VolumeName']} is {row[column]!r}, which is no"
+            " number; correct the cell, or leave the row out"
+        ) from None
+
 
 def given(text) -> str:
     "Text with its spaces tidied; empty where a data set means that there is none."
@@ -59,33 +101,47 @@ def given(text) -> str:
 _NAME = re.compile(r"(train|valid)_(\d+)_([a-z]+)_(\d+)\.nii\.gz")
 VERSIONS = {1: "", 2: "_fixed"}  # of the images: what follows "train" or "valid" in their folder
 
+
 class CTRateName(NamedTuple):
     "Name of a volume of CT-RATE."
+
     volume: str
     split: str  # "train" or "valid"
     patient: str  # "valid_12"
     scan: str  # "valid_12_b"; its reconstructions share a report
 
+
 def ct_rate_name(name: str) -> CTRateName:
     "A file name, or any path that ends in one, taken apart."
     last = str(name).replace("\\", "/").rsplit("/", 1)[-1]
     match = _NAME.fullmatch(last if last.endswith(".nii.gz") else last + ".nii.gz")
-    if match is None: raise ValueError(f"volume: {name!r} is no name of CT-RATE; expected such as 'valid_12_b_2.nii.gz'")
+    if match is None:
+        raise ValueError(
+            f"volume: {name!r} is no name of CT-RATE; expected such as 'valid_12_b_2.nii.gz'"
+        )
     split, patient, scan, _ = match.groups()
     return CTRateName(match[0], split, f"{split}_{patient}", f"{split}_{patient}_{scan}")
 
+
 def _ct_rate_name(name: str, file: Path) -> CTRateName:
-    try: return ct_rate_name(name)
-    except ValueError as error: raise ValueError(f"{file.name}: {error}") from None
+    try:
+        return ct_rate_name(name)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from None
+
 
 def ct_rate_path(name: str, version: int = 2) -> str:
     "Where a volume lies below the folder of the data set."
-    if version not in VERSIONS: raise ValueError(f"version: CT-RATE has the versions 1 and 2, got {version!r}")
+    if version not in VERSIONS:
+        raise ValueError(f"version: CT-RATE has the versions 1 and 2, got {version!r}")
     n = ct_rate_name(name)
     return f"dataset/{n.split}{VERSIONS[version]}/{n.patient}/{n.scan}/{n.volume}"
 
+
 def ct_rate_root(folder) -> Path | None:
-    "The folder that holds CT-RATE's `dataset/` as it is published, given it or `dataset` itself; None where a folder is neither."
+    """The folder that holds CT-RATE's `dataset/` as it is published, given it or `dataset` itself;
+    None where a folder is neither.
+    """
     folder = Path(folder).resolve()
     root = folder.parent if folder.name == "dataset" else folder
     return root if (root / "dataset" / "radiology_text_reports").is_dir() else None
@@ -94,7 +150,13 @@ def ct_rate_root(folder) -> Path | None:
 def ct_rate_rescale(metadata_csv) -> dict[str, tuple[float, float]]:
     "Volume -> (slope, intercept), for version 1."
     rows = read_table(metadata_csv, ("VolumeName", "RescaleSlope", "RescaleIntercept"))
-    return {row["VolumeName"]: tuple(_number(row, column, metadata_csv) for column in ("RescaleSlope", "RescaleIntercept")) for row in rows}
+    return {
+        row["VolumeName"]: tuple(
+            _number(row, column, metadata_csv) for column in ("RescaleSlope", "RescaleIntercept")
+        )
+        for row in rows
+    }
+
 
 def ct_rate_hu(
     stored: np.ndarray,  # numbers of the file, without the scaling of its header
@@ -102,54 +164,111 @@ def ct_rate_hu(
     version: int = 2,
     rescale: dict[str, tuple[float, float]] | None = None,  # of `ct_rate_rescale`; version 1 only
 ) -> np.ndarray:
-    "HU (float32) in the shape of `stored`, padding as air. Numbers that are not HU then: `CTReadError`."
+    """HU (float32) in the shape of `stored`, padding as air.
+
+    Numbers that are not HU then: `CTReadError`.
+    """
     name = ct_rate_name(name).volume
-    if version not in VERSIONS: raise ValueError(f"version: CT-RATE has the versions 1 and 2, got {version!r}")
-    if version == 2 and rescale is not None: raise ValueError(f"rescale: {name} of version 2 is HU already; give no slope and intercept for it")
-    if version == 1 and name not in (rescale or {}): raise ValueError(f"rescale: version 1 of {name} needs its slope and intercept from the metadata CSV; its header does not hold them")
+    if version not in VERSIONS:
+        raise ValueError(f"version: CT-RATE has the versions 1 and 2, got {version!r}")
+    if version == 2 and rescale is not None:
+        raise ValueError(
+            f"rescale: {name} of version 2 is HU already; give no slope and intercept for it"
+        )
+    if version == 1 and name not in (rescale or {}):
+        raise ValueError(
+            f"rescale: version 1 of {name} needs its slope and intercept from the metadata CSV; its"
+            " header does not hold them"
+        )
     slope, intercept = rescale[name] if version == 1 else (1.0, 0.0)
     hu = np.asarray(stored, np.float32) * np.float32(slope) + np.float32(intercept)
     check_hounsfield(hu, name)
     return np.where(hu < -1024, np.float32(AIR_HU), hu)
 
+
 def read_ct_rate(path, rescale: dict[str, tuple[float, float]]) -> Volume:
-    "A file of version 1 in HU, by `ct_rate_rescale`'s numbers and whatever the header says. Not in the table, or no HU with its numbers: `CTReadError`."
+    """A file of version 1 in HU, by `ct_rate_rescale`'s numbers and whatever the header says.
+
+    Not in the table, or no HU with its numbers: `CTReadError`.
+    """
     import nibabel
+
     volume = read_volume(path)
     header = nibabel.load(path).dataobj
-    try: hu = ct_rate_hu((volume.hu - np.float32(header.inter)) / np.float32(header.slope), Path(path).name, 1, rescale)
-    except ValueError as error: raise CTReadError(f"{path}: {error}") from None
-    return Volume(hu, volume.affine, [*volume.notes, "version 1 of CT-RATE, in HU by slope and intercept of its metadata table"])
+    try:
+        hu = ct_rate_hu(
+            (volume.hu - np.float32(header.inter)) / np.float32(header.slope),
+            Path(path).name,
+            1,
+            rescale,
+        )
+    except ValueError as error:
+        raise CTReadError(f"{path}: {error}") from None
+    return Volume(
+        hu,
+        volume.affine,
+        [*volume.notes, "version 1 of CT-RATE, in HU by slope and intercept of its metadata table"],
+    )
 
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-014
 def split_steps(text: str) -> tuple[Step, ...]:
     "The steps of a chain of reasoning in plain text, with the anatomy that each names."
     text = re.sub(r"</?(?:think|thinking|answer)>", "\n", text)
     lines = [line for line in re.split(r"\n+|(?=\bStep \d+\s*[:.])", text) if line.strip()]
-    if len(lines) == 1: lines = re.split(r"(?<=[.!?])\s+(?=[A-Z])", lines[0])
+    if len(lines) == 1:
+        lines = re.split(r"(?<=[.!?])\s+(?=[A-Z])", lines[0])
     lines = [re.sub(r"^(?:Step )?\d+\s*[:.)]\s+|^[-*]\s+", "", line.strip()) for line in lines]
     return tuple(make_step(line) for line in lines if line)
 
+
 def make_step(text: str, entities=(), place: str = "") -> Step:
-    "A step whose regions are those of `place`, else of its entities, else of its text, whichever first names any."
-    named = next((found for words in (place, "; ".join(entities), text) if (found := [p for part in words.split(";") for p in find_places(part)])), [])
-    return Step(text, tuple(entities) or tuple(dict.fromkeys(p.term for p in named)), tuple(sorted({n for p in named for n in p.regions})))
+    """A step whose regions are those of `place`, else of its entities, else of its text, whichever
+    first names any.
+    """
+    named = next(
+        (
+            found
+            for words in (place, "; ".join(entities), text)
+            if (found := [p for part in words.split(";") for p in find_places(part)])
+        ),
+        [],
+    )
+    return Step(
+        text,
+        tuple(entities) or tuple(dict.fromkeys(p.term for p in named)),
+        tuple(sorted({n for p in named for n in p.regions})),
+    )
+
 
 def conversations(path) -> dict[str, list[tuple[str, str]]]:
-    "Volume -> (question, answer), of a file in the layout of LLaVA; what asks for the whole report is left out."
+    """Volume -> (question, answer), of a file in the layout of LLaVA; what asks for the whole
+    report is left out.
+    """
     found: dict[str, list[tuple[str, str]]] = {}
     for record in read_records(path, ("conversations",)):
-        if "image" not in record: continue  # questions about no image
+        if "image" not in record:
+            continue  # questions about no image
         turns = [(turn.get("from"), turn.get("value", "")) for turn in record["conversations"]]
         for (asker, question), (_, answer) in zip(turns, turns[1:]):
-            if asker != "human" or "<report_generation>" in question: continue
-            question = given(re.sub(r"<(?:image|long_answer|short_answer|multiple_choice|free_response)>", " ", question))
-            found.setdefault(_ct_rate_name(record["image"], Path(path)).volume, []).append((question, given(answer)))
+            if asker != "human" or "<report_generation>" in question:
+                continue
+            question = given(
+                re.sub(
+                    r"<(?:image|long_answer|short_answer|multiple_choice|free_response)>",
+                    " ",
+                    question,
+                )
+            )
+            found.setdefault(_ct_rate_name(record["image"], Path(path)).volume, []).append(
+                (question, given(answer))
+            )
     return found
+
 
 def is_conversations(path) -> bool:
     "Whether a JSON file is of questions and answers, by its beginning."
-    with open(path, encoding="utf-8-sig") as file: return '"conversations"' in file.read(2**16)
+    with open(path, encoding="utf-8-sig") as file:
+        return '"conversations"' in file.read(2**16)
 
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-015
 def ct_rate_reports(
@@ -158,87 +277,223 @@ def ct_rate_reports(
     vqa_json=None,  # vqa/…_vqa.json
     cot_json=None,  # reasoning, JSON or JSON lines
 ) -> list[Report]:
-    "One report for each volume of the table, in its order; volumes that only other files name are left out."
+    """One report for each volume of the table, in its order; volumes that only other files name are
+    left out.
+    """
     rows = read_table(reports_csv, ("VolumeName", "Findings_EN", "Impressions_EN"))
-    labels = {} if labels_csv is None else {row["VolumeName"]: {l: _number(row, l, labels_csv) > 0.5 for l in CT_RATE_LABELS} for row in read_table(labels_csv, ("VolumeName", *CT_RATE_LABELS))}
-    questions, reasons = {} if vqa_json is None else conversations(vqa_json), {}
+    labels = (
+        {}
+        if labels_csv is None
+        else {
+            row["VolumeName"]: {l: _number(row, l, labels_csv) > 0.5 for l in CT_RATE_LABELS}
+            for row in read_table(labels_csv, ("VolumeName", *CT_RATE_LABELS))
+        }
+    )
+    questions = {} if vqa_json is None else conversations(vqa_json)
+    reasons = {}
     for record in [] if cot_json is None else read_records(cot_json, ("volumename", "image")):
-        reasons.setdefault(_ct_rate_name(record.get("volumename") or record.get("image"), Path(cot_json)).volume, []).extend(split_steps(record.get("thinking") or record.get("answer", "")))
+        reasons.setdefault(
+            _ct_rate_name(record.get("volumename") or record.get("image"), Path(cot_json)).volume,
+            [],
+        ).extend(split_steps(record.get("thinking") or record.get("answer", "")))
     reports = []
     for row in rows:
         name = _ct_rate_name(row["VolumeName"], Path(reports_csv))
-        reports.append(Report(name.volume, row["Impressions_EN"], region_texts(row["Findings_EN"]), tuple(reasons.get(name.volume, ())), row["Findings_EN"],
-                              tuple(questions.get(name.volume, ())), labels.get(name.volume, {}), name.scan, name.patient))
-    if len({r.volume for r in reports}) < len(reports): raise ValueError(f"{Path(reports_csv).name}: a volume stands in it twice; each needs one row")
+        reports.append(
+            Report(
+                name.volume,
+                row["Impressions_EN"],
+                region_texts(row["Findings_EN"]),
+                tuple(reasons.get(name.volume, ())),
+                row["Findings_EN"],
+                tuple(questions.get(name.volume, ())),
+                labels.get(name.volume, {}),
+                name.scan,
+                name.patient,
+            )
+        )
+    if len({r.volume for r in reports}) < len(reports):
+        raise ValueError(
+            f"{Path(reports_csv).name}: a volume stands in it twice; each needs one row"
+        )
     return reports
+
 
 def ct_rate_published(
     root,  # of `ct_rate_root`
     cot_json=None,  # reasoning, which comes from elsewhere
 ) -> list[Report]:
-    "The reports of both parts, those that are there, with their labels and questions where their files are in their place. No table of reports: ValueError."
+    """The reports of both parts, those that are there, with their labels and questions where their
+    files are in their place. No table of reports: ValueError.
+    """
     reports = []
     for split, spelled in (("train", "train"), ("valid", "validation")):
-        table, labels, questions = (Path(root) / "dataset" / name for name in (f"radiology_text_reports/{spelled}_reports.csv", f"multi_abnormality_labels/{split}_predicted_labels.csv", f"vqa/{split}_vqa.json"))
-        if table.is_file(): reports += ct_rate_reports(table, *(path if path.is_file() else None for path in (labels, questions)), cot_json)
-    if not reports: raise ValueError(f"{root}: dataset/radiology_text_reports has neither train_reports.csv nor validation_reports.csv with a report in it; put them there as they are published")
+        table, labels, questions = (
+            Path(root) / "dataset" / name
+            for name in (
+                f"radiology_text_reports/{spelled}_reports.csv",
+                f"multi_abnormality_labels/{split}_predicted_labels.csv",
+                f"vqa/{split}_vqa.json",
+            )
+        )
+        if table.is_file():
+            reports += ct_rate_reports(
+                table, *(path if path.is_file() else None for path in (labels, questions)), cot_json
+            )
+    if not reports:
+        raise ValueError(
+            f"{root}: dataset/radiology_text_reports has neither train_reports.csv nor"
+            " validation_reports.csv with a report in it; put them there as they are published"
+        )
     return reports
+
 
 def ct_rate_metadata(root) -> dict[str, tuple[float, float]]:
     "Slopes and intercepts of both parts, those whose tables are in their place."
-    tables = [Path(root) / "dataset" / "metadata" / f"{spelled}_metadata.csv" for spelled in ("train", "validation")]
-    return {volume: numbers for table in tables if table.is_file() for volume, numbers in ct_rate_rescale(table).items()}
+    tables = [
+        Path(root) / "dataset" / "metadata" / f"{spelled}_metadata.csv"
+        for spelled in ("train", "validation")
+    ]
+    return {
+        volume: numbers
+        for table in tables
+        if table.is_file()
+        for volume, numbers in ct_rate_rescale(table).items()
+    }
 
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-018
 def omniabnorm_reports(path) -> list[Report]:
-    "One report for each case, in the order of the file; several entries of one case (one for each abnormality) are joined."
+    """One report for each case, in the order of the file; several entries of one case (one for each
+    abnormality) are joined.
+    """
     cases: dict[str, list[Report]] = {}
     for number, record in enumerate(read_records(path, ("case_id", "image_id", "volumename"))):
         report = _omniabnorm(record, f"{Path(path).name}: entry {number}")
         cases.setdefault(report.volume, []).append(report)
-    return [Report(name, " ".join(dict.fromkeys(r.impression for r in parts if r.impression)), tuple(dict.fromkeys(m for r in parts for m in r.regions)),
-                   tuple(s for r in parts for s in r.steps), questions=tuple(q for r in parts for q in r.questions), labels={k: v for r in parts for k, v in r.labels.items()})
-            for name, parts in cases.items()]
+    return [
+        Report(
+            name,
+            " ".join(dict.fromkeys(r.impression for r in parts if r.impression)),
+            tuple(dict.fromkeys(m for r in parts for m in r.regions)),
+            tuple(s for r in parts for s in r.steps),
+            questions=tuple(q for r in parts for q in r.questions),
+            labels={k: v for r in parts for k, v in r.labels.items()},
+        )
+        for name, parts in cases.items()
+    ]
+
 
 def _parts(record: dict, field: str, needs: str, where: str) -> list[dict]:
     "The objects of a list in a record, each of which must have a text under `needs`."
     parts = list(record.get(field) or ())
     for number, part in enumerate(parts):
-        if not isinstance(part, dict) or not given(part.get(needs)): raise ValueError(f"{where}: {field}[{number}] has no {needs!r}; each of its objects needs one")
+        if not isinstance(part, dict) or not given(part.get(needs)):
+            raise ValueError(
+                f"{where}: {field}[{number}] has no {needs!r}; each of its objects needs one"
+            )
     return parts
+
 
 def _omniabnorm(record: dict, where: str) -> Report:
     if "case_id" in record:
-        steps = tuple(make_step(given(s["text"]), tuple(s.get("anatomical_entities") or ()), str(s.get("mask_region") or "")) for s in _parts(record, "cot_reasoning", "text", where))
-        impression = f"{record.get('category', 'Abnormality')} in the {record['region']}." if record.get("region") else given(record.get("category"))
+        steps = tuple(
+            make_step(
+                given(s["text"]),
+                tuple(s.get("anatomical_entities") or ()),
+                str(s.get("mask_region") or ""),
+            )
+            for s in _parts(record, "cot_reasoning", "text", where)
+        )
+        impression = (
+            f"{record.get('category', 'Abnormality')} in the {record['region']}."
+            if record.get("region")
+            else given(record.get("category"))
+        )
         regions = tuple((n, s.text) for s in steps for n in s.regions)
-        return Report(str(record["case_id"]), impression, regions, steps, labels={record["category"]: True} if record.get("category") else {})
+        return Report(
+            str(record["case_id"]),
+            impression,
+            regions,
+            steps,
+            labels={record["category"]: True} if record.get("category") else {},
+        )
     if "image_id" in record:
         findings = _parts(record, "findings", "disease", where)
-        said = [f"{'' if f.get('present', True) else 'No '}{f['disease']}{' in the ' + f['location'] if f.get('location') else ''}." for f in findings]
+        said = [
+            f"{'' if f.get('present', True) else 'No '}{f['disease']}{' in the ' + f['location'] if f.get('location') else ''}."
+            for f in findings
+        ]
         reasoning = record.get("reasoning", "")
-        steps = split_steps(reasoning if isinstance(reasoning, str) else "\n".join(map(str, reasoning)))
-        return Report(str(record["image_id"]), given(record.get("summary")), region_texts(" ".join(said)), steps, labels={f["disease"]: bool(f.get("present", True)) for f in findings})
+        steps = split_steps(
+            reasoning if isinstance(reasoning, str) else "\n".join(map(str, reasoning))
+        )
+        return Report(
+            str(record["image_id"]),
+            given(record.get("summary")),
+            region_texts(" ".join(said)),
+            steps,
+            labels={f["disease"]: bool(f.get("present", True)) for f in findings},
+        )
     answer = given(record.get("answer"))
-    return Report(str(record["volumename"]), regions=region_texts(answer), steps=split_steps(record.get("answer", "")), questions=((given(record.get("question")), answer),))
+    return Report(
+        str(record["volumename"]),
+        regions=region_texts(answer),
+        steps=split_steps(record.get("answer", "")),
+        questions=((given(record.get("question")), answer),),
+    )
 
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-021
-RADGENOME_ANATOMY = {"abdomen": (16, 17, 18, 19), "bone": (13, 14, 15), "breast": (20,), "esophagus": (11,), "heart": (7,), "lung": (1, 2, 3, 4, 5),
-                     "mediastinum": (8, 9, 10), "pleura": (2, 5), "thyroid": (12,), "trachea and bronchie": (6,), "trachea and bronchi": (6,), "trachea/bronchi": (6,)}
+RADGENOME_ANATOMY = {
+    "abdomen": (16, 17, 18, 19),
+    "bone": (13, 14, 15),
+    "breast": (20,),
+    "esophagus": (11,),
+    "heart": (7,),
+    "lung": (1, 2, 3, 4, 5),
+    "mediastinum": (8, 9, 10),
+    "pleura": (2, 5),
+    "thyroid": (12,),
+    "trachea and bronchie": (6,),
+    "trachea and bronchi": (6,),
+    "trachea/bronchi": (6,),
+}
+
 
 def radgenome_reports(region_csv) -> list[Report]:
     "One report for each volume, in the order of the table. An unknown organ: ValueError."
     said: dict[str, list[tuple[str, str]]] = {}
     for row in read_table(region_csv, ("Volumename", "Anatomy", "Sentence")):
-        if row["Sentence"]: said.setdefault(ct_rate_name(row["Volumename"]).volume, []).append((row["Anatomy"].lower(), row["Sentence"]))
+        if row["Sentence"]:
+            said.setdefault(ct_rate_name(row["Volumename"]).volume, []).append(
+                (row["Anatomy"].lower(), row["Sentence"])
+            )
     reports = []
     for volume, sentences in said.items():
         unknown = [a for a, _ in sentences if a and a not in RADGENOME_ANATOMY]
-        if unknown: raise ValueError(f"Anatomy: {volume} has {unknown[0]!r}; expected one of {', '.join(RADGENOME_ANATOMY)}")
-        regions = [(n, text) for anatomy, text in sentences if anatomy for n in narrow(RADGENOME_ANATOMY[anatomy], text)]
+        if unknown:
+            raise ValueError(
+                f"Anatomy: {volume} has {unknown[0]!r}; expected one of"
+                f" {', '.join(RADGENOME_ANATOMY)}"
+            )
+        regions = [
+            (n, text)
+            for anatomy, text in sentences
+            if anatomy
+            for n in narrow(RADGENOME_ANATOMY[anatomy], text)
+        ]
         name = ct_rate_name(volume)
-        reports.append(Report(volume, " ".join(t for a, t in sentences if not a), tuple(regions), findings=" ".join(t for a, t in sentences if a), scan=name.scan, patient=name.patient))
+        reports.append(
+            Report(
+                volume,
+                " ".join(t for a, t in sentences if not a),
+                tuple(regions),
+                findings=" ".join(t for a, t in sentences if a),
+                scan=name.scan,
+                patient=name.patient,
+            )
+        )
     return reports
+
 
 def narrow(regions: tuple[int, ...], text: str) -> tuple[int, ...]:
     "Those of the regions that the words of a text also name, or all where they name none of them."
@@ -247,8 +502,24 @@ def narrow(regions: tuple[int, ...], text: str) -> tuple[int, ...]:
 
 # %% ../../nbs/data/06a_report_readers.ipynb #cell-024
 def phantom_report(report, volume: str) -> Report:
-    "The record of a phantom's report: a `ct_nb.physics.phantom_report.Report`, or the dict that a `Sample` carries."
+    """The record of a phantom's report: a `ct_nb.physics.phantom_report.Report`, or the dict that a
+    `Sample` carries.
+    """
     facts = report if isinstance(report, dict) else vars(report)
-    seen = tuple((int(n), text) for n, text in facts["findings"].items() if not text.startswith("Not in the field of view"))
-    steps = tuple(Step(text, tuple(REGIONS[int(n)][0] for n in numbers), tuple(int(n) for n in numbers)) for text, numbers in zip(facts["cot_steps"], facts["step_regions"]))
-    return Report(volume, facts["impression"], seen, steps, " ".join(text for _, text in seen), labels=dict(facts["labels"]))
+    seen = tuple(
+        (int(n), text)
+        for n, text in facts["findings"].items()
+        if not text.startswith("Not in the field of view")
+    )
+    steps = tuple(
+        Step(text, tuple(REGIONS[int(n)][0] for n in numbers), tuple(int(n) for n in numbers))
+        for text, numbers in zip(facts["cot_steps"], facts["step_regions"])
+    )
+    return Report(
+        volume,
+        facts["impression"],
+        seen,
+        steps,
+        " ".join(text for _, text in seen),
+        labels=dict(facts["labels"]),
+    )

@@ -18,65 +18,128 @@ from ..physics.anatomy import REGIONS
 @dataclass(frozen=True)
 class Step:
     "One step of reasoning."
+
     text: str
-    entities: tuple[str, ...] = ()  # the anatomy that it names, in words: what `regions` was read from, kept so that a reading can be checked
+    # the anatomy that it names, in words: what `regions` was read from, kept so that a reading can
+    # be checked
+    entities: tuple[str, ...] = ()
     regions: tuple[int, ...] = ()  # numbers in REGIONS; empty for the whole chest
+
 
 @dataclass(frozen=True)
 class Report:
     "What is said of one volume. Fields that a data set does not have are empty."
+
     volume: str  # name of the volume, unique in its data set
     impression: str = ""
     regions: tuple[tuple[int, str], ...] = ()  # (number in REGIONS, sentence)
     steps: tuple[Step, ...] = ()
     findings: str = ""
-    questions: tuple[tuple[str, str], ...] = ()  # (question, answer); kept for networks that answer, no loss of this library reads them
+    # (question, answer); kept for networks that answer, no loss of this library reads them
+    questions: tuple[tuple[str, str], ...] = ()
     labels: dict[str, bool] = field(default_factory=dict)  # finding -> is it there
     scan: str = ""  # volumes of one scan share their report; the volume's name where not given
     patient: str = ""  # the scan's name where not given
 
     def __post_init__(self):
-        if not self.volume: raise ValueError("volume: a report needs the name of its volume, got an empty one")
+        if not self.volume:
+            raise ValueError("volume: a report needs the name of its volume, got an empty one")
         object.__setattr__(self, "scan", self.scan or self.volume)
         object.__setattr__(self, "patient", self.patient or self.scan)
-        for number in [n for n, _ in self.regions] + [n for step in self.steps for n in step.regions]:
-            if number not in REGIONS: raise ValueError(f"regions: {self.volume} speaks of region {number!r}; the regions are 1 to {len(REGIONS)}")
+        for number in [n for n, _ in self.regions] + [
+            n for step in self.steps for n in step.regions
+        ]:
+            if number not in REGIONS:
+                raise ValueError(
+                    f"regions: {self.volume} speaks of region {number!r}; the regions are 1 to"
+                    f" {len(REGIONS)}"
+                )
 
 # %% ../../nbs/data/06_reports.ipynb #cell-008
 LUNGS, BONES = ((1, 2), (3, 4, 5)), (13, 14, 15)
 VOCABULARY = (  # pattern, regions on the left, regions on the right
     (r"pleura(?:l|e)?|costophrenic|hemithorax|hemithoraces", (2,), (5,)),
-    (r"lul|lingula|lingular(?: segments?)?", (1,), (1,)), (r"lll", (2,), (2,)), (r"rul", (3,), (3,)), (r"rml", (4,), (4,)), (r"rll", (5,), (5,)),
-    (r"(?:upper and (?:the )?lower|lower and (?:the )?upper) lobes?", (1, 2), (3, 5)), (r"upper lobes?", (1,), (3,)), (r"middle lobe", (4,), (4,)),
-    (r"(?:middle and (?:the )?lower) lobes?", (2,), (4, 5)), (r"lower lobes?", (2,), (5,)),
+    (r"lul|lingula|lingular(?: segments?)?", (1,), (1,)),
+    (r"lll", (2,), (2,)),
+    (r"rul", (3,), (3,)),
+    (r"rml", (4,), (4,)),
+    (r"rll", (5,), (5,)),
+    (r"(?:upper and (?:the )?lower|lower and (?:the )?upper) lobes?", (1, 2), (3, 5)),
+    (r"upper lobes?", (1,), (3,)),
+    (r"middle lobe", (4,), (4,)),
+    (r"(?:middle and (?:the )?lower) lobes?", (2,), (4, 5)),
+    (r"lower lobes?", (2,), (5,)),
     (r"pulmonary (?:arter(?:y|ies|ial)|trunk|veins?|venous|vess\w+|vascul\w+)", (9,), (9,)),
-    (r"lymph nodes?|lymphadenopath\w+|mediastin\w+|hil(?:ar|um|a)|subcarinal|paratracheal|aortopulmonary(?: window)?", (10,), (10,)),
-    (r"(?:superior|inferior) vena cava|vena cava|svc|brachiocephalic\w*|subclavian\w*|carotid\w*|great vessels?|central venous|jugular", (10,), (10,)),
-    (r"coronary|cardi(?:ac|omegaly|othoracic)|heart|pericardi\w+|atri(?:um|al|a)|ventric\w+|myocard\w+|mitral|valves?", (7,), (7,)),
-    (r"aort(?:a|ic)", (8,), (8,)), (r"trachea\w*|main bronch\w+|bronch(?:us|i|ial)|airways?|carina", (6,), (6,)),
-    (r"hiatal hernia|hiatus hernia", (11, 19), (11, 19)), (r"o?esophag\w+", (11,), (11,)), (r"thyroid\w*", (12,), (12,)),
-    (r"spine|spinal|vertebra\w*|[tl]\d{1,2}|kyphosis|scoliosis|paravertebral", (13,), (13,)), (r"ribs?|stern(?:um|al)|costal|costochondral", (14,), (14,)),
-    (r"clavic\w+|scapula\w*|humer\w+|shoulders?|axill\w+", (15,), (15,)), (r"bones?|osseous|skelet\w+|lytic|sclerotic", BONES, BONES),
+    (
+        (
+            r"lymph"
+            r" nodes?|lymphadenopath\w+|mediastin\w+|hil(?:ar|um|a)|subcarinal|paratracheal|aortopulmonary(?:"
+            r" window)?"
+        ),
+        (10,),
+        (10,),
+    ),
+    (
+        (
+            r"(?:superior|inferior) vena cava|vena"
+            r" cava|svc|brachiocephalic\w*|subclavian\w*|carotid\w*|great vessels?|central"
+            r" venous|jugular"
+        ),
+        (10,),
+        (10,),
+    ),
+    (
+        r"coronary|cardi(?:ac|omegaly|othoracic)|heart|pericardi\w+|atri(?:um|al|a)|ventric\w+|myocard\w+|mitral|valves?",
+        (7,),
+        (7,),
+    ),
+    (r"aort(?:a|ic)", (8,), (8,)),
+    (r"trachea\w*|main bronch\w+|bronch(?:us|i|ial)|airways?|carina", (6,), (6,)),
+    (r"hiatal hernia|hiatus hernia", (11, 19), (11, 19)),
+    (r"o?esophag\w+", (11,), (11,)),
+    (r"thyroid\w*", (12,), (12,)),
+    (r"spine|spinal|vertebra\w*|[tl]\d{1,2}|kyphosis|scoliosis|paravertebral", (13,), (13,)),
+    (r"ribs?|stern(?:um|al)|costal|costochondral", (14,), (14,)),
+    (r"clavic\w+|scapula\w*|humer\w+|shoulders?|axill\w+", (15,), (15,)),
+    (r"bones?|osseous|skelet\w+|lytic|sclerotic", BONES, BONES),
     (r"liver|hepat\w+|gall ?bladder|biliary|bile ducts?|portal vein", (16,), (16,)),
-    (r"splen\w+|spleen|pancrea\w+|adrenals?|surrenals?", (17,), (17,)), (r"kidneys?|renal|nephro\w+|perirenal", (18,), (18,)),
-    (r"stomach|gastric|bowel|colon\w*|duoden\w+|intestin\w+", (19,), (19,)), (r"abdom\w+", (16, 17, 18, 19), (16, 17, 18, 19)),
+    (r"splen\w+|spleen|pancrea\w+|adrenals?|surrenals?", (17,), (17,)),
+    (r"kidneys?|renal|nephro\w+|perirenal", (18,), (18,)),
+    (r"stomach|gastric|bowel|colon\w*|duoden\w+|intestin\w+", (19,), (19,)),
+    (r"abdom\w+", (16, 17, 18, 19), (16, 17, 18, 19)),
     (r"muscles?|pelvi[sc]|bladder|prostate|chest wall|thoracic wall|breasts?", (20,), (20,)),
-    (r"lungs?|pulmonary|parenchym\w+|bronchiect\w+|emphysem\w+|atelecta\w+|consolidat\w+|ground[- ]glass|mosaic|peribronchial|interlobular", *LUNGS))
+    (
+        (
+            r"lungs?|pulmonary|parenchym\w+|bronchiect\w+|emphysem\w+|atelecta\w+|consolidat\w+|ground[-"
+            r" ]glass|mosaic|peribronchial|interlobular"
+        ),
+        *LUNGS,
+    ),
+)
 _SIDE = r"(?:\b(left|right|both|bilateral(?:ly)?)(?: lung)?(?:'s)?[ ,]+)?"
-_PLACES = [(re.compile(_SIDE + rf"\b(?:{pattern})\b", re.I), left, right) for pattern, left, right in VOCABULARY]
+_PLACES = [
+    (re.compile(_SIDE + rf"\b(?:{pattern})\b", re.I), left, right)
+    for pattern, left, right in VOCABULARY
+]
+
 
 class Place(NamedTuple):
     "Anatomy named in a text: the words and the regions they mean."
+
     term: str
     regions: tuple[int, ...]
 
+
 def find_places(clause: str) -> list[Place]:
-    "The anatomy that a clause names, in the order of its words; a place is left out where the clause also names a part of it (the lungs, where it names a lobe)."
+    """The anatomy that a clause names, in the order of its words; a place is left out where the
+    clause also names a part of it (the lungs, where it names a lobe).
+    """
     named = [side for side in ("left", "right") if re.search(rf"\b{side}\b", clause, re.I)]
     taken, found = [], []
     for pattern, left, right in _PLACES:
         for match in pattern.finditer(clause):
-            if any(match.start() < end and start < match.end() for start, end in taken): continue
+            if any(match.start() < end and start < match.end() for start, end in taken):
+                continue
             taken.append(match.span())
             side = (match[1] or (named[0] if len(named) == 1 else "")).lower()
             regions = left if side == "left" else right if side == "right" else (*left, *right)
@@ -85,63 +148,153 @@ def find_places(clause: str) -> list[Place]:
     return [p for p in places if not any(set(q.regions) < set(p.regions) for q in places)]
 
 # %% ../../nbs/data/06_reports.ipynb #cell-011
-CT_RATE_LABELS = ("Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion", "Coronary artery wall calcification", "Hiatal hernia",
-                  "Lymphadenopathy", "Emphysema", "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion",
-                  "Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis", "Interlobular septal thickening")
+CT_RATE_LABELS = (
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+)
 FINDINGS = {  # name: pattern
-    "medical material": r"catheters?|stents?|pacemaker|prosthe\w+|sutures?|clips?|(?:endotracheal|nasogastric|drainage) tube",
-    "arterial wall calcification": r"(?:aort\w+|arter\w+|atheroma\w*|vascular)(?: \w+){0,3} (?:calcifi\w+|plaques?)|calcifi\w+(?: \w+){0,4} (?:aort\w+|arter\w+)",
-    "cardiomegaly": r"cardiomegaly|enlarged heart|heart is enlarged|heart size is increased", "pericardial effusion": r"pericardial effusion",
-    "coronary artery wall calcification": r"coronary(?: \w+){0,3} (?:calcifi\w+|plaques?)|calcifi\w+(?: \w+){0,4} coronary", "hiatal hernia": r"hiat(?:al|us) hernia",
-    "lymphadenopathy": r"lymphadenopath\w+|(?:enlarged|pathological\w*)(?: \w+){0,4} lymph nodes?", "emphysema": r"emphysem\w+", "atelectasis": r"atelecta\w+",
-    "lung nodule": r"(?<!thyroid )nodul\w+|granuloma\w*", "lung opacity": r"ground[- ]glass(?! nodul)|opaci\w+|infiltrat\w+", "pulmonary fibrotic sequela": r"fibro\w+|sequela\w*",
-    "pleural effusion": r"pleural effusions?|pleural fluid", "mosaic attenuation pattern": r"mosaic", "peribronchial thickening": r"peribronchial thickening|bronchial wall thickening",
-    "consolidation": r"consolidat\w+", "bronchiectasis": r"bronchiecta\w+", "interlobular septal thickening": r"septal thickening|septal thickness",
-    "mass": r"mass(?:es)?|tumou?rs?|malignan\w+", "aneurysm": r"aneurysm\w*|dilat\w+", "fracture": r"fractur\w+", "metastasis": r"metasta\w+|lytic|sclerotic lesions?",
-    "cyst": r"cysts?|cystic", "thyroid nodule": r"thyroid nodul\w+", "pneumothorax": r"pneumothora\w+", "other effusion": r"(?<!pleural )(?<!pericardial )effusions?",
-    "other calcification": r"calcifi\w+", "other thickening": r"thicken\w+|thickness increase", "steatosis": r"steatosis|hepatosteatosis", "other lesion": r"lesions?|abnormalit(?:y|ies)",
-    "embolism": r"embol\w+|thromb\w+", "stone": r"stones?|lithiasis", "bone change": r"scoliosis|kyphosis|degenerat\w+|osteophyt\w+|osteopen\w+", "other hernia": r"hernia\w*", "bulla": r"bulla\w*|blebs?"}
+    "medical material": (
+        r"catheters?|stents?|pacemaker|prosthe\w+|sutures?|clips?|(?:endotracheal|nasogastric|drainage)"
+        r" tube"
+    ),
+    "arterial wall calcification": (
+        r"(?:aort\w+|arter\w+|atheroma\w*|vascular)(?: \w+){0,3}"
+        r" (?:calcifi\w+|plaques?)|calcifi\w+(?: \w+){0,4} (?:aort\w+|arter\w+)"
+    ),
+    "cardiomegaly": r"cardiomegaly|enlarged heart|heart is enlarged|heart size is increased",
+    "pericardial effusion": r"pericardial effusion",
+    "coronary artery wall calcification": (
+        r"coronary(?: \w+){0,3} (?:calcifi\w+|plaques?)|calcifi\w+(?: \w+){0,4} coronary"
+    ),
+    "hiatal hernia": r"hiat(?:al|us) hernia",
+    "lymphadenopathy": r"lymphadenopath\w+|(?:enlarged|pathological\w*)(?: \w+){0,4} lymph nodes?",
+    "emphysema": r"emphysem\w+",
+    "atelectasis": r"atelecta\w+",
+    "lung nodule": r"(?<!thyroid )nodul\w+|granuloma\w*",
+    "lung opacity": r"ground[- ]glass(?! nodul)|opaci\w+|infiltrat\w+",
+    "pulmonary fibrotic sequela": r"fibro\w+|sequela\w*",
+    "pleural effusion": r"pleural effusions?|pleural fluid",
+    "mosaic attenuation pattern": r"mosaic",
+    "peribronchial thickening": r"peribronchial thickening|bronchial wall thickening",
+    "consolidation": r"consolidat\w+",
+    "bronchiectasis": r"bronchiecta\w+",
+    "interlobular septal thickening": r"septal thickening|septal thickness",
+    "mass": r"mass(?:es)?|tumou?rs?|malignan\w+",
+    "aneurysm": r"aneurysm\w*|dilat\w+",
+    "fracture": r"fractur\w+",
+    "metastasis": r"metasta\w+|lytic|sclerotic lesions?",
+    "cyst": r"cysts?|cystic",
+    "thyroid nodule": r"thyroid nodul\w+",
+    "pneumothorax": r"pneumothora\w+",
+    "other effusion": r"(?<!pleural )(?<!pericardial )effusions?",
+    "other calcification": r"calcifi\w+",
+    "other thickening": r"thicken\w+|thickness increase",
+    "steatosis": r"steatosis|hepatosteatosis",
+    "other lesion": r"lesions?|abnormalit(?:y|ies)",
+    "embolism": r"embol\w+|thromb\w+",
+    "stone": r"stones?|lithiasis",
+    "bone change": r"scoliosis|kyphosis|degenerat\w+|osteophyt\w+|osteopen\w+",
+    "other hernia": r"hernia\w*",
+    "bulla": r"bulla\w*|blebs?",
+}
 _FINDINGS = {name: re.compile(rf"\b(?:{pattern})\b", re.I) for name, pattern in FINDINGS.items()}
 
 # %% ../../nbs/data/06_reports.ipynb #cell-014
-_BREAK = re.compile(r";|,? (?:but|however|although|except(?: for)?|whereas|while|apart from|with the exception of)\b,?", re.I)
-_UNSEEN = re.compile(r"not in the field of view|outside (?:of )?the field of view|not included in|(?:could|can) ?not be (?:optimally )?evaluated|not be evaluated|parenchyma window", re.I)
-_FALSE_DENIAL = re.compile(r"no (?:significant |interval |relevant )*changes?|not changed|not only|not (?:be )?(?:excluded|ruled out)|(?:without|absence of|non|no)[- ](?:iv |intravenous )?contrast\w*", re.I)
-_DENIES_AFTER = re.compile(r"\b(?:no|without|neither|nor|absence of|free of|free from|negative for|not)\b", re.I)
-_DENIES_BEFORE = re.compile(r"\b(?:(?:is|are|was|were|has|have|been) )*(?:not (?:been )?(?:detected|observed|seen|identified|present|found|visible|visuali[sz]ed|noted|evident|demonstrated|encountered|distinguished)"
-                            r"|absent|ruled out|excluded)\b", re.I)
+_BREAK = re.compile(
+    r";|,? (?:but|however|although|except(?: for)?|whereas|while|apart from|with the exception"
+    r" of)\b,?",
+    re.I,
+)
+_UNSEEN = re.compile(
+    r"not in the field of view|outside (?:of )?the field of view|not included in|(?:could|can) ?not"
+    r" be (?:optimally )?evaluated|not be evaluated|parenchyma window",
+    re.I,
+)
+_FALSE_DENIAL = re.compile(
+    r"no (?:significant |interval |relevant )*changes?|not changed|not only|not (?:be"
+    r" )?(?:excluded|ruled out)|(?:without|absence of|non|no)[- ](?:iv |intravenous )?contrast\w*",
+    re.I,
+)
+_DENIES_AFTER = re.compile(
+    r"\b(?:no|without|neither|nor|absence of|free of|free from|negative for|not)\b", re.I
+)
+_DENIES_BEFORE = re.compile(
+    r"\b(?:(?:is|are|was|were|has|have|been) )*(?:not (?:been"
+    r" )?(?:detected|observed|seen|identified|present|found|visible|visuali[sz]ed|noted|evident|demonstrated|encountered|distinguished)"
+    r"|absent|ruled out|excluded)\b",
+    re.I,
+)
+
 
 def clauses(text: str) -> list[str]:
     "Sentences, cut where a denial ends; what was outside of the scan is left out."
     sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+|\n+", text) if s.strip()]
-    return [c.strip() for s in sentences for c in _BREAK.split(s) if c.strip(" .,") and not _UNSEEN.search(c)]
+    return [
+        c.strip()
+        for s in sentences
+        for c in _BREAK.split(s)
+        if c.strip(" .,") and not _UNSEEN.search(c)
+    ]
+
 
 def finding_states(clause: str) -> dict[str, bool]:
-    "Finding -> asserted (True) or denied (False), for each finding that a clause names; asserted wins where it does both."
+    """Finding -> asserted (True) or denied (False), for each finding that a clause names; asserted
+    wins where it does both.
+    """
     clause = _FALSE_DENIAL.sub(lambda m: "~" * len(m[0]), clause)
-    after = min((m.start() for m in _DENIES_AFTER.finditer(clause) if not _DENIES_BEFORE.match(clause, m.start())), default=len(clause))
+    after = min(
+        (
+            m.start()
+            for m in _DENIES_AFTER.finditer(clause)
+            if not _DENIES_BEFORE.match(clause, m.start())
+        ),
+        default=len(clause),
+    )
     before = max((m.start() for m in _DENIES_BEFORE.finditer(clause)), default=-1)
     states, taken = {}, []
     for name, pattern in _FINDINGS.items():
         for match in pattern.finditer(clause):
-            if any(match.start() < end and start < match.end() for start, end in taken): continue
+            if any(match.start() < end and start < match.end() for start, end in taken):
+                continue
             taken.append(match.span())
-            states[name] = states.get(name, False) or not (match.start() > after or match.end() <= before)
+            states[name] = states.get(name, False) or not (
+                match.start() > after or match.end() <= before
+            )
     return states
 
 # %% ../../nbs/data/06_reports.ipynb #cell-017
 class Mention(NamedTuple):
     "A region spoken of in a text."
+
     region: int  # number in REGIONS
     text: str  # the clause
     term: str  # the word that named the region
     negated: bool  # the clause only says what is not there
 
+
 def is_denial(clause: str) -> bool:
     "Whether a clause says only what is not there."
     states = finding_states(clause)
-    if states: return not any(states.values())
+    if states:
+        return not any(states.values())
     return bool(_DENIES_AFTER.search(_FALSE_DENIAL.sub("", clause)))
+
 
 def find_mentions(text: str) -> list[Mention]:
     "Every region that every clause of a text speaks of; a region once for each clause."
@@ -149,21 +302,35 @@ def find_mentions(text: str) -> list[Mention]:
     for clause in clauses(text):
         denied, seen = is_denial(clause), set()
         for place in find_places(clause):
-            found += [Mention(n, clause, place.term, denied) for n in place.regions if n not in seen]
+            found += [
+                Mention(n, clause, place.term, denied) for n in place.regions if n not in seen
+            ]
             seen.update(place.regions)
     return found
 
+
 def region_texts(text: str) -> tuple[tuple[int, str], ...]:
-    "(region, all clauses about it) for each region that a text speaks of, in the order of the regions."
+    """(region, all clauses about it) for each region that a text speaks of, in the order of the
+    regions.
+    """
     said: dict[int, list[str]] = {}
-    for mention in find_mentions(text): said.setdefault(mention.region, []).append(mention.text.rstrip(".") + ".")
+    for mention in find_mentions(text):
+        said.setdefault(mention.region, []).append(mention.text.rstrip(".") + ".")
     return tuple((n, " ".join(said[n])) for n in sorted(said))
 
 # %% ../../nbs/data/06_reports.ipynb #cell-020
-_WELL = re.compile(r"\b(?:normal|unremarkable|patent|open|intact|clear|natural|symmetric|preserved|regular|as far as seen)\b", re.I)
+_WELL = re.compile(
+    r"\b(?:normal|unremarkable|patent|open|intact|clear|natural|symmetric|preserved|regular|as far"
+    r" as seen)\b",
+    re.I,
+)
+
 
 @functools.lru_cache(maxsize=65536)
 def is_normal(text: str) -> bool:
     "Whether a text only says that nothing is wrong. False for an empty text."
     parts = clauses(text)
-    return bool(parts) and all(not any(finding_states(c).values()) and (is_denial(c) or bool(_WELL.search(c))) for c in parts)
+    return bool(parts) and all(
+        not any(finding_states(c).values()) and (is_denial(c) or bool(_WELL.search(c)))
+        for c in parts
+    )

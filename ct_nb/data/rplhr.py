@@ -22,51 +22,119 @@ from ..physics.volume import Window, get_window
 RPLHR_RATIO, RPLHR_BORDER = 5, 5
 RPLHR_FOLDERS = {"train": "train", "val": "validation", "test": "test"}
 
+
 def read_rplhr(thin_path, thick_path, id: str, window: "str | Window" = "chest") -> ThinStack:
-    "A case of RPLHR-CT, [0, 1] turned into HU through `window`. Not in [0, 1], or counts of slices that do not belong together: `CTReadError`."
-    thin, thick = read_volume(thin_path), read_volume(thick_path)
+    """A case of RPLHR-CT, [0, 1] turned into HU through `window`.
+
+    Not in [0, 1], or counts of slices that do not belong together: `CTReadError`.
+    """
+    thin = read_volume(thin_path)
+    thick = read_volume(thick_path)
     for path, volume in ((thin_path, thin), (thick_path, thick)):
         low, high = float(volume.hu.min()), float(volume.hu.max())
-        if low < -1e-3 or high > 1 + 1e-3: raise CTReadError(f"{path}: its values run from {low:g} to {high:g}, RPLHR-CT is stored in [0, 1]; read it as a folder of thin CT if it is in HU")
+        if low < -1e-3 or high > 1 + 1e-3:
+            raise CTReadError(
+                f"{path}: its values run from {low:g} to {high:g}, RPLHR-CT is stored in [0, 1];"
+                " read it as a folder of thin CT if it is in HU"
+            )
     count = RPLHR_RATIO * (len(thick.hu) - 1) + 1
     if abs(len(thin.hu) - count) >= RPLHR_RATIO or thin.hu.shape[1:] != thick.hu.shape[1:]:
-        raise CTReadError(f"{thin_path}: has {thin.hu.shape} voxels beside {thick.hu.shape} thick ones, about {count} slices of the same size were expected; are the two of one case?")
+        raise CTReadError(
+            f"{thin_path}: has {thin.hu.shape} voxels beside {thick.hu.shape} thick ones, about"
+            f" {count} slices of the same size were expected; are the two of one case?"
+        )
     rows, columns = (float(v) for v in thin.grid.spacing_mm[1::-1])
-    return ThinStack(id, id, from_unit(thin.hu, window), SliceAxis(0.0, 1.0, len(thin.hu)), (rows, columns), from_unit(thick.hu, window),
-                     SliceAxis(0.0, float(RPLHR_RATIO), len(thick.hu)), SliceProfile(5.0), thin.affine, (f"[0, 1] is taken as {get_window(window)}",))
+    return ThinStack(
+        id,
+        id,
+        from_unit(thin.hu, window),
+        SliceAxis(0.0, 1.0, len(thin.hu)),
+        (rows, columns),
+        from_unit(thick.hu, window),
+        SliceAxis(0.0, float(RPLHR_RATIO), len(thick.hu)),
+        SliceProfile(5.0),
+        thin.affine,
+        (f"[0, 1] is taken as {get_window(window)}",),
+    )
+
 
 def rplhr(root, window: "str | Window" = "chest") -> StackSource:
-    "RPLHR-CT, or its tiny set, with its own sides. A case without its twin, or no case: `ValueError`."
+    """RPLHR-CT, or its tiny set, with its own sides.
+
+    A case without its twin, or no case: `ValueError`.
+    """
     root, cases = Path(root), []
     for folder, side in RPLHR_FOLDERS.items():
-        names = {width: {stem(p): p for p in sorted((root / folder / width).glob("*.nii*"))} for width in ("1mm", "5mm")}
+        names = {
+            width: {stem(p): p for p in sorted((root / folder / width).glob("*.nii*"))}
+            for width in ("1mm", "5mm")
+        }
         lone = sorted(set(names["1mm"]) ^ set(names["5mm"]))
-        if lone: raise ValueError(f"{root / folder}: {lone[0]} is in only one of 1mm and 5mm; download the other")
-        cases += [StackCase(name, name, functools.partial(read_rplhr, path, names["5mm"][name], name, window), (path, names["5mm"][name]), side, repr(get_window(window))) for name, path in names["1mm"].items()]
-    if not cases: raise ValueError(f"{root}: holds no train, val or test with 1mm and 5mm in it; give the folder of RPLHR-CT")
+        if lone:
+            raise ValueError(
+                f"{root / folder}: {lone[0]} is in only one of 1mm and 5mm; download the other"
+            )
+        cases += [
+            StackCase(
+                name,
+                name,
+                functools.partial(read_rplhr, path, names["5mm"][name], name, window),
+                (path, names["5mm"][name]),
+                side,
+                repr(get_window(window)),
+            )
+            for name, path in names["1mm"].items()
+        ]
+    if not cases:
+        raise ValueError(
+            f"{root}: holds no train, val or test with 1mm and 5mm in it; give the folder of"
+            " RPLHR-CT"
+        )
     return StackSource(cases)
 
 # %% ../../nbs/data/05d_rplhr.ipynb #cell-009
 def rplhr_ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    "SSIM of slices (D, H, W) in [0, 1], (D,): 11 × 11 Gaussian of σ 1.5, zeros beyond the border (Wang et al. 2004)."
-    line = torch.exp(-(torch.arange(11, dtype=a.dtype) - 5)**2 / (2 * 1.5**2))
+    """SSIM of slices (D, H, W) in [0, 1], (D,): 11 × 11 Gaussian of σ 1.5, zeros beyond the border
+    (Wang et al. 2004).
+    """
+    line = torch.exp(-((torch.arange(11, dtype=a.dtype) - 5) ** 2) / (2 * 1.5**2))
     line = line / line.sum()
+
     def smooth(x):
         x = torch.nn.functional.conv2d(x[:, None], line.view(1, 1, 11, 1), padding=(5, 0))
         return torch.nn.functional.conv2d(x, line.view(1, 1, 1, 11), padding=(0, 5))[:, 0]
+
     mean_a, mean_b = smooth(a), smooth(b)
     variances = smooth(a * a) - mean_a**2 + smooth(b * b) - mean_b**2
     covariance = smooth(a * b) - mean_a * mean_b
-    return (((2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)) / ((mean_a**2 + mean_b**2 + 1e-4) * (variances + 9e-4))).mean(dim=(1, 2))
+    return (
+        ((2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4))
+        / ((mean_a**2 + mean_b**2 + 1e-4) * (variances + 9e-4))
+    ).mean(dim=(1, 2))
+
 
 def rplhr_scores(
     predicted,  # (D, H, W) in [0, 1], array or tensor; what is outside is clamped
     truth,  # (D, H, W) in [0, 1]
 ) -> dict[str, float]:
-    "PSNR in dB and SSIM by the rules of RPLHR-CT's evaluator. Other shapes, or no slice left: `ValueError`."
+    """PSNR in dB and SSIM by the rules of RPLHR-CT's evaluator.
+
+    Other shapes, or no slice left: `ValueError`.
+    """
     predicted, truth = (torch.as_tensor(v, dtype=torch.float64) for v in (predicted, truth))
     if predicted.shape != truth.shape or predicted.ndim != 3 or len(truth) <= 2 * RPLHR_BORDER:
-        raise ValueError(f"rplhr_scores: needs two (D, H, W) of one shape and more than {2 * RPLHR_BORDER} slices, got {tuple(predicted.shape)} and {tuple(truth.shape)}")
+        raise ValueError(
+            f"rplhr_scores: needs two (D, H, W) of one shape and more than {2 * RPLHR_BORDER}"
+            f" slices, got {tuple(predicted.shape)} and {tuple(truth.shape)}"
+        )
     predicted, truth = (v[RPLHR_BORDER:-RPLHR_BORDER] for v in (predicted.clamp(0, 1), truth))
     error = (predicted - truth).square().mean().item()
-    return {"psnr": -10 * math.log10(error) if error else math.inf, "ssim": torch.cat([rplhr_ssim(*part) for part in zip(predicted.split(16), truth.split(16))]).mean().item()}  # a few slices at a time: in float64 a scan is large
+    # a few slices at a time: in float64 a scan is large
+    return {
+        "psnr": -10 * math.log10(error) if error else math.inf,
+        "ssim": (
+            torch.cat([rplhr_ssim(*part) for part in zip(predicted.split(16), truth.split(16))])
+            .mean()
+            .item()
+        ),
+    }

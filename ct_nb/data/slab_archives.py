@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from ..physics.volume import Grid, Volume, resample
 @dataclass(frozen=True)
 class StackCase:
     "What is known of a stack before it is read."
+
     id: str  # unique in its source and fit to be a file name
     patient: str
     load: Callable[[], ThinStack]  # can be sent to another process
@@ -36,22 +37,41 @@ class StackCase:
     side: str | None = None  # "train", "validation" or "test", where the archive itself says so
     content: str = ""  # what decides the stack and does not stand in the files: how they are read
 
+
 class StackSource(Sequence):
-    "Scans in thin slices, some with their thick ones: `source[i]` reads a `ThinStack`. Two of one id: `ValueError`."
+    """Scans in thin slices, some with their thick ones: `source[i]` reads a `ThinStack`.
+
+    Two of one id: `ValueError`.
+    """
 
     def __init__(self, cases):
         self.cases = list(cases)
         twice = sorted(id for id in set(self.ids) if self.ids.count(id) > 1)
-        if twice: raise ValueError(f"source: two scans are named {twice[0]!r}; give every scan a name of its own")
+        if twice:
+            raise ValueError(
+                f"source: two scans are named {twice[0]!r}; give every scan a name of its own"
+            )
 
     @property
-    def ids(self) -> list[str]: return [case.id for case in self.cases]
-    @property
-    def patients(self) -> list[str]: return [case.patient for case in self.cases]
+    def ids(self) -> list[str]:
+        return [case.id for case in self.cases]
 
-    def __len__(self): return len(self.cases)
-    def __getitem__(self, index): return self.subset(range(len(self))[index]) if isinstance(index, slice) else self.cases[index].load()
-    def __repr__(self): return f"StackSource({len(self)} scans of {len(set(self.patients))} patients)"
+    @property
+    def patients(self) -> list[str]:
+        return [case.patient for case in self.cases]
+
+    def __len__(self):
+        return len(self.cases)
+
+    def __getitem__(self, index):
+        return (
+            self.subset(range(len(self))[index])
+            if isinstance(index, slice)
+            else self.cases[index].load()
+        )
+
+    def __repr__(self):
+        return f"StackSource({len(self)} scans of {len(set(self.patients))} patients)"
 
     def subset(self, indices) -> "StackSource":
         "The scans at these indices, in this order."
@@ -60,17 +80,31 @@ class StackSource(Sequence):
     @classmethod
     def of(cls, source: CTSource) -> "StackSource":
         "The cubes of a `CTSource` as stacks: the phantom's, for instance."
-        return cls(StackCase(case.id, case.patient, functools.partial(_load_cube, source, i), content=case.digest) for i, case in enumerate(source.cases))
+        return cls(
+            StackCase(
+                case.id, case.patient, functools.partial(_load_cube, source, i), content=case.digest
+            )
+            for i, case in enumerate(source.cases)
+        )
 
-def _load_cube(source: CTSource, index: int) -> ThinStack: return ThinStack.of(source.load(index, keep=False))
+
+def _load_cube(source: CTSource, index: int) -> ThinStack:
+    return ThinStack.of(source.load(index, keep=False))
 
 # %% ../../nbs/data/05a_slab_archives.ipynb #cell-008
 SIDES = ("train", "validation", "test")
 PE_SHARES = (243, 48, 32)
 
+
 def side_counts(count: int, shares=PE_SHARES) -> tuple[int, ...]:
-    "`count` patients divided in proportion to `shares`, no side empty. Fewer patients than sides: `ValueError`."
-    if count < len(shares): raise ValueError(f"split: {count} patients do not fill {len(shares)} sides; give {len(shares)} or more")
+    """`count` patients divided in proportion to `shares`, no side empty.
+
+    Fewer patients than sides: `ValueError`.
+    """
+    if count < len(shares):
+        raise ValueError(
+            f"split: {count} patients do not fill {len(shares)} sides; give {len(shares)} or more"
+        )
     exact = [count * share / sum(shares) for share in shares]
     counts = [max(math.floor(e), 1) for e in exact]
     while sum(counts) != count:
@@ -78,6 +112,7 @@ def side_counts(count: int, shares=PE_SHARES) -> tuple[int, ...]:
         open_sides = [i for i in range(len(shares)) if counts[i] + change >= 1]
         counts[max(open_sides, key=lambda i: change * (exact[i] - counts[i]))] += change
     return tuple(counts)
+
 
 def split_patients(
     patients,  # names, repeated or not
@@ -89,165 +124,320 @@ def split_patients(
     known, names = known or {}, sorted(set(patients))
     sides = {name: known[name] for name in names if name in known}
     room = dict(zip(SIDES, side_counts(len(names), shares)))
-    for side in sides.values(): room[side] -= 1
+    for side in sides.values():
+        room[side] -= 1
     for name in sorted(set(names) - set(sides), key=lambda name: _number(name, seed)):
         side = max(SIDES, key=lambda side: (room[side] > 0, -SIDES.index(side)))
         sides[name], room[side] = side, room[side] - 1
     return sides
 
-def stack_sides(source: StackSource, shares=PE_SHARES, seed: int = 0, known: dict[str, str] | None = None) -> dict[str, str]:
-    "Patient -> side of a source; what the archive itself says comes first, then what is `known`. Fewer than three patients are all to train on."
+
+def stack_sides(
+    source: StackSource, shares=PE_SHARES, seed: int = 0, known: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Patient -> side of a source; what the archive itself says comes first, then what is `known`.
+
+    Fewer than three patients are all to train on.
+    """
     own = {case.patient: case.side for case in source.cases if case.side}
     patients = set(source.patients)
-    if patients <= set(own) or len(patients) < len(SIDES): return {patient: "train" for patient in patients} | own
+    if patients <= set(own) or len(patients) < len(SIDES):
+        return {patient: "train" for patient in patients} | own
     return split_patients(patients, shares, seed, (known or {}) | own)
 
+
 def split_stacks(source, shares=PE_SHARES, seed: int = 0) -> dict[str, StackSource]:
-    "The three sides of a `StackSource` (or what has its `cases` and `subset`), by patient; an archive that names its own sides keeps them."
+    """The three sides of a `StackSource` (or what has its `cases` and `subset`), by patient; an
+    archive that names its own sides keeps them.
+    """
     sides = stack_sides(source, shares, seed)
-    return {side: source.subset([i for i, patient in enumerate(source.patients) if sides[patient] == side]) for side in SIDES}
+    return {
+        side: source.subset(
+            [i for i, patient in enumerate(source.patients) if sides[patient] == side]
+        )
+        for side in SIDES
+    }
 
 # %% ../../nbs/data/05a_slab_archives.ipynb #cell-011
 def _frame(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     "Unit directions of a grid's columns (x, y, z), and the spacing."
     return grid.affine[:3, :3] / grid.spacing_mm, grid.spacing_mm
 
+
 def _cropped(volume: Volume, rows: slice, columns: slice) -> Volume:
     affine = volume.affine.copy()
     affine[:3, 3] = volume.grid.index_to_mm([columns.start, rows.start, 0])
     return Volume(volume.hu[:, rows, columns], affine, list(volume.notes))
 
+
 def same_pixels(thick: Volume, thin: Volume) -> tuple[Volume, Volume]:
-    """Thick and thin slices on the same pixels, both counted along the thin ones' normal. Oblique to each other, or with less than
-    half of the thin slices' area in common: `ValueError`."""
-    (thick_axes, _), (thin_axes, spacing) = _frame(thick.grid), _frame(thin.grid)
+    """Thick and thin slices on the same pixels, both counted along the thin ones' normal.
+
+    Oblique to each other, or with less than
+    half of the thin slices' area in common: `ValueError`.
+    """
+    thick_axes, _ = _frame(thick.grid)
+    thin_axes, spacing = _frame(thin.grid)
     if thick_axes[:, 2] @ thin_axes[:, 2] < 0:  # stored from the other end
         affine = thick.affine.copy()
-        affine[:3, 3], affine[:3, 2] = thick.grid.index_to_mm([0, 0, len(thick.hu) - 1]), -affine[:3, 2]
-        thick, thick_axes = Volume(thick.hu[::-1], affine, thick.notes), thick_axes * [1, 1, -1]
+        affine[:3, 3], affine[:3, 2] = (
+            thick.grid.index_to_mm([0, 0, len(thick.hu) - 1]),
+            -affine[:3, 2],
+        )
+        thick = Volume(thick.hu[::-1], affine, thick.notes)
+        thick_axes = thick_axes * [1, 1, -1]
     turned = np.degrees(np.arccos(np.clip((thick_axes * thin_axes).sum(0), -1, 1))).max()
-    if turned > 0.5: raise ValueError(f"the thick slices are turned by {turned:.1f}° against the thin ones; they are not two reconstructions of one acquisition")
+    if turned > 0.5:
+        raise ValueError(
+            f"the thick slices are turned by {turned:.1f}° against the thin ones; they are not two"
+            " reconstructions of one acquisition"
+        )
     columns = thin.affine[:3, :3]
-    corners = thick.grid.index_to_mm([[0, 0, 0], [thick.hu.shape[2] - 1, thick.hu.shape[1] - 1, 0]]) - thin.affine[:3, 3]
-    (x0, y0, _), (x1, y1, _) = np.linalg.solve(columns, corners.T).T  # of the thick slices' pixels, in thin indices
+    corners = (
+        thick.grid.index_to_mm([[0, 0, 0], [thick.hu.shape[2] - 1, thick.hu.shape[1] - 1, 0]])
+        - thin.affine[:3, 3]
+    )
+    # of the thick slices' pixels, in thin indices
+    (x0, y0, _), (x1, y1, _) = np.linalg.solve(columns, corners.T).T
     height, width = thin.hu.shape[1:]
-    if thick.hu.shape[1:] == (height, width) and np.abs([x0, y0, x1 - width + 1, y1 - height + 1]).max() < 0.1: return thick, thin
-    cut = [slice(max(math.ceil(low - 1e-3), 0), min(math.floor(high + 1e-3) + 1, count)) for low, high, count in ((y0, y1, height), (x0, x1, width))]
-    share = max(cut[0].stop - cut[0].start, 0) * max(cut[1].stop - cut[1].start, 0) / (height * width)
-    if share < 0.5: raise ValueError(f"thick and thin slices share {share:.0%} of the thin ones' area, at least 50% are needed; they show different parts of the patient")
+    if (
+        thick.hu.shape[1:] == (height, width)
+        and np.abs([x0, y0, x1 - width + 1, y1 - height + 1]).max() < 0.1
+    ):
+        return thick, thin
+    cut = [
+        slice(max(math.ceil(low - 1e-3), 0), min(math.floor(high + 1e-3) + 1, count))
+        for low, high, count in ((y0, y1, height), (x0, x1, width))
+    ]
+    share = (
+        max(cut[0].stop - cut[0].start, 0) * max(cut[1].stop - cut[1].start, 0) / (height * width)
+    )
+    if share < 0.5:
+        raise ValueError(
+            f"thick and thin slices share {share:.0%} of the thin ones' area, at least 50% are"
+            " needed; they show different parts of the patient"
+        )
     thin = _cropped(thin, *cut)
     affine = np.array(thin.affine)
     affine[:3, 2] = thick.affine[:3, 2]
     normal = np.cross(columns[:, 0], columns[:, 1])
     normal /= np.linalg.norm(normal)
-    affine[:3, 3] += columns[:, 2] * (normal @ (thick.affine[:3, 3] - thin.affine[:3, 3])) / (normal @ columns[:, 2])
+    affine[:3, 3] += (
+        columns[:, 2]
+        * (normal @ (thick.affine[:3, 3] - thin.affine[:3, 3]))
+        / (normal @ columns[:, 2])
+    )
     target = Grid((len(thick.hu), *thin.hu.shape[1:]), affine)
-    note = f"thick slices resampled from {thick.grid.spacing_mm[0]:.3f} mm onto the thin ones' pixels of {spacing[0]:.3f} mm, {share:.0%} of whose area both show"
+    note = (
+        f"thick slices resampled from {thick.grid.spacing_mm[0]:.3f} mm onto the thin ones' pixels"
+        f" of {spacing[0]:.3f} mm, {share:.0%} of whose area both show"
+    )
     return Volume(resample(thick.hu, thick.grid, target), affine, thick.notes + [note]), thin
 
 # %% ../../nbs/data/05a_slab_archives.ipynb #cell-013
-def pair_stack(id: str, patient: str, thick: Volume, thin: Volume, width_mm: float | None = None) -> ThinStack:
-    "Thick and thin slices of one acquisition as a stack; `width_mm` of the thick slices' profile, their spacing unless given. Not a pair: `ValueError`."
+def pair_stack(
+    id: str, patient: str, thick: Volume, thin: Volume, width_mm: float | None = None
+) -> ThinStack:
+    """Thick and thin slices of one acquisition as a stack; `width_mm` of the thick slices' profile,
+    their spacing unless given. Not a pair: `ValueError`.
+    """
     thick, thin = same_pixels(thick, thin)
-    thick_axis, axis = SliceAxis.along(thick.grid), SliceAxis.along(thin.grid)
-    if thick_axis.spacing_mm < 1.5 * axis.spacing_mm: raise ValueError(f"its two series have slices {thick_axis.spacing_mm:.4g} and {axis.spacing_mm:.4g} mm apart; a thick and a thin one are needed")
+    thick_axis = SliceAxis.along(thick.grid)
+    axis = SliceAxis.along(thin.grid)
+    if thick_axis.spacing_mm < 1.5 * axis.spacing_mm:
+        raise ValueError(
+            f"its two series have slices {thick_axis.spacing_mm:.4g} and {axis.spacing_mm:.4g} mm"
+            " apart; a thick and a thin one are needed"
+        )
     profile = SliceProfile(width_mm or thick_axis.spacing_mm)
-    inside = (thick_axis.edges_mm[:-1] > axis.edges_mm[0] - axis.spacing_mm) & (thick_axis.edges_mm[1:] < axis.edges_mm[-1] + axis.spacing_mm)
-    if inside.sum() < 2: raise ValueError(f"thin slices fill {axis.edges_mm[0]:.4g} to {axis.edges_mm[-1]:.4g} mm and thick ones {thick_axis.edges_mm[0]:.4g} to {thick_axis.edges_mm[-1]:.4g} mm along their normal; they show different parts of the patient")
+    inside = (thick_axis.edges_mm[:-1] > axis.edges_mm[0] - axis.spacing_mm) & (
+        thick_axis.edges_mm[1:] < axis.edges_mm[-1] + axis.spacing_mm
+    )
+    if inside.sum() < 2:
+        raise ValueError(
+            f"thin slices fill {axis.edges_mm[0]:.4g} to {axis.edges_mm[-1]:.4g} mm and thick ones"
+            f" {thick_axis.edges_mm[0]:.4g} to {thick_axis.edges_mm[-1]:.4g} mm along their normal;"
+            " they show different parts of the patient"
+        )
     rows, columns = (float(v) for v in thin.grid.spacing_mm[1::-1])
-    stack = ThinStack(id, patient, thin.hu, axis, (rows, columns), thick.hu, thick_axis, profile, thin.affine, (*thick.notes, *thin.notes))
-    stack.notes += (f"thickened thin slices differ from the thick ones by {agreement_hu(stack):.0f} HU (median within the body)",)
+    stack = ThinStack(
+        id,
+        patient,
+        thin.hu,
+        axis,
+        (rows, columns),
+        thick.hu,
+        thick_axis,
+        profile,
+        thin.affine,
+        (*thick.notes, *thin.notes),
+    )
+    stack.notes += (
+        (
+            f"thickened thin slices differ from the thick ones by {agreement_hu(stack):.0f} HU"
+            " (median within the body)"
+        ),
+    )
     return stack
 
+
 def agreement_hu(stack: ThinStack, most: int = 12) -> float:
-    "Median difference in HU, over `most` evenly spread slices and where both lie above -500 HU, between measured thick slices and thickened thin ones; nan where there is no body."
+    """Median difference in HU, over `most` evenly spread slices and where both lie above -500 HU,
+    between measured thick slices and thickened thin ones; nan where there is no body.
+    """
     margin = stack.profile.reach_mm
-    over = np.flatnonzero((stack.thick_axis.positions_mm - margin >= stack.thin_axis.edges_mm[0]) & (stack.thick_axis.positions_mm + margin <= stack.thin_axis.edges_mm[-1]))
+    over = np.flatnonzero(
+        (stack.thick_axis.positions_mm - margin >= stack.thin_axis.edges_mm[0])
+        & (stack.thick_axis.positions_mm + margin <= stack.thin_axis.edges_mm[-1])
+    )
     differences = []
-    for k in np.unique(over[np.linspace(0, len(over) - 1, min(most, len(over))).round().astype(int)]) if len(over) else []:
+    for k in (
+        np.unique(over[np.linspace(0, len(over) - 1, min(most, len(over))).round().astype(int)])
+        if len(over)
+        else []
+    ):
         row = slab_matrix(stack.thin_axis, stack.thick_axis.part(k, k + 1), stack.profile)
         seen = np.flatnonzero(row[0])
-        made, thick = thicken(np.asarray(stack.thin[seen, ::2, ::2]), row[:, seen])[0], np.asarray(stack.thick[k, ::2, ::2])
+        made = thicken(np.asarray(stack.thin[seen, ::2, ::2]), row[:, seen])[0]
+        thick = np.asarray(stack.thick[k, ::2, ::2])
         differences.append(np.abs(made - thick)[(made > -500) & (thick > -500)])
     found = np.concatenate(differences) if differences else np.zeros(0)
     return float(np.median(found)) if len(found) else math.nan
 
 # %% ../../nbs/data/05a_slab_archives.ipynb #cell-016
 def claimed_width(header, axis: SliceAxis) -> tuple[float | None, list[str]]:
-    "`SliceThickness` of a DICOM header, mm, where it can be true of slices on `axis` (a third to three times their spacing, not longer than the scan); else None, and a note where it claims something else."
+    """`SliceThickness` of a DICOM header, mm, where it can be true of slices on `axis` (a third to
+    three times their spacing, not longer than the scan); else None, and a note where it claims
+    something else.
+    """
     try:
         said = header.get("SliceThickness")
-        if said is None: return None, []
+        if said is None:
+            return None, []
         width = float(said)
-    except (TypeError, ValueError): said, width = "an unreadable number of", math.nan
-    if axis.spacing_mm / 3 <= width <= min(3 * axis.spacing_mm, axis.length_mm): return width, []
-    return None, [f"the header's SliceThickness of {said} mm cannot be that of slices {axis.spacing_mm:.4g} mm apart; their spacing is taken for it"]
+    except (TypeError, ValueError):
+        said, width = "an unreadable number of", math.nan
+    if axis.spacing_mm / 3 <= width <= min(3 * axis.spacing_mm, axis.length_mm):
+        return width, []
+    return None, [
+        f"the header's SliceThickness of {said} mm cannot be that of slices {axis.spacing_mm:.4g}"
+        " mm apart; their spacing is taken for it"
+    ]
 
 # %% ../../nbs/data/05a_slab_archives.ipynb #cell-018
 LEAST_SLICES = 8  # a shorter series is a scout, a bolus-tracking run or a single reformat
 
+
 @dataclass(frozen=True)
 class SeriesFound:
     "One CT series of a zip: what decides whether it is the thick or the thin one."
+
     uid: str
     slices: int
     spacing_mm: float
-    thickness_mm: float | None  # what the header claims of the profile's width, where that can be true
+    # what the header claims of the profile's width, where that can be true
+    thickness_mm: float | None
     notes: tuple[str, ...] = ()  # what it claims where it cannot
 
+
 def find_series(path) -> tuple[list[SeriesFound], list[str]]:
-    "The CT series of a zip that can be arranged, and why others cannot. No safe or readable zip: `CTReadError`."
-    groups, found, left_out = {}, [], []
+    """The CT series of a zip that can be arranged, and why others cannot.
+
+    No safe or readable zip: `CTReadError`.
+    """
+    groups = {}
+    found = []
+    left_out = []
     for s in dicom_slices(path):
-        if "Rows" in s.header and s.header.get("Modality", "CT") == "CT": groups.setdefault(str(s.header.get("SeriesInstanceUID", "")), []).append(s)
+        if "Rows" in s.header and s.header.get("Modality", "CT") == "CT":
+            groups.setdefault(str(s.header.get("SeriesInstanceUID", "")), []).append(s)
     for uid, slices in groups.items():
-        if len(slices) < LEAST_SLICES: left_out.append(f"series {uid} has {len(slices)} slices")
+        if len(slices) < LEAST_SLICES:
+            left_out.append(f"series {uid} has {len(slices)} slices")
         else:
             try:
                 chosen, _ = choose_series(path, slices)
                 arranged, affine, _ = arrange(path, chosen)
-            except CTReadError as error: left_out.append(f"series {uid}: {str(error).removeprefix(f'{path}: ').removeprefix(f'{path}/')}")
+            except CTReadError as error:
+                left_out.append(
+                    f"series {uid}: {str(error).removeprefix(f'{path}: ').removeprefix(f'{path}/')}"
+                )
             else:
                 axis = SliceAxis.along(Grid((len(arranged), 1, 1), affine))
                 width, said = claimed_width(arranged[0].header, axis)
                 found.append(SeriesFound(uid, len(arranged), axis.spacing_mm, width, tuple(said)))
     return found, left_out
 
+
 def choose_pair(path, found: list[SeriesFound], left_out=()) -> tuple[SeriesFound, SeriesFound]:
-    "The thick and the thin series of a patient. No two of clearly different spacing: `CTReadError`."
+    """The thick and the thin series of a patient.
+
+    No two of clearly different spacing: `CTReadError`.
+    """
     spacings = sorted(f.spacing_mm for f in found)
     if len(found) < 2 or spacings[-1] < 1.5 * spacings[0]:
-        seen = ", ".join(f"{f.slices} slices {f.spacing_mm:.4g} mm apart" for f in found) or "none that can be used"
+        seen = (
+            ", ".join(f"{f.slices} slices {f.spacing_mm:.4g} mm apart" for f in found)
+            or "none that can be used"
+        )
         reasons = f" (left out: {'; '.join(left_out)})" if left_out else ""
-        raise CTReadError(f"{path}: must hold a thick and a thin CT series, holds {seen}{reasons}; complete the zip")
-    near = lambda spacing: max((f for f in found if abs(f.spacing_mm / spacing - 1) < 0.1), key=lambda f: (f.slices, f.uid))
+        raise CTReadError(
+            f"{path}: must hold a thick and a thin CT series, holds {seen}{reasons}; complete"
+            " the zip"
+        )
+
+    def near(spacing):
+        return max(
+            (f for f in found if abs(f.spacing_mm / spacing - 1) < 0.1),
+            key=lambda f: (f.slices, f.uid),
+        )
+
     return near(spacings[-1]), near(spacings[0])
 
 # %% ../../nbs/data/05a_slab_archives.ipynb #cell-019
 def read_pair(path, id: str, patient: str) -> ThinStack:
-    "The thick and thin series of a patient's zip as a stack in HU. Anything wrong: `CTReadError` that names the zip."
+    """The thick and thin series of a patient's zip as a stack in HU.
+
+    Anything wrong: `CTReadError` that names the zip.
+    """
     found, left_out = find_series(path)
     thick, thin = choose_pair(path, found, left_out)
     volumes = [read_ct(path, series.uid) for series in (thick, thin)]
-    try: stack = pair_stack(id, patient, *volumes, thick.thickness_mm)
-    except ValueError as error: raise CTReadError(f"{path}: {error}") from None
+    try:
+        stack = pair_stack(id, patient, *volumes, thick.thickness_mm)
+    except ValueError as error:
+        raise CTReadError(f"{path}: {error}") from None
     stack.notes += (*thick.notes, *left_out)
     return stack
 
-def _file_name(name: str) -> str: return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "case"  # drops what no file name should hold, half-decoded bytes too
+
+# drops what no file name should hold, half-decoded bytes too
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "case"
+
 
 def pe_archive(root) -> StackSource:
-    """Every zip under a folder (`APE/…`, `non APE/…`, or any other), one a patient. A `patients.csv` at the top (columns case, patient) says whose
-    a zip is where one patient has several. No zip there: `ValueError`."""
+    """Every zip under a folder (`APE/…`, `non APE/…`, or any other), one a patient.
+
+    A `patients.csv` at the top (columns case, patient) says whose
+    a zip is where one patient has several. No zip there: `ValueError`.
+    """
     root = Path(root)
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() == ".zip" and p.is_file() and not p.name.startswith("."))
-    if not paths: raise ValueError(f"{root}: holds no zip; expected an archive of one DICOM zip a patient")
+    paths = sorted(
+        p
+        for p in root.rglob("*")
+        if p.suffix.lower() == ".zip" and p.is_file() and not p.name.startswith(".")
+    )
+    if not paths:
+        raise ValueError(f"{root}: holds no zip; expected an archive of one DICOM zip a patient")
     listed, cases = read_patients(root), []
     for path in paths:
         name = path.relative_to(root).as_posix()
         id = _file_name(name[:-4])
         patient = next((listed[key] for key in (name, id, stem(path)) if key in listed), id)
-        cases.append(StackCase(id, patient, functools.partial(read_pair, path, id, patient), (path,)))
+        cases.append(
+            StackCase(id, patient, functools.partial(read_pair, path, id, patient), (path,))
+        )
     return StackSource(cases)
 
 # %% ../../nbs/data/05a_slab_archives.ipynb #cell-024
@@ -255,21 +445,48 @@ def read_thin(path, id: str, patient: str, most_spacing_mm: float = 1.5) -> Thin
     "A CT in thin slices. Slices farther apart than `most_spacing_mm`: `CTReadError`."
     volume = read_ct(path)
     axis = SliceAxis.along(volume.grid)
-    if axis.spacing_mm > most_spacing_mm * (1 + 1e-3): raise CTReadError(f"{path}: its slices are {axis.spacing_mm:.4g} mm apart, at most {most_spacing_mm:g} mm count as thin; leave it out or raise most_spacing_mm")
+    if axis.spacing_mm > most_spacing_mm * (1 + 1e-3):
+        raise CTReadError(
+            f"{path}: its slices are {axis.spacing_mm:.4g} mm apart, at most {most_spacing_mm:g} mm"
+            " count as thin; leave it out or raise most_spacing_mm"
+        )
     rows, columns = (float(v) for v in volume.grid.spacing_mm[1::-1])
-    return ThinStack(id, patient, volume.hu, axis, (rows, columns), affine=volume.affine, notes=tuple(volume.notes))
+    return ThinStack(
+        id,
+        patient,
+        volume.hu,
+        axis,
+        (rows, columns),
+        affine=volume.affine,
+        notes=tuple(volume.notes),
+    )
+
 
 def thin_folder(root, most_spacing_mm: float = 1.5) -> StackSource:
     "All CTs of a folder as thin stacks. None there: `ValueError`."
     root = Path(root)
     paths = find_cases(root)
-    if not paths: raise ValueError(f"{root}: holds no CT")
-    return StackSource(StackCase(f.id, f.patient, functools.partial(read_thin, f.path, f.id, f.patient, most_spacing_mm),
-                                 tuple(sorted(p for p in f.path.iterdir() if p.is_file())) if f.path.is_dir() else (f.path,)) for f in name_cases(root, paths))
+    if not paths:
+        raise ValueError(f"{root}: holds no CT")
+    return StackSource(
+        StackCase(
+            f.id,
+            f.patient,
+            functools.partial(read_thin, f.path, f.id, f.patient, most_spacing_mm),
+            (
+                tuple(sorted(p for p in f.path.iterdir() if p.is_file()))
+                if f.path.is_dir()
+                else (f.path,)
+            ),
+        )
+        for f in name_cases(root, paths)
+    )
 
 # %% ../../nbs/data/05a_slab_archives.ipynb #cell-026
 def open_stacks(
-    data: str,  # "phantom:4", "pe:FOLDER", "rplhr:FOLDER", a prepared folder, a folder of thin CT, or several joined by "+"
+    # "phantom:4", "pe:FOLDER", "rplhr:FOLDER", a prepared folder, a folder of thin CT, or several
+    # joined by "+"
+    data: str,
     most_spacing_mm: float = 1.5,  # of a folder of thin CT
     size: int = 96,  # of phantoms, voxels a side
     side_mm: float = 192.0,  # of phantoms
@@ -278,15 +495,24 @@ def open_stacks(
     cases = []
     for part in [str(data)] if Path(data).expanduser().exists() else str(data).split("+"):
         kind, _, rest = part.partition(":")
-        if kind == "phantom" and (not rest or rest.isdigit()): found = StackSource.of(CTSource.phantoms(int(rest or 8), size, side_mm=side_mm))
-        elif kind == "pe" and Path(rest).expanduser().is_dir(): found = pe_archive(Path(rest).expanduser())
+        if kind == "phantom" and (not rest or rest.isdigit()):
+            found = StackSource.of(CTSource.phantoms(int(rest or 8), size, side_mm=side_mm))
+        elif kind == "pe" and Path(rest).expanduser().is_dir():
+            found = pe_archive(Path(rest).expanduser())
         elif kind == "rplhr" and Path(rest).expanduser().is_dir():
             from ct_nb.data.rplhr import rplhr  # a chapter that is built on this one
+
             found = rplhr(Path(rest).expanduser())
         elif (Path(part).expanduser() / "slabs.json").is_file():
             from ct_nb.data.slab_preparation import prepared_stacks  # likewise
+
             found = prepared_stacks(Path(part).expanduser())
-        elif Path(part).expanduser().exists(): found = thin_folder(Path(part).expanduser(), most_spacing_mm)
-        else: raise ValueError(f"data: {part!r} is neither 'phantom:COUNT', 'pe:FOLDER', 'rplhr:FOLDER' nor a folder of thin CT that exists; check the path")
+        elif Path(part).expanduser().exists():
+            found = thin_folder(Path(part).expanduser(), most_spacing_mm)
+        else:
+            raise ValueError(
+                f"data: {part!r} is neither 'phantom:COUNT', 'pe:FOLDER', 'rplhr:FOLDER' nor a"
+                " folder of thin CT that exists; check the path"
+            )
         cases += found.cases
     return StackSource(cases)

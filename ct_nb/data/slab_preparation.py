@@ -24,79 +24,172 @@ import numpy as np
 from fastcore.script import call_parse
 
 from .cache import content_digest
-from .slab_archives import PE_SHARES, StackCase, StackSource, agreement_hu, open_stacks, stack_sides
+from ct_nb.data.slab_archives import (
+    PE_SHARES,
+    StackCase,
+    StackSource,
+    agreement_hu,
+    open_stacks,
+    stack_sides,
+)
 from .slabs import SliceAxis, SliceProfile, ThinStack
 from ..files import atomic_write, write_json
 
 # %% ../../nbs/data/05b_slab_preparation.ipynb #cell-006
 FORMAT = 1  # of a prepared folder
 
+
 def stack_identity(case: StackCase) -> str:
-    "A digest that changes when a case's name, its files (name, size, time) or the way they are read changes."
+    """A digest that changes when a case's name, its files (name, size, time) or the way they are
+    read changes.
+    """
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in case.files]
     return content_digest([FORMAT, case.id, case.patient, case.content, states])
+
 
 def write_stack(stack: ThinStack, folder: Path, identity: str) -> None:
     "A stack as a folder, whole or not at all; one that was there is replaced."
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        about = {"identity": identity, "id": stack.id, "patient": stack.patient, "pixel_mm": stack.pixel_mm, "notes": stack.notes, "affine": stack.affine, "bytes": {}}
+        about = {
+            "identity": identity,
+            "id": stack.id,
+            "patient": stack.patient,
+            "pixel_mm": stack.pixel_mm,
+            "notes": stack.notes,
+            "affine": stack.affine,
+            "bytes": {},
+        }
         for name in ("thin", "thick"):
             hu = getattr(stack, name)
-            if hu is None: continue
+            if hu is None:
+                continue
             np.save(beside / f"{name}.npy", np.clip(np.rint(hu), -32768, 32767).astype(np.int16))
-            about |= {f"{name}_axis": asdict(getattr(stack, f"{name}_axis")), "bytes": about["bytes"] | {name: (beside / f"{name}.npy").stat().st_size}}
-        if stack.profile: about["profile"] = asdict(stack.profile)
+            about |= {
+                f"{name}_axis": asdict(getattr(stack, f"{name}_axis")),
+                "bytes": about["bytes"] | {name: (beside / f"{name}.npy").stat().st_size},
+            }
+        if stack.profile:
+            about["profile"] = asdict(stack.profile)
         write_json(beside / "about.json", about)
         os.chmod(beside, 0o755)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
-    finally: shutil.rmtree(beside, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 # %% ../../nbs/data/05b_slab_preparation.ipynb #cell-007
 def read_about(folder: Path) -> dict | None:
     "What is known of a prepared scan, or None where none is whole."
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        whole = all((folder / f"{name}.npy").stat().st_size == size for name, size in about["bytes"].items())
-    except (OSError, ValueError, KeyError): return None
+        whole = all(
+            (folder / f"{name}.npy").stat().st_size == size for name, size in about["bytes"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return None
     return about if whole else None
+
 
 def read_stack(folder) -> ThinStack:
     "A prepared scan; its arrays are maps of the files, int16 HU. Not whole: `ValueError`."
     about = read_about(Path(folder))
-    if about is None: raise ValueError(f"{folder}: is no prepared scan or was cut short; prepare the archive again, what is whole is kept")
-    array = lambda name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r") if name in about["bytes"] else None
-    axis = lambda name: SliceAxis(**about[f"{name}_axis"]) if name in about["bytes"] else None
+    if about is None:
+        raise ValueError(
+            f"{folder}: is no prepared scan or was cut short; prepare the archive again, what is"
+            " whole is kept"
+        )
+
+    def array(name):
+        return (
+            np.load(Path(folder) / f"{name}.npy", mmap_mode="r") if name in about["bytes"] else None
+        )
+
+    def axis(name):
+        return SliceAxis(**about[f"{name}_axis"]) if name in about["bytes"] else None
+
     profile = SliceProfile(**about["profile"]) if "profile" in about else None
     affine = None if about["affine"] is None else np.array(about["affine"])
-    return ThinStack(about["id"], about["patient"], array("thin"), axis("thin"), tuple(about["pixel_mm"]), array("thick"), axis("thick"), profile, affine, tuple(about["notes"]))
+    return ThinStack(
+        about["id"],
+        about["patient"],
+        array("thin"),
+        axis("thin"),
+        tuple(about["pixel_mm"]),
+        array("thick"),
+        axis("thick"),
+        profile,
+        affine,
+        tuple(about["notes"]),
+    )
 
 # %% ../../nbs/data/05b_slab_preparation.ipynb #cell-009
-COLUMNS = ("id", "patient", "side", "status", "thin_slices", "thin_mm", "thick_slices", "thick_mm", "rows", "columns", "agreement_hu", "seconds", "reason", "notes")
+COLUMNS = (
+    "id",
+    "patient",
+    "side",
+    "status",
+    "thin_slices",
+    "thin_mm",
+    "thick_slices",
+    "thick_mm",
+    "rows",
+    "columns",
+    "agreement_hu",
+    "seconds",
+    "reason",
+    "notes",
+)
+
 
 def _line(case: StackCase, status: str, stack: ThinStack | None = None, **more) -> dict:
     line = {"id": case.id, "patient": case.patient, "status": status} | more
-    if stack is None: return line
-    line |= {"thin_slices": len(stack.thin), "thin_mm": stack.thin_axis.spacing_mm, "rows": stack.thin.shape[1], "columns": stack.thin.shape[2], "notes": "; ".join(stack.notes)}
-    if stack.thick is not None: line |= {"thick_slices": len(stack.thick), "thick_mm": stack.thick_axis.spacing_mm, "agreement_hu": round(agreement_hu(stack), 1)}
+    if stack is None:
+        return line
+    line |= {
+        "thin_slices": len(stack.thin),
+        "thin_mm": stack.thin_axis.spacing_mm,
+        "rows": stack.thin.shape[1],
+        "columns": stack.thin.shape[2],
+        "notes": "; ".join(stack.notes),
+    }
+    if stack.thick is not None:
+        line |= {
+            "thick_slices": len(stack.thick),
+            "thick_mm": stack.thick_axis.spacing_mm,
+            "agreement_hu": round(agreement_hu(stack), 1),
+        }
     return line
 
+
 def prepare_stack(case: StackCase, out: Path) -> dict:
-    "Prepare one scan into `out`, unless it is there already; gives back its line of the report: status prepared, kept or failed."
+    """Prepare one scan into `out`, unless it is there already; gives back its line of the report:
+    status prepared, kept or failed.
+    """
     folder, began = out / case.id, time.monotonic()
     try:
         identity, about = stack_identity(case), read_about(folder)
-        if about and about["identity"] == identity: return _line(case, "kept", read_stack(folder), seconds=0)
-        shutil.rmtree(folder, ignore_errors=True)  # made of other files: if these fail now, the report must not say one thing and the folder another
+        if about and about["identity"] == identity:
+            return _line(case, "kept", read_stack(folder), seconds=0)
+        # made of other files: if these fail now, the report must not say one thing and the folder
+        # another
+        shutil.rmtree(folder, ignore_errors=True)
         write_stack(case.load(), folder, identity)
-        return _line(case, "prepared", read_stack(folder), seconds=round(time.monotonic() - began, 1))
+        return _line(
+            case, "prepared", read_stack(folder), seconds=round(time.monotonic() - began, 1)
+        )
     except Exception as error:  # one bad scan is a line in the report, whatever is wrong with it
-        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        reason = (
+            str(error)
+            if isinstance(error, (ValueError, OSError))
+            else f"{type(error).__name__}: {error}"
+        )
         return _line(case, "failed", reason=reason, seconds=round(time.monotonic() - began, 1))
 
 # %% ../../nbs/data/05b_slab_preparation.ipynb #cell-011
-STACK_BYTES = 4 * 2**30  # what reading 400 slices of 512 × 512 takes at its peak, with room to spare
+# what reading 400 slices of 512 × 512 takes at its peak, with room to spare
+STACK_BYTES = 4 * 2**30
+
 
 def _on_dask(cases: list[StackCase], out: Path, workers: int | None, scheduler: str | None):
     "Lines of the report as they come in."
@@ -104,60 +197,137 @@ def _on_dask(cases: list[StackCase], out: Path, workers: int | None, scheduler: 
         import dask
         from dask.distributed import Client, LocalCluster, as_completed
         from distributed.system import MEMORY_LIMIT
-    except ImportError: raise ValueError("workers: preparing with several processes needs Dask; install it (pip install dask distributed), or give workers=0 to do without") from None
+    except ImportError:
+        raise ValueError(
+            "workers: preparing with several processes needs Dask; install it (pip install dask"
+            " distributed), or give workers=0 to do without"
+        ) from None
     with contextlib.ExitStack() as closing:
         if scheduler is None:
-            count = workers or max(min(os.cpu_count() or 1, MEMORY_LIMIT // STACK_BYTES, len(cases)), 1)
-            closing.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 0}))  # who dies is tried again below, alone
-            cluster = closing.enter_context(LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL))
-        try: client = closing.enter_context(Client(cluster if scheduler is None else scheduler, timeout=30, set_as_default=False))
-        except (OSError, ValueError) as error: raise OSError(f"scheduler: {scheduler} cannot be reached ({str(error).splitlines()[0]}); check the address, as tcp://HOST:8786") from None
-        submit = lambda case: client.submit(prepare_stack, case, out, key=f"prepare-{case.id}-{uuid.uuid4().hex}", pure=False)
+            count = workers or max(
+                min(os.cpu_count() or 1, MEMORY_LIMIT // STACK_BYTES, len(cases)), 1
+            )
+            # who dies is tried again below, alone
+            closing.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 0}))
+            cluster = closing.enter_context(
+                LocalCluster(
+                    n_workers=count,
+                    threads_per_worker=1,
+                    dashboard_address=None,
+                    silence_logs=logging.CRITICAL,
+                )
+            )
+        try:
+            client = closing.enter_context(
+                Client(
+                    cluster if scheduler is None else scheduler, timeout=30, set_as_default=False
+                )
+            )
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"scheduler: {scheduler} cannot be reached ({str(error).splitlines()[0]}); check"
+                " the address, as tcp://HOST:8786"
+            ) from None
+
+        def submit(case):
+            return client.submit(
+                prepare_stack, case, out, key=f"prepare-{case.id}-{uuid.uuid4().hex}", pure=False
+            )
+
         futures, died = {submit(case): case for case in cases}, []
         for future in as_completed(futures, loop=client.loop):
-            try: line = future.result()
-            except Exception: died.append(futures[future])  # its process is gone, or the one that kept its line
-            else: yield _seen(futures[future], out, line)
+            try:
+                line = future.result()
+            # its process is gone, or the one that kept its line
+            except Exception:
+                died.append(futures[future])
+            else:
+                yield _seen(futures[future], out, line)
             future.release()
         for case in died:
-            try: yield _seen(case, out, submit(case).result())
-            except Exception as error: yield _line(case, "failed", reason=f"its process died ({type(error).__name__}); it may need more memory, or a decoder crashes on it")
+            try:
+                yield _seen(case, out, submit(case).result())
+            except Exception as error:
+                yield _line(
+                    case,
+                    "failed",
+                    reason=(
+                        f"its process died ({type(error).__name__}); it may need more memory, or a"
+                        " decoder crashes on it"
+                    ),
+                )
+
 
 def _seen(case: StackCase, out: Path, line: dict) -> dict:
     "A line, if what it says was prepared can be seen from here."
-    if line["status"] == "failed" or read_about(out / case.id) is not None: return line
-    return _line(case, "failed", reason=f"was prepared where {out} cannot be seen from here; give a folder that all machines share")
+    if line["status"] == "failed" or read_about(out / case.id) is not None:
+        return line
+    return _line(
+        case,
+        "failed",
+        reason=(
+            f"was prepared where {out} cannot be seen from here; give a folder that all machines"
+            " share"
+        ),
+    )
 
 # %% ../../nbs/data/05b_slab_preparation.ipynb #cell-012
 def write_report(lines: list[dict], path: Path) -> None:
     "The report as CSV, sorted by id, whole or as it was."
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(sorted(lines, key=lambda line: line["id"]))
 
+
 def prepare_stacks(
     source: StackSource,
     out,  # a folder; what is whole in it is kept
-    workers: int | None = None,  # processes on this machine; as many as cores and memory allow unless given; 0: in this one, without Dask
+    # processes on this machine; as many as cores and memory allow unless given; 0: in this one,
+    # without Dask
+    workers: int | None = None,
     scheduler: str | None = None,  # address of a Dask cluster that is to do it
     shares=PE_SHARES,  # of patients to train on, validate and test
     seed: int = 0,  # decides who is where
 ) -> list[dict]:  # the lines of the report
-    "Prepare all scans of a source into a folder that `prepared_stacks` opens. A scan that fails is a line in `report.csv` and stops nothing."
+    """Prepare all scans of a source into a folder that `prepared_stacks` opens.
+
+    A scan that fails is a line in `report.csv` and stops nothing.
+    """
     from tqdm.auto import tqdm
-    if workers is not None and workers < 0: raise ValueError(f"workers: must be 0 or more, got {workers}")
+
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers: must be 0 or more, got {workers}")
     out = Path(out).expanduser().resolve()
-    known = json.loads((out / "slabs.json").read_text(encoding="utf-8"))["sides"] if (out / "slabs.json").is_file() else {}
-    if out.exists() and (not out.is_dir() or not known and any(out.iterdir())): raise ValueError(f"{out}: exists already and is no prepared folder; choose another")
+    known = (
+        json.loads((out / "slabs.json").read_text(encoding="utf-8"))["sides"]
+        if (out / "slabs.json").is_file()
+        else {}
+    )
+    if out.exists() and (not out.is_dir() or not known and any(out.iterdir())):
+        raise ValueError(f"{out}: exists already and is no prepared folder; choose another")
     sides = stack_sides(source, shares, seed, known)
-    write_json(out / "slabs.json", {"format": FORMAT, "sides": known | sides, "shares": shares, "seed": seed})
-    for left in out.glob(".*.*"):  # by a run that was killed; another one that is writing now is younger
-        if left.is_dir() and time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left, ignore_errors=True)
+    write_json(
+        out / "slabs.json",
+        {"format": FORMAT, "sides": known | sides, "shares": shares, "seed": seed},
+    )
+    # by a run that was killed; another one that is writing now is younger
+    for left in out.glob(".*.*"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
     lines = []
-    results = map(partial(prepare_stack, out=out), source.cases) if workers == 0 and scheduler is None else _on_dask(source.cases, out, workers, scheduler)
+    results = (
+        map(partial(prepare_stack, out=out), source.cases)
+        if workers == 0 and scheduler is None
+        else _on_dask(source.cases, out, workers, scheduler)
+    )
     with contextlib.closing(results) if scheduler or workers != 0 else contextlib.nullcontext():
-        for line in tqdm(results, total=len(source), desc=f"preparing {out.name}", disable=len(source) < 3):
+        for line in tqdm(
+            results, total=len(source), desc=f"preparing {out.name}", disable=len(source) < 3
+        ):
             lines.append(line | {"side": sides[line["patient"]]})
             write_report(lines, out / "report.csv")
     return lines
@@ -166,25 +336,56 @@ def prepare_stacks(
 def prepared_stacks(out) -> StackSource:
     "The scans of a prepared folder, on the sides they were given. None there: `ValueError`."
     out = Path(out)
-    if not (out / "slabs.json").is_file(): raise ValueError(f"{out}: is no prepared folder (it has no slabs.json); prepare one with ct_nb.data.slab_preparation")
+    if not (out / "slabs.json").is_file():
+        raise ValueError(
+            f"{out}: is no prepared folder (it has no slabs.json); prepare one with"
+            " ct_nb.data.slab_preparation"
+        )
     sides = json.loads((out / "slabs.json").read_text(encoding="utf-8"))["sides"]
-    found = [(folder, read_about(folder)) for folder in sorted(out.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
-    cases = [StackCase(about["id"], about["patient"], partial(read_stack, folder), (folder / "about.json",), sides[about["patient"]], about["identity"]) for folder, about in found if about]
-    if not cases: raise ValueError(f"{out}: none of its scans could be prepared; its report.csv says why")
+    found = [
+        (folder, read_about(folder))
+        for folder in sorted(out.iterdir())
+        if folder.is_dir() and not folder.name.startswith(".")
+    ]
+    cases = [
+        StackCase(
+            about["id"],
+            about["patient"],
+            partial(read_stack, folder),
+            (folder / "about.json",),
+            sides[about["patient"]],
+            about["identity"],
+        )
+        for folder, about in found
+        if about
+    ]
+    if not cases:
+        raise ValueError(f"{out}: none of its scans could be prepared; its report.csv says why")
     return StackSource(cases)
 
 # %% ../../nbs/data/05b_slab_preparation.ipynb #cell-014
 @call_parse
 def main(
-    data: str,  # "pe:FOLDER", "rplhr:FOLDER", "phantom:COUNT", a folder of thin CT, or several joined by "+"
+    # "pe:FOLDER", "rplhr:FOLDER", "phantom:COUNT", a folder of thin CT, or several joined by "+"
+    data: str,
     out: str = "slabs",  # folder to make or to go on with
     workers: int = None,  # processes on this machine; 0: in this one, without Dask
     scheduler: str = None,  # address of a Dask cluster, tcp://HOST:8786
     most_spacing_mm: float = 1.5,  # slices farther apart do not count as thin
 ):
     "Turn scans in thin and thick slices into a folder of arrays that training reads crops from."
-    try: lines = prepare_stacks(open_stacks(data, most_spacing_mm), out, workers, scheduler)
-    except (ValueError, OSError) as error: raise SystemExit(f"ct_nb.data.slab_preparation: {error}") from None
-    counts = {status: sum(line["status"] == status for line in lines) for status in ("prepared", "kept", "failed")}
-    print(f"{out}: " + ", ".join(f"{count} {status}" for status, count in counts.items()) + f"; see {Path(out) / 'report.csv'}")
-    if counts["failed"] == len(lines): raise SystemExit(1)
+    try:
+        lines = prepare_stacks(open_stacks(data, most_spacing_mm), out, workers, scheduler)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"ct_nb.data.slab_preparation: {error}") from None
+    counts = {
+        status: sum(line["status"] == status for line in lines)
+        for status in ("prepared", "kept", "failed")
+    }
+    print(
+        f"{out}: "
+        + ", ".join(f"{count} {status}" for status, count in counts.items())
+        + f"; see {Path(out) / 'report.csv'}"
+    )
+    if counts["failed"] == len(lines):
+        raise SystemExit(1)

@@ -20,23 +20,43 @@ from ..physics.volume import Grid, Volume, Window, get_window
 # %% ../../nbs/data/05_slabs.ipynb #cell-005
 @dataclass(frozen=True)
 class SliceAxis:
-    "The centres of `count` equally spaced slices, in mm along their normal. Spacing not above 0 or no slice: `ValueError`."
+    """The centres of `count` equally spaced slices, in mm along their normal.
+
+    Spacing not above 0 or no slice: `ValueError`.
+    """
+
     first_mm: float  # centre of the first slice
     spacing_mm: float
     count: int
 
     def __post_init__(self):
-        if not (math.isfinite(self.first_mm) and math.isfinite(self.spacing_mm) and self.spacing_mm > 0):
-            raise ValueError(f"SliceAxis: needs a finite first_mm and a spacing_mm above 0, got {self.first_mm!r} and {self.spacing_mm!r}; take both from the positions of the slices")
-        if int(self.count) != self.count or self.count < 1: raise ValueError(f"SliceAxis: count must be a whole number, 1 or more, got {self.count!r}")
+        if not (
+            math.isfinite(self.first_mm) and math.isfinite(self.spacing_mm) and self.spacing_mm > 0
+        ):
+            raise ValueError(
+                "SliceAxis: needs a finite first_mm and a spacing_mm above 0, got"
+                f" {self.first_mm!r} and {self.spacing_mm!r}; take both from the positions of the"
+                " slices"
+            )
+        if int(self.count) != self.count or self.count < 1:
+            raise ValueError(
+                f"SliceAxis: count must be a whole number, 1 or more, got {self.count!r}"
+            )
         object.__setattr__(self, "count", int(self.count))
 
     @property
-    def positions_mm(self) -> np.ndarray: return self.first_mm + self.spacing_mm * np.arange(self.count)  # (count,) centres
+    # (count,) centres
+    def positions_mm(self) -> np.ndarray:
+        return self.first_mm + self.spacing_mm * np.arange(self.count)
+
     @property
-    def edges_mm(self) -> np.ndarray: return self.first_mm + self.spacing_mm * (np.arange(self.count + 1) - 0.5)  # (count + 1,) of the cells
+    # (count + 1,) of the cells
+    def edges_mm(self) -> np.ndarray:
+        return self.first_mm + self.spacing_mm * (np.arange(self.count + 1) - 0.5)
+
     @property
-    def length_mm(self) -> float: return self.spacing_mm * self.count  # from edge to edge
+    def length_mm(self) -> float:
+        return self.spacing_mm * self.count  # from edge to edge
 
     def part(self, start: int, stop: int) -> "SliceAxis":
         "The slices `start` to `stop` (not included)."
@@ -44,63 +64,98 @@ class SliceAxis:
 
     @classmethod
     def along(cls, grid: Grid) -> "SliceAxis":
-        "The slices of a grid (its first array axis), in mm along their normal, which is taken to point from the first slice to the last."
+        """The slices of a grid (its first array axis), in mm along their normal, which is taken to
+        point from the first slice to the last.
+        """
         columns = grid.affine[:3, :3]
         normal = np.cross(columns[:, 0], columns[:, 1])
         normal *= np.sign(normal @ columns[:, 2]) / np.linalg.norm(normal)
-        return cls(round(float(normal @ grid.affine[:3, 3]), 9), round(float(normal @ columns[:, 2]), 9), grid.shape[0])
+        return cls(
+            round(float(normal @ grid.affine[:3, 3]), 9),
+            round(float(normal @ columns[:, 2]), 9),
+            grid.shape[0],
+        )
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-009
 FWHM_OVER_SIGMA = 2 * math.sqrt(2 * math.log(2))
 GAUSSIAN_CUT = 1e-3  # of its top
 
+
 @dataclass(frozen=True)
 class SliceProfile:
-    "How a thick slice weighs what lies at a distance from its centre. Unknown shape or width not above 0: `ValueError`."
+    """How a thick slice weighs what lies at a distance from its centre.
+
+    Unknown shape or width not above 0: `ValueError`.
+    """
+
     width_mm: float  # whole width of the rectangle; full width at half maximum of the Gaussian
     shape: str = "rectangular"  # or "gaussian"
 
     def __post_init__(self):
-        if self.shape not in ("rectangular", "gaussian"): raise ValueError(f"SliceProfile: shape must be 'rectangular' or 'gaussian', got {self.shape!r}")
-        if not (math.isfinite(self.width_mm) and self.width_mm > 0): raise ValueError(f"SliceProfile: width_mm must be above 0, got {self.width_mm!r}")
+        if self.shape not in ("rectangular", "gaussian"):
+            raise ValueError(
+                f"SliceProfile: shape must be 'rectangular' or 'gaussian', got {self.shape!r}"
+            )
+        if not (math.isfinite(self.width_mm) and self.width_mm > 0):
+            raise ValueError(f"SliceProfile: width_mm must be above 0, got {self.width_mm!r}")
 
     @property
     def reach_mm(self) -> float:
         "Distance from the centre beyond which nothing is seen."
-        if self.shape == "rectangular": return self.width_mm / 2
+        if self.shape == "rectangular":
+            return self.width_mm / 2
         return self.width_mm / FWHM_OVER_SIGMA * math.sqrt(-2 * math.log(GAUSSIAN_CUT))
 
     def cumulative(self, z_mm: np.ndarray) -> np.ndarray:
         "Share of the profile that lies below `z_mm` from its centre: 0 to 1, float64."
         z = np.clip(np.asarray(z_mm, np.float64), -self.reach_mm, self.reach_mm)
-        if self.shape == "rectangular": return z / self.width_mm + 0.5
+        if self.shape == "rectangular":
+            return z / self.width_mm + 0.5
         scale = FWHM_OVER_SIGMA / (self.width_mm * math.sqrt(2))
-        return torch.erf(torch.from_numpy(np.asarray(z * scale))).numpy() / (2 * math.erf(self.reach_mm * scale)) + 0.5
+        return (
+            torch.erf(torch.from_numpy(np.asarray(z * scale))).numpy()
+            / (2 * math.erf(self.reach_mm * scale))
+            + 0.5
+        )
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-012
 def thin_axis(thick: SliceAxis, thin_spacing_mm: float, convention: str = "slabs") -> SliceAxis:
-    """Where thin slices of a spacing lie along thick ones: "slabs" fills their length (r·d slices), "centres" runs from first to last centre
-    (r·(d − 1) + 1). Another convention, or a spacing not above 0: `ValueError`."""
-    if not (math.isfinite(thin_spacing_mm) and thin_spacing_mm > 0): raise ValueError(f"thin_axis: thin_spacing_mm must be above 0, got {thin_spacing_mm!r}")
+    """Where thin slices of a spacing lie along thick ones: "slabs" fills their length (r·d slices),
+    "centres" runs from first to last centre
+    (r·(d − 1) + 1). Another convention, or a spacing not above 0: `ValueError`.
+    """
+    if not (math.isfinite(thin_spacing_mm) and thin_spacing_mm > 0):
+        raise ValueError(f"thin_axis: thin_spacing_mm must be above 0, got {thin_spacing_mm!r}")
     if convention == "slabs":
         count = max(round(thick.length_mm / thin_spacing_mm), 1)
         middle = thick.first_mm + thick.spacing_mm * (thick.count - 1) / 2
         return SliceAxis(middle - thin_spacing_mm * (count - 1) / 2, thin_spacing_mm, count)
     if convention == "centres":
-        return SliceAxis(thick.first_mm, thin_spacing_mm, math.floor(thick.spacing_mm * (thick.count - 1) / thin_spacing_mm + 1e-6) + 1)
+        return SliceAxis(
+            thick.first_mm,
+            thin_spacing_mm,
+            math.floor(thick.spacing_mm * (thick.count - 1) / thin_spacing_mm + 1e-6) + 1,
+        )
     raise ValueError(f"thin_axis: convention must be 'slabs' or 'centres', got {convention!r}")
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-015
 def slab_matrix(thin: SliceAxis, thick: SliceAxis, profile: SliceProfile) -> np.ndarray:
-    """How thin slices add up to thick ones: (K, D) float64, rows sum to 1. The profile is integrated exactly over the cell of each thin slice.
-    A thick slice that sees less than a millionth of its profile in the thin ones: `ValueError`."""
+    """How thin slices add up to thick ones: (K, D) float64, rows sum to 1.
+
+    The profile is integrated exactly over the cell of each thin slice.
+    A thick slice that sees less than a millionth of its profile in the thin ones: `ValueError`.
+    """
     matrix = np.diff(profile.cumulative(thin.edges_mm - thick.positions_mm[:, None]), axis=1)
     total = matrix.sum(axis=1, keepdims=True)
     blind = np.flatnonzero(total[:, 0] < 1e-6)
     if len(blind):
-        raise ValueError(f"slab_matrix: thick slice {blind[0]} at {thick.positions_mm[blind[0]]:g} mm sees none of the thin slices, which fill {thin.edges_mm[0]:g} to {thin.edges_mm[-1]:g} mm; "
-                         "leave it out, or check that both axes are measured from one origin")
+        raise ValueError(
+            f"slab_matrix: thick slice {blind[0]} at {thick.positions_mm[blind[0]]:g} mm sees none"
+            f" of the thin slices, which fill {thin.edges_mm[0]:g} to {thin.edges_mm[-1]:g} mm;"
+            " leave it out, or check that both axes are measured from one origin"
+        )
     return matrix / total
+
 
 def thicken(
     thin,  # (…, D, H, W) array or tensor
@@ -108,9 +163,18 @@ def thicken(
 ):  # (…, K, H, W), of the kind of `thin`
     "Thick slices from thin ones. Shapes that do not fit: `ValueError`."
     if thin.ndim < 3 or thin.shape[-3] != matrix.shape[-1]:
-        raise ValueError(f"thicken: thin must be (…, D, H, W) with D = {matrix.shape[-1]} as the matrix has columns, got shape {tuple(thin.shape)}")
-    if torch.is_tensor(thin): matrix = torch.as_tensor(matrix, dtype=thin.dtype if thin.is_floating_point() else torch.float32, device=thin.device)
-    else: matrix = np.asarray(matrix, thin.dtype if thin.dtype.kind == "f" else np.float32)
+        raise ValueError(
+            f"thicken: thin must be (…, D, H, W) with D = {matrix.shape[-1]} as the matrix has"
+            f" columns, got shape {tuple(thin.shape)}"
+        )
+    if torch.is_tensor(thin):
+        matrix = torch.as_tensor(
+            matrix,
+            dtype=thin.dtype if thin.is_floating_point() else torch.float32,
+            device=thin.device,
+        )
+    else:
+        matrix = np.asarray(matrix, thin.dtype if thin.dtype.kind == "f" else np.float32)
     flat = thin.reshape(*thin.shape[:-2], -1)
     flat = flat.to(matrix.dtype) if torch.is_tensor(thin) else flat.astype(matrix.dtype, copy=False)
     result = matrix @ flat
@@ -118,9 +182,13 @@ def thicken(
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-020
 def to_unit(hu, window: "str | Window" = "chest"):
-    "HU → [0, 1] through a window, clipped; array or tensor. `Window.to_network` is twice that minus 1."
+    """HU → [0, 1] through a window, clipped; array or tensor.
+
+    `Window.to_network` is twice that minus 1.
+    """
     window = get_window(window)
     return (hu.clip(window.low_hu, window.high_hu) - window.low_hu) / window.width_hu
+
 
 def from_unit(value, window: "str | Window" = "chest"):
     "[0, 1] → HU, the inverse of `to_unit` inside the window."
@@ -128,7 +196,9 @@ def from_unit(value, window: "str | Window" = "chest"):
     return value * window.width_hu + window.low_hu
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-023
-def _margin(thick_spacing_mm: float, profile: SliceProfile) -> float: return max(thick_spacing_mm / 2, profile.reach_mm)
+def _margin(thick_spacing_mm: float, profile: SliceProfile) -> float:
+    return max(thick_spacing_mm / 2, profile.reach_mm)
+
 
 def fit_slabs(
     thin: SliceAxis,
@@ -140,19 +210,31 @@ def fit_slabs(
     margin = _margin(spacing_mm, profile)
     count = math.floor((thin.length_mm - offset_mm - 2 * margin) / spacing_mm + 1e-6) + 1
     if count < 1 or offset_mm < 0:
-        raise ValueError(f"fit_slabs: thin slices over {thin.length_mm:g} mm hold no slab that needs {2 * margin:g} mm at an offset of {offset_mm:g} mm; use thinner slabs or a longer scan")
+        raise ValueError(
+            f"fit_slabs: thin slices over {thin.length_mm:g} mm hold no slab that needs"
+            f" {2 * margin:g} mm at an offset of {offset_mm:g} mm; use thinner slabs or a longer"
+            " scan"
+        )
     return SliceAxis(float(thin.edges_mm[0] + margin + offset_mm), spacing_mm, count)
 
+
 def touched(thin: SliceAxis, thick: SliceAxis, profile: SliceProfile) -> tuple[int, int]:
-    "First thin slice, and the one after the last, that the cells or profiles of thick slices reach."
+    """First thin slice, and the one after the last, that the cells or profiles of thick slices
+    reach.
+    """
     margin = _margin(thick.spacing_mm, profile)
-    ends = (np.array([thick.first_mm - margin, thick.positions_mm[-1] + margin]) - thin.edges_mm[0]) / thin.spacing_mm
+    ends = (
+        np.array([thick.first_mm - margin, thick.positions_mm[-1] + margin]) - thin.edges_mm[0]
+    ) / thin.spacing_mm
     return max(math.floor(ends[0] + 1e-6), 0), min(math.ceil(ends[1] - 1e-6), thin.count)
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-026
 @dataclass(eq=False)
 class ThinStack:
-    "One scan in thin slices on its own grid, with the thick slices that were measured where there are any."
+    """One scan in thin slices on its own grid, with the thick slices that were measured where there
+    are any.
+    """
+
     id: str
     patient: str
     thin: np.ndarray  # (D, H, W) HU
@@ -166,123 +248,247 @@ class ThinStack:
 
     @property
     def volume(self) -> Volume:
-        "The thin slices on their grid, float32 HU; where nothing is known of it, columns run to the left, rows to the back and slices to the head."
-        return Volume(self.thin, np.diag([*self.pixel_mm[::-1], self.thin_axis.spacing_mm, 1.0]) if self.affine is None else self.affine)
+        """The thin slices on their grid, float32 HU; where nothing is known of it, columns run to
+        the left, rows to the back and slices to the head.
+        """
+        return Volume(
+            self.thin,
+            (
+                np.diag([*self.pixel_mm[::-1], self.thin_axis.spacing_mm, 1.0])
+                if self.affine is None
+                else self.affine
+            ),
+        )
 
     @classmethod
     def of(cls, sample) -> "ThinStack":
         "A `Sample` of `CTSource` as a stack; a stack as it is."
-        if isinstance(sample, cls): return sample
+        if isinstance(sample, cls):
+            return sample
         columns, rows = sample.volume.grid.spacing_mm[:2]
-        return cls(sample.id, sample.patient, sample.volume.hu, SliceAxis.along(sample.volume.grid), (float(rows), float(columns)), affine=sample.volume.affine, notes=tuple(sample.volume.notes))
+        return cls(
+            sample.id,
+            sample.patient,
+            sample.volume.hu,
+            SliceAxis.along(sample.volume.grid),
+            (float(rows), float(columns)),
+            affine=sample.volume.affine,
+            notes=tuple(sample.volume.notes),
+        )
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-028
 @dataclass(frozen=True)
 class SlabRange:
-    "Thick slices to be simulated; every number is drawn uniformly between its two ends. Ends in the wrong order or out of range: `ValueError`."
+    """Thick slices to be simulated; every number is drawn uniformly between its two ends.
+
+    Ends in the wrong order or out of range: `ValueError`.
+    """
+
     spacing_mm: tuple[float, float] = (5.0, 5.0)
     width: tuple[float, float] = (1.0, 1.0)  # of the profile, in spacings of the thick slices
-    offset: tuple[float, float] = (0.0, 0.0)  # of the slabs against the borders of the thin slices, in thin slices
+    # of the slabs against the borders of the thin slices, in thin slices
+    offset: tuple[float, float] = (0.0, 0.0)
     shapes: tuple[str, ...] = ("rectangular",)
 
     def __post_init__(self):
         for name, least in (("spacing_mm", 1e-6), ("width", 1e-6), ("offset", 0.0)):
             low, high = getattr(self, name)
-            if not least <= low <= high < math.inf: raise ValueError(f"SlabRange: {name} must be (low, high) with {'0 ≤' if least == 0 else '0 <'} low ≤ high, got {(low, high)}")
-        if not self.shapes: raise ValueError("SlabRange: shapes is empty; name 'rectangular', 'gaussian' or both")
-        for shape in self.shapes: SliceProfile(1.0, shape)
+            if not least <= low <= high < math.inf:
+                raise ValueError(
+                    f"SlabRange: {name} must be (low, high) with {'0 ≤' if least == 0 else '0 <'}"
+                    f" low ≤ high, got {(low, high)}"
+                )
+        if not self.shapes:
+            raise ValueError("SlabRange: shapes is empty; name 'rectangular', 'gaussian' or both")
+        for shape in self.shapes:
+            SliceProfile(1.0, shape)
 
     def draw(self, generator: torch.Generator) -> tuple[float, SliceProfile, float]:
         "Spacing in mm, profile, and offset in thin slices."
         share = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-        spacing, width, offset = (low + s * (high - low) for s, (low, high) in zip(share, (self.spacing_mm, self.width, self.offset)))
+        spacing, width, offset = (
+            low + s * (high - low)
+            for s, (low, high) in zip(share, (self.spacing_mm, self.width, self.offset))
+        )
         shape = self.shapes[int(torch.randint(len(self.shapes), (), generator=generator))]
         return spacing, SliceProfile(width * spacing, shape), offset
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-029
 class SlabPairs(torch.utils.data.Dataset):
-    """Thick slices and the thin ones under them. Item: `id`, `patient`, `thin` (D, H, W) and `thick` (K, H, W) float32 HU, `matrix` (K, D) float64, `thin_axis`, `thick_axis`, `profile`, `pixel_mm` (rows, columns),
-    `affine` of the thin slices (index → LPS mm, None where it is not known), `measured`: whether the thick slices were. Simulated ones are `thicken(thin, matrix)` exactly. `pairs[index]` is `pairs.at(0, index)`; every epoch draws its own slabs and crop from (seed, epoch, index)."""
+    """Thick slices and the thin ones under them.
+
+    Item: `id`, `patient`, `thin` (D, H, W) and `thick` (K, H, W) float32 HU, `matrix` (K, D)
+    float64, `thin_axis`, `thick_axis`, `profile`, `pixel_mm` (rows, columns),
+    `affine` of the thin slices (index → LPS mm, None where it is not known), `measured`: whether
+    the thick slices were. Simulated ones are `thicken(thin, matrix)` exactly. `pairs[index]` is
+    `pairs.at(0, index)`; every epoch draws its own slabs and crop from (seed, epoch, index).
+    """
 
     def __init__(
         self,
-        source,  # a `CTSource`, or any sequence of `Sample`s or `ThinStack`s with `.ids` and `.patients`
+        # a `CTSource`, or any sequence of `Sample`s or `ThinStack`s with `.ids` and `.patients`
+        source,
         slabs: SlabRange = SlabRange(),  # what is simulated where nothing was measured
-        size: int | tuple[int, int] | None = None,  # rows and columns of the crop, the whole slice unless given
+        # rows and columns of the crop, the whole slice unless given
+        size: int | tuple[int, int] | None = None,
         count: int | None = None,  # thick slices, all that fit unless given
         seed: int = 0,
     ):
-        self.source, self.slabs, self.count, self.seed = source, slabs, count, seed
+        self.source = source
+        self.slabs = slabs
+        self.count = count
+        self.seed = seed
         self.size = (size, size) if isinstance(size, int) else size
-        if count is not None and count < 1: raise ValueError(f"SlabPairs: count must be 1 thick slice or more, got {count}")
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1): raise ValueError(f"SlabPairs: size must be rows and columns, got {size!r}")
+        if count is not None and count < 1:
+            raise ValueError(f"SlabPairs: count must be 1 thick slice or more, got {count}")
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ValueError(f"SlabPairs: size must be rows and columns, got {size!r}")
 
-    def __len__(self): return len(self.source)
+    def __len__(self):
+        return len(self.source)
+
     @property
-    def ids(self) -> list[str]: return self.source.ids
+    def ids(self) -> list[str]:
+        return self.source.ids
+
     @property
-    def patients(self) -> list[str]: return self.source.patients
-    def __getitem__(self, index: int) -> dict: return self.at(0, index)
+    def patients(self) -> list[str]:
+        return self.source.patients
+
+    def __getitem__(self, index: int) -> dict:
+        return self.at(0, index)
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-031
-def _integer(most: int, generator) -> int: return int(torch.randint(most + 1, (), generator=generator))  # 0 to most
+# 0 to most
+def _integer(most: int, generator) -> int:
+    return int(torch.randint(most + 1, (), generator=generator))
+
 
 @patch_to(SlabPairs)
 def _simulated(self, stack: ThinStack, generator) -> tuple[SliceAxis, SliceProfile]:
     "Thick slices over a thin stack, and their profile."
     spacing, profile, offset = self.slabs.draw(generator)
     step = stack.thin_axis.spacing_mm
-    if spacing < step * (1 - 1e-6): raise ValueError(f"SlabPairs: {stack.id} has slices {step:g} mm apart, thicker than the {spacing:g} mm that are to be simulated; leave it out or simulate thicker ones")
+    if spacing < step * (1 - 1e-6):
+        raise ValueError(
+            f"SlabPairs: {stack.id} has slices {step:g} mm apart, thicker than the {spacing:g} mm"
+            " that are to be simulated; leave it out or simulate thicker ones"
+        )
     thick = fit_slabs(stack.thin_axis, spacing, profile, offset * step)
-    if self.count is None: return thick, profile
-    if thick.count < self.count: raise ValueError(f"SlabPairs: {stack.id} is {stack.thin_axis.length_mm:g} mm long and holds {thick.count} of the {self.count} slabs of {spacing:g} mm asked for; lower count")
-    free = stack.thin_axis.length_mm - offset * step - (self.count - 1) * spacing - 2 * _margin(spacing, profile)
-    return SliceAxis(thick.first_mm + step * _integer(math.floor(free / step + 1e-6), generator), spacing, self.count), profile
+    if self.count is None:
+        return thick, profile
+    if thick.count < self.count:
+        raise ValueError(
+            f"SlabPairs: {stack.id} is {stack.thin_axis.length_mm:g} mm long and holds"
+            f" {thick.count} of the {self.count} slabs of {spacing:g} mm asked for; lower count"
+        )
+    free = (
+        stack.thin_axis.length_mm
+        - offset * step
+        - (self.count - 1) * spacing
+        - 2 * _margin(spacing, profile)
+    )
+    return (
+        SliceAxis(
+            thick.first_mm + step * _integer(math.floor(free / step + 1e-6), generator),
+            spacing,
+            self.count,
+        ),
+        profile,
+    )
+
 
 @patch_to(SlabPairs)
 def _measured(self, stack: ThinStack, generator) -> tuple[int, int]:
-    "First, and the one after the last, of the measured thick slices to use: those that lie over the thin stack with their cells and profiles."
-    margin, edges = _margin(stack.thick_axis.spacing_mm, stack.profile), stack.thin_axis.edges_mm
+    """First, and the one after the last, of the measured thick slices to use: those that lie over
+    the thin stack with their cells and profiles.
+    """
+    margin = _margin(stack.thick_axis.spacing_mm, stack.profile)
+    edges = stack.thin_axis.edges_mm
     slack = stack.thin_axis.spacing_mm / 2  # headers are rounded
-    over = np.flatnonzero((stack.thick_axis.positions_mm - margin >= edges[0] - slack) & (stack.thick_axis.positions_mm + margin <= edges[-1] + slack))
+    over = np.flatnonzero(
+        (stack.thick_axis.positions_mm - margin >= edges[0] - slack)
+        & (stack.thick_axis.positions_mm + margin <= edges[-1] + slack)
+    )
     least = self.count or 1
-    if len(over) < least: raise ValueError(f"SlabPairs: {len(over)} of the {stack.thick_axis.count} thick slices of {stack.id} lie wholly over its thin ones, {least} are needed; lower count or leave it out")
-    if self.count is None: return int(over[0]), int(over[-1]) + 1
+    if len(over) < least:
+        raise ValueError(
+            f"SlabPairs: {len(over)} of the {stack.thick_axis.count} thick slices of {stack.id} lie"
+            f" wholly over its thin ones, {least} are needed; lower count or leave it out"
+        )
+    if self.count is None:
+        return int(over[0]), int(over[-1]) + 1
     first = int(over[0]) + _integer(len(over) - self.count, generator)
     return first, first + self.count
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-032
 @patch_to(SlabPairs)
 def at(self, epoch: int, index: int) -> dict:
-    "The item of a case in an epoch. A case that is too short or too small for the crop: `ValueError`."
+    """The item of a case in an epoch.
+
+    A case that is too short or too small for the crop: `ValueError`.
+    """
     index = range(len(self))[index]
-    stack, generator = ThinStack.of(self.source[index]), stream(self.seed, epoch, index, "slabs")
-    if stack.thick is None: thick_axis, profile = self._simulated(stack, generator)
+    stack = ThinStack.of(self.source[index])
+    generator = stream(self.seed, epoch, index, "slabs")
+    if stack.thick is None:
+        thick_axis, profile = self._simulated(stack, generator)
     else:
         low, high = self._measured(stack, generator)
-        thick_axis, profile = stack.thick_axis.part(low, high), stack.profile
+        thick_axis = stack.thick_axis.part(low, high)
+        profile = stack.profile
     start, stop = touched(stack.thin_axis, thick_axis, profile)
     shape = stack.thin.shape[-2:]
     size = shape if self.size is None else self.size
-    if size[0] > shape[0] or size[1] > shape[1]: raise ValueError(f"SlabPairs: {stack.id} has slices of {shape[0]} × {shape[1]} pixels, a crop of {size[0]} × {size[1]} does not fit; lower size")
+    if size[0] > shape[0] or size[1] > shape[1]:
+        raise ValueError(
+            f"SlabPairs: {stack.id} has slices of {shape[0]} × {shape[1]} pixels, a crop of"
+            f" {size[0]} × {size[1]} does not fit; lower size"
+        )
     row, column = (_integer(n - m, generator) for n, m in zip(shape, size))
     window = (slice(row, row + size[0]), slice(column, column + size[1]))
     axis = stack.thin_axis.part(start, stop)
     matrix = torch.from_numpy(slab_matrix(axis, thick_axis, profile))
     thin = torch.from_numpy(np.array(stack.thin[start:stop][:, *window], np.float32))
-    thick = thicken(thin, matrix) if stack.thick is None else torch.from_numpy(np.array(stack.thick[low:high][:, *window], np.float32))
-    affine = None if stack.affine is None else stack.affine @ np.block([[np.eye(3), np.array([[column], [row], [start]])], [np.zeros(3), 1]])
-    return {"id": stack.id, "patient": stack.patient, "thin": thin, "thick": thick, "matrix": matrix, "thin_axis": axis, "thick_axis": thick_axis,
-            "profile": profile, "pixel_mm": stack.pixel_mm, "affine": affine, "measured": stack.thick is not None}
+    thick = (
+        thicken(thin, matrix)
+        if stack.thick is None
+        else torch.from_numpy(np.array(stack.thick[low:high][:, *window], np.float32))
+    )
+    affine = (
+        None
+        if stack.affine is None
+        else stack.affine
+        @ np.block([[np.eye(3), np.array([[column], [row], [start]])], [np.zeros(3), 1]])
+    )
+    return {
+        "id": stack.id,
+        "patient": stack.patient,
+        "thin": thin,
+        "thick": thick,
+        "matrix": matrix,
+        "thin_axis": axis,
+        "thick_axis": thick_axis,
+        "profile": profile,
+        "pixel_mm": stack.pixel_mm,
+        "affine": affine,
+        "measured": stack.thick is not None,
+    }
 
 # %% ../../nbs/data/05_slabs.ipynb #cell-034
 def collate_slabs(items: list[dict]) -> dict:
-    "Items as a batch: `thin` (B, D, H, W), `thick` (B, K, H, W), `matrix` (B, K, D), `mask` (B, D) bool: False where a shorter item is padded; the rest in lists."
+    """Items as a batch: `thin` (B, D, H, W), `thick` (B, K, H, W), `matrix` (B, K, D), `mask` (B,
+    D) bool: False where a shorter item is padded; the rest in lists.
+    """
     depth = max(len(item["thin"]) for item in items)
     missing = [depth - len(item["thin"]) for item in items]
     batch = {key: [item[key] for item in items] for key in items[0]}
-    batch["thin"] = torch.stack([torch.cat([thin, thin[-1:].expand(n, -1, -1)]) for thin, n in zip(batch["thin"], missing)])
-    batch["matrix"] = torch.stack([torch.nn.functional.pad(matrix, (0, n)) for matrix, n in zip(batch["matrix"], missing)])
+    batch["thin"] = torch.stack(
+        [torch.cat([thin, thin[-1:].expand(n, -1, -1)]) for thin, n in zip(batch["thin"], missing)]
+    )
+    batch["matrix"] = torch.stack(
+        [torch.nn.functional.pad(matrix, (0, n)) for matrix, n in zip(batch["matrix"], missing)]
+    )
     batch["thick"] = torch.stack(batch["thick"])
     batch["mask"] = torch.arange(depth) < depth - torch.tensor(missing)[:, None]
     return batch

@@ -21,21 +21,36 @@ from .pairs import stream
 from .slabs import SlabPairs, SliceAxis, SliceProfile, ThinStack, slab_matrix, thicken
 
 # %% ../../nbs/data/05c_slice_crops.ipynb #cell-005
-def _mapped(hu) -> bool: return hu is None or isinstance(hu, np.memmap)
+def _mapped(hu) -> bool:
+    return hu is None or isinstance(hu, np.memmap)
+
 
 class KeptStacks:
-    "A source of `ThinStack`s, int16 HU, that reads each scan once, while they fit into `limit_bytes`; maps of files stay maps."
-    limit_bytes = 6 * 2 ** 30
+    """A source of `ThinStack`s, int16 HU, that reads each scan once, while they fit into
+    `limit_bytes`; maps of files stay maps.
+    """
+
+    limit_bytes = 6 * 2**30
 
     def __init__(self, source, kept: dict | None = None, known: dict | None = None):
-        self.source, self.kept, self.known = source, {} if kept is None else kept, {} if known is None else known
+        self.source = source
+        self.kept = {} if kept is None else kept
+        self.known = {} if known is None else known
+
     @property
-    def cases(self) -> list: return self.source.cases
+    def cases(self) -> list:
+        return self.source.cases
+
     @property
-    def ids(self) -> list[str]: return self.source.ids
+    def ids(self) -> list[str]:
+        return self.source.ids
+
     @property
-    def patients(self) -> list[str]: return self.source.patients
-    def __len__(self): return len(self.source)
+    def patients(self) -> list[str]:
+        return self.source.patients
+
+    def __len__(self):
+        return len(self.source)
 
     def subset(self, indices) -> "KeptStacks":
         "The scans at these indices, in this order; what is kept is shared."
@@ -43,96 +58,194 @@ class KeptStacks:
 
     def __getitem__(self, index: int) -> ThinStack:
         name = self.ids[index]
-        if name in self.kept: return self.kept[name]
+        if name in self.kept:
+            return self.kept[name]
         stack = ThinStack.of(self.source[index])
-        whole = lambda hu: hu if _mapped(hu) else torch.as_tensor(hu).round().clamp(-32768, 32767).to(torch.int16).numpy()
+
+        def whole(hu):
+            return (
+                hu
+                if _mapped(hu)
+                else torch.as_tensor(hu).round().clamp(-32768, 32767).to(torch.int16).numpy()
+            )
+
         small = replace(stack, thin=whole(stack.thin), thick=whole(stack.thick))
-        size = lambda one: sum(hu.nbytes for hu in (one.thin, one.thick) if not _mapped(hu))
-        if sum(map(size, self.kept.values())) + size(small) <= self.limit_bytes: self.kept[name] = small
+
+        def size(one):
+            return sum(hu.nbytes for hu in (one.thin, one.thick) if not _mapped(hu))
+
+        if sum(map(size, self.kept.values())) + size(small) <= self.limit_bytes:
+            self.kept[name] = small
         self.known[name] = stack.thin_axis, stack.thick_axis, stack.profile
         return small
 
     def axes(self, index: int) -> tuple[SliceAxis, SliceAxis | None, SliceProfile | None]:
-        "Where the thin slices of a scan lie, where its thick ones, and their profile; None where nothing was measured. Read once."
-        if self.ids[index] not in self.known: self[index]
+        """Where the thin slices of a scan lie, where its thick ones, and their profile; None where
+        nothing was measured. Read once.
+        """
+        if self.ids[index] not in self.known:
+            self[index]
         return self.known[self.ids[index]]
 
 # %% ../../nbs/data/05c_slice_crops.ipynb #cell-008
 def usable(
     source,  # a `StackSource` or `KeptStacks`
-    fits: Callable[[ThinStack], None] | None = None,  # raises ValueError for a scan that cannot be used
+    # raises ValueError for a scan that cannot be used
+    fits: Callable[[ThinStack], None] | None = None,
     progress: bool = True,
 ):  # the rest of the source, and a sentence for each scan that is left out
     "What of a source can be read and used. Nothing: `ValueError` with the first reason."
     from tqdm.auto import tqdm
+
     good, reasons = [], []
-    for number, case in enumerate(tqdm(source.cases, desc="looking through scans", unit="scan", mininterval=5, disable=not progress or len(source) < 8)):
+    for number, case in enumerate(
+        tqdm(
+            source.cases,
+            desc="looking through scans",
+            unit="scan",
+            mininterval=5,
+            disable=not progress or len(source) < 8,
+        )
+    ):
         try:
             if case.files:
                 stack = source[number]
-                if fits is not None: fits(stack)
+                if fits is not None:
+                    fits(stack)
             good.append(number)
-        except (ValueError, OSError) as error: reasons.append(f"{case.id}: {error}")
-    if not good and reasons: raise ValueError(f"data: none of its {len(source)} scans can be used; {reasons[0]}")
+        except (ValueError, OSError) as error:
+            reasons.append(f"{case.id}: {error}")
+    if not good and reasons:
+        raise ValueError(f"data: none of its {len(source)} scans can be used; {reasons[0]}")
     return (source.subset(good) if reasons else source), reasons
 
 # %% ../../nbs/data/05c_slice_crops.ipynb #cell-011
 def stack_fingerprint(source, *settings) -> str:
-    "A digest over names and contents of all scans, whatever their order; phantoms are named by what makes them."
-    return content_digest(sorted((case.id, case.patient, files_digest(list(case.files)) if case.files else ct_nb.__version__) for case in source.cases), list(settings))
+    """A digest over names and contents of all scans, whatever their order; phantoms are named by
+    what makes them.
+    """
+    return content_digest(
+        sorted(
+            (
+                case.id,
+                case.patient,
+                files_digest(list(case.files)) if case.files else ct_nb.__version__,
+            )
+            for case in source.cases
+        ),
+        list(settings),
+    )
+
 
 def sides_content(training, validation, test, *settings) -> dict:
     "Patients, cases and fingerprint of each side of a run, for its `config.json`."
-    content = lambda source: {"patients": sorted(set(source.patients)), "cases": source.ids, "fingerprint": stack_fingerprint(source, *settings)}
+
+    def content(source):
+        return {
+            "patients": sorted(set(source.patients)),
+            "cases": source.ids,
+            "fingerprint": stack_fingerprint(source, *settings),
+        }
+
     found = {"training": content(training), "validation": content(validation)}
     return found | {"test": found["validation"] if test is validation else content(test)}
 
 # %% ../../nbs/data/05c_slice_crops.ipynb #cell-014
 def thinned_less(item: dict, spacing_mm: float) -> dict:
-    "An item of `SlabPairs` with its thin slices averaged to a larger spacing; the thick ones are the same."
+    """An item of `SlabPairs` with its thin slices averaged to a larger spacing; the thick ones are
+    the same.
+    """
     own = item["thin_axis"]
-    axis = SliceAxis(float(own.edges_mm[0]) + spacing_mm / 2, spacing_mm, max(math.floor(own.length_mm / spacing_mm + 1e-6), 1))
+    axis = SliceAxis(
+        float(own.edges_mm[0]) + spacing_mm / 2,
+        spacing_mm,
+        max(math.floor(own.length_mm / spacing_mm + 1e-6), 1),
+    )
     thin = thicken(item["thin"], slab_matrix(own, axis, SliceProfile(spacing_mm)))
-    return item | {"thin": thin, "thin_axis": axis, "affine": None, "matrix": torch.from_numpy(slab_matrix(axis, item["thick_axis"], item["profile"]))}
+    return item | {
+        "thin": thin,
+        "thin_axis": axis,
+        "affine": None,
+        "matrix": torch.from_numpy(slab_matrix(axis, item["thick_axis"], item["profile"])),
+    }
 
 # %% ../../nbs/data/05c_slice_crops.ipynb #cell-017
 def turned_over(item: dict) -> dict:
     "The item with the head where the feet were."
-    back = lambda axis: SliceAxis(-float(axis.positions_mm[-1]), axis.spacing_mm, axis.count)
-    return item | {"thin": item["thin"].flip(0), "thick": item["thick"].flip(0), "matrix": item["matrix"].flip(0, 1), "thin_axis": back(item["thin_axis"]), "thick_axis": back(item["thick_axis"]), "affine": None}
+
+    def back(axis):
+        return SliceAxis(-float(axis.positions_mm[-1]), axis.spacing_mm, axis.count)
+
+    return item | {
+        "thin": item["thin"].flip(0),
+        "thick": item["thick"].flip(0),
+        "matrix": item["matrix"].flip(0, 1),
+        "thin_axis": back(item["thin_axis"]),
+        "thick_axis": back(item["thick_axis"]),
+        "affine": None,
+    }
+
 
 def turned_in_plane(item: dict, rows: bool, columns: bool, swapped: bool) -> dict:
     "The item with its rows or columns mirrored, and rows and columns `swapped`."
     axes = [axis for axis, flip in ((-2, rows), (-1, columns)) if flip]
-    turn = lambda hu: (hu.flip(axes).mT if swapped else hu.flip(axes)).contiguous()
-    return item | {"thin": turn(item["thin"]), "thick": turn(item["thick"]), "pixel_mm": tuple(item["pixel_mm"][::-1 if swapped else 1]), "affine": None}
+
+    def turn(hu):
+        return (hu.flip(axes).mT if swapped else hu.flip(axes)).contiguous()
+
+    return item | {
+        "thin": turn(item["thin"]),
+        "thick": turn(item["thick"]),
+        "pixel_mm": tuple(item["pixel_mm"][:: -1 if swapped else 1]),
+        "affine": None,
+    }
 
 # %% ../../nbs/data/05c_slice_crops.ipynb #cell-020
 CHANGE_LIMIT_HU = 200.0
+
 
 def change_along_z(thin: torch.Tensor) -> float:
     "Mean absolute difference of neighbouring slices (D, H, W), each counted to 200 HU at most; HU."
     return thin.diff(dim=0).abs().clamp(max=CHANGE_LIMIT_HU).mean().item() if len(thin) > 1 else 0.0
 
-class SliceCrops(Dataset):
-    """Crops of `SlabPairs`, each the liveliest of `choices`, turned at random, their thin spacing drawn from its own to `coarsest` times that. `crops.at(epoch, index)`.
 
-    `coarsest` or `choices` below 1: ValueError."""
+class SliceCrops(Dataset):
+    """Crops of `SlabPairs`, each the liveliest of `choices`, turned at random, their thin spacing
+    drawn from its own to `coarsest` times that. `crops.at(epoch, index)`.
+
+    `coarsest` or `choices` below 1: ValueError.
+    """
+
     def __init__(self, pairs: SlabPairs, coarsest: float = 1.5, choices: int = 4):
         for name, value in (("coarsest", coarsest), ("choices", choices)):
-            if not value >= 1: raise ValueError(f"{name}: must be 1 or more, got {value}")
-        self.pairs, self.coarsest, self.choices = pairs, coarsest, choices
+            if not value >= 1:
+                raise ValueError(f"{name}: must be 1 or more, got {value}")
+        self.pairs = pairs
+        self.coarsest = coarsest
+        self.choices = choices
 
-    def __len__(self): return len(self.pairs)
-    def __getitem__(self, index: int) -> dict: return self.at(0, index)
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.at(0, index)
 
     def at(self, epoch: int, index: int) -> dict:
         "The crop of a scan in an epoch; the same one each time."
-        item = max((self.pairs.at(self.choices * epoch + choice, index) for choice in range(self.choices)), key=lambda one: change_along_z(one["thin"]))
-        spacing, draw = item["thin_axis"].spacing_mm, stream("slice crop", self.pairs.seed, epoch, index)
+        item = max(
+            (self.pairs.at(self.choices * epoch + choice, index) for choice in range(self.choices)),
+            key=lambda one: change_along_z(one["thin"]),
+        )
+        spacing = item["thin_axis"].spacing_mm
+        draw = stream("slice crop", self.pairs.seed, epoch, index)
         share, *turns = torch.rand(5, generator=draw, dtype=torch.float64).tolist()
         most = min(self.coarsest, item["thick_axis"].spacing_mm / spacing)
-        if share > 0.5 and most > 1: item = thinned_less(item, spacing * (1 + (2 * share - 1) * (most - 1)))  # half of the crops keep their own
+        # half of the crops keep their own
+        if share > 0.5 and most > 1:
+            item = thinned_less(item, spacing * (1 + (2 * share - 1) * (most - 1)))
         rows, columns, swapped, over = (turn > 0.5 for turn in turns)
-        item = turned_in_plane(item, rows, columns, swapped and item["thin"].shape[-2] == item["thin"].shape[-1])  # a batch has one shape
+        # a batch has one shape
+        item = turned_in_plane(
+            item, rows, columns, swapped and item["thin"].shape[-2] == item["thin"].shape[-1]
+        )
         return turned_over(item) if over else item

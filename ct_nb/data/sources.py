@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,11 +28,13 @@ from ..physics.volume import Grid, Volume
 @dataclass(eq=False)
 class Sample:
     "One case on the canonical cube."
+
     id: str  # unique in its source and fit to be a file name
     patient: str  # cases of one patient never stand on both sides of a split
     volume: Volume  # (N, N, N) on `Grid.cube`, in the frame of the original
     labels: np.ndarray | None = None  # (N, N, N) uint8
-    label_names: dict[int, str] = field(default_factory=dict)  # value -> name, the scheme of `labels`
+    # value -> name, the scheme of `labels`
+    label_names: dict[int, str] = field(default_factory=dict)
     report: dict | None = None  # impression, findings, steps, where there is a report
     thorax: dict | None = None  # what `ct_nb.data.thorax` measured in the original
 
@@ -40,57 +42,102 @@ class Sample:
 @dataclass(frozen=True)
 class Case:
     "What is known of a case before its cube is loaded."
+
     id: str
     patient: str
     content: str  # digest of the data it is made of
-    digest: str  # of everything that decides the cube: the content, the parameters, the code that converts
+    # of everything that decides the cube: the content, the parameters, the code that converts
+    digest: str
     load: Callable[[], dict]  # -> the arrays of `sample_arrays`
 
 # %% ../../nbs/data/00_sources.ipynb #cell-008
 def sample_arrays(volume: Volume, labels=None, label_names=None, report=None, **extra) -> dict:
     "A sample without its names, as arrays: HU as int16, and a JSON line for all that is no array."
     hu = np.clip(np.rint(volume.hu), -32768, 32767).astype(np.int16)
-    about = json.dumps({"notes": volume.notes, "label_names": label_names or {}, "report": report, **extra}, sort_keys=True)
-    return {"hu": hu, "affine": volume.affine, "about": np.array(about)} | ({} if labels is None else {"labels": labels.astype(np.uint8)})
+    about = json.dumps(
+        {"notes": volume.notes, "label_names": label_names or {}, "report": report, **extra},
+        sort_keys=True,
+    )
+    return {"hu": hu, "affine": volume.affine, "about": np.array(about)} | (
+        {} if labels is None else {"labels": labels.astype(np.uint8)}
+    )
+
 
 def _sample(case: Case, arrays: dict) -> Sample:
     about = json.loads(str(arrays["about"]))
     names = {int(value): name for value, name in about["label_names"].items()}
-    return Sample(case.id, case.patient, Volume(arrays["hu"], arrays["affine"], about["notes"]), arrays.get("labels"), names, about["report"], about.get("thorax"))
+    return Sample(
+        case.id,
+        case.patient,
+        Volume(arrays["hu"], arrays["affine"], about["notes"]),
+        arrays.get("labels"),
+        names,
+        about["report"],
+        about.get("thorax"),
+    )
 
 # %% ../../nbs/data/00_sources.ipynb #cell-010
 def block_mean(hu: torch.Tensor, factor: int) -> torch.Tensor:
     "Means over blocks of `factor`³ voxels of (D, H, W)."
     return torch.nn.functional.avg_pool3d(hu[None, None], factor)[0, 0] if factor > 1 else hu
 
+
 def block_mode(labels: torch.Tensor, factor: int) -> torch.Tensor:
     "The commonest label of each block of `factor`³ voxels of (D, H, W); the smallest of several."
-    if factor == 1: return labels
+    if factor == 1:
+        return labels
     d, h, w = (n // factor for n in labels.shape)
-    blocks = labels.view(d, factor, h, factor, w, factor).permute(0, 2, 4, 1, 3, 5).reshape(d, h, w, factor**3)
+    blocks = (
+        labels.view(d, factor, h, factor, w, factor)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(d, h, w, factor**3)
+    )
     return blocks.mode(-1).values
 
 # %% ../../nbs/data/00_sources.ipynb #cell-013
 class CTSource(Sequence):
-    "Cases on the canonical cube: `source[i]` is a `Sample`. Made by `from_folder`, `phantoms`, `from_list` or `open_source`."
+    """Cases on the canonical cube: `source[i]` is a `Sample`.
+
+    Made by `from_folder`, `phantoms`, `from_list` or `open_source`.
+    """
 
     def __init__(self, cases, size: int, side_mm: float = 320.0, skipped=(), cache=None):
-        self.cases, self.size, self.side_mm = list(cases), int(size), float(side_mm)
+        self.cases = list(cases)
+        self.size = int(size)
+        self.side_mm = float(side_mm)
         self.skipped = list(skipped)  # (name, reason) of what was left out
         self.cache = MemoryCache() if cache is None else cache
-        twice = sorted(id for id in set(self.ids) if self.ids.count(id) > 1) if len(set(self.ids)) < len(self) else []
-        if twice: raise ValueError(f"source: two cases are named {twice[0]!r}; give every case a name of its own")
+        twice = (
+            sorted(id for id in set(self.ids) if self.ids.count(id) > 1)
+            if len(set(self.ids)) < len(self)
+            else []
+        )
+        if twice:
+            raise ValueError(
+                f"source: two cases are named {twice[0]!r}; give every case a name of its own"
+            )
 
     @property
-    def ids(self) -> list[str]: return [case.id for case in self.cases]
-    @property
-    def patients(self) -> list[str]: return [case.patient for case in self.cases]
+    def ids(self) -> list[str]:
+        return [case.id for case in self.cases]
 
-    def __len__(self): return len(self.cases)
+    @property
+    def patients(self) -> list[str]:
+        return [case.patient for case in self.cases]
+
+    def __len__(self):
+        return len(self.cases)
+
     def __getitem__(self, index):
-        if isinstance(index, slice): return self.subset(range(len(self))[index])
+        if isinstance(index, slice):
+            return self.subset(range(len(self))[index])
         return self.load(index)
-    def __repr__(self): return f"CTSource({len(self)} cases of {len(set(self.patients))} patients, {self.size}³ in {self.side_mm:g} mm, {len(self.skipped)} left out)"
+
+    def __repr__(self):
+        return (
+            f"CTSource({len(self)} cases of {len(set(self.patients))} patients, {self.size}³ in"
+            f" {self.side_mm:g} mm, {len(self.skipped)} left out)"
+        )
 
     def load(self, index: int, keep: bool = True) -> Sample:
         "A case; with `keep=False` it is not put into the cache, for those who will not ask again."
@@ -99,24 +146,45 @@ class CTSource(Sequence):
 
     def subset(self, indices) -> "CTSource":
         "The cases at these indices, in this order."
-        return CTSource([self.cases[i] for i in indices], self.size, self.side_mm, self.skipped, self.cache)
+        return CTSource(
+            [self.cases[i] for i in indices], self.size, self.side_mm, self.skipped, self.cache
+        )
 
     def one_per_patient(self) -> "CTSource":
         "The first case of each patient: what a score that counts patients wants."
-        return self.subset(sorted({patient: i for i, patient in reversed(list(enumerate(self.patients)))}.values()))
+        return self.subset(
+            sorted({patient: i for i, patient in reversed(list(enumerate(self.patients)))}.values())
+        )
 
     def fingerprint(self) -> str:
         "A digest over names and contents of all cases, whatever their order: which data a run saw."
-        return content_digest(sorted((case.id, case.patient, case.content) for case in self.cases), [self.size, self.side_mm])
+        return content_digest(
+            sorted((case.id, case.patient, case.content) for case in self.cases),
+            [self.size, self.side_mm],
+        )
 
 # %% ../../nbs/data/00_sources.ipynb #cell-015
 @patch_to(CTSource)
 def __add__(first: CTSource, second: CTSource) -> CTSource:
     "The cases of both."
-    if (first.size, first.side_mm) != (second.size, second.side_mm): raise ValueError(f"source: cubes of {first.size}³ in {first.side_mm:g} mm and of {second.size}³ in {second.side_mm:g} mm do not mix")
+    if (first.size, first.side_mm) != (second.size, second.side_mm):
+        raise ValueError(
+            f"source: cubes of {first.size}³ in {first.side_mm:g} mm and of {second.size}³ in"
+            f" {second.side_mm:g} mm do not mix"
+        )
     shared = sorted(set(first.patients) & set(second.patients))
-    if shared: raise ValueError(f"source: patient {shared[0]!r} is in two of the sources that are to be added; rename it in one of them")
-    return CTSource(first.cases + second.cases, first.size, first.side_mm, first.skipped + second.skipped, first.cache)
+    if shared:
+        raise ValueError(
+            f"source: patient {shared[0]!r} is in two of the sources that are to be added; rename"
+            " it in one of them"
+        )
+    return CTSource(
+        first.cases + second.cases,
+        first.size,
+        first.side_mm,
+        first.skipped + second.skipped,
+        first.cache,
+    )
 
 # %% ../../nbs/data/00_sources.ipynb #cell-017
 def from_list(
@@ -128,44 +196,81 @@ def from_list(
     labels=None,  # uint8 arrays on the grids of the volumes, or None for a volume without
     label_names=None,  # value -> name
 ) -> CTSource:
-    "A source over volumes at hand. They are put on the cube at once; a volume that is on such a cube already is taken as it is."
+    """A source over volumes at hand.
+
+    They are put on the cube at once; a volume that is on such a cube already is taken as it is.
+    """
     ids = [f"case-{i:04d}" for i in range(len(volumes))] if ids is None else list(ids)
-    patients, labels = ids if patients is None else list(patients), [None] * len(volumes) if labels is None else list(labels)
+    patients = ids if patients is None else list(patients)
+    labels = [None] * len(volumes) if labels is None else list(labels)
     for name, values in (("ids", ids), ("patients", patients), ("labels", labels)):
-        if len(values) != len(volumes): raise ValueError(f"from_list: {len(volumes)} volumes but {len(values)} {name}")
+        if len(values) != len(volumes):
+            raise ValueError(f"from_list: {len(volumes)} volumes but {len(values)} {name}")
     cases = []
     for id, patient, volume, label in zip(ids, patients, volumes, labels):
-        cube = volume if volume.grid == Grid.cube(size, side_mm, volume.grid.center_mm) else volume.to_grid(size, side_mm)
-        if label is not None: label = nearest_labels(label, volume.grid, cube.grid)
+        cube = (
+            volume
+            if volume.grid == Grid.cube(size, side_mm, volume.grid.center_mm)
+            else volume.to_grid(size, side_mm)
+        )
+        if label is not None:
+            label = nearest_labels(label, volume.grid, cube.grid)
         arrays = sample_arrays(cube, label, label_names)
         digest = content_digest(*(arrays[key] for key in sorted(arrays)))
         cases.append(Case(id, patient, digest, digest, functools.partial(dict, arrays)))
     return CTSource(cases, size, side_mm)
 
+
 CTSource.from_list = staticmethod(from_list)
+
 
 def nearest_labels(labels: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
     "Labels on another grid, by the nearest voxel; 0 outside."
     from scipy.ndimage import affine_transform
+
     step = np.linalg.inv(grid.affine) @ target.affine
-    return affine_transform(np.asarray(labels, np.uint8), step[2::-1, 2::-1], step[2::-1, 3], output_shape=target.shape, order=0, cval=0)
+    return affine_transform(
+        np.asarray(labels, np.uint8),
+        step[2::-1, 2::-1],
+        step[2::-1, 3],
+        output_shape=target.shape,
+        order=0,
+        cval=0,
+    )
 
 # %% ../../nbs/data/00_sources.ipynb #cell-020
-def phantoms(count: int, size: int, first_seed: int = 0, side_mm: float = 320.0, cache=None) -> CTSource:
+def phantoms(
+    count: int, size: int, first_seed: int = 0, side_mm: float = 320.0, cache=None
+) -> CTSource:
     "`count` phantoms with the seeds from `first_seed` on."
-    if count < 1: raise ValueError(f"phantoms: at least one is needed, got a count of {count}")
+    if count < 1:
+        raise ValueError(f"phantoms: at least one is needed, got a count of {count}")
     code = code_digest("physics/*.py")
     names = [f"phantom-{seed:05d}" for seed in range(first_seed, first_seed + count)]
-    contents = [content_digest("phantom", [seed, size, side_mm], ct_nb.__version__) for seed in range(first_seed, first_seed + count)]
-    cases = [Case(name, name, content, content_digest(content, code), functools.partial(_phantom_arrays, seed, size, side_mm))
-             for seed, (name, content) in enumerate(zip(names, contents), first_seed)]
+    contents = [
+        content_digest("phantom", [seed, size, side_mm], ct_nb.__version__)
+        for seed in range(first_seed, first_seed + count)
+    ]
+    cases = [
+        Case(
+            name,
+            name,
+            content,
+            content_digest(content, code),
+            functools.partial(_phantom_arrays, seed, size, side_mm),
+        )
+        for seed, (name, content) in enumerate(zip(names, contents), first_seed)
+    ]
     return CTSource(cases, size, side_mm, cache=cache)
 
+
 CTSource.phantoms = staticmethod(phantoms)
+
 
 def _phantom_arrays(seed, size, side_mm) -> dict:
     from ct_nb.physics.anatomy import REGIONS
     from ct_nb.physics.phantom import phantom
+
     chest = phantom(seed, size, side_mm)
     names = {value: name for value, (name, *_) in REGIONS.items()}
     return sample_arrays(chest.volume, chest.regions, names, asdict(chest.report))
@@ -173,53 +278,95 @@ def _phantom_arrays(seed, size, side_mm) -> dict:
 # %% ../../nbs/data/00_sources.ipynb #cell-023
 def _number(patient: str, seed: int) -> float:
     "A number in [0, 1) from a name and a seed."
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{patient}".encode(), digest_size=8).digest(), "big") / 2**64
+    return (
+        int.from_bytes(hashlib.blake2b(f"{seed}/{patient}".encode(), digest_size=8).digest(), "big")
+        / 2**64
+    )
+
 
 @patch_to(CTSource)
 def split(
     self,
-    validation: float | Sequence = 0.2,  # share of the patients, in (0, 1), or the names of the patients
+    # share of the patients, in (0, 1), or the names of the patients
+    validation: float | Sequence = 0.2,
     seed: int = 0,
 ) -> tuple[CTSource, CTSource]:
     "Training and validation cases, with no patient in both and neither empty."
     patients = sorted(set(self.patients))
     if isinstance(validation, (int, float)):
-        if not 0 < validation < 1: raise ValueError(f"split: validation must be a share between 0 and 1, or names of patients, got {validation}")
-        if len(patients) < 2: raise ValueError(f"split: {len(patients)} patient cannot be on both sides ({', '.join(patients)}); give two or more, "
-                                               "or a patients.csv if cases of several patients share a name")
+        if not 0 < validation < 1:
+            raise ValueError(
+                "split: validation must be a share between 0 and 1, or names of patients, got"
+                f" {validation}"
+            )
+        if len(patients) < 2:
+            raise ValueError(
+                f"split: {len(patients)} patient cannot be on both sides ({', '.join(patients)});"
+                " give two or more, or a patients.csv if cases of several patients share a name"
+            )
         ranked = sorted(patients, key=lambda patient: _number(patient, seed))
         count = sum(_number(patient, seed) < validation for patient in patients)
-        held_out = set(ranked[:min(max(count, 1), len(patients) - 1)])
+        held_out = set(ranked[: min(max(count, 1), len(patients) - 1)])
     else:
-        held_out, unknown = set(validation), sorted(set(validation) - set(patients))
-        if unknown: raise ValueError(f"split: there is no patient {unknown[0]!r}; the source has {', '.join(patients[:8])}{', …' if len(patients) > 8 else ''}")
-        if not 0 < len(held_out) < len(patients): raise ValueError(f"split: {len(held_out)} of {len(patients)} patients named for validation; leave at least one on each side")
-    sides = ([i for i, patient in enumerate(self.patients) if (patient in held_out) == side] for side in (False, True))
+        held_out = set(validation)
+        unknown = sorted(set(validation) - set(patients))
+        if unknown:
+            raise ValueError(
+                f"split: there is no patient {unknown[0]!r}; the source has"
+                f" {', '.join(patients[:8])}{', …' if len(patients) > 8 else ''}"
+            )
+        if not 0 < len(held_out) < len(patients):
+            raise ValueError(
+                f"split: {len(held_out)} of {len(patients)} patients named for validation; leave at"
+                " least one on each side"
+            )
+    sides = (
+        [i for i, patient in enumerate(self.patients) if (patient in held_out) == side]
+        for side in (False, True)
+    )
     return tuple(self.subset(side) for side in sides)
 
 # %% ../../nbs/data/00_sources.ipynb #cell-026
-def from_folder(path, size: int, side_mm: float = 320.0, on_error: str = "raise", thorax_only=False, cache=None) -> CTSource:
+def from_folder(
+    path, size: int, side_mm: float = 320.0, on_error: str = "raise", thorax_only=False, cache=None
+) -> CTSource:
     "All CTs of a folder; see `ct_nb.data.folders.read_folder`, which does it."
     from ct_nb.data.folders import read_folder
+
     return read_folder(path, size, side_mm, on_error, thorax_only, cache)
+
 
 CTSource.from_folder = staticmethod(from_folder)
 
+
 def open_source(
-    data: str,  # "phantom", "phantom:40", a folder or file of CTs, or several of these joined by "+"
+    # "phantom", "phantom:40", a folder or file of CTs, or several of these joined by "+"
+    data: str,
     size: int = 128,  # voxels per side of the cubes
     side_mm: float = 320.0,
     on_error: str = "raise",  # a file that cannot be read: "raise", or "skip" with a warning
     thorax_only: bool = False,  # leave out, by name and with the reason, what is no whole thorax
-    cache_dir=None,  # keeps cubes between runs; `ct_nb.data.cache.default_cache_dir()` is a good place
+    # keeps cubes between runs; `ct_nb.data.cache.default_cache_dir()` is a good place
+    cache_dir=None,
 ) -> CTSource:
     "The cases of a source by its name. What is neither 'phantom' nor there: `ValueError`."
     from ct_nb.data.folders import read_folder
+
     cache = None if cache_dir is None else DiskCache(cache_dir)
     sources = []
     for part in [str(data)] if Path(data).expanduser().exists() else str(data).split("+"):
         word = re.fullmatch(r"phantom(?::(\d+))?", part)
-        if word: sources.append(CTSource.phantoms(int(word[1] or 48), size, side_mm=side_mm, cache=cache))
-        elif Path(part).expanduser().exists(): sources.append(read_folder(Path(part).expanduser(), size, side_mm, on_error, thorax_only, cache))
-        else: raise ValueError(f"data: {part!r} is neither 'phantom', 'phantom:COUNT' nor a folder or file that exists; check the path")
+        if word:
+            sources.append(
+                CTSource.phantoms(int(word[1] or 48), size, side_mm=side_mm, cache=cache)
+            )
+        elif Path(part).expanduser().exists():
+            sources.append(
+                read_folder(Path(part).expanduser(), size, side_mm, on_error, thorax_only, cache)
+            )
+        else:
+            raise ValueError(
+                f"data: {part!r} is neither 'phantom', 'phantom:COUNT' nor a folder or file that"
+                " exists; check the path"
+            )
     return functools.reduce(CTSource.__add__, sources)

@@ -16,11 +16,16 @@ from ..physics.volume import AIR_HU, Grid, Volume, find_body, resample
 LUNG_HU = (-970.0, -500.0)
 SMALLEST_PIECE_LITRES = 0.2
 
+
 def find_lungs(volume: Volume, spacing_mm: float = 5.0) -> tuple[np.ndarray, Grid]:
-    "Lung parenchyma and airways as a boolean mask (D, H, W) on the coarse grid of `find_body`, and that grid."
+    """Lung parenchyma and airways as a boolean mask (D, H, W) on the coarse grid of `find_body`,
+    and that grid.
+    """
     from scipy.ndimage import binary_fill_holes, find_objects, label
+
     body, grid = find_body(volume, spacing_mm)
-    hu, box = volume.resample_onto(grid).hu, find_objects(body.astype(np.uint8))[0]
+    hu = volume.resample_onto(grid).hu
+    box = find_objects(body.astype(np.uint8))[0]
     enclosed = np.stack([binary_fill_holes(tissue) for tissue in hu > -400])
     lung = np.zeros_like(body)
     lung[box] = (enclosed & (hu > LUNG_HU[0]) & (hu < LUNG_HU[1]))[box]
@@ -28,50 +33,79 @@ def find_lungs(volume: Volume, spacing_mm: float = 5.0) -> tuple[np.ndarray, Gri
     large = np.bincount(pieces.ravel()) * _litres(grid) >= SMALLEST_PIECE_LITRES
     return large[pieces] & lung, grid
 
-def _litres(grid: Grid) -> float: return float(grid.spacing_mm.prod() * 1e-6)
+
+def _litres(grid: Grid) -> float:
+    return float(grid.spacing_mm.prod() * 1e-6)
 
 # %% ../../nbs/data/00b_thorax.ipynb #cell-007
 @dataclass(frozen=True)
 class ThoraxMeasure:
     "What a CT shows of the lungs."
+
     lung_litres: float
-    cut_above: float  # section of the lungs in the topmost slice, as a share of their largest section
+    # section of the lungs in the topmost slice, as a share of their largest section
+    cut_above: float
     cut_below: float  # the same at the bottom
     outside_cube: float  # share of the lungs that the canonical cube leaves out
-    center_mm: tuple[float, float, float]  # LPS, of the cube: the body's, moved along z just so far that the lungs are in
+    # LPS, of the cube: the body's, moved along z just so far that the lungs are in
+    center_mm: tuple[float, float, float]
+
 
 def measure_thorax(volume: Volume, side_mm: float = 320.0) -> ThoraxMeasure:
     "Measure the lungs of a CT. No body in the volume: `ValueError`."
     lungs, grid = find_lungs(volume)
     center = volume.body_center_mm
-    if not lungs.any(): return ThoraxMeasure(0.0, 0.0, 0.0, 0.0, tuple(center.tolist()))
+    if not lungs.any():
+        return ThoraxMeasure(0.0, 0.0, 0.0, 0.0, tuple(center.tolist()))
     section = lungs.sum(axis=(1, 2))
     up = 1 if grid.affine[2, 2] > 0 else -1
     below, above = (section[[0, -1]] / section.max())[::up]
     points = grid.index_to_mm(np.argwhere(lungs)[:, ::-1])
     center[2] = _hold(center[2], points[:, 2].min(), points[:, 2].max(), side_mm)
     outside = (np.abs(points - center) > side_mm / 2).any(axis=1).mean()
-    return ThoraxMeasure(float(lungs.sum() * _litres(grid)), float(above), float(below), float(outside), tuple(center.tolist()))
+    return ThoraxMeasure(
+        float(lungs.sum() * _litres(grid)),
+        float(above),
+        float(below),
+        float(outside),
+        tuple(center.tolist()),
+    )
+
 
 def _hold(center: float, low: float, high: float, side: float) -> float:
-    "The centre nearest to `center` of an interval `side` long that holds [low, high]; their middle when it is too short."
-    if high - low >= side: return round((low + high) / 2)
+    """The centre nearest to `center` of an interval `side` long that holds [low, high]; their
+    middle when it is too short.
+    """
+    if high - low >= side:
+        return round((low + high) / 2)
     return float(np.clip(center, np.ceil(high - side / 2), np.floor(low + side / 2)))
 
 # %% ../../nbs/data/00b_thorax.ipynb #cell-010
 @dataclass(frozen=True)
 class ThoraxRule:
     "A whole thorax: enough lung, not cut off at either end, inside the cube."
-    least_lung_litres: float = 1.5  # adult lungs hold about 5 l at full inspiration and seldom below 2 in any breath
+
+    # adult lungs hold about 5 l at full inspiration and seldom below 2 in any breath
+    least_lung_litres: float = 1.5
     most_cut: float = 0.25  # of the largest section
     most_outside_cube: float = 0.05
 
     def reasons(self, measure: ThoraxMeasure) -> list[str]:
         "Why this is no whole thorax, with the numbers; empty when it is one."
         found = []
-        if measure.lung_litres < self.least_lung_litres: found.append(f"{measure.lung_litres:.1f} l of lung, at least {self.least_lung_litres:g} expected")
+        if measure.lung_litres < self.least_lung_litres:
+            found.append(
+                f"{measure.lung_litres:.1f} l of lung, at least {self.least_lung_litres:g} expected"
+            )
         for end, share in (("upper", measure.cut_above), ("lower", measure.cut_below)):
-            if share > self.most_cut: found.append(f"the lungs are cut off at the {end} end of the scan ({share:.0%} of their largest section, at most {self.most_cut:.0%} expected)")
+            if share > self.most_cut:
+                found.append(
+                    f"the lungs are cut off at the {end} end of the scan ({share:.0%} of their"
+                    f" largest section, at most {self.most_cut:.0%} expected)"
+                )
         if measure.outside_cube > self.most_outside_cube:
-            found.append(f"{measure.outside_cube:.0%} of the lungs lie outside the cube, at most {self.most_outside_cube:.0%} expected")
+            found.append(
+                f"{measure.outside_cube:.0%} of the lungs lie outside the cube, at most"
+                f" {self.most_outside_cube:.0%} expected"
+            )
         return found

@@ -18,12 +18,19 @@ from ..physics.volume import WINDOWS, Window
 
 # %% ../../nbs/learn/03b_adversary.ipynb #cell-004
 class PatchDiscriminator3d(nn.Module):
-    "Volumes (B, inputs, D, H, W) → one score for each patch, (B, 1, D/2ⁿ, H/2ⁿ, W/2ⁿ) with n `layers`; positive is real."
+    """Volumes (B, inputs, D, H, W) → one score for each patch, (B, 1, D/2ⁿ, H/2ⁿ, W/2ⁿ) with n
+    `layers`; positive is real.
+    """
+
     def __init__(self, channels: int = 16, layers: int = 3, inputs: int = 1):
         super().__init__()
-        if layers < 1: raise ValueError(f"PatchDiscriminator3d: needs at least one layer, got {layers}")
+        if layers < 1:
+            raise ValueError(f"PatchDiscriminator3d: needs at least one layer, got {layers}")
         widths = [inputs, *(channels * 2 ** min(k, 3) for k in range(layers))]
-        self.layers = nn.ModuleList(spectral_norm(nn.Conv3d(a, b, 4, stride=2, padding=1)) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(
+            spectral_norm(nn.Conv3d(a, b, 4, stride=2, padding=1))
+            for a, b in zip(widths, widths[1:])
+        )
         self.score = spectral_norm(nn.Conv3d(widths[-1], 1, 1))
 
     @property
@@ -33,14 +40,21 @@ class PatchDiscriminator3d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 5 or min(x.shape[2:]) < 2 ** len(self.layers):
-            raise ValueError(f"PatchDiscriminator3d: expected volumes (B, C, D, H, W) of at least {2 ** len(self.layers)} voxels a side, got {tuple(x.shape)}")
-        for layer in self.layers: x = F.leaky_relu(layer(x), 0.2)
+            raise ValueError(
+                "PatchDiscriminator3d: expected volumes (B, C, D, H, W) of at least"
+                f" {2 ** len(self.layers)} voxels a side, got {tuple(x.shape)}"
+            )
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), 0.2)
         return self.score(x)
 
 # %% ../../nbs/learn/03b_adversary.ipynb #cell-008
 def discriminator_hinge(real: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    "The critic's loss from its scores of truth and of predictions; 2 for a critic that says 0 to everything, 0 for a perfect one."
+    """The critic's loss from its scores of truth and of predictions; 2 for a critic that says 0 to
+    everything, 0 for a perfect one.
+    """
     return F.relu(1 - real).mean() + F.relu(1 + predicted).mean()
+
 
 def generator_hinge(predicted: torch.Tensor) -> torch.Tensor:
     "The network's loss from the critic's scores of its predictions."
@@ -50,35 +64,61 @@ def generator_hinge(predicted: torch.Tensor) -> torch.Tensor:
 def adaptive_weight(
     reconstruction: torch.Tensor,  # loss
     adversarial: torch.Tensor,  # loss
-    at: torch.Tensor,  # where both gradients are taken: the prediction, or the weights of the last layer
+    # where both gradients are taken: the prediction, or the weights of the last layer
+    at: torch.Tensor,
     largest: float = 1e4,
 ) -> torch.Tensor:
-    "‖∂reconstruction/∂at‖ / ‖∂adversarial/∂at‖, at most `largest`; a number without gradient. The graphs are kept."
-    norms = [torch.autograd.grad(loss, at, retain_graph=True)[0].float().norm() for loss in (reconstruction, adversarial)]
-    return (norms[0] / norms[1].clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(largest).nan_to_num(0.0)
+    """‖∂reconstruction/∂at‖ / ‖∂adversarial/∂at‖, at most `largest`; a number without gradient.
+
+    The graphs are kept.
+    """
+    norms = [
+        torch.autograd.grad(loss, at, retain_graph=True)[0].float().norm()
+        for loss in (reconstruction, adversarial)
+    ]
+    return (
+        (norms[0] / norms[1].clamp_min(torch.finfo(torch.float32).tiny))
+        .clamp_max(largest)
+        .nan_to_num(0.0)
+    )
 
 # %% ../../nbs/learn/03b_adversary.ipynb #cell-016
 class AdversaryLosses(NamedTuple):
     "Add `weight · network + critic` to the loss."
+
     network: torch.Tensor  # reaches the prediction alone; times ramp and adaptive weight
     critic: torch.Tensor  # reaches the critic alone
     figures: dict[str, float]  # for the log
 
+
 class Adversary(nn.Module):
     "A patch critic with both sides of its loss; train its parameters with those of the network."
-    def __init__(self, channels: int = 16, layers: int = 3, start_step: int = 0, ramp_steps: int = 0, largest: float = 1e4):
+
+    def __init__(
+        self,
+        channels: int = 16,
+        layers: int = 3,
+        start_step: int = 0,
+        ramp_steps: int = 0,
+        largest: float = 1e4,
+    ):
         super().__init__()
         self.discriminator = PatchDiscriminator3d(channels, layers)
-        self.start_step, self.ramp_steps, self.largest = start_step, ramp_steps, largest
+        self.start_step = start_step
+        self.ramp_steps = ramp_steps
+        self.largest = largest
 
     def share(self, step: int) -> float:
         "How much of the critic the network hears at a step, 0 to 1."
-        if step < self.start_step: return 0.0
+        if step < self.start_step:
+            return 0.0
         return min((step - self.start_step) / self.ramp_steps, 1.0) if self.ramp_steps > 0 else 1.0
 
     def frozen(self, x: torch.Tensor) -> torch.Tensor:
         "Scores of volumes (B, 1, D, H, W) with a gradient to the volumes and none to the critic."
-        weights = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        weights = {
+            name: parameter.detach() for name, parameter in self.discriminator.named_parameters()
+        }
         return torch.func.functional_call(self.discriminator, weights, (x,))
 
     def forward(
@@ -87,13 +127,25 @@ class Adversary(nn.Module):
         truth_hu: torch.Tensor,  # (B, D, H, W)
         window: Window,
         step: int,  # of the run
-        reconstruction: torch.Tensor | None = None,  # the loss so far, the measure of how loud to be; None: a ratio of 1
+        # the loss so far, the measure of how loud to be; None: a ratio of 1
+        reconstruction: torch.Tensor | None = None,
     ) -> AdversaryLosses:
-        if step < self.start_step: return AdversaryLosses(prediction_hu.new_zeros(()), prediction_hu.new_zeros(()), {})
+        if step < self.start_step:
+            return AdversaryLosses(prediction_hu.new_zeros(()), prediction_hu.new_zeros(()), {})
         prediction, truth = (windowed(hu, window)[:, None] for hu in (prediction_hu, truth_hu))
-        real, predicted = self.discriminator(torch.cat([truth, prediction.detach()])).float().chunk(2)
+        real, predicted = (
+            self.discriminator(torch.cat([truth, prediction.detach()])).float().chunk(2)
+        )
         critic = discriminator_hinge(real, predicted)
         network = generator_hinge(self.frozen(prediction).float())
-        ratio = 1.0 if reconstruction is None else adaptive_weight(reconstruction, network, prediction_hu, self.largest)
-        figures = {"critic": critic.item(), "adversary": network.item(), "adversary_ratio": float(ratio)}
+        ratio = (
+            1.0
+            if reconstruction is None
+            else adaptive_weight(reconstruction, network, prediction_hu, self.largest)
+        )
+        figures = {
+            "critic": critic.item(),
+            "adversary": network.item(),
+            "adversary_ratio": float(ratio),
+        }
         return AdversaryLosses(self.share(step) * ratio * network, critic, figures)

@@ -10,7 +10,8 @@ __all__ = ['WEIGHTS', 'row_losses', 'Keys', 'text_keys', 'same', 'Temperature', 
 # %% ../../nbs/learn/14_alignment.ipynb #cell-002
 import hashlib
 import math
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,9 @@ from ..data.reports import is_normal
 
 # %% ../../nbs/learn/14_alignment.ipynb #cell-005
 def row_losses(scores: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
-    "(n,) losses, nats, of rows of scores (n, N) and positives (n, N) bool; 0 for a row without a positive."
+    """(n,) losses, nats, of rows of scores (n, N) and positives (n, N) bool; 0 for a row without a
+    positive.
+    """
     log_share = (scores if scores.dtype == torch.float64 else scores.float()).log_softmax(-1)
     count = positive.sum(-1)
     mean = torch.where(positive, log_share, 0.0).sum(-1) / count.clamp_min(1)
@@ -30,27 +33,48 @@ def row_losses(scores: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
 # %% ../../nbs/learn/14_alignment.ipynb #cell-008
 class Keys(NamedTuple):
     "What decides whether two texts say the same."
+
     text: torch.Tensor  # (n,) int64, of the words
-    normal: torch.Tensor  # (n,) int64, of the scope of a text that finds nothing wrong; -1 for others
+    # (n,) int64, of the scope of a text that finds nothing wrong; -1 for others
+    normal: torch.Tensor
+
 
 def text_keys(texts, scopes=None) -> Keys:
     "Keys of n texts; `scopes` are n names or numbers, one for all where not given."
     scopes = ["all"] * len(texts) if scopes is None else list(scopes)
-    if len(scopes) != len(texts): raise ValueError(f"scopes: {len(texts)} texts need as many scopes, got {len(scopes)}")
-    number = lambda words: int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
-    return Keys(torch.tensor([number(" ".join(t.lower().split()).rstrip(".")) for t in texts], dtype=torch.int64),
-                torch.tensor([number(f"normal {s}") if is_normal(t) else -1 for t, s in zip(texts, scopes)], dtype=torch.int64))
+    if len(scopes) != len(texts):
+        raise ValueError(f"scopes: {len(texts)} texts need as many scopes, got {len(scopes)}")
+
+    def number(words):
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
+
+    return Keys(
+        torch.tensor(
+            [number(" ".join(t.lower().split()).rstrip(".")) for t in texts], dtype=torch.int64
+        ),
+        torch.tensor(
+            [number(f"normal {s}") if is_normal(t) else -1 for t, s in zip(texts, scopes)],
+            dtype=torch.int64,
+        ),
+    )
+
 
 def same(rows: Keys, columns: Keys) -> torch.Tensor:
     "(n, N) bool: the texts that say the same."
-    return (rows.text[:, None] == columns.text) | ((rows.normal[:, None] == columns.normal) & (rows.normal[:, None] >= 0))
+    return (rows.text[:, None] == columns.text) | (
+        (rows.normal[:, None] == columns.normal) & (rows.normal[:, None] >= 0)
+    )
 
 # %% ../../nbs/learn/14_alignment.ipynb #cell-013
 class Temperature(nn.Module):
     "A learned factor on cosines that begins at 1 / `start` and never exceeds 1 / `lowest`."
+
     def __init__(self, start: float = 0.07, lowest: float = 0.01):
         super().__init__()
-        if not 0 < lowest <= start: raise ValueError(f"temperature: expected 0 < lowest <= start, got lowest {lowest} and start {start}")
+        if not 0 < lowest <= start:
+            raise ValueError(
+                f"temperature: expected 0 < lowest <= start, got lowest {lowest} and start {start}"
+            )
         self.log_cap = -math.log(lowest)
         self.log_factor = nn.Parameter(torch.tensor(-math.log(start)))
 
@@ -61,21 +85,30 @@ class Temperature(nn.Module):
 # %% ../../nbs/learn/14_alignment.ipynb #cell-016
 def processes() -> tuple[int, int]:
     "This process's number, and how many there are; (0, 1) where nothing is distributed."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
+
 
 def row_counts(rows: torch.Tensor) -> list[int]:
     "How many rows each process holds."
-    if processes()[1] == 1: return [len(rows)]
+    if processes()[1] == 1:
+        return [len(rows)]
     mine = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.zeros_like(mine) for _ in range(processes()[1])]
     dist.all_gather(counts, mine)
     return [int(c) for c in counts]
 
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, counts):
         ctx.counts = counts
-        padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])]).contiguous()
+        padded = torch.cat(
+            [rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])]
+        ).contiguous()
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, counts)])
@@ -85,23 +118,34 @@ class _Gather(torch.autograd.Function):
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         rank, _ = processes()
-        return gradient[sum(ctx.counts[:rank]):sum(ctx.counts[:rank + 1])], None
+        return gradient[sum(ctx.counts[:rank]) : sum(ctx.counts[: rank + 1])], None
+
 
 def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    "The rows (n, …) of all processes, in their order, with gradients to each process's own; and where this process's begin."
-    if processes()[1] == 1: return rows, 0
+    """The rows (n, …) of all processes, in their order, with gradients to each process's own; and
+    where this process's begin.
+    """
+    if processes()[1] == 1:
+        return rows, 0
     counts = row_counts(rows)
-    return _Gather.apply(rows, counts), sum(counts[:processes()[0]])
+    return _Gather.apply(rows, counts), sum(counts[: processes()[0]])
+
 
 def gather_keys(keys: Keys) -> Keys:
     "The keys of all processes."
     return Keys(*(gather_rows(k)[0] for k in keys))
 
+
 def mean_over_all(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    "Mean of the values (n,) of all processes where `counted` (n,) is True. Its number is the same on each; the mean over processes of its gradients is the true gradient."
-    total, count = values.where(counted, 0.0).sum(), counted.sum()
+    """Mean of the values (n,) of all processes where `counted` (n,) is True.
+
+    Its number is the same on each; the mean over processes of its gradients is the true gradient.
+    """
+    total = values.where(counted, 0.0).sum()
+    count = counted.sum()
     world = processes()[1]
-    if world == 1: return total / count.clamp_min(1)
+    if world == 1:
+        return total / count.clamp_min(1)
     both = torch.stack([total.detach(), count.to(total)])
     dist.all_reduce(both)
     mine = world * total / both[1].clamp_min(1)
@@ -115,38 +159,67 @@ def info_nce(
     keys: Keys | None = None,  # of the texts; without them only a pair's own text is right
 ) -> torch.Tensor:
     "Symmetric InfoNCE over the pairs of all processes, nats: 0 is perfect, log N is guessing."
-    if image.ndim != 2 or image.shape != text.shape: raise ValueError(f"image, text: expected two tensors (pairs, embedding) of one shape, got {tuple(image.shape)} and {tuple(text.shape)}")
-    if keys is not None and len(keys.text) != len(text): raise ValueError(f"keys: {len(text)} pairs need as many keys, got {len(keys.text)}")
-    image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-    (images, start), (texts, _) = gather_rows(image), gather_rows(text)
-    positive = torch.arange(start, start + len(image), device=image.device)[:, None] == torch.arange(len(images), device=image.device)
+    if image.ndim != 2 or image.shape != text.shape:
+        raise ValueError(
+            "image, text: expected two tensors (pairs, embedding) of one shape, got"
+            f" {tuple(image.shape)} and {tuple(text.shape)}"
+        )
+    if keys is not None and len(keys.text) != len(text):
+        raise ValueError(f"keys: {len(text)} pairs need as many keys, got {len(keys.text)}")
+    image = F.normalize(image, dim=-1)
+    text = F.normalize(text, dim=-1)
+    images, start = gather_rows(image)
+    texts, _ = gather_rows(text)
+    positive = torch.arange(start, start + len(image), device=image.device)[
+        :, None
+    ] == torch.arange(len(images), device=image.device)
     if keys is not None:
         keys = Keys(*(k.to(image.device) for k in keys))
         positive = positive | same(keys, gather_keys(keys))
-    there, back = row_losses(factor * image @ texts.T, positive), row_losses(factor * text @ images.T, positive)
-    return mean_over_all((there + back) / 2, torch.ones(len(image), dtype=torch.bool, device=image.device))
+    there = row_losses(factor * image @ texts.T, positive)
+    back = row_losses(factor * text @ images.T, positive)
+    return mean_over_all(
+        (there + back) / 2, torch.ones(len(image), dtype=torch.bool, device=image.device)
+    )
 
 # %% ../../nbs/learn/14_alignment.ipynb #cell-023
 class StepAttention(nn.Module):
-    "Attention of the texts of steps over patches. Texts (S, text_width), patches (B, N, patch_width)."
+    """Attention of the texts of steps over patches.
+
+    Texts (S, text_width), patches (B, N, patch_width).
+    """
+
     def __init__(self, text_width: int, patch_width: int, embed: int, heads: int = 4):
         super().__init__()
-        if embed % heads: raise ValueError(f"heads: {embed} channels cannot be divided among {heads} heads")
+        if embed % heads:
+            raise ValueError(f"heads: {embed} channels cannot be divided among {heads} heads")
         self.heads = heads
-        self.query, self.text = nn.Linear(text_width, embed), nn.Linear(text_width, embed)
-        self.key, self.value, self.out = nn.Linear(patch_width, embed), nn.Linear(patch_width, embed), nn.Linear(embed, embed)
+        self.query = nn.Linear(text_width, embed)
+        self.text = nn.Linear(text_width, embed)
+        self.key = nn.Linear(patch_width, embed)
+        self.value = nn.Linear(patch_width, embed)
+        self.out = nn.Linear(embed, embed)
 
-    def _split(self, x): return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+    def _split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
 
     def features(self, text: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         "(B, S, embed): what each text finds in each volume."
         q = self._split(self.query(text)).expand(len(patches), -1, -1, -1)
-        found = F.scaled_dot_product_attention(q, self._split(self.key(patches)), self._split(self.value(patches)))
+        found = F.scaled_dot_product_attention(
+            q, self._split(self.key(patches)), self._split(self.value(patches))
+        )
         return self.out(found.transpose(1, 2).flatten(2))
 
-    def attention(self, text: torch.Tensor, patches: torch.Tensor, case: torch.Tensor) -> torch.Tensor:
-        "(S, N), rows sum to 1: where each text looks in its own volume `case` (S,), the mean over heads."
-        q, weights, case = self._split(self.query(text)), text.new_zeros(len(text), patches.shape[1]), case.to(text.device)
+    def attention(
+        self, text: torch.Tensor, patches: torch.Tensor, case: torch.Tensor
+    ) -> torch.Tensor:
+        """(S, N), rows sum to 1: where each text looks in its own volume `case` (S,), the mean over
+        heads.
+        """
+        q = self._split(self.query(text))
+        weights = text.new_zeros(len(text), patches.shape[1])
+        case = case.to(text.device)
         for b in case.unique():
             mine = (case == b).nonzero()[:, 0]
             k = self._split(self.key(patches[b]))
@@ -167,72 +240,139 @@ def step_nce(
     factor: torch.Tensor | float,
     keys: Keys | None = None,  # of the steps
 ) -> torch.Tensor:
-    "Symmetric InfoNCE between the volumes and the steps of all processes, nats; each step is put to every volume."
-    if len(case) != len(text): raise ValueError(f"case: {len(text)} steps need as many volume numbers, got {len(case)}")
-    if len(case) and not 0 <= int(case.min()) <= int(case.max()) < len(patches): raise ValueError(f"case: numbers 0 to {len(patches) - 1} of the volumes expected, got {int(case.min())} to {int(case.max())}")
+    """Symmetric InfoNCE between the volumes and the steps of all processes, nats; each step is put
+    to every volume.
+    """
+    if len(case) != len(text):
+        raise ValueError(f"case: {len(text)} steps need as many volume numbers, got {len(case)}")
+    if len(case) and not 0 <= int(case.min()) <= int(case.max()) < len(patches):
+        raise ValueError(
+            f"case: numbers 0 to {len(patches) - 1} of the volumes expected, got {int(case.min())}"
+            f" to {int(case.max())}"
+        )
     texts, start = gather_rows(text)
-    scores, first = gather_rows(factor * attention.scores(texts, patches))  # (all volumes, all steps)
+    # (all volumes, all steps)
+    scores, first = gather_rows(factor * attention.scores(texts, patches))
     owner = gather_rows(case.to(text.device) + first)[0]
     own = owner == torch.arange(len(scores), device=text.device)[:, None]
     positive = own
     if keys is not None:
         keys = gather_keys(Keys(*(k.to(text.device) for k in keys)))
         positive = (own.float() @ same(keys, keys).float()) > 0
-    volumes, steps = slice(first, first + len(patches)), slice(start, start + len(text))
+    volumes = slice(first, first + len(patches))
+    steps = slice(start, start + len(text))
     has_steps = own[volumes].any(-1)
     there = mean_over_all(row_losses(scores[volumes], positive[volumes]), has_steps)
-    back = mean_over_all(row_losses(scores[:, steps].T, positive[:, steps].T), torch.ones(len(text), dtype=torch.bool, device=text.device))
+    back = mean_over_all(
+        row_losses(scores[:, steps].T, positive[:, steps].T),
+        torch.ones(len(text), dtype=torch.bool, device=text.device),
+    )
     return (there + back) / 2
 
 # %% ../../nbs/learn/14_alignment.ipynb #cell-029
 def inside_regions(overlap: torch.Tensor, regions, case: torch.Tensor) -> torch.Tensor:
-    "(S, N) share of each patch in a step's regions: `overlap` (B, N, 1 + R), column = region, 0 the background; `regions` S tuples of numbers; `case` (S,)."
+    """(S, N) share of each patch in a step's regions: `overlap` (B, N, 1 + R), column = region, 0
+    the background; `regions` S tuples of numbers; `case` (S,).
+    """
     pick = overlap.new_zeros(len(regions), overlap.shape[-1])
     for row, numbers in zip(pick, regions):
         bad = [n for n in numbers if not 0 < n < overlap.shape[-1]]
-        if bad: raise ValueError(f"regions: a step names region {bad[0]}; the overlap has the regions 1 to {overlap.shape[-1] - 1}")
+        if bad:
+            raise ValueError(
+                f"regions: a step names region {bad[0]}; the overlap has the regions 1 to"
+                f" {overlap.shape[-1] - 1}"
+            )
         row[list(numbers)] = 1
-    if not len(pick): return overlap.new_zeros(0, overlap.shape[1])
+    if not len(pick):
+        return overlap.new_zeros(0, overlap.shape[1])
     return torch.stack([overlap[b] @ row for b, row in zip(case.tolist(), pick)])
 
+
 def anchor_loss(attention: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    "Mean of −log of the share of attention (S, N) inside (S, N), nats, over the steps of all processes that have an inside; 0 where none has."
+    """Mean of −log of the share of attention (S, N) inside (S, N), nats, over the steps of all
+    processes that have an inside; 0 where none has.
+    """
     return mean_over_all(-(attention * inside).sum(-1).clamp_min(1e-6).log(), inside.sum(-1) > 0)
 
 # %% ../../nbs/learn/14_alignment.ipynb #cell-032
 class Pairs(NamedTuple):
     "Image and text features of the same n things."
+
     image: torch.Tensor  # (n, embed)
     text: torch.Tensor  # (n, text_width)
     keys: Keys
 
+
 class Steps(NamedTuple):
     "The steps of reasoning of a batch of B volumes."
+
     text: torch.Tensor  # (S, text_width)
     case: torch.Tensor  # (S,) volume of each step
     patches: torch.Tensor  # (B, N, patch_width)
     inside: torch.Tensor  # (S, N), of `inside_regions`
     keys: Keys
 
+
 WEIGHTS = {"global": 1.0, "region": 1.0, "step": 1.0, "anchor": 0.3}
 
+
 class Alignment(nn.Module):
-    "The contrastive loss of all levels. Under several processes each must pass the same levels; a level may have no rows on some."
-    def __init__(self, embed: int, text_width: int, patch_width: int, heads: int = 4, weights: dict[str, float] | None = None, start: float = 0.07, lowest: float = 0.01):
+    """The contrastive loss of all levels.
+
+    Under several processes each must pass the same levels; a level may have no rows on some.
+    """
+
+    def __init__(
+        self,
+        embed: int,
+        text_width: int,
+        patch_width: int,
+        heads: int = 4,
+        weights: dict[str, float] | None = None,
+        start: float = 0.07,
+        lowest: float = 0.01,
+    ):
         super().__init__()
         unknown = sorted(set(weights or {}) - set(WEIGHTS))
-        if unknown: raise ValueError(f"weights: {unknown[0]!r} is no level; expected some of {', '.join(WEIGHTS)}")
+        if unknown:
+            raise ValueError(
+                f"weights: {unknown[0]!r} is no level; expected some of {', '.join(WEIGHTS)}"
+            )
         self.weights = WEIGHTS | (weights or {})
-        self.text_heads = nn.ModuleDict({level: nn.Linear(text_width, embed) for level in ("global", "region")})
-        self.temperatures = nn.ModuleDict({level: Temperature(start, lowest) for level in ("global", "region", "step")})
+        self.text_heads = nn.ModuleDict(
+            {level: nn.Linear(text_width, embed) for level in ("global", "region")}
+        )
+        self.temperatures = nn.ModuleDict(
+            {level: Temperature(start, lowest) for level in ("global", "region", "step")}
+        )
         self.steps = StepAttention(text_width, patch_width, embed, heads)
 
-    def forward(self, overall: Pairs | None = None, regions: Pairs | None = None, steps: Steps | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(
+        self, overall: Pairs | None = None, regions: Pairs | None = None, steps: Steps | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         "The weighted sum, and its parts by level, in nats. A level that is not passed has no part."
-        parts = {level: info_nce(pairs.image, self.text_heads[level](pairs.text), self.temperatures[level](), pairs.keys)
-                 for level, pairs in (("global", overall), ("region", regions)) if pairs is not None}
+        parts = {
+            level: info_nce(
+                pairs.image,
+                self.text_heads[level](pairs.text),
+                self.temperatures[level](),
+                pairs.keys,
+            )
+            for level, pairs in (("global", overall), ("region", regions))
+            if pairs is not None
+        }
         if steps is not None:
-            parts["step"] = step_nce(self.steps, steps.text, steps.case, steps.patches, self.temperatures["step"](), steps.keys)
-            parts["anchor"] = anchor_loss(self.steps.attention(steps.text, steps.patches, steps.case), steps.inside)
-        if not parts: raise ValueError("alignment: no level was passed; give overall, regions or steps")
+            parts["step"] = step_nce(
+                self.steps,
+                steps.text,
+                steps.case,
+                steps.patches,
+                self.temperatures["step"](),
+                steps.keys,
+            )
+            parts["anchor"] = anchor_loss(
+                self.steps.attention(steps.text, steps.patches, steps.case), steps.inside
+            )
+        if not parts:
+            raise ValueError("alignment: no level was passed; give overall, regions or steps")
         return sum(self.weights[level] * part for level, part in parts.items()), parts

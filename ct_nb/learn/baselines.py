@@ -18,59 +18,86 @@ from ..physics.volume import AIR_HU, hu_to_mu, mu_to_hu
 # %% ../../nbs/learn/01_baselines.ipynb #cell-004
 class Predictor(Protocol):
     "Anything with a name that makes a CT of X-rays; what the scoreboard judges."
+
     name: str
 
     def predict(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
-        "Line integrals (V, R, C) and the geometry they were taken with -> HU (D, H, W) on `geometry.grid`."
+        """Line integrals (V, R, C) and the geometry they were taken with -> HU (D, H, W) on
+        `geometry.grid`.
+        """
 
 # %% ../../nbs/learn/01_baselines.ipynb #cell-009
 class Air:
     "An empty cube, HU (D, H, W)."
+
     name = "air"
     settings: dict = {}
 
-    def predict(self, xrays, geometry): return xrays.new_full(geometry.grid.shape, AIR_HU)
+    def predict(self, xrays, geometry):
+        return xrays.new_full(geometry.grid.shape, AIR_HU)
+
 
 class MeanAtlas:
-    "The voxelwise mean `hu` (D, H, W) of the training CTs: of all answers that ignore the X-rays, the best in the mean square."
+    """The voxelwise mean `hu` (D, H, W) of the training CTs: of all answers that ignore the X-rays,
+    the best in the mean square.
+    """
+
     name = "mean_atlas"
 
-    def __init__(self, hu, cases: int): self.hu, self.settings = hu, {"cases": cases}
+    def __init__(self, hu, cases: int):
+        self.hu, self.settings = hu, {"cases": cases}
 
     def predict(self, xrays, geometry):
         if tuple(self.hu.shape) != geometry.grid.shape:
-            raise ValueError(f"{self.name}: fitted on volumes of {tuple(self.hu.shape)} and asked for {geometry.grid.shape}; fit it on pairs of this size")
+            raise ValueError(
+                f"{self.name}: fitted on volumes of {tuple(self.hu.shape)} and asked for"
+                f" {geometry.grid.shape}; fit it on pairs of this size"
+            )
         return self.hu.to(xrays)
 
 # %% ../../nbs/learn/01_baselines.ipynb #cell-011
 class NearestNeighbour:
-    "Of the training CTs, the one whose X-rays are nearest: L2 of downsampled line integrals, each view in units of its sd over the training set."
+    """Of the training CTs, the one whose X-rays are nearest: L2 of downsampled line integrals, each
+    view in units of its sd over the training set.
+    """
+
     name = "nearest_neighbour"
     pixels = 32
 
     def __init__(
         self,
-        xrays: torch.Tensor,  # (cases, V, R, C) line integrals; larger than 32×32 they are averaged down
+        # (cases, V, R, C) line integrals; larger than 32×32 they are averaged down
+        xrays: torch.Tensor,
         volumes: torch.Tensor,  # (cases, D, H, W) HU
     ):
-        self.library, self.volumes, self.settings = self._reduced(xrays), volumes, {"cases": len(volumes)}
+        self.library = self._reduced(xrays)
+        self.volumes = volumes
+        self.settings = {"cases": len(volumes)}
         self.sd = self.library.std((0, 2, 3), keepdim=True, correction=0).clamp_min(1e-6)
 
     def _reduced(self, xrays):
-        return F.adaptive_avg_pool2d(xrays.float().cpu(), tuple(min(self.pixels, n) for n in xrays.shape[-2:]))
+        return F.adaptive_avg_pool2d(
+            xrays.float().cpu(), tuple(min(self.pixels, n) for n in xrays.shape[-2:])
+        )
 
     def ranking(self, xrays) -> torch.Tensor:
         "Indices of the training cases, nearest first, for line integrals (V, R, C)."
         query = self._reduced(xrays)
         if query.shape != self.library.shape[1:]:
-            raise ValueError(f"{self.name}: fitted on X-rays of {tuple(self.library.shape[1:])} (views, rows, columns; reduced) and asked about {tuple(query.shape)}; "
-                             "fit it on pairs with the same views")
+            raise ValueError(
+                f"{self.name}: fitted on X-rays of {tuple(self.library.shape[1:])} (views, rows,"
+                f" columns; reduced) and asked about {tuple(query.shape)}; fit it on pairs with the"
+                " same views"
+            )
         return ((self.library - query) / self.sd).square().sum((1, 2, 3)).argsort()
 
     def predict(self, xrays, geometry):
         found = self.volumes[int(self.ranking(xrays)[0])]
         if tuple(found.shape) != geometry.grid.shape:
-            raise ValueError(f"{self.name}: fitted on volumes of {tuple(found.shape)} and asked for {geometry.grid.shape}; fit it on pairs of this size")
+            raise ValueError(
+                f"{self.name}: fitted on volumes of {tuple(found.shape)} and asked for"
+                f" {geometry.grid.shape}; fit it on pairs of this size"
+            )
         return found.to(xrays)
 
 # %% ../../nbs/learn/01_baselines.ipynb #cell-013
@@ -78,78 +105,137 @@ def to_hu(mu, energy_kev: float = 60.0) -> torch.Tensor:
     "HU from attenuation in mm⁻¹, negative attenuation as air."
     return mu_to_hu(mu.clamp_min(0), energy_kev)
 
+
 class MinimumNorm:
     "A⁺y: the smallest of the volumes that explain the X-rays, HU (D, H, W)."
+
     name = "minimum_norm"
 
-    def __init__(self, iterations=20, energy_kev=60.0): self.settings, self.energy_kev = {"iterations": iterations}, energy_kev
+    def __init__(self, iterations=20, energy_kev=60.0):
+        self.settings = {"iterations": iterations}
+        self.energy_kev = energy_kev
 
     def predict(self, xrays, geometry):
         from ct_nb.physics.solvers import minimum_norm
+
         return to_hu(minimum_norm(xrays, geometry, **self.settings), self.energy_kev)
+
 
 class SIRT:
     "Simultaneous iterative reconstruction with μ ≥ 0, HU (D, H, W)."
+
     name = "sirt"
 
-    def __init__(self, iterations=40, energy_kev=60.0): self.settings, self.energy_kev = {"iterations": iterations}, energy_kev
+    def __init__(self, iterations=40, energy_kev=60.0):
+        self.settings = {"iterations": iterations}
+        self.energy_kev = energy_kev
 
     def predict(self, xrays, geometry):
         from ct_nb.physics.solvers import sirt
+
         return to_hu(sirt(xrays, geometry, **self.settings), self.energy_kev)
 
 # %% ../../nbs/learn/01_baselines.ipynb #cell-016
 class AtlasConsistent:
-    "The mean atlas moved onto the volumes that have these X-rays and μ ≥ 0, voxels in proportion to their variance among patients."
+    """The mean atlas moved onto the volumes that have these X-rays and μ ≥ 0, voxels in proportion
+    to their variance among patients.
+    """
+
     name = "atlas_consistent"
 
     def __init__(
         self,
         atlas_hu: torch.Tensor,  # (D, H, W) HU
-        spread: torch.Tensor | None = None,  # (D, H, W) sd of a voxel among patients, mm⁻¹, positive; None moves all voxels alike
+        # (D, H, W) sd of a voxel among patients, mm⁻¹, positive; None moves all voxels alike
+        spread: torch.Tensor | None = None,
         rounds: int = 4,  # of consistency and clipping in turn
         iterations: int = 5,  # of the solver in each
         energy_kev: float = 60.0,
     ):
-        self.mu, self.spread, self.rounds, self.iterations, self.energy_kev = hu_to_mu(atlas_hu.float(), energy_kev), spread, rounds, iterations, energy_kev
-        self.settings = {"rounds": rounds, "iterations": iterations, "spread": "training sd" if spread is not None else "none"}
+        self.mu = hu_to_mu(atlas_hu.float(), energy_kev)
+        self.spread = spread
+        self.rounds = rounds
+        self.iterations = iterations
+        self.energy_kev = energy_kev
+        self.settings = {
+            "rounds": rounds,
+            "iterations": iterations,
+            "spread": "training sd" if spread is not None else "none",
+        }
 
     @torch.no_grad()
     def predict(self, xrays, geometry):
         from ct_nb.physics.solvers import make_consistent
+
         if tuple(self.mu.shape) != geometry.grid.shape:
-            raise ValueError(f"{self.name}: fitted on volumes of {tuple(self.mu.shape)} and asked for {geometry.grid.shape}; fit it on pairs of this size")
-        mu, spread = self.mu.to(xrays), None if self.spread is None else self.spread.to(xrays)
-        for _ in range(self.rounds): mu = make_consistent(mu, xrays, geometry, self.iterations, spread=spread).clamp_min(0)
+            raise ValueError(
+                f"{self.name}: fitted on volumes of {tuple(self.mu.shape)} and asked for"
+                f" {geometry.grid.shape}; fit it on pairs of this size"
+            )
+        mu = self.mu.to(xrays)
+        spread = None if self.spread is None else self.spread.to(xrays)
+        for _ in range(self.rounds):
+            mu = make_consistent(mu, xrays, geometry, self.iterations, spread=spread).clamp_min(0)
         return to_hu(mu, self.energy_kev)
 
 # %% ../../nbs/learn/01_baselines.ipynb #cell-018
 def shrunk_spread(variance: torch.Tensor, cases: int, prior_cases: int = 5) -> torch.Tensor:
-    "Sd of each voxel from the variance among `cases` volumes, mixed with its mean over voxels as if that had been seen in `prior_cases` more; any unit."
+    """Sd of each voxel from the variance among `cases` volumes, mixed with its mean over voxels as
+    if that had been seen in `prior_cases` more; any unit.
+    """
     return ((cases * variance + prior_cases * variance.mean()) / (cases + prior_cases)).sqrt()
 
+
 def fit_baselines(
-    train_pairs,  # items with `hu` (D, H, W) and `xrays` (V, R, C), as `XrayPairs` without augmentation gives them
+    # items with `hu` (D, H, W) and `xrays` (V, R, C), as `XrayPairs` without augmentation gives
+    # them
+    train_pairs,
     limit: int = 500,  # cases looked at, evenly spread
     energy_kev: float | None = None,  # None: that of the pairs, or 60
     library_mb: float = 1024.0,  # memory for the nearest neighbour's CTs
 ) -> list[Predictor]:
-    "The six floors, in the order of the table above, fitted to training cases; ValueError where there are none."
-    if len(train_pairs) == 0: raise ValueError("train_pairs: there are no cases to fit the floors to")
+    """The six floors, in the order of the table above, fitted to training cases; ValueError where
+    there are none.
+    """
+    if len(train_pairs) == 0:
+        raise ValueError("train_pairs: there are no cases to fit the floors to")
     energy_kev = getattr(train_pairs, "energy_kev", 60.0) if energy_kev is None else energy_kev
-    chosen = torch.linspace(0, len(train_pairs) - 1, min(limit, len(train_pairs))).round().long().unique().tolist()
+    chosen = (
+        torch.linspace(0, len(train_pairs) - 1, min(limit, len(train_pairs)))
+        .round()
+        .long()
+        .unique()
+        .tolist()
+    )
     total = square = total_mu = 0
     library = []
     for count, index in enumerate(chosen):
         item = train_pairs[index]
         hu = torch.as_tensor(item["hu"]).cpu()
         mu = hu_to_mu(hu.double(), energy_kev)
-        total, total_mu, square = total + hu.double(), total_mu + mu, square + mu.square()
+        total = total + hu.double()
+        total_mu = total_mu + mu
+        square = square + mu.square()
         room = max(1, int(library_mb * 2**20 / (2 * hu.numel())))
-        if count * min(room, len(chosen)) // len(chosen) == len(library):  # the next of `room` evenly spread ones
-            library.append((F.adaptive_avg_pool2d(item["xrays"].float().cpu(), tuple(min(NearestNeighbour.pixels, n) for n in item["xrays"].shape[-2:])),
-                            hu.round().clamp(-32768, 32767).short()))
+        # the next of `room` evenly spread ones
+        if count * min(room, len(chosen)) // len(chosen) == len(library):
+            library.append(
+                (
+                    F.adaptive_avg_pool2d(
+                        item["xrays"].float().cpu(),
+                        tuple(min(NearestNeighbour.pixels, n) for n in item["xrays"].shape[-2:]),
+                    ),
+                    hu.round().clamp(-32768, 32767).short(),
+                )
+            )
     n = len(chosen)
-    atlas, spread = (total / n).float(), shrunk_spread((square / n - (total_mu / n).square()).clamp_min(0), n).float()
-    return [Air(), MeanAtlas(atlas, n), NearestNeighbour(*(torch.stack(part) for part in zip(*library))), MinimumNorm(energy_kev=energy_kev),
-            SIRT(energy_kev=energy_kev), AtlasConsistent(atlas, spread if n > 1 else None, energy_kev=energy_kev)]
+    atlas = (total / n).float()
+    spread = shrunk_spread((square / n - (total_mu / n).square()).clamp_min(0), n).float()
+    return [
+        Air(),
+        MeanAtlas(atlas, n),
+        NearestNeighbour(*(torch.stack(part) for part in zip(*library))),
+        MinimumNorm(energy_kev=energy_kev),
+        SIRT(energy_kev=energy_kev),
+        AtlasConsistent(atlas, spread if n > 1 else None, energy_kev=energy_kev),
+    ]

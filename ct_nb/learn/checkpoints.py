@@ -24,12 +24,16 @@ def versions() -> dict:
     names = ("ct_nb", "torch", "numpy", "scipy", "numba", "accelerate", "monai", "safetensors")
     found = {"python": platform.python_version()}
     for name in names:
-        try: found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError: found[name] = None
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
     return found
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #cell-005
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
 
 class WeightsError(ValueError):
     "Weights that are missing, broken or of another model; the message is one sentence."
@@ -38,28 +42,48 @@ class WeightsError(ValueError):
 def save_weights(
     folder,  # where the run's files go
     model: torch.nn.Module,  # its state_dict is written
-    config: dict,  # JSON-ready; must have "system", the name that `load_weights` checks, and "network"
+    # JSON-ready; must have "system", the name that `load_weights` checks, and "network"
+    config: dict,
 ) -> None:
     "Write `model.safetensors` and `config.json` into `folder`, each atomically."
     from safetensors.torch import save_file
+
     missing = {"system", "network"} - config.keys()
-    if missing: raise ValueError(f"save_weights: config lacks {sorted(missing)}.")
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    with atomic_write(Path(folder) / WEIGHTS_FILE) as temporary: save_file(tensors, temporary, metadata={"system": config["system"]})
+    if missing:
+        raise ValueError(f"save_weights: config lacks {sorted(missing)}.")
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.state_dict().items()
+    }
+    with atomic_write(Path(folder) / WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"system": config["system"]})
     write_json(Path(folder) / CONFIG_FILE, {"versions": versions(), **config})
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #cell-007
 def read_config(folder, system: str | tuple[str, ...] | None = None) -> dict:
     "The `config.json` beside a run's weights; refuses the weights of a system that is not named."
     path = Path(folder) / CONFIG_FILE
-    if not path.is_file(): raise WeightsError(f"{path}: no such file; give the folder that a training run wrote (it holds {CONFIG_FILE} and {WEIGHTS_FILE}).")
-    try: config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error: raise WeightsError(f"{path}: is not readable JSON ({error}); the file is damaged.") from None
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: no such file; give the folder that a training run wrote (it holds"
+            f" {CONFIG_FILE} and {WEIGHTS_FILE})."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(
+            f"{path}: is not readable JSON ({error}); the file is damaged."
+        ) from None
     if not isinstance(config, dict) or "system" not in config or "network" not in config:
-        raise WeightsError(f"{path}: has no 'system' and 'network' entries, so it was not written by ct_nb.")
+        raise WeightsError(
+            f"{path}: has no 'system' and 'network' entries, so it was not written by ct_nb."
+        )
     wanted = (system,) if isinstance(system, str) else system
     if wanted is not None and config["system"] not in wanted:
-        raise WeightsError(f"{path}: these are weights of the system '{config['system']}', but {' or '.join(map(repr, wanted))} was asked for.")
+        raise WeightsError(
+            f"{path}: these are weights of the system '{config['system']}', but"
+            f" {' or '.join(map(repr, wanted))} was asked for."
+        )
     return config
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #cell-008
@@ -70,28 +94,52 @@ def load_weights(
     "Load `model.safetensors` into `model`; every tensor must fit by name and shape."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
     path = Path(folder) / WEIGHTS_FILE
-    if not path.is_file(): raise WeightsError(f"{path}: no such file; the training run that made this folder has not finished.")
-    try: found = load_file(path)
-    except (SafetensorError, OSError) as error: raise WeightsError(f"{path}: is not a whole safetensors file ({error}); copy or train it again.") from None
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: no such file; the training run that made this folder has not finished."
+        )
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path}: is not a whole safetensors file ({error}); copy or train it again."
+        ) from None
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | found.keys()):
-        if name not in found: raise WeightsError(f"{path}: lacks the tensor '{name}', so these are weights of another model.")
-        if name not in wanted: raise WeightsError(f"{path}: holds the tensor '{name}' that the model does not have, so these are weights of another model.")
+        if name not in found:
+            raise WeightsError(
+                f"{path}: lacks the tensor '{name}', so these are weights of another model."
+            )
+        if name not in wanted:
+            raise WeightsError(
+                f"{path}: holds the tensor '{name}' that the model does not have, so these are"
+                " weights of another model."
+            )
         if found[name].shape != wanted[name].shape:
-            raise WeightsError(f"{path}: tensor '{name}' has shape {tuple(found[name].shape)}, the model needs {tuple(wanted[name].shape)}; these are weights of another model.")
+            raise WeightsError(
+                f"{path}: tensor '{name}' has shape {tuple(found[name].shape)}, the model needs"
+                f" {tuple(wanted[name].shape)}; these are weights of another model."
+            )
     model.load_state_dict(found)
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #cell-012
 STATE_FILE = "training_state.pt"
 
+
 def random_state() -> dict:
     "The states of all generators of this process."
     name, keys, position, has_gauss, cached = np.random.get_state()
-    state = {"python": random.getstate(), "torch": torch.get_rng_state(),
-             "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached)}
-    if torch.cuda.is_available(): state["cuda"] = torch.cuda.get_rng_state_all()
+    state = {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
     return state
+
 
 def set_random_state(state: dict) -> None:
     "Put back what `random_state` returned."
@@ -100,20 +148,31 @@ def set_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #cell-013
 def save_state(folder, state: dict) -> None:
     "Write the training state (tensors and plain containers) into `folder`, atomically."
     with atomic_write(Path(folder) / STATE_FILE) as temporary:
-        try: torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
         except RuntimeError as error:  # torch's zip writer reports a full disk this way
-            raise OSError(f"{Path(folder) / STATE_FILE}: could not be written ({error}); the checkpoint that was there before is untouched.") from error
+            raise OSError(
+                f"{Path(folder) / STATE_FILE}: could not be written ({error}); the checkpoint that"
+                " was there before is untouched."
+            ) from error
+
 
 def load_state(folder) -> dict | None:
     "The training state in `folder`, or None when there is none yet."
     path = Path(folder) / STATE_FILE
-    if not path.exists(): return None
-    try: return torch.load(path, map_location="cpu", weights_only=True)
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise WeightsError(f"{path}: is not a whole training state ({type(error).__name__}); delete it to start again from step 0.") from error
+        raise WeightsError(
+            f"{path}: is not a whole training state ({type(error).__name__}); delete it to start"
+            " again from step 0."
+        ) from error

@@ -32,71 +32,135 @@ from ..physics.readers import read_ct
 from ..physics.volume import WINDOWS, Grid
 
 # %% ../../nbs/learn/13b_coarse.ipynb #cell-005
-def _phantoms(first: int, count: int) -> set[str]: return {f"phantom-{seed:05d}" for seed in range(first, first + count)}
+def _phantoms(first: int, count: int) -> set[str]:
+    return {f"phantom-{seed:05d}" for seed in range(first, first + count)}
+
 
 def earlier_runs(folder, visited: tuple = ()) -> list[dict]:
-    "The configurations of a run and of those that its weights went on from. ValueError where one of these is gone."
+    """The configurations of a run and of those that its weights went on from.
+
+    ValueError where one of these is gone.
+    """
     folder = Path(folder)
-    config, visited = read_config(folder), (*visited, folder.resolve())
+    config = read_config(folder)
+    visited = (*visited, folder.resolve())
     configs = [config]
     for word in ("coarse", "start", "teacher"):
-        if not config.get(word): continue
-        found = [place for place in (Path(config[word]), folder.resolve().parent / Path(config[word]).name) if place.is_dir()]  # runs are moved together
-        if not found: raise ValueError(f"coarse: {folder} goes on from {config[word]}, which is not there, so nobody can say which patients it knows; put it back")
-        if found[0].resolve() not in visited: configs += earlier_runs(found[0], visited)
+        if not config.get(word):
+            continue
+        # runs are moved together
+        found = [
+            place
+            for place in (Path(config[word]), folder.resolve().parent / Path(config[word]).name)
+            if place.is_dir()
+        ]
+        if not found:
+            raise ValueError(
+                f"coarse: {folder} goes on from {config[word]}, which is not there, so nobody can"
+                " say which patients it knows; put it back"
+            )
+        if found[0].resolve() not in visited:
+            configs += earlier_runs(found[0], visited)
     return configs
 
+
 def _cases_of(config: dict) -> set[str]:
-    known, settings, is_real = set((config.get("training") or {}).get("cases", [])), config.get("settings") or {}, str(config.get("data", "")).split(":")[0] != "phantom"
-    if config["system"] == "drr2ct" and is_real and settings.get("trained_on", "both") != "real": known |= _phantoms(0, settings.get("phantoms", 0))
+    known = set((config.get("training") or {}).get("cases", []))
+    settings = config.get("settings") or {}
+    is_real = str(config.get("data", "")).split(":")[0] != "phantom"
+    if config["system"] == "drr2ct" and is_real and settings.get("trained_on", "both") != "real":
+        known |= _phantoms(0, settings.get("phantoms", 0))
     if config["system"] == "cascade":  # phantoms as `CascadeRun._cases` takes them
-        preset, others = get_preset(config["preset"]), 0 if is_real else len(known) + len(config["validation"]["cases"])
-        if config.get("coarse"): known |= _phantoms(max(preset.phantoms + preset.validation_phantoms, others), preset.phantoms)
-        elif is_real: known |= _phantoms(0, preset.phantoms)
+        preset = get_preset(config["preset"])
+        others = 0 if is_real else len(known) + len(config["validation"]["cases"])
+        if config.get("coarse"):
+            known |= _phantoms(
+                max(preset.phantoms + preset.validation_phantoms, others), preset.phantoms
+            )
+        elif is_real:
+            known |= _phantoms(0, preset.phantoms)
     return known
 
+
 def known_cases(folder) -> set[str]:
-    "Names of the cases that the weights of a run learned from, with those of the runs it went on from. ValueError where one of these is gone."
+    """Names of the cases that the weights of a run learned from, with those of the runs it went on
+    from. ValueError where one of these is gone.
+    """
     return set().union(*map(_cases_of, earlier_runs(folder)))
+
 
 def known_patients(folder) -> set[str]:
     "Names of their patients, as far as the runs tell."
-    return set().union(*((config.get("training") or {}).get("patients", []) for config in earlier_runs(folder)))
+    return set().union(
+        *((config.get("training") or {}).get("patients", []) for config in earlier_runs(folder))
+    )
 
 # %% ../../nbs/learn/13b_coarse.ipynb #cell-009
 def unseen_phantoms(known: set[str], count: int, size: int, cache=None) -> CTSource:
     "`count` phantoms, with seeds above all among the names `known`."
-    seeds = [int(name.removeprefix("phantom-")) for name in known if name.removeprefix("phantom-").isdigit() and name.startswith("phantom-")]
+    seeds = [
+        int(name.removeprefix("phantom-"))
+        for name in known
+        if name.removeprefix("phantom-").isdigit() and name.startswith("phantom-")
+    ]
     return phantoms(count, size, first_seed=max(seeds, default=-1) + 1, cache=cache)
 
 # %% ../../nbs/learn/13b_coarse.ipynb #cell-012
 COARSE_SAMPLES = 4  # of a cascade, to take the mean of
 
+
 def weights_digest(folder) -> str:
     "Digest of the weights of a run; `OSError` where it has none."
     return files_digest([Path(folder) / WEIGHTS_FILE])
 
+
 class FrozenCoarse:
-    "A trained system A, a cascade or a stage of one, frozen. `WeightsError` for a folder that is no such run."
+    """A trained system A, a cascade or a stage of one, frozen.
+
+    `WeightsError` for a folder that is no such run.
+    """
+
     def __init__(self, folder):
-        run, config, last = Path(folder), read_config(folder, system=("drr2ct", "cascade", "cascade_stage")), None
+        run = Path(folder)
+        config = read_config(folder, system=("drr2ct", "cascade", "cascade_stage"))
+        last = None
         if config["system"] == "cascade_stage":
-            run, last = run.resolve().parents[1], config["network"]["network"]["size"]
-            if not (run / CONFIG_FILE).is_file(): raise ValueError(f"coarse: {folder} is a stage of a cascade, which is not in {run} (yet); finish the cascade's training, or leave the stage where it was")
+            run = run.resolve().parents[1]
+            last = config["network"]["network"]["size"]
+            if not (run / CONFIG_FILE).is_file():
+                raise ValueError(
+                    f"coarse: {folder} is a stage of a cascade, which is not in {run} (yet); finish"
+                    " the cascade's training, or leave the stage where it was"
+                )
             config = read_config(run, system="cascade")
-        self.preset, self.known, self.known_patients = config["preset"], known_cases(run), known_patients(run)
-        self.counts = {name: config["settings"][name] for name in ("phantoms", "validation_phantoms") if name in (config.get("settings") or {})}
+        self.preset = config["preset"]
+        self.known = known_cases(run)
+        self.known_patients = known_patients(run)
+        self.counts = {
+            name: config["settings"][name]
+            for name in ("phantoms", "validation_phantoms")
+            if name in (config.get("settings") or {})
+        }
         if config["system"] == "drr2ct":
             self.model = load_drr2ct(run)
             network = self.drr2ct = self.model.config
             self.predictor = ModelPredictor(self.model)
         else:
             self.model = _up_to(load_cascade(run), last)
-            network, start = self.model.config.stages[-1], self.model.config
-            self.drr2ct = DRR2CTConfig.from_dict(start.start_settings) if start.start == "drr2ct" else None
-            self.predictor = SamplePredictor(Sampler(self.model, config["settings"]["sampling_steps"], seed=config["seed"]), count=min(COARSE_SAMPLES, config["settings"]["samples"]))
+            network = self.model.config.stages[-1]
+            start = self.model.config
+            self.drr2ct = (
+                DRR2CTConfig.from_dict(start.start_settings) if start.start == "drr2ct" else None
+            )
+            self.predictor = SamplePredictor(
+                Sampler(self.model, config["settings"]["sampling_steps"], seed=config["seed"]),
+                count=min(COARSE_SAMPLES, config["settings"]["samples"]),
+            )
         self.model.requires_grad_(False)
-        self.size, self.window, self.energy_kev, self.weights = network.size, network.window, network.energy_kev, weights_digest(run)
+        self.size = network.size
+        self.window = network.window
+        self.energy_kev = network.energy_kev
+        self.weights = weights_digest(run)
         self._decided = content_digest(self.weights, config["network"], COARSE_SAMPLES, last)
 
     def digest(self, id: str) -> str:
@@ -111,63 +175,124 @@ class FrozenCoarse:
         "HU (N, N, N) for an item's X-rays and geometry, on the CPU."
         return self.predictor.predict(item["xrays"], item["geometry"])
 
+
 def _up_to(cascade, size: int | None):
     "A cascade without the stages beyond `size`."
     kept = [stage for stage in cascade.config.stages if size is None or stage.size <= size]
-    cascade.stages, cascade.config = cascade.stages[:len(kept)], replace(cascade.config, stages=tuple(kept))
+    cascade.stages, cascade.config = cascade.stages[: len(kept)], replace(
+        cascade.config, stages=tuple(kept)
+    )
     return cascade
 
 # %% ../../nbs/learn/13b_coarse.ipynb #cell-014
 CT_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".npz")
 
+
 def _case_name(path: Path) -> str | None:
     "The case whose coarse volume a file is, by its name."
     ending = next((e for e in CT_ENDINGS if path.name.lower().endswith(e)), None)
-    if ending is None: return None
-    stem = path.name[:-len(ending)]
+    if ending is None:
+        return None
+    stem = path.name[: -len(ending)]
     return path.parent.name if stem == "coarse" else stem
+
 
 PLATEAU = 1e-3  # share of a volume at its largest value: more is no tissue, but a clip
 
+
 def _cut_off(hu: np.ndarray) -> str | None:
-    "What HU (D, H, W) were clipped by, in words, where that is below the bones that the window `chest` holds."
+    """What HU (D, H, W) were clipped by, in words, where that is below the bones that the window
+    `chest` holds.
+    """
     high = float(hu.max())
-    if high > 900 or (hu == high).mean() < PLATEAU: return None
+    if high > 900 or (hu == high).mean() < PLATEAU:
+        return None
     name = next((w.name for w in WINDOWS.values() if abs(w.high_hu - high) < 1), None)
     return f"the window {name}" if name else f"a window that ends at {high:.0f} HU"
 
+
 class CoarseFiles:
-    "Coarse CTs in a folder, `CASE.nii.gz` or `CASE/coarse.nii.gz` (or .nii, .nrrd, .mha, .npz), on the cubes of their cases. ValueError where there are none."
-    preset, known, known_patients, counts, window, energy_kev, drr2ct, weights = None, frozenset(), frozenset(), {}, "chest", None, None, None
+    """Coarse CTs in a folder, `CASE.nii.gz` or `CASE/coarse.nii.gz` (or .nii, .nrrd, .mha, .npz),
+    on the cubes of their cases. ValueError where there are none.
+    """
+
+    preset = None
+    known = frozenset()
+    known_patients = frozenset()
+    counts = {}
+    window = "chest"
+    energy_kev = None
+    drr2ct = None
+    weights = None
 
     def __init__(self, folder):
         folder = Path(folder)
-        found = sorted(path for path in (*folder.glob("*"), *folder.glob("*/coarse.*")) if path.is_file())
+        found = sorted(
+            path for path in (*folder.glob("*"), *folder.glob("*/coarse.*")) if path.is_file()
+        )
         self.files = {name: path for path in found if (name := _case_name(path)) is not None}
-        if not self.files: raise ValueError(f"coarse: {folder} holds neither a trained run (config.json and model.safetensors) nor coarse CTs named after their cases, like CASE.nii.gz; name another folder")
+        if not self.files:
+            raise ValueError(
+                f"coarse: {folder} holds neither a trained run (config.json and model.safetensors)"
+                " nor coarse CTs named after their cases, like CASE.nii.gz; name another folder"
+            )
         self.size = read_ct(next(iter(self.files.values()))).hu.shape[0]
 
     def digest(self, id: str) -> str:
         "Digest of the file of a case."
         return files_digest([self.files[id]])
 
-    def to(self, device) -> "CoarseFiles": return self
+    def to(self, device) -> "CoarseFiles":
+        return self
 
     def answer(self, item: dict) -> torch.Tensor:
-        "HU (N, N, N) of an item's case. ValueError for a file on another grid than the item, or clipped to a narrower window than `chest`."
-        path, expected = self.files[item["id"]], Grid(tuple(item["hu"].shape), np.asarray(item["affine"]))
+        """HU (N, N, N) of an item's case.
+
+        ValueError for a file on another grid than the item, or clipped to a narrower window than
+        `chest`.
+        """
+        path = self.files[item["id"]]
+        expected = Grid(tuple(item["hu"].shape), np.asarray(item["affine"]))
         volume = read_ct(path)
-        if volume.hu.shape != expected.shape or not np.allclose(volume.affine, expected.affine, atol=1e-2):
-            say = lambda grid: "×".join(map(str, grid.shape)) + " voxels about ({:.1f}, {:.1f}, {:.1f}) mm, {:.1f} mm wide".format(*grid.center_mm, grid.extent_mm.max())
-            raise ValueError(f"coarse: {path} is on {say(volume.grid)}, its case on {say(expected)}; resample the file onto the cube of its case")
-        if (cut := _cut_off(volume.hu)) is not None: raise ValueError(f"coarse: {path} has nothing above {volume.hu.max():.0f} HU and much of it exactly there, as if clipped by {cut}; a refiner takes the whole window chest, −1024 to 1024 HU, so write the file again without the clip")
+        if volume.hu.shape != expected.shape or not np.allclose(
+            volume.affine, expected.affine, atol=1e-2
+        ):
+
+            def say(grid):
+                return "×".join(
+                    map(str, grid.shape)
+                ) + " voxels about ({:.1f}, {:.1f}, {:.1f}) mm, {:.1f} mm wide".format(
+                    *grid.center_mm, grid.extent_mm.max()
+                )
+
+            raise ValueError(
+                f"coarse: {path} is on {say(volume.grid)}, its case on {say(expected)}; resample"
+                " the file onto the cube of its case"
+            )
+        if (cut := _cut_off(volume.hu)) is not None:
+            raise ValueError(
+                f"coarse: {path} has nothing above {volume.hu.max():.0f} HU and much of it exactly"
+                f" there, as if clipped by {cut}; a refiner takes the whole window chest, −1024 to"
+                " 1024 HU, so write the file again without the clip"
+            )
         return volume.tensor().float()
+
 
 CLASSICAL = {kind.name: kind for kind in (SIRT, MinimumNorm)}
 
+
 class ClassicalCoarse:
-    "What `sirt` or `minimum_norm` makes of the X-rays, without a network, on `size` voxels a side: it knows no patient."
-    preset, known, known_patients, counts, window, drr2ct, weights = None, frozenset(), frozenset(), {}, "chest", None, None
+    """What `sirt` or `minimum_norm` makes of the X-rays, without a network, on `size` voxels a
+    side: it knows no patient.
+    """
+
+    preset = None
+    known = frozenset()
+    known_patients = frozenset()
+    counts = {}
+    window = "chest"
+    drr2ct = None
+    weights = None
 
     def __init__(self, name: str, size: int = 64):
         self.predictor, self.size = CLASSICAL[name](), size
@@ -175,94 +300,195 @@ class ClassicalCoarse:
 
     def digest(self, id: str) -> str:
         "What decides the answer for a case, apart from its X-rays."
-        return content_digest("classical", self.predictor.name, self.predictor.settings, self.energy_kev)
+        return content_digest(
+            "classical", self.predictor.name, self.predictor.settings, self.energy_kev
+        )
 
-    def to(self, device) -> "ClassicalCoarse": return self
+    def to(self, device) -> "ClassicalCoarse":
+        return self
 
     def answer(self, item: dict) -> torch.Tensor:
         "HU (N, N, N) for an item's X-rays and geometry, on the CPU."
         return self.predictor.predict(item["xrays"], item["geometry"])
 
+
 def open_coarse(coarse, size: int = 64) -> "FrozenCoarse | CoarseFiles | ClassicalCoarse":
-    "The coarse model of a run's folder, the coarse CTs in a folder, or a classical solution by its name, on `size` voxels a side. ValueError, one sentence, for what is none of these."
+    """The coarse model of a run's folder, the coarse CTs in a folder, or a classical solution by
+    its name, on `size` voxels a side. ValueError, one sentence, for what is none of these.
+    """
     folder = Path(coarse)
-    if str(coarse) in CLASSICAL and not folder.is_dir(): return ClassicalCoarse(str(coarse), size)
-    if not folder.is_dir(): raise ValueError(f"coarse: there is no folder {folder}; run `make demo` first, which trains system A into runs/drr2ct, name the folder of another run, or take {' or '.join(CLASSICAL)}, which need none")
+    if str(coarse) in CLASSICAL and not folder.is_dir():
+        return ClassicalCoarse(str(coarse), size)
+    if not folder.is_dir():
+        raise ValueError(
+            f"coarse: there is no folder {folder}; run `make demo` first, which trains system A"
+            f" into runs/drr2ct, name the folder of another run, or take {' or '.join(CLASSICAL)},"
+            " which need none"
+        )
     return FrozenCoarse(folder) if (Path(folder) / "config.json").is_file() else CoarseFiles(folder)
 
 # %% ../../nbs/learn/13b_coarse.ipynb #cell-017
 @lru_cache
 def imported_files(*modules: str) -> tuple[str, ...]:
-    "Modules of this package, like 'nets/drr2ct.py', and all others of it that they import, directly or not, as `code_digest` takes them."
-    root, found, left = Path(ct_nb.__file__).parent, set(), list(modules)
+    """Modules of this package, like 'nets/drr2ct.py', and all others of it that they import,
+    directly or not, as `code_digest` takes them.
+    """
+    root = Path(ct_nb.__file__).parent
+    found = set()
+    left = list(modules)
     while left:
         module = left.pop()
-        if module in found: continue
+        if module in found:
+            continue
         found.add(module)
         package = ".".join(("ct_nb", *Path(module).parts[:-1]))
         for node in ast.walk(ast.parse((root / module).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 base = resolve_name("." * node.level + (node.module or ""), package)
                 names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-            else: continue
-            paths = [name.removeprefix("ct_nb.").replace(".", "/") + ".py" for name in names if name.startswith("ct_nb.")]
+            else:
+                continue
+            paths = [
+                name.removeprefix("ct_nb.").replace(".", "/") + ".py"
+                for name in names
+                if name.startswith("ct_nb.")
+            ]
             left += [path for path in paths if (root / path).is_file()]
     return tuple(sorted(found))
 
-def coarse_code() -> str:
-    "Digest of the code that decides coarse volumes and X-rays: physics, data and networks with all that they import, and the two chapters that ask the networks."
-    return code_digest("physics/*.py", *imported_files("data/pairs.py", "nets/drr2ct.py", "nets/cascade.py"), "learn/reconstruction.py", "learn/train_cascade.py")
 
-def _whole(hu: torch.Tensor) -> np.ndarray: return hu.round().clamp(-32768, 32767).short().numpy()
+def coarse_code() -> str:
+    """Digest of the code that decides coarse volumes and X-rays: physics, data and networks with
+    all that they import, and the two chapters that ask the networks.
+    """
+    return code_digest(
+        "physics/*.py",
+        *imported_files("data/pairs.py", "nets/drr2ct.py", "nets/cascade.py"),
+        "learn/reconstruction.py",
+        "learn/train_cascade.py",
+    )
+
+
+def _whole(hu: torch.Tensor) -> np.ndarray:
+    return hu.round().clamp(-32768, 32767).short().numpy()
+
 
 class CoarsePairs(Dataset):
     "The items of a `Mixture` with `coarse` (N, N, N), HU, beside `hu`, both in whole HU."
+
     def __init__(self, data: Mixture, coarse, draws: int = 1, cache_dir=None):
-        if draws < 1: raise ValueError(f"draws: each case is drawn at least once, got {draws}")
-        self.data, self.coarse, self.draws = data, coarse, draws
+        if draws < 1:
+            raise ValueError(f"draws: each case is drawn at least once, got {draws}")
+        self.data = data
+        self.coarse = coarse
+        self.draws = draws
         self.cache = MemoryCache() if cache_dir is None else DiskCache(cache_dir)
         self._last, self._code = None, coarse_code()
 
-    def __len__(self): return len(self.data)
-    def __getitem__(self, place: int) -> dict: return self.at(0, range(len(self))[place])
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, place: int) -> dict:
+        return self.at(0, range(len(self))[place])
+
     @property
-    def ids(self) -> list[str]: return [pairs.ids[index] for pairs, index, _, _ in self.data.entries]
+    def ids(self) -> list[str]:
+        return [pairs.ids[index] for pairs, index, _, _ in self.data.entries]
+
     @property
-    def patients(self) -> list[str]: return [pairs.patients[index] for pairs, index, _, _ in self.data.entries]
+    def patients(self) -> list[str]:
+        return [pairs.patients[index] for pairs, index, _, _ in self.data.entries]
 
     def at(self, epoch: int, place: int) -> dict:
         "The item of a case in an epoch."
         pairs, index, copy, copies = self.data.entries[place]
-        draw, case = (epoch % self.draws) * copies + copy, pairs.source.cases[index]
-        numbers = [pairs.size, pairs.render_size, pairs.source.side_mm, pairs.energy_kev, pairs.seed, draw, index]
-        name = content_digest("coarse pair", self.coarse.digest(case.id), case.digest, numbers, [asdict(pairs.noise), asdict(pairs.pose), asdict(pairs.augmentation)], pairs.geometry.to_json(), self._code)
+        draw = (epoch % self.draws) * copies + copy
+        case = pairs.source.cases[index]
+        numbers = [
+            pairs.size,
+            pairs.render_size,
+            pairs.source.side_mm,
+            pairs.energy_kev,
+            pairs.seed,
+            draw,
+            index,
+        ]
+        name = content_digest(
+            "coarse pair",
+            self.coarse.digest(case.id),
+            case.digest,
+            numbers,
+            [asdict(pairs.noise), asdict(pairs.pose), asdict(pairs.augmentation)],
+            pairs.geometry.to_json(),
+            self._code,
+        )
         arrays = self.cache.get(name, lambda: self._arrays(pairs.at(draw, index)))
-        item = {"id": case.id, "patient": case.patient, "geometry": ConeBeam.from_json(str(arrays["geometry"])), "affine": torch.from_numpy(arrays["affine"]),
-                "xrays": torch.from_numpy(arrays["xrays"]), **{key: torch.from_numpy(arrays[key]).float() for key in ("hu", "coarse")}}
+        item = {
+            "id": case.id,
+            "patient": case.patient,
+            "geometry": ConeBeam.from_json(str(arrays["geometry"])),
+            "affine": torch.from_numpy(arrays["affine"]),
+            "xrays": torch.from_numpy(arrays["xrays"]),
+            **{key: torch.from_numpy(arrays[key]).float() for key in ("hu", "coarse")},
+        }
         self._last = item
         return item
 
     def _arrays(self, item: dict) -> dict:
         coarse = self.coarse.answer(item)
-        if coarse.shape != item["hu"].shape: raise ValueError(f"coarse: its volumes are {tuple(coarse.shape)}, the cases {tuple(item['hu'].shape)}; take cases of the coarse model's size")
-        return {"hu": _whole(item["hu"]), "coarse": _whole(coarse), "xrays": item["xrays"].float().numpy(), "affine": np.asarray(item["affine"]), "geometry": np.array(item["geometry"].to_json())}
+        if coarse.shape != item["hu"].shape:
+            raise ValueError(
+                f"coarse: its volumes are {tuple(coarse.shape)}, the cases"
+                f" {tuple(item['hu'].shape)}; take cases of the coarse model's size"
+            )
+        return {
+            "hu": _whole(item["hu"]),
+            "coarse": _whole(coarse),
+            "xrays": item["xrays"].float().numpy(),
+            "affine": np.asarray(item["affine"]),
+            "geometry": np.array(item["geometry"].to_json()),
+        }
 
     def coarse_of(self, xrays: torch.Tensor) -> torch.Tensor:
-        "The coarse volume of the item that was asked for last, whose X-rays must be these: what the scoreboard's predictors start from."
-        if self._last is None or not torch.equal(self._last["xrays"], xrays): raise ValueError("xrays: these are not the X-rays of the last item; ask for the item first")
+        """The coarse volume of the item that was asked for last, whose X-rays must be these: what
+        the scoreboard's predictors start from.
+        """
+        if self._last is None or not torch.equal(self._last["xrays"], xrays):
+            raise ValueError(
+                "xrays: these are not the X-rays of the last item; ask for the item first"
+            )
         return self._last["coarse"]
 
-    def prepare(self, workers: int = 0, rank: int = 0, processes: int = 1, progress: bool = True) -> None:
+    def prepare(
+        self, workers: int = 0, rank: int = 0, processes: int = 1, progress: bool = True
+    ) -> None:
         "Compute what is not kept yet: this process's share of all cases and draws."
         from tqdm.auto import tqdm
-        places = [(epoch, place) for epoch in range(self.draws) for place in range(len(self))][rank::processes]
-        loader = DataLoader(_Asked(self, places), batch_size=None, num_workers=min(workers, len(places)), generator=torch.Generator())
-        for _ in tqdm(loader, desc="coarse volumes", unit="case", mininterval=5, disable=not progress): pass
+
+        places = [(epoch, place) for epoch in range(self.draws) for place in range(len(self))][
+            rank::processes
+        ]
+        loader = DataLoader(
+            _Asked(self, places),
+            batch_size=None,
+            num_workers=min(workers, len(places)),
+            generator=torch.Generator(),
+        )
+        for _ in tqdm(
+            loader, desc="coarse volumes", unit="case", mininterval=5, disable=not progress
+        ):
+            pass
+
 
 class _Asked(Dataset):
-    def __init__(self, pairs: CoarsePairs, places: list): self.pairs, self.places = pairs, places
-    def __len__(self): return len(self.places)
+    def __init__(self, pairs: CoarsePairs, places: list):
+        self.pairs, self.places = pairs, places
+
+    def __len__(self):
+        return len(self.places)
+
     def __getitem__(self, number: int) -> int:
         self.pairs.at(*self.places[number])
         return number

@@ -7,7 +7,7 @@ __all__ = ['drr_cycle_error', 'third_view', 'gather_batches', 'cross_view_infonc
            'distillation_error', 'mixup']
 
 # %% ../../nbs/learn/03a_consistency_losses.ipynb #cell-002
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,16 +20,30 @@ from ..physics.projector import project
 from ..physics.volume import AIR_HU, hu_to_mu
 
 # %% ../../nbs/learn/03a_consistency_losses.ipynb #cell-004
-def _relative_error(hu: torch.Tensor, xrays: torch.Tensor, geometry: ConeBeam, energy_kev: float, sigma: float, most: int) -> torch.Tensor:
+def _relative_error(
+    hu: torch.Tensor,
+    xrays: torch.Tensor,
+    geometry: ConeBeam,
+    energy_kev: float,
+    sigma: float,
+    most: int,
+) -> torch.Tensor:
     "(B, V) relative L1 of line integrals; hu (B, D, H, W), xrays (B, V, R, C)."
-    geometry = geometry.on(geometry.grid.resized(tuple(hu.shape[1:]))).to(device=hu.device, dtype=torch.float32)
+    geometry = geometry.on(geometry.grid.resized(tuple(hu.shape[1:]))).to(
+        device=hu.device, dtype=torch.float32
+    )
     expected = (len(hu), geometry.views, *geometry.detector_shape)
-    if tuple(xrays.shape) != expected: raise ValueError(f"xrays: the prediction and the geometry ask for (B, V, R, C) = {expected}, got {tuple(xrays.shape)}")
+    if tuple(xrays.shape) != expected:
+        raise ValueError(
+            f"xrays: the prediction and the geometry ask for (B, V, R, C) = {expected}, got"
+            f" {tuple(xrays.shape)}"
+        )
     measured, geometry = binned(xrays.float(), geometry, most)
     mu = (1 + hu.float() / 1000) * float(hu_to_mu(0.0, energy_kev))
     mu = torch.maximum(mu, 0.01 * mu)
     beyond = ((project(mu, geometry) - measured).abs() - sigma).clamp_min(0)
     return beyond.sum((-2, -1)) / measured.abs().sum((-2, -1)).clamp_min(1e-6)
+
 
 def drr_cycle_error(
     prediction_hu: torch.Tensor,  # (B, D, H, W)
@@ -37,13 +51,20 @@ def drr_cycle_error(
     geometry: ConeBeam,  # batch shape () or (B,); the box of its grid is that of the prediction
     energy_kev: float = 60.0,
     sigma: float = 0.0,  # line integrals: noise of a pixel of `xrays` as compared, forgiven
-    extra_view: tuple[torch.Tensor, ConeBeam] | None = None,  # a further view with its X-rays, as `third_view` makes it; free of noise
+    # a further view with its X-rays, as `third_view` makes it; free of noise
+    extra_view: tuple[torch.Tensor, ConeBeam] | None = None,
     most: int = 128,  # rows and columns that are compared, at most
 ) -> torch.Tensor:
-    "Relative L1 error of the prediction's line integrals, mean over cases and views; 0 is perfect, 1 is what an empty volume gets."
-    if sigma < 0: raise ValueError(f"sigma: must be zero or positive, got {sigma}")
+    """Relative L1 error of the prediction's line integrals, mean over cases and views; 0 is
+    perfect, 1 is what an empty volume gets.
+    """
+    if sigma < 0:
+        raise ValueError(f"sigma: must be zero or positive, got {sigma}")
     errors = _relative_error(prediction_hu, xrays, geometry, energy_kev, sigma, most)
-    if extra_view is not None: errors = torch.cat([errors, _relative_error(prediction_hu, *extra_view, energy_kev, 0.0, most)], 1)
+    if extra_view is not None:
+        errors = torch.cat(
+            [errors, _relative_error(prediction_hu, *extra_view, energy_kev, 0.0, most)], 1
+        )
     return errors.mean()
 
 # %% ../../nbs/learn/03a_consistency_losses.ipynb #cell-010
@@ -56,10 +77,23 @@ def third_view(
     tilt_deg: float = 15.0,
     most: int = 128,  # rows and columns, at most
 ) -> tuple[torch.Tensor, ConeBeam]:
-    "A random view of each case and its line integrals (B, 1, R, C), noise-free: an `extra_view` for `drr_cycle_error`."
-    first = geometry.detach().select([0]).on(geometry.grid.resized(tuple(truth_hu.shape[1:]))).to(device=truth_hu.device, dtype=torch.float32)
+    """A random view of each case and its line integrals (B, 1, R, C), noise-free: an `extra_view`
+    for `drr_cycle_error`.
+    """
+    first = (
+        geometry.detach()
+        .select([0])
+        .on(geometry.grid.resized(tuple(truth_hu.shape[1:])))
+        .to(device=truth_hu.device, dtype=torch.float32)
+    )
     device = None if generator is None else generator.device
-    turn, tilt = torch.rand((2, *first.source_mm.shape[:-1], 1), generator=generator, device=device).to(first.device) * 2 - 1
+    turn, tilt = (
+        torch.rand((2, *first.source_mm.shape[:-1], 1), generator=generator, device=device).to(
+            first.device
+        )
+        * 2
+        - 1
+    )
     turned = first.rotated(turn * 180 * first.source_mm.new_tensor([0.0, 0.0, 1.0]))
     across = turned.column_step_mm / turned.column_step_mm.norm(dim=-1, keepdim=True)
     tilted = turned.rotated(tilt * tilt_deg * across)
@@ -68,7 +102,10 @@ def third_view(
 
 # %% ../../nbs/learn/03a_consistency_losses.ipynb #cell-018
 class _Gather(torch.autograd.Function):
-    "Tensors of equal shape from all processes, joined along the first axis; the gradient is the sum over processes."
+    """Tensors of equal shape from all processes, joined along the first axis; the gradient is the
+    sum over processes.
+    """
+
     @staticmethod
     def forward(ctx, x):
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -81,27 +118,48 @@ class _Gather(torch.autograd.Function):
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
+
 def gather_batches(x: torch.Tensor) -> torch.Tensor:
-    "The batches (B, …) of all processes as one, in order of rank, with gradients; `x` itself in a single process."
-    return _Gather.apply(x) if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else x
+    """The batches (B, …) of all processes as one, in order of rank, with gradients; `x` itself in a
+    single process.
+    """
+    return (
+        _Gather.apply(x)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        else x
+    )
 
 # %% ../../nbs/learn/03a_consistency_losses.ipynb #cell-019
 def cross_view_infonce(
     view_tokens: torch.Tensor,  # (B, V, C) one pooled token for each view
     latent_tokens: torch.Tensor,  # (B, C)
     temperature: float | torch.Tensor = 0.07,
-    patients: torch.Tensor | None = None,  # (B,) integers; cases of the same patient are not told apart
+    # (B,) integers; cases of the same patient are not told apart
+    patients: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    "Symmetric InfoNCE between each view and the latents of the batch over all processes, in nats; log B is what chance gets."
+    """Symmetric InfoNCE between each view and the latents of the batch over all processes, in nats;
+    log B is what chance gets.
+    """
     if view_tokens.ndim != 3 or latent_tokens.shape != (len(view_tokens), view_tokens.shape[2]):
-        raise ValueError(f"cross_view_infonce: expected view tokens (B, V, C) and latent tokens (B, C), got {tuple(view_tokens.shape)} and {tuple(latent_tokens.shape)}")
-    views, latents = (gather_batches(F.normalize(tokens.float(), dim=-1)) for tokens in (view_tokens, latent_tokens))
+        raise ValueError(
+            "cross_view_infonce: expected view tokens (B, V, C) and latent tokens (B, C), got"
+            f" {tuple(view_tokens.shape)} and {tuple(latent_tokens.shape)}"
+        )
+    views, latents = (
+        gather_batches(F.normalize(tokens.float(), dim=-1))
+        for tokens in (view_tokens, latent_tokens)
+    )
     logits = torch.einsum("bvc,dc->vbd", views, latents) / temperature
     if patients is not None:
         patients = gather_batches(patients.to(logits.device))
-        same = (patients[:, None] == patients) & ~torch.eye(len(patients), dtype=torch.bool, device=logits.device)
+        same = (patients[:, None] == patients) & ~torch.eye(
+            len(patients), dtype=torch.bool, device=logits.device
+        )
         logits = logits.masked_fill(same, -torch.inf)
-    own = lambda rows: rows.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+
+    def own(rows):
+        return rows.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+
     return -(own(logits) + own(logits.mT)) / 2
 
 # %% ../../nbs/learn/03a_consistency_losses.ipynb #cell-027
@@ -111,16 +169,36 @@ def mask_patches(
     patch: int,  # side in pixels; divides R and C
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Images with hidden patches, and the mask (B, V, 1…, R, C), True where hidden; what lies between V and R is hidden together."
+    """Images with hidden patches, and the mask (B, V, 1…, R, C), True where hidden; what lies
+    between V and R is hidden together.
+    """
     rows, columns = images.shape[-2:]
-    if images.ndim < 4 or rows % patch or columns % patch: raise ValueError(f"mask_patches: expected (B, V, …, R, C) with R and C multiples of the patch, {patch}, got {tuple(images.shape)}")
-    if not 0 <= share < 1: raise ValueError(f"mask_patches: share must lie in [0, 1), got {share}")
+    if images.ndim < 4 or rows % patch or columns % patch:
+        raise ValueError(
+            f"mask_patches: expected (B, V, …, R, C) with R and C multiples of the patch, {patch},"
+            f" got {tuple(images.shape)}"
+        )
+    if not 0 <= share < 1:
+        raise ValueError(f"mask_patches: share must lie in [0, 1), got {share}")
     batch, views, down, across = *images.shape[:2], rows // patch, columns // patch
-    order = torch.rand((batch, views, down * across), generator=generator, device=None if generator is None else generator.device).argsort(-1)
-    hidden = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :min(round(share * down * across), down * across - 1)], True).to(images.device)
-    mask = hidden.view(batch, views, *(1,) * (images.ndim - 4), down, across).repeat_interleave(patch, -2).repeat_interleave(patch, -1)
+    order = torch.rand(
+        (batch, views, down * across),
+        generator=generator,
+        device=None if generator is None else generator.device,
+    ).argsort(-1)
+    hidden = (
+        torch.zeros_like(order, dtype=torch.bool)
+        .scatter_(-1, order[..., : min(round(share * down * across), down * across - 1)], True)
+        .to(images.device)
+    )
+    mask = (
+        hidden.view(batch, views, *(1,) * (images.ndim - 4), down, across)
+        .repeat_interleave(patch, -2)
+        .repeat_interleave(patch, -1)
+    )
     visible = (images * ~mask).sum((-2, -1), keepdim=True) / (~mask).sum((-2, -1), keepdim=True)
     return torch.where(mask, visible, images), mask
+
 
 def masked_error(
     predicted: torch.Tensor,  # (B, V, …, R, C)
@@ -128,7 +206,11 @@ def masked_error(
     mask: torch.Tensor,  # as `mask_patches` gives it
 ) -> torch.Tensor:
     "Mean squared difference over the hidden pixels alone; 0 where nothing is hidden."
-    if predicted.shape != truth.shape: raise ValueError(f"masked_error: predicted {tuple(predicted.shape)} and truth {tuple(truth.shape)} differ in shape")
+    if predicted.shape != truth.shape:
+        raise ValueError(
+            f"masked_error: predicted {tuple(predicted.shape)} and truth {tuple(truth.shape)}"
+            " differ in shape"
+        )
     mask = mask.expand_as(truth)
     return ((predicted - truth).square() * mask).sum() / mask.sum().clamp_min(1)
 
@@ -141,17 +223,37 @@ def distillation_error(
     "1 − cosine between the features at every place, mean over places, then over levels; 0 to 2."
     student, teacher = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (student, teacher))
     if [x.shape for x in student] != [x.shape for x in teacher] or not student:
-        raise ValueError(f"distillation_error: student and teacher must have the same levels, got {[tuple(x.shape) for x in student]} and {[tuple(x.shape) for x in teacher]}; "
-                         "give the student a projection to the teacher's channels")
-    return torch.stack([1 - F.cosine_similarity(a.float(), b.detach().float(), dim=channel).mean() for a, b in zip(student, teacher)]).mean()
+        raise ValueError(
+            "distillation_error: student and teacher must have the same levels, got"
+            f" {[tuple(x.shape) for x in student]} and {[tuple(x.shape) for x in teacher]}; give"
+            " the student a projection to the teacher's channels"
+        )
+    return torch.stack(
+        [
+            1 - F.cosine_similarity(a.float(), b.detach().float(), dim=channel).mean()
+            for a, b in zip(student, teacher)
+        ]
+    ).mean()
 
 # %% ../../nbs/learn/03a_consistency_losses.ipynb #cell-034
 def _require_one_pose(geometry: ConeBeam) -> None:
     "ValueError unless all cases of a batch were seen from the same places, to a micrometre."
-    if not geometry.batch_shape: return
-    with torch.no_grad(): apart = torch.stack([(getattr(geometry, name) - getattr(geometry, name)[:1]).abs().amax((-2, -1)) for name in VECTORS]).amax(0)
+    if not geometry.batch_shape:
+        return
+    with torch.no_grad():
+        apart = torch.stack(
+            [
+                (getattr(geometry, name) - getattr(geometry, name)[:1]).abs().amax((-2, -1))
+                for name in VECTORS
+            ]
+        ).amax(0)
     if bool((apart > 1e-3).any()):
-        raise ValueError(f"mixup: the X-rays of case {int(apart.argmax())} were taken from another pose than those of case 0, so their mixture is the X-ray of no volume; mix only cases that share a geometry")
+        raise ValueError(
+            f"mixup: the X-rays of case {int(apart.argmax())} were taken from another pose than"
+            " those of case 0, so their mixture is the X-ray of no volume; mix only cases that"
+            " share a geometry"
+        )
+
 
 def mixup(
     volumes_hu: torch.Tensor,  # (B, D, H, W)
@@ -161,14 +263,36 @@ def mixup(
     probability: float = 0.25,  # that a case is mixed
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    "Volumes and images, some of them mixed with those of another case of the batch by weights Beta(alpha, alpha); the others as they were."
-    if alpha <= 0 or not 0 <= probability <= 1: raise ValueError(f"mixup: alpha must be positive and probability in [0, 1], got {alpha} and {probability}")
+    """Volumes and images, some of them mixed with those of another case of the batch by weights
+    Beta(alpha, alpha); the others as they were.
+    """
+    if alpha <= 0 or not 0 <= probability <= 1:
+        raise ValueError(
+            f"mixup: alpha must be positive and probability in [0, 1], got {alpha} and"
+            f" {probability}"
+        )
     _require_one_pose(geometry)
-    count, device = len(volumes_hu), None if generator is None else generator.device
-    partner = (torch.arange(count, device=device) + torch.randint(1, max(count, 2), (), generator=generator, device=device)) % count
-    quantile, chance = torch.rand((2, count), generator=generator, device=device, dtype=torch.float64).cpu()
-    share = torch.where(chance < probability, torch.from_numpy(betaincinv(alpha, alpha, quantile.numpy())), 1.0)
-    weights = lambda x: share.to(x).view(-1, *(1,) * (x.ndim - 1))
-    mixed = lambda x, w: w * x + (1 - w) * x[partner.to(x.device)]
+    count = len(volumes_hu)
+    device = None if generator is None else generator.device
+    partner = (
+        torch.arange(count, device=device)
+        + torch.randint(1, max(count, 2), (), generator=generator, device=device)
+    ) % count
+    quantile, chance = torch.rand(
+        (2, count), generator=generator, device=device, dtype=torch.float64
+    ).cpu()
+    share = torch.where(
+        chance < probability, torch.from_numpy(betaincinv(alpha, alpha, quantile.numpy())), 1.0
+    )
+
+    def weights(x):
+        return share.to(x).view(-1, *(1,) * (x.ndim - 1))
+
+    def mixed(x, w):
+        return w * x + (1 - w) * x[partner.to(x.device)]
+
     physical = volumes_hu.clamp_min(AIR_HU)
-    return tuple(torch.where(weights(x) < 1, mixed(pure, weights(x)), x) for x, pure in ((volumes_hu, physical), *((x, x) for x in images)))
+    return tuple(
+        torch.where(weights(x) < 1, mixed(pure, weights(x)), x)
+        for x, pure in ((volumes_hu, physical), *((x, x) for x in images))
+    )

@@ -28,13 +28,17 @@ from ..physics.anatomy import REGIONS
 # %% ../../nbs/learn/16a_embeddings.ipynb #cell-005
 WHOLE = "scan"  # what a row is about that is not about a region
 
+
 def check_index_name(path) -> None:
     "ValueError where a table of embeddings cannot be written under this name."
-    if Path(path).suffix != ".parquet": raise ValueError(f"{path}: embeddings are written as .parquet; name the file so")
+    if Path(path).suffix != ".parquet":
+        raise ValueError(f"{path}: embeddings are written as .parquet; name the file so")
+
 
 @dataclass
 class EmbeddingIndex:
     "Unit vectors of scans and their regions."
+
     scans: list[str]  # of each row
     files: list[str]
     about: list[str]  # WHOLE or the name of a region
@@ -42,61 +46,123 @@ class EmbeddingIndex:
     weights: str  # the folder of the run, from the root of the file system
     digest: str  # of the weights
 
-    def __len__(self): return len(self.scans)
+    def __len__(self):
+        return len(self.scans)
 
     def lacking(self, wanted) -> int:
         "How many of its scans have no row about any of `wanted`."
-        return len(set(self.files)) - len({file for file, about in zip(self.files, self.about) if about in wanted})
+        return len(set(self.files)) - len(
+            {file for file, about in zip(self.files, self.about) if about in wanted}
+        )
 
     def save(self, path) -> None:
-        "A Parquet file with the columns `scan`, `file`, `about` and `vector`. Another suffix: ValueError."
+        """A Parquet file with the columns `scan`, `file`, `about` and `vector`.
+
+        Another suffix: ValueError.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
+
         check_index_name(path)
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(self.vectors, np.float32).ravel()), self.vectors.shape[1])
-        table = pa.table({"scan": self.scans, "file": self.files, "about": self.about, "vector": vectors})
-        with atomic_write(Path(path)) as temporary: pq.write_table(table.replace_schema_metadata({"ct_nb_weights": self.weights, "ct_nb_digest": self.digest}), temporary)
+        vectors = pa.FixedSizeListArray.from_arrays(
+            pa.array(np.ascontiguousarray(self.vectors, np.float32).ravel()), self.vectors.shape[1]
+        )
+        table = pa.table(
+            {"scan": self.scans, "file": self.files, "about": self.about, "vector": vectors}
+        )
+        with atomic_write(Path(path)) as temporary:
+            pq.write_table(
+                table.replace_schema_metadata(
+                    {"ct_nb_weights": self.weights, "ct_nb_digest": self.digest}
+                ),
+                temporary,
+            )
 
     @classmethod
     def load(cls, path) -> "EmbeddingIndex":
         "What `save` wrote. Anything else: ValueError, one sentence."
         import pyarrow as pa
         import pyarrow.parquet as pq
-        if not Path(path).is_file(): raise ValueError(f"{path}: there is no such file; make it with ct_nb_embed")
-        try: table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error: raise ValueError(f"{path}: is not a Parquet file; give what ct_nb_embed wrote") from error
-        kept = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        missing = [name for name in ("scan", "file", "about", "vector") if name not in table.column_names] + [name for name in ("ct_nb_weights", "ct_nb_digest") if name not in kept]
-        if missing: raise ValueError(f"{path}: has no {missing[0]!r}; give what ct_nb_embed wrote")
+
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: there is no such file; make it with ct_nb_embed")
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{path}: is not a Parquet file; give what ct_nb_embed wrote"
+            ) from error
+        kept = {
+            key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
+        }
+        missing = [
+            name for name in ("scan", "file", "about", "vector") if name not in table.column_names
+        ] + [name for name in ("ct_nb_weights", "ct_nb_digest") if name not in kept]
+        if missing:
+            raise ValueError(f"{path}: has no {missing[0]!r}; give what ct_nb_embed wrote")
         vectors = table.column("vector").combine_chunks()
-        return cls(*(table.column(name).to_pylist() for name in ("scan", "file", "about")), vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), -1).astype(np.float32), kept["ct_nb_weights"], kept["ct_nb_digest"])
+        return cls(
+            *(table.column(name).to_pylist() for name in ("scan", "file", "about")),
+            vectors.flatten()
+            .to_numpy(zero_copy_only=False)
+            .reshape(len(vectors), -1)
+            .astype(np.float32),
+            kept["ct_nb_weights"],
+            kept["ct_nb_digest"],
+        )
 
 # %% ../../nbs/learn/16a_embeddings.ipynb #cell-007
 def weights_digest(folder) -> str:
     "Digest of the weights in a run's folder."
     return files_digest([Path(folder) / WEIGHTS_FILE])
 
+
 @torch.no_grad()
 def embed_scan(model: ScanLanguage, hu: torch.Tensor, labels: np.ndarray) -> dict[str, np.ndarray]:
-    "A scan (D, H, W) in HU on the encoder's grid and its regions (D, H, W), `body` where nothing is known → unit vectors (shared_dim,) by what they are about."
+    """A scan (D, H, W) in HU on the encoder's grid and its regions (D, H, W), `body` where nothing
+    is known → unit vectors (shared_dim,) by what they are about.
+    """
     e = model.config.encoder
-    seen = model.encoder(hu[None].to(model.device), torch.from_numpy(np.ascontiguousarray(labels))[None].to(model.device))
-    unit = lambda vector: F.normalize(vector.float(), dim=-1).cpu().numpy()
+    seen = model.encoder(
+        hu[None].to(model.device),
+        torch.from_numpy(np.ascontiguousarray(labels))[None].to(model.device),
+    )
+
+    def unit(vector):
+        return F.normalize(vector.float(), dim=-1).cpu().numpy()
+
     found = {WHOLE: unit(seen.global_embedding[0])}
-    if (labels == e.body).all(): return found
-    return found | {REGIONS[n + 1][0]: unit(seen.region_embeddings[0, n]) for n in range(e.num_regions) if bool(seen.present[0, n])}
+    if (labels == e.body).all():
+        return found
+    return found | {
+        REGIONS[n + 1][0]: unit(seen.region_embeddings[0, n])
+        for n in range(e.num_regions)
+        if bool(seen.present[0, n])
+    }
+
 
 def embed_scans(
     paths,  # CTs, DICOM folders, or folders of these
     weights,  # folder of a run of `train_ct_encoder`
     progress: bool = True,
 ) -> tuple[EmbeddingIndex, list[tuple[str, str]], list[str]]:
-    "The vectors of every scan found, (file, reason) of what was left out, and what is to be said of label maps. No scan that can be read: ValueError."
-    model, rows, skipped, notes, found = load_ct_encoder(weights), [], [], [], []
+    """The vectors of every scan found, (file, reason) of what was left out, and what is to be said
+    of label maps. No scan that can be read: ValueError.
+    """
+    model = load_ct_encoder(weights)
+    rows = []
+    skipped = []
+    notes = []
+    found = []
     for path in map(Path, paths):
-        if not path.exists(): raise ValueError(f"{path}: there is no such file or folder; check the path")
+        if not path.exists():
+            raise ValueError(f"{path}: there is no such file or folder; check the path")
         found += name_cases(path, find_cases(path))
-    if not found: raise ValueError(f"{', '.join(map(str, paths))}: no CT found; expected NIfTI, NRRD, MHA, npz, or folders of DICOM")
+    if not found:
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: no CT found; expected NIfTI, NRRD, MHA, npz, or folders"
+            " of DICOM"
+        )
     for one in tqdm(found, desc="embedding", unit="scan", disable=not progress):
         try:
             hu, regions, note = scan_and_regions(one, model.config.encoder)
@@ -105,50 +171,100 @@ def embed_scans(
             skipped.append((str(one.path), str(error)))
             continue
         rows += [(one.id, str(one.path), about, vector) for about, vector in vectors.items()]
-        if note: notes.append(note)
-    if not rows: raise ValueError(f"{skipped[0][0]}: none of the {len(skipped)} scans could be read, the first because {skipped[0][1]}")
+        if note:
+            notes.append(note)
+    if not rows:
+        raise ValueError(
+            f"{skipped[0][0]}: none of the {len(skipped)} scans could be read, the first because"
+            f" {skipped[0][1]}"
+        )
     scans, files, about, vectors = zip(*rows)
-    return EmbeddingIndex(list(scans), list(files), list(about), np.stack(vectors), str(Path(weights).resolve()), weights_digest(weights)), skipped, notes
+    return (
+        EmbeddingIndex(
+            list(scans),
+            list(files),
+            list(about),
+            np.stack(vectors),
+            str(Path(weights).resolve()),
+            weights_digest(weights),
+        ),
+        skipped,
+        notes,
+    )
 
 # %% ../../nbs/learn/16a_embeddings.ipynb #cell-009
 @dataclass(frozen=True)
 class Hit:
     "A scan that was found."
+
     scan: str
     file: str
     about: str  # WHOLE or the region that answered
     score: float  # cosine
 
+
 def places_asked(text: str, index: EmbeddingIndex, about: str | None = None) -> list[str]:
-    "What rows are asked: `about`, else the places that the text names and the index has, else WHOLE. Empty text, or a region that the index does not have: ValueError."
-    if not text.strip(): raise ValueError("text: is empty; say what to look for, such as 'consolidation in the left lower lobe'")
+    """What rows are asked: `about`, else the places that the text names and the index has, else
+    WHOLE. Empty text, or a region that the index does not have: ValueError.
+    """
+    if not text.strip():
+        raise ValueError(
+            "text: is empty; say what to look for, such as 'consolidation in the left lower lobe'"
+        )
     known = set(index.about)
-    if about is not None and about not in known: raise ValueError(f"about: the index has no {about!r}; it has {', '.join(sorted(known))}")
+    if about is not None and about not in known:
+        raise ValueError(f"about: the index has no {about!r}; it has {', '.join(sorted(known))}")
     named = [REGIONS[n][0] for place in find_places(text) for n in place.regions]
-    return [about] if about is not None else [name for name in dict.fromkeys(named) if name in known] or [WHOLE]
+    return (
+        [about]
+        if about is not None
+        else [name for name in dict.fromkeys(named) if name in known] or [WHOLE]
+    )
+
 
 def search_scans(
     text: str,
     index: EmbeddingIndex,
     model: ScanLanguage,  # whose weights made the index
     top: int = 10,
-    about: str | None = None,  # WHOLE or a region's name; None: the places that the text names, where the index has them, else WHOLE
+    # WHOLE or a region's name; None: the places that the text names, where the index has them, else
+    # WHOLE
+    about: str | None = None,
 ) -> list[Hit]:
-    "The scans nearest to a sentence, the nearest first; those that lack every place that is asked are left out (`EmbeddingIndex.lacking`). No scan asked for, or what `places_asked` refuses: ValueError."
-    if top < 1: raise ValueError(f"top: at least one scan must be asked for, got {top}")
+    """The scans nearest to a sentence, the nearest first; those that lack every place that is asked
+    are left out (`EmbeddingIndex.lacking`). No scan asked for, or what `places_asked` refuses:
+    ValueError.
+    """
+    if top < 1:
+        raise ValueError(f"top: at least one scan must be asked for, got {top}")
     wanted = places_asked(text, index, about)
-    with torch.no_grad(): question = model.embed_texts([text], "global" if wanted == [WHOLE] else "region")[0].float().cpu().numpy()
+    with torch.no_grad():
+        question = (
+            model.embed_texts([text], "global" if wanted == [WHOLE] else "region")[0]
+            .float()
+            .cpu()
+            .numpy()
+        )
     best = {}
     for row, score in enumerate(index.vectors @ question):
-        if index.about[row] not in wanted: continue
+        if index.about[row] not in wanted:
+            continue
         hit = Hit(index.scans[row], index.files[row], index.about[row], float(score))
-        if hit.file not in best or score > best[hit.file].score: best[hit.file] = hit
+        if hit.file not in best or score > best[hit.file].score:
+            best[hit.file] = hit
     return sorted(best.values(), key=lambda hit: (-hit.score, hit.file))[:top]
 
+
 def open_index(path, weights=None) -> tuple[EmbeddingIndex, ScanLanguage]:
-    "An index and the network that made it; `weights`: where that lies now, the index knows where it lay. Other weights: ValueError."
+    """An index and the network that made it; `weights`: where that lies now, the index knows where
+    it lay. Other weights: ValueError.
+    """
     index = EmbeddingIndex.load(path)
     folder = index.weights if weights is None else weights
     model = load_ct_encoder(folder)
-    if weights_digest(folder) != index.digest: raise ValueError(f"{folder}: these weights did not make {path}; give those that did, or embed the scans again with these")
+    if weights_digest(folder) != index.digest:
+        raise ValueError(
+            f"{folder}: these weights did not make {path}; give those that did, or embed the scans"
+            " again with these"
+        )
     return index, model

@@ -6,14 +6,18 @@
 __all__ = ['random_states', 'cached_backward']
 
 # %% ../../nbs/learn/05a_gradient_caching.ipynb #cell-002
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 
 # %% ../../nbs/learn/05a_gradient_caching.ipynb #cell-004
 def random_states() -> list[torch.Tensor]:
     "States of the CPU's and of every GPU's generator."
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    return [
+        torch.get_rng_state(),
+        *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []),
+    ]
+
 
 def cached_backward(
     encode: Callable,  # chunk -> dict of tensors, with one row for each thing in the chunk
@@ -21,18 +25,29 @@ def cached_backward(
     loss: Callable,  # dict of the rows of all chunks, joined -> scalar
     backward: Callable = torch.Tensor.backward,  # of the loss; accelerate's own scales it
 ) -> torch.Tensor:
-    "Adds to the gradients what `loss({…}).backward()` of all chunks at once would, and returns the loss. Under several processes, without DDP's own synchronisation: average the gradients afterwards."
-    if not chunks: raise ValueError("chunks: there is nothing to encode, got none")
+    """Adds to the gradients what `loss({…}).backward()` of all chunks at once would, and returns
+    the loss. Under several processes, without DDP's own synchronisation: average the gradients
+    afterwards.
+    """
+    if not chunks:
+        raise ValueError("chunks: there is nothing to encode, got none")
     states, leaves = [], []
     for chunk in chunks:
         states.append(random_states())
-        with torch.no_grad(): leaves.append({k: v.detach().requires_grad_(v.is_floating_point()) for k, v in encode(chunk).items()})
+        with torch.no_grad():
+            leaves.append(
+                {
+                    k: v.detach().requires_grad_(v.is_floating_point())
+                    for k, v in encode(chunk).items()
+                }
+            )
     value = loss({k: torch.cat([leaf[k] for leaf in leaves]) for k in leaves[0]})
     backward(value)
     for chunk, state, leaf in zip(chunks, states, leaves):
         with torch.random.fork_rng():
             torch.set_rng_state(state[0])
-            if len(state) > 1: torch.cuda.set_rng_state_all(state[1:])
+            if len(state) > 1:
+                torch.cuda.set_rng_state_all(state[1:])
             again = encode(chunk)
         moved = [k for k, v in leaf.items() if v.grad is not None and again[k].requires_grad]
         torch.autograd.backward([again[k] for k in moved], [leaf[k].grad for k in moved])

@@ -20,9 +20,32 @@ import torch.nn.functional as F
 from ..data.reports import Report, is_normal
 from ..files import atomic_write, write_json
 from .alignment import inside_regions, same, text_keys
-from .localisation import Localisation, localisation, preprocessing_check, region_cosines, region_text_accuracy, step_patch_correlation
-from .retrieval import Recall, crg, label_scores, linear_probe, polarity, prompt_pairs, prompt_scores, retrieval, text_overlap
-from .scan_language import ScanLanguage, label_regions, place_prompts, reasoning, scan_prompts
+from ct_nb.learn.localisation import (
+    Localisation,
+    localisation,
+    preprocessing_check,
+    region_cosines,
+    region_text_accuracy,
+    step_patch_correlation,
+)
+from ct_nb.learn.retrieval import (
+    Recall,
+    crg,
+    label_scores,
+    linear_probe,
+    polarity,
+    prompt_pairs,
+    prompt_scores,
+    retrieval,
+    text_overlap,
+)
+from ct_nb.learn.scan_language import (
+    ScanLanguage,
+    label_regions,
+    place_prompts,
+    reasoning,
+    scan_prompts,
+)
 from .scan_reports import ScanReports, collate_scans
 from ..nets.cot import claims, decode, label_shares, region_dice
 from ..nets.regions import patch_overlaps
@@ -33,6 +56,7 @@ from ..physics.volume import Grid, Volume
 @dataclass
 class Looked:
     "What a network made of n scans; rows of steps and lesions name their scan by `…_case`."
+
     whole: torch.Tensor  # (n, embed_dim)
     scans: torch.Tensor  # (n, shared_dim)
     regions: torch.Tensor  # (n, R, shared_dim)
@@ -50,84 +74,192 @@ class Looked:
     truth: torch.Tensor  # the same, by the map; num_regions + 1 where there is none
     written: list[str]  # of the first scans
 
+
 @torch.no_grad()
-def look_at(model: ScanLanguage, data: ScanReports, maps: bool = True, writes: int = 0, batch: int = 8) -> Looked:
-    "Look at all scans of a set, with their maps or without, and write about the first `writes`. The model should be in evaluation mode."
-    e, found = model.config.encoder, {name: [] for name in Looked.__annotations__}
+def look_at(
+    model: ScanLanguage, data: ScanReports, maps: bool = True, writes: int = 0, batch: int = 8
+) -> Looked:
+    """Look at all scans of a set, with their maps or without, and write about the first `writes`.
+
+    The model should be in evaluation mode.
+    """
+    e = model.config.encoder
+    found = {name: [] for name in Looked.__annotations__}
     for start in range(0, len(data), batch):
         items = collate_scans([data[i] for i in range(start, min(start + batch, len(data)))])
-        hu, labels = items["hu"].to(model.device), items["regions"].to(model.device)
+        hu = items["hu"].to(model.device)
+        labels = items["regions"].to(model.device)
         seen = model.encoder(hu, labels if maps else torch.full_like(labels, e.body))
-        overlap, known = patch_overlaps(labels, e.patch, e.num_regions + 2)[..., :-1].cpu(), (items["regions"] != e.body).flatten(1).any(1)
-        found["whole"].append(seen.whole.float().cpu()), found["scans"].append(seen.global_embedding.float().cpu()), found["regions"].append(seen.region_embeddings.float().cpu()[:, :e.num_regions])
-        found["present"].append(seen.present.cpu()[:, :e.num_regions])
+        overlap = patch_overlaps(labels, e.patch, e.num_regions + 2)[..., :-1].cpu()
+        known = (items["regions"] != e.body).flatten(1).any(1)
+        found["whole"].append(seen.whole.float().cpu()), found["scans"].append(
+            seen.global_embedding.float().cpu()
+        ), found["regions"].append(seen.region_embeddings.float().cpu()[:, : e.num_regions])
+        found["present"].append(seen.present.cpu()[:, : e.num_regions])
         steps = [(b, s) for b, r in enumerate(items["report"]) for s in r.steps if s.text.strip()]
         lesions = [(b, f) for b, all_ in enumerate(items["findings"]) for f in all_]
-        for name, rows, texts, numbers in (("step", steps, [s.text for _, s in steps], [s.regions for _, s in steps]), ("lesion", lesions, [f.text for _, f in lesions], [(f.region,) for _, f in lesions])):
-            if not rows: continue
+        for name, rows, texts, numbers in (
+            ("step", steps, [s.text for _, s in steps], [s.regions for _, s in steps]),
+            ("lesion", lesions, [f.text for _, f in lesions], [(f.region,) for _, f in lesions]),
+        ):
+            if not rows:
+                continue
             case = torch.tensor([b for b, _ in rows])
             found[f"{name}_attention"].append(model.look(texts, seen, case).float().cpu())
-            found[f"{name}_inside"].append(inside_regions(overlap, numbers, case)), found[f"{name}_case"].append(case + start)
-        found["lesion_share"] += [patch_overlaps((items["lesions"][b:b + 1] == f.mask_id).to(torch.uint8), e.patch, 2)[0, :, 1][None] for b, f in lesions]
+            found[f"{name}_inside"].append(inside_regions(overlap, numbers, case)), found[
+                f"{name}_case"
+            ].append(case + start)
+        found["lesion_share"] += [
+            patch_overlaps((items["lesions"][b : b + 1] == f.mask_id).to(torch.uint8), e.patch, 2)[
+                0, :, 1
+            ][None]
+            for b, f in lesions
+        ]
         found["kinds"] += [f.kind for _, f in lesions]
         found["drawn"].append(model.draw_map(seen).cpu().to(torch.uint8))
-        truth = label_shares(labels, e.patch, model.config.refine, e.num_regions + 2).argmax(1).cpu().to(torch.uint8)
-        found["truth"].append(torch.where(known[:, None, None, None], truth, e.body).to(torch.uint8))
+        truth = (
+            label_shares(labels, e.patch, model.config.refine, e.num_regions + 2)
+            .argmax(1)
+            .cpu()
+            .to(torch.uint8)
+        )
+        found["truth"].append(
+            torch.where(known[:, None, None, None], truth, e.body).to(torch.uint8)
+        )
         left = min(writes - start, len(hu))
-        if left > 0: found["written"] += model.write(seen._replace(tokens=seen.tokens[:left]))
+        if left > 0:
+            found["written"] += model.write(seen._replace(tokens=seen.tokens[:left]))
     patches = torch.Size(seen.grid).numel()
-    empty = lambda name: torch.zeros(0, dtype=torch.long) if name.endswith("case") else torch.zeros(0, patches)
-    return Looked(**{name: seen.grid if name == "grid" else rows if name in ("kinds", "written") else torch.cat(rows) if rows else empty(name) for name, rows in found.items()})
+
+    def empty(name):
+        return (
+            torch.zeros(0, dtype=torch.long) if name.endswith("case") else torch.zeros(0, patches)
+        )
+
+    return Looked(
+        **{
+            name: (
+                seen.grid
+                if name == "grid"
+                else (
+                    rows
+                    if name in ("kinds", "written")
+                    else torch.cat(rows) if rows else empty(name)
+                )
+            )
+            for name, rows in found.items()
+        }
+    )
 
 # %% ../../nbs/learn/14e_language_scores.ipynb #cell-007
 @torch.no_grad()
 def place_scores(model: ScanLanguage, seen: Looked, names) -> dict[tuple[str, int], torch.Tensor]:
-    "(finding, region) → (n,) cosine of each scan's region to yes minus to no; NaN where a scan lacks the region."
+    """(finding, region) → (n,) cosine of each scan's region to yes minus to no; NaN where a scan
+    lacks the region.
+    """
     asked = [(name, region) for name in names for region in label_regions(name)]
-    if not asked: return {}
-    yes, no = (model.embed_texts(list(prompts), "region").float().cpu() for prompts in zip(*(place_prompts(*pair) for pair in asked)))
+    if not asked:
+        return {}
+    yes, no = (
+        model.embed_texts(list(prompts), "region").float().cpu()
+        for prompts in zip(*(place_prompts(*pair) for pair in asked))
+    )
     images = F.normalize(seen.regions, dim=-1)
-    return {(name, region): torch.where(seen.present[:, region - 1], images[:, region - 1] @ (yes[i] - no[i]), torch.nan) for i, (name, region) in enumerate(asked)}
+    return {
+        (name, region): torch.where(
+            seen.present[:, region - 1], images[:, region - 1] @ (yes[i] - no[i]), torch.nan
+        )
+        for i, (name, region) in enumerate(asked)
+    }
 
 # %% ../../nbs/learn/14e_language_scores.ipynb #cell-010
-def recalls(model: ScanLanguage, seen: Looked, reports: list[Report], patients) -> dict[str, list[Recall]]:
+def recalls(
+    model: ScanLanguage, seen: Looked, reports: list[Report], patients
+) -> dict[str, list[Recall]]:
     "Retrieval both ways by question; those with fewer than two candidates are left out."
     found, patients = {}, np.asarray(patients)
     known = np.array([bool(r.impression.strip()) for r in reports])
-    for name, rows in (("impression", known), ("abnormal", known & np.array([not is_normal(r.impression) for r in reports]))):
+    for name, rows in (
+        ("impression", known),
+        ("abnormal", known & np.array([not is_normal(r.impression) for r in reports])),
+    ):
         rows = rows.nonzero()[0]
-        if len(rows) < 2: continue
+        if len(rows) < 2:
+            continue
         texts = [reports[i].impression for i in rows]
         keys = text_keys(texts)
-        found[name] = retrieval(seen.scans[rows], model.embed_texts(texts).float().cpu(), same(keys, keys).numpy(), patients[rows])
+        found[name] = retrieval(
+            seen.scans[rows],
+            model.embed_texts(texts).float().cpu(),
+            same(keys, keys).numpy(),
+            patients[rows],
+        )
     rows = [i for i, r in enumerate(reports) if any(seen.present[i, n - 1] for n, _ in r.regions)]
-    if len(rows) < 2: return found
-    image, text = F.normalize(seen.regions, dim=-1) * seen.present[..., None], torch.zeros_like(seen.regions)
+    if len(rows) < 2:
+        return found
+    image = F.normalize(seen.regions, dim=-1) * seen.present[..., None]
+    text = torch.zeros_like(seen.regions)
     said = [(i, n, t) for i in rows for n, t in reports[i].regions if t.strip()]
-    text[[i for i, *_ in said], [n - 1 for _, n, _ in said]] = model.embed_texts([t for *_, t in said], "region").float().cpu()
-    keys = text_keys(["No finding." if all(is_normal(t) for _, t in reports[i].regions) else " ".join(t for _, t in reports[i].regions) for i in rows])
-    found["regions"] = retrieval(image[rows].flatten(1), text[rows].flatten(1), same(keys, keys).numpy(), patients[rows])
+    text[[i for i, *_ in said], [n - 1 for _, n, _ in said]] = (
+        model.embed_texts([t for *_, t in said], "region").float().cpu()
+    )
+    keys = text_keys(
+        [
+            (
+                "No finding."
+                if all(is_normal(t) for _, t in reports[i].regions)
+                else " ".join(t for _, t in reports[i].regions)
+            )
+            for i in rows
+        ]
+    )
+    found["regions"] = retrieval(
+        image[rows].flatten(1), text[rows].flatten(1), same(keys, keys).numpy(), patients[rows]
+    )
     return found
+
 
 def label_names(reports: list[Report]) -> list[str]:
     "Every label that a report carries, in the order in which they come."
     return list(dict.fromkeys(name for report in reports for name in report.labels))
 
+
 def region_rows(seen: Looked, reports: list[Report]) -> list[tuple[int, int, str]]:
     "(scan, region, text) of what is said of regions that the scans have."
-    return [(i, n, t) for i, r in enumerate(reports) for n, t in r.regions if t.strip() and seen.present[i, n - 1]]
+    return [
+        (i, n, t)
+        for i, r in enumerate(reports)
+        for n, t in r.regions
+        if t.strip() and seen.present[i, n - 1]
+    ]
 
-def confusions(model: ScanLanguage, seen: Looked, reports: list[Report], most: int = 10) -> list[dict]:
-    "Sentences that were taken for another region: region said, region answered, how often; the commonest first."
+
+def confusions(
+    model: ScanLanguage, seen: Looked, reports: list[Report], most: int = 10
+) -> list[dict]:
+    """Sentences that were taken for another region: region said, region answered, how often; the
+    commonest first.
+    """
     rows = region_rows(seen, reports)
-    answers = 1 + region_cosines(seen.regions, seen.present, model.embed_texts([t for *_, t in rows], "region"), torch.tensor([i for i, *_ in rows])).argmax(1)
+    answers = 1 + region_cosines(
+        seen.regions,
+        seen.present,
+        model.embed_texts([t for *_, t in rows], "region"),
+        torch.tensor([i for i, *_ in rows]),
+    ).argmax(1)
     wrong = Counter((n, int(answer)) for (_, n, _), answer in zip(rows, answers) if n != answer)
-    return [{"said": REGIONS[a][0], "answered": REGIONS[b][0], "times": times} for (a, b), times in wrong.most_common(most)]
+    return [
+        {"said": REGIONS[a][0], "answered": REGIONS[b][0], "times": times}
+        for (a, b), times in wrong.most_common(most)
+    ]
 
 # %% ../../nbs/learn/14e_language_scores.ipynb #cell-011
 @dataclass
 class LanguageScores:
-    "The figures of a run, ready for `metrics.json`; `recalls` and `lesions` as they came, for tables and pictures."
+    """The figures of a run, ready for `metrics.json`; `recalls` and `lesions` as they came, for
+    tables and pictures.
+    """
+
     metrics: dict
     recalls: dict[str, list[Recall]]
     lesions: dict[str, Localisation] = field(default_factory=dict)  # "with map", "without map"
@@ -136,12 +268,24 @@ class LanguageScores:
         "What was found, in lines."
         m = self.metrics
         lines = [f"{name}: {recall}" for name, found in self.recalls.items() for recall in found]
-        lines += [f"{name}: {value['said']}" for name, value in m.items() if isinstance(value, dict) and "said" in value]
-        for name, found in self.lesions.items(): lines += [f"lesions {name}:", *("   " + line for line in str(found).splitlines())]
+        lines += [
+            f"{name}: {value['said']}"
+            for name, value in m.items()
+            if isinstance(value, dict) and "said" in value
+        ]
+        for name, found in self.lesions.items():
+            lines += [f"lesions {name}:", *("   " + line for line in str(found).splitlines())]
         if "writing" in m:
-            for name, figures in m["writing"].items(): lines.append(f"text of {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items() if isinstance(v, float)))
+            for name, figures in m["writing"].items():
+                lines.append(
+                    f"text of {name}: "
+                    + "  ".join(f"{k} {v:.3f}" for k, v in figures.items() if isinstance(v, float))
+                )
         refused = m["preprocessing"]
-        lines.append("refused: " + ", ".join(f"{name} {row['refused']}/{row['of']}" for name, row in refused.items()))
+        lines.append(
+            "refused: "
+            + ", ".join(f"{name} {row['refused']}/{row['of']}" for name, row in refused.items())
+        )
         return "\n".join(lines)
 
     def verdict(self) -> list[str]:
@@ -149,121 +293,308 @@ class LanguageScores:
         m, lines = self.metrics, []
         for name, found in self.recalls.items():
             for r in found:
-                if r.k == 1: lines.append(f"{name}, {r.direction}: recall at 1 is {r.recall.mean / r.chance:.1f} times chance among {r.candidates}" + ("." if r.recall.low > r.chance else ", which is not surely more than chance."))
-        if "sentence_place" in m: lines.append(f"Sentences find their region in {m['sentence_place']['share']['mean']:.0%} of cases, {m['sentence_place']['share']['mean'] / m['sentence_place']['chance']:.0f} times chance.")
-        if m.get("polarity"): lines.append(f"Present and absent are told apart in {m['polarity']['balanced']['mean']:.0%}, guessing is 50 %.")
+                if r.k == 1:
+                    lines.append(
+                        f"{name}, {r.direction}: recall at 1 is {r.recall.mean / r.chance:.1f}"
+                        f" times chance among {r.candidates}"
+                        + (
+                            "."
+                            if r.recall.low > r.chance
+                            else ", which is not surely more than chance."
+                        )
+                    )
+        if "sentence_place" in m:
+            lines.append(
+                f"Sentences find their region in {m['sentence_place']['share']['mean']:.0%} of"
+                " cases,"
+                f" {m['sentence_place']['share']['mean'] / m['sentence_place']['chance']:.0f} times"
+                " chance."
+            )
+        if m.get("polarity"):
+            lines.append(
+                f"Present and absent are told apart in {m['polarity']['balanced']['mean']:.0%},"
+                " guessing is 50 %."
+            )
         for name, found in self.lesions.items():
-            for floor, gain in found.gain.items(): lines.append(f"Lesions {name}: Dice {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] against the floor '{floor}', " + ("above it." if gain.low > 0 else "below it." if gain.high < 0 else "not surely above it."))
+            for floor, gain in found.gain.items():
+                lines.append(
+                    f"Lesions {name}: Dice {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+                    f" against the floor '{floor}', "
+                    + (
+                        "above it."
+                        if gain.low > 0
+                        else "below it." if gain.high < 0 else "not surely above it."
+                    )
+                )
         return lines
 
     def save(self, folder) -> None:
         "`metrics.json`, `retrieval.csv` and, where lesions are known, `lesions.csv`."
         write_json(Path(folder) / "metrics.json", _no_nan(self.metrics))
-        rows = [{"question": name, "direction": r.direction, "k": r.k, "recall": r.recall.mean, "low": r.recall.low, "high": r.recall.high, "chance": r.chance, "queries": r.queries, "candidates": r.candidates, "patients": r.recall.patients}
-                for name, found in self.recalls.items() for r in found]
+        rows = [
+            {
+                "question": name,
+                "direction": r.direction,
+                "k": r.k,
+                "recall": r.recall.mean,
+                "low": r.recall.low,
+                "high": r.recall.high,
+                "chance": r.chance,
+                "queries": r.queries,
+                "candidates": r.candidates,
+                "patients": r.recall.patients,
+            }
+            for name, found in self.recalls.items()
+            for r in found
+        ]
         _write_csv(Path(folder) / "retrieval.csv", rows)
-        _write_csv(Path(folder) / "lesions.csv", [{"looked": name, **row} for name, found in self.lesions.items() for row in found.rows])
+        _write_csv(
+            Path(folder) / "lesions.csv",
+            [{"looked": name, **row} for name, found in self.lesions.items() for row in found.rows],
+        )
+
 
 def _write_csv(path: Path, rows: list[dict]) -> None:
-    if not rows: return
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    if not rows:
+        return
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader(), writer.writerows(rows)
 
+
 def _no_nan(value):
-    if isinstance(value, dict): return {str(k): _no_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_no_nan(v) for v in value]
-    if is_dataclass(value): return _no_nan(asdict(value))
-    if isinstance(value, (float, np.floating)): return float(value) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _no_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_no_nan(v) for v in value]
+    if is_dataclass(value):
+        return _no_nan(asdict(value))
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
     return value
 
 # %% ../../nbs/learn/14e_language_scores.ipynb #cell-012
 def _label_figures(scores, labels, names, patients) -> dict:
     found = label_scores(scores, labels, names, patients)
-    return {"said": str(found), "macro": found.macro, "labels": found.per_label, "judged": found.judged}
+    return {
+        "said": str(found),
+        "macro": found.macro,
+        "labels": found.per_label,
+        "judged": found.judged,
+    }
+
 
 def _polarity_figures(scores, labels, patients) -> dict:
-    if labels.all() or not labels.any(): return {}
+    if labels.all() or not labels.any():
+        return {}
     found = polarity(scores, labels, patients)
     return {"said": str(found), **asdict(found)}
 
+
 @torch.no_grad()
-def ask(model: ScanLanguage, seen: Looked, reports: list[Report], patients) -> tuple[dict, dict[str, list[Recall]]]:
-    "The questions about vectors: regions, labels and polarity, and retrieval. What the reports do not allow to be asked is left out."
+def ask(
+    model: ScanLanguage, seen: Looked, reports: list[Report], patients
+) -> tuple[dict, dict[str, list[Recall]]]:
+    """The questions about vectors: regions, labels and polarity, and retrieval.
+
+    What the reports do not allow to be asked is left out.
+    """
     patients, metrics = list(patients), {}
     rows = region_rows(seen, reports)
     if rows:
         case, region = (torch.tensor([row[k] for row in rows]) for k in (0, 1))
         texts = [t for *_, t in rows]
-        found = region_text_accuracy(seen.regions, seen.present, model.embed_texts(texts, "region").float().cpu(), case, region, text_keys(texts, region.tolist()), patients)
-        for name, value in found.items(): metrics[f"sentence_{name}"] = {"said": str(value), **asdict(value)}
+        found = region_text_accuracy(
+            seen.regions,
+            seen.present,
+            model.embed_texts(texts, "region").float().cpu(),
+            case,
+            region,
+            text_keys(texts, region.tolist()),
+            patients,
+        )
+        for name, value in found.items():
+            metrics[f"sentence_{name}"] = {"said": str(value), **asdict(value)}
         metrics["confused"] = confusions(model, seen, reports)
     if len(seen.step_case) and (seen.step_inside.sum(-1) > 0).any():
-        found = step_patch_correlation(seen.step_attention, seen.step_inside, seen.step_case, patients)
+        found = step_patch_correlation(
+            seen.step_attention, seen.step_inside, seen.step_case, patients
+        )
         metrics["steps"] = {"said": str(found), **asdict(found)}
     names = label_names(reports)
-    labels = np.array([[r.labels.get(name, False) for name in names] for r in reports], bool).reshape(len(reports), len(names))
+    labels = np.array(
+        [[r.labels.get(name, False) for name in names] for r in reports], bool
+    ).reshape(len(reports), len(names))
     if names and labels.any() and not labels.all():
-        for key, prompts in (("zero_shot", scan_prompts(names)), ("zero_shot_usual", prompt_pairs([n.capitalize() for n in names]))):
-            whole = prompt_scores(seen.scans, *(model.embed_texts(said).float().cpu() for said in prompts))
+        for key, prompts in (
+            ("zero_shot", scan_prompts(names)),
+            ("zero_shot_usual", prompt_pairs([n.capitalize() for n in names])),
+        ):
+            whole = prompt_scores(
+                seen.scans, *(model.embed_texts(said).float().cpu() for said in prompts)
+            )
             metrics[key] = _label_figures(whole, labels, names, patients)
-            if key == "zero_shot": metrics["polarity_scan"] = _polarity_figures(whole, labels, patients)
+            if key == "zero_shot":
+                metrics["polarity_scan"] = _polarity_figures(whole, labels, patients)
         places = place_scores(model, seen, names)
         local = [n for n in names if label_regions(n)]
         if local:
-            best = np.array([torch.stack([places[n, r] for r in label_regions(n)]).nan_to_num(-2.0).max(0).values.numpy() for n in local]).T  # what is not in the scan shows nothing
-            metrics["zero_shot_places"] = _label_figures(best, labels[:, [names.index(n) for n in local]], local, patients)
-        pairs = [(i, float(places[n, r][i]), claimed, n) for i, r, text in rows for n, claimed in claims(text, [n for n in names if r in label_regions(n)]).items()]
+            # what is not in the scan shows nothing
+            best = np.array(
+                [
+                    torch.stack([places[n, r] for r in label_regions(n)])
+                    .nan_to_num(-2.0)
+                    .max(0)
+                    .values.numpy()
+                    for n in local
+                ]
+            ).T
+            metrics["zero_shot_places"] = _label_figures(
+                best, labels[:, [names.index(n) for n in local]], local, patients
+            )
+        pairs = [
+            (i, float(places[n, r][i]), claimed, n)
+            for i, r, text in rows
+            for n, claimed in claims(text, [n for n in names if r in label_regions(n)]).items()
+        ]
         if pairs:
             who, scores, truth, what = zip(*pairs)
-            asked = _polarity_figures(np.array(scores)[:, None], np.array(truth)[:, None], [patients[i] for i in who])
-            each = {n: _polarity_figures(np.array([s for s, w in zip(scores, what) if w == n])[:, None], np.array([t for t, w in zip(truth, what) if w == n])[:, None], [patients[i] for i, w in zip(who, what) if w == n]) for n in names}
-            if asked: metrics["polarity"] = asked | {"labels": {n: {k: v for k, v in f.items() if k in ("present", "absent", "balanced")} for n, f in each.items() if f}}
+            asked = _polarity_figures(
+                np.array(scores)[:, None], np.array(truth)[:, None], [patients[i] for i in who]
+            )
+            each = {
+                n: _polarity_figures(
+                    np.array([s for s, w in zip(scores, what) if w == n])[:, None],
+                    np.array([t for t, w in zip(truth, what) if w == n])[:, None],
+                    [patients[i] for i, w in zip(who, what) if w == n],
+                )
+                for n in names
+            }
+            if asked:
+                metrics["polarity"] = asked | {
+                    "labels": {
+                        n: {k: v for k, v in f.items() if k in ("present", "absent", "balanced")}
+                        for n, f in each.items()
+                        if f
+                    }
+                }
     return metrics, recalls(model, seen, reports, patients)
 
 # %% ../../nbs/learn/14e_language_scores.ipynb #cell-014
-def writing_scores(model: ScanLanguage, written: list[str], reports: list[Report], common: str) -> dict[str, dict]:
+def writing_scores(
+    model: ScanLanguage, written: list[str], reports: list[Report], common: str
+) -> dict[str, dict]:
     "BLEU, ROUGE-L and CRG of the texts written about the first scans, and of two floors."
-    reports, tokenizer = reports[:len(written)], model.writer.tokenizer
-    references = [decode(tokenizer, tokenizer.encode(reasoning(r))) for r in reports]  # in the spelling that a tokenizer can give back
+    reports = reports[: len(written)]
+    tokenizer = model.writer.tokenizer
+    # in the spelling that a tokenizer can give back
+    references = [decode(tokenizer, tokenizer.encode(reasoning(r))) for r in reports]
     names = label_names(reports)
-    truth, found = np.array([[r.labels.get(n, False) for n in names] for r in reports], bool), {}
+    truth = np.array([[r.labels.get(n, False) for n in names] for r in reports], bool)
+    found = {}
     floor = decode(tokenizer, tokenizer.encode(common))
-    for name, texts in {"the model": written, "another scan": written[1:] + written[:1], "always the same": [floor] * len(written)}.items():
+    for name, texts in {
+        "the model": written,
+        "another scan": written[1:] + written[:1],
+        "always the same": [floor] * len(written),
+    }.items():
         found[name] = text_overlap([t or "." for t in texts], references)
-        if truth.size and truth.any() and not truth.all(): found[name]["crg"] = crg(np.array([[claims(t, names)[n] for n in names] for t in texts]), truth)
-    found["the model"]["examples"] = [{"written": w, "reference": r} for w, r in list(zip(written, references))[:6]]
+        if truth.size and truth.any() and not truth.all():
+            found[name]["crg"] = crg(
+                np.array([[claims(t, names)[n] for n in names] for t in texts]), truth
+            )
+    found["the model"]["examples"] = [
+        {"written": w, "reference": r} for w, r in list(zip(written, references))[:6]
+    ]
     return found
 
+
 @torch.no_grad()
-def judge_language(model: ScanLanguage, data: ScanReports, training: ScanReports | None = None, common: str = "", writes: int = 16) -> LanguageScores:
-    "All figures on the scans of `data`; the linear probe is fitted to those of `training`, and `common` is the commonest text there."
+def judge_language(
+    model: ScanLanguage,
+    data: ScanReports,
+    training: ScanReports | None = None,
+    common: str = "",
+    writes: int = 16,
+) -> LanguageScores:
+    """All figures on the scans of `data`; the linear probe is fitted to those of `training`, and
+    `common` is the commonest text there.
+    """
     model.eval()
-    reports, patients, e = [data.facts(i)["report"] for i in range(len(data))], data.patients, model.config.encoder
-    seen, blind = look_at(model, data, writes=writes), look_at(model, data, maps=False)
+    reports = [data.facts(i)["report"] for i in range(len(data))]
+    patients = data.patients
+    e = model.config.encoder
+    seen = look_at(model, data, writes=writes)
+    blind = look_at(model, data, maps=False)
     metrics, found = ask(model, seen, reports, patients)
     without, found_without = ask(model, blind, reports, patients)
     metrics |= {"cases": len(data), "patients": len(set(patients))}
-    metrics |= {f"{name}_without_map": value for name, value in without.items() if name in ("steps", "zero_shot", "polarity_scan")}
-    found |= {f"{name}, no map": value for name, value in found_without.items() if name in ("impression", "abnormal")}
+    metrics |= {
+        f"{name}_without_map": value
+        for name, value in without.items()
+        if name in ("steps", "zero_shot", "polarity_scan")
+    }
+    found |= {
+        f"{name}, no map": value
+        for name, value in found_without.items()
+        if name in ("impression", "abnormal")
+    }
     lesions = {}
     for name, looked in (("with map", seen), ("without map", blind)):
         if (looked.lesion_share > 0).any():
-            lesions[name] = localisation(looked.lesion_attention, looked.lesion_share, looked.lesion_inside, looked.grid, [patients[int(i)] for i in looked.lesion_case], looked.kinds)
-            metrics[f"lesions {name}"] = {"scores": lesions[name].scores, "gain": lesions[name].gain, "lesions": lesions[name].lesions}
+            lesions[name] = localisation(
+                looked.lesion_attention,
+                looked.lesion_share,
+                looked.lesion_inside,
+                looked.grid,
+                [patients[int(i)] for i in looked.lesion_case],
+                looked.kinds,
+            )
+            metrics[f"lesions {name}"] = {
+                "scores": lesions[name].scores,
+                "gain": lesions[name].gain,
+                "lesions": lesions[name].lesions,
+            }
     known = blind.truth != e.body
     if known.any():
         dice = region_dice(blind.drawn[known], blind.truth[known], e.num_regions + 1)
-        metrics["map"] = {"said": f"mean Dice {np.mean(list(dice.values())):.3f} over {len(dice)} regions, drawn without a map in pieces of {' × '.join(f'{s * p / r:g}' for s, p, r in zip(e.spacing_mm, e.patch, model.config.refine))} mm",
-                          "mean": float(np.mean(list(dice.values()))), "regions": {REGIONS[n][0]: value for n, value in dice.items()}}
+        metrics["map"] = {
+            "said": (
+                f"mean Dice {np.mean(list(dice.values())):.3f} over {len(dice)} regions, drawn"
+                " without a map in pieces of"
+                f" {' × '.join(f'{s * p / r:g}' for s, p, r in zip(e.spacing_mm, e.patch, model.config.refine))} mm"
+            ),
+            "mean": float(np.mean(list(dice.values()))),
+            "regions": {REGIONS[n][0]: value for n, value in dice.items()},
+        }
     names = label_names(reports)
     if training is not None and names:
         taught = look_at(model, training)
-        said = np.array([[training.facts(i)["report"].labels.get(n, False) for n in names] for i in range(len(training))], bool)
+        said = np.array(
+            [
+                [training.facts(i)["report"].labels.get(n, False) for n in names]
+                for i in range(len(training))
+            ],
+            bool,
+        )
         truth = np.array([[r.labels.get(n, False) for n in names] for r in reports], bool)
         usable = [k for k in range(len(names)) if said[:, k].any() and not said[:, k].all()]
-        if usable: metrics["probe"] = _label_figures(linear_probe(taught.whole, torch.from_numpy(said[:, usable]).float(), seen.whole), truth[:, usable], [names[k] for k in usable], patients)
-    if seen.written: metrics["writing"] = writing_scores(model, seen.written, reports, common or reasoning(reports[0]))
+        if usable:
+            metrics["probe"] = _label_figures(
+                linear_probe(taught.whole, torch.from_numpy(said[:, usable]).float(), seen.whole),
+                truth[:, usable],
+                [names[k] for k in usable],
+                patients,
+            )
+    if seen.written:
+        metrics["writing"] = writing_scores(
+            model, seen.written, reports, common or reasoning(reports[0])
+        )
     affine = Grid.cube(1, e.side_mm).resized(e.size).affine
-    metrics["preprocessing"] = preprocessing_check([Volume(data[i]["hu"].numpy(), affine) for i in range(min(4, len(data)))], e)
+    metrics["preprocessing"] = preprocessing_check(
+        [Volume(data[i]["hu"].numpy(), affine) for i in range(min(4, len(data)))], e
+    )
     return LanguageScores(metrics, found, lesions)

@@ -26,18 +26,31 @@ from ..physics.volume import Volume
 @dataclass(frozen=True)
 class Accuracy:
     "Share of right answers with an interval over patients."
+
     share: Interval
     chance: float  # what guessing would give, the mean over questions
     questions: int
 
     def __str__(self):
         s = self.share
-        return f"{s.mean:.1%} [{s.low:.1%}, {s.high:.1%}] of {self.questions} questions over {s.patients} patients, chance {self.chance:.1%}"
+        return (
+            f"{s.mean:.1%} [{s.low:.1%}, {s.high:.1%}] of {self.questions} questions over"
+            f" {s.patients} patients, chance {self.chance:.1%}"
+        )
 
-def region_cosines(regions: torch.Tensor, present: torch.Tensor, text: torch.Tensor, case: torch.Tensor) -> torch.Tensor:
-    "Cosine of each sentence (n, E) to the regions (B, R, E) of its own scan `case` (n,): (n, R) in double precision, −∞ where the scan lacks a region, by `present` (B, R)."
-    regions, text = F.normalize(regions.detach().cpu().double(), dim=-1), F.normalize(text.detach().cpu().double(), dim=-1)
-    return torch.einsum("ne,nre->nr", text, regions[case]).masked_fill(~present.cpu()[case], -torch.inf)
+
+def region_cosines(
+    regions: torch.Tensor, present: torch.Tensor, text: torch.Tensor, case: torch.Tensor
+) -> torch.Tensor:
+    """Cosine of each sentence (n, E) to the regions (B, R, E) of its own scan `case` (n,): (n, R)
+    in double precision, −∞ where the scan lacks a region, by `present` (B, R).
+    """
+    regions = F.normalize(regions.detach().cpu().double(), dim=-1)
+    text = F.normalize(text.detach().cpu().double(), dim=-1)
+    return torch.einsum("ne,nre->nr", text, regions[case]).masked_fill(
+        ~present.cpu()[case], -torch.inf
+    )
+
 
 def region_text_accuracy(
     regions: torch.Tensor,  # (B, R, E), region r at r − 1
@@ -45,45 +58,80 @@ def region_text_accuracy(
     text: torch.Tensor,  # (n, E)
     case: torch.Tensor,  # (n,) the scan of each sentence
     region: torch.Tensor,  # (n,) its region, from 1
-    keys: Keys | None = None,  # of the sentences, with the region as scope; only a sentence's own scan is right where not given
+    # of the sentences, with the region as scope; only a sentence's own scan is right where not
+    # given
+    keys: Keys | None = None,
     patients=None,  # of the scans; each its own where not given
 ) -> dict[str, Accuracy]:
-    "`place` and `patient`, each where there is a question to ask. A sentence about a region that its scan does not have: ValueError."
-    if len(text) != len(case) or len(text) != len(region): raise ValueError(f"case, region: {len(text)} sentences need as many scans and regions, got {len(case)} and {len(region)}")
+    """`place` and `patient`, each where there is a question to ask.
+
+    A sentence about a region that its scan does not have: ValueError.
+    """
+    if len(text) != len(case) or len(text) != len(region):
+        raise ValueError(
+            f"case, region: {len(text)} sentences need as many scans and regions, got {len(case)}"
+            f" and {len(region)}"
+        )
     case, region = case.cpu().long(), region.cpu().long()
     missing = (~present.cpu()[case, region - 1]).nonzero()
-    if len(missing): raise ValueError(f"region: sentence {int(missing[0])} speaks of region {int(region[missing[0]])}, which its scan does not have; leave it out")
-    image, text = F.normalize(regions.detach().cpu().double(), dim=-1), F.normalize(text.detach().cpu().double(), dim=-1)
-    present, patients = present.cpu(), np.asarray(range(len(regions)) if patients is None else list(patients))
+    if len(missing):
+        raise ValueError(
+            f"region: sentence {int(missing[0])} speaks of region {int(region[missing[0]])}, which"
+            " its scan does not have; leave it out"
+        )
+    image = F.normalize(regions.detach().cpu().double(), dim=-1)
+    text = F.normalize(text.detach().cpu().double(), dim=-1)
+    present = present.cpu()
+    patients = np.asarray(range(len(regions)) if patients is None else list(patients))
     own = region_cosines(regions, present, text, case)
     right = own.gather(1, region[:, None] - 1)[:, 0]
     beaten = ((own >= right[:, None] - 1e-9).sum(1) == 1).numpy()  # a tie is no answer
-    found = {"place": Accuracy(share_interval(beaten, patients[case.numpy()]), float((1 / present[case].double().sum(1)).mean()), len(text))}
-    hits, chances, asked = [], [], []
+    found = {
+        "place": Accuracy(
+            share_interval(beaten, patients[case.numpy()]),
+            float((1 / present[case].double().sum(1)).mean()),
+            len(text),
+        )
+    }
+    hits = []
+    chances = []
+    asked = []
     for number in region.unique().tolist():
-        rows, scans = (region == number).nonzero()[:, 0], present[:, number - 1].nonzero()[:, 0]
+        rows = (region == number).nonzero()[:, 0]
+        scans = present[:, number - 1].nonzero()[:, 0]
         scores = text[rows] @ image[scans, number - 1].T
         good = case[rows][:, None] == scans
-        if keys is not None: good = (same(Keys(*(k[rows] for k in keys)), Keys(*(k[rows] for k in keys))).float() @ good.float()) > 0
+        if keys is not None:
+            good = (
+                same(Keys(*(k[rows] for k in keys)), Keys(*(k[rows] for k in keys))).float()
+                @ good.float()
+            ) > 0
         best = scores.masked_fill(~good, -torch.inf).max(1).values
         wrong = scores.masked_fill(good, -torch.inf).max(1).values
         asks = ~good.all(1)
         hits += (best > wrong + 1e-9)[asks].tolist()
         chances += good.double().mean(1)[asks].tolist()
         asked += case[rows][asks].tolist()
-    if hits: found["patient"] = Accuracy(share_interval(hits, patients[asked]), float(np.mean(chances)), len(hits))
+    if hits:
+        found["patient"] = Accuracy(
+            share_interval(hits, patients[asked]), float(np.mean(chances)), len(hits)
+        )
     return found
 
 # %% ../../nbs/learn/14b_localisation.ipynb #cell-009
 def correlations(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    "(S, N), (S, N) → (S,) Pearson correlation of each row; 0 where a row is constant, since it follows nothing."
+    """(S, N), (S, N) → (S,) Pearson correlation of each row; 0 where a row is constant, since it
+    follows nothing.
+    """
     a, b = (t.double() - t.double().mean(-1, keepdim=True) for t in (a, b))
     size = a.norm(dim=-1) * b.norm(dim=-1)
     return torch.where(size > 1e-12, (a * b).sum(-1) / size, 0.0)
 
+
 @dataclass(frozen=True)
 class StepLooks:
     "Whether steps look at the regions that they speak of."
+
     correlation: Interval  # of attention and region, over patches
     elsewhere: Interval  # of attention and the regions of another step of the same scan
     gain: Interval  # their difference, paired
@@ -93,8 +141,13 @@ class StepLooks:
 
     def __str__(self):
         c, e = self.correlation, self.elsewhere
-        return (f"step–patch correlation {c.mean:.2f} [{c.low:.2f}, {c.high:.2f}], with another step's region {e.mean:.2f} [{e.low:.2f}, {e.high:.2f}]; "
-                f"{self.inside.mean:.0%} of the attention inside, even attention {self.uniform:.0%}; {self.steps} steps, {c.patients} patients")
+        return (
+            f"step–patch correlation {c.mean:.2f} [{c.low:.2f}, {c.high:.2f}], with another step's"
+            f" region {e.mean:.2f} [{e.low:.2f}, {e.high:.2f}]; {self.inside.mean:.0%} of the"
+            f" attention inside, even attention {self.uniform:.0%}; {self.steps} steps,"
+            f" {c.patients} patients"
+        )
+
 
 def step_patch_correlation(
     attention: torch.Tensor,  # (S, N), rows sum to 1
@@ -102,24 +155,59 @@ def step_patch_correlation(
     case: torch.Tensor,  # (S,) the scan of each step
     patients=None,  # of the scans
 ) -> StepLooks:
-    "Over the steps that name a region of their scan. None of them, or shapes that differ: ValueError."
-    if attention.shape != inside.shape or len(case) != len(attention): raise ValueError(f"inside, case: expected ({', '.join(map(str, attention.shape))}) and as many scans, got {tuple(inside.shape)} and {len(case)}")
-    attention, inside, case = attention.detach().cpu().double(), inside.detach().cpu().double(), case.cpu()
+    """Over the steps that name a region of their scan.
+
+    None of them, or shapes that differ: ValueError.
+    """
+    if attention.shape != inside.shape or len(case) != len(attention):
+        raise ValueError(
+            f"inside, case: expected ({', '.join(map(str, attention.shape))}) and as many scans,"
+            f" got {tuple(inside.shape)} and {len(case)}"
+        )
+    attention = attention.detach().cpu().double()
+    inside = inside.detach().cpu().double()
+    case = case.cpu()
     kept = (inside.sum(-1) > 0) & (inside.std(-1) > 0)
-    if not kept.any(): raise ValueError("inside: no step names a region of its scan, so there is nothing to compare with")
-    attention, inside, case = attention[kept], inside[kept], case[kept]
-    who = np.asarray(range(int(case.max()) + 1) if patients is None else list(patients))[case.numpy()]
-    own, other = correlations(attention, inside).numpy(), np.full(len(case), np.nan)
+    if not kept.any():
+        raise ValueError(
+            "inside: no step names a region of its scan, so there is nothing to compare with"
+        )
+    attention = attention[kept]
+    inside = inside[kept]
+    case = case[kept]
+    who = np.asarray(range(int(case.max()) + 1) if patients is None else list(patients))[
+        case.numpy()
+    ]
+    own = correlations(attention, inside).numpy()
+    other = np.full(len(case), np.nan)
     for i in range(len(case)):
         others = (case == case[i]) & ((inside - inside[i]).abs().sum(-1) > 1e-9)
-        if others.any(): other[i] = correlations(attention[i].expand(int(others.sum()), -1), inside[others]).mean()
+        if others.any():
+            other[i] = correlations(
+                attention[i].expand(int(others.sum()), -1), inside[others]
+            ).mean()
     both = np.isfinite(other)
-    mean = lambda values, rows: paired_interval(values[rows], np.zeros(int(rows.sum())), who[rows]) if rows.any() else Interval(np.nan, np.nan, np.nan, 0)
+
+    def mean(values, rows):
+        return (
+            paired_interval(values[rows], np.zeros(int(rows.sum())), who[rows])
+            if rows.any()
+            else Interval(np.nan, np.nan, np.nan, 0)
+        )
+
     everyone = np.ones(len(case), bool)
-    return StepLooks(mean(own, everyone), mean(other, both), mean(own - other, both), mean((attention * inside).sum(-1).numpy(), everyone), float(inside.mean(-1).mean()), len(case))
+    return StepLooks(
+        mean(own, everyone),
+        mean(other, both),
+        mean(own - other, both),
+        mean((attention * inside).sum(-1).numpy(), everyone),
+        float(inside.mean(-1).mean()),
+        len(case),
+    )
 
 # %% ../../nbs/learn/14b_localisation.ipynb #cell-012
 LOCATORS = ("attention", "region", "centre", "random")
+
 
 def top_patches(scores: torch.Tensor, count: int) -> torch.Tensor:
     "(N,) bool: the `count` highest; of equal ones the earliest."
@@ -127,40 +215,82 @@ def top_patches(scores: torch.Tensor, count: int) -> torch.Tensor:
     chosen[scores.argsort(descending=True, stable=True)[:count]] = True
     return chosen
 
+
 def centre_prior(grid: tuple[int, int, int]) -> torch.Tensor:
-    "(N,) minus the squared distance of each patch of a grid to its middle, in units of the grid's sides."
-    z, y, x = torch.meshgrid(*((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5 for n in grid), indexing="ij")
+    """(N,) minus the squared distance of each patch of a grid to its middle, in units of the grid's
+    sides.
+    """
+    z, y, x = torch.meshgrid(
+        *((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5 for n in grid), indexing="ij"
+    )
     return -(z * z + y * y + x * x).flatten()
 
+
 def locate(scores: torch.Tensor, share: torch.Tensor) -> dict[str, float]:
-    "Scores (N,) of patches against the share (N,) of each that is lesion: `dice`, `iou`, `voxel_dice`, `hit`. No lesion: ValueError."
-    if scores.shape != share.shape or scores.ndim != 1: raise ValueError(f"share: expected ({len(scores)},) like the scores, got {tuple(share.shape)}")
+    """Scores (N,) of patches against the share (N,) of each that is lesion: `dice`, `iou`,
+    `voxel_dice`, `hit`. No lesion: ValueError.
+    """
+    if scores.shape != share.shape or scores.ndim != 1:
+        raise ValueError(
+            f"share: expected ({len(scores)},) like the scores, got {tuple(share.shape)}"
+        )
     truth, share = share > 0, share.double()
     count = int(truth.sum())
-    if not count: raise ValueError("share: there is no lesion to find; leave it out")
+    if not count:
+        raise ValueError("share: there is no lesion to find; leave it out")
     chosen = top_patches(scores, count)
     both = int((chosen & truth).sum())
-    return {"dice": both / count, "iou": both / (2 * count - both), "voxel_dice": float(2 * share[chosen].sum() / (share.sum() + count)), "hit": float(truth[scores.argmax()])}
+    return {
+        "dice": both / count,
+        "iou": both / (2 * count - both),
+        "voxel_dice": float(2 * share[chosen].sum() / (share.sum() + count)),
+        "hit": float(truth[scores.argmax()]),
+    }
+
 
 def random_location(share: torch.Tensor) -> dict[str, float]:
-    "What random patches reach on average: exact but for `iou`, which is that of the average overlap."
+    """What random patches reach on average: exact but for `iou`, which is that of the average
+    overlap.
+    """
     truth, share, patches = share > 0, share.double(), len(share)
     count = int(truth.sum())
     chance = count / patches
-    return {"dice": chance, "iou": chance / (2 - chance), "voxel_dice": float(2 * share.sum() * chance / (share.sum() + count)), "hit": chance}
+    return {
+        "dice": chance,
+        "iou": chance / (2 - chance),
+        "voxel_dice": float(2 * share.sum() * chance / (share.sum() + count)),
+        "hit": chance,
+    }
 
 # %% ../../nbs/learn/14b_localisation.ipynb #cell-015
 @dataclass(frozen=True)
 class Localisation:
     "How well lesions are found from their texts, by attention and by floors."
+
     scores: dict[str, dict[str, Interval]]  # locator → figure → mean over patients
     gain: dict[str, Interval]  # floor → Dice of the attention minus the floor's, paired
     rows: list[dict]  # of each lesion: case, kind, patches, and "locator figure" → value
     lesions: int
 
     def __str__(self):
-        lines = [f"{name:10s}" + "  ".join(f"{figure} {value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]" for figure, value in found.items()) for name, found in self.scores.items()]
-        return "\n".join([f"{self.lesions} lesions of {next(iter(self.gain.values())).patients} patients, as many patches taken as a lesion touches", *lines])
+        lines = [
+            f"{name:10s}"
+            + "  ".join(
+                f"{figure} {value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+                for figure, value in found.items()
+            )
+            for name, found in self.scores.items()
+        ]
+        return "\n".join(
+            [
+                (
+                    f"{self.lesions} lesions of {next(iter(self.gain.values())).patients} patients, as"
+                    " many patches taken as a lesion touches"
+                ),
+                *lines,
+            ]
+        )
+
 
 def localisation(
     attention: torch.Tensor,  # (n, N), of the text of each lesion in its scan
@@ -171,36 +301,94 @@ def localisation(
     kinds=None,  # what each lesion is, for the rows
 ) -> Localisation:
     "Lesions that are in no patch are left out; none left, or shapes that differ: ValueError."
-    if not attention.shape == lesion.shape == inside.shape: raise ValueError(f"lesion, inside: expected {tuple(attention.shape)} like the attention, got {tuple(lesion.shape)} and {tuple(inside.shape)}")
-    if attention.shape[1] != torch.Size(grid).numel(): raise ValueError(f"grid: {tuple(grid)} has {torch.Size(grid).numel()} patches, the attention {attention.shape[1]}")
+    if not attention.shape == lesion.shape == inside.shape:
+        raise ValueError(
+            f"lesion, inside: expected {tuple(attention.shape)} like the attention, got"
+            f" {tuple(lesion.shape)} and {tuple(inside.shape)}"
+        )
+    if attention.shape[1] != torch.Size(grid).numel():
+        raise ValueError(
+            f"grid: {tuple(grid)} has {torch.Size(grid).numel()} patches, the attention"
+            f" {attention.shape[1]}"
+        )
     attention, lesion, inside = (t.detach().cpu() for t in (attention, lesion, inside))
     kept = [i for i in range(len(lesion)) if (lesion[i] > 0).any()]
-    if not kept: raise ValueError("lesion: no lesion is in any patch, so there is nothing to find")
-    kinds, patients, middle, rows = ["lesion"] * len(lesion) if kinds is None else list(kinds), list(patients), centre_prior(grid), []
+    if not kept:
+        raise ValueError("lesion: no lesion is in any patch, so there is nothing to find")
+    kinds = ["lesion"] * len(lesion) if kinds is None else list(kinds)
+    patients = list(patients)
+    middle = centre_prior(grid)
+    rows = []
     for i in kept:
-        found = {"attention": locate(attention[i], lesion[i]), "region": locate(inside[i].double() + 1e-3 * middle, lesion[i]),  # of patches wholly inside, those nearer to the middle
-                 "centre": locate(middle, lesion[i]), "random": random_location(lesion[i])}
-        rows.append({"patient": patients[i], "kind": kinds[i], "patches": int((lesion[i] > 0).sum()), **{f"{name} {figure}": value for name, figures in found.items() for figure, value in figures.items()}})
-    who, column = [row["patient"] for row in rows], lambda name: np.array([row[name] for row in rows])
-    scores = {name: {figure: share_interval(column(f"{name} {figure}"), who) for figure in ("dice", "iou", "voxel_dice", "hit")} for name in LOCATORS}
-    gain = {name: paired_interval(column("attention dice"), column(f"{name} dice"), who) for name in LOCATORS[1:]}
+        # of patches wholly inside, those nearer to the middle
+        found = {
+            "attention": locate(attention[i], lesion[i]),
+            "region": locate(inside[i].double() + 1e-3 * middle, lesion[i]),
+            "centre": locate(middle, lesion[i]),
+            "random": random_location(lesion[i]),
+        }
+        rows.append(
+            {
+                "patient": patients[i],
+                "kind": kinds[i],
+                "patches": int((lesion[i] > 0).sum()),
+                **{
+                    f"{name} {figure}": value
+                    for name, figures in found.items()
+                    for figure, value in figures.items()
+                },
+            }
+        )
+    who = [row["patient"] for row in rows]
+
+    def column(name):
+        return np.array([row[name] for row in rows])
+
+    scores = {
+        name: {
+            figure: share_interval(column(f"{name} {figure}"), who)
+            for figure in ("dice", "iou", "voxel_dice", "hit")
+        }
+        for name in LOCATORS
+    }
+    gain = {
+        name: paired_interval(column("attention dice"), column(f"{name} dice"), who)
+        for name in LOCATORS[1:]
+    }
     return Localisation(scores, gain, rows, len(rows))
 
 # %% ../../nbs/learn/14b_localisation.ipynb #cell-019
 SPOILT = {  # how a scan comes to be wrong: Volume → Volume
-    "rescaled twice": lambda v: Volume(v.hu - np.float32(1024), v.affine), "scaled by 2": lambda v: Volume(v.hu * np.float32(2) - np.float32(1024), v.affine),
-    "not rescaled": lambda v: Volume(v.hu + np.float32(1024), v.affine), "a picture of 0 to 255": lambda v: Volume(np.clip((v.hu + 1024) / 8, 0, 255).astype(np.float32), v.affine),
-    "0 to 1": lambda v: Volume(np.clip((v.hu + 1024) / 2048, 0, 1).astype(np.float32), v.affine), "-1 to 1": lambda v: Volume(np.clip(v.hu / 1024, -1, 1).astype(np.float32), v.affine),
-    "in metres": lambda v: Volume(v.hu, np.diag([1e-3, 1e-3, 1e-3, 1]) @ v.affine), "in cm": lambda v: Volume(v.hu, np.diag([0.1, 0.1, 0.1, 1]) @ v.affine)}
+    "rescaled twice": lambda v: Volume(v.hu - np.float32(1024), v.affine),
+    "scaled by 2": lambda v: Volume(v.hu * np.float32(2) - np.float32(1024), v.affine),
+    "not rescaled": lambda v: Volume(v.hu + np.float32(1024), v.affine),
+    "a picture of 0 to 255": lambda v: Volume(
+        np.clip((v.hu + 1024) / 8, 0, 255).astype(np.float32), v.affine
+    ),
+    "0 to 1": lambda v: Volume(np.clip((v.hu + 1024) / 2048, 0, 1).astype(np.float32), v.affine),
+    "-1 to 1": lambda v: Volume(np.clip(v.hu / 1024, -1, 1).astype(np.float32), v.affine),
+    "in metres": lambda v: Volume(v.hu, np.diag([1e-3, 1e-3, 1e-3, 1]) @ v.affine),
+    "in cm": lambda v: Volume(v.hu, np.diag([0.1, 0.1, 0.1, 1]) @ v.affine),
+}
+
 
 def preprocessing_check(volumes, config: CTEncoderConfig) -> dict[str, dict]:
-    "What `prepare_scan` does with scans in HU that are right (\"right\") and spoilt (`SPOILT`): how many of how many are `refused`, and the sentence that the first of them gets."
+    """What `prepare_scan` does with scans in HU that are right ("right") and spoilt (`SPOILT`): how
+    many of how many are `refused`, and the sentence that the first of them gets.
+    """
     volumes, found = list(volumes), {}
-    if not volumes: raise ValueError("volumes: expected at least one scan, got none")
+    if not volumes:
+        raise ValueError("volumes: expected at least one scan, got none")
     for name, spoil in {"right": lambda v: v, **SPOILT}.items():
         sentences = []
         for volume in volumes:
-            try: prepare_scan(spoil(volume), config, "scan")
-            except CTReadError as error: sentences.append(str(error))
-        found[name] = {"refused": len(sentences), "of": len(volumes), "sentence": next(iter(sentences), "")}
+            try:
+                prepare_scan(spoil(volume), config, "scan")
+            except CTReadError as error:
+                sentences.append(str(error))
+        found[name] = {
+            "refused": len(sentences),
+            "of": len(volumes),
+            "sentence": next(iter(sentences), ""),
+        }
     return found

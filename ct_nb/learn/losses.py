@@ -9,7 +9,7 @@ __all__ = ['Term', 'windowed', 'absolute_error', 'squared_error', 'gradient_erro
 # %% ../../nbs/learn/03_losses.ipynb #cell-002
 import math
 from dataclasses import dataclass, fields
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,38 +18,62 @@ from ..physics.volume import WINDOWS, Window
 
 # %% ../../nbs/learn/03_losses.ipynb #cell-004
 def windowed(hu: torch.Tensor, window: Window) -> torch.Tensor:
-    "HU -> [0, 1] over the window; values outside still carry a gradient of a hundredth, so that a prediction beyond it finds its way back."
+    """HU -> [0, 1] over the window; values outside still carry a gradient of a hundredth, so that a
+    prediction beyond it finds its way back.
+    """
     scaled = (hu - window.low_hu) / window.width_hu
     return scaled.clip(0, 1) + 0.01 * (scaled - scaled.clip(0, 1))
 
-def absolute_error(prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window) -> torch.Tensor:
+
+def absolute_error(
+    prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window
+) -> torch.Tensor:
     "Mean absolute difference, as a share of the window's width; tensors (B, D, H, W) in HU."
     return F.l1_loss(windowed(prediction_hu, window), windowed(truth_hu, window))
 
-def squared_error(prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window) -> torch.Tensor:
+
+def squared_error(
+    prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window
+) -> torch.Tensor:
     "Mean squared difference, in squared shares of the window's width; tensors (B, D, H, W) in HU."
     return F.mse_loss(windowed(prediction_hu, window), windowed(truth_hu, window))
 
 # %% ../../nbs/learn/03_losses.ipynb #cell-007
-def gradient_error(prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window) -> torch.Tensor:
-    "Mean absolute difference of the forward differences along z, y and x, as a share of the window's width a voxel."
+def gradient_error(
+    prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window
+) -> torch.Tensor:
+    """Mean absolute difference of the forward differences along z, y and x, as a share of the
+    window's width a voxel.
+    """
     difference = windowed(prediction_hu, window) - windowed(truth_hu, window)
     return sum(difference.diff(dim=axis).abs().mean() for axis in (-3, -2, -1)) / 3
 
 # %% ../../nbs/learn/03_losses.ipynb #cell-010
 def _gaussian_blur(x: torch.Tensor, sigma: float = 1.5, taps: int = 11) -> torch.Tensor:
-    "Gaussian mean along the last three axes where all taps fit, as three products with a band matrix: on a CPU many times as fast as conv3d."
+    """Gaussian mean along the last three axes where all taps fit, as three products with a band
+    matrix: on a CPU many times as fast as conv3d.
+    """
     for axis in (-3, -2, -1):
         count = x.shape[axis]
-        tap = torch.arange(count, device=x.device) - torch.arange(count - taps + 1, device=x.device)[:, None]  # (kept, count)
+        # (kept, count)
+        tap = (
+            torch.arange(count, device=x.device)
+            - torch.arange(count - taps + 1, device=x.device)[:, None]
+        )
         band = torch.exp(-0.5 * ((tap - taps // 2) / sigma) ** 2) * ((tap >= 0) & (tap < taps))
         x = (x.transpose(axis, -1) @ (band / band.sum(1, keepdim=True)).to(x).T).transpose(axis, -1)
     return x
 
-def structure_error(prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window) -> torch.Tensor:
-    "1 − mean SSIM over the part where the 11-voxel window fits; tensors (B, D, H, W) in HU, at least 11 voxels a side."
+
+def structure_error(
+    prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window
+) -> torch.Tensor:
+    """1 − mean SSIM over the part where the 11-voxel window fits; tensors (B, D, H, W) in HU, at
+    least 11 voxels a side.
+    """
     a, b = (windowed(hu.float(), window) for hu in (prediction_hu, truth_hu))
-    with torch.autocast(a.device.type, enabled=False):  # a variance is a small difference of large numbers
+    # a variance is a small difference of large numbers
+    with torch.autocast(a.device.type, enabled=False):
         mean_a, mean_b, aa, bb, ab = _gaussian_blur(torch.stack([a, b, a * a, b * b, a * b]))
     top = (2 * mean_a * mean_b + 1e-4) * (2 * (ab - mean_a * mean_b) + 9e-4)
     bottom = (mean_a**2 + mean_b**2 + 1e-4) * ((aa - mean_a**2) + (bb - mean_b**2) + 9e-4)
@@ -64,6 +88,7 @@ def kl_weight(step: int, warmup: int) -> float:
 @dataclass(frozen=True)
 class LossWeights:
     "Weights of the parts of a training loss; a part with weight 0 is not computed."
+
     absolute: float = 1.0
     squared: float = 0.0
     gradient: float = 0.0
@@ -77,18 +102,38 @@ class LossWeights:
 
     def __post_init__(self):
         for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
-            if not 0 <= value < math.inf: raise ValueError(f"LossWeights: {name} must be zero or positive, got {value}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"LossWeights: {name} must be zero or positive, got {value}")
 
 # %% ../../nbs/learn/03_losses.ipynb #cell-025
 Term = torch.Tensor | Callable[[], torch.Tensor]
 
-def weighted_sum(weights: LossWeights, terms: dict[str, Term]) -> tuple[torch.Tensor, dict[str, float]]:
-    "Σ weight · term over the terms whose weight is not 0, and these terms by name, unweighted, for the log."
+
+def weighted_sum(
+    weights: LossWeights, terms: dict[str, Term]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Σ weight · term over the terms whose weight is not 0, and these terms by name, unweighted,
+    for the log.
+    """
     unknown = sorted(set(terms) - {field.name for field in fields(weights)})
-    if unknown: raise ValueError(f"weighted_sum: there is no weight for {', '.join(unknown)}; the names are {', '.join(field.name for field in fields(weights))}")
-    parts = {name: term() if callable(term) else term for name, term in terms.items() if getattr(weights, name)}
-    if not parts: raise ValueError(f"weighted_sum: all weights of {', '.join(terms)} are 0, so nothing would be learned; give one of them a weight")
-    return sum(getattr(weights, name) * value for name, value in parts.items()), {name: value.item() for name, value in parts.items()}
+    if unknown:
+        raise ValueError(
+            f"weighted_sum: there is no weight for {', '.join(unknown)}; the names are"
+            f" {', '.join(field.name for field in fields(weights))}"
+        )
+    parts = {
+        name: term() if callable(term) else term
+        for name, term in terms.items()
+        if getattr(weights, name)
+    }
+    if not parts:
+        raise ValueError(
+            f"weighted_sum: all weights of {', '.join(terms)} are 0, so nothing would be learned;"
+            " give one of them a weight"
+        )
+    return sum(getattr(weights, name) * value for name, value in parts.items()), {
+        name: value.item() for name, value in parts.items()
+    }
 
 # %% ../../nbs/learn/03_losses.ipynb #cell-027
 def reconstruction_loss(
@@ -96,13 +141,36 @@ def reconstruction_loss(
     truth_hu: torch.Tensor,  # (B, D, H, W)
     window: Window,
     weights: LossWeights = LossWeights(),
-    others: dict[str, Term] | None = None,  # losses that need more than these two volumes, by the name of their weight
+    # losses that need more than these two volumes, by the name of their weight
+    others: dict[str, Term] | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    "The weighted sum and its parts, by name, for the log. The adversary's weight is for whoever calls the adversary."
+    """The weighted sum and its parts, by name, for the log.
+
+    The adversary's weight is for whoever calls the adversary.
+    """
     if prediction_hu.shape != truth_hu.shape:
-        raise ValueError(f"reconstruction_loss: prediction {tuple(prediction_hu.shape)} and truth {tuple(truth_hu.shape)} differ in shape.")
-    functions = {"absolute": absolute_error, "squared": squared_error, "gradient": gradient_error, "structure": structure_error}
-    terms = {name: lambda f=function: f(prediction_hu, truth_hu, window) for name, function in functions.items()} | (others or {})
-    missing = [field.name for field in fields(weights) if field.name not in (*terms, "adversary") and getattr(weights, field.name)]
-    if missing: raise ValueError(f"reconstruction_loss: {', '.join(missing)} has a weight but was not handed over; add it to `others` or set its weight to 0")
+        raise ValueError(
+            f"reconstruction_loss: prediction {tuple(prediction_hu.shape)} and truth"
+            f" {tuple(truth_hu.shape)} differ in shape."
+        )
+    functions = {
+        "absolute": absolute_error,
+        "squared": squared_error,
+        "gradient": gradient_error,
+        "structure": structure_error,
+    }
+    terms = {
+        name: lambda f=function: f(prediction_hu, truth_hu, window)
+        for name, function in functions.items()
+    } | (others or {})
+    missing = [
+        field.name
+        for field in fields(weights)
+        if field.name not in (*terms, "adversary") and getattr(weights, field.name)
+    ]
+    if missing:
+        raise ValueError(
+            f"reconstruction_loss: {', '.join(missing)} has a weight but was not handed over; add"
+            " it to `others` or set its weight to 0"
+        )
     return weighted_sum(weights, terms)

@@ -15,46 +15,84 @@ from .metrics import CHEST, as_pair
 from ..physics.volume import Window
 
 # %% ../../nbs/learn/00b_lpips.ipynb #cell-004
-LAYERS = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False))  # index in AlexNet, stride, padding, pooled before
+# index in AlexNet, stride, padding, pooled before
+LAYERS = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False))
 CHANNELS = (64, 192, 384, 256, 256)
-RGB_SHIFT, RGB_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's mean and sd for images in [-1, 1]
+# ImageNet's mean and sd for images in [-1, 1]
+RGB_SHIFT = (-0.030, -0.088, -0.188)
+RGB_SCALE = (0.458, 0.448, 0.450)
+
 
 class LPIPS:
     "LPIPS with AlexNet from a safetensors file; ValueError names the file where it is not one."
 
     def __init__(self, path, device=None):
         from safetensors.torch import load_file
-        try: self.weights = {k: v.float().to(device) for k, v in load_file(str(path)).items()}
+
+        try:
+            self.weights = {k: v.float().to(device) for k, v in load_file(str(path)).items()}
         except Exception as error:
-            raise ValueError(f"{path}: not a safetensors file that can be read ({error}); give the LPIPS weights as safetensors.") from None
+            raise ValueError(
+                f"{path}: not a safetensors file that can be read ({error}); give the LPIPS weights"
+                " as safetensors."
+            ) from None
         for (index, *_), channels, head in zip(LAYERS, CHANNELS, range(5)):
-            for key, shape in ((f"features.{index}.weight", (channels,)), (f"features.{index}.bias", (channels,)), (f"lin{head}.model.1.weight", (1, channels))):
+            for key, shape in (
+                (f"features.{index}.weight", (channels,)),
+                (f"features.{index}.bias", (channels,)),
+                (f"lin{head}.model.1.weight", (1, channels)),
+            ):
                 found = tuple(self.weights[key].shape) if key in self.weights else None
-                if found is None or found[:len(shape)] != shape:
-                    raise ValueError(f"{path}: {key} should begin with shape {shape}, got {found}; see the list of names in ct_nb.learn.lpips.")
+                if found is None or found[: len(shape)] != shape:
+                    raise ValueError(
+                        f"{path}: {key} should begin with shape {shape}, got {found}; see the list"
+                        " of names in ct_nb.learn.lpips."
+                    )
         self.path = Path(path)
 
     def _features(self, image):
         w = self.weights
-        x = (image - image.new_tensor(RGB_SHIFT)[:, None, None]) / image.new_tensor(RGB_SCALE)[:, None, None]
+        x = (image - image.new_tensor(RGB_SHIFT)[:, None, None]) / image.new_tensor(RGB_SCALE)[
+            :, None, None
+        ]
         for index, stride, padding, pooled in LAYERS:
-            if pooled: x = F.max_pool2d(x, 3, 2)
-            x = F.relu(F.conv2d(x, w[f"features.{index}.weight"], w[f"features.{index}.bias"], stride, padding))
+            if pooled:
+                x = F.max_pool2d(x, 3, 2)
+            x = F.relu(
+                F.conv2d(
+                    x, w[f"features.{index}.weight"], w[f"features.{index}.bias"], stride, padding
+                )
+            )
             yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
     def images(self, a, b) -> torch.Tensor:
         "Distances (N,) of RGB images (N, 3, H, W) in [-1, 1], 31 pixels a side or more."
-        if min(a.shape[-2:]) < 31: raise ValueError(f"lpips: AlexNet needs slices of at least 31×31 pixels, got {tuple(a.shape[-2:])}")
+        if min(a.shape[-2:]) < 31:
+            raise ValueError(
+                f"lpips: AlexNet needs slices of at least 31×31 pixels, got {tuple(a.shape[-2:])}"
+            )
         pairs = zip(self._features(a), self._features(b))
-        return sum(F.conv2d((y - z).square(), self.weights[f"lin{l}.model.1.weight"]).mean((1, 2, 3)) for l, (y, z) in enumerate(pairs))
+        return sum(
+            F.conv2d((y - z).square(), self.weights[f"lin{l}.model.1.weight"]).mean((1, 2, 3))
+            for l, (y, z) in enumerate(pairs)
+        )
 
     @torch.no_grad()
     def __call__(self, pred, truth, window: Window = CHEST, chunk: int = 32) -> float:
-        "Mean LPIPS over all slices of three axes of HU volumes (D, H, W), grey repeated as RGB; the window becomes [-1, 1]."
+        """Mean LPIPS over all slices of three axes of HU volumes (D, H, W), grey repeated as RGB;
+        the window becomes [-1, 1].
+        """
         device = next(iter(self.weights.values())).device
         a, b = (window.to_network(v.float()).to(device) for v in as_pair(pred, truth))
         axes = []
         for axis in range(3):
             slices = [v.movedim(axis, 0)[:, None].expand(-1, 3, -1, -1) for v in (a, b)]
-            axes.append(torch.cat([self.images(p, q) for p, q in zip(slices[0].split(chunk), slices[1].split(chunk))]).mean())
+            axes.append(
+                torch.cat(
+                    [
+                        self.images(p, q)
+                        for p, q in zip(slices[0].split(chunk), slices[1].split(chunk))
+                    ]
+                ).mean()
+            )
         return torch.stack(axes).mean().item()

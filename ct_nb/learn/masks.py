@@ -14,66 +14,102 @@ import torch
 from ..physics.volume import Grid
 
 # %% ../../nbs/learn/00a_masks.ipynb #cell-005
-BODY_HU, AIR_IN_BODY_HU, BONE_HU = -500.0, -500.0, 200.0
+BODY_HU = -500.0
+AIR_IN_BODY_HU = -500.0
+BONE_HU = 200.0
 
-def _array(hu): return hu.detach().cpu().numpy() if isinstance(hu, torch.Tensor) else np.asarray(hu)
+
+def _array(hu):
+    return hu.detach().cpu().numpy() if isinstance(hu, torch.Tensor) else np.asarray(hu)
+
 
 def _ball(radius_mm, spacing_mm):
     reach = [max(1, int(radius_mm / s + 0.5)) for s in spacing_mm[::-1]]  # (z, y, x)
     z, y, x = np.ogrid[tuple(slice(-r, r + 1) for r in reach)]
     return (z / reach[0]) ** 2 + (y / reach[1]) ** 2 + (x / reach[2]) ** 2 <= 1
 
+
 def body_mask(hu, grid: Grid, bridge_mm: float = 10.0) -> np.ndarray:
-    "The patient in HU (D, H, W), lungs included, couch left out: bool (D, H, W); `bridge_mm` is the width of a bridge to the couch that is cut."
+    """The patient in HU (D, H, W), lungs included, couch left out: bool (D, H, W); `bridge_mm` is
+    the width of a bridge to the couch that is cut.
+    """
     from scipy import ndimage
+
     dense = _array(hu) > BODY_HU
-    if dense.shape != grid.shape: raise ValueError(f"body_mask: hu is {dense.shape} and the grid {grid.shape}; they must be the same")
+    if dense.shape != grid.shape:
+        raise ValueError(
+            f"body_mask: hu is {dense.shape} and the grid {grid.shape}; they must be the same"
+        )
     ball = _ball(bridge_mm / 2, grid.spacing_mm)
-    opened = ndimage.binary_opening(np.pad(dense, [(n // 2,) * 2 for n in ball.shape], mode="edge"), ball)  # a body that leaves the cube is not cut there
-    pieces, count = ndimage.label(opened[tuple(slice(n // 2, n // 2 + s) for n, s in zip(ball.shape, dense.shape))])
-    if count == 0: return np.zeros(dense.shape, bool)
+    # a body that leaves the cube is not cut there
+    opened = ndimage.binary_opening(
+        np.pad(dense, [(n // 2,) * 2 for n in ball.shape], mode="edge"), ball
+    )
+    pieces, count = ndimage.label(
+        opened[tuple(slice(n // 2, n // 2 + s) for n, s in zip(ball.shape, dense.shape))]
+    )
+    if count == 0:
+        return np.zeros(dense.shape, bool)
     largest = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
-    patient = dense & ndimage.binary_dilation(largest, ball)  # back what the opening took from the skin
+    # back what the opening took from the skin
+    patient = dense & ndimage.binary_dilation(largest, ball)
     return np.stack([ndimage.binary_fill_holes(s) for s in patient])
 
 # %% ../../nbs/learn/00a_masks.ipynb #cell-008
 def threshold_masks(hu, grid: Grid) -> dict[str, np.ndarray]:
-    """`body`, `lung` (air inside the body: lungs, airways, bowel gas, below -500 HU) and `bone` (above 200 HU inside the body) of any HU volume,
-    bool (D, H, W); the same rule for truth and prediction."""
+    """`body`, `lung` (air inside the body: lungs, airways, bowel gas, below -500 HU) and `bone`
+    (above 200 HU inside the body) of any HU volume,
+    bool (D, H, W); the same rule for truth and prediction.
+    """
     body, hu = body_mask(hu, grid), _array(hu)
     return {"body": body, "lung": body & (hu < AIR_IN_BODY_HU), "bone": body & (hu > BONE_HU)}
 
 # %% ../../nbs/learn/00a_masks.ipynb #cell-011
 def dice(pred_mask, truth_mask) -> float:
     "Dice overlap of two masks (D, H, W), 0 to 1; NaN where both are empty."
-    a, b = _array(pred_mask).astype(bool), _array(truth_mask).astype(bool)
-    if a.shape != b.shape: raise ValueError(f"dice: the masks must have one shape, got {a.shape} and {b.shape}")
+    a = _array(pred_mask).astype(bool)
+    b = _array(truth_mask).astype(bool)
+    if a.shape != b.shape:
+        raise ValueError(f"dice: the masks must have one shape, got {a.shape} and {b.shape}")
     total = int(a.sum()) + int(b.sum())
     return 2 * int((a & b).sum()) / total if total else math.nan
 
 # %% ../../nbs/learn/00a_masks.ipynb #cell-014
 def _surface(mask):
     from scipy import ndimage
+
     return mask & ~ndimage.binary_erosion(mask)
 
+
 def hd95_mm(pred_mask, truth_mask, spacing_mm) -> float:
-    "95 % Hausdorff distance in mm of two masks (D, H, W); `spacing_mm` along (x, y, z) as `Grid.spacing_mm`; NaN where either is empty."
+    """95 % Hausdorff distance in mm of two masks (D, H, W); `spacing_mm` along (x, y, z) as
+    `Grid.spacing_mm`; NaN where either is empty.
+    """
     from scipy import ndimage
-    a, b = _array(pred_mask).astype(bool), _array(truth_mask).astype(bool)
-    if a.shape != b.shape: raise ValueError(f"hd95_mm: the masks must have one shape, got {a.shape} and {b.shape}")
-    if not a.any() or not b.any(): return math.nan
-    box = ndimage.find_objects((a | b).astype(np.uint8))[0]  # distances need no voxel outside the union
-    a, b = _surface(np.pad(a[box], 1)), _surface(np.pad(b[box], 1))
+
+    a = _array(pred_mask).astype(bool)
+    b = _array(truth_mask).astype(bool)
+    if a.shape != b.shape:
+        raise ValueError(f"hd95_mm: the masks must have one shape, got {a.shape} and {b.shape}")
+    if not a.any() or not b.any():
+        return math.nan
+    # distances need no voxel outside the union
+    box = ndimage.find_objects((a | b).astype(np.uint8))[0]
+    a = _surface(np.pad(a[box], 1))
+    b = _surface(np.pad(b[box], 1))
     sampling = tuple(spacing_mm)[::-1]
     to_a, to_b = (ndimage.distance_transform_edt(~s, sampling=sampling) for s in (a, b))
     return float(max(np.percentile(to_b[a], 95), np.percentile(to_a[b], 95)))
 
 # %% ../../nbs/learn/00a_masks.ipynb #cell-018
 def mask_metrics(pred_masks: dict, truth_masks: dict, spacing_mm) -> dict[str, float]:
-    "`dice_NAME`, `hd95_mm_NAME` and `detected_NAME` for every mask of the truth; a name that `pred_masks` lacks counts as not found."
+    """`dice_NAME`, `hd95_mm_NAME` and `detected_NAME` for every mask of the truth; a name that
+    `pred_masks` lacks counts as not found.
+    """
     out = {}
     for name, truth in truth_masks.items():
         pred = pred_masks.get(name, np.zeros_like(truth))
-        out[f"dice_{name}"], out[f"hd95_mm_{name}"] = dice(pred, truth), hd95_mm(pred, truth, spacing_mm)
+        out[f"dice_{name}"] = dice(pred, truth)
+        out[f"hd95_mm_{name}"] = hd95_mm(pred, truth, spacing_mm)
         out[f"detected_{name}"] = float(pred.any()) if truth.any() else math.nan
     return out

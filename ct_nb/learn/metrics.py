@@ -20,116 +20,195 @@ from ..physics.volume import WINDOWS, Window, hu_to_mu
 # %% ../../nbs/learn/00_metrics.ipynb #cell-005
 CHEST, X2CT = WINDOWS["chest"], WINDOWS["x2ct"]
 
+
 def as_volume(hu, name: str = "hu") -> torch.Tensor:
-    "A float tensor (D, H, W) from an array or a tensor; ValueError where it is not a finite volume."
+    """A float tensor (D, H, W) from an array or a tensor; ValueError where it is not a finite
+    volume.
+    """
     hu = torch.as_tensor(hu)
-    if not hu.is_floating_point(): hu = hu.float()
-    if hu.ndim != 3: raise ValueError(f"{name}: expected a volume (D, H, W), got shape {tuple(hu.shape)}")
+    if not hu.is_floating_point():
+        hu = hu.float()
+    if hu.ndim != 3:
+        raise ValueError(f"{name}: expected a volume (D, H, W), got shape {tuple(hu.shape)}")
     bad = int((~torch.isfinite(hu)).sum())
-    if bad: raise ValueError(f"{name}: {bad} of {hu.numel()} voxels are NaN or infinite; a metric of it would mean nothing")
+    if bad:
+        raise ValueError(
+            f"{name}: {bad} of {hu.numel()} voxels are NaN or infinite; a metric of it would mean"
+            " nothing"
+        )
     return hu.detach()
 
+
 def as_pair(pred, truth, window: Window | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    "Prediction and truth as tensors of one shape on one device, clipped to `window` where one is given."
+    """Prediction and truth as tensors of one shape on one device, clipped to `window` where one is
+    given.
+    """
     truth = as_volume(truth, "truth")
     pred = as_volume(pred, "pred").to(truth)
     if pred.shape != truth.shape:
-        raise ValueError(f"pred and truth must have one shape, got {tuple(pred.shape)} and {tuple(truth.shape)}; resample one of them first")
-    return (pred, truth) if window is None else (pred.clip(window.low_hu, window.high_hu), truth.clip(window.low_hu, window.high_hu))
+        raise ValueError(
+            f"pred and truth must have one shape, got {tuple(pred.shape)} and {tuple(truth.shape)};"
+            " resample one of them first"
+        )
+    return (
+        (pred, truth)
+        if window is None
+        else (pred.clip(window.low_hu, window.high_hu), truth.clip(window.low_hu, window.high_hu))
+    )
 
 # %% ../../nbs/learn/00_metrics.ipynb #cell-007
 def psnr(pred, truth, window: Window = CHEST) -> float:
-    "Volumetric peak signal-to-noise ratio in dB, of the MSE over all voxels in a fixed HU window; inf where the clipped volumes are identical."
+    """Volumetric peak signal-to-noise ratio in dB, of the MSE over all voxels in a fixed HU window;
+    inf where the clipped volumes are identical.
+    """
     pred, truth = as_pair(pred, truth, window)
     mse = (pred.double() - truth.double()).square().mean().item()
     return math.inf if mse == 0 else -10 * math.log10(mse / window.width_hu**2)
 
 # %% ../../nbs/learn/00_metrics.ipynb #cell-011
 def _masked(difference, mask):
-    if mask is None: return difference.double()
+    if mask is None:
+        return difference.double()
     mask = torch.as_tensor(mask, device=difference.device)
-    if mask.shape != difference.shape: raise ValueError(f"mask: expected shape {tuple(difference.shape)}, got {tuple(mask.shape)}")
+    if mask.shape != difference.shape:
+        raise ValueError(f"mask: expected shape {tuple(difference.shape)}, got {tuple(mask.shape)}")
     return difference[mask.bool()].double()
+
 
 def mae_hu(pred, truth, mask=None, window: Window = CHEST) -> float:
     "Mean absolute error in HU over `mask` (D, H, W), or over all voxels; NaN for an empty mask."
     pred, truth = as_pair(pred, truth, window)
     return _masked((pred - truth).abs(), mask).mean().item()
 
+
 def bias_hu(pred, truth, mask=None, window: Window = CHEST) -> float:
-    "Mean signed error in HU, prediction minus truth, over `mask` or all voxels; NaN for an empty mask."
+    """Mean signed error in HU, prediction minus truth, over `mask` or all voxels; NaN for an empty
+    mask.
+    """
     pred, truth = as_pair(pred, truth, window)
     return _masked(pred - truth, mask).mean().item()
 
 # %% ../../nbs/learn/00_metrics.ipynb #cell-014
-TISSUE_BANDS_HU = {"air": (-math.inf, -950.0), "lung": (-950.0, -400.0), "fat": (-190.0, -30.0), "soft_tissue": (-30.0, 200.0), "bone": (200.0, math.inf)}
+TISSUE_BANDS_HU = {
+    "air": (-math.inf, -950.0),
+    "lung": (-950.0, -400.0),
+    "fat": (-190.0, -30.0),
+    "soft_tissue": (-30.0, 200.0),
+    "bone": (200.0, math.inf),
+}
+
 
 def tissue_errors(pred, truth, body) -> dict[str, float]:
-    "`mae_hu_TISSUE` and `bias_hu_TISSUE` in HU for each of `TISSUE_BANDS_HU`, inside the truth's body mask (D, H, W)."
+    """`mae_hu_TISSUE` and `bias_hu_TISSUE` in HU for each of `TISSUE_BANDS_HU`, inside the truth's
+    body mask (D, H, W).
+    """
     pred, truth = as_pair(pred, truth)
-    body, out = torch.as_tensor(body, device=truth.device).bool(), {}
+    body = torch.as_tensor(body, device=truth.device).bool()
+    out = {}
     for tissue, (low, high) in TISSUE_BANDS_HU.items():
         band = body & (truth >= low) & (truth < high)
-        out[f"mae_hu_{tissue}"], out[f"bias_hu_{tissue}"] = mae_hu(pred, truth, band), bias_hu(pred, truth, band)
+        out[f"mae_hu_{tissue}"] = mae_hu(pred, truth, band)
+        out[f"bias_hu_{tissue}"] = bias_hu(pred, truth, band)
     return out
 
 # %% ../../nbs/learn/00_metrics.ipynb #cell-017
 SSIM_SIGMA, SSIM_TAPS = 1.5, 11
 
-def _gaussian_mean(x):  # (N, D, H, W), valid part only; separable, and eleven shifted sums are ten times as fast here as conv3d
+
+# (N, D, H, W), valid part only; separable, and eleven shifted sums are ten times as fast here as
+# conv3d
+def _gaussian_mean(x):
     taps = np.exp(-0.5 * ((np.arange(SSIM_TAPS) - SSIM_TAPS // 2) / SSIM_SIGMA) ** 2)
     for axis in (1, 2, 3):
         length, total = x.shape[axis] - SSIM_TAPS + 1, 0
-        for shift, weight in enumerate(taps / taps.sum()): total = total + float(weight) * x.narrow(axis, shift, length)
+        for shift, weight in enumerate(taps / taps.sum()):
+            total = total + float(weight) * x.narrow(axis, shift, length)
         x = total
     return x
 
+
 def ssim_map(pred, truth, window: Window = CHEST) -> torch.Tensor:
-    "Local SSIM (D-10, H-10, W-10) of the clipped volumes scaled to a range of 1; ValueError below 11 voxels a side."
+    """Local SSIM (D-10, H-10, W-10) of the clipped volumes scaled to a range of 1; ValueError below
+    11 voxels a side.
+    """
     pred, truth = as_pair(pred, truth, window)
-    if min(truth.shape) < SSIM_TAPS: raise ValueError(f"ssim: needs at least {SSIM_TAPS} voxels along each axis, got {tuple(truth.shape)}")
+    if min(truth.shape) < SSIM_TAPS:
+        raise ValueError(
+            f"ssim: needs at least {SSIM_TAPS} voxels along each axis, got {tuple(truth.shape)}"
+        )
     a, b = ((v.double() - window.low_hu) / window.width_hu for v in (pred, truth))
     mean_a, mean_b, aa, bb, ab = _gaussian_mean(torch.stack([a, b, a * a, b * b, a * b]))
-    variance_a, variance_b, covariance = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
+    variance_a = aa - mean_a**2
+    variance_b = bb - mean_b**2
+    covariance = ab - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
-    return ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))
+    return ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
+        (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
+    )
+
 
 def ssim(pred, truth, window: Window = CHEST, mask=None) -> float:
-    "Mean of `ssim_map`, over `mask` (D, H, W) where one is given (cropped by the five voxels a side that the map lacks); NaN for an empty mask."
+    """Mean of `ssim_map`, over `mask` (D, H, W) where one is given (cropped by the five voxels a
+    side that the map lacks); NaN for an empty mask.
+    """
     return ssim_mean(ssim_map(pred, truth, window), mask)
+
 
 def ssim_mean(local, mask=None) -> float:
     "Mean of a `ssim_map` over a mask of the whole volume, or over all of it."
     edge = SSIM_TAPS // 2
-    return _masked(local, None if mask is None else torch.as_tensor(mask)[edge:-edge, edge:-edge, edge:-edge]).mean().item()
+    return (
+        _masked(
+            local,
+            None if mask is None else torch.as_tensor(mask)[edge:-edge, edge:-edge, edge:-edge],
+        )
+        .mean()
+        .item()
+    )
 
 # %% ../../nbs/learn/00_metrics.ipynb #cell-021
 def drr_error(pred, line_integrals, geometry, energy_kev: float = 60.0) -> float:
-    "‖A μ(pred) − y‖ / ‖y‖ for HU (D, H, W) on `geometry.grid` and line integrals y (V, R, C), dimensionless; 0 is perfect."
+    """‖A μ(pred) − y‖ / ‖y‖ for HU (D, H, W) on `geometry.grid` and line integrals y (V, R, C),
+    dimensionless; 0 is perfect.
+    """
     from ct_nb.physics.projector import project
+
     mu = hu_to_mu(as_volume(pred, "pred").float(), energy_kev)
     measured = torch.as_tensor(line_integrals).to(mu)
     projected = project(mu, geometry)
     if projected.shape != measured.shape:
-        raise ValueError(f"line_integrals: expected (V, R, C) = {tuple(projected.shape)} as geometry says, got {tuple(measured.shape)}")
+        raise ValueError(
+            f"line_integrals: expected (V, R, C) = {tuple(projected.shape)} as geometry says, got"
+            f" {tuple(measured.shape)}"
+        )
     return _relative((projected - measured).double(), measured.double()).item()
 
+
 def held_out_drr_error(pred, truth, geometry, energy_kev: float = 60.0) -> float:
-    "`drr_error` of HU `pred` on views that nobody was shown, whose line integrals are those of `truth` on the same grid."
+    """`drr_error` of HU `pred` on views that nobody was shown, whose line integrals are those of
+    `truth` on the same grid.
+    """
     from ct_nb.physics.projector import project
+
     pred, truth = as_pair(pred, truth)
-    return drr_error(pred, project(hu_to_mu(truth.float(), energy_kev), geometry), geometry, energy_kev)
+    return drr_error(
+        pred, project(hu_to_mu(truth.float(), energy_kev), geometry), geometry, energy_kev
+    )
+
 
 def _relative(error, reference, dims=None):
     return torch.linalg.vector_norm(error, dim=dims) / torch.linalg.vector_norm(reference, dim=dims)
 
 # %% ../../nbs/learn/00_metrics.ipynb #cell-023
 def null_space_error(pred, truth, geometry, energy_kev: float = 60.0, iterations: int = 10):
-    """‖N(μ(pred) − μ(truth))‖ / ‖N μ(truth)‖, N = I − A⁺A by `iterations` of the solver; `pred` is HU (D, H, W), or (B, D, H, W) for a tensor of B.
+    """‖N(μ(pred) − μ(truth))‖ / ‖N μ(truth)‖, N = I − A⁺A by `iterations` of the solver; `pred` is
+    HU (D, H, W), or (B, D, H, W) for a tensor of B.
 
-    Bhadra, Kelkar, Brooks & Anastasio 2021 (10.1109/TMI.2021.3077857) call what a method puts there wrongly a hallucination map.
+    Bhadra, Kelkar, Brooks & Anastasio 2021 (10.1109/TMI.2021.3077857) call what a method puts there
+    wrongly a hallucination map.
     """
     from ct_nb.physics.solvers import null_component
+
     truth = as_volume(truth, "truth").float()
     pred = torch.as_tensor(pred).to(truth)
     mu = hu_to_mu(truth, energy_kev)
@@ -141,15 +220,25 @@ def null_space_error(pred, truth, geometry, energy_kev: float = 60.0, iterations
 # %% ../../nbs/learn/00_metrics.ipynb #cell-025
 LEGACY_PEAK, LEGACY_EXACT_DB = 4095.0, 100.0
 
+
 def legacy_x2ct_psnr(pred, truth) -> float:
-    "LEGACY. PSNR in dB as the X2CT-GAN evaluator prints it: range 2500, peak 4095, mean of dB over the slices of three axes, exact slices 100 dB."
+    """LEGACY. PSNR in dB as the X2CT-GAN evaluator prints it: range 2500, peak 4095, mean of dB
+    over the slices of three axes, exact slices 100 dB.
+    """
     pred, truth = as_pair(pred, truth, X2CT)
     squared = (pred.double() - truth.double()).square()
     axes = []
     for others in ((1, 2), (0, 2), (0, 1)):
         mse = squared.mean(others)
-        axes.append(torch.where(mse == 0, LEGACY_EXACT_DB, 10 * torch.log10(LEGACY_PEAK**2 / mse.clamp(min=1e-300))).mean().item())
+        axes.append(
+            torch.where(
+                mse == 0, LEGACY_EXACT_DB, 10 * torch.log10(LEGACY_PEAK**2 / mse.clamp(min=1e-300))
+            )
+            .mean()
+            .item()
+        )
     return sum(axes) / 3
+
 
 def psnr_x2ct_honest(pred, truth) -> float:
     "Volumetric PSNR in dB in the X2CT window [-1000, 1500] HU, peak 2500."
@@ -159,32 +248,47 @@ def psnr_x2ct_honest(pred, truth) -> float:
 @dataclass(frozen=True)
 class Interval:
     "A mean over patients and its confidence interval."
+
     mean: float
     low: float
     high: float
     patients: int
 
+
 def by_patient(values, patients) -> np.ndarray:
-    "Mean of `values` for each distinct patient, in order of first appearance; NaN values are left out."
+    """Mean of `values` for each distinct patient, in order of first appearance; NaN values are left
+    out.
+    """
     groups: dict = {}
-    for value, patient in zip(values, patients, strict=True): groups.setdefault(patient, []).append(float(value))
+    for value, patient in zip(values, patients, strict=True):
+        groups.setdefault(patient, []).append(float(value))
     kept = [[v for v in group if not math.isnan(v)] for group in groups.values()]
     return np.array([sum(g) / len(g) if g else math.nan for g in kept])
 
+
 def mean_sd(values) -> tuple[float, float]:
-    "Mean and sample standard deviation, NaN left out; (NaN, NaN) of nothing, sd NaN of one value or where the mean is infinite."
+    """Mean and sample standard deviation, NaN left out; (NaN, NaN) of nothing, sd NaN of one value
+    or where the mean is infinite.
+    """
     values = np.asarray([v for v in values if not math.isnan(v)], dtype=float)
     mean = float(values.mean()) if len(values) else math.nan
     return mean, float(values.std(ddof=1)) if len(values) > 1 and math.isfinite(mean) else math.nan
 
+
 def paired_interval(values, reference, patients, level: float = 0.95) -> Interval:
-    "Student's interval of the mean over patients of `values` − `reference`, two lists over the same cases; bounds NaN for fewer than two patients."
+    """Student's interval of the mean over patients of `values` − `reference`, two lists over the
+    same cases; bounds NaN for fewer than two patients.
+    """
     from scipy.stats import t
-    a, b = by_patient(values, patients), by_patient(reference, patients)
+
+    a = by_patient(values, patients)
+    b = by_patient(reference, patients)
     difference = (a - b)[np.isfinite(a) & np.isfinite(b)]
     n = len(difference)
-    if n == 0: return Interval(math.nan, math.nan, math.nan, 0)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
     mean = float(difference.mean())
-    if n == 1: return Interval(mean, math.nan, math.nan, 1)
+    if n == 1:
+        return Interval(mean, math.nan, math.nan, 1)
     half = float(t.ppf(0.5 + level / 2, n - 1) * difference.std(ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)

@@ -24,7 +24,10 @@ from ..physics.volume import Grid, Volume, hu_to_mu
 def load_drr2ct(
     folder,  # what a training run left: config.json and model.safetensors
 ) -> DRR2CT:
-    "The trained network of a run, in evaluation mode. `WeightsError` when the folder is not one, or of another system."
+    """The trained network of a run, in evaluation mode.
+
+    `WeightsError` when the folder is not one, or of another system.
+    """
     config = read_config(folder, system="drr2ct")
     model = DRR2CT(DRR2CTConfig.from_dict(config["network"]))
     load_weights(folder, model)
@@ -34,29 +37,48 @@ def load_drr2ct(
 @dataclass
 class ModelPredictor:
     "A network under the same interface as the floors."
+
     model: DRR2CT
     name: str = "model"
-    consistency: bool | None = None  # move the answer onto the X-rays; None: as the network is configured
+    # move the answer onto the X-rays; None: as the network is configured
+    consistency: bool | None = None
 
     @torch.no_grad()
     def predict(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
-        "Line integrals (V, R, C) and a geometry in the cube's frame -> HU (N, N, N), vacuum at the lowest."
+        """Line integrals (V, R, C) and a geometry in the cube's frame -> HU (N, N, N), vacuum at
+        the lowest.
+        """
         device = next(self.model.parameters()).device
-        return self.model(xrays[None].float().to(device), geometry.to(device), consistency=self.consistency).hu[0].float().cpu().clamp_min(-1000)
+        return (
+            self.model(
+                xrays[None].float().to(device), geometry.to(device), consistency=self.consistency
+            )
+            .hu[0]
+            .float()
+            .cpu()
+            .clamp_min(-1000)
+        )
 
 # %% ../../nbs/learn/06_reconstruction.ipynb #cell-008
 @dataclass
 class Reconstruction:
     "What `reconstruct` answers."
+
     volume: Volume  # HU, in the frame of the geometry that was given
     residual: list[float]  # ‖Aμ − y‖ / ‖y‖ of each view, for `volume`
     reprojection: np.ndarray  # (V, R, C) line integrals of `volume`
-    xrays: np.ndarray | None = None  # (V, R, C) line integrals that were given, on the detector pixels that the network took
+    # (V, R, C) line integrals that were given, on the detector pixels that the network took
+    xrays: np.ndarray | None = None
     geometry: ConeBeam | None = None  # that was given, with these pixels
-    residual_consistent: list[float] = field(default_factory=list)  # of each view, with the data-consistency layer; empty, as the three that follow, where the model has none
+    # of each view, with the data-consistency layer; empty, as the three that follow, where the
+    # model has none
+    residual_consistent: list[float] = field(default_factory=list)
     residual_unconstrained: list[float] = field(default_factory=list)  # of each view, without it
-    residual_layer: list[float] = field(default_factory=list)  # what the layer itself reached, see above; as the next, empty after refinement, where it is another layer
-    tolerance: list[float] = field(default_factory=list)  # the residual of each view below which the layer does not go on
+    # what the layer itself reached, see above; as the next, empty after refinement, where it is
+    # another layer
+    residual_layer: list[float] = field(default_factory=list)
+    # the residual of each view below which the layer does not go on
+    tolerance: list[float] = field(default_factory=list)
     consistent: bool = True  # `volume` was moved onto the X-rays
     how: str = ""  # it was found, where that is not the usual way; for the figure's title
     limit: float | None = None  # the largest residual that noise explains; None: not known
@@ -71,26 +93,43 @@ class Reconstruction:
 
 # %% ../../nbs/learn/06_reconstruction.ipynb #cell-009
 def residual_limit(
-    expected,  # the "residual" entry of config.json, {"median": m, "limit": q}; None; or a run's folder
+    # the "residual" entry of config.json, {"median": m, "limit": q}; None; or a run's folder
+    expected,
 ) -> float | None:
-    "The largest relative residual of a view that noise explains, or None where the run does not say. `WeightsError` for a folder that is no run, `ValueError` for a damaged entry."
-    if expected is None: return None
-    if not isinstance(expected, dict): return residual_limit(read_config(expected, system="drr2ct").get("residual"))
+    """The largest relative residual of a view that noise explains, or None where the run does not
+    say. `WeightsError` for a folder that is no run, `ValueError` for a damaged entry.
+    """
+    if expected is None:
+        return None
+    if not isinstance(expected, dict):
+        return residual_limit(read_config(expected, system="drr2ct").get("residual"))
     limit = expected.get("limit")
     if not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
-        raise ValueError(f"expected_residual: must be {{'median': m, 'limit': q}} with a positive limit, got {expected}; train the run again, or leave it out.")
+        raise ValueError(
+            "expected_residual: must be {'median': m, 'limit': q} with a positive limit, got"
+            f" {expected}; train the run again, or leave it out."
+        )
     return float(limit)
+
 
 def contradictions_beyond(
     residuals: list[float],  # of each view, with the data-consistency layer
     limit: float | None,  # the largest that noise explains; None: not known
 ) -> list[str] | None:
     "A sentence for each view beyond the limit, or None where none is known."
-    if limit is None: return None
-    return [f"view {view}: its residual {residual:.3f} is beyond what noise explains ({limit:.3f}): the X-ray contradicts the geometry or is not what was told" for view, residual in enumerate(residuals) if residual > limit]
+    if limit is None:
+        return None
+    return [
+        f"view {view}: its residual {residual:.3f} is beyond what noise explains ({limit:.3f}): the"
+        " X-ray contradicts the geometry or is not what was told"
+        for view, residual in enumerate(residuals)
+        if residual > limit
+    ]
 
 # %% ../../nbs/learn/06_reconstruction.ipynb #cell-010
-RESIDUAL_DETECTOR = 64  # rows and columns at most: in blocks, quantum noise averages out, and a wrong geometry does not
+# rows and columns at most: in blocks, quantum noise averages out, and a wrong geometry does not
+RESIDUAL_DETECTOR = 64
+
 
 def view_residuals(
     hu: torch.Tensor,  # (D, H, W) on the geometry's grid; below -1000 counts as vacuum
@@ -98,25 +137,44 @@ def view_residuals(
     geometry: ConeBeam,
     energy_kev: float = 60.0,
 ) -> tuple[list[float], torch.Tensor]:
-    """‖Aμ − y‖ / ‖y‖ of each view, over blocks of pixels such that there are at most 64 rows and columns, and the reprojection Aμ (V, R, C), pixel by pixel.
-    The number that `reconstruct` holds against a run's limit."""
+    """‖Aμ − y‖ / ‖y‖ of each view, over blocks of pixels such that there are at most 64 rows and
+    columns, and the reprojection Aμ (V, R, C), pixel by pixel.
+    The number that `reconstruct` holds against a run's limit.
+    """
     reprojection = project(hu_to_mu(hu, energy_kev), geometry.to(torch.float32))
-    return _relative(*(binned(images, geometry, RESIDUAL_DETECTOR)[0] for images in (reprojection, xrays))), reprojection
+    return (
+        _relative(
+            *(binned(images, geometry, RESIDUAL_DETECTOR)[0] for images in (reprojection, xrays))
+        ),
+        reprojection,
+    )
 
 # %% ../../nbs/learn/06_reconstruction.ipynb #cell-011
 def _relative(reprojection: torch.Tensor, xrays: torch.Tensor) -> list[float]:
-    return ((reprojection - xrays).flatten(1).norm(dim=1) / xrays.flatten(1).norm(dim=1).clamp_min(1e-12)).tolist()
+    return (
+        (reprojection - xrays).flatten(1).norm(dim=1)
+        / xrays.flatten(1).norm(dim=1).clamp_min(1e-12)
+    ).tolist()
+
 
 def _checked_xrays(xrays, geometry: ConeBeam) -> torch.Tensor:
     "Float32 (V, R, C) that a reconstruction can start from; ValueError where it cannot."
     xrays = torch.as_tensor(np.asarray(xrays), dtype=torch.float32)
     expected = (geometry.views, *geometry.detector_shape)
     if tuple(xrays.shape) != expected:
-        raise ValueError(f"xrays: the geometry describes {expected[0]} views of {expected[1]}×{expected[2]} pixels, got shape {tuple(xrays.shape)}; "
-                         "give the X-rays in the order of the geometry's views, or the geometry they were taken with.")
-    if not torch.isfinite(xrays).all(): raise ValueError("xrays: there are NaN or infinite values; mend or mask them first.")
+        raise ValueError(
+            f"xrays: the geometry describes {expected[0]} views of {expected[1]}×{expected[2]}"
+            f" pixels, got shape {tuple(xrays.shape)}; give the X-rays in the order of the"
+            " geometry's views, or the geometry they were taken with."
+        )
+    if not torch.isfinite(xrays).all():
+        raise ValueError("xrays: there are NaN or infinite values; mend or mask them first.")
     for view, image in enumerate(xrays):
-        if image.min() == image.max(): raise ValueError(f"xrays: view {view} is {float(image.min()):g} everywhere, so there is no patient in it; give the X-ray again.")
+        if image.min() == image.max():
+            raise ValueError(
+                f"xrays: view {view} is {float(image.min()):g} everywhere, so there is no patient"
+                " in it; give the X-ray again."
+            )
     return xrays
 
 # %% ../../nbs/learn/06_reconstruction.ipynb #cell-013
@@ -126,17 +184,32 @@ def fit_detector(
     multiple: int = 32,  # rows and columns become multiples of this
     most: int = 256,  # of them, for X-rays of more than twice as many
 ) -> tuple[torch.Tensor, ConeBeam]:
-    "X-rays and geometry with the same plates cut into rows and columns that the network takes, each new pixel the mean over its area; themselves where they fit."
-    def fitting(count): return max(multiple, round(count * min(1.0, most / longest if longest > 2 * most else 1.0) / multiple) * multiple)
+    """X-rays and geometry with the same plates cut into rows and columns that the network takes,
+    each new pixel the mean over its area; themselves where they fit.
+    """
+
+    def fitting(count):
+        return max(
+            multiple,
+            round(count * min(1.0, most / longest if longest > 2 * most else 1.0) / multiple)
+            * multiple,
+        )
+
     def weights(old, new):
-        edges, starts = torch.arange(new + 1, dtype=torch.float64) * (old / new), torch.arange(old)
-        overlap = torch.minimum(edges[1:, None], starts + 1) - torch.maximum(edges[:-1, None], starts)
+        edges = torch.arange(new + 1, dtype=torch.float64) * (old / new)
+        starts = torch.arange(old)
+        overlap = torch.minimum(edges[1:, None], starts + 1) - torch.maximum(
+            edges[:-1, None], starts
+        )
         return (overlap.clamp_min(0) * (new / old)).to(xrays)
+
     rows, columns = geometry.detector_shape
     longest = max(rows, columns)
     new = (fitting(rows), fitting(columns))
-    if new == (rows, columns): return xrays, geometry
+    if new == (rows, columns):
+        return xrays, geometry
     return weights(rows, new[0]) @ xrays @ weights(columns, new[1]).T, geometry.rebinned(new)
+
 
 def placed_scan(
     xrays,  # (V, R, C) line integrals, array or tensor
@@ -144,12 +217,22 @@ def placed_scan(
     size: int,  # voxels a side of the network's cube
     side_mm: float = 320.0,  # of that cube
 ) -> tuple[torch.Tensor, ConeBeam, ConeBeam, list[str]]:
-    "X-rays and geometry on a detector that networks take, the same geometry in the frame of the cube, and what has to be said of it; `ValueError` where they do not fit together or no ray meets the cube."
+    """X-rays and geometry on a detector that networks take, the same geometry in the frame of the
+    cube, and what has to be said of it; `ValueError` where they do not fit together or no ray meets
+    the cube.
+    """
     xrays, notes = _checked_xrays(xrays, geometry), []
     given = geometry.detector_shape
     xrays, geometry = fit_detector(xrays, geometry)
-    if geometry.detector_shape != given: notes.append("X-rays of {}×{} pixels are averaged to {}×{} for the network".format(*given, *geometry.detector_shape))
-    moved = geometry.moved(-torch.as_tensor(geometry.grid.center_mm.copy())).on(Grid.cube(size, side_mm))
+    if geometry.detector_shape != given:
+        notes.append(
+            "X-rays of {}×{} pixels are averaged to {}×{} for the network".format(
+                *given, *geometry.detector_shape
+            )
+        )
+    moved = geometry.moved(-torch.as_tensor(geometry.grid.center_mm.copy())).on(
+        Grid.cube(size, side_mm)
+    )
     moved.require_hits()
     return xrays, geometry, moved, notes
 
@@ -157,19 +240,30 @@ def placed_scan(
 @torch.no_grad()
 def reconstruct(
     xrays,  # (V, R, C) line integrals ∫μ dl (dimensionless), array or tensor
-    geometry: ConeBeam,  # where they were taken, in the patient's frame (LPS, mm); the cube goes about the centre of its grid
+    # where they were taken, in the patient's frame (LPS, mm); the cube goes about the centre of its
+    # grid
+    geometry: ConeBeam,
     model: DRR2CT,  # `load_drr2ct(folder)`
     side_mm: float = 320.0,  # of the cube the network was trained on
     samples: int = 0,  # answers to draw beside the one that is given
     consistency: bool = True,  # move the answer onto the X-rays
     seed: int = 0,  # of the draws
-    expected_residual: dict | None = None,  # {"median": m, "limit": q} of the run, `read_config(folder).get("residual")`; None: contradictions are not judged
+    # {"median": m, "limit": q} of the run, `read_config(folder).get("residual")`; None:
+    # contradictions are not judged
+    expected_residual: dict | None = None,
 ) -> Reconstruction:
-    """A CT from any number of X-rays. `ValueError` when X-rays and geometry do not fit together, no ray meets the cube, or `samples` is below 0.
+    """A CT from any number of X-rays.
 
-    With two or more samples, `spread` is the standard deviation over draws of the latent, in HU. It is the spread of that latent only: it knows nothing of what the network
-    never learned, of noise or of a wrong geometry, and it is not calibrated. Where it is large, do not believe; where it is small, that alone is no reason to believe."""
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0: raise ValueError(f"samples: must be a whole number from 0 up, got {samples!r}.")
+    `ValueError` when X-rays and geometry do not fit together, no ray meets the cube, or `samples`
+    is below 0.
+
+    With two or more samples, `spread` is the standard deviation over draws of the latent, in HU. It
+    is the spread of that latent only: it knows nothing of what the network
+    never learned, of noise or of a wrong geometry, and it is not calibrated. Where it is large, do
+    not believe; where it is small, that alone is no reason to believe.
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+        raise ValueError(f"samples: must be a whole number from 0 up, got {samples!r}.")
     limit = residual_limit(expected_residual)
     xrays, geometry, moved, notes = placed_scan(xrays, geometry, model.config.size, side_mm)
     device = next(model.parameters()).device
@@ -182,18 +276,43 @@ def reconstruct(
             torch.manual_seed(seed)
             drawn = []
             for _ in range(samples):
-                one = model(images, placed, base=found.base_hu, sample=True, consistency=consistency)
+                one = model(
+                    images, placed, base=found.base_hu, sample=True, consistency=consistency
+                )
                 drawn.append(one.hu[0].float().cpu().clamp_min(-1000))
-    finally: model.train(training)
+    finally:
+        model.train(training)
     answers = [hu[0].float().cpu().clamp_min(-1000) for hu in (found.hu, found.unconstrained_hu)]
-    residuals, projected = zip(*(view_residuals(hu, xrays, moved, model.config.energy_kev) for hu in answers))
-    y, coarse = binned(images, ConeBeam.stack([placed.to(torch.float32)]), model.config.consistency_detector)
-    reached = _relative(project((1 + found.hu / 1000) * hu_to_mu(0.0, model.config.energy_kev), coarse)[0], y[0])
+    residuals, projected = zip(
+        *(view_residuals(hu, xrays, moved, model.config.energy_kev) for hu in answers)
+    )
+    y, coarse = binned(
+        images, ConeBeam.stack([placed.to(torch.float32)]), model.config.consistency_detector
+    )
+    reached = _relative(
+        project((1 + found.hu / 1000) * hu_to_mu(0.0, model.config.energy_kev), coarse)[0], y[0]
+    )
     chosen = 0 if consistency else 1
     affine = Grid.cube(model.config.size, side_mm, geometry.grid.center_mm).affine
     rms = xrays.square().mean((1, 2)).sqrt()
     contradictions = contradictions_beyond(residuals[0], limit)
     return Reconstruction(
-        Volume(answers[chosen].numpy(), affine), residuals[chosen], projected[chosen].numpy(), xrays.numpy(), geometry, *residuals, reached, (model.config.consistency_noise / rms).tolist(), consistency,
-        "" if consistency else "without the data-consistency layer", limit, contradictions, [Volume(hu.numpy(), affine) for hu in drawn],
-        Volume(torch.stack(drawn).std(0).numpy(), affine) if samples > 1 else None, window=model.config.window, energy_kev=model.config.energy_kev, seed=seed, notes=[*notes, *(contradictions or [])])
+        Volume(answers[chosen].numpy(), affine),
+        residuals[chosen],
+        projected[chosen].numpy(),
+        xrays.numpy(),
+        geometry,
+        *residuals,
+        reached,
+        (model.config.consistency_noise / rms).tolist(),
+        consistency,
+        "" if consistency else "without the data-consistency layer",
+        limit,
+        contradictions,
+        [Volume(hu.numpy(), affine) for hu in drawn],
+        Volume(torch.stack(drawn).std(0).numpy(), affine) if samples > 1 else None,
+        window=model.config.window,
+        energy_kev=model.config.energy_kev,
+        seed=seed,
+        notes=[*notes, *(contradictions or [])],
+    )

@@ -14,7 +14,13 @@ from torch import nn
 from .baselines import shrunk_spread
 from .checkpoints import load_weights, read_config
 from .coarse import weights_digest
-from .reconstruction import Reconstruction, contradictions_beyond, placed_scan, residual_limit, view_residuals
+from ct_nb.learn.reconstruction import (
+    Reconstruction,
+    contradictions_beyond,
+    placed_scan,
+    residual_limit,
+    view_residuals,
+)
 from ..nets.drr2ct import DRR2CTConfig
 from ..nets.prior import binned
 from ..nets.refine import Refiner, RefinerConfig
@@ -27,6 +33,7 @@ from ..settings import Settings
 @dataclass(frozen=True)
 class ConsistencySettings(Settings):
     "How the layer after a refiner meets the X-rays."
+
     noise: float = 0.05  # line integrals
     iterations: int = 8  # of the solver, in each round
     detector: int = 128  # rows and columns at most, to which X-rays are binned
@@ -35,53 +42,113 @@ class ConsistencySettings(Settings):
     @classmethod
     def of(cls, network: DRR2CTConfig) -> "ConsistencySettings":
         "Those of a system A."
-        return cls(network.consistency_noise, network.consistency_iterations, network.consistency_detector)
+        return cls(
+            network.consistency_noise, network.consistency_iterations, network.consistency_detector
+        )
+
 
 class RefinementModel(nn.Module):
-    "A refiner and the data consistency after it: coarse HU (N, N, N), X-rays (V, R, C) and geometry → HU (N, N, N)."
+    """A refiner and the data consistency after it: coarse HU (N, N, N), X-rays (V, R, C) and
+    geometry → HU (N, N, N).
+    """
+
     name = "refined"
     coarse_weights: str | None = None  # digest of those it learnt behind, where the run tells
-    limit: float | None = None  # the largest residual of a view that noise explains, where the run tells
+    # the largest residual of a view that noise explains, where the run tells
+    limit: float | None = None
 
-    def __init__(self, config: RefinerConfig, consistency: ConsistencySettings = ConsistencySettings()):
+    def __init__(
+        self, config: RefinerConfig, consistency: ConsistencySettings = ConsistencySettings()
+    ):
         super().__init__()
-        self.config, self.consistency, self.refiner = config, consistency, Refiner(config)
-        self.register_buffer("spread_hu", torch.full((config.size,) * 3, 100.0))  # of what refined volumes still lack
+        self.config = config
+        self.consistency = consistency
+        self.refiner = Refiner(config)
+        # of what refined volumes still lack
+        self.register_buffer("spread_hu", torch.full((config.size,) * 3, 100.0))
 
     @property
-    def settings(self) -> dict: return {f"consistency_{name}": value for name, value in self.consistency.to_dict().items()}
+    def settings(self) -> dict:
+        return {f"consistency_{name}": value for name, value in self.consistency.to_dict().items()}
 
     @torch.no_grad()
-    def refine(self, coarse_hu: torch.Tensor, xrays: torch.Tensor | None, geometry: ConeBeam | None, consistency: bool = True, window=None, energy_kev: float | None = None) -> torch.Tensor:
-        "HU (N, N, N) on the CPU, vacuum at the lowest. ValueError, one sentence, where volume, window, energy, X-rays or geometry do not fit."
-        one = lambda x: None if x is None else x[None].float()
+    def refine(
+        self,
+        coarse_hu: torch.Tensor,
+        xrays: torch.Tensor | None,
+        geometry: ConeBeam | None,
+        consistency: bool = True,
+        window=None,
+        energy_kev: float | None = None,
+    ) -> torch.Tensor:
+        """HU (N, N, N) on the CPU, vacuum at the lowest.
+
+        ValueError, one sentence, where volume, window, energy, X-rays or geometry do not fit.
+        """
+
+        def one(x):
+            return None if x is None else x[None].float()
+
         self.refiner.checked(one(coarse_hu), one(xrays), geometry, window, energy_kev)
         coarse, images = (one(x).to(self.spread_hu) for x in (coarse_hu, xrays))
-        found = self.refiner(coarse, images, geometry.to(device=self.spread_hu.device, dtype=torch.float32))[0].cpu().clamp_min(-1000)
+        found = (
+            self.refiner(
+                coarse, images, geometry.to(device=self.spread_hu.device, dtype=torch.float32)
+            )[0]
+            .cpu()
+            .clamp_min(-1000)
+        )
         return self.onto_xrays(found, xrays, geometry) if consistency else found
 
     @torch.no_grad()
     def onto_xrays(self, hu: torch.Tensor, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
         "The layer alone: HU (N, N, N) moved onto the X-rays (V, R, C), on the CPU."
         c, energy = self.consistency, self.config.energy_kev
-        y, beam = binned(xrays.to(self.spread_hu), geometry.to(device=self.spread_hu.device, dtype=torch.float32), c.detector)
-        mu, spread = hu_to_mu(hu.to(self.spread_hu), energy), self.spread_hu * (hu_to_mu(0.0, energy) / 1000)
-        for _ in range(c.rounds): mu = make_consistent(mu, y, beam, c.iterations, damping=c.noise ** 2, spread=spread).clamp_min(0)
+        y, beam = binned(
+            xrays.to(self.spread_hu),
+            geometry.to(device=self.spread_hu.device, dtype=torch.float32),
+            c.detector,
+        )
+        mu = hu_to_mu(hu.to(self.spread_hu), energy)
+        spread = self.spread_hu * (hu_to_mu(0.0, energy) / 1000)
+        for _ in range(c.rounds):
+            mu = make_consistent(
+                mu, y, beam, c.iterations, damping=c.noise**2, spread=spread
+            ).clamp_min(0)
         return mu_to_hu(mu, energy).cpu().clamp_min(-1000)
 
     def fit_spread(self, items) -> None:
-        "Measure on training items what refined volumes lack, HU, at least 5, a little smoothed towards its mean over voxels."
+        """Measure on training items what refined volumes lack, HU, at least 5, a little smoothed
+        towards its mean over voxels.
+        """
         square, count = 0, 0
         for item in items:
-            square = square + (item["hu"] - self.refine(item["coarse"], item["xrays"], item["geometry"], consistency=False)).square()
+            square = (
+                square
+                + (
+                    item["hu"]
+                    - self.refine(
+                        item["coarse"], item["xrays"], item["geometry"], consistency=False
+                    )
+                ).square()
+            )
             count += 1
-        if count: self.spread_hu.copy_(shrunk_spread(square / count, count).clamp_min(5.0))
+        if count:
+            self.spread_hu.copy_(shrunk_spread(square / count, count).clamp_min(5.0))
+
 
 def load_refiner(folder) -> RefinementModel:
-    "The trained refiner of a run, in evaluation mode. `WeightsError` when the folder is not one, or of another system."
+    """The trained refiner of a run, in evaluation mode.
+
+    `WeightsError` when the folder is not one, or of another system.
+    """
     config = read_config(folder, system="refiner")
-    model = RefinementModel(RefinerConfig.from_dict(config["network"]), ConsistencySettings.from_dict(config.get("consistency") or {}))
-    model.coarse_weights, model.limit = config.get("coarse_weights"), residual_limit(config.get("residual"))
+    model = RefinementModel(
+        RefinerConfig.from_dict(config["network"]),
+        ConsistencySettings.from_dict(config.get("consistency") or {}),
+    )
+    model.coarse_weights = config.get("coarse_weights")
+    model.limit = residual_limit(config.get("residual"))
     load_weights(folder, model)
     return model.eval()
 
@@ -90,24 +157,63 @@ def refine_reconstruction(
     found: Reconstruction,  # with its X-rays and geometry
     refiner: RefinementModel,  # `load_refiner(folder)`
     side_mm: float = 320.0,  # of the cube
-    coarse=None,  # folder of the run that answered, where known, to see whether the refiner learnt behind it
+    # folder of the run that answered, where known, to see whether the refiner learnt behind it
+    coarse=None,
 ) -> Reconstruction:
-    """The same after refinement, with the residuals of the refined volume; samples and spread stay those of the coarse model. The volume is moved onto the X-rays where that of `found` was.
-    ValueError, one sentence, where X-rays are missing, or grid, window or energy are not the refiner's."""
-    if found.xrays is None or found.geometry is None: raise ValueError("found: a refiner takes its detail from X-rays, and this reconstruction has none with it; reconstruct again and refine what `reconstruct` returns")
+    """The same after refinement, with the residuals of the refined volume; samples and spread stay
+    those of the coarse model. The volume is moved onto the X-rays where that of `found` was.
+    ValueError, one sentence, where X-rays are missing, or grid, window or energy are not the
+    refiner's.
+    """
+    if found.xrays is None or found.geometry is None:
+        raise ValueError(
+            "found: a refiner takes its detail from X-rays, and this reconstruction has none with"
+            " it; reconstruct again and refine what `reconstruct` returns"
+        )
     size = refiner.config.size
     expected = Grid.cube(size, side_mm, found.geometry.grid.center_mm)
     if found.volume.grid != expected:
         grid = found.volume.grid
-        raise ValueError(f"found: the reconstruction has {'×'.join(map(str, grid.shape))} voxels of {grid.spacing_mm.max():.2f} mm, this refiner is for {size}×{size}×{size} of {side_mm / size:.2f} mm; take a refiner that was trained on this coarse model")
+        raise ValueError(
+            f"found: the reconstruction has {'×'.join(map(str, grid.shape))} voxels of"
+            f" {grid.spacing_mm.max():.2f} mm, this refiner is for {size}×{size}×{size} of"
+            f" {side_mm / size:.2f} mm; take a refiner that was trained on this coarse model"
+        )
     xrays, _, moved, _ = placed_scan(found.xrays, found.geometry, size, side_mm)
-    alone = refiner.refine(found.volume.tensor().float(), xrays, moved, False, found.window, found.energy_kev)
+    alone = refiner.refine(
+        found.volume.tensor().float(), xrays, moved, False, found.window, found.energy_kev
+    )
     answers = refiner.onto_xrays(alone, xrays, moved), alone
-    residuals, projected = zip(*(view_residuals(hu, xrays, moved, refiner.config.energy_kev) for hu in answers))
-    chosen, contradictions = 0 if found.consistent else 1, contradictions_beyond(residuals[0], refiner.limit)
-    notes = [f"before refinement, {note}" if note in (found.contradictions or []) else note for note in found.notes] + (contradictions or [])
-    if found.samples: notes.append("the samples and their spread are those of the coarse model, before refinement")
+    residuals, projected = zip(
+        *(view_residuals(hu, xrays, moved, refiner.config.energy_kev) for hu in answers)
+    )
+    chosen = 0 if found.consistent else 1
+    contradictions = contradictions_beyond(residuals[0], refiner.limit)
+    notes = [
+        f"before refinement, {note}" if note in (found.contradictions or []) else note
+        for note in found.notes
+    ] + (contradictions or [])
+    if found.samples:
+        notes.append(
+            "the samples and their spread are those of the coarse model, before refinement"
+        )
     if coarse is not None and refiner.coarse_weights not in (None, weights_digest(coarse)):
-        notes.append(f"the refiner learnt behind other weights than those in {coarse}, whose mistakes it does not know; train a refiner on this run, or reconstruct with the one that it was trained on")
-    return replace(found, volume=Volume(answers[chosen].numpy(), found.volume.affine), residual=residuals[chosen], reprojection=projected[chosen].numpy(), residual_consistent=residuals[0], residual_unconstrained=residuals[1],
-                   residual_layer=[], tolerance=[], limit=refiner.limit, contradictions=contradictions, how=f"{found.how}, refined".removeprefix(", "), notes=notes)
+        notes.append(
+            f"the refiner learnt behind other weights than those in {coarse}, whose mistakes it"
+            " does not know; train a refiner on this run, or reconstruct with the one that it was"
+            " trained on"
+        )
+    return replace(
+        found,
+        volume=Volume(answers[chosen].numpy(), found.volume.affine),
+        residual=residuals[chosen],
+        reprojection=projected[chosen].numpy(),
+        residual_consistent=residuals[0],
+        residual_unconstrained=residuals[1],
+        residual_layer=[],
+        tolerance=[],
+        limit=refiner.limit,
+        contradictions=contradictions,
+        how=f"{found.how}, refined".removeprefix(", "),
+        notes=notes,
+    )

@@ -18,29 +18,92 @@ from .scoreboard import Scoreboard, board_figure, board_table, save_board
 from .sharpness import SHARPNESS_METRICS
 
 # %% ../../nbs/learn/13e_refinement_board.ipynb #cell-005
-REFINEMENT_MAIN = ("psnr", "ssim", "drr_error", "drr_error_held_out", "edge_mismatch", "edge_error", "spectrum_error_db", "fine_correlation", "null_right", "null_invented")
+REFINEMENT_MAIN = (
+    "psnr",
+    "ssim",
+    "drr_error",
+    "drr_error_held_out",
+    "edge_mismatch",
+    "edge_error",
+    "spectrum_error_db",
+    "fine_correlation",
+    "null_right",
+    "null_invented",
+)
 REFINEMENT_FLOORS = ("coarse", "unsharp_mask", "consistency_alone")
-GAINS = ("psnr", "ssim", "mae_hu_body", "drr_error", "drr_error_held_out", "null_space_error", "edge_response", "edge_mismatch", "edge_error", "spectrum_error_db", "fine_correlation", "null_right", "null_invented")
+GAINS = (
+    "psnr",
+    "ssim",
+    "mae_hu_body",
+    "drr_error",
+    "drr_error_held_out",
+    "null_space_error",
+    "edge_response",
+    "edge_mismatch",
+    "edge_error",
+    "spectrum_error_db",
+    "fine_correlation",
+    "null_right",
+    "null_invented",
+)
+
 
 @dataclass
 class RefinementBoard(Scoreboard):
     "A `Scoreboard` of refined volumes, with the columns of `SHARPNESS_METRICS`."
-    model: str = "refined"
-    definitions = METRICS | SHARPNESS_METRICS | {"drr_error_of_truth": Metric("DRR error of the CTs", "", "lower", "‖A μ − y‖ / ‖y‖ of the CT itself, on the grid, against the X-rays as given: noise, and what is finer than a voxel")}
 
-    def table(self, metrics: Sequence[str] = REFINEMENT_MAIN, markdown: bool = False) -> str: return board_table(self, metrics, markdown)
-    def figure(self, metrics: Sequence[str] = REFINEMENT_MAIN): return board_figure(self, metrics)
+    model: str = "refined"
+    definitions = (
+        METRICS
+        | SHARPNESS_METRICS
+        | {
+            "drr_error_of_truth": Metric(
+                "DRR error of the CTs",
+                "",
+                "lower",
+                "‖A μ − y‖ / ‖y‖ of the CT itself, on the grid, against the X-rays as given: noise,"
+                " and what is finer than a voxel",
+            )
+        }
+    )
+
+    def table(self, metrics: Sequence[str] = REFINEMENT_MAIN, markdown: bool = False) -> str:
+        return board_table(self, metrics, markdown)
+
+    def figure(self, metrics: Sequence[str] = REFINEMENT_MAIN):
+        return board_figure(self, metrics)
 
     def gains(self) -> dict:
-        "Floor → metric → by how much `refined` is better, with its paired 95 % interval over patients (None for a bound that there is not)."
-        found = {floor: {metric: asdict(self.gain(floor, metric)) for metric in GAINS if metric in self.metrics} for floor in REFINEMENT_FLOORS}
-        return {floor: {metric: {key: value if math.isfinite(value) else None for key, value in gain.items()} for metric, gain in gains.items()} for floor, gains in found.items()}
+        """Floor → metric → by how much `refined` is better, with its paired 95 % interval over
+        patients (None for a bound that there is not).
+        """
+        found = {
+            floor: {
+                metric: asdict(self.gain(floor, metric))
+                for metric in GAINS
+                if metric in self.metrics
+            }
+            for floor in REFINEMENT_FLOORS
+        }
+        return {
+            floor: {
+                metric: {
+                    key: value if math.isfinite(value) else None for key, value in gain.items()
+                }
+                for metric, gain in gains.items()
+            }
+            for floor, gains in found.items()
+        }
 
     def save(self, out) -> Path:
-        "`scoreboard.csv`, `metrics.json` and `scoreboard.png` in a folder, each whole or not at all."
+        """`scoreboard.csv`, `metrics.json` and `scoreboard.png` in a folder, each whole or not at
+        all.
+        """
         import matplotlib.pyplot as plt
+
         out, figure = save_board(self, out), self.figure()
-        with atomic_write(out / "scoreboard.png") as path: figure.savefig(path, dpi=150)
+        with atomic_write(out / "scoreboard.png") as path:
+            figure.savefig(path, dpi=150)
         plt.close(figure)
         return out
 
@@ -48,35 +111,95 @@ class RefinementBoard(Scoreboard):
 def _beside_truth(board: RefinementBoard) -> str:
     "What the DRR error on the given views means beside that of the CTs themselves."
     true, refined = (board.values("refined", name) for name in ("drr_error_of_truth", "drr_error"))
-    below = paired_interval(true, refined, [row["patient"] for row in board.rows if row["predictor"] == "refined"])
-    told = f"; the CTs themselves, on this grid, have {board.mean('refined', 'drr_error_of_truth'):.4f}"
-    return told + (", so before and after are within what noise and anatomy finer than a voxel explain" if below.low > 0 and board.mean("coarse", "drr_error") < board.mean("refined", "drr_error_of_truth") else "")
+    below = paired_interval(
+        true, refined, [row["patient"] for row in board.rows if row["predictor"] == "refined"]
+    )
+    told = (
+        "; the CTs themselves, on this grid, have"
+        f" {board.mean('refined', 'drr_error_of_truth'):.4f}"
+    )
+    return told + (
+        ", so before and after are within what noise and anatomy finer than a voxel explain"
+        if below.low > 0
+        and board.mean("coarse", "drr_error") < board.mean("refined", "drr_error_of_truth")
+        else ""
+    )
+
 
 def refinement_verdict(board: RefinementBoard) -> list[str]:
     "What the board says, in sentences."
     mean, gain = board.mean, board.gain
-    def interval(low, high, patients, digits): return "one patient gives no interval" if math.isnan(low) else f"95 % interval [{low:+.{digits}f}, {high:+.{digits}f}] over {patients} patients"
-    def better(g, digits): return f"{g.mean:+.{digits}f}, {interval(g.low, g.high, g.patients, digits)}"
-    def answer(g, up, down, neither): return up if g.low > 0 else down if g.high < 0 else neither
+
+    def interval(low, high, patients, digits):
+        return (
+            "one patient gives no interval"
+            if math.isnan(low)
+            else f"95 % interval [{low:+.{digits}f}, {high:+.{digits}f}] over {patients} patients"
+        )
+
+    def better(g, digits):
+        return f"{g.mean:+.{digits}f}, {interval(g.low, g.high, g.patients, digits)}"
+
+    def answer(g, up, down, neither):
+        return up if g.low > 0 else down if g.high < 0 else neither
+
     lines = []
-    for metric, floor, what, digits in [("psnr", floor, "PSNR, dB,", 2) for floor in REFINEMENT_FLOORS] + [("ssim", "coarse", "SSIM", 4), ("edge_error", "coarse", "edge error", 3)]:
+    for metric, floor, what, digits in [
+        ("psnr", floor, "PSNR, dB,", 2) for floor in REFINEMENT_FLOORS
+    ] + [("ssim", "coarse", "SSIM", 4), ("edge_error", "coarse", "edge error", 3)]:
         g = gain(floor, metric)
-        lines.append(f"Gain in {what} over {floor}: {better(g, digits)}: {answer(g, 'a gain', 'a loss', 'no gain is shown')}.")
+        lines.append(
+            f"Gain in {what} over {floor}: {better(g, digits)}:"
+            f" {answer(g, 'a gain', 'a loss', 'no gain is shown')}."
+        )
     for metric, views in (("drr_error", "given"), ("drr_error_held_out", "held-out")):
         g = gain("coarse", metric)
-        told = "worse" if g.high < 0 else "no worse" if g.low >= 0 else "whether it is worse cannot be said"
-        if metric == "drr_error" and metric + "_of_truth" in board.metrics: told += _beside_truth(board)
-        lines.append(f"DRR error on the {views} views: {mean('coarse', metric):.4f} before, {mean('refined', metric):.4f} after, a change of {0 - g.mean:+.4f}, {interval(0 - g.high, 0 - g.low, g.patients, 4)}: {told}.")
-    g, fine = gain("coarse", "spectrum_error_db"), gain("coarse", "fine_correlation")
-    lines.append(f"Spectrum: {mean('coarse', 'spectrum_error_db'):.1f} dB off that of the CTs before, {mean('refined', 'spectrum_error_db'):.1f} after, nearer by {better(g, 2)}: {answer(g, 'nearer to the truth', 'farther from the truth', 'no difference is shown')}; "
-                 f"the correlation of its finer half with the CTs is {mean('coarse', 'fine_correlation'):.2f} before, {mean('refined', 'fine_correlation'):.2f} after: {answer(fine, 'a gain', 'a loss', 'no gain is shown')}.")
-    right, invented, added = (mean("refined", f"null_{name}") for name in ("right", "invented", "added"))
-    lines.append(f"Where no X-ray sees, the refiner added {added:.2f} of the size of what was missing; {right:.0%} of the missing energy was recovered, and what was invented has {invented:.2f} of its size.")
+        told = (
+            "worse"
+            if g.high < 0
+            else "no worse" if g.low >= 0 else "whether it is worse cannot be said"
+        )
+        if metric == "drr_error" and metric + "_of_truth" in board.metrics:
+            told += _beside_truth(board)
+        lines.append(
+            f"DRR error on the {views} views: {mean('coarse', metric):.4f} before,"
+            f" {mean('refined', metric):.4f} after, a change of {0 - g.mean:+.4f},"
+            f" {interval(0 - g.high, 0 - g.low, g.patients, 4)}: {told}."
+        )
+    g = gain("coarse", "spectrum_error_db")
+    fine = gain("coarse", "fine_correlation")
+    lines.append(
+        f"Spectrum: {mean('coarse', 'spectrum_error_db'):.1f} dB off that of the CTs before,"
+        f" {mean('refined', 'spectrum_error_db'):.1f} after, nearer by {better(g, 2)}:"
+        f" {answer(g, 'nearer to the truth', 'farther from the truth', 'no difference is shown')};"
+        " the correlation of its finer half with the CTs is"
+        f" {mean('coarse', 'fine_correlation'):.2f} before,"
+        f" {mean('refined', 'fine_correlation'):.2f} after:"
+        f" {answer(fine, 'a gain', 'a loss', 'no gain is shown')}."
+    )
+    right, invented, added = (
+        mean("refined", f"null_{name}") for name in ("right", "invented", "added")
+    )
+    lines.append(
+        f"Where no X-ray sees, the refiner added {added:.2f} of the size of what was missing;"
+        f" {right:.0%} of the missing energy was recovered, and what was invented has"
+        f" {invented:.2f} of its size."
+    )
     for floor in ("unsharp_mask", "consistency_alone"):
         g = gain(floor, "null_invented")
-        lines.append(f"{floor} invented {mean(floor, 'null_invented'):.2f}; a change of {0 - g.mean:+.3f}, {interval(0 - g.high, 0 - g.low, g.patients, 3)}: {answer(g, 'the refiner invented less', 'the refiner invented more', 'no difference is shown')}.")
+        lines.append(
+            f"{floor} invented {mean(floor, 'null_invented'):.2f}; a change of {0 - g.mean:+.3f},"
+            f" {interval(0 - g.high, 0 - g.low, g.patients, 3)}:"
+            f" {answer(g, 'the refiner invented less', 'the refiner invented more', 'no difference is shown')}."
+        )
     steep = mean("coarse", "edge_response")
-    if steep > 1: lines.append(f"The coarse volumes are already sharper than the CTs: their edges are {steep:.2f} times as steep, and {mean('refined', 'edge_response'):.2f} times after refinement; what is asked of the refiner is to soften them.")
+    if steep > 1:
+        lines.append(
+            f"The coarse volumes are already sharper than the CTs: their edges are {steep:.2f}"
+            f" times as steep, and {mean('refined', 'edge_response'):.2f} times after refinement;"
+            " what is asked of the refiner is to soften them."
+        )
     return lines
+
 
 RefinementBoard.verdict = refinement_verdict

@@ -9,7 +9,7 @@ __all__ = ['WAVES_ACROSS_CUBE', 'frequency_weight', 'frequency_error', 'laplacia
 # %% ../../nbs/learn/13_refinement_losses.ipynb #cell-002
 import math
 from dataclasses import dataclass, fields
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,65 +24,123 @@ from ..physics.volume import Window
 # %% ../../nbs/learn/13_refinement_losses.ipynb #cell-005
 WAVES_ACROSS_CUBE = 32  # that are normalised radial frequency 1: Nyquist's of 64³
 
+
 def frequency_weight(f: torch.Tensor) -> torch.Tensor:
-    "Weight of an error of normalised radial frequency f: σ(10 (f − 0.1)), 0.27 for the mean, ½ at 0.1, 1 for fine waves."
+    """Weight of an error of normalised radial frequency f: σ(10 (f − 0.1)), 0.27 for the mean, ½ at
+    0.1, 1 for fine waves.
+    """
     return torch.sigmoid(10 * (f - 0.1))
 
 # %% ../../nbs/learn/13_refinement_losses.ipynb #cell-006
-def frequency_error(prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window, share: float = 1.0) -> torch.Tensor:
-    "Root of the weighted sum of squared Fourier coefficients of the difference, as a share of the window's width, mean over cases; tensors (B, D, H, W) in HU."
-    if not 0 < share <= 1: raise ValueError(f"share: the volumes cover a part of the cube's side above 0 and up to 1, got {share}")
+def frequency_error(
+    prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window, share: float = 1.0
+) -> torch.Tensor:
+    """Root of the weighted sum of squared Fourier coefficients of the difference, as a share of the
+    window's width, mean over cases; tensors (B, D, H, W) in HU.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"share: the volumes cover a part of the cube's side above 0 and up to 1, got {share}"
+        )
     with torch.autocast(prediction_hu.device.type, enabled=False):
         difference = windowed(prediction_hu.float(), window) - windowed(truth_hu.float(), window)
         shape = difference.shape[-3:]
-        c = torch.view_as_real(torch.fft.rfftn(difference, dim=(-3, -2, -1), norm="forward")).square().sum(-1)
-        count = lambda n, half: (torch.fft.rfftfreq if half else torch.fft.fftfreq)(n, 1 / n, device=c.device)  # waves across the volume
-        f = torch.stack(torch.meshgrid(*(count(n, axis == 2) for axis, n in enumerate(shape)), indexing="ij")).norm(dim=0) / (share * WAVES_ACROSS_CUBE)
-        return ((c * frequency_weight(f) * multiplicity(shape[-1], c.device)).flatten(1).sum(1) + 1e-12).sqrt().mean() - 1e-6  # the root has no derivative at 0
+        c = (
+            torch.view_as_real(torch.fft.rfftn(difference, dim=(-3, -2, -1), norm="forward"))
+            .square()
+            .sum(-1)
+        )
+
+        # waves across the volume
+        def count(n, half):
+            return (torch.fft.rfftfreq if half else torch.fft.fftfreq)(n, 1 / n, device=c.device)
+
+        f = torch.stack(
+            torch.meshgrid(*(count(n, axis == 2) for axis, n in enumerate(shape)), indexing="ij")
+        ).norm(dim=0) / (share * WAVES_ACROSS_CUBE)
+        # the root has no derivative at 0
+        return (
+            (c * frequency_weight(f) * multiplicity(shape[-1], c.device)).flatten(1).sum(1) + 1e-12
+        ).sqrt().mean() - 1e-6
 
 # %% ../../nbs/learn/13_refinement_losses.ipynb #cell-009
-def laplacian_error(prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window) -> torch.Tensor:
-    "Mean absolute difference of the Laplacians, as a share of the window's width; tensors (B, D, H, W) in HU."
+def laplacian_error(
+    prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window
+) -> torch.Tensor:
+    """Mean absolute difference of the Laplacians, as a share of the window's width; tensors (B, D,
+    H, W) in HU.
+    """
     return laplacian(windowed(prediction_hu, window) - windowed(truth_hu, window)).abs().mean()
 
 # %% ../../nbs/learn/13_refinement_losses.ipynb #cell-012
 class RandomFeatures(nn.Module):
-    "Volumes (B, 1, D, H, W), [0, 1] over the window, 4 voxels a side or more → three feature maps, each half as fine as the one before; fixed weights drawn from `seed`."
+    """Volumes (B, 1, D, H, W), [0, 1] over the window, 4 voxels a side or more → three feature
+    maps, each half as fine as the one before; fixed weights drawn from `seed`.
+    """
+
     def __init__(self, seed: int = 0, channels: tuple[int, ...] = (8, 16, 32)):
         super().__init__()
-        self.name, draw = f"random convolutions, seed {seed}, channels {'-'.join(map(str, channels))}", torch.Generator().manual_seed(seed)
+        self.name = f"random convolutions, seed {seed}, channels {'-'.join(map(str, channels))}"
+        draw = torch.Generator().manual_seed(seed)
         for level, (a, b) in enumerate(zip((1, *channels), channels)):
-            self.register_buffer(f"weight{level}", torch.randn(b, a, 3, 3, 3, generator=draw) * (2 / (27 * a)) ** 0.5, persistent=False)
+            self.register_buffer(
+                f"weight{level}",
+                torch.randn(b, a, 3, 3, 3, generator=draw) * (2 / (27 * a)) ** 0.5,
+                persistent=False,
+            )
         self.levels = len(channels)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         maps = []
         for level in range(self.levels):
-            if level: x = F.avg_pool3d(x, 2)
-            x = F.leaky_relu(F.conv3d(F.pad(x, (1,) * 6, mode="replicate"), getattr(self, f"weight{level}").to(x)), 0.1)
+            if level:
+                x = F.avg_pool3d(x, 2)
+            x = F.leaky_relu(
+                F.conv3d(
+                    F.pad(x, (1,) * 6, mode="replicate"), getattr(self, f"weight{level}").to(x)
+                ),
+                0.1,
+            )
             maps.append(x)
         return maps
 
 # %% ../../nbs/learn/13_refinement_losses.ipynb #cell-013
-def perceptual_error(prediction_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window, features: Callable[[torch.Tensor], list[torch.Tensor]]) -> torch.Tensor:
-    "Mean absolute difference of feature maps, mean over maps; tensors (B, D, H, W) in HU. No gradient reaches the truth."
+def perceptual_error(
+    prediction_hu: torch.Tensor,
+    truth_hu: torch.Tensor,
+    window: Window,
+    features: Callable[[torch.Tensor], list[torch.Tensor]],
+) -> torch.Tensor:
+    """Mean absolute difference of feature maps, mean over maps; tensors (B, D, H, W) in HU.
+
+    No gradient reaches the truth.
+    """
     ours = features(windowed(prediction_hu, window)[:, None])
-    with torch.no_grad(): theirs = features(windowed(truth_hu, window)[:, None])
+    with torch.no_grad():
+        theirs = features(windowed(truth_hu, window)[:, None])
     return torch.stack([F.l1_loss(a, b) for a, b in zip(ours, theirs, strict=True)]).mean()
 
 # %% ../../nbs/learn/13_refinement_losses.ipynb #cell-016
-def pasted(patch_hu: torch.Tensor, coarse_hu: torch.Tensor, corner: tuple[int, int, int]) -> torch.Tensor:
-    "The coarse volumes (B, N, N, N) with the patches (B, n, n, n) in place of what lies at `corner` (z0, y0, x0)."
+def pasted(
+    patch_hu: torch.Tensor, coarse_hu: torch.Tensor, corner: tuple[int, int, int]
+) -> torch.Tensor:
+    """The coarse volumes (B, N, N, N) with the patches (B, n, n, n) in place of what lies at
+    `corner` (z0, y0, x0).
+    """
     n, size = patch_hu.shape[-1], coarse_hu.shape[-1]
-    if min(corner) < 0 or max(corner) + n > size: raise ValueError(f"corner: a patch of {n}³ at {tuple(corner)} does not fit into {size}³ voxels")
+    if min(corner) < 0 or max(corner) + n > size:
+        raise ValueError(
+            f"corner: a patch of {n}³ at {tuple(corner)} does not fit into {size}³ voxels"
+        )
     whole, (z, y, x) = coarse_hu.to(patch_hu).clone(), corner
-    whole[..., z:z + n, y:y + n, x:x + n] = patch_hu
+    whole[..., z : z + n, y : y + n, x : x + n] = patch_hu
     return whole
 
 # %% ../../nbs/learn/13_refinement_losses.ipynb #cell-017
 @dataclass(frozen=True)
 class RefinementWeights:
     "Weights of the five parts; a part with weight 0 is not computed."
+
     absolute: float = 1.0
     frequency: float = 0.5
     gradient: float = 0.3
@@ -91,7 +149,8 @@ class RefinementWeights:
 
     def __post_init__(self):
         for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
-            if not 0 <= value < math.inf: raise ValueError(f"RefinementWeights: {name} must be zero or positive, got {value}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"RefinementWeights: {name} must be zero or positive, got {value}")
 
 # %% ../../nbs/learn/13_refinement_losses.ipynb #cell-018
 def refinement_loss(
@@ -99,22 +158,44 @@ def refinement_loss(
     truth_hu: torch.Tensor,  # the same shape
     window: Window,
     weights: RefinementWeights = RefinementWeights(),
-    features: Callable | None = None,  # of the perceptual term, see `perceptual_error`; needed where that has a weight
-    xrays: torch.Tensor | None = None,  # (B, V, R, C) line integrals; they and the geometry where consistency has a weight
+    # of the perceptual term, see `perceptual_error`; needed where that has a weight
+    features: Callable | None = None,
+    # (B, V, R, C) line integrals; they and the geometry where consistency has a weight
+    xrays: torch.Tensor | None = None,
     geometry: ConeBeam | None = None,  # of the whole volume
     energy_kev: float = 60.0,
-    around: tuple[torch.Tensor, tuple[int, int, int]] | None = None,  # for patches: the coarse volumes (B, N, N, N) and the corner (z0, y0, x0)
+    # for patches: the coarse volumes (B, N, N, N) and the corner (z0, y0, x0)
+    around: tuple[torch.Tensor, tuple[int, int, int]] | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    "The weighted sum and its parts, by name and unweighted, for the log. ValueError where shapes differ or what a term needs is missing."
-    if refined_hu.shape != truth_hu.shape: raise ValueError(f"refinement_loss: refined {tuple(refined_hu.shape)} and truth {tuple(truth_hu.shape)} differ in shape")
-    if weights.perceptual and features is None: raise ValueError("features: the perceptual term has a weight but no network was given; give `RandomFeatures()` or set its weight to 0")
-    if weights.consistency and (xrays is None or geometry is None): raise ValueError("xrays, geometry: the consistency term has a weight but they were not both given; give them or set its weight to 0")
+    """The weighted sum and its parts, by name and unweighted, for the log.
+
+    ValueError where shapes differ or what a term needs is missing.
+    """
+    if refined_hu.shape != truth_hu.shape:
+        raise ValueError(
+            f"refinement_loss: refined {tuple(refined_hu.shape)} and truth {tuple(truth_hu.shape)}"
+            " differ in shape"
+        )
+    if weights.perceptual and features is None:
+        raise ValueError(
+            "features: the perceptual term has a weight but no network was given; give"
+            " `RandomFeatures()` or set its weight to 0"
+        )
+    if weights.consistency and (xrays is None or geometry is None):
+        raise ValueError(
+            "xrays, geometry: the consistency term has a weight but they were not both given; give"
+            " them or set its weight to 0"
+        )
     share = 1.0 if around is None else refined_hu.shape[-1] / around[0].shape[-1]
-    whole = lambda: refined_hu if around is None else pasted(refined_hu, *around)
+
+    def whole():
+        return refined_hu if around is None else pasted(refined_hu, *around)
+
     terms: dict[str, Term] = {
         "absolute": lambda: absolute_error(refined_hu, truth_hu, window),
         "frequency": lambda: frequency_error(refined_hu, truth_hu, window, share),
         "gradient": lambda: laplacian_error(refined_hu, truth_hu, window),
         "perceptual": lambda: perceptual_error(refined_hu, truth_hu, window, features),
-        "consistency": lambda: drr_cycle_error(whole(), xrays, geometry, energy_kev)}
+        "consistency": lambda: drr_cycle_error(whole(), xrays, geometry, energy_kev),
+    }
     return weighted_sum(weights, terms)

@@ -18,17 +18,33 @@ from .metrics import Interval, paired_interval
 
 # %% ../../nbs/learn/14a_retrieval.ipynb #cell-005
 def ranks(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    "(Q,) rank of the best right candidate, 1 the first; scores (Q, N), positive (Q, N) bool with at least one in each row."
-    scores, positive = np.asarray(scores, float), np.asarray(positive, bool)
-    if scores.ndim != 2 or scores.shape != positive.shape: raise ValueError(f"scores, positive: expected two arrays (queries, candidates) of one shape, got {scores.shape} and {positive.shape}")
-    if not np.isfinite(scores).all(): raise ValueError("scores: some are NaN or infinite; check the features")
-    if not positive.any(1).all(): raise ValueError(f"positive: query {int(np.argmin(positive.any(1)))} has no right candidate; leave it out")
+    """(Q,) rank of the best right candidate, 1 the first; scores (Q, N), positive (Q, N) bool with
+    at least one in each row.
+    """
+    scores = np.asarray(scores, float)
+    positive = np.asarray(positive, bool)
+    if scores.ndim != 2 or scores.shape != positive.shape:
+        raise ValueError(
+            "scores, positive: expected two arrays (queries, candidates) of one shape, got"
+            f" {scores.shape} and {positive.shape}"
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError("scores: some are NaN or infinite; check the features")
+    if not positive.any(1).all():
+        raise ValueError(
+            f"positive: query {int(np.argmin(positive.any(1)))} has no right candidate; leave"
+            " it out"
+        )
     best = np.where(positive, scores, -np.inf).max(1, keepdims=True)
     return 1 + ((scores >= best) & ~positive).sum(1)
 
+
 def chance_recall(positive: np.ndarray, k: int) -> float:
-    "What random orders give: the mean over queries of 1 − C(N − p, k) / C(N, k), with p right ones among N."
-    n, right = positive.shape[1], np.asarray(positive, bool).sum(1)
+    """What random orders give: the mean over queries of 1 − C(N − p, k) / C(N, k), with p right
+    ones among N.
+    """
+    n = positive.shape[1]
+    right = np.asarray(positive, bool).sum(1)
     i = np.arange(min(k, n))
     return float(np.mean(1 - np.prod(np.maximum(n - right[:, None] - i, 0) / (n - i), axis=1)))
 
@@ -40,12 +56,14 @@ def share_interval(hits, patients, level: float = 0.95) -> Interval:
     if found.patients > 1 and found.mean in (0.0, 1.0):
         bound = ((1 - level) / 2) ** (1 / found.patients)
         low, high = (0.0, 1 - bound) if found.mean == 0 else (bound, 1.0)
-    return Interval(found.mean, max(low, 0.0), min(high, 1.0), found.patients)  # max and min hand NaN on
+    # max and min hand NaN on
+    return Interval(found.mean, max(low, 0.0), min(high, 1.0), found.patients)
 
 # %% ../../nbs/learn/14a_retrieval.ipynb #cell-011
 @dataclass(frozen=True)
 class Recall:
     "Share of the queries that find a right candidate among their first k."
+
     direction: str  # "image to text" or "text to image"
     k: int
     recall: Interval
@@ -56,8 +74,11 @@ class Recall:
 
     def __str__(self):
         r = self.recall
-        return (f"{self.direction}, R@{self.k}: {r.mean:.1%} [{r.low:.1%}, {r.high:.1%}] over {r.patients} patients, "
-                f"N = {self.candidates}, chance {self.chance:.1%}")
+        return (
+            f"{self.direction}, R@{self.k}: {r.mean:.1%} [{r.low:.1%}, {r.high:.1%}] over"
+            f" {r.patients} patients, N = {self.candidates}, chance {self.chance:.1%}"
+        )
+
 
 def retrieval(
     image: torch.Tensor,  # (n, E)
@@ -67,15 +88,36 @@ def retrieval(
     ks=(1, 5, 10, 50, 100),  # those of n and above are left out, they are always found
 ) -> list[Recall]:
     "Recall by cosine similarity in both directions; images first, then by k."
-    if image.ndim != 2 or image.shape != text.shape: raise ValueError(f"image, text: expected two tensors (cases, embedding) of one shape, got {tuple(image.shape)} and {tuple(text.shape)}")
-    if len(image) < 2: raise ValueError(f"image: a search needs at least 2 cases, got {len(image)}")
-    scores = (F.normalize(image.double(), dim=-1) @ F.normalize(text.double(), dim=-1).T).cpu().numpy()
+    if image.ndim != 2 or image.shape != text.shape:
+        raise ValueError(
+            "image, text: expected two tensors (cases, embedding) of one shape, got"
+            f" {tuple(image.shape)} and {tuple(text.shape)}"
+        )
+    if len(image) < 2:
+        raise ValueError(f"image: a search needs at least 2 cases, got {len(image)}")
+    scores = (
+        (F.normalize(image.double(), dim=-1) @ F.normalize(text.double(), dim=-1).T).cpu().numpy()
+    )
     positive = np.eye(len(scores), dtype=bool) if positive is None else np.asarray(positive, bool)
     patients = range(len(scores)) if patients is None else list(patients)
     found = []
-    for direction, s, p in (("image to text", scores, positive), ("text to image", scores.T, positive.T)):
+    for direction, s, p in (
+        ("image to text", scores, positive),
+        ("text to image", scores.T, positive.T),
+    ):
         rank = ranks(s, p)
-        found += [Recall(direction, k, share_interval(rank <= k, patients), chance_recall(p, k), *s.shape, rank <= k) for k in ks if k < len(scores)]
+        found += [
+            Recall(
+                direction,
+                k,
+                share_interval(rank <= k, patients),
+                chance_recall(p, k),
+                *s.shape,
+                rank <= k,
+            )
+            for k in ks
+            if k < len(scores)
+        ]
     return found
 
 # %% ../../nbs/learn/14a_retrieval.ipynb #cell-015
@@ -83,50 +125,107 @@ def prompt_pairs(names) -> tuple[list[str], list[str]]:
     "Prompts that say that a finding is there, and that it is not."
     return [f"{name} is present." for name in names], [f"{name} is not present." for name in names]
 
-def auroc(scores, labels) -> float:
-    "Share of the pairs of a positive and a negative that are in the right order; NaN where one kind is missing."
-    from scipy.stats import rankdata
-    labels = np.asarray(labels, bool)
-    positives, negatives = int(labels.sum()), int((~labels).sum())
-    if not positives or not negatives: return math.nan
-    return float((rankdata(scores)[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
-def bootstrap(statistic, patients, draws: int = 400, level: float = 0.95, seed: int = 0) -> Interval:
-    "`statistic(indices of cases)` on all, with the percentile interval over patients drawn with replacement; draws in which it is NaN are left out."
+def auroc(scores, labels) -> float:
+    """Share of the pairs of a positive and a negative that are in the right order; NaN where one
+    kind is missing.
+    """
+    from scipy.stats import rankdata
+
+    labels = np.asarray(labels, bool)
+    positives = int(labels.sum())
+    negatives = int((~labels).sum())
+    if not positives or not negatives:
+        return math.nan
+    return float(
+        (rankdata(scores)[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives)
+    )
+
+
+def bootstrap(
+    statistic, patients, draws: int = 400, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """`statistic(indices of cases)` on all, with the percentile interval over patients drawn with
+    replacement; draws in which it is NaN are left out.
+    """
     groups: dict = {}
-    for i, patient in enumerate(patients): groups.setdefault(patient, []).append(i)
-    groups, rng = [np.array(g) for g in groups.values()], np.random.default_rng(seed)
+    for i, patient in enumerate(patients):
+        groups.setdefault(patient, []).append(i)
+    groups = [np.array(g) for g in groups.values()]
+    rng = np.random.default_rng(seed)
     value = float(statistic(np.concatenate(groups)))
-    if len(groups) < 2: return Interval(value, math.nan, math.nan, len(groups))
-    drawn = np.array([statistic(np.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])) for _ in range(draws)])
+    if len(groups) < 2:
+        return Interval(value, math.nan, math.nan, len(groups))
+    drawn = np.array(
+        [
+            statistic(
+                np.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])
+            )
+            for _ in range(draws)
+        ]
+    )
     drawn = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if len(drawn) else (math.nan, math.nan)
+    low, high = (
+        np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+        if len(drawn)
+        else (math.nan, math.nan)
+    )
     return Interval(value, float(low), float(high), len(groups))
+
 
 @dataclass(frozen=True)
 class LabelScores:
     "AUROC of each label and their mean over those that can be judged."
+
     per_label: dict[str, float]  # NaN where all or none of the cases have it
     macro: Interval
     judged: int  # labels
 
     def __str__(self):
         m = self.macro
-        return f"macro AUROC {m.mean:.3f} [{m.low:.3f}, {m.high:.3f}] over {self.judged} of {len(self.per_label)} labels and {m.patients} patients, chance 0.5"
+        return (
+            f"macro AUROC {m.mean:.3f} [{m.low:.3f}, {m.high:.3f}] over {self.judged} of"
+            f" {len(self.per_label)} labels and {m.patients} patients, chance 0.5"
+        )
+
 
 def label_scores(scores, labels, names, patients=None, draws: int = 400) -> LabelScores:
     "AUROC of scores (n, L) for labels (n, L)."
-    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
+    scores = np.asarray(scores, float)
+    labels = np.asarray(labels, bool)
     if scores.shape != labels.shape or scores.ndim != 2 or len(names) != scores.shape[1]:
-        raise ValueError(f"labels: expected (cases, labels) like the scores {scores.shape} and one name each, got {labels.shape} and {len(names)} names")
-    each = lambda rows: [auroc(scores[rows, l], labels[rows, l]) for l in range(len(names))]
-    macro = lambda rows: float(np.mean(kept)) if (kept := [a for a in each(rows) if not math.isnan(a)]) else math.nan
+        raise ValueError(
+            f"labels: expected (cases, labels) like the scores {scores.shape} and one name each,"
+            f" got {labels.shape} and {len(names)} names"
+        )
+
+    def each(rows):
+        return [auroc(scores[rows, l], labels[rows, l]) for l in range(len(names))]
+
+    def macro(rows):
+        return (
+            float(np.mean(kept))
+            if (kept := [a for a in each(rows) if not math.isnan(a)])
+            else math.nan
+        )
+
     per_label = dict(zip(names, each(np.arange(len(scores)))))
-    return LabelScores(per_label, bootstrap(macro, range(len(scores)) if patients is None else list(patients), draws), sum(not math.isnan(a) for a in per_label.values()))
+    return LabelScores(
+        per_label,
+        bootstrap(macro, range(len(scores)) if patients is None else list(patients), draws),
+        sum(not math.isnan(a) for a in per_label.values()),
+    )
+
 
 def prompt_scores(image: torch.Tensor, present: torch.Tensor, absent: torch.Tensor) -> np.ndarray:
-    "(n, L) cosine to the prompt that says yes minus that to the one that says no; image (n, E), prompts (L, E)."
-    if present.shape != absent.shape or image.shape[-1] != present.shape[-1]: raise ValueError(f"prompts: expected two tensors (labels, {image.shape[-1]}), got {tuple(present.shape)} and {tuple(absent.shape)}")
+    """(n, L) cosine to the prompt that says yes minus that to the one that says no; image (n, E),
+    prompts (L, E).
+    """
+    if present.shape != absent.shape or image.shape[-1] != present.shape[-1]:
+        raise ValueError(
+            f"prompts: expected two tensors (labels, {image.shape[-1]}), got {tuple(present.shape)}"
+            f" and {tuple(absent.shape)}"
+        )
     image, present, absent = (F.normalize(t.double(), dim=-1) for t in (image, present, absent))
     return (image @ (present - absent).T).cpu().numpy()
 
@@ -134,63 +233,145 @@ def prompt_scores(image: torch.Tensor, present: torch.Tensor, absent: torch.Tens
 @dataclass(frozen=True)
 class Polarity:
     "How often the true sentence is nearer than its denial."
+
     present: float  # accuracy where the finding is there
     absent: float  # where it is not
     balanced: Interval  # the mean of both
 
     def __str__(self):
         b = self.balanced
-        return f"polarity {b.mean:.2f} [{b.low:.2f}, {b.high:.2f}] over {b.patients} patients (present {self.present:.2f}, absent {self.absent:.2f}), chance 0.50"
+        return (
+            f"polarity {b.mean:.2f} [{b.low:.2f}, {b.high:.2f}] over {b.patients} patients (present"
+            f" {self.present:.2f}, absent {self.absent:.2f}), chance 0.50"
+        )
+
 
 def polarity(scores, labels, patients=None, draws: int = 400) -> Polarity:
-    "The polarity test on scores (n, L), positive for yes (see `prompt_scores`), and labels (n, L); a tie is half right."
-    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
-    if scores.shape != labels.shape: raise ValueError(f"labels: expected {scores.shape} like the scores, got {labels.shape}")
-    if labels.all() or not labels.any(): raise ValueError("labels: the test needs findings that are there and some that are not")
+    """The polarity test on scores (n, L), positive for yes (see `prompt_scores`), and labels (n,
+    L); a tie is half right.
+    """
+    scores = np.asarray(scores, float)
+    labels = np.asarray(labels, bool)
+    if scores.shape != labels.shape:
+        raise ValueError(f"labels: expected {scores.shape} like the scores, got {labels.shape}")
+    if labels.all() or not labels.any():
+        raise ValueError("labels: the test needs findings that are there and some that are not")
     right = np.where(labels, scores > 0, scores < 0) + 0.5 * (scores == 0)
-    mean = lambda kind, rows: right[rows][kind[rows]].mean() if kind[rows].any() else math.nan
+
+    def mean(kind, rows):
+        return right[rows][kind[rows]].mean() if kind[rows].any() else math.nan
+
     everyone = np.arange(len(scores))
-    return Polarity(float(mean(labels, everyone)), float(mean(~labels, everyone)),
-                    bootstrap(lambda rows: (mean(labels, rows) + mean(~labels, rows)) / 2, range(len(scores)) if patients is None else list(patients), draws))
+    return Polarity(
+        float(mean(labels, everyone)),
+        float(mean(~labels, everyone)),
+        bootstrap(
+            lambda rows: (mean(labels, rows) + mean(~labels, rows)) / 2,
+            range(len(scores)) if patients is None else list(patients),
+            draws,
+        ),
+    )
 
 # %% ../../nbs/learn/14a_retrieval.ipynb #cell-022
-def linear_probe(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, ridge: float = 1e-2) -> np.ndarray:
-    "(n_test, L) logits of logistic regressions fitted to features (n, E) and labels (n, L); `ridge` times half the squared weights is added to the mean loss."
-    if train.ndim != 2 or labels.ndim != 2 or len(train) != len(labels) or test.shape[1:] != train.shape[1:]:
-        raise ValueError(f"train, labels, test: expected (n, E), (n, L), (m, E), got {tuple(train.shape)}, {tuple(labels.shape)}, {tuple(test.shape)}")
+def linear_probe(
+    train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, ridge: float = 1e-2
+) -> np.ndarray:
+    """(n_test, L) logits of logistic regressions fitted to features (n, E) and labels (n, L);
+    `ridge` times half the squared weights is added to the mean loss.
+    """
+    if (
+        train.ndim != 2
+        or labels.ndim != 2
+        or len(train) != len(labels)
+        or test.shape[1:] != train.shape[1:]
+    ):
+        raise ValueError(
+            f"train, labels, test: expected (n, E), (n, L), (m, E), got {tuple(train.shape)},"
+            f" {tuple(labels.shape)}, {tuple(test.shape)}"
+        )
     train, labels, test = (t.detach().cpu().double() for t in (train, labels, test))
     mean, sd = train.mean(0), train.std(0).clamp_min(1e-8)
     train, test = (train - mean) / sd, (test - mean) / sd
-    weight, bias = torch.zeros(train.shape[1], labels.shape[1], dtype=torch.float64, requires_grad=True), torch.zeros(labels.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    weight = torch.zeros(train.shape[1], labels.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(labels.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=200,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(train @ weight + bias, labels, reduction="none").mean(0).sum() + ridge / 2 * weight.square().sum()
+        loss = (
+            F.binary_cross_entropy_with_logits(train @ weight + bias, labels, reduction="none")
+            .mean(0)
+            .sum()
+            + ridge / 2 * weight.square().sum()
+        )
         loss.backward()
         return loss
-    with torch.enable_grad(): optimizer.step(closure)
+
+    with torch.enable_grad():
+        optimizer.step(closure)
     return (test @ weight + bias).detach().numpy()
 
 # %% ../../nbs/learn/14a_retrieval.ipynb #cell-025
 def text_overlap(generated, references) -> dict[str, float]:
-    "`bleu_1` … `bleu_4` of the corpus and `rouge_l` (F, mean over texts), 0 to 1, without regard to case. Needs the packages sacrebleu and rouge-score."
+    """`bleu_1` … `bleu_4` of the corpus and `rouge_l` (F, mean over texts), 0 to 1, without regard
+    to case. Needs the packages sacrebleu and rouge-score.
+    """
     generated, references = list(generated), list(references)
-    if not references or len(generated) != len(references): raise ValueError(f"references: expected one for each of {len(generated)} generated texts and at least one, got {len(references)}")
+    if not references or len(generated) != len(references):
+        raise ValueError(
+            f"references: expected one for each of {len(generated)} generated texts and at least"
+            f" one, got {len(references)}"
+        )
     try:
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics import BLEU
-    except ImportError: raise ImportError("text_overlap needs the packages sacrebleu and rouge-score; install them with: pip install sacrebleu==2.6.0 rouge-score==0.1.2") from None
-    bleu = {f"bleu_{n}": BLEU(lowercase=True, smooth_method="none", max_ngram_order=n).corpus_score(generated, [references]).score / 100 for n in (1, 2, 3, 4)}
+    except ImportError:
+        raise ImportError(
+            "text_overlap needs the packages sacrebleu and rouge-score; install them with: pip"
+            " install sacrebleu==2.6.0 rouge-score==0.1.2"
+        ) from None
+    bleu = {
+        f"bleu_{n}": (
+            BLEU(lowercase=True, smooth_method="none", max_ngram_order=n)
+            .corpus_score(generated, [references])
+            .score
+            / 100
+        )
+        for n in (1, 2, 3, 4)
+    }
     rouge = RougeScorer(["rougeL"])
-    return bleu | {"rouge_l": float(np.mean([rouge.score(r, g)["rougeL"].fmeasure for g, r in zip(generated, references)]))}
+    return bleu | {
+        "rouge_l": float(
+            np.mean([rouge.score(r, g)["rougeL"].fmeasure for g, r in zip(generated, references)])
+        )
+    }
+
 
 def crg(predicted, labels) -> float:
     "Clinically relevant score of predicted labels (n, L) bool against the true ones, 0 to 1."
-    predicted, labels = np.asarray(predicted, bool), np.asarray(labels, bool)
-    if predicted.shape != labels.shape: raise ValueError(f"predicted: expected {labels.shape} like the labels, got {predicted.shape}")
+    predicted = np.asarray(predicted, bool)
+    labels = np.asarray(labels, bool)
+    if predicted.shape != labels.shape:
+        raise ValueError(
+            f"predicted: expected {labels.shape} like the labels, got {predicted.shape}"
+        )
     true = int(labels.sum())
-    if not 0 < true < labels.size: raise ValueError(f"labels: CRG needs findings that are there and some that are not, got {true} of {labels.size}")
-    ratio, best = (labels.size - true) / (2 * true), (labels.size - true) / 2
-    score = ratio * (predicted & labels).sum() - ratio * (~predicted & labels).sum() - (predicted & ~labels).sum()
+    if not 0 < true < labels.size:
+        raise ValueError(
+            f"labels: CRG needs findings that are there and some that are not, got {true} of"
+            f" {labels.size}"
+        )
+    ratio = (labels.size - true) / (2 * true)
+    best = (labels.size - true) / 2
+    score = (
+        ratio * (predicted & labels).sum()
+        - ratio * (~predicted & labels).sum()
+        - (predicted & ~labels).sum()
+    )
     return float(best / (2 * best - score))

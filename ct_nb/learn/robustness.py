@@ -12,7 +12,7 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -30,6 +30,7 @@ from ..style import FAINT, FLOOR, INK, MODEL, MUTED, style
 @dataclass(frozen=True)
 class Condition:
     "One way in which X-rays, views or the geometry that is told differ from the reference."
+
     name: str
     group: str = "reference"
     severity: float = 0.0  # place in the group; 0 is the reference, negative is easier than it
@@ -42,22 +43,50 @@ class Condition:
     azimuth_deg: tuple[float, ...] | None = None  # of the views; None: the views of the pairs
 
     @property
-    def is_miscalibrated(self) -> bool: return any((self.turn_deg, self.tilt_deg, self.across_mm, self.down_mm))
+    def is_miscalibrated(self) -> bool:
+        return any((self.turn_deg, self.tilt_deg, self.across_mm, self.down_mm))
 
     @property
     def told(self) -> str:
-        "`wrong`: the geometry is not the true one; `damaged`: it is, but parts of the X-rays are made up; `true`: neither."
+        """`wrong`: the geometry is not the true one; `damaged`: it is, but parts of the X-rays are
+        made up; `true`: neither.
+        """
         return "wrong" if self.is_miscalibrated else "damaged" if self.occlusion_mm else "true"
 
 # %% ../../nbs/learn/08_robustness.ipynb #cell-006
 REFERENCE = Condition("as in training")
-_ladder = lambda group, name, setting, *values: [Condition(name.format(v), group, float(v), **{setting: float(v)}) for v in values]
-_gap = lambda degrees: Condition(f"0° and {degrees}°", "angle between", 90.0 - degrees, azimuth_deg=(0.0, float(degrees)))
-_oblique = lambda degrees: Condition(f"{degrees}° and {degrees + 90}°", "oblique", float(degrees), azimuth_deg=(float(degrees), float(degrees + 90)))
+
+
+def _ladder(group, name, setting, *values):
+    return [Condition(name.format(v), group, float(v), **{setting: float(v)}) for v in values]
+
+
+def _gap(degrees):
+    return Condition(
+        f"0° and {degrees}°", "angle between", 90.0 - degrees, azimuth_deg=(0.0, float(degrees))
+    )
+
+
+def _oblique(degrees):
+    return Condition(
+        f"{degrees}° and {degrees + 90}°",
+        "oblique",
+        float(degrees),
+        azimuth_deg=(float(degrees), float(degrees + 90)),
+    )
+
 
 CONDITIONS = (
     REFERENCE,
-    *(Condition(f"{photons:.0e} photons".replace("e+0", "e"), "noise", 7.0 - math.log10(photons), photons=photons) for photons in (1e6, 1e5, 1e4, 1e3)),
+    *(
+        Condition(
+            f"{photons:.0e} photons".replace("e+0", "e"),
+            "noise",
+            7.0 - math.log10(photons),
+            photons=photons,
+        )
+        for photons in (1e6, 1e5, 1e4, 1e3)
+    ),
     *_ladder("occlusion", "block of {} mm", "occlusion_mm", 50, 100, 200),
     *_ladder("turned", "turned {}°", "turn_deg", 1, 2, 5),
     *_ladder("tilted", "tilted {}°", "tilt_deg", 1, 2, 5),
@@ -73,32 +102,58 @@ CONDITIONS = (
 # %% ../../nbs/learn/08_robustness.ipynb #cell-010
 def told(geometry: ConeBeam, condition: Condition) -> ConeBeam:
     "The geometry that is given to the model where `geometry`, of one scan, is the true one."
-    if not condition.is_miscalibrated: return geometry
+    if not condition.is_miscalibrated:
+        return geometry
     column = geometry.column_step_mm[-1] / geometry.column_step_mm[-1].norm()
-    moved = geometry.perturbed(geometry.views - 1, (0.0, 0.0, -condition.turn_deg)).perturbed(geometry.views - 1, (condition.tilt_deg * column).tolist())
+    moved = geometry.perturbed(geometry.views - 1, (0.0, 0.0, -condition.turn_deg)).perturbed(
+        geometry.views - 1, (condition.tilt_deg * column).tolist()
+    )
     last = torch.zeros(geometry.views, dtype=geometry.dtype)
     last[-1] = 1.0
     return move_detector(moved, condition.across_mm * last, condition.down_mm * last)
 
+
 def views_at(geometry: ConeBeam, azimuth_deg: Sequence[float]) -> ConeBeam:
     "Upright views at other azimuths, with the mean distances, detector and grid of `geometry`."
     center = torch.as_tensor(geometry.grid.center_mm.copy(), dtype=geometry.dtype)
-    return ConeBeam.orbit(list(azimuth_deg), grid=geometry.grid, source_to_isocenter_mm=float((geometry.source_mm - center).norm(dim=-1).mean()),
-                          source_to_detector_mm=float(geometry.source_to_detector_mm.mean()), detector_shape=geometry.detector_shape,
-                          pixel_mm=float(geometry.column_step_mm.norm(dim=-1).mean()))
+    return ConeBeam.orbit(
+        list(azimuth_deg),
+        grid=geometry.grid,
+        source_to_isocenter_mm=float((geometry.source_mm - center).norm(dim=-1).mean()),
+        source_to_detector_mm=float(geometry.source_to_detector_mm.mean()),
+        detector_shape=geometry.detector_shape,
+        pixel_mm=float(geometry.column_step_mm.norm(dim=-1).mean()),
+    )
 
 # %% ../../nbs/learn/08_robustness.ipynb #cell-014
 def rendered(pairs: XrayPairs, index: int, conditions: Sequence[Condition] = CONDITIONS) -> dict:
-    "Azimuths of a condition (None: as the pairs have them) -> the true geometry and the X-rays (V, R, C) of a case, without noise."
+    """Azimuths of a condition (None: as the pairs have them) -> the true geometry and the X-rays
+    (V, R, C) of a case, without noise.
+    """
     sample = pairs.source.load(index)
     cube = block_mean(sample.volume.tensor(), pairs.source.size // pairs.render_size)
-    true = {azimuths: pairs.geometry if azimuths is None else views_at(pairs.geometry, azimuths) for azimuths in dict.fromkeys(c.azimuth_deg for c in conditions)}
-    return {azimuths: (geometry, take_xrays(cube, geometry, pairs.energy_kev)) for azimuths, geometry in true.items()}
+    true = {
+        azimuths: pairs.geometry if azimuths is None else views_at(pairs.geometry, azimuths)
+        for azimuths in dict.fromkeys(c.azimuth_deg for c in conditions)
+    }
+    return {
+        azimuths: (geometry, take_xrays(cube, geometry, pairs.energy_kev))
+        for azimuths, geometry in true.items()
+    }
 
-def applied(condition: Condition, true: ConeBeam, xrays: torch.Tensor, *key) -> tuple[torch.Tensor, ConeBeam]:
-    "X-rays (V, R, C) as the condition leaves them, and the geometry that is told; `key` names the case and decides the draws. `GeometryError` where no ray would meet the cube."
-    if condition.photons: xrays = add_xray_noise(xrays, XrayNoise(photons_per_pixel=condition.photons), stream(*key, "robustness noise"))
-    if condition.occlusion_mm: xrays = cut_out(xrays, true, condition.occlusion_mm, stream(*key, "robustness occlusion"))
+
+def applied(
+    condition: Condition, true: ConeBeam, xrays: torch.Tensor, *key
+) -> tuple[torch.Tensor, ConeBeam]:
+    """X-rays (V, R, C) as the condition leaves them, and the geometry that is told; `key` names the
+    case and decides the draws. `GeometryError` where no ray would meet the cube.
+    """
+    if condition.photons:
+        xrays = add_xray_noise(
+            xrays, XrayNoise(photons_per_pixel=condition.photons), stream(*key, "robustness noise")
+        )
+    if condition.occlusion_mm:
+        xrays = cut_out(xrays, true, condition.occlusion_mm, stream(*key, "robustness occlusion"))
     return xrays, told(true, condition).require_hits()
 
 # %% ../../nbs/learn/08_robustness.ipynb #cell-016
@@ -111,43 +166,81 @@ def residuals(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "‖Aμ − y‖ / ‖y‖ of each view (V,), and what of it quantum noise does not account for (V,)."
     whole = torch.tensor(view_residuals(hu, xrays, geometry, energy_kev)[0])
-    if photons is None: return whole, whole
+    if photons is None:
+        return whole, whole
     blocks, _ = binned(xrays, geometry, RESIDUAL_DETECTOR)
     pixels = xrays[0].numel() / blocks[0].numel()
-    noise = (xrays.exp() / photons).flatten(1).mean(1) / pixels / blocks.flatten(1).square().mean(1).clamp_min(1e-12)
+    noise = (
+        (xrays.exp() / photons).flatten(1).mean(1)
+        / pixels
+        / blocks.flatten(1).square().mean(1).clamp_min(1e-12)
+    )
     return whole, (whole.square() - noise).clamp_min(0).sqrt()
 
 # %% ../../nbs/learn/08_robustness.ipynb #cell-020
 @dataclass
 class Robustness:
     "Figures of a model under several conditions. `rows`: one dict for each case and condition."
+
     rows: list[dict]
-    limit: float | None = None  # the residual above which X-rays and geometry are said to contradict each other
+    # the residual above which X-rays and geometry are said to contradict each other
+    limit: float | None = None
 
     @property
-    def conditions(self) -> list[str]: return list(dict.fromkeys(row["condition"] for row in self.rows))
+    def conditions(self) -> list[str]:
+        return list(dict.fromkeys(row["condition"] for row in self.rows))
+
     @property
-    def cases(self) -> list[str]: return list(dict.fromkeys(row["case"] for row in self.rows))
+    def cases(self) -> list[str]:
+        return list(dict.fromkeys(row["case"] for row in self.rows))
+
     @property
-    def groups(self) -> list[str]: return list(dict.fromkeys(row["group"] for row in self.rows if row["group"] != REFERENCE.group))
+    def groups(self) -> list[str]:
+        return list(
+            dict.fromkeys(row["group"] for row in self.rows if row["group"] != REFERENCE.group)
+        )
 
     def values(self, condition: str, column: str) -> list:
         "One value per case, in order."
         return [row[column] for row in self.rows if row["condition"] == condition]
 
     def ladder(self, group: str) -> list[str]:
-        "The conditions of a group and the reference, where it was judged, from the easiest to the hardest."
-        places = {row["condition"]: row["severity"] for row in self.rows if row["group"] in (group, REFERENCE.group)}
+        """The conditions of a group and the reference, where it was judged, from the easiest to the
+        hardest.
+        """
+        places = {
+            row["condition"]: row["severity"]
+            for row in self.rows
+            if row["group"] in (group, REFERENCE.group)
+        }
         return sorted(places, key=places.get)
 
     def summary(self) -> list[dict]:
-        "A row for each condition: means over cases, the sd of PSNR, and the share of cases that name a contradiction (None without a limit)."
+        """A row for each condition: means over cases, the sd of PSNR, and the share of cases that
+        name a contradiction (None without a limit).
+        """
         found = []
         for name in self.conditions:
             first = next(row for row in self.rows if row["condition"] == name)
-            means = {column: mean_sd(self.values(name, column))[0] for column in ("psnr", "ssim", "residual", "beyond_noise")}
-            said = None if self.limit is None else sum(self.values(name, "says_contradiction")) / len(self.cases)
-            found.append({"group": first["group"], "condition": name, "told": first["told"], **means, "psnr_sd": mean_sd(self.values(name, "psnr"))[1], "says_contradiction": said})
+            means = {
+                column: mean_sd(self.values(name, column))[0]
+                for column in ("psnr", "ssim", "residual", "beyond_noise")
+            }
+            said = (
+                None
+                if self.limit is None
+                else sum(self.values(name, "says_contradiction")) / len(self.cases)
+            )
+            found.append(
+                {
+                    "group": first["group"],
+                    "condition": name,
+                    "told": first["told"],
+                    **means,
+                    "psnr_sd": mean_sd(self.values(name, "psnr"))[1],
+                    "says_contradiction": said,
+                }
+            )
         return found
 
 # %% ../../nbs/learn/08_robustness.ipynb #cell-022
@@ -155,25 +248,63 @@ def robustness(
     predictor,  # a DRR2CT, or a predictor: line integrals (V, R, C) and geometry -> HU (N, N, N)
     pairs: XrayPairs,  # cases that it was not fitted on
     conditions: Sequence[Condition] = CONDITIONS,
-    limit: float | None = None,  # residual beyond noise that contradicts the geometry; None: nothing is said
+    # residual beyond noise that contradicts the geometry; None: nothing is said
+    limit: float | None = None,
     progress: bool = True,
 ) -> Robustness:
-    "Judge a model on all cases under all conditions; ValueError for no cases or two conditions of one name."
+    """Judge a model on all cases under all conditions; ValueError for no cases or two conditions of
+    one name.
+    """
     from tqdm.auto import tqdm
-    if len(pairs) == 0: raise ValueError("pairs: there are no cases to judge on; hold at least one patient out of training")
-    if len({c.name for c in conditions}) < len(conditions) or not conditions: raise ValueError("conditions: needs at least one, each with a name of its own")
-    if isinstance(predictor, torch.nn.Module): predictor = ModelPredictor(predictor.eval())
-    items, taken = [pairs[n] for n in range(len(pairs))], [rendered(pairs, n, conditions) for n in tqdm(range(len(pairs)), desc="X-rays", unit="case", disable=not progress)]
-    rows, bar = [], tqdm(total=len(pairs) * len(conditions), desc="robustness", unit="answer", disable=not progress)
-    for condition in conditions:  # all cases of one geometry in a row: what a network remembers of a geometry serves them all
+
+    if len(pairs) == 0:
+        raise ValueError(
+            "pairs: there are no cases to judge on; hold at least one patient out of training"
+        )
+    if len({c.name for c in conditions}) < len(conditions) or not conditions:
+        raise ValueError("conditions: needs at least one, each with a name of its own")
+    if isinstance(predictor, torch.nn.Module):
+        predictor = ModelPredictor(predictor.eval())
+    items = [pairs[n] for n in range(len(pairs))]
+    taken = [
+        rendered(pairs, n, conditions)
+        for n in tqdm(range(len(pairs)), desc="X-rays", unit="case", disable=not progress)
+    ]
+    rows = []
+    bar = tqdm(
+        total=len(pairs) * len(conditions), desc="robustness", unit="answer", disable=not progress
+    )
+    # all cases of one geometry in a row: what a network remembers of a geometry serves them all
+    for condition in conditions:
         for index, item in enumerate(items):
-            xrays, geometry = applied(condition, *taken[index][condition.azimuth_deg], pairs.seed, index)
+            xrays, geometry = applied(
+                condition, *taken[index][condition.azimuth_deg], pairs.seed, index
+            )
             hu = torch.as_tensor(predictor.predict(xrays, geometry)).float()
-            if not torch.isfinite(hu).all(): raise ValueError(f"{item['id']}, {condition.name}: the reconstruction has NaN or infinite voxels; it cannot be judged")
-            whole, beyond = (float(r.max()) for r in residuals(hu, xrays, geometry, pairs.energy_kev, condition.photons))
-            rows.append({"case": item["id"], "patient": item["patient"], "condition": condition.name, "group": condition.group, "severity": condition.severity, "told": condition.told,
-                         "psnr": psnr(hu, item["hu"]), "ssim": ssim(hu, item["hu"]), "residual": whole, "beyond_noise": beyond,
-                         "says_contradiction": None if limit is None else beyond > limit})
+            if not torch.isfinite(hu).all():
+                raise ValueError(
+                    f"{item['id']}, {condition.name}: the reconstruction has NaN or infinite"
+                    " voxels; it cannot be judged"
+                )
+            whole, beyond = (
+                float(r.max())
+                for r in residuals(hu, xrays, geometry, pairs.energy_kev, condition.photons)
+            )
+            rows.append(
+                {
+                    "case": item["id"],
+                    "patient": item["patient"],
+                    "condition": condition.name,
+                    "group": condition.group,
+                    "severity": condition.severity,
+                    "told": condition.told,
+                    "psnr": psnr(hu, item["hu"]),
+                    "ssim": ssim(hu, item["hu"]),
+                    "residual": whole,
+                    "beyond_noise": beyond,
+                    "says_contradiction": None if limit is None else beyond > limit,
+                }
+            )
             bar.update()
     bar.close()
     return Robustness(rows, limit)
@@ -184,83 +315,233 @@ def smoothness(
     rise_db: float = 0.1,  # by how much a step further may be better
     cliff_db: float = 3.0,  # what one step may cost at most
 ) -> list[dict]:
-    "For each group: `psnr` along its ladder (dB), the largest `rise` and `fall` of one step (dB, 0 or more), and whether it is `smooth`."
+    """For each group: `psnr` along its ladder (dB), the largest `rise` and `fall` of one step (dB,
+    0 or more), and whether it is `smooth`.
+    """
     found = []
     for group in self.groups:
         means = [mean_sd(self.values(name, "psnr"))[0] for name in self.ladder(group)]
         steps = [b - a for a, b in zip(means, means[1:])]
-        rise, fall = max([0.0, *steps]), max([0.0, *(-s for s in steps)])
-        found.append({"group": group, "ladder": self.ladder(group), "psnr": means, "rise": rise, "fall": fall, "smooth": rise <= rise_db and fall <= cliff_db})
+        rise = max([0.0, *steps])
+        fall = max([0.0, *(-s for s in steps)])
+        found.append(
+            {
+                "group": group,
+                "ladder": self.ladder(group),
+                "psnr": means,
+                "rise": rise,
+                "fall": fall,
+                "smooth": rise <= rise_db and fall <= cliff_db,
+            }
+        )
     return found
+
 
 def sentences(self: Robustness, rise_db: float = 0.1, cliff_db: float = 3.0) -> list[str]:
     "What the figures say, a sentence for each ladder, then about contradictions."
     lines = []
     for row in self.smoothness(rise_db, cliff_db):
-        why = "smooth" if row["smooth"] else f"not smooth, a step further is better by {row['rise']:.2f} dB" if row["rise"] > rise_db else f"not smooth, one step costs {row['fall']:.2f} dB"
-        lines.append(f"{row['group']}: {why} ({' → '.join(f'{p:.2f}' for p in row['psnr'])} dB from {row['ladder'][0]} to {row['ladder'][-1]}).")
-    if self.limit is None: return lines + ["Contradictions: this run has no residual limit, so nothing can be said about them; train it anew to have one."]
-    listed = lambda told, least: ", ".join(f"{row['condition']} {100 * row['says_contradiction']:.0f} %" for row in self.summary() if row["told"] == told and row["says_contradiction"] >= least) or "none"
-    lines.append(f"Wrong geometry, share of cases in which the residual beyond noise is above {self.limit:.4f} and it is named: {listed('wrong', 0)}.")
+        why = (
+            "smooth"
+            if row["smooth"]
+            else (
+                f"not smooth, a step further is better by {row['rise']:.2f} dB"
+                if row["rise"] > rise_db
+                else f"not smooth, one step costs {row['fall']:.2f} dB"
+            )
+        )
+        lines.append(
+            f"{row['group']}: {why} ({' → '.join(f'{p:.2f}' for p in row['psnr'])} dB from"
+            f" {row['ladder'][0]} to {row['ladder'][-1]})."
+        )
+    if self.limit is None:
+        return lines + [
+            "Contradictions: this run has no residual limit, so nothing can be said about them;"
+            " train it anew to have one."
+        ]
+
+    def listed(told, least):
+        return (
+            ", ".join(
+                f"{row['condition']} {100 * row['says_contradiction']:.0f} %"
+                for row in self.summary()
+                if row["told"] == told and row["says_contradiction"] >= least
+            )
+            or "none"
+        )
+
+    lines.append(
+        "Wrong geometry, share of cases in which the residual beyond noise is above"
+        f" {self.limit:.4f} and it is named: {listed('wrong', 0)}."
+    )
     lines.append(f"Damaged X-rays, the same: {listed('damaged', 0)}.")
     return lines + [f"False alarms, where nothing is wrong: {listed('true', 1e-9)}."]
 
+
 def robustness_table(self: Robustness, markdown: bool = False) -> str:
-    "A line for each condition, with the change of PSNR against the reference. Plain text, or Markdown."
+    """A line for each condition, with the change of PSNR against the reference.
+
+    Plain text, or Markdown.
+    """
     rows = self.summary()
     reference = next((row["psnr"] for row in rows if row["group"] == REFERENCE.group), math.nan)
-    head = ["group", "condition", "PSNR, dB", "against reference", "SSIM", "residual", "beyond noise", "contradiction"]
-    change = lambda p: "-" if math.isnan(reference) else f"{p - reference:+.2f}"
-    body = [[row["group"], row["condition"], f"{row['psnr']:.2f}" + ("" if math.isnan(row["psnr_sd"]) else f" ± {row['psnr_sd']:.2f}"), change(row["psnr"]), f"{row['ssim']:.3f}", f"{row['residual']:.4f}",
-             f"{row['beyond_noise']:.4f}", "-" if row["says_contradiction"] is None else f"{100 * row['says_contradiction']:.0f} %"] for row in rows]
-    if markdown: return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---", "---"] + ["---:"] * (len(head) - 2), *body])
+    head = [
+        "group",
+        "condition",
+        "PSNR, dB",
+        "against reference",
+        "SSIM",
+        "residual",
+        "beyond noise",
+        "contradiction",
+    ]
+
+    def change(p):
+        return "-" if math.isnan(reference) else f"{p - reference:+.2f}"
+
+    body = [
+        [
+            row["group"],
+            row["condition"],
+            f"{row['psnr']:.2f}"
+            + ("" if math.isnan(row["psnr_sd"]) else f" ± {row['psnr_sd']:.2f}"),
+            change(row["psnr"]),
+            f"{row['ssim']:.3f}",
+            f"{row['residual']:.4f}",
+            f"{row['beyond_noise']:.4f}",
+            (
+                "-"
+                if row["says_contradiction"] is None
+                else f"{100 * row['says_contradiction']:.0f} %"
+            ),
+        ]
+        for row in rows
+    ]
+    if markdown:
+        return "\n".join(
+            "| " + " | ".join(line) + " |"
+            for line in [head, ["---", "---"] + ["---:"] * (len(head) - 2), *body]
+        )
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    line = lambda cells: "   ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
-    return "\n".join([line(head), "-" * len(line(head)), *map(line, body), f"{len(self.cases)} cases; mean ± sd; the largest residual of the views"])
+
+    def line(cells):
+        return "   ".join(
+            c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))
+        )
+
+    return "\n".join(
+        [
+            line(head),
+            "-" * len(line(head)),
+            *map(line, body),
+            f"{len(self.cases)} cases; mean ± sd; the largest residual of the views",
+        ]
+    )
 
 # %% ../../nbs/learn/08_robustness.ipynb #cell-026
 def _draw_ladder(above, below, table: Robustness, group: str):
     names = table.ladder(group)
     for axis, column in ((above, "psnr"), (below, "beyond_noise")):
-        axis.plot(range(len(names)), [mean_sd(table.values(n, column))[0] for n in names], color=FLOOR, lw=1.4, zorder=2)
+        axis.plot(
+            range(len(names)),
+            [mean_sd(table.values(n, column))[0] for n in names],
+            color=FLOOR,
+            lw=1.4,
+            zorder=2,
+        )
         for place, name in enumerate(names):
             said = [bool(s) for s in table.values(name, "says_contradiction")]
-            axis.scatter([place] * len(said), table.values(name, column), s=11, c=[MODEL if s else FLOOR for s in said], alpha=0.8, lw=0, zorder=3)
+            axis.scatter(
+                [place] * len(said),
+                table.values(name, column),
+                s=11,
+                c=[MODEL if s else FLOOR for s in said],
+                alpha=0.8,
+                lw=0,
+                zorder=3,
+            )
         axis.set_xlim(-0.4, len(names) - 0.6)
         axis.grid(axis="y", color=FAINT)
-        if REFERENCE.name in names: axis.axvline(names.index(REFERENCE.name), color=FAINT, lw=5, zorder=0)
+        if REFERENCE.name in names:
+            axis.axvline(names.index(REFERENCE.name), color=FAINT, lw=5, zorder=0)
     above.set_title(group, loc="left")
     above.set_xticks(range(len(names)), [""] * len(names))
-    below.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
-    if table.limit is not None: below.axhline(table.limit, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    below.set_xticks(
+        range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7
+    )
+    if table.limit is not None:
+        below.axhline(table.limit, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
+
 
 def robustness_figure(self: Robustness):
     "A column for each group: PSNR above, residual beyond noise below; a matplotlib Figure."
     import matplotlib.pyplot as plt
+
     with style():
         widths = [len(self.ladder(g)) for g in self.groups] or [1]
-        figure, axes = plt.subplots(2, len(widths), sharey="row", squeeze=False, figsize=(1.2 + 0.34 * sum(w + 1 for w in widths), 4.6), width_ratios=[w + 1 for w in widths])
-        for column, group in enumerate(self.groups): _draw_ladder(axes[0, column], axes[1, column], self, group)
+        figure, axes = plt.subplots(
+            2,
+            len(widths),
+            sharey="row",
+            squeeze=False,
+            figsize=(1.2 + 0.34 * sum(w + 1 for w in widths), 4.6),
+            width_ratios=[w + 1 for w in widths],
+        )
+        for column, group in enumerate(self.groups):
+            _draw_ladder(axes[0, column], axes[1, column], self, group)
         axes[0, 0].set_ylabel("PSNR (dB)"), axes[1, 0].set_ylabel("residual beyond noise")
-        said = "no limit known" if self.limit is None else f"dashed: the limit {self.limit:.4f}, red above it"
-        figure.suptitle(f"{len(self.cases)} cases: a dot per case, line their mean, grey the reference; {said}", fontsize=8.5, color=MUTED, x=0.01, ha="left")
+        said = (
+            "no limit known"
+            if self.limit is None
+            else f"dashed: the limit {self.limit:.4f}, red above it"
+        )
+        figure.suptitle(
+            f"{len(self.cases)} cases: a dot per case, line their mean, grey the reference; {said}",
+            fontsize=8.5,
+            color=MUTED,
+            x=0.01,
+            ha="left",
+        )
     return figure
 
 # %% ../../nbs/learn/08_robustness.ipynb #cell-028
 def save_robustness(self: Robustness, out) -> Path:
-    "Write `robustness.csv` (a row for each case and condition), `robustness.json` (means and sentences) and `robustness.png` into the folder `out`."
+    """Write `robustness.csv` (a row for each case and condition), `robustness.json` (means and
+    sentences) and `robustness.png` into the folder `out`.
+    """
     import matplotlib.pyplot as plt
+
     out, text = Path(out), io.StringIO()
     writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in self.rows)
-    with atomic_write(out / "robustness.csv") as path: path.write_text(text.getvalue(), encoding="utf-8")
-    plain = lambda row: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    write_json(out / "robustness.json", {"cases": len(self.cases), "limit": self.limit, "conditions": [plain(row) for row in self.summary()], "smoothness": self.smoothness(), "sentences": self.sentences()})
+    with atomic_write(out / "robustness.csv") as path:
+        path.write_text(text.getvalue(), encoding="utf-8")
+
+    def plain(row):
+        return {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+
+    write_json(
+        out / "robustness.json",
+        {
+            "cases": len(self.cases),
+            "limit": self.limit,
+            "conditions": [plain(row) for row in self.summary()],
+            "smoothness": self.smoothness(),
+            "sentences": self.sentences(),
+        },
+    )
     figure = robustness_figure(self)
-    with atomic_write(out / "robustness.png") as path: figure.savefig(path, dpi=150)
+    with atomic_write(out / "robustness.png") as path:
+        figure.savefig(path, dpi=150)
     plt.close(figure)
     return out
 
 # %% ../../nbs/learn/08_robustness.ipynb #cell-029
-Robustness.smoothness, Robustness.sentences, Robustness.table, Robustness.figure, Robustness.save = smoothness, sentences, robustness_table, robustness_figure, save_robustness
+Robustness.smoothness = smoothness
+Robustness.sentences = sentences
+Robustness.table = robustness_table
+Robustness.figure = robustness_figure
+Robustness.save = save_robustness

@@ -18,9 +18,12 @@ from ..physics.volume import Grid, Volume
 # %% ../../nbs/learn/11a_sampled_reconstruction.ipynb #cell-007
 SAMPLES = 8  # half a dB of squared error above the mean of all there are
 
+
 def reconstruct_sampled(
     xrays,  # (V, R, C) line integrals ∫μ dl (dimensionless), array or tensor
-    geometry: ConeBeam,  # where they were taken, in the patient's frame (LPS, mm); the cube goes about the centre of its grid
+    # where they were taken, in the patient's frame (LPS, mm); the cube goes about the centre of its
+    # grid
+    geometry: ConeBeam,
     cascade: Cascade,  # `load_cascade(folder)`
     side_mm: float = 320.0,  # of the cube the cascade was trained on
     samples: int = SAMPLES,  # to draw; the answer is their mean
@@ -29,19 +32,43 @@ def reconstruct_sampled(
     sampler: str = "ddim",
     seed: int = 0,
 ) -> Reconstruction:
-    "The mean of `samples` draws, the draws and, of two or more, their standard deviation, HU. `ValueError` when X-rays and geometry do not fit together, no ray meets the cube, or a setting makes no sense."
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1: raise ValueError(f"samples: must be a whole number from 1 up, got {samples!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or abs(seed) >= 2 ** 40: raise ValueError(f"seed: must be a whole number from -2⁴⁰ to 2⁴⁰, got {seed!r}")
+    """The mean of `samples` draws, the draws and, of two or more, their standard deviation, HU.
+
+    `ValueError` when X-rays and geometry do not fit together, no ray meets the cube, or a setting
+    makes no sense.
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples: must be a whole number from 1 up, got {samples!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or abs(seed) >= 2**40:
+        raise ValueError(f"seed: must be a whole number from -2⁴⁰ to 2⁴⁰, got {seed!r}")
     xrays, geometry, moved, notes = placed_scan(xrays, geometry, cascade.config.size, side_mm)
     training = cascade.training
     cascade.eval()
-    try: draws = Sampler(cascade, steps, sampler, seed).draws(xrays, moved, samples, guidance)
-    finally: cascade.train(training)
+    try:
+        draws = Sampler(cascade, steps, sampler, seed).draws(xrays, moved, samples, guidance)
+    finally:
+        cascade.train(training)
     stage, mean = cascade.config.stages[-1], draws.mean(0)
     residual, reprojection = view_residuals(mean, xrays, moved, stage.energy_kev)
     affine = Grid.cube(cascade.config.size, side_mm, geometry.grid.center_mm).affine
     volumes = [Volume(hu.numpy(), affine) for hu in (mean, *draws)]
-    return Reconstruction(volumes[0], residual, reprojection.numpy(), xrays.numpy(), geometry, consistent=guidance != "off",
-                          how=f"mean of {samples} samples, X-ray guidance {guidance}" if samples > 1 else f"one sample, X-ray guidance {guidance}", samples=volumes[1:],
-                          spread=Volume(draws.std(0).numpy(), affine) if samples > 1 else None, spread_means="standard deviation over samples of the cascade; not calibrated",
-                          window=stage.window, energy_kev=stage.energy_kev, seed=seed, notes=notes)
+    return Reconstruction(
+        volumes[0],
+        residual,
+        reprojection.numpy(),
+        xrays.numpy(),
+        geometry,
+        consistent=guidance != "off",
+        how=(
+            f"mean of {samples} samples, X-ray guidance {guidance}"
+            if samples > 1
+            else f"one sample, X-ray guidance {guidance}"
+        ),
+        samples=volumes[1:],
+        spread=Volume(draws.std(0).numpy(), affine) if samples > 1 else None,
+        spread_means="standard deviation over samples of the cascade; not calibrated",
+        window=stage.window,
+        energy_kev=stage.energy_kev,
+        seed=seed,
+        notes=notes,
+    )

@@ -20,8 +20,23 @@ from torch import nn
 from ..data.pairs import stream
 from ..data.reports import Report, Step, find_places, is_normal
 from .scan_reports import shifted
-from .alignment import Alignment, Keys, Pairs, Steps, inside_regions, mean_over_all, text_keys
-from ..nets.cot import CoTDecoder, RegionSegmentation, claims, generate, label_shares, segmentation_loss
+from ct_nb.learn.alignment import (
+    Alignment,
+    Keys,
+    Pairs,
+    Steps,
+    inside_regions,
+    mean_over_all,
+    text_keys,
+)
+from ct_nb.nets.cot import (
+    CoTDecoder,
+    RegionSegmentation,
+    claims,
+    generate,
+    label_shares,
+    segmentation_loss,
+)
 from ..nets.ct_encoder import CTEncoder, CTEncoderConfig, Encoding
 from ..nets.regions import patch_overlaps
 from ..nets.text import FolderText, TextTower, TinyText, WordTokenizer, minilm
@@ -31,40 +46,64 @@ from ..settings import Settings
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-005
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
+
 @dataclass(frozen=True)
 class RegionSaid:
     "What a report says of a region."
+
     region: int
     text: str
     sentences: tuple[str, ...]  # of one kind: the abnormal ones where there are any, else all
     normal: bool
 
+
 def region_sayings(report: Report) -> list[RegionSaid]:
     "What a report says, region by region."
     said = []
     for number, text in report.regions:
-        if not text.strip(): continue
+        if not text.strip():
+            continue
         sentences = [s for s in _SENTENCE.split(text) if s.strip()]
         abnormal = [s for s in sentences if not is_normal(s)]
         said.append(RegionSaid(number, text, tuple(abnormal or sentences), not abnormal))
     return said
 
+
 def reasoning(report: Report) -> str:
-    "What is to be written of a scan: the steps (without the one that only states the task), or the findings, or the impression."
-    return " ".join(step.text for step in report.steps if not step.text.startswith("Task:")) or report.findings or report.impression
+    """What is to be written of a scan: the steps (without the one that only states the task), or
+    the findings, or the impression.
+    """
+    return (
+        " ".join(step.text for step in report.steps if not step.text.startswith("Task:"))
+        or report.findings
+        or report.impression
+    )
+
 
 def all_texts(reports) -> list[str]:
     "Every text of some reports that a network may be shown."
-    return [text for report in reports for text in (report.impression, *(text for _, text in report.regions), *(step.text for step in report.steps), reasoning(report)) if text.strip()]
+    return [
+        text
+        for report in reports
+        for text in (
+            report.impression,
+            *(text for _, text in report.regions),
+            *(step.text for step in report.steps),
+            reasoning(report),
+        )
+        if text.strip()
+    ]
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-008
 @dataclass(frozen=True)
 class ScanLanguageConfig(Settings):
     "The whole network's shape, stored beside its weights."
+
     encoder: CTEncoderConfig = CTEncoderConfig()
     words: tuple[str, ...] = ()  # of the tokenizer
     text: str = "tiny"  # "tiny", "minilm" or a folder of transformers
-    text_trained: bool = False  # a folder's tower learns too; the tiny one always does, minilm never
+    # a folder's tower learns too; the tiny one always does, minilm never
+    text_trained: bool = False
     text_pooling: str = "mean"  # of a folder's tower, or "first"
     text_width: int = 128  # of the tiny tower
     text_depth: int = 2
@@ -85,38 +124,79 @@ class ScanLanguageConfig(Settings):
     words_weight: float = 0.3
 
     def __post_init__(self):
-        if not 0 <= self.hidden_maps <= 1: raise ValueError(f"hidden_maps: must be a share, 0 to 1, got {self.hidden_maps}")
-        if self.map_error_mm < 0: raise ValueError(f"map_error_mm: must not be negative, got {self.map_error_mm}")
-        if min(self.region_texts, self.step_texts) < 1: raise ValueError(f"region_texts, step_texts: must be at least 1, got {self.region_texts} and {self.step_texts}")
+        if not 0 <= self.hidden_maps <= 1:
+            raise ValueError(f"hidden_maps: must be a share, 0 to 1, got {self.hidden_maps}")
+        if self.map_error_mm < 0:
+            raise ValueError(f"map_error_mm: must not be negative, got {self.map_error_mm}")
+        if min(self.region_texts, self.step_texts) < 1:
+            raise ValueError(
+                f"region_texts, step_texts: must be at least 1, got {self.region_texts} and"
+                f" {self.step_texts}"
+            )
+
 
 def make_tower(config: ScanLanguageConfig) -> TextTower:
-    "The text tower that a configuration names, frozen unless it is the tiny one or a folder's that is to learn. ValueError for a name that is none."
-    if config.text == "tiny": return TinyText(WordTokenizer(config.words), config.text_width, config.text_depth, max_length=config.text_length)
-    if config.text == "minilm": return minilm().freeze()
-    if not Path(config.text).expanduser().is_dir(): raise ValueError(f"text: must be 'tiny', 'minilm' or a folder of transformers, got {config.text!r}")
+    """The text tower that a configuration names, frozen unless it is the tiny one or a folder's
+    that is to learn. ValueError for a name that is none.
+    """
+    if config.text == "tiny":
+        return TinyText(
+            WordTokenizer(config.words),
+            config.text_width,
+            config.text_depth,
+            max_length=config.text_length,
+        )
+    if config.text == "minilm":
+        return minilm().freeze()
+    if not Path(config.text).expanduser().is_dir():
+        raise ValueError(
+            f"text: must be 'tiny', 'minilm' or a folder of transformers, got {config.text!r}"
+        )
     tower = FolderText(config.text, config.text_pooling)
     return tower if config.text_trained else tower.freeze()
 
+
 class ScanLanguage(nn.Module):
     "Scans and texts in one space, with the losses that bring them there."
+
     def __init__(self, config: ScanLanguageConfig):
         super().__init__()
         c, e = config, config.encoder
-        self.config, self.encoder, tower = c, CTEncoder(e), make_tower(c)
+        self.config = c
+        self.encoder = CTEncoder(e)
+        tower = make_tower(c)
         self.tower = tower if not tower.frozen else None
-        self._frozen = [tower] if tower.frozen else []  # in a list: neither trained, averaged nor saved
-        self.alignment = Alignment(e.shared_dim, tower.width, e.shared_dim, weights={"global": c.global_weight, "anchor": c.anchor_weight})
-        self.writer = CoTDecoder(WordTokenizer(c.words), e.embed_dim, c.writer_width, c.writer_depth, max_length=c.writer_length)
+        # in a list: neither trained, averaged nor saved
+        self._frozen = [tower] if tower.frozen else []
+        self.alignment = Alignment(
+            e.shared_dim,
+            tower.width,
+            e.shared_dim,
+            weights={"global": c.global_weight, "anchor": c.anchor_weight},
+        )
+        self.writer = CoTDecoder(
+            WordTokenizer(c.words),
+            e.embed_dim,
+            c.writer_width,
+            c.writer_depth,
+            max_length=c.writer_length,
+        )
         self.map = RegionSegmentation(e.pyramid_dim, e.num_regions + 1, c.refine)
 
     @property
-    def device(self): return self.writer.places.device
+    def device(self):
+        return self.writer.places.device
 
     def read(self, texts) -> torch.Tensor:
-        "Texts → pooled features of the tower (n, its width); each different text is read once, beside texts of its length, since padding costs as much as words."
-        texts, tower = list(texts), self.tower if self.tower is not None else self._frozen[0].to(self.device)
+        """Texts → pooled features of the tower (n, its width); each different text is read once,
+        beside texts of its length, since padding costs as much as words.
+        """
+        texts = list(texts)
+        tower = self.tower if self.tower is not None else self._frozen[0].to(self.device)
         different = sorted(set(texts), key=lambda text: (len(text), text))
-        features = torch.cat([tower(different[i:i + 24]).pooled for i in range(0, len(different), 24)])
+        features = torch.cat(
+            [tower(different[i : i + 24]).pooled for i in range(0, len(different), 24)]
+        )
         place = {text: i for i, text in enumerate(different)}
         return features[[place[text] for text in texts]]
 
@@ -124,146 +204,364 @@ class ScanLanguage(nn.Module):
 from fastcore.basics import patch
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-011
-def draw_regions(report: Report, present: torch.Tensor, count: int, draw: torch.Generator) -> list[tuple[int, str, str]]:
-    "(region, text, scope of its normality) of up to `count` regions that are `present` (R,) bool: all abnormal ones, then healthy ones by chance; of half of them all that is said, of the others one sentence."
+def draw_regions(
+    report: Report, present: torch.Tensor, count: int, draw: torch.Generator
+) -> list[tuple[int, str, str]]:
+    """(region, text, scope of its normality) of up to `count` regions that are `present` (R,) bool:
+    all abnormal ones, then healthy ones by chance; of half of them all that is said, of the others
+    one sentence.
+    """
     said = [s for s in region_sayings(report) if present[s.region - 1]]
     order = torch.randperm(len(said), generator=draw).tolist()
     said = sorted((said[i] for i in order), key=lambda s: s.normal)[:count]
     chosen = []
     for s in said:
         whole, which = torch.rand(2, generator=draw).tolist()
-        chosen.append((s.region, s.text if whole < 0.5 else s.sentences[int(which * len(s.sentences))], str(s.region)))
+        chosen.append(
+            (
+                s.region,
+                s.text if whole < 0.5 else s.sentences[int(which * len(s.sentences))],
+                str(s.region),
+            )
+        )
     return chosen
 
+
 def step_scope(step: Step, report: Report, case: str) -> str:
-    "The scope of a step's normality. Of the whole scan's steps that find nothing, those of a scan where something is found stand for that scan alone: *no mass* beside a nodule is no normal chest."
-    return f"regions {sorted(step.regions)}" if step.regions else "the chest" if is_normal(report.impression) else case
+    """The scope of a step's normality.
+
+    Of the whole scan's steps that find nothing, those of a scan where something is found stand for
+    that scan alone: *no mass* beside a nodule is no normal chest.
+    """
+    return (
+        f"regions {sorted(step.regions)}"
+        if step.regions
+        else "the chest" if is_normal(report.impression) else case
+    )
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-013
 _LUNG_WORDS = ("nodule", "mass", "granuloma", "opacity", "sequela")
+
 
 @functools.lru_cache(maxsize=4096)
 def label_regions(name: str) -> tuple[int, ...]:
     "Where a finding can be; empty where its name does not say."
     places = find_places(name)
-    if places: return tuple(sorted({n for place in places for n in place.regions}))
+    if places:
+        return tuple(sorted({n for place in places for n in place.regions}))
     return (1, 2, 3, 4, 5) if any(word in name.lower() for word in _LUNG_WORDS) else ()
+
 
 def place_prompts(name: str, region: int) -> tuple[str, str]:
     "That a finding is in a region, and that it is not."
     name, place = name.lower(), REGIONS[region][0]
     return f"{name.capitalize()} in the {place}.", f"No {name} in the {place}."
 
+
 @functools.lru_cache(maxsize=65536)
-def _claimed(text: str, names: tuple[str, ...]) -> tuple[tuple[str, bool], ...]: return tuple(claims(text, names).items())
+def _claimed(text: str, names: tuple[str, ...]) -> tuple[tuple[str, bool], ...]:
+    return tuple(claims(text, names).items())
+
 
 def region_claims(report: Report) -> list[tuple[int, str, bool]]:
-    "(region, finding, whether the report says that it is there) of every finding that could be in a region of which the report speaks."
+    """(region, finding, whether the report says that it is there) of every finding that could be in
+    a region of which the report speaks.
+    """
     names, said = list(report.labels), []
-    for s in region_sayings(report): said += [(s.region, name, state) for name, state in _claimed(s.text, tuple(name for name in names if s.region in label_regions(name)))]
+    for s in region_sayings(report):
+        said += [
+            (s.region, name, state)
+            for name, state in _claimed(
+                s.text, tuple(name for name in names if s.region in label_regions(name))
+            )
+        ]
     return said
+
 
 def scan_prompts(names) -> tuple[list[str], list[str]]:
     "That findings are there, and that they are not, as a report would say it."
     return [f"{name.capitalize()}." for name in names], [f"No {name.lower()}." for name in names]
 
+
 def scan_claims(claims: list[tuple[int, str, bool]]) -> list[tuple[str, bool]]:
     "(finding, whether it is anywhere) of the claims about regions."
-    return [(name, any(there for _, other, there in claims if other == name)) for name in dict.fromkeys(name for _, name, _ in claims)]
+    return [
+        (name, any(there for _, other, there in claims if other == name))
+        for name in dict.fromkeys(name for _, name, _ in claims)
+    ]
 
-def claim_loss(image: torch.Tensor, text: torch.Tensor, there: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
-    "Images (n, E) beside the sentences yes and no, `text` (n, 2, E); `there` (n,) bool says which is true. Mean loss, nats, over all processes; what is there and what is not count half each."
+
+def claim_loss(
+    image: torch.Tensor, text: torch.Tensor, there: torch.Tensor, factor: torch.Tensor | float
+) -> torch.Tensor:
+    """Images (n, E) beside the sentences yes and no, `text` (n, 2, E); `there` (n,) bool says which
+    is true. Mean loss, nats, over all processes; what is there and what is not count half each.
+    """
     yes, no = F.normalize(text, dim=-1).unbind(1)
-    loss = F.softplus(torch.where(there, -1.0, 1.0) * factor * (F.normalize(image, dim=-1) * (yes - no)).sum(-1))
+    loss = F.softplus(
+        torch.where(there, -1.0, 1.0) * factor * (F.normalize(image, dim=-1) * (yes - no)).sum(-1)
+    )
     return (mean_over_all(loss, there) + mean_over_all(loss, ~there)) / 2
-
 
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-014
 def text_losses(writer: CoTDecoder, texts, patches: torch.Tensor) -> torch.Tensor:
     "(n,) mean −log p of a token, nats, of each of n texts about patches (n, N, width)."
     numbers = writer.encode(texts)
-    loss = F.cross_entropy(writer(numbers[:, :-1], patches).float().mT, numbers[:, 1:], ignore_index=0, reduction="none")
+    loss = F.cross_entropy(
+        writer(numbers[:, :-1], patches).float().mT,
+        numbers[:, 1:],
+        ignore_index=0,
+        reduction="none",
+    )
     return loss.sum(1) / (numbers[:, 1:] > 0).sum(1)
 
+
 @patch
-def told_maps(self: ScanLanguage, regions: torch.Tensor, draws: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
-    "What the encoder is told of the maps (B, D, H, W) in training: most a little off, some not at all; and which are hidden, (B,) bool. A draw for each decides."
+def told_maps(
+    self: ScanLanguage, regions: torch.Tensor, draws: list[torch.Generator]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the encoder is told of the maps (B, D, H, W) in training: most a little off, some not at
+    all; and which are hidden, (B,) bool. A draw for each decides.
+    """
     c, e = self.config, self.config.encoder
     hidden = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < c.hidden_maps
     reach = [round(c.map_error_mm / s) for s in e.spacing_mm]
-    moves = [[int(torch.rand(1, generator=draw) * (2 * r + 1)) - r for r in reach] if torch.rand(1, generator=draw) < 2 / 3 else [0, 0, 0] for draw in draws]
+    moves = [
+        (
+            [int(torch.rand(1, generator=draw) * (2 * r + 1)) - r for r in reach]
+            if torch.rand(1, generator=draw) < 2 / 3
+            else [0, 0, 0]
+        )
+        for draw in draws
+    ]
     unknown = (regions == e.body).flatten(1).all(1)
     moved = torch.stack([shifted(one, move, 0) for one, move in zip(regions, moves)])
-    return torch.where((hidden.to(unknown.device) | unknown)[:, None, None, None], e.body, moved), hidden
+    return (
+        torch.where((hidden.to(unknown.device) | unknown)[:, None, None, None], e.body, moved),
+        hidden,
+    )
+
 
 @patch
 def measure(self: ScanLanguage, batches, seed) -> None:
-    "Tell the encoder before training what regions usually hold, by some batches as they are trained on."
-    self.encoder.measure((batch["hu"], self.told_maps(batch["regions"], [stream("language", seed, name) for name in batch["id"]])[0]) for batch in batches)
+    """Tell the encoder before training what regions usually hold, by some batches as they are
+    trained on.
+    """
+    self.encoder.measure(
+        (
+            batch["hu"],
+            self.told_maps(
+                batch["regions"], [stream("language", seed, name) for name in batch["id"]]
+            )[0],
+        )
+        for batch in batches
+    )
+
 
 @patch
 def encode(self: ScanLanguage, batch: dict, seed) -> dict[str, torch.Tensor]:
-    "Everything of a batch of `collate_scans` that its loss is made of, in rows: what one scan adds depends on no other scan, so the rows of pieces of a batch, joined, are the batch's. `seed`, anything that `stream` takes, decides with the scan's name what is hidden and which texts are read."
-    c, e, reports, names = self.config, self.config.encoder, batch["report"], batch["id"]
+    """Everything of a batch of `collate_scans` that its loss is made of, in rows: what one scan
+    adds depends on no other scan, so the rows of pieces of a batch, joined, are the batch's.
+    `seed`, anything that `stream` takes, decides with the scan's name what is hidden and which
+    texts are read.
+    """
+    c = self.config
+    e = self.config.encoder
+    reports = batch["report"]
+    names = batch["id"]
     draws = [stream("language", seed, name) for name in names]
     known = (batch["regions"] != e.body).flatten(1).any(1).cpu()
     maps, hidden = self.told_maps(batch["regions"], draws)
     seen: Encoding = self.encoder(batch["hu"], maps)
     present = seen.present.cpu() & known[:, None] & ~hidden[:, None]
     whole = [(b, r.impression) for b, r in enumerate(reports) if r.impression.strip()]
-    parts = [(b, *chosen) for b, r in enumerate(reports) for chosen in draw_regions(r, present[b], c.region_texts, draws[b])]
-    steps = [(b, r.steps[i]) for b, r in enumerate(reports) for i in sorted(torch.randperm(len(r.steps), generator=draws[b]).tolist()[:c.step_texts]) if r.steps[i].text.strip()]
-    written = [(b, reasoning(r)) for b, r in enumerate(reports) if torch.rand(1, generator=draws[b]) < c.written_share and reasoning(r).strip()]
+    parts = [
+        (b, *chosen)
+        for b, r in enumerate(reports)
+        for chosen in draw_regions(r, present[b], c.region_texts, draws[b])
+    ]
+    steps = [
+        (b, r.steps[i])
+        for b, r in enumerate(reports)
+        for i in sorted(torch.randperm(len(r.steps), generator=draws[b]).tolist()[: c.step_texts])
+        if r.steps[i].text.strip()
+    ]
+    written = [
+        (b, reasoning(r))
+        for b, r in enumerate(reports)
+        if torch.rand(1, generator=draws[b]) < c.written_share and reasoning(r).strip()
+    ]
     said = [region_claims(r) for r in reports]
-    asked = [(b, *claim) for b, here in enumerate(said) for claim in here if present[b, claim[0] - 1]]
+    asked = [
+        (b, *claim) for b, here in enumerate(said) for claim in here if present[b, claim[0] - 1]
+    ]
     anywhere = [(b, *claim) for b, here in enumerate(said) for claim in scan_claims(here)]
-    prompts = [[prompt for _, region, name, _ in asked for prompt in place_prompts(name, region)], [prompt for pair in zip(*scan_prompts([name for _, name, _ in anywhere])) for prompt in pair]]
-    texts = [[t for _, t in whole], [t for _, _, t, _ in parts], [s.text for _, s in steps], *prompts]
-    if not any(texts): raise ValueError(f"report: none of {', '.join(names)} has a text; leave such scans out")
-    words = self.read([t for group in texts for t in group]).float().split([len(group) for group in texts])
-    number = lambda rows, k=0: torch.tensor([row[k] for row in rows], dtype=torch.long, device=self.device)
-    there = lambda rows: torch.tensor([row[-1] for row in rows], dtype=torch.bool, device=self.device)
-    keyed = lambda keys: {"same": keys.text.to(self.device), "normal": keys.normal.to(self.device)}
+    prompts = [
+        [prompt for _, region, name, _ in asked for prompt in place_prompts(name, region)],
+        [
+            prompt
+            for pair in zip(*scan_prompts([name for _, name, _ in anywhere]))
+            for prompt in pair
+        ],
+    ]
+    texts = [
+        [t for _, t in whole],
+        [t for _, _, t, _ in parts],
+        [s.text for _, s in steps],
+        *prompts,
+    ]
+    if not any(texts):
+        raise ValueError(f"report: none of {', '.join(names)} has a text; leave such scans out")
+    words = (
+        self.read([t for group in texts for t in group])
+        .float()
+        .split([len(group) for group in texts])
+    )
+
+    def number(rows, k=0):
+        return torch.tensor([row[k] for row in rows], dtype=torch.long, device=self.device)
+
+    def there(rows):
+        return torch.tensor([row[-1] for row in rows], dtype=torch.bool, device=self.device)
+
+    def keyed(keys):
+        return {"same": keys.text.to(self.device), "normal": keys.normal.to(self.device)}
+
     step_keys = text_keys(texts[2], [step_scope(s, reports[b], names[b]) for b, s in steps])
     levels = {
-        "global": {"image": seen.global_embedding[number(whole)].float(), "text": words[0], **keyed(text_keys(texts[0]))},
-        "region": {"image": seen.region_embeddings[number(parts), number(parts, 1) - 1].float(), "text": words[1], **keyed(text_keys(texts[1], [scope for *_, scope in parts]))},
-        "step": {"patches": seen.step_embeddings.float(), "text": words[2], "case": batch["number"].to(self.device)[number(steps)], **keyed(step_keys),
-                 "inside": inside_regions(patch_overlaps(batch["regions"], e.patch, e.num_regions + 2)[..., :-1], [s.regions for _, s in steps], number(steps))},
-        "claim": {"image": seen.region_embeddings[number(asked), number(asked, 1) - 1].float(), "text": words[3].unflatten(0, (len(asked), 2)), "there": there(asked)},
-        "claim of scan": {"image": seen.global_embedding[number(anywhere)].float(), "text": words[4].unflatten(0, (len(anywhere), 2)), "there": there(anywhere)},
-        "map": self._map_rows(seen, batch["regions"], hidden & known), "words": self._word_rows(seen, written)}
-    return {f"{level}: {name}": value for level, values in levels.items() for name, value in values.items()}
+        "global": {
+            "image": seen.global_embedding[number(whole)].float(),
+            "text": words[0],
+            **keyed(text_keys(texts[0])),
+        },
+        "region": {
+            "image": seen.region_embeddings[number(parts), number(parts, 1) - 1].float(),
+            "text": words[1],
+            **keyed(text_keys(texts[1], [scope for *_, scope in parts])),
+        },
+        "step": {
+            "patches": seen.step_embeddings.float(),
+            "text": words[2],
+            "case": batch["number"].to(self.device)[number(steps)],
+            **keyed(step_keys),
+            "inside": inside_regions(
+                patch_overlaps(batch["regions"], e.patch, e.num_regions + 2)[..., :-1],
+                [s.regions for _, s in steps],
+                number(steps),
+            ),
+        },
+        "claim": {
+            "image": seen.region_embeddings[number(asked), number(asked, 1) - 1].float(),
+            "text": words[3].unflatten(0, (len(asked), 2)),
+            "there": there(asked),
+        },
+        "claim of scan": {
+            "image": seen.global_embedding[number(anywhere)].float(),
+            "text": words[4].unflatten(0, (len(anywhere), 2)),
+            "there": there(anywhere),
+        },
+        "map": self._map_rows(seen, batch["regions"], hidden & known),
+        "words": self._word_rows(seen, written),
+    }
+    return {
+        f"{level}: {name}": value
+        for level, values in levels.items()
+        for name, value in values.items()
+    }
+
 
 @patch
-def _map_rows(self: ScanLanguage, seen: Encoding, regions: torch.Tensor, blind: torch.Tensor) -> dict:
+def _map_rows(
+    self: ScanLanguage, seen: Encoding, regions: torch.Tensor, blind: torch.Tensor
+) -> dict:
     "The loss of the map of each scan, where its own was hidden."
-    c, e, drawn = self.config, self.config.encoder, self.map(seen.pyramid[0])
-    shares = label_shares(torch.where(blind.to(regions.device)[:, None, None, None], regions, 0), e.patch, c.refine, e.num_regions + 1)
-    return {"loss": torch.stack([segmentation_loss(*one) for one in zip(drawn.split(1), shares.split(1))]), "asked": blind.to(self.device)}
+    c = self.config
+    e = self.config.encoder
+    drawn = self.map(seen.pyramid[0])
+    shares = label_shares(
+        torch.where(blind.to(regions.device)[:, None, None, None], regions, 0),
+        e.patch,
+        c.refine,
+        e.num_regions + 1,
+    )
+    return {
+        "loss": torch.stack(
+            [segmentation_loss(*one) for one in zip(drawn.split(1), shares.split(1))]
+        ),
+        "asked": blind.to(self.device),
+    }
+
 
 @patch
 def _word_rows(self: ScanLanguage, seen: Encoding, written: list[tuple[int, str]]) -> dict:
     "The loss of the words about each scan that is written about."
-    loss, asked = 0 * seen.tokens.float().sum((1, 2)), torch.zeros(len(seen.tokens), dtype=torch.bool, device=self.device)
-    if not written: return {"loss": loss, "asked": asked}
+    loss = 0 * seen.tokens.float().sum((1, 2))
+    asked = torch.zeros(len(seen.tokens), dtype=torch.bool, device=self.device)
+    if not written:
+        return {"loss": loss, "asked": asked}
     place = torch.tensor([b for b, _ in written], device=self.device)
-    return {"loss": loss.index_add(0, place, text_losses(self.writer, [t for _, t in written], seen.tokens[place])), "asked": asked.index_fill(0, place, True)}
+    return {
+        "loss": loss.index_add(
+            0, place, text_losses(self.writer, [t for _, t in written], seen.tokens[place])
+        ),
+        "asked": asked.index_fill(0, place, True),
+    }
+
 
 @patch
-def loss(self: ScanLanguage, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-    "The loss of rows of `encode` and its parts, nats (the map's with 1 − Dice), over the scans of all processes."
-    c, of = self.config, lambda level: {name.removeprefix(f"{level}: "): value for name, value in rows.items() if name.startswith(f"{level}: ")}
-    pairs = [Pairs(here["image"], here["text"], Keys(here["same"], here["normal"])) for here in map(of, ("global", "region"))]
+def loss(
+    self: ScanLanguage, rows: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss of rows of `encode` and its parts, nats (the map's with 1 − Dice), over the scans of
+    all processes.
+    """
+    c = self.config
+
+    def of(level):
+        return {
+            name.removeprefix(f"{level}: "): value
+            for name, value in rows.items()
+            if name.startswith(f"{level}: ")
+        }
+
+    pairs = [
+        Pairs(here["image"], here["text"], Keys(here["same"], here["normal"]))
+        for here in map(of, ("global", "region"))
+    ]
     step = of("step")
-    with torch.autocast(self.device.type, enabled=False):  # cosines times up to 100 want their digits
-        loss, losses = self.alignment(*pairs, Steps(step["text"], step["case"], step["patches"], step["inside"], Keys(step["same"], step["normal"])))
+    # cosines times up to 100 want their digits
+    with torch.autocast(self.device.type, enabled=False):
+        loss, losses = self.alignment(
+            *pairs,
+            Steps(
+                step["text"],
+                step["case"],
+                step["patches"],
+                step["inside"],
+                Keys(step["same"], step["normal"]),
+            ),
+        )
         for name, level in (("claim", "region"), ("claim of scan", "global")):
             here = of(name)
-            losses[name] = claim_loss(here["image"], self.alignment.text_heads[level](here["text"]), here["there"], self.alignment.temperatures[level]())
-        for name in ("map", "words"): losses[name] = mean_over_all(rows[f"{name}: loss"], rows[f"{name}: asked"])
-    loss = loss + c.claim_weight * (losses["claim"] + losses["claim of scan"]) + c.map_weight * losses["map"] + c.words_weight * losses["words"]
-    return loss, {"steps" if name == "step" else name: float(value.detach()) for name, value in losses.items()}  # the trainer counts its own `step`
+            losses[name] = claim_loss(
+                here["image"],
+                self.alignment.text_heads[level](here["text"]),
+                here["there"],
+                self.alignment.temperatures[level](),
+            )
+        for name in ("map", "words"):
+            losses[name] = mean_over_all(rows[f"{name}: loss"], rows[f"{name}: asked"])
+    loss = (
+        loss
+        + c.claim_weight * (losses["claim"] + losses["claim of scan"])
+        + c.map_weight * losses["map"]
+        + c.words_weight * losses["words"]
+    )
+    # the trainer counts its own `step`
+    return loss, {
+        "steps" if name == "step" else name: float(value.detach()) for name, value in losses.items()
+    }
+
 
 @patch
 def forward(self: ScanLanguage, batch: dict, seed) -> tuple[torch.Tensor, dict[str, float]]:
@@ -273,20 +571,37 @@ def forward(self: ScanLanguage, batch: dict, seed) -> tuple[torch.Tensor, dict[s
 # %% ../../nbs/learn/14d_scan_language.ipynb #cell-022
 @patch
 def embed_texts(self: ScanLanguage, texts, level: str = "global") -> torch.Tensor:
-    "Texts → unit vectors (n, shared_dim), to compare with scans (level \"global\") or regions (\"region\")."
-    if level not in self.alignment.text_heads: raise ValueError(f"level: must be one of {', '.join(self.alignment.text_heads)}, got {level!r}")
+    """Texts → unit vectors (n, shared_dim), to compare with scans (level "global") or regions
+    ("region").
+    """
+    if level not in self.alignment.text_heads:
+        raise ValueError(
+            f"level: must be one of {', '.join(self.alignment.text_heads)}, got {level!r}"
+        )
     return F.normalize(self.alignment.text_heads[level](self.read(texts)), dim=-1)
+
 
 @patch
 def look(self: ScanLanguage, texts, seen: Encoding, case=None) -> torch.Tensor:
-    "Texts and an encoding → (n, N): where each text looks in its scan `case` (n,), the first unless given; rows sum to 1."
-    case = torch.zeros(len(texts), dtype=torch.long) if case is None else torch.as_tensor(case, dtype=torch.long)
+    """Texts and an encoding → (n, N): where each text looks in its scan `case` (n,), the first
+    unless given; rows sum to 1.
+    """
+    case = (
+        torch.zeros(len(texts), dtype=torch.long)
+        if case is None
+        else torch.as_tensor(case, dtype=torch.long)
+    )
     return self.alignment.steps.attention(self.read(texts), seen.step_embeddings.float(), case)
+
 
 @patch
 def draw_map(self: ScanLanguage, seen: Encoding) -> torch.Tensor:
-    "An encoding → labels of the pieces of its patches (B, D·z, H·y, W·x), 0 to num_regions. Ask it of scans whose map was not given."
+    """An encoding → labels of the pieces of its patches (B, D·z, H·y, W·x), 0 to num_regions.
+
+    Ask it of scans whose map was not given.
+    """
     return self.map(seen.pyramid[0]).argmax(1)
+
 
 @patch
 def write(self: ScanLanguage, seen: Encoding, **options) -> list[str]:

@@ -24,8 +24,19 @@ from ..data.cache import MemoryCache, code_digest, content_digest, files_digest
 from ..data.folders import Found, case_files, find_cases, name_cases, read_label_names, stem
 from ..data.label_maps import name_region, total_doubt
 from ..data.pairs import stream
-from ..data.report_readers import (ct_rate_metadata, ct_rate_name, ct_rate_path, ct_rate_published, ct_rate_reports, ct_rate_root, is_conversations, omniabnorm_reports,
-                                       phantom_report, radgenome_reports, read_ct_rate)
+from ct_nb.data.report_readers import (
+    ct_rate_metadata,
+    ct_rate_name,
+    ct_rate_path,
+    ct_rate_published,
+    ct_rate_reports,
+    ct_rate_root,
+    is_conversations,
+    omniabnorm_reports,
+    phantom_report,
+    radgenome_reports,
+    read_ct_rate,
+)
 from ..data.reports import CT_RATE_LABELS, Report
 from ..data.sources import CTSource, nearest_labels
 from .train import read_all
@@ -39,14 +50,17 @@ from ..physics.volume import Grid, Volume, resample
 @dataclass(frozen=True)
 class Finding:
     "A lesion whose voxels are known."
+
     kind: str
     region: int  # number in REGIONS
     mask_id: int  # its value in `lesions`
     text: str  # the step of the report that describes it
 
+
 @dataclass(frozen=True)
 class ScanCase:
     "What is known of a case before its scan is loaded."
+
     id: str
     patient: str
     digest: str  # of everything that decides the arrays
@@ -54,108 +68,278 @@ class ScanCase:
     report: Report | None = None  # None: it stands in `about`
     part: str = ""  # "train" or "valid", where the data set says so
 
+
 def _arrays(hu, labels, lesions=None, **about) -> dict:
     lesions = np.zeros(labels.shape, np.uint8) if lesions is None else lesions
-    return {"hu": np.clip(np.rint(hu), -32768, 32767).astype(np.int16), "labels": labels.astype(np.uint8), "lesions": lesions.astype(np.uint8), "about": np.array(json.dumps(about, sort_keys=True))}
+    return {
+        "hu": np.clip(np.rint(hu), -32768, 32767).astype(np.int16),
+        "labels": labels.astype(np.uint8),
+        "lesions": lesions.astype(np.uint8),
+        "about": np.array(json.dumps(about, sort_keys=True)),
+    }
 
 # %% ../../nbs/learn/14c_scan_reports.ipynb #cell-007
-def phantom_cases(count: int, config: CTEncoderConfig, first_seed: int = 0, painted: int | None = None) -> list[ScanCase]:
-    "`count` phantoms from `first_seed` on, on the encoder's grid; painted on cubes of `painted` voxels a side (the encoder's largest size unless given)."
-    if count < 1: raise ValueError(f"count: at least one phantom is needed, got {count}")
-    painted, code = painted or max(config.size), code_digest("physics/*.py", "data/sources.py", "learn/scan_reports.py")
+def phantom_cases(
+    count: int, config: CTEncoderConfig, first_seed: int = 0, painted: int | None = None
+) -> list[ScanCase]:
+    """`count` phantoms from `first_seed` on, on the encoder's grid; painted on cubes of `painted`
+    voxels a side (the encoder's largest size unless given).
+    """
+    if count < 1:
+        raise ValueError(f"count: at least one phantom is needed, got {count}")
+    painted = painted or max(config.size)
+    code = code_digest("physics/*.py", "data/sources.py", "learn/scan_reports.py")
     facts = [config.size, config.side_mm, painted, ct_nb.__version__]
-    return [ScanCase(f"phantom-{seed:05d}", f"phantom-{seed:05d}", content_digest("phantom with report", seed, facts, code), functools.partial(_phantom, seed, config, painted))
-            for seed in range(first_seed, first_seed + count)]
+    return [
+        ScanCase(
+            f"phantom-{seed:05d}",
+            f"phantom-{seed:05d}",
+            content_digest("phantom with report", seed, facts, code),
+            functools.partial(_phantom, seed, config, painted),
+        )
+        for seed in range(first_seed, first_seed + count)
+    ]
+
 
 def _phantom(seed: int, config: CTEncoderConfig, painted: int) -> dict:
     from ct_nb.physics.phantom import phantom
+
     chest = phantom(seed, painted, config.side_mm)
-    grid, hu, labels, lesions = chest.volume.grid, chest.volume.hu, chest.regions, chest.lesion_mask
+    grid = chest.volume.grid
+    hu = chest.volume.hu
+    labels = chest.regions
+    lesions = chest.lesion_mask
     if grid.shape != config.size:
         target = grid.resized(config.size)
-        hu, (labels, lesions) = resample(hu, grid, target), (nearest_labels(m, grid, target) for m in (labels, lesions))
-    findings = [asdict(Finding(l.kind, l.region, l.mask_id, chest.report.cot_steps[1 + 3 * i])) for i, l in enumerate(chest.lesions)]
+        hu = resample(hu, grid, target)
+        labels, lesions = (nearest_labels(m, grid, target) for m in (labels, lesions))
+    findings = [
+        asdict(Finding(l.kind, l.region, l.mask_id, chest.report.cot_steps[1 + 3 * i]))
+        for i, l in enumerate(chest.lesions)
+    ]
     return _arrays(hu, labels, lesions, report=asdict(chest.report), findings=findings)
 
 # %% ../../nbs/learn/14c_scan_reports.ipynb #cell-010
 def _columns(path: Path) -> list[str]:
-    with open(path, newline="", encoding="utf-8-sig") as file: return [c.strip().strip('"') for c in file.readline().split(",")]
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        return [c.strip().strip('"') for c in file.readline().split(",")]
+
 
 def _only(files: list[Path], what: str) -> Path | None:
-    if len(files) > 1: raise ValueError(f"reports: {files[0].parent} has {len(files)} files of {what} ({', '.join(p.name for p in files)}); leave one")
+    if len(files) > 1:
+        raise ValueError(
+            f"reports: {files[0].parent} has {len(files)} files of {what}"
+            f" ({', '.join(p.name for p in files)}); leave one"
+        )
     return files[0] if files else None
 
+
 def read_reports(path) -> list[Report]:
-    "The reports of a file, of CT-RATE as it is published, or of the one table of reports at the top of a folder. None or several: ValueError."
+    """The reports of a file, of CT-RATE as it is published, or of the one table of reports at the
+    top of a folder. None or several: ValueError.
+    """
     path = Path(path).expanduser()
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".csv", ".json", ".jsonl") and p.name not in ("patients.csv", "labels.json")) if path.is_dir() else [path]
+    files = (
+        sorted(
+            p
+            for p in path.iterdir()
+            if p.suffix.lower() in (".csv", ".json", ".jsonl")
+            and p.name not in ("patients.csv", "labels.json")
+        )
+        if path.is_dir()
+        else [path]
+    )
     tables = {p: _columns(p) for p in files if p.suffix.lower() == ".csv"}
-    questions = [p for p in files if p not in tables and is_conversations(p)] if path.is_dir() else []
+    questions = (
+        [p for p in files if p not in tables and is_conversations(p)] if path.is_dir() else []
+    )
     other = [p for p in files if p not in tables and p not in questions]
-    if path.is_dir() and (root := ct_rate_root(path)): return ct_rate_published(root, _only(other, "reasoning"))
+    if path.is_dir() and (root := ct_rate_root(path)):
+        return ct_rate_published(root, _only(other, "reasoning"))
     ct_rate = [p for p, c in tables.items() if {"VolumeName", "Findings_EN"} <= set(c)]
     labels = [p for p, c in tables.items() if {"VolumeName", CT_RATE_LABELS[0]} <= set(c)]
     regional = [p for p, c in tables.items() if {"Volumename", "Anatomy", "Sentence"} <= set(c)]
     named = ct_rate or regional or other
-    if len(named) != 1: raise ValueError(f"reports: {path} has {len(named)} tables of reports ({', '.join(p.name for p in named) or 'none'}); expected one, with CT-RATE's or RadGenome's columns, or OmniAbnorm's JSON")
-    if ct_rate: return ct_rate_reports(named[0], _only(labels, "labels"), _only(questions, "questions"), _only(other, "reasoning"))
+    if len(named) != 1:
+        raise ValueError(
+            f"reports: {path} has {len(named)} tables of reports"
+            f" ({', '.join(p.name for p in named) or 'none'}); expected one, with CT-RATE's or"
+            " RadGenome's columns, or OmniAbnorm's JSON"
+        )
+    if ct_rate:
+        return ct_rate_reports(
+            named[0],
+            _only(labels, "labels"),
+            _only(questions, "questions"),
+            _only(other, "reasoning"),
+        )
     return radgenome_reports(named[0]) if regional else omniabnorm_reports(named[0])
 
 # %% ../../nbs/learn/14c_scan_reports.ipynb #cell-012
-def folder_cases(path, config: CTEncoderConfig, reports=None, cache=None) -> tuple[list[ScanCase], list[tuple[str, str]]]:
-    """The scans of a folder that have a report, and what was left out with the reason. `reports`: a file; those in the folder unless given. `cache` remembers what files hold. No scan with
-    a report: ValueError."""
+def folder_cases(
+    path, config: CTEncoderConfig, reports=None, cache=None
+) -> tuple[list[ScanCase], list[tuple[str, str]]]:
+    """The scans of a folder that have a report, and what was left out with the reason.
+
+    `reports`: a file; those in the folder unless given. `cache` remembers what files hold. No scan
+    with
+    a report: ValueError.
+    """
     root = Path(path).expanduser()
-    if not root.exists(): raise ValueError(f"data: {str(path)!r} is neither 'phantom', 'phantom:COUNT' nor a folder that exists; check the path")
-    said = {stem(Path(report.volume)).lower(): report for report in read_reports(root if reports is None else reports)}
+    if not root.exists():
+        raise ValueError(
+            f"data: {str(path)!r} is neither 'phantom', 'phantom:COUNT' nor a folder that exists;"
+            " check the path"
+        )
+    said = {
+        stem(Path(report.volume)).lower(): report
+        for report in read_reports(root if reports is None else reports)
+    }
     published, numbers = ct_rate_root(root), None
-    if published is None: found, versions = name_cases(root, find_cases(root)), {}
+    if published is None:
+        found, versions = name_cases(root, find_cases(root)), {}
     else:
-        versions = {file: version for report in said.values() for version in (2, 1) if (file := published / ct_rate_path(report.volume, version)).is_file()}
-        versions = {file: version for file, version in versions.items() if version == 2 or published / ct_rate_path(file.name, 2) not in versions}  # of both versions, the one that is HU
+        versions = {
+            file: version
+            for report in said.values()
+            for version in (2, 1)
+            if (file := published / ct_rate_path(report.volume, version)).is_file()
+        }
+        # of both versions, the one that is HU
+        versions = {
+            file: version
+            for file, version in versions.items()
+            if version == 2 or published / ct_rate_path(file.name, 2) not in versions
+        }
         found = [replace(f, id=stem(f.path)) for f in name_cases(published, list(versions))]
-        if 1 in versions.values(): numbers = ct_rate_metadata(published)
-    cases, skipped, scans = [], [], {}
-    code = code_digest("physics/*.py", "data/folders.py", "data/label_maps.py", "data/report*.py", "nets/ct_encoder.py", "nets/regions.py", "learn/scan_reports.py")
+        if 1 in versions.values():
+            numbers = ct_rate_metadata(published)
+    cases = []
+    skipped = []
+    scans = {}
+    code = code_digest(
+        "physics/*.py",
+        "data/folders.py",
+        "data/label_maps.py",
+        "data/report*.py",
+        "nets/ct_encoder.py",
+        "nets/regions.py",
+        "learn/scan_reports.py",
+    )
     for f in found:
         report = said.get(stem(f.path).lower()) or said.get(f.id.lower())
         first = None if report is None else scans.setdefault(report.scan, f)
-        if first is not f: skipped.append((f.name, "it has no report" if report is None else f"it is another reconstruction of {report.scan}, of which {first.name} is taken"))
-        if first is not f: continue
+        if first is not f:
+            skipped.append(
+                (
+                    f.name,
+                    (
+                        "it has no report"
+                        if report is None
+                        else (
+                            f"it is another reconstruction of {report.scan}, of which {first.name} is"
+                            " taken"
+                        )
+                    ),
+                )
+            )
+        if first is not f:
+            continue
         raw = versions.get(f.path) == 1
-        facts = [config.size, config.side_mm, config.num_regions, f.label_path is not None, numbers.get(f.path.name) if raw else None]
+        facts = [
+            config.size,
+            config.side_mm,
+            config.num_regions,
+            f.label_path is not None,
+            numbers.get(f.path.name) if raw else None,
+        ]
         patient = report.patient if report.patient != report.volume else f.patient
-        cases.append(ScanCase(f.id, patient, content_digest("scan with report", files_digest(case_files(f), cache), facts, code), functools.partial(_scan, f, config, numbers if raw else None),
-                              report, ct_rate_name(report.volume).split if published else ""))
-    if not cases: raise ValueError(f"data: no scan of {root} has a report; their names are such as {found[0].name if found else 'none'!r} and {next(iter(said), 'none')!r}")
+        cases.append(
+            ScanCase(
+                f.id,
+                patient,
+                content_digest("scan with report", files_digest(case_files(f), cache), facts, code),
+                functools.partial(_scan, f, config, numbers if raw else None),
+                report,
+                ct_rate_name(report.volume).split if published else "",
+            )
+        )
+    if not cases:
+        raise ValueError(
+            f"data: no scan of {root} has a report; their names are such as"
+            f" {found[0].name if found else 'none'!r} and {next(iter(said), 'none')!r}"
+        )
     return cases, skipped
 
 # %% ../../nbs/learn/14c_scan_reports.ipynb #cell-014
-def scan_and_regions(found: Found, config: CTEncoderConfig, rescale=None) -> tuple[torch.Tensor, np.ndarray, str]:
-    """A scan of a folder → HU (D, H, W) float32, its regions (D, H, W) uint8, and what is to be said of its label map. `config.body` everywhere where it has no map, or none that can be
-    understood. `rescale`: of `ct_rate_rescale`, for a file of CT-RATE's version 1. Not a CT, or a map or its names that cannot be read: `CTReadError`, one sentence."""
+def scan_and_regions(
+    found: Found, config: CTEncoderConfig, rescale=None
+) -> tuple[torch.Tensor, np.ndarray, str]:
+    """A scan of a folder → HU (D, H, W) float32, its regions (D, H, W) uint8, and what is to be
+    said of its label map. `config.body` everywhere where it has no map, or none that can be
+    understood. `rescale`: of `ct_rate_rescale`, for a file of CT-RATE's version 1. Not a CT, or a
+    map or its names that cannot be read: `CTReadError`, one sentence.
+    """
     volume = read_ct(found.path) if rescale is None else read_ct_rate(found.path, rescale)
     hu, grid = prepare_scan(volume, config, found.name)
-    regions, note = (None, "") if found.label_path is None else _read_regions(found.label_path, volume, grid)
+    regions, note = (
+        (None, "") if found.label_path is None else _read_regions(found.label_path, volume, grid)
+    )
     return hu, np.full(config.size, config.body, np.uint8) if regions is None else regions, note
 
+
 def _read_regions(path: Path, volume: Volume, grid: Grid) -> tuple[np.ndarray | None, str]:
-    "A label map as regions on `grid`, None where it cannot be understood, and what is to be said of it."
-    try: names = read_label_names(path)
-    except ValueError as error: raise CTReadError(str(error)) from None
-    labels, advice = read_labels(path, grid), "say in a labels.json beside it what its values are, such as {\"1\": \"left upper lobe\"}; its scan goes without a map"
+    """A label map as regions on `grid`, None where it cannot be understood, and what is to be said
+    of it.
+    """
+    try:
+        names = read_label_names(path)
+    except ValueError as error:
+        raise CTReadError(str(error)) from None
+    labels = read_labels(path, grid)
+    advice = (
+        "say in a labels.json beside it what its values are, such as {\"1\": \"left upper"
+        " lobe\"}; its scan goes without a map"
+    )
     if names:
         table = np.zeros(256, np.uint8)
         for value, name in names.items():
-            if 0 < value < 256: table[value] = name_region(name) or 0
-        regions, lost = table[labels], [f"{value} ({names.get(value, 'without a name')})" for value in np.unique(labels).tolist() if value and not table[value]]
-        if not regions.any(): return None, f"{path}: none of its values, {', '.join(lost[:6]) or 'all of them 0'}, is named like one of the twenty regions; {advice}"
-        return regions, f"{path}: {', '.join(lost[:6])} {'is' if len(lost) == 1 else 'are'} named like no single region and count{'s' if len(lost) == 1 else ''} as background" if lost else ""
+            if 0 < value < 256:
+                table[value] = name_region(name) or 0
+        regions = table[labels]
+        lost = [
+            f"{value} ({names.get(value, 'without a name')})"
+            for value in np.unique(labels).tolist()
+            if value and not table[value]
+        ]
+        if not regions.any():
+            return (
+                None,
+                (
+                    f"{path}: none of its values, {', '.join(lost[:6]) or 'all of them 0'}, is"
+                    f" named like one of the twenty regions; {advice}"
+                ),
+            )
+        return regions, (
+            f"{path}: {', '.join(lost[:6])} {'is' if len(lost) == 1 else 'are'} named like no"
+            f" single region and count{'s' if len(lost) == 1 else ''} as background"
+            if lost
+            else ""
+        )
     step = max(1, round((volume.hu.size / 2e6) ** (1 / 3)))  # two million voxels tell enough
-    sample, affine = volume.hu[::step, ::step, ::step], volume.affine @ np.diag([step, step, step, 1.0])
+    sample = volume.hu[::step, ::step, ::step]
+    affine = volume.affine @ np.diag([step, step, step, 1.0])
     doubt = total_doubt(read_labels(path, Grid(sample.shape, affine)), sample)
-    if doubt: return None, f"{path}: nobody says what its values mean, and TotalSegmentator's they are not, for {doubt}; {advice}"
+    if doubt:
+        return (
+            None,
+            (
+                f"{path}: nobody says what its values mean, and TotalSegmentator's they are not,"
+                f" for {doubt}; {advice}"
+            ),
+        )
     return merge_total(labels), ""
+
 
 def _scan(found: Found, config: CTEncoderConfig, rescale=None) -> dict:
     hu, labels, note = scan_and_regions(found, config, rescale)
@@ -164,8 +348,13 @@ def _scan(found: Found, config: CTEncoderConfig, rescale=None) -> dict:
 # %% ../../nbs/learn/14c_scan_reports.ipynb #cell-017
 @dataclass
 class ScanReports(Dataset):
-    """Scans with reports. Item: `id`, `patient`, `report` (a `Report`), `findings` (list of `Finding`), `note` (on its label map), `hu` (D, H, W) float32, `regions` and `lesions`
-    (D, H, W) uint8; `regions` is num_regions + 1 everywhere where there is no map."""
+    """Scans with reports.
+
+    Item: `id`, `patient`, `report` (a `Report`), `findings` (list of `Finding`), `note` (on its
+    label map), `hu` (D, H, W) float32, `regions` and `lesions`
+    (D, H, W) uint8; `regions` is num_regions + 1 everywhere where there is no map.
+    """
+
     cases: list[ScanCase]
     config: CTEncoderConfig
     cache: object = field(default_factory=MemoryCache)  # or a `DiskCache`
@@ -175,11 +364,15 @@ class ScanReports(Dataset):
     skipped: list = field(default_factory=list)  # (name, reason) of what was left out
 
     @property
-    def ids(self) -> list[str]: return [case.id for case in self.cases]
-    @property
-    def patients(self) -> list[str]: return [case.patient for case in self.cases]
+    def ids(self) -> list[str]:
+        return [case.id for case in self.cases]
 
-    def __len__(self): return len(self.cases)
+    @property
+    def patients(self) -> list[str]:
+        return [case.patient for case in self.cases]
+
+    def __len__(self):
+        return len(self.cases)
 
     def facts(self, index: int) -> dict:
         "A case without its scan."
@@ -189,32 +382,74 @@ class ScanReports(Dataset):
     def _named(self, case: ScanCase, arrays: dict) -> dict:
         about = json.loads(str(arrays["about"]))
         report = phantom_report(about["report"], case.id) if case.report is None else case.report
-        return {"id": case.id, "patient": case.patient, "report": report, "findings": [Finding(**f) for f in about["findings"]], "note": about.get("note", "")}
+        return {
+            "id": case.id,
+            "patient": case.patient,
+            "report": report,
+            "findings": [Finding(**f) for f in about["findings"]],
+            "note": about.get("note", ""),
+        }
 
     def __getitem__(self, index: int) -> dict:
         case = self.cases[index]
         arrays = self.cache.get(case.digest, case.load)
-        return {**self._named(case, arrays), "hu": torch.from_numpy(arrays["hu"]).float(), **{name: torch.from_numpy(np.array(arrays[key])) for name, key in (("regions", "labels"), ("lesions", "lesions"))}}
+        return {
+            **self._named(case, arrays),
+            "hu": torch.from_numpy(arrays["hu"]).float(),
+            **{
+                name: torch.from_numpy(np.array(arrays[key]))
+                for name, key in (("regions", "labels"), ("lesions", "lesions"))
+            },
+        }
 
     def at(self, epoch: int, index: int) -> dict:
-        item, draw = self[index], stream("scan", self.seed, epoch, self.cases[index].id)
+        item = self[index]
+        draw = stream("scan", self.seed, epoch, self.cases[index].id)
         moves = torch.randint(-self.shift, self.shift + 1, (3,), generator=draw).tolist()
-        unknown = self.config.body if (item["regions"] == self.config.body).all() else 0  # what is moved in is no background where nothing is known
-        for name, outside in (("hu", -1000.0), ("regions", unknown), ("lesions", 0)): item[name] = shifted(item[name], moves, outside)
-        item["hu"] = item["hu"] + self.noise_hu * torch.rand(1, generator=draw) * torch.randn(item["hu"].shape, generator=draw)
+        # what is moved in is no background where nothing is known
+        unknown = self.config.body if (item["regions"] == self.config.body).all() else 0
+        for name, outside in (("hu", -1000.0), ("regions", unknown), ("lesions", 0)):
+            item[name] = shifted(item[name], moves, outside)
+        item["hu"] = item["hu"] + self.noise_hu * torch.rand(1, generator=draw) * torch.randn(
+            item["hu"].shape, generator=draw
+        )
         return item
 
     def subset(self, indices) -> "ScanReports":
-        return ScanReports([self.cases[i] for i in indices], self.config, self.cache, self.seed, self.shift, self.noise_hu, self.skipped)
+        return ScanReports(
+            [self.cases[i] for i in indices],
+            self.config,
+            self.cache,
+            self.seed,
+            self.shift,
+            self.noise_hu,
+            self.skipped,
+        )
 
     def split(self, validation, seed: int = 0) -> tuple["ScanReports", "ScanReports"]:
-        "Training and validation cases. The data set's own parts, where all cases have one and neither is empty; otherwise as `CTSource.split`."
+        """Training and validation cases.
+
+        The data set's own parts, where all cases have one and neither is empty; otherwise as
+        `CTSource.split`.
+        """
         parts = {case.part for case in self.cases}
-        return CTSource.split(self, sorted({case.patient for case in self.cases if case.part == "valid"}) if parts == {"train", "valid"} else validation, seed)
+        return CTSource.split(
+            self,
+            (
+                sorted({case.patient for case in self.cases if case.part == "valid"})
+                if parts == {"train", "valid"}
+                else validation
+            ),
+            seed,
+        )
 
     def fingerprint(self) -> str:
         "A digest over names and contents of all cases, whatever their order."
-        return content_digest(sorted((case.id, case.patient, case.digest) for case in self.cases), list(self.config.size))
+        return content_digest(
+            sorted((case.id, case.patient, case.digest) for case in self.cases),
+            list(self.config.size),
+        )
+
 
 def shifted(x: torch.Tensor, moves, outside: float) -> torch.Tensor:
     "(D, H, W) moved by whole voxels along z, y, x; `outside` comes in at the edges."
@@ -223,17 +458,32 @@ def shifted(x: torch.Tensor, moves, outside: float) -> torch.Tensor:
     x = F.pad(x, pads, value=outside)
     return x[tuple(slice(max(-move, 0), max(-move, 0) + n) for move, n in zip(moves, size))]
 
+
 def collate_scans(items: list[dict]) -> dict:
     "Items as a batch: tensors stacked, all else in lists; `number` counts them."
-    return {"number": torch.arange(len(items))} | {key: torch.stack([item[key] for item in items]) if isinstance(items[0][key], torch.Tensor) else [item[key] for item in items] for key in items[0]}
+    return {"number": torch.arange(len(items))} | {
+        key: (
+            torch.stack([item[key] for item in items])
+            if isinstance(items[0][key], torch.Tensor)
+            else [item[key] for item in items]
+        )
+        for key in items[0]
+    }
 
 # %% ../../nbs/learn/14c_scan_reports.ipynb #cell-020
 class _Facts(Dataset):
-    def __init__(self, data: ScanReports): self.data = data
-    def __len__(self): return len(self.data)
+    def __init__(self, data: ScanReports):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
     def __getitem__(self, index: int) -> dict:
-        try: return self.data.facts(index)
-        except CTReadError as error: return {"error": str(error)}
+        try:
+            return self.data.facts(index)
+        except CTReadError as error:
+            return {"error": str(error)}
+
 
 def open_scans(
     data: str,  # "phantom", "phantom:COUNT", or a folder of CTs with a table of reports
@@ -246,14 +496,32 @@ def open_scans(
 ) -> tuple[ScanReports, list[dict]]:
     "The cases, and what is said of each (`facts`, in order)."
     word, _, number = str(data).partition(":")
-    if word == "phantom" and (number.isdigit() or not number): cases, skipped = phantom_cases(int(number or count), config, painted=painted), []
-    else: cases, skipped = folder_cases(data, config, reports, cache)
+    if word == "phantom" and (number.isdigit() or not number):
+        cases = phantom_cases(int(number or count), config, painted=painted)
+        skipped = []
+    else:
+        cases, skipped = folder_cases(data, config, reports, cache)
     opened = ScanReports(cases, config, MemoryCache() if cache is None else cache, skipped=skipped)
-    if cache is None: facts = [_Facts(opened)[i] for i in range(len(opened))]  # what other processes kept in their memory is lost
-    else: facts = read_all(_Facts(opened), "preparing scans", progress)
-    opened.skipped += [(case.id, fact["error"]) for case, fact in zip(cases, facts) if "error" in fact]
+    # what other processes kept in their memory is lost
+    if cache is None:
+        facts = [_Facts(opened)[i] for i in range(len(opened))]
+    else:
+        facts = read_all(_Facts(opened), "preparing scans", progress)
+    opened.skipped += [
+        (case.id, fact["error"]) for case, fact in zip(cases, facts) if "error" in fact
+    ]
     opened.cases = [case for case, fact in zip(cases, facts) if "error" not in fact]
     notes = [(fact["id"], fact["note"]) for fact in facts if fact.get("note")]
-    if notes: warnings.warn(f"{data}: {len(notes)} label maps are used in part or not at all\n" + "\n".join(f"  {name}: {note}" for name, note in notes), stacklevel=2)
-    if len(set(opened.patients)) < 2: raise ValueError(f"data: {len(opened)} scans of {len(set(opened.patients))} patient(s) can be read, at least two patients are needed" + (f"; {opened.skipped[0][0]}: {opened.skipped[0][1]}" if opened.skipped else ""))
+    if notes:
+        warnings.warn(
+            f"{data}: {len(notes)} label maps are used in part or not at all\n"
+            + "\n".join(f"  {name}: {note}" for name, note in notes),
+            stacklevel=2,
+        )
+    if len(set(opened.patients)) < 2:
+        raise ValueError(
+            f"data: {len(opened)} scans of {len(set(opened.patients))} patient(s) can be read, at"
+            " least two patients are needed"
+            + (f"; {opened.skipped[0][0]}: {opened.skipped[0][1]}" if opened.skipped else "")
+        )
     return opened, [fact for fact in facts if "error" not in fact]

@@ -13,42 +13,141 @@ import numpy as np
 import torch
 
 from .masks import dice, hd95_mm, mask_metrics, threshold_masks
-from .metrics import (TISSUE_BANDS_HU, bias_hu, legacy_x2ct_psnr, mae_hu, psnr, psnr_x2ct_honest, ssim_map, ssim_mean,
-                                 tissue_errors)
+from ct_nb.learn.metrics import (
+    TISSUE_BANDS_HU,
+    bias_hu,
+    legacy_x2ct_psnr,
+    mae_hu,
+    psnr,
+    psnr_x2ct_honest,
+    ssim_map,
+    ssim_mean,
+    tissue_errors,
+)
 from ..physics.volume import Grid, Volume
 
 # %% ../../nbs/learn/00c_score.ipynb #cell-004
 @dataclass(frozen=True)
 class Metric:
-    "A column: its label, unit, which way is better ('higher', 'lower', or 'zero' for a signed bias) and its definition."
+    """A column: its label, unit, which way is better ('higher', 'lower', or 'zero' for a signed
+    bias) and its definition.
+    """
+
     label: str
     unit: str
     better: str
     definition: str
 
+
 METRICS = {
-    "psnr": Metric("PSNR", "dB", "higher", "volumetric: -10 log10(MSE/2048²) over all voxels, both volumes clipped to [-1024, 1024] HU; one MSE per case, no rescaling"),
-    "ssim": Metric("SSIM", "", "higher", "3D Gaussian, sigma 1.5 voxels, 11 taps, data range 1 = [-1024, 1024] HU, mean over voxels whose whole window is in the volume"),
-    "ssim_body": Metric("SSIM, body", "", "higher", "the same map averaged over the body mask of the truth"),
-    "mae_hu": Metric("MAE", "HU", "lower", "mean absolute error, both clipped to [-1024, 1024] HU, all voxels"),
+    "psnr": Metric(
+        "PSNR",
+        "dB",
+        "higher",
+        "volumetric: -10 log10(MSE/2048²) over all voxels, both volumes clipped to [-1024, 1024]"
+        " HU; one MSE per case, no rescaling",
+    ),
+    "ssim": Metric(
+        "SSIM",
+        "",
+        "higher",
+        "3D Gaussian, sigma 1.5 voxels, 11 taps, data range 1 = [-1024, 1024] HU, mean over voxels"
+        " whose whole window is in the volume",
+    ),
+    "ssim_body": Metric(
+        "SSIM, body", "", "higher", "the same map averaged over the body mask of the truth"
+    ),
+    "mae_hu": Metric(
+        "MAE", "HU", "lower", "mean absolute error, both clipped to [-1024, 1024] HU, all voxels"
+    ),
     "mae_hu_body": Metric("MAE, body", "HU", "lower", "mae_hu over the body mask of the truth"),
-    "mae_hu_outside": Metric("MAE, outside", "HU", "lower", "mae_hu outside the body mask of the truth: fog where there is air"),
-    "bias_hu": Metric("bias", "HU", "zero", "mean of prediction minus truth, both clipped to [-1024, 1024] HU, all voxels"),
+    "mae_hu_outside": Metric(
+        "MAE, outside",
+        "HU",
+        "lower",
+        "mae_hu outside the body mask of the truth: fog where there is air",
+    ),
+    "bias_hu": Metric(
+        "bias",
+        "HU",
+        "zero",
+        "mean of prediction minus truth, both clipped to [-1024, 1024] HU, all voxels",
+    ),
     "bias_hu_body": Metric("bias, body", "HU", "zero", "bias_hu over the body mask of the truth"),
-    "drr_error": Metric("DRR error", "", "lower", "‖A μ̂ − y‖ / ‖y‖ on the input X-rays as given, noise included"),
-    "drr_error_held_out": Metric("DRR error, held out", "", "lower", "‖A(μ̂ − μ)‖ / ‖A μ‖ on views that were not given, truth projected from the same grid"),
-    "null_space_error": Metric("null-space error", "", "lower", "‖N(μ̂ − μ)‖ / ‖N μ‖, N = I − A⁺A of the input views: the part no input X-ray can see; 1 = left at zero"),
-    "psnr_x2ct_honest": Metric("PSNR [-1000, 1500]", "dB", "higher", "volumetric PSNR with both volumes clipped to [-1000, 1500] HU, peak 2500"),
-    "legacy_x2ct_psnr": Metric("legacy X2CT PSNR", "dB", "higher", "LEGACY, not comparable: range 2500, peak 4095 (+4.29 dB), dB averaged over slices of three axes, exact slices 100 dB"),
-    "lpips": Metric("LPIPS", "", "lower", "AlexNet LPIPS of slices repeated as RGB, [-1024, 1024] HU as [-1, 1], mean over all slices of three axes"),
+    "drr_error": Metric(
+        "DRR error", "", "lower", "‖A μ̂ − y‖ / ‖y‖ on the input X-rays as given, noise included"
+    ),
+    "drr_error_held_out": Metric(
+        "DRR error, held out",
+        "",
+        "lower",
+        "‖A(μ̂ − μ)‖ / ‖A μ‖ on views that were not given, truth projected from the same grid",
+    ),
+    "null_space_error": Metric(
+        "null-space error",
+        "",
+        "lower",
+        "‖N(μ̂ − μ)‖ / ‖N μ‖, N = I − A⁺A of the input views: the part no input X-ray can see; 1 ="
+        " left at zero",
+    ),
+    "psnr_x2ct_honest": Metric(
+        "PSNR [-1000, 1500]",
+        "dB",
+        "higher",
+        "volumetric PSNR with both volumes clipped to [-1000, 1500] HU, peak 2500",
+    ),
+    "legacy_x2ct_psnr": Metric(
+        "legacy X2CT PSNR",
+        "dB",
+        "higher",
+        "LEGACY, not comparable: range 2500, peak 4095 (+4.29 dB), dB averaged over slices of three"
+        " axes, exact slices 100 dB",
+    ),
+    "lpips": Metric(
+        "LPIPS",
+        "",
+        "lower",
+        "AlexNet LPIPS of slices repeated as RGB, [-1024, 1024] HU as [-1, 1], mean over all slices"
+        " of three axes",
+    ),
 }
 for _tissue, (_low, _high) in TISSUE_BANDS_HU.items():
-    METRICS[f"mae_hu_{_tissue}"] = Metric(f"MAE, {_tissue.replace('_', ' ')}", "HU", "lower", f"mae_hu where the truth is in [{_low:g}, {_high:g}) HU inside its body mask")
-    METRICS[f"bias_hu_{_tissue}"] = Metric(f"bias, {_tissue.replace('_', ' ')}", "HU", "zero", f"bias_hu where the truth is in [{_low:g}, {_high:g}) HU inside its body mask")
-for _name, _rule in (("body", "largest piece above -500 HU, holes filled"), ("lung", "below -500 HU inside the body"), ("bone", "above 200 HU inside the body")):
-    METRICS[f"dice_{_name}"] = Metric(f"Dice, {_name}", "", "higher", f"overlap of the masks '{_rule}' of prediction and truth, same rule on both")
-    METRICS[f"hd95_mm_{_name}"] = Metric(f"HD95, {_name}", "mm", "lower", f"95 % Hausdorff distance of the surfaces of dice_{_name}'s masks, cases where it was detected")
-    METRICS[f"detected_{_name}"] = Metric(f"detected, {_name}", "", "higher", f"share of cases with {_name} in which the prediction has any")
+    METRICS[f"mae_hu_{_tissue}"] = Metric(
+        f"MAE, {_tissue.replace('_', ' ')}",
+        "HU",
+        "lower",
+        f"mae_hu where the truth is in [{_low:g}, {_high:g}) HU inside its body mask",
+    )
+    METRICS[f"bias_hu_{_tissue}"] = Metric(
+        f"bias, {_tissue.replace('_', ' ')}",
+        "HU",
+        "zero",
+        f"bias_hu where the truth is in [{_low:g}, {_high:g}) HU inside its body mask",
+    )
+for _name, _rule in (
+    ("body", "largest piece above -500 HU, holes filled"),
+    ("lung", "below -500 HU inside the body"),
+    ("bone", "above 200 HU inside the body"),
+):
+    METRICS[f"dice_{_name}"] = Metric(
+        f"Dice, {_name}",
+        "",
+        "higher",
+        f"overlap of the masks '{_rule}' of prediction and truth, same rule on both",
+    )
+    METRICS[f"hd95_mm_{_name}"] = Metric(
+        f"HD95, {_name}",
+        "mm",
+        "lower",
+        f"95 % Hausdorff distance of the surfaces of dice_{_name}'s masks, cases where it was"
+        " detected",
+    )
+    METRICS[f"detected_{_name}"] = Metric(
+        f"detected, {_name}",
+        "",
+        "higher",
+        f"share of cases with {_name} in which the prediction has any",
+    )
 
 # %% ../../nbs/learn/00c_score.ipynb #cell-006
 def volume_scores(
@@ -58,37 +157,68 @@ def volume_scores(
     truth_masks: dict | None = None,  # `threshold_masks(truth, grid)` where it is at hand already
     lpips=None,  # an `LPIPS`, or None: the column is NaN
 ) -> dict[str, float]:
-    "All columns that need no X-rays; NaN where there is nothing to measure (no bone in the truth, no LPIPS weights)."
+    """All columns that need no X-rays; NaN where there is nothing to measure (no bone in the truth,
+    no LPIPS weights).
+    """
     masks = threshold_masks(truth, grid) if truth_masks is None else truth_masks
     body = masks["body"]
     local = ssim_map(pred, truth)
-    return {"psnr": psnr(pred, truth), "ssim": ssim_mean(local), "ssim_body": ssim_mean(local, body),
-            "mae_hu": mae_hu(pred, truth), "mae_hu_body": mae_hu(pred, truth, body), "mae_hu_outside": mae_hu(pred, truth, ~body),
-            "bias_hu": bias_hu(pred, truth), "bias_hu_body": bias_hu(pred, truth, body), **tissue_errors(pred, truth, body),
-            **mask_metrics(threshold_masks(pred, grid), masks, grid.spacing_mm),
-            "psnr_x2ct_honest": psnr_x2ct_honest(pred, truth), "legacy_x2ct_psnr": legacy_x2ct_psnr(pred, truth),
-            "lpips": math.nan if lpips is None else lpips(pred, truth)}
+    return {
+        "psnr": psnr(pred, truth),
+        "ssim": ssim_mean(local),
+        "ssim_body": ssim_mean(local, body),
+        "mae_hu": mae_hu(pred, truth),
+        "mae_hu_body": mae_hu(pred, truth, body),
+        "mae_hu_outside": mae_hu(pred, truth, ~body),
+        "bias_hu": bias_hu(pred, truth),
+        "bias_hu_body": bias_hu(pred, truth, body),
+        **tissue_errors(pred, truth, body),
+        **mask_metrics(threshold_masks(pred, grid), masks, grid.spacing_mm),
+        "psnr_x2ct_honest": psnr_x2ct_honest(pred, truth),
+        "legacy_x2ct_psnr": legacy_x2ct_psnr(pred, truth),
+        "lpips": math.nan if lpips is None else lpips(pred, truth),
+    }
 
 # %% ../../nbs/learn/00c_score.ipynb #cell-011
 def onto_truth(pred: Volume, truth: Volume) -> tuple[Volume, Volume, tuple, list[str]]:
-    "Prediction and truth on the truth's voxels that the prediction covers, the slices that cut them out, and what was done, in sentences."
-    if pred.grid == truth.grid: return pred, truth, (slice(None),) * 3, []
+    """Prediction and truth on the truth's voxels that the prediction covers, the slices that cut
+    them out, and what was done, in sentences.
+    """
+    if pred.grid == truth.grid:
+        return pred, truth, (slice(None),) * 3, []
     index = pred.grid.mm_to_index(truth.grid.centers_mm(torch.float64).numpy())
-    covered = ((index > -0.5 - 1e-6) & (index < np.array(pred.grid.shape[::-1]) - 0.5 + 1e-6)).all(-1)
+    covered = ((index > -0.5 - 1e-6) & (index < np.array(pred.grid.shape[::-1]) - 0.5 + 1e-6)).all(
+        -1
+    )
     if not covered.any():
-        raise ValueError(f"pred: its box (centre {_mm(pred.grid.center_mm)}, size {_mm(pred.grid.extent_mm)}) does not touch the truth's "
-                         f"(centre {_mm(truth.grid.center_mm)}, size {_mm(truth.grid.extent_mm)}); are they of one patient and in one frame?")
+        raise ValueError(
+            f"pred: its box (centre {_mm(pred.grid.center_mm)}, size {_mm(pred.grid.extent_mm)})"
+            f" does not touch the truth's (centre {_mm(truth.grid.center_mm)}, size"
+            f" {_mm(truth.grid.extent_mm)}); are they of one patient and in one frame?"
+        )
     box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(covered))
     cut_affine = truth.affine.copy()
     cut_affine[:3, 3] = truth.grid.index_to_mm([s.start for s in box[::-1]])
     cut = Volume(truth.hu[box], cut_affine)
-    if min(cut.hu.shape) < 11: raise ValueError(f"pred: it covers only {cut.hu.shape} voxels of the truth; a comparison needs at least 11 along each axis")
-    notes = [f"the prediction ({'×'.join(map(str, pred.grid.shape))} at {_mm(pred.grid.spacing_mm)}) was resampled onto the truth's voxels "
-             f"({'×'.join(map(str, truth.grid.shape))} at {_mm(truth.grid.spacing_mm)})"]
-    if covered.mean() < 1: notes.append(f"it covers {covered.mean():.1%} of the truth; only the box it covers is compared")
+    if min(cut.hu.shape) < 11:
+        raise ValueError(
+            f"pred: it covers only {cut.hu.shape} voxels of the truth; a comparison needs at least"
+            " 11 along each axis"
+        )
+    notes = [
+        f"the prediction ({'×'.join(map(str, pred.grid.shape))} at {_mm(pred.grid.spacing_mm)}) was"
+        f" resampled onto the truth's voxels ({'×'.join(map(str, truth.grid.shape))} at"
+        f" {_mm(truth.grid.spacing_mm)})"
+    ]
+    if covered.mean() < 1:
+        notes.append(
+            f"it covers {covered.mean():.1%} of the truth; only the box it covers is compared"
+        )
     return pred.resample_onto(cut.grid), cut, box, notes
 
-def _mm(vector): return "(" + ", ".join(f"{v:.4g}" for v in vector) + ") mm"
+
+def _mm(vector):
+    return "(" + ", ".join(f"{v:.4g}" for v in vector) + ") mm"
 
 # %% ../../nbs/learn/00c_score.ipynb #cell-013
 def evaluate_volumes(
@@ -98,21 +228,45 @@ def evaluate_volumes(
     pred_labels=None,  # the same labels found in the prediction, on the truth's grid too
     lpips=None,  # an `LPIPS`, or None
 ) -> dict:
-    "`{'metrics': {NAME: value}, 'labels': {LABEL: {mae_hu, bias_hu, dice, …}}, 'notes': [...]}` of one prediction; ValueError where they cannot be compared."
-    given = {name: np.asarray(a) for name, a in (("labels", labels), ("pred_labels", pred_labels)) if a is not None}
+    """`{'metrics': {NAME: value}, 'labels': {LABEL: {mae_hu, bias_hu, dice, …}}, 'notes': [...]}`
+    of one prediction; ValueError where they cannot be compared.
+    """
+    given = {
+        name: np.asarray(a)
+        for name, a in (("labels", labels), ("pred_labels", pred_labels))
+        if a is not None
+    }
     for name, array in given.items():
-        if array.shape != truth.grid.shape: raise ValueError(f"{name}: expected one label per voxel of the truth {truth.grid.shape}, got {array.shape}")
-    if pred_labels is not None and labels is None: raise ValueError("pred_labels: labels of the truth are needed too, to compare with")
+        if array.shape != truth.grid.shape:
+            raise ValueError(
+                f"{name}: expected one label per voxel of the truth {truth.grid.shape}, got"
+                f" {array.shape}"
+            )
+    if pred_labels is not None and labels is None:
+        raise ValueError("pred_labels: labels of the truth are needed too, to compare with")
     pred, truth, box, notes = onto_truth(pred, truth)
     notes = notes + [f"truth: {n}" for n in truth.notes] + [f"prediction: {n}" for n in pred.notes]
-    if lpips is None: notes.append("lpips: no weights given")
-    out = {"metrics": volume_scores(pred.hu, truth.hu, truth.grid, lpips=lpips), "labels": {}, "notes": notes}
+    if lpips is None:
+        notes.append("lpips: no weights given")
+    out = {
+        "metrics": volume_scores(pred.hu, truth.hu, truth.grid, lpips=lpips),
+        "labels": {},
+        "notes": notes,
+    }
     here = {name: array[box] for name, array in given.items()}
     for label in np.unique(here["labels"][here["labels"] != 0]) if labels is not None else ():
         mask = here["labels"] == label
-        row = {"voxels": int(mask.sum()), "mae_hu": mae_hu(pred.hu, truth.hu, mask), "bias_hu": bias_hu(pred.hu, truth.hu, mask)}
+        row = {
+            "voxels": int(mask.sum()),
+            "mae_hu": mae_hu(pred.hu, truth.hu, mask),
+            "bias_hu": bias_hu(pred.hu, truth.hu, mask),
+        }
         if pred_labels is not None:
             found = here["pred_labels"] == label
-            row |= {"dice": dice(found, mask), "hd95_mm": hd95_mm(found, mask, truth.grid.spacing_mm), "detected": float(found.any())}
+            row |= {
+                "dice": dice(found, mask),
+                "hd95_mm": hd95_mm(found, mask, truth.grid.spacing_mm),
+                "detected": float(found.any()),
+            }
         out["labels"][int(label)] = row
     return out

@@ -14,14 +14,21 @@ import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ..files import atomic_write, write_json
 from .checkpoints import versions
 from .masks import threshold_masks
-from .metrics import Interval, drr_error, held_out_drr_error, mean_sd, null_space_error, paired_interval
+from ct_nb.learn.metrics import (
+    Interval,
+    drr_error,
+    held_out_drr_error,
+    mean_sd,
+    null_space_error,
+    paired_interval,
+)
 from .score import METRICS, volume_scores
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid, Volume
@@ -29,7 +36,9 @@ from ..style import FAINT, FLOOR, INK, MODEL, MUTED, style
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-005
 def held_out_views(geometry: ConeBeam, count: int = 2) -> ConeBeam:
-    "`count` upright views in the widest azimuth gaps of `geometry`, to whole 5°, at its mean distances, on its grid."
+    """`count` upright views in the widest azimuth gaps of `geometry`, to whole 5°, at its mean
+    distances, on its grid.
+    """
     azimuths = sorted(float(a) % 180 for a in geometry.azimuth_deg)
     chosen = []
     for _ in range(count):
@@ -38,57 +47,108 @@ def held_out_views(geometry: ConeBeam, count: int = 2) -> ConeBeam:
         chosen.append(5 * round((start + width / 2) / 5) % 180)
         azimuths = sorted(azimuths + [chosen[-1]])
     center = geometry.source_mm.new_tensor(geometry.grid.center_mm.tolist())
-    return ConeBeam.orbit(chosen, grid=geometry.grid, source_to_isocenter_mm=float((geometry.source_mm - center).norm(dim=-1).mean()),
-                          source_to_detector_mm=float(geometry.source_to_detector_mm.mean()), detector_shape=geometry.detector_shape,
-                          pixel_mm=float(geometry.column_step_mm.norm(dim=-1).mean()))
+    return ConeBeam.orbit(
+        chosen,
+        grid=geometry.grid,
+        source_to_isocenter_mm=float((geometry.source_mm - center).norm(dim=-1).mean()),
+        source_to_detector_mm=float(geometry.source_to_detector_mm.mean()),
+        detector_shape=geometry.detector_shape,
+        pixel_mm=float(geometry.column_step_mm.norm(dim=-1).mean()),
+    )
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-009
 def _predicted(predictor, item) -> tuple[torch.Tensor, float]:
     "HU (D, H, W) and seconds."
     start = time.perf_counter()
-    with torch.no_grad(): hu = torch.as_tensor(predictor.predict(item["xrays"], item["geometry"])).detach().float().cpu()
+    with torch.no_grad():
+        hu = (
+            torch.as_tensor(predictor.predict(item["xrays"], item["geometry"]))
+            .detach()
+            .float()
+            .cpu()
+        )
     seconds = time.perf_counter() - start
     if hu.shape != item["hu"].shape:
-        raise ValueError(f"{predictor.name} on {item['id']}: expected HU of shape {tuple(item['hu'].shape)}, got {tuple(hu.shape)}")
+        raise ValueError(
+            f"{predictor.name} on {item['id']}: expected HU of shape {tuple(item['hu'].shape)}, got"
+            f" {tuple(hu.shape)}"
+        )
     if not torch.isfinite(hu).all():
-        raise ValueError(f"{predictor.name} on {item['id']}: {int((~torch.isfinite(hu)).sum())} voxels are NaN or infinite; it cannot be judged")
+        raise ValueError(
+            f"{predictor.name} on {item['id']}: {int((~torch.isfinite(hu)).sum())} voxels are NaN"
+            " or infinite; it cannot be judged"
+        )
     return hu, seconds
 
-def score_case(predictors, item: dict, held_out: ConeBeam, energy_kev: float = 60.0, lpips=None) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    "A row {case, patient, predictor, METRIC…, seconds} for every predictor, and their HU volumes by name."
-    truth, geometry = torch.as_tensor(item["hu"]).float().cpu(), item["geometry"]
+
+def score_case(
+    predictors, item: dict, held_out: ConeBeam, energy_kev: float = 60.0, lpips=None
+) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """A row {case, patient, predictor, METRIC…, seconds} for every predictor, and their HU volumes
+    by name.
+    """
+    truth = torch.as_tensor(item["hu"]).float().cpu()
+    geometry = item["geometry"]
     made = {p.name: _predicted(p, item) for p in predictors}
     masks = threshold_masks(truth, geometry.grid)
-    unseen = null_space_error(torch.stack([hu for hu, _ in made.values()]), truth, geometry, energy_kev)
+    unseen = null_space_error(
+        torch.stack([hu for hu, _ in made.values()]), truth, geometry, energy_kev
+    )
     rows = []
     for (name, (hu, seconds)), null in zip(made.items(), unseen.tolist()):
-        rows.append({"case": item["id"], "patient": item["patient"], "predictor": name, **volume_scores(hu, truth, geometry.grid, masks, lpips),
-                     "drr_error": drr_error(hu, item["xrays"], geometry, energy_kev),
-                     "drr_error_held_out": held_out_drr_error(hu, truth, held_out, energy_kev), "null_space_error": null, "seconds": seconds})
+        rows.append(
+            {
+                "case": item["id"],
+                "patient": item["patient"],
+                "predictor": name,
+                **volume_scores(hu, truth, geometry.grid, masks, lpips),
+                "drr_error": drr_error(hu, item["xrays"], geometry, energy_kev),
+                "drr_error_held_out": held_out_drr_error(hu, truth, held_out, energy_kev),
+                "null_space_error": null,
+                "seconds": seconds,
+            }
+        )
     return rows, {name: hu for name, (hu, _) in made.items()}
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-011
 MAIN = ("psnr", "ssim", "mae_hu_body", "drr_error", "drr_error_held_out", "null_space_error")
 VERDICT = ("psnr", "ssim", "drr_error_held_out")
 
+
 @dataclass
 class Scoreboard:
-    "Scores of several predictors on the same cases. `rows`: one dict per case and predictor; `about`: what the figures were made with."
+    """Scores of several predictors on the same cases.
+
+    `rows`: one dict per case and predictor; `about`: what the figures were made with.
+    """
+
     rows: list[dict]
     about: dict = field(default_factory=dict)
-    model: str = "model"  # the predictor that is judged; all others are floors, but not its variants, "model_…"
+    # the predictor that is judged; all others are floors, but not its variants, "model_…"
+    model: str = "model"
     definitions = METRICS  # of the columns; a board with other columns has its own
 
     @property
-    def predictors(self) -> list[str]: return list(dict.fromkeys(row["predictor"] for row in self.rows))
+    def predictors(self) -> list[str]:
+        return list(dict.fromkeys(row["predictor"] for row in self.rows))
+
     @property
-    def floors(self) -> list[str]: return [p for p in self.predictors if p != self.model and not p.startswith(f"{self.model}_")]
+    def floors(self) -> list[str]:
+        return [
+            p for p in self.predictors if p != self.model and not p.startswith(f"{self.model}_")
+        ]
+
     @property
-    def cases(self) -> list[str]: return list(dict.fromkeys(row["case"] for row in self.rows))
+    def cases(self) -> list[str]:
+        return list(dict.fromkeys(row["case"] for row in self.rows))
+
     @property
-    def patients(self) -> list[str]: return list(dict.fromkeys(row["patient"] for row in self.rows))
+    def patients(self) -> list[str]:
+        return list(dict.fromkeys(row["patient"] for row in self.rows))
+
     @property
-    def metrics(self) -> list[str]: return [m for m in self.definitions if m in self.rows[0]]
+    def metrics(self) -> list[str]:
+        return [m for m in self.definitions if m in self.rows[0]]
 
     def values(self, predictor: str, metric: str) -> list[float]:
         "One value per case, in order."
@@ -101,134 +161,308 @@ class Scoreboard:
     def best_floor(self, metric: str) -> str | None:
         "The floor with the best mean, or None where no floor has one."
         known = [f for f in self.floors if not math.isnan(self.mean(f, metric))]
-        better = {"higher": lambda f: -self.mean(f, metric), "lower": lambda f: self.mean(f, metric), "zero": lambda f: abs(self.mean(f, metric))}
+        better = {
+            "higher": lambda f: -self.mean(f, metric),
+            "lower": lambda f: self.mean(f, metric),
+            "zero": lambda f: abs(self.mean(f, metric)),
+        }
         return min(known, key=better[self.definitions[metric].better]) if known else None
 
     def gain(self, floor: str, metric: str) -> Interval:
-        "Paired 95 % `Interval` over patients of how much better the model is than `floor`, in the metric's unit: positive is better."
+        """Paired 95 % `Interval` over patients of how much better the model is than `floor`, in the
+        metric's unit: positive is better.
+        """
         sign = 1 if self.definitions[metric].better == "higher" else -1
         ours, theirs = ([sign * v for v in self.values(p, metric)] for p in (self.model, floor))
-        return paired_interval(ours, theirs, [row["patient"] for row in self.rows if row["predictor"] == self.model])
+        return paired_interval(
+            ours, theirs, [row["patient"] for row in self.rows if row["predictor"] == self.model]
+        )
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-013
 def _number(value, unit):
-    if not math.isfinite(value): return "-" if math.isnan(value) else "inf"
-    return f"{value:.2f}" if unit == "dB" else f"{value:.1f}" if unit in ("HU", "mm") else f"{value:.3f}"
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else "inf"
+    return (
+        f"{value:.2f}"
+        if unit == "dB"
+        else f"{value:.1f}" if unit in ("HU", "mm") else f"{value:.3f}"
+    )
+
 
 def judge(board: Scoreboard, metric: str) -> str:
     "One sentence: does the model clear every floor in this metric?"
-    label, unit, floor = board.definitions[metric].label, board.definitions[metric].unit, board.best_floor(metric)
-    if floor is None: return f"{label}: no floor was evaluated, so nothing can be said."
-    if board.model not in board.predictors: return f"{label}: no model was evaluated; the best floor is {floor} with {_number(board.mean(floor, metric), unit)} {unit}".rstrip() + "."
-    gain, in_the_way = board.gain(floor, metric), [f for f in board.floors if not board.gain(f, metric).low > 0]
-    figures = (f"{_number(board.mean(board.model, metric), unit)} against {_number(board.mean(floor, metric), unit)} {unit}".rstrip() + f" of {floor}, better by "
-               f"{_number(gain.mean, unit)} [{_number(gain.low, unit)}, {_number(gain.high, unit)}] (95 % interval over {gain.patients} patients)")
-    if not in_the_way: return f"{label}: {board.model} clears every floor. {figures}."
-    why = "one patient gives no interval" if gain.patients < 2 else f"not shown to be above {', '.join(in_the_way)}"
+    label = board.definitions[metric].label
+    unit = board.definitions[metric].unit
+    floor = board.best_floor(metric)
+    if floor is None:
+        return f"{label}: no floor was evaluated, so nothing can be said."
+    if board.model not in board.predictors:
+        return (
+            f"{label}: no model was evaluated; the best floor is {floor} with"
+            f" {_number(board.mean(floor, metric), unit)} {unit}".rstrip() + "."
+        )
+    gain = board.gain(floor, metric)
+    in_the_way = [f for f in board.floors if not board.gain(f, metric).low > 0]
+    figures = (
+        f"{_number(board.mean(board.model, metric), unit)} against"
+        f" {_number(board.mean(floor, metric), unit)} {unit}".rstrip()
+        + f" of {floor}, better by {_number(gain.mean, unit)} [{_number(gain.low, unit)},"
+        f" {_number(gain.high, unit)}] (95 % interval over {gain.patients} patients)"
+    )
+    if not in_the_way:
+        return f"{label}: {board.model} clears every floor. {figures}."
+    why = (
+        "one patient gives no interval"
+        if gain.patients < 2
+        else f"not shown to be above {', '.join(in_the_way)}"
+    )
     return f"{label}: {board.model} does not clear the floors ({why}). {figures}."
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-016
 def board_table(board: Scoreboard, metrics: Sequence[str] = MAIN, markdown: bool = False) -> str:
     "Mean ± sd over cases, the model first; * marks the best of a column. Plain text, or Markdown."
-    metrics, named = [m for m in metrics if m in board.metrics], board.definitions
+    metrics = [m for m in metrics if m in board.metrics]
+    named = board.definitions
     order = sorted(board.predictors, key=lambda p: p != board.model)
     arrow = {"higher": "↑", "lower": "↓", "zero": "→0"}
-    head = ["predictor"] + [f"{named[m].label}{', ' + named[m].unit if named[m].unit else ''} {arrow[named[m].better]}" for m in metrics]
+    head = ["predictor"] + [
+        f"{named[m].label}{', ' + named[m].unit if named[m].unit else ''} {arrow[named[m].better]}"
+        for m in metrics
+    ]
     sign = {m: -1 if named[m].better == "higher" else 1 for m in metrics}
     known = {m: [v for p in order if not math.isnan(v := board.mean(p, m))] for m in metrics}
-    best = {m: min((abs(v) if named[m].better == "zero" else sign[m] * v for v in known[m]), default=math.nan) for m in metrics}
+    best = {
+        m: min(
+            (abs(v) if named[m].better == "zero" else sign[m] * v for v in known[m]),
+            default=math.nan,
+        )
+        for m in metrics
+    }
     body = []
     for p in order:
         cells = [p]
         for m in metrics:
             mean, sd = mean_sd(board.values(p, m))
             score = abs(mean) if named[m].better == "zero" else sign[m] * mean
-            cells.append(_number(mean, named[m].unit) + ("" if math.isnan(sd) else f" ± {_number(sd, named[m].unit)}") + ("*" if score == best[m] else ""))
+            cells.append(
+                _number(mean, named[m].unit)
+                + ("" if math.isnan(sd) else f" ± {_number(sd, named[m].unit)}")
+                + ("*" if score == best[m] else "")
+            )
         body.append(cells)
-    if markdown: return "\n".join("| " + " | ".join(c) + " |" for c in [head, ["---"] + ["---:"] * len(metrics), *body])
+    if markdown:
+        return "\n".join(
+            "| " + " | ".join(c) + " |" for c in [head, ["---"] + ["---:"] * len(metrics), *body]
+        )
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    line = lambda row: row[0].ljust(widths[0]) + "".join("   " + c.rjust(w) for c, w in zip(row[1:], widths[1:]))
-    return "\n".join([line(head), "-" * len(line(head)), *map(line, body), f"{len(board.cases)} cases, {len(board.patients)} patients; mean ± sd; * best of the column"])
+
+    def line(row):
+        return row[0].ljust(widths[0]) + "".join(
+            "   " + c.rjust(w) for c, w in zip(row[1:], widths[1:])
+        )
+
+    return "\n".join(
+        [
+            line(head),
+            "-" * len(line(head)),
+            *map(line, body),
+            (
+                f"{len(board.cases)} cases, {len(board.patients)} patients; mean ± sd; * best of the"
+                " column"
+            ),
+        ]
+    )
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-019
 def _draw_metric(axis, board: Scoreboard, metric: str, order: Sequence[str]):
-    near = [v for p in order if p != "air" or len(order) < 3 for v in board.values(p, metric) if math.isfinite(v)]
+    near = [
+        v
+        for p in order
+        if p != "air" or len(order) < 3
+        for v in board.values(p, metric)
+        if math.isfinite(v)
+    ]
     low, high = (min(near), max(near)) if near else (0.0, 1.0)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     axis.set_xlim(low - margin, high + margin)
     patients = [r["patient"] for r in board.rows if r["predictor"] == order[0]]
     for place, predictor in enumerate(order):
-        colour, values = MODEL if predictor == board.model else FLOOR, board.values(predictor, metric)
+        colour = MODEL if predictor == board.model else FLOOR
+        values = board.values(predictor, metric)
         found = paired_interval(values, [0.0] * len(values), patients)
-        axis.plot([v for v in values if math.isfinite(v)], [place] * sum(map(math.isfinite, values)), "o", ms=3, mew=0, color=colour, alpha=0.75, zorder=3)
-        if math.isfinite(found.low): axis.plot([found.low, found.high], [place] * 2, color=colour, alpha=0.35, lw=4, solid_capstyle="butt", zorder=2)
+        axis.plot(
+            [v for v in values if math.isfinite(v)],
+            [place] * sum(map(math.isfinite, values)),
+            "o",
+            ms=3,
+            mew=0,
+            color=colour,
+            alpha=0.75,
+            zorder=3,
+        )
+        if math.isfinite(found.low):
+            axis.plot(
+                [found.low, found.high],
+                [place] * 2,
+                color=colour,
+                alpha=0.35,
+                lw=4,
+                solid_capstyle="butt",
+                zorder=2,
+            )
         if math.isfinite(found.mean):
             edge = "<" if found.mean < low - margin else ">" if found.mean > high + margin else None
-            axis.plot(min(max(found.mean, low - margin), high + margin), place, edge or "o", ms=6.5, mfc=colour, mec="white", mew=1, zorder=4, clip_on=False)
-        axis.text(1.02, place, _number(board.mean(predictor, metric), board.definitions[metric].unit), transform=axis.get_yaxis_transform(), va="center", fontsize=7.5, color=INK)
+            axis.plot(
+                min(max(found.mean, low - margin), high + margin),
+                place,
+                edge or "o",
+                ms=6.5,
+                mfc=colour,
+                mec="white",
+                mew=1,
+                zorder=4,
+                clip_on=False,
+            )
+        axis.text(
+            1.02,
+            place,
+            _number(board.mean(predictor, metric), board.definitions[metric].unit),
+            transform=axis.get_yaxis_transform(),
+            va="center",
+            fontsize=7.5,
+            color=INK,
+        )
     floor = board.best_floor(metric)
-    if floor and math.isfinite(board.mean(floor, metric)): axis.axvline(board.mean(floor, metric), color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    if floor and math.isfinite(board.mean(floor, metric)):
+        axis.axvline(board.mean(floor, metric), color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-020
 def board_figure(board: Scoreboard, metrics: Sequence[str] = MAIN):
     "Small multiples, one per metric with a shared list of predictors; a matplotlib Figure."
     import matplotlib.pyplot as plt
-    metrics = [m for m in metrics if m in board.metrics and any(math.isfinite(v) for p in board.predictors for v in board.values(p, m))]
+
+    metrics = [
+        m
+        for m in metrics
+        if m in board.metrics
+        and any(math.isfinite(v) for p in board.predictors for v in board.values(p, m))
+    ]
     order = sorted(board.predictors, key=lambda p: p != board.model)
     columns = max(1, min(3, len(metrics)))
     rows = max(1, math.ceil(len(metrics) / columns))
     with style():
-        figure, axes = plt.subplots(rows, columns, sharey=True, squeeze=False, figsize=(1.1 + 2.9 * columns, 0.3 + rows * (0.7 + 0.26 * len(order))))
-        for axis in axes.flat[len(metrics):]: axis.set_visible(False)
+        figure, axes = plt.subplots(
+            rows,
+            columns,
+            sharey=True,
+            squeeze=False,
+            figsize=(1.1 + 2.9 * columns, 0.3 + rows * (0.7 + 0.26 * len(order))),
+        )
+        for axis in axes.flat[len(metrics) :]:
+            axis.set_visible(False)
         for axis, metric in zip(axes.flat, metrics):
             _draw_metric(axis, board, metric, order)
             m = board.definitions[metric]
-            axis.set_title(m.label + (f" ({m.unit})" if m.unit else "") + {"higher": ", higher is better", "lower": ", lower is better", "zero": ""}[m.better], loc="left")
+            axis.set_title(
+                m.label
+                + (f" ({m.unit})" if m.unit else "")
+                + {"higher": ", higher is better", "lower": ", lower is better", "zero": ""}[
+                    m.better
+                ],
+                loc="left",
+            )
             axis.set_yticks(range(len(order)), [p.replace("_", " ") for p in order])
             axis.set_ylim(len(order) - 0.5, -0.5)
             axis.grid(axis="x", color=FAINT)
             axis.tick_params(axis="y", length=0)
             axis.spines["left"].set_visible(False)
-            if board.model in order: axis.axhspan(-0.5, 0.5, color=FAINT, alpha=0.45, zorder=0, lw=0)
-        figure.suptitle(f"{len(board.cases)} cases, {len(board.patients)} patients: a dot per case, mean with 95 % interval, best floor dashed", fontsize=8.5, color=MUTED, x=0.01, ha="left")
+            if board.model in order:
+                axis.axhspan(-0.5, 0.5, color=FAINT, alpha=0.45, zorder=0, lw=0)
+        figure.suptitle(
+            f"{len(board.cases)} cases, {len(board.patients)} patients: a dot per case, mean with"
+            " 95 % interval, best floor dashed",
+            fontsize=8.5,
+            color=MUTED,
+            x=0.01,
+            ha="left",
+        )
     return figure
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-022
-def _finite(value): return value if not isinstance(value, float) or math.isfinite(value) else None
+def _finite(value):
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
 
 def board_content(board: Scoreboard) -> dict:
     "What goes into `metrics.json`."
-    statistics = {p: {m: mean_sd(board.values(p, m)) for m in board.metrics} for p in board.predictors}
-    content = {"predictors": {p: {m: _finite(s[0]) for m, s in row.items()} for p, row in statistics.items()}, "cases": len(board.cases), "patients": len(board.patients),
-               "sd": {p: {m: _finite(s[1]) for m, s in row.items()} for p, row in statistics.items()}, "verdict": board.verdict(), "gain_over_best_floor": {}}
+    statistics = {
+        p: {m: mean_sd(board.values(p, m)) for m in board.metrics} for p in board.predictors
+    }
+    content = {
+        "predictors": {
+            p: {m: _finite(s[0]) for m, s in row.items()} for p, row in statistics.items()
+        },
+        "cases": len(board.cases),
+        "patients": len(board.patients),
+        "sd": {p: {m: _finite(s[1]) for m, s in row.items()} for p, row in statistics.items()},
+        "verdict": board.verdict(),
+        "gain_over_best_floor": {},
+    }
     for metric in MAIN if board.model in board.predictors else ():
-        if metric not in board.metrics or not (floor := board.best_floor(metric)): continue
+        if metric not in board.metrics or not (floor := board.best_floor(metric)):
+            continue
         gain = board.gain(floor, metric)
-        content["gain_over_best_floor"][metric] = {"floor": floor, "mean": _finite(gain.mean), "interval_95": [_finite(gain.low), _finite(gain.high)], "patients": gain.patients}
-    seconds = {p: _finite(mean_sd(board.values(p, "seconds"))[0]) for p in board.predictors} if "seconds" in board.rows[0] else {}
-    return content | {"definitions": {m: asdict(board.definitions[m]) for m in board.metrics}, "seconds_per_case": seconds, **board.about}
+        content["gain_over_best_floor"][metric] = {
+            "floor": floor,
+            "mean": _finite(gain.mean),
+            "interval_95": [_finite(gain.low), _finite(gain.high)],
+            "patients": gain.patients,
+        }
+    seconds = (
+        {p: _finite(mean_sd(board.values(p, "seconds"))[0]) for p in board.predictors}
+        if "seconds" in board.rows[0]
+        else {}
+    )
+    return content | {
+        "definitions": {m: asdict(board.definitions[m]) for m in board.metrics},
+        "seconds_per_case": seconds,
+        **board.about,
+    }
+
 
 def save_board(board: Scoreboard, out) -> Path:
-    "Write `scoreboard.csv`, `metrics.json` and `scoreboard.png` into the folder `out`, each whole or not at all."
+    """Write `scoreboard.csv`, `metrics.json` and `scoreboard.png` into the folder `out`, each whole
+    or not at all.
+    """
     import matplotlib.pyplot as plt
+
     out, text = Path(out), io.StringIO()
     table = csv.DictWriter(text, list(board.rows[0]), lineterminator="\n")
     table.writeheader()
-    table.writerows({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in board.rows)
-    with atomic_write(out / "scoreboard.csv") as path: path.write_text(text.getvalue(), encoding="utf-8")
+    table.writerows(
+        {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        for row in board.rows
+    )
+    with atomic_write(out / "scoreboard.csv") as path:
+        path.write_text(text.getvalue(), encoding="utf-8")
     write_json(out / "metrics.json", board_content(board))
     figure = board_figure(board)
-    with atomic_write(out / "scoreboard.png") as path: figure.savefig(path, dpi=150)
+    with atomic_write(out / "scoreboard.png") as path:
+        figure.savefig(path, dpi=150)
     plt.close(figure)
     return out
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-023
-Scoreboard.judge, Scoreboard.table, Scoreboard.figure, Scoreboard.save = judge, board_table, board_figure, save_board
+Scoreboard.judge = judge
+Scoreboard.table = board_table
+Scoreboard.figure = board_figure
+Scoreboard.save = save_board
 Scoreboard.verdict = lambda self: [self.judge(m) for m in VERDICT if m in self.metrics]
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-025
 def evaluate(
-    predictors: Sequence,  # `Predictor`s with different names; the one named "model" is judged against the others
+    # `Predictor`s with different names; the one named "model" is judged against the others
+    predictors: Sequence,
     pairs,  # cases none of them was fitted on
     out=None,  # folder for the files; None writes nothing
     held_out_geometry: ConeBeam | None = None,  # None: `held_out_views` of the first case
@@ -237,33 +471,65 @@ def evaluate(
     lpips_weights=None,  # safetensors file for `LPIPS`; None leaves its column empty
     progress: bool = True,
 ) -> Scoreboard:
-    "Judge predictors on cases; ValueError for no cases, twice the same name, or a prediction that cannot be judged."
+    """Judge predictors on cases; ValueError for no cases, twice the same name, or a prediction that
+    cannot be judged.
+    """
     from tqdm.auto import tqdm
     from ct_nb.learn.lpips import LPIPS
+
     names = [p.name for p in predictors]
-    if len(set(names)) < len(names) or not names: raise ValueError(f"predictors: needs at least one, each with a name of its own, got {names}")
-    if len(pairs) == 0: raise ValueError("pairs: there are no cases to judge on; hold at least one patient out of training")
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(
+            f"predictors: needs at least one, each with a name of its own, got {names}"
+        )
+    if len(pairs) == 0:
+        raise ValueError(
+            "pairs: there are no cases to judge on; hold at least one patient out of training"
+        )
     lpips = LPIPS(lpips_weights) if lpips_weights else None
     energy_kev = getattr(pairs, "energy_kev", 60.0) if energy_kev is None else energy_kev
     rows, held_out = [], held_out_geometry
     for number in tqdm(range(len(pairs)), desc="judging", unit="case", disable=not progress):
         item = pairs[number]
-        if held_out is None: held_out = held_out_views(item["geometry"])
-        case_rows, volumes = score_case(predictors, item, held_out.on(item["geometry"].grid), energy_kev, lpips)
+        if held_out is None:
+            held_out = held_out_views(item["geometry"])
+        case_rows, volumes = score_case(
+            predictors, item, held_out.on(item["geometry"].grid), energy_kev, lpips
+        )
         rows += case_rows
-        if out is not None and number < save_cases: save_case(Path(out) / "cases" / re.sub(r"[^\w.-]+", "_", str(item["id"])), item, volumes)
-    board = Scoreboard(rows, {"held_out_azimuth_deg": [round(a, 3) for a in held_out.azimuth_deg.tolist()], "energy_kev": energy_kev,
-                              "settings": {p.name: dict(getattr(p, "settings", {})) for p in predictors},
-                              "notes": [] if lpips else ["lpips: no weights given"], "versions": versions()})
-    if out is not None: board.save(out)
+        if out is not None and number < save_cases:
+            save_case(
+                Path(out) / "cases" / re.sub(r"[^\w.-]+", "_", str(item["id"])), item, volumes
+            )
+    board = Scoreboard(
+        rows,
+        {
+            "held_out_azimuth_deg": [round(a, 3) for a in held_out.azimuth_deg.tolist()],
+            "energy_kev": energy_kev,
+            "settings": {p.name: dict(getattr(p, "settings", {})) for p in predictors},
+            "notes": [] if lpips else ["lpips: no weights given"],
+            "versions": versions(),
+        },
+    )
+    if out is not None:
+        board.save(out)
     return board
 
 # %% ../../nbs/learn/02_scoreboard.ipynb #cell-027
 def save_case(folder, item: dict, volumes: dict) -> None:
-    "Write `truth.nii.gz`, `NAME.nii.gz` for each predicted HU volume, `xrays.npz` (line integrals) and `geometry.json` into `folder`."
+    """Write `truth.nii.gz`, `NAME.nii.gz` for each predicted HU volume, `xrays.npz` (line
+    integrals) and `geometry.json` into `folder`.
+    """
     import numpy as np
-    folder, affine = Path(folder), np.asarray(item.get("affine", item["geometry"].grid.affine))
-    for name, hu in {"truth": torch.as_tensor(item["hu"]), **volumes}.items(): Volume(hu.round().numpy(), affine).save(folder / f"{name}.nii.gz")
-    with atomic_write(folder / "xrays.npz") as path: np.savez_compressed(path, line_integrals=np.asarray(item["xrays"], dtype=np.float32))
-    center = Grid(item["geometry"].grid.shape, affine).center_mm  # of the cube in the patient's frame, where the volumes are
-    item["geometry"].moved(center - item["geometry"].grid.center_mm).on(Grid(item["geometry"].grid.shape, affine)).save(folder / "geometry.json")
+
+    folder = Path(folder)
+    affine = np.asarray(item.get("affine", item["geometry"].grid.affine))
+    for name, hu in {"truth": torch.as_tensor(item["hu"]), **volumes}.items():
+        Volume(hu.round().numpy(), affine).save(folder / f"{name}.nii.gz")
+    with atomic_write(folder / "xrays.npz") as path:
+        np.savez_compressed(path, line_integrals=np.asarray(item["xrays"], dtype=np.float32))
+    # of the cube in the patient's frame, where the volumes are
+    center = Grid(item["geometry"].grid.shape, affine).center_mm
+    item["geometry"].moved(center - item["geometry"].grid.center_mm).on(
+        Grid(item["geometry"].grid.shape, affine)
+    ).save(folder / "geometry.json")

@@ -25,13 +25,19 @@ from ..physics.volume import Window, hu_to_mu
 # %% ../../nbs/learn/13a_sharpness.ipynb #cell-005
 class Edges(NamedTuple):
     "How a prediction's edges compare with the truth's; all three dimensionless."
-    response: float  # gradient along the truth's, on its edges: 1 as steep, below soft, above too sharp
+
+    # gradient along the truth's, on its edges: 1 as steep, below soft, above too sharp
+    response: float
     error: float  # of the gradient, on the truth's edges: 0 perfect, 1 for a constant
-    elsewhere: float  # root mean square gradient off the edges over the truth's: above 1, there are more edges than in the truth
+    # root mean square gradient off the edges over the truth's: above 1, there are more edges than
+    # in the truth
+    elsewhere: float
+
 
 def _gradient(hu):
     "(3, D−2, H−2, W−2) central differences of a volume, HU a voxel."
-    inner, outer = slice(1, -1), (slice(2, None), slice(None, -2))
+    inner = slice(1, -1)
+    outer = (slice(2, None), slice(None, -2))
     parts = []
     for axis in range(3):
         ahead, behind = (tuple(o if a == axis else inner for a in range(3)) for o in outer)
@@ -40,87 +46,161 @@ def _gradient(hu):
 
 # %% ../../nbs/learn/13a_sharpness.ipynb #cell-006
 def edges(pred, truth, window: Window = CHEST, share: float = 0.05) -> Edges:
-    "`Edges` of HU volumes (D, H, W) on one grid, clipped to the window; `share` of the voxels are edges, those where the truth's gradient is largest. NaN for a truth without any."
-    if not 0 < share < 1: raise ValueError(f"share: a part of the voxels between 0 and 1, got {share}")
+    """`Edges` of HU volumes (D, H, W) on one grid, clipped to the window; `share` of the voxels are
+    edges, those where the truth's gradient is largest. NaN for a truth without any.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share: a part of the voxels between 0 and 1, got {share}")
     pred, truth = as_pair(pred, truth, window)
     p, t = _gradient(pred.double()), _gradient(truth.double())
     steep = t.square().sum(0)
-    on = steep >= steep.flatten().kthvalue(max(1, round((1 - share) * steep.numel()))).values.clamp_min(1e-9)
-    if not on.any(): return Edges(math.nan, math.nan, math.nan)
+    on = steep >= steep.flatten().kthvalue(
+        max(1, round((1 - share) * steep.numel()))
+    ).values.clamp_min(1e-9)
+    if not on.any():
+        return Edges(math.nan, math.nan, math.nan)
     scale = t[:, on].square().sum()
     rest = t[:, ~on].square().sum().sqrt()
     elsewhere = p[:, ~on].square().sum().sqrt() / rest if rest > 0 else torch.tensor(math.nan)
-    return Edges(((p * t)[:, on].sum() / scale).item(), ((p - t)[:, on].square().sum() / scale).sqrt().item(), elsewhere.item())
+    return Edges(
+        ((p * t)[:, on].sum() / scale).item(),
+        ((p - t)[:, on].square().sum() / scale).sqrt().item(),
+        elsewhere.item(),
+    )
 
 # %% ../../nbs/learn/13a_sharpness.ipynb #cell-009
 class Spectra(NamedTuple):
     "Radially averaged spectra of two volumes; each (bins,) float64."
+
     frequency_per_mm: torch.Tensor  # middle of the shell
     pred: torch.Tensor  # mean power in it, HU² times mm³
     truth: torch.Tensor
     correlation: torch.Tensor  # of the two volumes in it, −1 to 1; 0 where one of them has nothing
 
-def spectra(pred, truth, spacing_mm: float, window: Window = CHEST, bins: int | None = None) -> Spectra:
-    "`Spectra` of HU volumes (D, H, W) of isotropic voxels up to the Nyquist frequency; as many bins as the shortest side has frequencies unless given."
-    if not spacing_mm > 0: raise ValueError(f"spacing_mm: must be positive, got {spacing_mm}")
-    pair, shape = as_pair(pred, truth, window), tuple(truth.shape)
+
+def spectra(
+    pred, truth, spacing_mm: float, window: Window = CHEST, bins: int | None = None
+) -> Spectra:
+    """`Spectra` of HU volumes (D, H, W) of isotropic voxels up to the Nyquist frequency; as many
+    bins as the shortest side has frequencies unless given.
+    """
+    if not spacing_mm > 0:
+        raise ValueError(f"spacing_mm: must be positive, got {spacing_mm}")
+    pair = as_pair(pred, truth, window)
+    shape = tuple(truth.shape)
     bins = bins or min(shape) // 2
-    if not 1 <= bins <= min(shape) // 2: raise ValueError(f"bins: volumes of {shape} have 1 to {min(shape) // 2} shells, got {bins}")
+    if not 1 <= bins <= min(shape) // 2:
+        raise ValueError(f"bins: volumes of {shape} have 1 to {min(shape) // 2} shells, got {bins}")
     device, count = pair[0].device, math.prod(shape)
-    z, y, x = (torch.hann_window(n + 2, periodic=False, dtype=torch.float64, device=device)[1:-1] for n in shape)
+    z, y, x = (
+        torch.hann_window(n + 2, periodic=False, dtype=torch.float64, device=device)[1:-1]
+        for n in shape
+    )
     taper = z[:, None, None] * y[:, None] * x
     taper = taper / taper.square().mean().sqrt()
     a, b = (torch.fft.rfftn((v.double() - v.double().mean()) * taper) for v in pair)
-    shell = (radial_frequency(shape, device).double() * bins + 0.5).long().clamp_max(bins + 1)  # 0 holds the mean; beyond Nyquist is the last, left out
+    # 0 holds the mean; beyond Nyquist is the last, left out
+    shell = (radial_frequency(shape, device).double() * bins + 0.5).long().clamp_max(bins + 1)
     weight = multiplicity(shape[-1], device).double().expand(a.shape)
-    total = lambda value: torch.zeros(bins + 2, dtype=torch.float64, device=device).index_add_(0, shell.flatten(), (value * weight).flatten())[1:-1]
+
+    def total(value):
+        return torch.zeros(bins + 2, dtype=torch.float64, device=device).index_add_(
+            0, shell.flatten(), (value * weight).flatten()
+        )[1:-1]
+
     power = [total(v.abs().square()) for v in (a, b)]
     together = total((a * b.conj()).real)
     waves = total(torch.ones_like(weight)).clamp_min(1)
     size = (power[0] * power[1]).sqrt()
-    correlation = torch.where(size > 1e-9 * size.amax().clamp_min(1e-300), together / size.clamp_min(1e-300), 0.0)
+    correlation = torch.where(
+        size > 1e-9 * size.amax().clamp_min(1e-300), together / size.clamp_min(1e-300), 0.0
+    )
     frequency = torch.arange(1, bins + 1, dtype=torch.float64) / (bins * 2 * spacing_mm)
-    return Spectra(frequency, *((p / waves * spacing_mm ** 3 / count).cpu() for p in power), correlation.cpu())
+    return Spectra(
+        frequency, *((p / waves * spacing_mm**3 / count).cpu() for p in power), correlation.cpu()
+    )
 
 # %% ../../nbs/learn/13a_sharpness.ipynb #cell-010
 def spectrum_error_db(found: Spectra) -> float:
-    "Mean absolute difference of the two spectra over all shells, dB; NaN where the truth has an empty one."
+    """Mean absolute difference of the two spectra over all shells, dB; NaN where the truth has an
+    empty one.
+    """
     ratio = (found.pred.clamp_min(1e-12) / found.truth).log10()
     return (10 * ratio.abs().mean()).item() if bool((found.truth > 0).all()) else math.nan
 
 # %% ../../nbs/learn/13a_sharpness.ipynb #cell-013
 class NullSpace(NamedTuple):
-    "What a refiner added in the null space of the X-rays, relative to what was missing there; dimensionless, NaN where nothing was missing."
+    """What a refiner added in the null space of the X-rays, relative to what was missing there;
+    dimensionless, NaN where nothing was missing.
+    """
+
     added: float  # size of all
-    right: float  # share of the missing energy that was recovered: 1 all, 0 none, below 0 farther away than before
+    # share of the missing energy that was recovered: 1 all, 0 none, below 0 farther away than
+    # before
+    right: float
     invented: float  # size of what does not run along the missing, or runs beyond it
+
 
 def _parts(n: torch.Tensor, m: torch.Tensor, block: Sequence[int]) -> NullSpace:
     "What was added and what was missing (D, H, W), in blocks of so many voxels along each axis."
     pad = [p for side, part in zip(reversed(n.shape), reversed(block)) for p in (0, -side % part)]
-    total = lambda v: F.avg_pool3d(F.pad(v.double(), pad)[None, None], tuple(block)) * math.prod(block)
-    nn, nm, mm = total(n.square()), total(n * m), total(m.square())
+
+    def total(v):
+        return F.avg_pool3d(F.pad(v.double(), pad)[None, None], tuple(block)) * math.prod(block)
+
+    nn = total(n.square())
+    nm = total(n * m)
+    mm = total(m.square())
     size = mm.sum()
-    if size == 0: return NullSpace(math.nan, math.nan, math.nan)
+    if size == 0:
+        return NullSpace(math.nan, math.nan, math.nan)
     c = torch.where(mm > 0, nm / mm.clamp_min(1e-300), 0.0).clamp(0, 1)
     invented = (nn - 2 * c * nm + c.square() * mm).clamp_min(0)
-    return NullSpace((nn.sum() / size).sqrt().item(), 1 - ((nn - 2 * nm + mm).sum() / size).item(), (invented.sum() / size).sqrt().item())
+    return NullSpace(
+        (nn.sum() / size).sqrt().item(),
+        1 - ((nn - 2 * nm + mm).sum() / size).item(),
+        (invented.sum() / size).sqrt().item(),
+    )
 
-def null_space_added(refined, coarse, truth, geometry: ConeBeam, energy_kev: float = 60.0, block_mm: float = 40.0, iterations: int = 30) -> NullSpace:
-    "`NullSpace` of HU volumes (D, H, W) on the geometry's grid; `block_mm` a side are judged together, to whole voxels; `iterations` of the solver split each volume."
-    if not block_mm > 0: raise ValueError(f"block_mm: must be positive, got {block_mm}")
+
+def null_space_added(
+    refined,
+    coarse,
+    truth,
+    geometry: ConeBeam,
+    energy_kev: float = 60.0,
+    block_mm: float = 40.0,
+    iterations: int = 30,
+) -> NullSpace:
+    """`NullSpace` of HU volumes (D, H, W) on the geometry's grid; `block_mm` a side are judged
+    together, to whole voxels; `iterations` of the solver split each volume.
+    """
+    if not block_mm > 0:
+        raise ValueError(f"block_mm: must be positive, got {block_mm}")
     refined, truth = as_pair(refined, truth)
     coarse, _ = as_pair(coarse, truth)
-    mu, beam = [hu_to_mu(v.float(), energy_kev) for v in (refined, coarse, truth)], geometry.to(device=truth.device, dtype=torch.float32)
+    mu = [hu_to_mu(v.float(), energy_kev) for v in (refined, coarse, truth)]
+    beam = geometry.to(device=truth.device, dtype=torch.float32)
     n, m = null_component(torch.stack([mu[0] - mu[1], mu[2] - mu[1]]), beam, iterations=iterations)
-    return _parts(n, m, [max(1, round(block_mm / spacing)) for spacing in reversed(geometry.grid.spacing_mm.tolist())])
+    return _parts(
+        n,
+        m,
+        [
+            max(1, round(block_mm / spacing))
+            for spacing in reversed(geometry.grid.spacing_mm.tolist())
+        ],
+    )
 
 # %% ../../nbs/learn/13a_sharpness.ipynb #cell-018
 class Unrefined:
-    "The coarse volume as it is: coarse HU (D, H, W), line integrals (V, R, C) and their geometry → HU (D, H, W), as with all floors here."
+    """The coarse volume as it is: coarse HU (D, H, W), line integrals (V, R, C) and their geometry
+    → HU (D, H, W), as with all floors here.
+    """
+
     name, settings = "coarse", {}
 
-    def refine(self, coarse_hu, xrays, geometry): return coarse_hu
+    def refine(self, coarse_hu, xrays, geometry):
+        return coarse_hu
 
 # %% ../../nbs/learn/13a_sharpness.ipynb #cell-019
 def gaussian_high_pass(hu: torch.Tensor, sigma_voxels: float) -> torch.Tensor:
@@ -128,25 +208,45 @@ def gaussian_high_pass(hu: torch.Tensor, sigma_voxels: float) -> torch.Tensor:
     radius, x = max(1, math.ceil(3 * sigma_voxels)), hu
     for axis in (-3, -2, -1):
         count = x.shape[axis]
-        tap = (torch.arange(-radius, radius + 1, device=x.device) / sigma_voxels).square().mul(-0.5).exp()
-        index = (torch.arange(count, device=x.device)[:, None] + torch.arange(-radius, radius + 1, device=x.device)).clamp(0, count - 1)
-        band = torch.zeros(count, count, device=x.device).scatter_add_(1, index, (tap / tap.sum()).expand(count, -1)).to(x)
+        tap = (
+            (torch.arange(-radius, radius + 1, device=x.device) / sigma_voxels)
+            .square()
+            .mul(-0.5)
+            .exp()
+        )
+        index = (
+            torch.arange(count, device=x.device)[:, None]
+            + torch.arange(-radius, radius + 1, device=x.device)
+        ).clamp(0, count - 1)
+        band = (
+            torch.zeros(count, count, device=x.device)
+            .scatter_add_(1, index, (tap / tap.sum()).expand(count, -1))
+            .to(x)
+        )
         x = (x.transpose(axis, -1) @ band.T).transpose(axis, -1)
     return hu - x
 
 # %% ../../nbs/learn/13a_sharpness.ipynb #cell-020
 class UnsharpMask:
     "c + amount · (c − Gaussian mean of c), HU (D, H, W)."
+
     name = "unsharp_mask"
 
     def __init__(self, amount: float = 1.0, sigma_voxels: float = 1.0):
-        if not sigma_voxels > 0: raise ValueError(f"sigma_voxels: must be positive, got {sigma_voxels}")
+        if not sigma_voxels > 0:
+            raise ValueError(f"sigma_voxels: must be positive, got {sigma_voxels}")
         self.settings = {"amount": amount, "sigma_voxels": sigma_voxels}
 
     @classmethod
-    def fit(cls, pairs, sigmas: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)) -> "UnsharpMask":
-        "The mask of least squared error on training pairs of coarse and true HU (D, H, W); pairs that can be gone through once."
-        up, down, count = torch.zeros(len(sigmas), dtype=torch.float64), torch.zeros(len(sigmas), dtype=torch.float64), 0
+    def fit(
+        cls, pairs, sigmas: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+    ) -> "UnsharpMask":
+        """The mask of least squared error on training pairs of coarse and true HU (D, H, W); pairs
+        that can be gone through once.
+        """
+        up = torch.zeros(len(sigmas), dtype=torch.float64)
+        down = torch.zeros(len(sigmas), dtype=torch.float64)
+        count = 0
         for coarse, truth in pairs:
             coarse, truth = as_pair(coarse, truth)
             for k, sigma in enumerate(sigmas):
@@ -154,36 +254,102 @@ class UnsharpMask:
                 up[k] += ((truth - coarse) * h).sum().cpu()
                 down[k] += h.square().sum().cpu()
             count += 1
-        if count == 0: raise ValueError("pairs: there are no training pairs to fit the mask to")
-        best = int((up.square() / down.clamp_min(1e-12)).argmax())  # what the squared error falls by
+        if count == 0:
+            raise ValueError("pairs: there are no training pairs to fit the mask to")
+        # what the squared error falls by
+        best = int((up.square() / down.clamp_min(1e-12)).argmax())
         return cls((up[best] / down[best].clamp_min(1e-12)).item(), sigmas[best])
 
     def refine(self, coarse_hu, xrays, geometry):
-        return coarse_hu + self.settings["amount"] * gaussian_high_pass(coarse_hu, self.settings["sigma_voxels"])
+        return coarse_hu + self.settings["amount"] * gaussian_high_pass(
+            coarse_hu, self.settings["sigma_voxels"]
+        )
 
 # %% ../../nbs/learn/13a_sharpness.ipynb #cell-021
 class ConsistencyAlone:
     "The coarse volume moved onto the volumes that have these X-rays and μ ≥ 0, HU (D, H, W)."
+
     name = "consistency_alone"
 
-    def __init__(self, spread: torch.Tensor | None = None, energy_kev: float = 60.0, rounds: int = 4, iterations: int = 5):
-        self.given = dict(spread=spread, rounds=rounds, iterations=iterations, energy_kev=energy_kev)
-        self.settings = {"rounds": rounds, "iterations": iterations, "spread": "none" if spread is None else "given"}
+    def __init__(
+        self,
+        spread: torch.Tensor | None = None,
+        energy_kev: float = 60.0,
+        rounds: int = 4,
+        iterations: int = 5,
+    ):
+        self.given = dict(
+            spread=spread, rounds=rounds, iterations=iterations, energy_kev=energy_kev
+        )
+        self.settings = {
+            "rounds": rounds,
+            "iterations": iterations,
+            "spread": "none" if spread is None else "given",
+        }
 
-    def refine(self, coarse_hu, xrays, geometry): return AtlasConsistent(coarse_hu, **self.given).predict(xrays, geometry)
+    def refine(self, coarse_hu, xrays, geometry):
+        return AtlasConsistent(coarse_hu, **self.given).predict(xrays, geometry)
 
 # %% ../../nbs/learn/13a_sharpness.ipynb #cell-023
 SHARPNESS_METRICS = {
-    "edge_response": Metric("edge response", "", "higher", "Σ ∇p·∇t / Σ |∇t|² over the 5 % of voxels where the truth's gradient ∇t is largest: 1 as steep, below it soft, above it too sharp (which edge_mismatch counts)"),
+    "edge_response": Metric(
+        "edge response",
+        "",
+        "higher",
+        "Σ ∇p·∇t / Σ |∇t|² over the 5 % of voxels where the truth's gradient ∇t is largest: 1 as"
+        " steep, below it soft, above it too sharp (which edge_mismatch counts)",
+    ),
     "edge_mismatch": Metric("edge mismatch", "", "lower", "|1 − edge response|"),
-    "edge_error": Metric("edge error", "", "lower", "‖∇p − ∇t‖/‖∇t‖ over the same voxels: 0 perfect, 1 for a constant"),
-    "edges_elsewhere_db": Metric("edges elsewhere", "dB", "zero", "20 log10 of the root mean square gradient off these voxels over the truth's: below 0 smoother, above 0 edges that the truth has not"),
-    "spectrum_error_db": Metric("spectrum error", "dB", "lower", "mean over shells of frequency of |10 log10 of the power over the truth's|, under a Hann window"),
-    "fine_correlation": Metric("fine correlation", "", "higher", "correlation with the truth in shells of frequency (Fourier shell correlation), mean over the finer half of the shells"),
-    "null_added": Metric("null space, added", "", "lower", "‖n‖/‖m‖, n what was added to the coarse volume in the null space, m what it lacked there: how much was done; of two that recovered the same, the one that did less"),
-    "null_right": Metric("null space, recovered", "", "higher", "1 − ‖m − n‖²/‖m‖², share of the missing energy: 1 all, 0 none, below 0 farther from the truth than before"),
-    "null_invented": Metric("null space, invented", "", "lower", "‖n − c m‖/‖m‖, c = ⟨n, m⟩/‖m‖² of each block of 40 mm, kept within 0 and 1: what does not run along the missing, or runs beyond it"),
+    "edge_error": Metric(
+        "edge error",
+        "",
+        "lower",
+        "‖∇p − ∇t‖/‖∇t‖ over the same voxels: 0 perfect, 1 for a constant",
+    ),
+    "edges_elsewhere_db": Metric(
+        "edges elsewhere",
+        "dB",
+        "zero",
+        "20 log10 of the root mean square gradient off these voxels over the truth's: below 0"
+        " smoother, above 0 edges that the truth has not",
+    ),
+    "spectrum_error_db": Metric(
+        "spectrum error",
+        "dB",
+        "lower",
+        "mean over shells of frequency of |10 log10 of the power over the truth's|, under a Hann"
+        " window",
+    ),
+    "fine_correlation": Metric(
+        "fine correlation",
+        "",
+        "higher",
+        "correlation with the truth in shells of frequency (Fourier shell correlation), mean over"
+        " the finer half of the shells",
+    ),
+    "null_added": Metric(
+        "null space, added",
+        "",
+        "lower",
+        "‖n‖/‖m‖, n what was added to the coarse volume in the null space, m what it lacked there:"
+        " how much was done; of two that recovered the same, the one that did less",
+    ),
+    "null_right": Metric(
+        "null space, recovered",
+        "",
+        "higher",
+        "1 − ‖m − n‖²/‖m‖², share of the missing energy: 1 all, 0 none, below 0 farther from the"
+        " truth than before",
+    ),
+    "null_invented": Metric(
+        "null space, invented",
+        "",
+        "lower",
+        "‖n − c m‖/‖m‖, c = ⟨n, m⟩/‖m‖² of each block of 40 mm, kept within 0 and 1: what does not"
+        " run along the missing, or runs beyond it",
+    ),
 }
+
 
 def sharpness_scores(
     refined,  # HU (D, H, W) on the geometry's grid, of cubic voxels
@@ -196,9 +362,24 @@ def sharpness_scores(
 ) -> dict[str, float]:
     "The columns of `SHARPNESS_METRICS`. ValueError where the volumes do not fit together."
     refined, truth = as_pair(refined, truth)
-    if tuple(truth.shape) != geometry.grid.shape: raise ValueError(f"truth: expected the geometry's grid {geometry.grid.shape}, got {tuple(truth.shape)}; use `geometry.on(grid)`")
-    if spectrum is None: spectrum = spectra(refined, truth, float(geometry.grid.spacing_mm.max()), window)
-    edge, null = edges(refined, truth, window), null_space_added(refined, coarse, truth, geometry, energy_kev)
+    if tuple(truth.shape) != geometry.grid.shape:
+        raise ValueError(
+            f"truth: expected the geometry's grid {geometry.grid.shape}, got {tuple(truth.shape)};"
+            " use `geometry.on(grid)`"
+        )
+    if spectrum is None:
+        spectrum = spectra(refined, truth, float(geometry.grid.spacing_mm.max()), window)
+    edge = edges(refined, truth, window)
+    null = null_space_added(refined, coarse, truth, geometry, energy_kev)
     fine = len(spectrum.correlation) // 2
-    return {"edge_response": edge.response, "edge_mismatch": abs(1 - edge.response), "edge_error": edge.error, "edges_elsewhere_db": 20 * math.log10(edge.elsewhere) if edge.elsewhere > 0 else math.nan,
-            "spectrum_error_db": spectrum_error_db(spectrum), "fine_correlation": spectrum.correlation[fine:].mean().item(), "null_added": null.added, "null_right": null.right, "null_invented": null.invented}
+    return {
+        "edge_response": edge.response,
+        "edge_mismatch": abs(1 - edge.response),
+        "edge_error": edge.error,
+        "edges_elsewhere_db": 20 * math.log10(edge.elsewhere) if edge.elsewhere > 0 else math.nan,
+        "spectrum_error_db": spectrum_error_db(spectrum),
+        "fine_correlation": spectrum.correlation[fine:].mean().item(),
+        "null_added": null.added,
+        "null_right": null.right,
+        "null_invented": null.invented,
+    }

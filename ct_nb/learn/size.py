@@ -24,18 +24,25 @@ from ..physics.volume import Grid
 # %% ../../nbs/learn/09_size.ipynb #cell-004
 PARTS = ("views", "epipolar", "grid", "volumization", "trunk", "bottleneck", "decoder", "joints")
 
+
 def part_of(name: str) -> str:
     "The part that a module or parameter of a `DRR2CT` belongs to, by its name."
-    if name.startswith("views.epipolar."): return "epipolar"
+    if name.startswith("views.epipolar."):
+        return "epipolar"
     first = name.partition(".")[0]
     return first if first in PARTS or first == "prior" else "joints"
+
 
 def parameter_counts(model: DRR2CT) -> dict[str, int]:
     "Parameters of each part; `prior` is what its buffers hold."
     counts = Counter({part: 0 for part in PARTS})
-    for name, parameter in model.named_parameters(): counts[part_of(name)] += parameter.numel()
-    counts["prior"] = sum(buffer.numel() for name, buffer in model.named_buffers() if part_of(name) == "prior")
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    counts["prior"] = sum(
+        buffer.numel() for name, buffer in model.named_buffers() if part_of(name) == "prior"
+    )
     return dict(counts)
+
 
 def buffer_bytes(model: DRR2CT) -> int:
     "Bytes of all buffers, nearly all of them the prior's."
@@ -44,74 +51,140 @@ def buffer_bytes(model: DRR2CT) -> int:
 # %% ../../nbs/learn/09_size.ipynb #cell-007
 class OutlinedBeam(ConeBeam):
     "A ConeBeam whose vectors have no values, on the meta device."
-    def __post_init__(self): pass
 
-def _zero_xrays(mu, geometry): return mu.new_zeros(*geometry.batch_shape, geometry.views, *geometry.detector_shape)
+    def __post_init__(self):
+        pass
+
+
+def _zero_xrays(mu, geometry):
+    return mu.new_zeros(*geometry.batch_shape, geometry.views, *geometry.detector_shape)
+
 
 def _zero_neighbours(neighbours: int):
     def find(geometry, token_shape):
         count = token_shape[0] * token_shape[1]
-        return torch.zeros(*geometry.batch_shape, geometry.views, count, geometry.views - 1, min(neighbours, count), dtype=torch.int64, device=geometry.device)
+        return torch.zeros(
+            *geometry.batch_shape,
+            geometry.views,
+            count,
+            geometry.views - 1,
+            min(neighbours, count),
+            dtype=torch.int64,
+            device=geometry.device,
+        )
+
     return find
+
 
 @contextmanager
 def outlined(model: DRR2CT):
     "Lets a network on the meta device run there."
-    kept, attentions = ct_nb.nets.drr2ct.project, [layer for layer in model.modules() if isinstance(layer, EpipolarAttention)]
+    kept = ct_nb.nets.drr2ct.project
+    attentions = [layer for layer in model.modules() if isinstance(layer, EpipolarAttention)]
     finders = [layer.find for layer in attentions]
     try:
         ct_nb.nets.drr2ct.project = _zero_xrays
-        for layer in attentions: layer.find = _zero_neighbours(layer.find.neighbours)
+        for layer in attentions:
+            layer.find = _zero_neighbours(layer.find.neighbours)
         yield model
     finally:
         ct_nb.nets.drr2ct.project = kept
-        for layer, find in zip(attentions, finders): layer.find = find
+        for layer, find in zip(attentions, finders):
+            layer.find = find
 
-def scene(config: DRR2CTConfig, device: str = "meta", views: int = 2, detector: int = 256, batch: int = 1) -> tuple[torch.Tensor, ConeBeam, torch.Tensor]:
-    "X-rays (B, V, R, C) of zeros, their geometry, and a base of air (B, N, N, N), as a network of this config takes them."
-    geometry = ConeBeam.orbit([180.0 * n / views for n in range(views)], grid=Grid.cube(config.size), detector_shape=(detector, detector), pixel_mm=512 / detector).to(torch.float32)
+
+def scene(
+    config: DRR2CTConfig, device: str = "meta", views: int = 2, detector: int = 256, batch: int = 1
+) -> tuple[torch.Tensor, ConeBeam, torch.Tensor]:
+    """X-rays (B, V, R, C) of zeros, their geometry, and a base of air (B, N, N, N), as a network of
+    this config takes them.
+    """
+    geometry = ConeBeam.orbit(
+        [180.0 * n / views for n in range(views)],
+        grid=Grid.cube(config.size),
+        detector_shape=(detector, detector),
+        pixel_mm=512 / detector,
+    ).to(torch.float32)
     geometry = ConeBeam.stack([geometry] * batch)
-    if device == "meta": geometry = OutlinedBeam(*(getattr(geometry, name).to("meta") for name in VECTORS), geometry.detector_shape, geometry.grid)
-    return torch.zeros(batch, views, detector, detector, device=device), geometry, torch.full((batch,) + (config.size,) * 3, -1000.0, device=device)
+    if device == "meta":
+        geometry = OutlinedBeam(
+            *(getattr(geometry, name).to("meta") for name in VECTORS),
+            geometry.detector_shape,
+            geometry.grid,
+        )
+    return (
+        torch.zeros(batch, views, detector, detector, device=device),
+        geometry,
+        torch.full((batch,) + (config.size,) * 3, -1000.0, device=device),
+    )
 
 # %% ../../nbs/learn/09_size.ipynb #cell-009
 @contextmanager
 def _announced(model: DRR2CT, turn):
     "Calls `turn(part)` whenever another part begins to work; the rest of `forward` is `joints`."
     stack, handles = ["joints"], []
-    def begin(part): return lambda *_: (turn(stack[-1]), stack.append(part))[0]
-    def end(*_): turn(stack.pop())
+
+    def begin(part):
+        return lambda *_: (turn(stack[-1]), stack.append(part))[0]
+
+    def end(*_):
+        turn(stack.pop())
+
     for name, module in model.named_modules():
-        if name: handles += [module.register_forward_pre_hook(begin(part_of(name))), module.register_forward_hook(end)]
-    try: yield stack
+        if name:
+            handles += [
+                module.register_forward_pre_hook(begin(part_of(name))),
+                module.register_forward_hook(end),
+            ]
+    try:
+        yield stack
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
+
 
 def count_flops(model: DRR2CT, xrays, geometry, base) -> dict[str, int]:
     "Floating point operations of one forward, by part."
-    found, known, was_training = Counter({part: 0 for part in PARTS}), 0, model.training
+    found = Counter({part: 0 for part in PARTS})
+    known = 0
+    was_training = model.training
+
     def turn(part):
         nonlocal known
         total = counter.get_total_flops()
         found[part] += total - known
         known = total
+
     with FlopCounterMode(display=False) as counter, torch.no_grad(), _announced(model.eval(), turn):
         model(xrays, geometry, base=base, consistency=False)
         turn("joints")
     model.train(was_training)
     return dict(found)
 
+
 def count_activations(model: DRR2CT, xrays, geometry, base) -> dict[str, int]:
-    "Bytes that autograd keeps after a training forward, by the part that kept them first; parameters, buffers and inputs are not among them."
-    found, was_training = Counter({part: 0 for part in PARTS}), model.training
-    storage = lambda tensor: tensor.untyped_storage()
+    """Bytes that autograd keeps after a training forward, by the part that kept them first;
+    parameters, buffers and inputs are not among them.
+    """
+    found = Counter({part: 0 for part in PARTS})
+    was_training = model.training
+
+    def storage(tensor):
+        return tensor.untyped_storage()
+
     known = {storage(t)._cdata: t for t in (*model.parameters(), *model.buffers(), xrays, base)}
+
     def keep(tensor):
         if storage(tensor)._cdata not in known:
-            known[storage(tensor)._cdata] = tensor  # kept alive, so that no other storage takes its place in memory
+            # kept alive, so that no other storage takes its place in memory
+            known[storage(tensor)._cdata] = tensor
             found[stack[-1]] += storage(tensor).nbytes()
         return tensor
-    with _announced(model.train(), lambda part: None) as stack, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+
+    with (
+        _announced(model.train(), lambda part: None) as stack,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         model(xrays, geometry, base=base, consistency=False)
     model.train(was_training)
     return dict(found)
@@ -120,6 +193,7 @@ def count_activations(model: DRR2CT, xrays, geometry, base) -> dict[str, int]:
 @dataclass(frozen=True)
 class Size:
     "What a network of a config is and takes, for one pair of X-rays of 256² in float32."
+
     parameters: dict[str, int]  # by part, and what the prior's buffers hold
     buffer_bytes: int
     flops: dict[str, int]  # of a forward, by part
@@ -130,6 +204,7 @@ class Size:
         "Weights, gradients, AdamW's two moments and the running average, all float32."
         return 20 * sum(self.parameters[part] for part in PARTS)
 
+
 def measure(
     config: DRR2CTConfig,
     device: str = "meta",  # "meta" takes seconds and no memory; "cpu" really runs it
@@ -138,21 +213,62 @@ def measure(
     batch: int = 1,
 ) -> Size:
     "Parameters, operations and activations, counted in the network's own forward."
-    with torch.device(device): model = DRR2CT(config)
+    with torch.device(device):
+        model = DRR2CT(config)
     inputs = scene(config, device, views, detector, batch)
     with outlined(model) if device == "meta" else nullcontext(), sdpa_kernel(SDPBackend.MATH):
-        if device != "meta": count_flops(model, *inputs)  # the search for epipolar neighbours is made once for a geometry, and is not a cost of a forward
-        flops, activations = count_flops(model, *inputs), count_activations(model, *inputs)
+        # the search for epipolar neighbours is made once for a geometry, and is not a cost of a
+        # forward
+        if device != "meta":
+            count_flops(model, *inputs)
+        flops = count_flops(model, *inputs)
+        activations = count_activations(model, *inputs)
     return Size(parameter_counts(model), buffer_bytes(model), flops, activations)
 
 # %% ../../nbs/learn/09_size.ipynb #cell-015
 def size_table(sizes: dict[str, Size], markdown: bool = True) -> str:
-    "A row for each part and for the whole, three columns for each config: parameters, operations of a forward, activations kept. Markdown, or plain text."
-    head = ["", *(f"{name}: {what}" for name in sizes for what in ("parameters, M", "GFLOP", "activations, MB"))]
-    row = lambda title, parts: [title] + [text for s in sizes.values() for text in (f"{sum(s.parameters[p] for p in parts) / 1e6:.3f}", f"{sum(s.flops[p] for p in parts) / 1e9:,.2f}",
-                                                                                   f"{sum(s.activations[p] for p in parts) / 1e6:,.0f}")]
-    last = lambda title, value: [title] + [text for s in sizes.values() for text in (f"{value(s) / 1e6:,.1f} MB", "", "")]
-    body = [row(part, [part]) for part in PARTS] + [row("all", PARTS), last("buffers of the prior", lambda s: s.buffer_bytes), last("weights, gradients, AdamW, average", lambda s: s.state_bytes)]
-    if markdown: return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] + ["---:"] * (len(head) - 1), *body])
+    """A row for each part and for the whole, three columns for each config: parameters, operations
+    of a forward, activations kept. Markdown, or plain text.
+    """
+    head = [
+        "",
+        *(
+            f"{name}: {what}"
+            for name in sizes
+            for what in ("parameters, M", "GFLOP", "activations, MB")
+        ),
+    ]
+
+    def row(title, parts):
+        return [title] + [
+            text
+            for s in sizes.values()
+            for text in (
+                f"{sum(s.parameters[p] for p in parts) / 1e6:.3f}",
+                f"{sum(s.flops[p] for p in parts) / 1e9:,.2f}",
+                f"{sum(s.activations[p] for p in parts) / 1e6:,.0f}",
+            )
+        ]
+
+    def last(title, value):
+        return [title] + [
+            text for s in sizes.values() for text in (f"{value(s) / 1e6:,.1f} MB", "", "")
+        ]
+
+    body = [row(part, [part]) for part in PARTS] + [
+        row("all", PARTS),
+        last("buffers of the prior", lambda s: s.buffer_bytes),
+        last("weights, gradients, AdamW, average", lambda s: s.state_bytes),
+    ]
+    if markdown:
+        return "\n".join(
+            "| " + " | ".join(line) + " |"
+            for line in [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+        )
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in [head, *body])
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))
+        )
+        for line in [head, *body]
+    )

@@ -16,7 +16,13 @@ from ..data.rplhr import rplhr_scores
 from ..data.slabs import SlabPairs, SlabRange, ThinStack, to_unit
 from ..data.slice_crops import KeptStacks
 from ..files import atomic_write
-from .slice_scores import BackProjection, SliceBoard, evaluate_slices, slice_floors, vae_ceilings
+from ct_nb.learn.slice_scores import (
+    BackProjection,
+    SliceBoard,
+    evaluate_slices,
+    slice_floors,
+    vae_ceilings,
+)
 from .thinning import DiffusionThinner, RegressorThinner
 from ..nets.slices import SliceDiffusion, SliceRegressor
 
@@ -29,32 +35,69 @@ def slice_models(
     seed: int = 0,  # of the draws
     memory_gib: float = 2.0,  # of a portion
 ) -> tuple[list, Callable[[dict], dict] | None]:
-    "What is judged of two networks, either of which may be missing, and the ceilings of the second's VAE (item → HU by name; None without it)."
+    """What is judged of two networks, either of which may be missing, and the ceilings of the
+    second's VAE (item → HU by name; None without it).
+    """
     models, ceilings = [], None
     if regressor is not None:
         more = dict(memory_gib=memory_gib, known={})
-        models += [RegressorThinner(regressor, **more), RegressorThinner(regressor, "regressor", consistent=False, **more)]
+        models += [
+            RegressorThinner(regressor, **more),
+            RegressorThinner(regressor, "regressor", consistent=False, **more),
+        ]
     if diffusion is not None:
         more = dict(steps=sampling_steps, seed=seed, memory_gib=memory_gib, known={})
-        models += [DiffusionThinner(diffusion, "diffusion_sample", **more), DiffusionThinner(diffusion, "diffusion_sample_free", consistent=False, **more), DiffusionThinner(diffusion, "diffusion_mean", samples, **more)]
-        ceilings = lambda item: vae_ceilings(diffusion.vae, item["thin"], BackProjection().thin(item["thick"], item["thick_axis"], item["thin_axis"], item["profile"]), memory_gib)
+        models += [
+            DiffusionThinner(diffusion, "diffusion_sample", **more),
+            DiffusionThinner(diffusion, "diffusion_sample_free", consistent=False, **more),
+            DiffusionThinner(diffusion, "diffusion_mean", samples, **more),
+        ]
+
+        def ceilings(item):
+            return vae_ceilings(
+                diffusion.vae,
+                item["thin"],
+                BackProjection().thin(
+                    item["thick"], item["thick_axis"], item["thin_axis"], item["profile"]
+                ),
+                memory_gib,
+            )
+
     return models, ceilings
 
 # %% ../../nbs/learn/15d_slice_judging.ipynb #cell-007
 def rplhr_figures(predictors: Sequence, stacks: Sequence) -> dict[str, dict[str, float]]:
-    "Name of a predictor → mean `psnr` (dB) and `ssim` by RPLHR-CT's evaluator over `ThinStack`s with measured thick slices, all of which are shown."
+    """Name of a predictor → mean `psnr` (dB) and `ssim` by RPLHR-CT's evaluator over `ThinStack`s
+    with measured thick slices, all of which are shown.
+    """
     found = {}
     for number in range(len(stacks)):
         stack = ThinStack.of(stacks[number])
-        thick, truth = (torch.from_numpy(np.array(hu, np.float32)) for hu in (stack.thick, stack.thin))
+        thick, truth = (
+            torch.from_numpy(np.array(hu, np.float32)) for hu in (stack.thick, stack.thin)
+        )
         for predictor in predictors:
-            with torch.no_grad(): hu = predictor.thin(thick, stack.thick_axis, stack.thin_axis, stack.profile)
-            found.setdefault(predictor.name, []).append(rplhr_scores(to_unit(hu.float().cpu()), to_unit(truth)))
-    return {name: {figure: sum(one[figure] for one in each) / len(each) for figure in each[0]} | {"cases": len(each)} for name, each in found.items()}
+            with torch.no_grad():
+                hu = predictor.thin(thick, stack.thick_axis, stack.thin_axis, stack.profile)
+            found.setdefault(predictor.name, []).append(
+                rplhr_scores(to_unit(hu.float().cpu()), to_unit(truth))
+            )
+    return {
+        name: (
+            {figure: sum(one[figure] for one in each) / len(each) for figure in each[0]}
+            | {"cases": len(each)}
+        )
+        for name, each in found.items()
+    }
+
 
 def rplhr_sentences(board: SliceBoard) -> list[str]:
     "What a board of RPLHR-CT says by the rules of its evaluator; of other data nothing."
-    return [f"by RPLHR-CT's evaluator, all thick slices of {one['cases']} cases: {name} {one['psnr']:.2f} dB, SSIM {one['ssim']:.4f}" for name, one in board.about.get("rplhr", {}).items()]
+    return [
+        f"by RPLHR-CT's evaluator, all thick slices of {one['cases']} cases: {name}"
+        f" {one['psnr']:.2f} dB, SSIM {one['ssim']:.4f}"
+        for name, one in board.about.get("rplhr", {}).items()
+    ]
 
 # %% ../../nbs/learn/15d_slice_judging.ipynb #cell-010
 def judge_slices(
@@ -69,28 +112,49 @@ def judge_slices(
     about: dict | None = None,  # what the figures were made with, beside what is known here
     progress: bool = True,
 ) -> SliceBoard:
-    "Models, floors and ceilings on whole scans; writes the board and, where a picture is given, `cuts.png`."
-    pairs, predictors, spacings = SlabPairs(scans, SlabRange((thick_mm, thick_mm))), [*models, *slice_floors()], set()
+    """Models, floors and ceilings on whole scans; writes the board and, where a picture is given,
+    `cuts.png`.
+    """
+    pairs = SlabPairs(scans, SlabRange((thick_mm, thick_mm)))
+    predictors = [*models, *slice_floors()]
+    spacings = set()
     items = _First(pairs, min(len(scans), most))
 
     def keep(item: dict, answers: dict) -> None:
         spacings.add(item["thick_axis"].spacing_mm)
-        if picture is None or item["id"] != items.ids[0]: return
+        if picture is None or item["id"] != items.ids[0]:
+            return
         import matplotlib.pyplot as plt
+
         figure = picture(item, answers)
-        with atomic_write(Path(out) / "cuts.png") as path: figure.savefig(path, dpi=150, facecolor="white")
+        with atomic_write(Path(out) / "cuts.png") as path:
+            figure.savefig(path, dpi=150, facecolor="white")
         plt.close(figure)
 
     board = evaluate_slices(predictors, items, None, ceilings, on_case=keep, progress=progress)
-    board.about |= (about or {}) | {"thick_mm": sum(spacings) / len(spacings), "measured": scans.axes(0)[1] is not None}
-    if by_rplhr: board.about["rplhr"] = rplhr_figures(predictors, scans.source.subset(range(len(items))))  # as they were read, not in whole HU
+    board.about |= (about or {}) | {
+        "thick_mm": sum(spacings) / len(spacings),
+        "measured": scans.axes(0)[1] is not None,
+    }
+    # as they were read, not in whole HU
+    if by_rplhr:
+        board.about["rplhr"] = rplhr_figures(predictors, scans.source.subset(range(len(items))))
     board.save(out)
     return board
 
+
 class _First:
     "The first items of a data set, each read when it is asked for."
-    def __init__(self, data, count: int): self.data, self.count = data, count
+
+    def __init__(self, data, count: int):
+        self.data, self.count = data, count
+
     @property
-    def ids(self) -> list[str]: return self.data.ids[:self.count]
-    def __len__(self): return self.count
-    def __getitem__(self, number): return self.data[number]
+    def ids(self) -> list[str]:
+        return self.data.ids[: self.count]
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, number):
+        return self.data[number]

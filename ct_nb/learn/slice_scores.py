@@ -22,7 +22,14 @@ from ..files import atomic_write, write_json
 from .checkpoints import versions
 from .metrics import CHEST, as_pair
 from .score import METRICS, Metric
-from .scoreboard import Scoreboard, board_content, board_figure, board_table, judge, save_board
+from ct_nb.learn.scoreboard import (
+    Scoreboard,
+    board_content,
+    board_figure,
+    board_table,
+    judge,
+    save_board,
+)
 from .sharpness import Edges
 from .vae_scores import scores
 from ..nets.slab_consistency import INTERPOLATIONS, along_z, back_projection, interpolate_slabs
@@ -32,86 +39,201 @@ from ..physics.volume import Window
 
 # %% ../../nbs/learn/15_slice_scores.ipynb #cell-005
 def slice_noise(hu: torch.Tensor) -> torch.Tensor:
-    "Noise level of each slice of (D, H, W), HU, (D,) float64: Immerkær 1996, fast noise variance estimation. Fewer than 3 rows or columns: `ValueError`."
-    if hu.ndim != 3 or min(hu.shape[1:]) < 3: raise ValueError(f"slice_noise: needs slices of 3 × 3 pixels or more, got {tuple(hu.shape)}")
-    second = lambda x: x[..., 2:] - 2 * x[..., 1:-1] + x[..., :-2]
-    return math.sqrt(math.pi / 2) / 6 * torch.stack([second(second(image.double()).mT).abs().mean() for image in hu])
+    """Noise level of each slice of (D, H, W), HU, (D,) float64: Immerkær 1996, fast noise variance
+    estimation. Fewer than 3 rows or columns: `ValueError`.
+    """
+    if hu.ndim != 3 or min(hu.shape[1:]) < 3:
+        raise ValueError(
+            f"slice_noise: needs slices of 3 × 3 pixels or more, got {tuple(hu.shape)}"
+        )
+
+    def second(x):
+        return x[..., 2:] - 2 * x[..., 1:-1] + x[..., :-2]
+
+    return (
+        math.sqrt(math.pi / 2)
+        / 6
+        * torch.stack([second(second(image.double()).mT).abs().mean() for image in hu])
+    )
+
 
 def step_scores(pred, truth, window: Window = CHEST) -> dict[str, float]:
-    "`step_error_hu`, `step_level_db` and `noise_unevenness` of HU volumes (D, H, W); NaN for a single slice or a truth without steps or noise."
+    """`step_error_hu`, `step_level_db` and `noise_unevenness` of HU volumes (D, H, W); NaN for a
+    single slice or a truth without steps or noise.
+    """
     pred, truth = as_pair(pred, truth, window)
-    if len(truth) < 2: return {"step_error_hu": math.nan, "step_level_db": math.nan, "noise_unevenness": math.nan}
-    error, ours, theirs = 0.0, 0.0, 0.0
+    if len(truth) < 2:
+        return {"step_error_hu": math.nan, "step_level_db": math.nan, "noise_unevenness": math.nan}
+    error = 0.0
+    ours = 0.0
+    theirs = 0.0
     for p, q, s, t in zip(pred, pred[1:], truth, truth[1:]):
         a, b = (q - p).double(), (t - s).double()
-        error, ours, theirs = error + (a - b).abs().mean().item(), ours + a.square().sum().item(), theirs + b.square().sum().item()
+        error = error + (a - b).abs().mean().item()
+        ours = ours + a.square().sum().item()
+        theirs = theirs + b.square().sum().item()
     noise, own = slice_noise(pred), slice_noise(truth)
     known = own > 0
-    uneven = torch.log2((noise / own)[known].clamp_min(1e-6)).std().item() if known.sum() > 1 else math.nan
-    return {"step_error_hu": error / (len(truth) - 1), "step_level_db": 10 * math.log10(max(ours, 1e-12) / theirs) if theirs else math.nan, "noise_unevenness": uneven}
+    uneven = (
+        torch.log2((noise / own)[known].clamp_min(1e-6)).std().item()
+        if known.sum() > 1
+        else math.nan
+    )
+    return {
+        "step_error_hu": error / (len(truth) - 1),
+        "step_level_db": 10 * math.log10(max(ours, 1e-12) / theirs) if theirs else math.nan,
+        "noise_unevenness": uneven,
+    }
 
 # %% ../../nbs/learn/15_slice_scores.ipynb #cell-009
 def z_edges(pred, truth, window: Window = CHEST, share: float = 0.05) -> Edges:
-    "`Edges` of HU volumes (D, H, W) for steps along z alone; `share` of the steps are edges, those where the truth's is largest. NaN for a truth without any."
-    if not 0 < share < 1: raise ValueError(f"share: a part of the steps between 0 and 1, got {share}")
+    """`Edges` of HU volumes (D, H, W) for steps along z alone; `share` of the steps are edges,
+    those where the truth's is largest. NaN for a truth without any.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share: a part of the steps between 0 and 1, got {share}")
     pred, truth = as_pair(pred, truth, window)
     p, t = pred.diff(dim=0).double(), truth.diff(dim=0).double()
-    if not t.numel(): return Edges(math.nan, math.nan, math.nan)
+    if not t.numel():
+        return Edges(math.nan, math.nan, math.nan)
     size = t.abs()
-    on = size >= size.flatten().kthvalue(max(1, round((1 - share) * size.numel()))).values.clamp_min(1e-9)
+    on = size >= size.flatten().kthvalue(
+        max(1, round((1 - share) * size.numel()))
+    ).values.clamp_min(1e-9)
     scale = t[on].square().sum()
-    if not scale > 0: return Edges(math.nan, math.nan, math.nan)
+    if not scale > 0:
+        return Edges(math.nan, math.nan, math.nan)
     rest = t[~on].square().sum().sqrt()
-    return Edges(((p * t)[on].sum() / scale).item(), ((p - t)[on].square().sum() / scale).sqrt().item(), (p[~on].square().sum().sqrt() / rest).item() if rest > 0 else math.nan)
+    return Edges(
+        ((p * t)[on].sum() / scale).item(),
+        ((p - t)[on].square().sum() / scale).sqrt().item(),
+        (p[~on].square().sum().sqrt() / rest).item() if rest > 0 else math.nan,
+    )
 
 # %% ../../nbs/learn/15_slice_scores.ipynb #cell-012
 SLICE_METRICS = METRICS | {
-    "slice_psnr": Metric("PSNR of slices", "dB", "higher", "mean over axial slices of -10 log10(MSE of the slice/2048²), both clipped to [-1024, 1024] HU, exact slices 120 dB"),
-    "worst_slice_psnr": Metric("PSNR, worst slice", "dB", "higher", "the lowest PSNR of an axial slice"),
-    "slice_ssim": Metric("SSIM of slices", "", "higher", "2D Gaussian SSIM of axial slices, sigma 1.5 pixels, 11 taps, range 1 = [-1024, 1024] HU, mean over slices"),
-    "step_error_hu": Metric("step error", "HU", "lower", "mean |Δx̂ − Δx| of neighbouring slices, Δ from one thin slice to the next, both clipped to [-1024, 1024] HU"),
-    "step_level_db": Metric("step level", "dB", "zero", "10 log10(Σ Δx̂²/Σ Δx²): below 0 smoother along z than the truth, above 0 flicker"),
-    "noise_unevenness": Metric("unevenness of noise", "", "lower", "standard deviation over slices of log2 of the noise level (Immerkær 1996) over that of the true slice"),
-    "z_edge_response": Metric("z-edge response", "", "higher", "steps along the truth's largest 5 % of steps along z: 1 as steep, below it soft"),
+    "slice_psnr": Metric(
+        "PSNR of slices",
+        "dB",
+        "higher",
+        "mean over axial slices of -10 log10(MSE of the slice/2048²), both clipped to [-1024, 1024]"
+        " HU, exact slices 120 dB",
+    ),
+    "worst_slice_psnr": Metric(
+        "PSNR, worst slice", "dB", "higher", "the lowest PSNR of an axial slice"
+    ),
+    "slice_ssim": Metric(
+        "SSIM of slices",
+        "",
+        "higher",
+        "2D Gaussian SSIM of axial slices, sigma 1.5 pixels, 11 taps, range 1 = [-1024, 1024] HU,"
+        " mean over slices",
+    ),
+    "step_error_hu": Metric(
+        "step error",
+        "HU",
+        "lower",
+        "mean |Δx̂ − Δx| of neighbouring slices, Δ from one thin slice to the next, both clipped to"
+        " [-1024, 1024] HU",
+    ),
+    "step_level_db": Metric(
+        "step level",
+        "dB",
+        "zero",
+        "10 log10(Σ Δx̂²/Σ Δx²): below 0 smoother along z than the truth, above 0 flicker",
+    ),
+    "noise_unevenness": Metric(
+        "unevenness of noise",
+        "",
+        "lower",
+        "standard deviation over slices of log2 of the noise level (Immerkær 1996) over that of the"
+        " true slice",
+    ),
+    "z_edge_response": Metric(
+        "z-edge response",
+        "",
+        "higher",
+        "steps along the truth's largest 5 % of steps along z: 1 as steep, below it soft",
+    ),
     "z_edge_softness": Metric("z-edge softness", "", "lower", "|1 − z-edge response|"),
-    "z_edge_error": Metric("z-edge error", "", "lower", "‖Δx̂ − Δx‖/‖Δx‖ over the truth's largest 5 % of steps along z: 0 perfect, 1 for no steps"),
-    "reaveraged_hu": Metric("re-averaged, mean", "HU", "lower", "mean |A x̂ − y| over the thick slices y that were given, A the slice profile; not clipped"),
+    "z_edge_error": Metric(
+        "z-edge error",
+        "",
+        "lower",
+        "‖Δx̂ − Δx‖/‖Δx‖ over the truth's largest 5 % of steps along z: 0 perfect, 1 for no steps",
+    ),
+    "reaveraged_hu": Metric(
+        "re-averaged, mean",
+        "HU",
+        "lower",
+        "mean |A x̂ − y| over the thick slices y that were given, A the slice profile; not clipped",
+    ),
     "reaveraged_worst_hu": Metric("re-averaged, worst", "HU", "lower", "largest |A x̂ − y|"),
 }
 
 # %% ../../nbs/learn/15_slice_scores.ipynb #cell-013
 def slice_scores(pred, truth, thick=None, matrix=None, window: Window = CHEST) -> dict[str, float]:
-    "All columns for HU volumes (D, H, W); with thick slices (K, H, W), HU, and the matrix (K, D) of `slab_matrix` also the re-averaged ones, else NaN."
+    """All columns for HU volumes (D, H, W); with thick slices (K, H, W), HU, and the matrix (K, D)
+    of `slab_matrix` also the re-averaged ones, else NaN.
+    """
     pred, truth = as_pair(pred, truth)
     edge = z_edges(pred, truth, window)
-    missed = None if matrix is None or thick is None else (along_z(matrix, pred.float()) - torch.as_tensor(thick).to(pred)).abs()
-    return {**scores(pred, truth, window), **step_scores(pred, truth, window), "z_edge_response": edge.response, "z_edge_softness": abs(1 - edge.response), "z_edge_error": edge.error,
-            "reaveraged_hu": math.nan if missed is None else missed.mean().item(), "reaveraged_worst_hu": math.nan if missed is None else missed.max().item()}
+    missed = (
+        None
+        if matrix is None or thick is None
+        else (along_z(matrix, pred.float()) - torch.as_tensor(thick).to(pred)).abs()
+    )
+    return {
+        **scores(pred, truth, window),
+        **step_scores(pred, truth, window),
+        "z_edge_response": edge.response,
+        "z_edge_softness": abs(1 - edge.response),
+        "z_edge_error": edge.error,
+        "reaveraged_hu": math.nan if missed is None else missed.mean().item(),
+        "reaveraged_worst_hu": math.nan if missed is None else missed.max().item(),
+    }
 
 # %% ../../nbs/learn/15_slice_scores.ipynb #cell-016
 class ThinsSlices(Protocol):
     "Anything with a name that makes thin slices of thick ones."
+
     name: str
 
-    def thin(self, thick: torch.Tensor, thick_axis: SliceAxis, thin_axis: SliceAxis, profile: SliceProfile) -> torch.Tensor:
+    def thin(
+        self,
+        thick: torch.Tensor,
+        thick_axis: SliceAxis,
+        thin_axis: SliceAxis,
+        profile: SliceProfile,
+    ) -> torch.Tensor:
         "Thick slices (K, H, W), HU → thin slices (D, H, W), HU."
+
 
 @dataclass
 class Interpolation:
     "Slices read between the thick ones' centres, edges held: nearest, linear or cubic."
+
     name: str
 
     def __post_init__(self):
-        if self.name not in INTERPOLATIONS: raise ValueError(f"name: must be one of {', '.join(INTERPOLATIONS)}, got {self.name!r}")
+        if self.name not in INTERPOLATIONS:
+            raise ValueError(f"name: must be one of {', '.join(INTERPOLATIONS)}, got {self.name!r}")
 
-    def thin(self, thick, thick_axis, thin_axis, profile): return interpolate_slabs(thick, thick_axis, thin_axis, self.name)
+    def thin(self, thick, thick_axis, thin_axis, profile):
+        return interpolate_slabs(thick, thick_axis, thin_axis, self.name)
+
 
 @dataclass
 class BackProjection:
     "Linear interpolation, moved onto the thick slices."
+
     name: str = "back_projection"
 
-    def thin(self, thick, thick_axis, thin_axis, profile): return back_projection(thick, thick_axis, thin_axis, slab_matrix(thin_axis, thick_axis, profile))
+    def thin(self, thick, thick_axis, thin_axis, profile):
+        return back_projection(
+            thick, thick_axis, thin_axis, slab_matrix(thin_axis, thick_axis, profile)
+        )
+
 
 def slice_floors() -> list:
     "The four floors."
@@ -120,84 +242,156 @@ def slice_floors() -> list:
 # %% ../../nbs/learn/15_slice_scores.ipynb #cell-018
 CEILINGS = ("ceiling_vae", "ceiling_residual")
 
+
 @torch.no_grad()
-def vae_ceilings(vae: SliceVAE, truth: torch.Tensor, start: torch.Tensor, memory_gib: float = 2.0) -> dict[str, torch.Tensor]:
-    "Truth and start (D, H, W), HU → `CEILINGS`, HU: what the VAE makes of the truth, and the start with the decoded difference to it."
-    window, memory, size = vae.window, memory_gib * 2 ** 30, tuple(truth.shape[-2:])
+def vae_ceilings(
+    vae: SliceVAE, truth: torch.Tensor, start: torch.Tensor, memory_gib: float = 2.0
+) -> dict[str, torch.Tensor]:
+    """Truth and start (D, H, W), HU → `CEILINGS`, HU: what the VAE makes of the truth, and the
+    start with the decoded difference to it.
+    """
+    window = vae.window
+    memory = memory_gib * 2**30
+    size = tuple(truth.shape[-2:])
     decoded = []
     for hu in (truth, start):
         latent = encode_tiled(vae, window.to_network(hu.float())[None, None], memory).mean
         decoded.append(decode_tiled(vae, latent, size, memory)[0, 0])
-    return {"ceiling_vae": window.to_hu(decoded[0].clamp(-1, 1)), "ceiling_residual": start + window.width_hu / 2 * (decoded[0] - decoded[1])}
+    return {
+        "ceiling_vae": window.to_hu(decoded[0].clamp(-1, 1)),
+        "ceiling_residual": start + window.width_hu / 2 * (decoded[0] - decoded[1]),
+    }
 
 # %% ../../nbs/learn/15_slice_scores.ipynb #cell-021
-SLICE_MAIN = ("psnr", "ssim", "slice_psnr", "slice_ssim", "mae_hu", "step_error_hu", "step_level_db", "noise_unevenness", "z_edge_response", "z_edge_error", "reaveraged_worst_hu")
+SLICE_MAIN = (
+    "psnr",
+    "ssim",
+    "slice_psnr",
+    "slice_ssim",
+    "mae_hu",
+    "step_error_hu",
+    "step_level_db",
+    "noise_unevenness",
+    "z_edge_response",
+    "z_edge_error",
+    "reaveraged_worst_hu",
+)
 SLICE_VERDICT = ("psnr", "ssim", "step_error_hu", "z_edge_error")
 SLICE_FLOORS = (*INTERPOLATIONS, "back_projection")
 
+
 @dataclass
 class SliceBoard(Scoreboard):
-    "A `Scoreboard` of thin slices: floors are `SLICE_FLOORS`, all but floors and ceilings are judged."
+    """A `Scoreboard` of thin slices: floors are `SLICE_FLOORS`, all but floors and ceilings are
+    judged.
+    """
+
     model: str = "regressor_consistent"
     definitions = SLICE_METRICS
 
     @property
-    def floors(self) -> list[str]: return [p for p in self.predictors if p in SLICE_FLOORS]
-    @property
-    def models(self) -> list[str]: return [p for p in self.predictors if p not in (*SLICE_FLOORS, *CEILINGS)]
+    def floors(self) -> list[str]:
+        return [p for p in self.predictors if p in SLICE_FLOORS]
 
-    def of(self, model: str) -> "SliceBoard": return replace(self, model=model)
-    def _without_ceilings(self) -> "SliceBoard": return replace(self, rows=[row for row in self.rows if row["predictor"] not in CEILINGS])
+    @property
+    def models(self) -> list[str]:
+        return [p for p in self.predictors if p not in (*SLICE_FLOORS, *CEILINGS)]
+
+    def of(self, model: str) -> "SliceBoard":
+        return replace(self, model=model)
+
+    def _without_ceilings(self) -> "SliceBoard":
+        return replace(self, rows=[row for row in self.rows if row["predictor"] not in CEILINGS])
 
     def table(self, metrics: Sequence[str] = SLICE_MAIN, markdown: bool = False) -> str:
-        "Mean ± sd over cases, the model first; then, on its own, what the VAE could reach with the truth in hand."
+        """Mean ± sd over cases, the model first; then, on its own, what the VAE could reach with
+        the truth in hand.
+        """
         tops = [row for row in self.rows if row["predictor"] in CEILINGS]
         text = board_table(self._without_ceilings(), metrics, markdown)
-        return text if not tops else f"{text}\n\n{board_table(replace(self, rows=tops), metrics, markdown)}"
+        return (
+            text
+            if not tops
+            else f"{text}\n\n{board_table(replace(self, rows=tops), metrics, markdown)}"
+        )
 
-    def figure(self, metrics: Sequence[str] = SLICE_MAIN): return board_figure(self, metrics)
+    def figure(self, metrics: Sequence[str] = SLICE_MAIN):
+        return board_figure(self, metrics)
 
     def verdict(self) -> list[str]:
         "A sentence for every model and metric of `SLICE_VERDICT`."
-        return [f"{model}, {judge(self.of(model), metric)}" for model in self.models for metric in SLICE_VERDICT]
+        return [
+            f"{model}, {judge(self.of(model), metric)}"
+            for model in self.models
+            for metric in SLICE_VERDICT
+        ]
 
 # %% ../../nbs/learn/15_slice_scores.ipynb #cell-022
 REACH = (  # model, metric, than, by how much at least
-    ("regressor_consistent", "psnr", "cubic", 1.0), ("diffusion_sample", "psnr", "cubic", 0.0), ("diffusion_sample", "z_edge_softness", "linear", 0.0),
-    ("diffusion_sample", "z_edge_error", "linear", 0.0), ("diffusion_sample", "step_error_hu", "linear", 0.0), ("diffusion_sample", "noise_unevenness", "linear", 0.0))
+    ("regressor_consistent", "psnr", "cubic", 1.0),
+    ("diffusion_sample", "psnr", "cubic", 0.0),
+    ("diffusion_sample", "z_edge_softness", "linear", 0.0),
+    ("diffusion_sample", "z_edge_error", "linear", 0.0),
+    ("diffusion_sample", "step_error_hu", "linear", 0.0),
+    ("diffusion_sample", "noise_unevenness", "linear", 0.0),
+)
+
 
 def reach(board: SliceBoard) -> list[str]:
     "What system E set itself, each with its answer."
     found = []
     for model, metric, floor, least in REACH:
-        if not {model, floor} <= set(board.predictors): continue
-        gain, unit, label = board.of(model).gain(floor, metric), SLICE_METRICS[metric].unit, SLICE_METRICS[metric].label
+        if not {model, floor} <= set(board.predictors):
+            continue
+        gain = board.of(model).gain(floor, metric)
+        unit = SLICE_METRICS[metric].unit
+        label = SLICE_METRICS[metric].label
         wanted = f"by {least:g} {unit} or more" if least else "at all"
         interval = f" [{gain.low:.3f}, {gain.high:.3f}]" if gain.patients > 1 else ""
-        found.append(f"{'reached' if gain.mean >= least else 'not reached'}: {model} is better than {floor} in {label} {wanted}; it is by {gain.mean:.3f}{interval} {unit}".rstrip() + f" ({gain.patients} patient{'s' if gain.patients > 1 else ''}).")
+        found.append(
+            f"{'reached' if gain.mean >= least else 'not reached'}: {model} is better than {floor}"
+            f" in {label} {wanted}; it is by {gain.mean:.3f}{interval} {unit}".rstrip()
+            + f" ({gain.patients} patient{'s' if gain.patients > 1 else ''})."
+        )
     if "reaveraged_worst_hu" in board.metrics:
         for model in board.models:
-            if model == "regressor" or model.endswith("_free"): continue
+            if model == "regressor" or model.endswith("_free"):
+                continue
             worst = max(board.values(model, "reaveraged_worst_hu"))
-            found.append(f"{'reached' if worst < 1 else 'not reached'}: {model}, averaged again, gives the thick slices within 1 HU; the worst voxel is off by {worst:.3f} HU.")
+            found.append(
+                f"{'reached' if worst < 1 else 'not reached'}: {model}, averaged again, gives the"
+                f" thick slices within 1 HU; the worst voxel is off by {worst:.3f} HU."
+            )
     return found
+
 
 def save_slices(board: SliceBoard, out) -> Path:
     "`scoreboard.csv`, `metrics.json` and `scoreboard.png` in a folder, each whole or not at all."
     import matplotlib.pyplot as plt
+
     out = save_board(board, out)
     content, gains = board_content(board), {}
     for model in board.models:
-        for metric in (m for m in SLICE_MAIN if SLICE_METRICS[m].better != "zero"):  # of a signed figure neither way is better
+        # of a signed figure neither way is better
+        for metric in (m for m in SLICE_MAIN if SLICE_METRICS[m].better != "zero"):
             for floor in board.floors:
                 gain = board.of(model).gain(floor, metric)
-                numbers = [value if math.isfinite(value) else None for value in (gain.mean, gain.low, gain.high)]
-                gains.setdefault(model, {}).setdefault(metric, {})[floor] = {"better_by": numbers[0], "interval_95": numbers[1:], "patients": gain.patients}
+                numbers = [
+                    value if math.isfinite(value) else None
+                    for value in (gain.mean, gain.low, gain.high)
+                ]
+                gains.setdefault(model, {}).setdefault(metric, {})[floor] = {
+                    "better_by": numbers[0],
+                    "interval_95": numbers[1:],
+                    "patients": gain.patients,
+                }
     write_json(out / "metrics.json", content | {"gain_over_floors": gains, "reach": reach(board)})
     figure = board.figure()
-    with atomic_write(out / "scoreboard.png") as path: figure.savefig(path, dpi=150)
+    with atomic_write(out / "scoreboard.png") as path:
+        figure.savefig(path, dpi=150)
     plt.close(figure)
     return out
+
 
 SliceBoard.reach, SliceBoard.save = reach, save_slices
 
@@ -209,26 +403,72 @@ def evaluate_slices(
     ceilings: Callable[[dict], Mapping[str, torch.Tensor]] | None = None,  # item → `CEILINGS`, HU
     model: str | None = None,  # that stands first; None: the first predictor
     window: Window = CHEST,
-    on_case: Callable[[dict, dict], None] | None = None,  # is shown each item and the answers to it, by name
+    # is shown each item and the answers to it, by name
+    on_case: Callable[[dict, dict], None] | None = None,
     progress: bool = True,
 ) -> SliceBoard:
-    "Judge predictors on cases. No case, twice the same name, or an answer that cannot be judged: `ValueError`."
+    """Judge predictors on cases.
+
+    No case, twice the same name, or an answer that cannot be judged: `ValueError`.
+    """
     from tqdm.auto import tqdm
+
     names = [p.name for p in predictors]
-    if len(set(names)) < len(names) or not names: raise ValueError(f"predictors: needs at least one, each with a name of its own, got {names}")
-    if not len(items): raise ValueError("items: there are no cases to judge on; hold at least one patient out of training")
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(
+            f"predictors: needs at least one, each with a name of its own, got {names}"
+        )
+    if not len(items):
+        raise ValueError(
+            "items: there are no cases to judge on; hold at least one patient out of training"
+        )
     rows = []
     for number in tqdm(range(len(items)), desc="judging", unit="case", disable=not progress):
-        item, answers, seconds = items[number], {}, {}
+        item = items[number]
+        answers = {}
+        seconds = {}
         for predictor in tqdm(predictors, desc=str(item["id"]), leave=False, disable=not progress):
             begin = time.perf_counter()
-            with torch.no_grad(): hu = torch.as_tensor(predictor.thin(item["thick"], item["thick_axis"], item["thin_axis"], item["profile"])).float().cpu()
+            with torch.no_grad():
+                hu = (
+                    torch.as_tensor(
+                        predictor.thin(
+                            item["thick"], item["thick_axis"], item["thin_axis"], item["profile"]
+                        )
+                    )
+                    .float()
+                    .cpu()
+                )
             seconds[predictor.name] = time.perf_counter() - begin
-            if hu.shape != item["thin"].shape: raise ValueError(f"{predictor.name} on {item['id']}: expected HU of shape {tuple(item['thin'].shape)}, got {tuple(hu.shape)}")
+            if hu.shape != item["thin"].shape:
+                raise ValueError(
+                    f"{predictor.name} on {item['id']}: expected HU of shape"
+                    f" {tuple(item['thin'].shape)}, got {tuple(hu.shape)}"
+                )
             answers[predictor.name] = hu
-        if ceilings is not None: answers |= ceilings(item)
-        rows += [{"case": item["id"], "patient": item["patient"], "predictor": name, **slice_scores(hu, item["thin"], item["thick"], item["matrix"], window), "seconds": seconds.get(name, math.nan)} for name, hu in answers.items()]
-        if on_case is not None: on_case(item, answers)
-    board = SliceBoard(rows, {"window": window.name, "versions": versions(), "settings": {p.name: dict(getattr(p, "settings", {})) for p in predictors}}, model or names[0])
-    if out is not None: board.save(out)
+        if ceilings is not None:
+            answers |= ceilings(item)
+        rows += [
+            {
+                "case": item["id"],
+                "patient": item["patient"],
+                "predictor": name,
+                **slice_scores(hu, item["thin"], item["thick"], item["matrix"], window),
+                "seconds": seconds.get(name, math.nan),
+            }
+            for name, hu in answers.items()
+        ]
+        if on_case is not None:
+            on_case(item, answers)
+    board = SliceBoard(
+        rows,
+        {
+            "window": window.name,
+            "versions": versions(),
+            "settings": {p.name: dict(getattr(p, "settings", {})) for p in predictors},
+        },
+        model or names[0],
+    )
+    if out is not None:
+        board.save(out)
     return board

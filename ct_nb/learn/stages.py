@@ -13,7 +13,15 @@ import torch
 from torch import nn
 
 from .adversary import Adversary
-from .consistency_losses import cross_view_infonce, distillation_error, drr_cycle_error, mask_patches, masked_error, mixup, third_view
+from ct_nb.learn.consistency_losses import (
+    cross_view_infonce,
+    distillation_error,
+    drr_cycle_error,
+    mask_patches,
+    masked_error,
+    mixup,
+    third_view,
+)
 from .losses import LossWeights, kl_weight, reconstruction_loss
 from ..nets.drr2ct import DRR2CT
 from ..nets.epipolar import EpipolarAttention, EpipolarNeighbours
@@ -22,6 +30,7 @@ from ..nets.epipolar import EpipolarAttention, EpipolarNeighbours
 @dataclass(frozen=True)
 class Stage:
     "One of the runs that follow one another, each from the weights of the one before."
+
     name: str
     share: float  # of all steps
     loss: LossWeights
@@ -31,61 +40,163 @@ class Stage:
     mask_patch: int = 32  # pixels a side
     free_bits: float = 0.02  # nats a latent number may carry at no cost
     kl_warmup: float = 0.3  # share of the stage
-    mixup: float = 0.0  # probability that a case is mixed with another one; such a stage sees all cases from one pose
+    # probability that a case is mixed with another one; such a stage sees all cases from one pose
+    mixup: float = 0.0
     adversary_start: float = 0.5  # share of the stage before the critic is heard
 
+
 STAGES = (
-    Stage("joint", 0.7, LossWeights(absolute=1.0, squared=5.0, gradient=0.1, structure=0.02, kl=1e-4, contrast=1e-3, cycle=0.1)),
-    Stage("latent", 0.05, LossWeights(absolute=1.0, squared=5.0, kl=1e-3, contrast=1e-2), 0.3, frozen=("grid", "decoder", "leave")),
-    Stage("masked", 0.05, LossWeights(absolute=1.0, squared=5.0, kl=1e-4, masked=0.01, distillation=0.05), 0.3, masked_share=0.3),
-    Stage("fine", 0.2, LossWeights(absolute=1.0, squared=5.0, gradient=0.1, structure=0.02, kl=1e-4, cycle=0.1, adversary=1e-3), 0.5, mixup=0.05),
+    Stage(
+        "joint",
+        0.7,
+        LossWeights(
+            absolute=1.0,
+            squared=5.0,
+            gradient=0.1,
+            structure=0.02,
+            kl=1e-4,
+            contrast=1e-3,
+            cycle=0.1,
+        ),
+    ),
+    Stage(
+        "latent",
+        0.05,
+        LossWeights(absolute=1.0, squared=5.0, kl=1e-3, contrast=1e-2),
+        0.3,
+        frozen=("grid", "decoder", "leave"),
+    ),
+    Stage(
+        "masked",
+        0.05,
+        LossWeights(absolute=1.0, squared=5.0, kl=1e-4, masked=0.01, distillation=0.05),
+        0.3,
+        masked_share=0.3,
+    ),
+    Stage(
+        "fine",
+        0.2,
+        LossWeights(
+            absolute=1.0,
+            squared=5.0,
+            gradient=0.1,
+            structure=0.02,
+            kl=1e-4,
+            cycle=0.1,
+            adversary=1e-3,
+        ),
+        0.5,
+        mixup=0.05,
+    ),
 )
 
+
 def get_stages(names: str = "all") -> tuple[Stage, ...]:
-    "`all` four in order, or those that are named, separated by blanks; ValueError for a name that is none."
+    """`all` four in order, or those that are named, separated by blanks; ValueError for a name that
+    is none.
+    """
     known = {stage.name: stage for stage in STAGES}
     chosen = list(known) if names == "all" else str(names).replace(",", " ").split()
-    if not chosen or set(chosen) - set(known): raise ValueError(f"stage: must be 'all' or some of {', '.join(known)}, got {names!r}")
+    if not chosen or set(chosen) - set(known):
+        raise ValueError(f"stage: must be 'all' or some of {', '.join(known)}, got {names!r}")
     return tuple(known[name] for name in chosen)
 
 # %% ../../nbs/learn/06a_stages.ipynb #cell-007
-CRITIC_SHARE = 0.01  # the critic's own loss: Adam does not mind the scale, the clipping of the common gradient does
+# the critic's own loss: Adam does not mind the scale, the clipping of the common gradient does
+CRITIC_SHARE = 0.01
+
 
 class Learner(nn.Module):
-    "A network with what it needs to be taught: a critic, a head that fills in hidden pixels, a teacher. Only the network is kept."
-    def __init__(self, model: DRR2CT, stage: Stage, steps: int, seed: int = 0, teacher: DRR2CT | None = None):
+    """A network with what it needs to be taught: a critic, a head that fills in hidden pixels, a
+    teacher. Only the network is kept.
+    """
+
+    def __init__(
+        self, model: DRR2CT, stage: Stage, steps: int, seed: int = 0, teacher: DRR2CT | None = None
+    ):
         super().__init__()
-        self.model, self.stage, self.steps, self.seed = model, stage, steps, seed
-        self.adversary = Adversary(start_step=round(stage.adversary_start * steps), ramp_steps=max(steps // 10, 1)) if stage.loss.adversary else None
-        self.pixels = nn.Conv2d(model.config.lifted_channels[0], 16, 1) if stage.loss.masked else None
-        self.teacher = [teacher] if teacher is not None and stage.loss.distillation else []  # in a list it is no part: neither trained nor averaged
+        self.model = model
+        self.stage = stage
+        self.steps = steps
+        self.seed = seed
+        self.adversary = (
+            Adversary(
+                start_step=round(stage.adversary_start * steps), ramp_steps=max(steps // 10, 1)
+            )
+            if stage.loss.adversary
+            else None
+        )
+        self.pixels = (
+            nn.Conv2d(model.config.lifted_channels[0], 16, 1) if stage.loss.masked else None
+        )
+        # in a list it is no part: neither trained nor averaged
+        self.teacher = [teacher] if teacher is not None and stage.loss.distillation else []
         unknown = set(stage.frozen) - {name for name, _ in model.named_children()}
-        if unknown: raise ValueError(f"stage {stage.name}: the network has no part {', '.join(sorted(unknown))}")
-        for name, part in model.named_children(): part.requires_grad_(name not in stage.frozen)
+        if unknown:
+            raise ValueError(
+                f"stage {stage.name}: the network has no part {', '.join(sorted(unknown))}"
+            )
+        for name, part in model.named_children():
+            part.requires_grad_(name not in stage.frozen)
 
     def forward(self, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        "The loss of a batch (`ct_nb.data.pairs.collate`) at a step of the stage, and its parts for the log."
-        stage, model, energy = self.stage, self.model, self.model.config.energy_kev
+        """The loss of a batch (`ct_nb.data.pairs.collate`) at a step of the stage, and its parts
+        for the log.
+        """
+        stage = self.stage
+        model = self.model
+        energy = self.model.config.energy_kev
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        truth, xrays, geometry, hidden = batch["hu"], batch["xrays"], batch["geometry"], None
-        if stage.mixup: truth, xrays = mixup(truth, xrays, geometry=geometry, probability=stage.mixup, generator=draw)
-        if stage.masked_share: _, hidden = mask_patches(xrays, stage.masked_share, stage.mask_patch, draw)
+        truth = batch["hu"]
+        xrays = batch["xrays"]
+        geometry = batch["geometry"]
+        hidden = None
+        if stage.mixup:
+            truth, xrays = mixup(
+                truth, xrays, geometry=geometry, probability=stage.mixup, generator=draw
+            )
+        if stage.masked_share:
+            _, hidden = mask_patches(xrays, stage.masked_share, stage.mask_patch, draw)
         found = model(xrays, geometry, hidden=hidden, truth=truth)
-        others = {"kl": lambda: kl_weight(step, round(stage.kl_warmup * self.steps)) * found.latent.kl(stage.free_bits),
-                  "contrast": lambda: cross_view_infonce(found.view_tokens, found.latent_tokens, patients=_numbers(batch["patient"])),
-                  "cycle": lambda: drr_cycle_error(found.unconstrained_hu, xrays, geometry, energy, extra_view=third_view(truth, geometry, energy, draw))}
-        if self.pixels is not None: others["masked"] = lambda: masked_error(self._filled(found, xrays), model.normalized(xrays), hidden)
+        others = {
+            "kl": (
+                lambda: kl_weight(step, round(stage.kl_warmup * self.steps))
+                * found.latent.kl(stage.free_bits)
+            ),
+            "contrast": lambda: cross_view_infonce(
+                found.view_tokens, found.latent_tokens, patients=_numbers(batch["patient"])
+            ),
+            "cycle": lambda: drr_cycle_error(
+                found.unconstrained_hu,
+                xrays,
+                geometry,
+                energy,
+                extra_view=third_view(truth, geometry, energy, draw),
+            ),
+        }
+        if self.pixels is not None:
+            others["masked"] = lambda: masked_error(
+                self._filled(found, xrays), model.normalized(xrays), hidden
+            )
         for teacher in self.teacher:
-            with torch.no_grad(): taught = teacher(xrays, geometry)
-            others["distillation"] = lambda: distillation_error(found.latent.mean, taught.latent.mean)
+            with torch.no_grad():
+                taught = teacher(xrays, geometry)
+            others["distillation"] = lambda: distillation_error(
+                found.latent.mean, taught.latent.mean
+            )
         weights = stage.loss if self.teacher else replace(stage.loss, distillation=0.0)
         loss, figures = reconstruction_loss(found.hu, truth, model.window, weights, others)
         if self.adversary is not None:
             critic = self.adversary(found.hu, truth, model.window, step, loss)
-            loss, figures = loss + weights.adversary * critic.network + CRITIC_SHARE * critic.critic, figures | critic.figures
+            loss = loss + weights.adversary * critic.network + CRITIC_SHARE * critic.critic
+            figures = figures | critic.figures
         return loss, figures
 
-    def _filled(self, found, xrays): return nn.functional.pixel_shuffle(self.pixels(found.features[0].flatten(0, 1)), 4).view_as(xrays)
+    def _filled(self, found, xrays):
+        return nn.functional.pixel_shuffle(self.pixels(found.features[0].flatten(0, 1)), 4).view_as(
+            xrays
+        )
+
 
 def _numbers(patients: list[str]) -> torch.Tensor:
     "The same number for the same patient, in every process."
@@ -94,11 +205,17 @@ def _numbers(patients: list[str]) -> torch.Tensor:
 # %% ../../nbs/learn/06a_stages.ipynb #cell-009
 FEWEST_NEIGHBOURS = 8
 
+
 def fewer_neighbours(learner: Learner) -> str | None:
-    "Halve the lists of the epipolar attention and say so; None when they are as short as they may be."
-    model, count = learner.model, learner.model.config.epipolar_neighbours // 2
+    """Halve the lists of the epipolar attention and say so; None when they are as short as they may
+    be.
+    """
+    model = learner.model
+    count = learner.model.config.epipolar_neighbours // 2
     layers = [layer for layer in model.modules() if isinstance(layer, EpipolarAttention)]
-    if not layers or count < FEWEST_NEIGHBOURS: return None
-    for layer in layers: layer.find = EpipolarNeighbours(count)
+    if not layers or count < FEWEST_NEIGHBOURS:
+        return None
+    for layer in layers:
+        layer.find = EpipolarNeighbours(count)
     model.config = replace(model.config, epipolar_neighbours=count)
     return f"each token now looks at {count} tokens along its epipolar line"

@@ -28,13 +28,16 @@ from ..physics.volume import Volume
 @dataclass
 class Thinned:
     "What thinning gives."
+
     volume: Volume  # HU, on the pixels of the input
     thick_axis: SliceAxis
     thin_axis: SliceAxis
     profile: SliceProfile
-    reaveraged_hu: float  # largest difference of its means over the profile, as stored, to the slices that were given
+    # largest difference of its means over the profile, as stored, to the slices that were given
+    reaveraged_hu: float
     seconds: float
     notes: list[str]
+
 
 def thin_frame(affine: np.ndarray, thick: SliceAxis, thin: SliceAxis) -> np.ndarray:
     "The affine (4, 4) of thin slices, from that of thick ones, index (x, y, z) → LPS mm."
@@ -48,55 +51,111 @@ def thin_volume(
     volume: Volume,  # in thick slices, along the first axis of its array
     thinner,  # a `RegressorThinner`, a `DiffusionThinner` or a floor
     spacing_mm: float = 1.0,  # of the thin slices
-    profile: SliceProfile | None = None,  # of the thick ones; None: a rectangle as wide as they are apart
-    convention: str = "slabs",  # thin slices fill the thick ones' length; "centres": they run from first to last centre
+    # of the thick ones; None: a rectangle as wide as they are apart
+    profile: SliceProfile | None = None,
+    # thin slices fill the thick ones' length; "centres": they run from first to last centre
+    convention: str = "slabs",
     seen: dict | None = None,  # what the model learnt from
     anyway: bool = False,  # slices thicker than these all the same
     name="volume",  # for messages
 ) -> Thinned:
     "Thin slices of a scan, whole HU. What cannot be done: `ValueError`, one sentence."
-    begin, axis = time.perf_counter(), check_scan(volume, spacing_mm, name)
+    begin = time.perf_counter()
+    axis = check_scan(volume, spacing_mm, name)
     profile = profile or SliceProfile(axis.spacing_mm)
-    if profile.width_mm > axis.length_mm: raise ValueError(f"width_mm: a profile of {profile.width_mm:.4g} mm is wider than {name} is long, {axis.length_mm:.4g} mm; give the thickness of one slice")
+    if profile.width_mm > axis.length_mm:
+        raise ValueError(
+            f"width_mm: a profile of {profile.width_mm:.4g} mm is wider than {name} is long,"
+            f" {axis.length_mm:.4g} mm; give the thickness of one slice"
+        )
     notes = [*volume.notes, *check_seen(axis, profile, spacing_mm, seen, anyway, name)]
     fine = thin_axis(axis, spacing_mm, convention)
     thick = volume.tensor()
-    if hasattr(thinner, "notes"): notes += thinner.notes(*thick.shape[1:], axis, fine)
+    if hasattr(thinner, "notes"):
+        notes += thinner.notes(*thick.shape[1:], axis, fine)
     hu = thinner.thin(thick, axis, fine, profile).round_().clamp_(-32768, 32767)
     below = sum(int((image < -1024).sum()) for image in hu)
-    if below: notes.append(f"{below} voxels of the thin slices lie below -1024 HU (lowest {float(hu.min()):g}): beside steep edges to air, where consistency overshoots")
+    if below:
+        notes.append(
+            f"{below} voxels of the thin slices lie below -1024 HU (lowest {float(hu.min()):g}):"
+            " beside steep edges to air, where consistency overshoots"
+        )
     rows = range(0, thick.shape[1], 64)
     matrix = slab_matrix(fine, axis, profile)
-    missed = max((along_z(matrix, hu[:, row:row + 64]) - thick[:, row:row + 64]).abs().max().item() for row in rows)
+    missed = max(
+        (along_z(matrix, hu[:, row : row + 64]) - thick[:, row : row + 64]).abs().max().item()
+        for row in rows
+    )
     kept = getattr(thinner, "settings", {})
-    if kept.get("consistent") and not kept["noise_hu"] and missed > 1: notes.append(f"averaged again, the thin slices miss the thick ones by up to {missed:.1f} HU: a profile {profile.width_mm:.4g} mm wide at {axis.spacing_mm:.4g} mm leaves no slices that fit better")
-    return Thinned(Volume(hu.numpy(), thin_frame(volume.affine, axis, fine), notes), axis, fine, profile, missed, time.perf_counter() - begin, notes)
+    if kept.get("consistent") and not kept["noise_hu"] and missed > 1:
+        notes.append(
+            f"averaged again, the thin slices miss the thick ones by up to {missed:.1f} HU: a"
+            f" profile {profile.width_mm:.4g} mm wide at {axis.spacing_mm:.4g} mm leaves no slices"
+            " that fit better"
+        )
+    return Thinned(
+        Volume(hu.numpy(), thin_frame(volume.affine, axis, fine), notes),
+        axis,
+        fine,
+        profile,
+        missed,
+        time.perf_counter() - begin,
+        notes,
+    )
 
 # %% ../../nbs/learn/15c_thin_scans.ipynb #cell-011
 MODELS = ("regressor", "sample", "mean")
 
-def header_width(path, axis: SliceAxis, series: str | None = None) -> tuple[float | None, list[str]]:
-    "`claimed_width` of the CT series (or of the one with the UID `series`) in a DICOM folder or zip, whose slices lie on `axis`; None and no note where it is no DICOM."
+
+def header_width(
+    path, axis: SliceAxis, series: str | None = None
+) -> tuple[float | None, list[str]]:
+    """`claimed_width` of the CT series (or of the one with the UID `series`) in a DICOM folder or
+    zip, whose slices lie on `axis`; None and no note where it is no DICOM.
+    """
     path = Path(path)
-    if not (path.is_dir() or path.suffix.lower() == ".zip"): return None, []
+    if not (path.is_dir() or path.suffix.lower() == ".zip"):
+        return None, []
     slices, _ = choose_series(path, dicom_slices(path), series)
     return claimed_width(slices[0].header, axis)
 
+
 def read_thick(path, series: str | None = None) -> Volume:
     "`read_ct`, whose refusal of several series names the flag as well."
-    try: return read_ct(path, series)
-    except CTReadError as error: raise CTReadError(str(error).replace("with series=UID:", "with series=UID (--series UID):")) from None
+    try:
+        return read_ct(path, series)
+    except CTReadError as error:
+        raise CTReadError(
+            str(error).replace("with series=UID:", "with series=UID (--series UID):")
+        ) from None
+
 
 def check_out(out: Path, path) -> str:
-    "The ending of the file to write, or `ValueError` with a sentence, before anything is computed: no known kind, the scan itself, a folder, or no place for a file."
-    ending = next((e for e in (".nii.gz", ".nii", ".nrrd", ".mha", ".npz") if out.name.lower().endswith(e)), None)
-    if ending is None: raise ValueError(f"out: unknown kind of file {out.name!r}; choose a name that ends in .nii.gz, .nii, .nrrd, .mha or .npz")
-    if out.is_dir(): raise ValueError(f"out: {out} is a folder; choose the name of a file")
-    if out.exists() and Path(path).exists() and os.path.samefile(out, path): raise ValueError(f"out: {out} is the scan itself, which would be lost; choose another name")
+    """The ending of the file to write, or `ValueError` with a sentence, before anything is
+    computed: no known kind, the scan itself, a folder, or no place for a file.
+    """
+    ending = next(
+        (e for e in (".nii.gz", ".nii", ".nrrd", ".mha", ".npz") if out.name.lower().endswith(e)),
+        None,
+    )
+    if ending is None:
+        raise ValueError(
+            f"out: unknown kind of file {out.name!r}; choose a name that ends in .nii.gz, .nii,"
+            " .nrrd, .mha or .npz"
+        )
+    if out.is_dir():
+        raise ValueError(f"out: {out} is a folder; choose the name of a file")
+    if out.exists() and Path(path).exists() and os.path.samefile(out, path):
+        raise ValueError(f"out: {out} is the scan itself, which would be lost; choose another name")
     above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir(): raise ValueError(f"out: {out} cannot be written, {above} is a file; choose another folder")
-    if not os.access(above, os.W_OK): raise ValueError(f"out: {out} cannot be written, {above} is not yours to write to; choose another folder")
+    if not above.is_dir():
+        raise ValueError(f"out: {out} cannot be written, {above} is a file; choose another folder")
+    if not os.access(above, os.W_OK):
+        raise ValueError(
+            f"out: {out} cannot be written, {above} is not yours to write to; choose another folder"
+        )
     return ending
+
 
 def thin_file(
     path,  # a CT in thick slices: NIfTI, NRRD, MHA, npz, a DICOM folder or a zip of one
@@ -104,39 +163,85 @@ def thin_file(
     weights,  # folder of a run of `train_slices`
     spacing_mm: float = 1.0,  # of the thin slices
     series: str | None = None,  # SeriesInstanceUID, where a DICOM folder or zip holds several
-    width_mm: float | None = None,  # of the thick slices' profile; None: the DICOM header's thickness, or their spacing
+    # of the thick slices' profile; None: the DICOM header's thickness, or their spacing
+    width_mm: float | None = None,
     shape: str = "rectangular",  # of the profile, or "gaussian"
-    model: str | None = None,  # "regressor", "sample" (one draw) or "mean" (of draws); None: the regressor where the run has one
+    # "regressor", "sample" (one draw) or "mean" (of draws); None: the regressor where the run has
+    # one
+    model: str | None = None,
     samples: int = 8,  # draws, for the mean
     steps: int = 20,  # of the sampler
     seed: int = 0,  # of the draws
     consistent: bool = True,  # averaged over the profile, the answer is the scan that came in
     noise_hu: float = 0.0,  # of the thick slices: how exactly, where consistent
-    convention: str = "slabs",  # thin slices fill the thick ones' length; "centres": they run from first to last centre
+    # thin slices fill the thick ones' length; "centres": they run from first to last centre
+    convention: str = "slabs",
     memory_gib: float = 2.0,  # of a portion's features; the slices themselves come on top
     anyway: bool = False,  # slices thicker than the model learnt from all the same
     progress: bool = True,
 ) -> Thinned:
-    "Read, thin, write; the volume and `NAME_thinning.json`. `ValueError` or `OSError` with one sentence for what cannot be done."
+    """Read, thin, write; the volume and `NAME_thinning.json`.
+
+    `ValueError` or `OSError` with one sentence for what cannot be done.
+    """
     out = Path(out)
     ending = check_out(out, path)
-    SliceProfile(1.0 if width_mm is None else width_mm, shape), thin_axis(SliceAxis(0.0, 1.0, 2), 1.0, convention)  # refuse what makes no sense
-    if model not in (None, *MODELS): raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {model!r}")
+    # refuse what makes no sense
+    SliceProfile(1.0 if width_mm is None else width_mm, shape), thin_axis(
+        SliceAxis(0.0, 1.0, 2), 1.0, convention
+    )
+    if model not in (None, *MODELS):
+        raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {model!r}")
     trained = load_slices(weights)
     model = model or ("regressor" if trained.regressor is not None else "mean")
-    if (trained.regressor if model == "regressor" else trained.diffusion) is None: raise ValueError(f"model: {weights} holds no trained {'regressor' if model == 'regressor' else 'diffusion model'}; train it, or choose another model")
-    device, kept = "cuda" if torch.cuda.is_available() else "cpu", dict(consistent=consistent, noise_hu=noise_hu, memory_gib=memory_gib, progress=progress)
+    if (trained.regressor if model == "regressor" else trained.diffusion) is None:
+        raise ValueError(
+            f"model: {weights} holds no trained"
+            f" {'regressor' if model == 'regressor' else 'diffusion model'}; train it, or choose"
+            " another model"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kept = dict(consistent=consistent, noise_hu=noise_hu, memory_gib=memory_gib, progress=progress)
     trained.to(device)
-    thinner = RegressorThinner(trained.regressor, **kept) if model == "regressor" else DiffusionThinner(trained.diffusion, count=samples if model == "mean" else 1, steps=steps, seed=seed, **kept)
+    thinner = (
+        RegressorThinner(trained.regressor, **kept)
+        if model == "regressor"
+        else DiffusionThinner(
+            trained.diffusion,
+            count=samples if model == "mean" else 1,
+            steps=steps,
+            seed=seed,
+            **kept,
+        )
+    )
     volume = read_thick(path, series)
     axis = check_scan(volume, spacing_mm, path)
     if width_mm is None:
         width_mm, said = header_width(path, axis, series)
         volume.notes += said
     profile = SliceProfile(axis.spacing_mm if width_mm is None else width_mm, shape)
-    found = thin_volume(volume, thinner, spacing_mm, profile, convention, trained.about.get("seen"), anyway, path)
+    found = thin_volume(
+        volume, thinner, spacing_mm, profile, convention, trained.about.get("seen"), anyway, path
+    )
     found.volume.save(out)
-    about = {"input": Path(path).name, "series": series, "convention": convention, "thick": vars(found.thick_axis), "thin": vars(found.thin_axis), "profile": vars(profile), "model": model, **thinner.settings, "reaveraged_worst_hu": found.reaveraged_hu, "seconds": round(found.seconds, 1),
-             "notes": found.notes, "weights": {"run": Path(weights).resolve().name, "preset": trained.about.get("preset"), "training_fingerprint": trained.about.get("training", {}).get("fingerprint"), "versions": trained.about.get("versions")}}
-    write_json(out.with_name(out.name[:-len(ending)] + "_thinning.json"), about)
+    about = {
+        "input": Path(path).name,
+        "series": series,
+        "convention": convention,
+        "thick": vars(found.thick_axis),
+        "thin": vars(found.thin_axis),
+        "profile": vars(profile),
+        "model": model,
+        **thinner.settings,
+        "reaveraged_worst_hu": found.reaveraged_hu,
+        "seconds": round(found.seconds, 1),
+        "notes": found.notes,
+        "weights": {
+            "run": Path(weights).resolve().name,
+            "preset": trained.about.get("preset"),
+            "training_fingerprint": trained.about.get("training", {}).get("fingerprint"),
+            "versions": trained.about.get("versions"),
+        },
+    }
+    write_json(out.with_name(out.name[: -len(ending)] + "_thinning.json"), about)
     return found

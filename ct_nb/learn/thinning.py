@@ -27,30 +27,54 @@ from ..physics.volume import Volume
 # %% ../../nbs/learn/15b_thinning.ipynb #cell-005
 @dataclass(frozen=True)
 class Portion:
-    "Thick slices `start` to `stop` (not included), the thin slices `first` to `last` (not included) over them, and these slices' weights."
+    """Thick slices `start` to `stop` (not included), the thin slices `first` to `last` (not
+    included) over them, and these slices' weights.
+    """
+
     start: int
     stop: int
     first: int
     last: int
     weights: np.ndarray  # (last − first,) float32, above 0
 
-def portions(thick: SliceAxis, thin: SliceAxis, core: int, halo: int = 2, step: int = 1) -> list[Portion]:
-    "`core` thick slices at a time, and up to `halo` more to each side; the first thin slice of each is a multiple of `step`. Together they hold every thin slice."
-    if core < 1 or halo < 1: raise ValueError(f"portions: core and halo must be 1 thick slice or more, got {core} and {halo}")
-    count, place, found = math.ceil(thick.count / core), thin.positions_mm, []
+
+def portions(
+    thick: SliceAxis, thin: SliceAxis, core: int, halo: int = 2, step: int = 1
+) -> list[Portion]:
+    """`core` thick slices at a time, and up to `halo` more to each side; the first thin slice of
+    each is a multiple of `step`. Together they hold every thin slice.
+    """
+    if core < 1 or halo < 1:
+        raise ValueError(
+            f"portions: core and halo must be 1 thick slice or more, got {core} and {halo}"
+        )
+    count = math.ceil(thick.count / core)
+    place = thin.positions_mm
+    found = []
     borders = [round(k * thick.count / count) for k in range(count + 1)]
     for low, high in zip(borders, borders[1:]):
-        start, stop = max(low - halo, 0), min(high + halo, thick.count)
-        edges = [-math.inf if start == 0 else thick.edges_mm[start], math.inf if stop == thick.count else thick.edges_mm[stop]]
+        start = max(low - halo, 0)
+        stop = min(high + halo, thick.count)
+        edges = [
+            -math.inf if start == 0 else thick.edges_mm[start],
+            math.inf if stop == thick.count else thick.edges_mm[stop],
+        ]
         inside = np.flatnonzero((place >= edges[0]) & (place < edges[1]))
-        if not len(inside): continue  # thin slices that end before the thick ones do
-        first, last = int(inside[0]) // step * step, int(inside[-1]) + 1
-        far = np.minimum(place[first:last] - edges[0], edges[1] - place[first:last]) / (halo * thick.spacing_mm)  # 0 where the portion ends, 1 at the core
+        if not len(inside):
+            continue  # thin slices that end before the thick ones do
+        first = int(inside[0]) // step * step
+        last = int(inside[-1]) + 1
+        # 0 where the portion ends, 1 at the core
+        far = np.minimum(place[first:last] - edges[0], edges[1] - place[first:last]) / (
+            halo * thick.spacing_mm
+        )
         found.append(Portion(start, stop, first, last, np.clip(far, 1e-3, 1).astype(np.float32)))
     return found
 
+
 def in_portions(
-    answer: Callable[[torch.Tensor, SliceAxis, SliceAxis, Portion], torch.Tensor],  # thick (k, H, W) HU and its axis, thin axis, portion → (d, H, W) HU
+    # thick (k, H, W) HU and its axis, thin axis, portion → (d, H, W) HU
+    answer: Callable[[torch.Tensor, SliceAxis, SliceAxis, Portion], torch.Tensor],
     thick: torch.Tensor,  # (K, H, W) HU
     thick_axis: SliceAxis,
     thin_axis: SliceAxis,
@@ -61,44 +85,101 @@ def in_portions(
 ) -> torch.Tensor:
     "Thin slices (D, H, W), HU, on the CPU, put together from `portions`."
     from tqdm.auto import tqdm
-    out, total = torch.zeros(thin_axis.count, *thick.shape[-2:]), torch.zeros(thin_axis.count)
-    with tqdm(total=thick_axis.count, desc="thinning", unit="thick slice", disable=not progress) as bar:
+
+    out = torch.zeros(thin_axis.count, *thick.shape[-2:])
+    total = torch.zeros(thin_axis.count)
+    with tqdm(
+        total=thick_axis.count, desc="thinning", unit="thick slice", disable=not progress
+    ) as bar:
         for p in portions(thick_axis, thin_axis, core, halo, step):
-            part = answer(thick[p.start:p.stop], thick_axis.part(p.start, p.stop), thin_axis.part(p.first, p.last), p).float().cpu()
+            part = (
+                answer(
+                    thick[p.start : p.stop],
+                    thick_axis.part(p.start, p.stop),
+                    thin_axis.part(p.first, p.last),
+                    p,
+                )
+                .float()
+                .cpu()
+            )
             weights = torch.from_numpy(p.weights)
-            out[p.first:p.last] += part.mul_(weights[:, None, None])
-            total[p.first:p.last] += weights
-            bar.update(min(p.stop, thick_axis.count) - bar.n if p.stop == thick_axis.count else max(p.stop - halo - bar.n, 0))
-    if not bool((total > 0).all()): raise ValueError("thin_axis: no portion reaches some of the thin slices")
+            out[p.first : p.last] += part.mul_(weights[:, None, None])
+            total[p.first : p.last] += weights
+            bar.update(
+                min(p.stop, thick_axis.count) - bar.n
+                if p.stop == thick_axis.count
+                else max(p.stop - halo - bar.n, 0)
+            )
+    if not bool((total > 0).all()):
+        raise ValueError("thin_axis: no portion reaches some of the thin slices")
     return out.div_(total[:, None, None])
 
 # %% ../../nbs/learn/15b_thinning.ipynb #cell-011
-def _finish(thin: torch.Tensor, thick: torch.Tensor, thick_axis: SliceAxis, thin_axis: SliceAxis, profile: SliceProfile, noise_hu: float) -> torch.Tensor:
+def _finish(
+    thin: torch.Tensor,
+    thick: torch.Tensor,
+    thick_axis: SliceAxis,
+    thin_axis: SliceAxis,
+    profile: SliceProfile,
+    noise_hu: float,
+) -> torch.Tensor:
     "`thin` itself, moved onto the thick slices."
-    return make_consistent_slabs(thin, thick.float().cpu(), slab_matrix(thin_axis, thick_axis, profile), noise_hu, smooth_spread(thin_axis, thick_axis.spacing_mm), in_place=True)
+    return make_consistent_slabs(
+        thin,
+        thick.float().cpu(),
+        slab_matrix(thin_axis, thick_axis, profile),
+        noise_hu,
+        smooth_spread(thin_axis, thick_axis.spacing_mm),
+        in_place=True,
+    )
 
-def _digest(thick: torch.Tensor, *more) -> str: return content_digest(thick.float().cpu().numpy(), [repr(one) for one in more])
+
+def _digest(thick: torch.Tensor, *more) -> str:
+    return content_digest(thick.float().cpu().numpy(), [repr(one) for one in more])
+
 
 class _InPortions:
-    "What both models need to work a scan off: `memory_gib`, `halo`, and the bytes of features that a thin slice takes."
-    def _check(self) -> None:
-        if not 0 < self.memory_gib < math.inf: raise ValueError(f"memory_gib: must be a number above 0, got {self.memory_gib!r}")
-        if not 0 <= self.noise_hu < math.inf: raise ValueError(f"noise_hu: must be 0 or more, got {self.noise_hu!r}")
+    """What both models need to work a scan off: `memory_gib`, `halo`, and the bytes of features
+    that a thin slice takes.
+    """
 
-    def plan(self, rows: int, columns: int, thick_axis: SliceAxis, thin_axis: SliceAxis) -> tuple[int, float]:
-        "Thick slices of a portion beside its halo, as many as fit the memory and one at least, and the GiB that its features take, about."
-        a_slab = self.slice_bytes(rows, columns) * thick_axis.spacing_mm / thin_axis.spacing_mm / 2 ** 30
+    def _check(self) -> None:
+        if not 0 < self.memory_gib < math.inf:
+            raise ValueError(f"memory_gib: must be a number above 0, got {self.memory_gib!r}")
+        if not 0 <= self.noise_hu < math.inf:
+            raise ValueError(f"noise_hu: must be 0 or more, got {self.noise_hu!r}")
+
+    def plan(
+        self, rows: int, columns: int, thick_axis: SliceAxis, thin_axis: SliceAxis
+    ) -> tuple[int, float]:
+        """Thick slices of a portion beside its halo, as many as fit the memory and one at least,
+        and the GiB that its features take, about.
+        """
+        a_slab = (
+            self.slice_bytes(rows, columns) * thick_axis.spacing_mm / thin_axis.spacing_mm / 2**30
+        )
         core = max(1, int(self.memory_gib / a_slab) - 2 * self.halo)
         return core, min(core + 2 * self.halo, thick_axis.count) * a_slab
 
-    def notes(self, rows: int, columns: int, thick_axis: SliceAxis, thin_axis: SliceAxis) -> list[str]:
+    def notes(
+        self, rows: int, columns: int, thick_axis: SliceAxis, thin_axis: SliceAxis
+    ) -> list[str]:
         "Where the smallest portion takes more memory than it was given, that."
         takes = self.plan(rows, columns, thick_axis, thin_axis)[1]
-        return [] if takes <= self.memory_gib else [f"the smallest portion of these slices takes about {takes:.2g} GiB of features, more than the {self.memory_gib:g} GiB that it was given"]
+        return (
+            []
+            if takes <= self.memory_gib
+            else [
+                f"the smallest portion of these slices takes about {takes:.2g} GiB of features,"
+                f" more than the {self.memory_gib:g} GiB that it was given"
+            ]
+        )
+
 
 @dataclass
 class RegressorThinner(_InPortions):
     "A `SliceRegressor` on scans of any length."
+
     model: SliceRegressor
     name: str = "regressor_consistent"
     consistent: bool = True  # averaged over the profile, the answer is what was measured
@@ -107,11 +188,17 @@ class RegressorThinner(_InPortions):
     tile: int = 192  # pixels a side that it sees at a time, beside the halo
     halo: int = 2  # thick slices to each side
     progress: bool = False
-    known: dict | None = field(default=None, repr=False)  # the answer to the last scan, not made consistent, that several of these share; None: it is not kept
+    # the answer to the last scan, not made consistent, that several of these share; None: it is not
+    # kept
+    known: dict | None = field(default=None, repr=False)
 
-    def __post_init__(self): self._check()
+    def __post_init__(self):
+        self._check()
+
     @property
-    def settings(self) -> dict: return {"consistent": self.consistent, "noise_hu": self.noise_hu}
+    def settings(self) -> dict:
+        return {"consistent": self.consistent, "noise_hu": self.noise_hu}
+
     @property
     def _tile(self) -> int:
         step = self.model.config.fold * self.model.config.network.plane_step
@@ -121,30 +208,55 @@ class RegressorThinner(_InPortions):
         "Of a thin slice's features in a tile: eight maps at full resolution."
         c = self.model.config
         seen = [min(self._tile + 2 * c.fold * c.network.halo, n) for n in (rows, columns)]
-        return 4 * 8 * max(c.network.channels[0], 5 * c.fold ** 2) * math.prod(seen) // c.fold ** 2
+        return 4 * 8 * max(c.network.channels[0], 5 * c.fold**2) * math.prod(seen) // c.fold**2
 
     @torch.no_grad()
     def answer(self, thick, thick_axis, thin_axis, profile) -> torch.Tensor:
         "(D, H, W) HU, not made consistent."
-        device, (core, _) = next(self.model.parameters()).device, self.plan(*thick.shape[-2:], thick_axis, thin_axis)
-        part = lambda y, a, b, p: self.model(y[None].float().to(device), a, b, profile, tile=self._tile)[0]
-        return in_portions(part, thick, thick_axis, thin_axis, core, self.halo, self.model.config.network.depth_step, self.progress)
+        device = next(self.model.parameters()).device
+        core, _ = self.plan(*thick.shape[-2:], thick_axis, thin_axis)
 
-    def thin(self, thick: torch.Tensor, thick_axis: SliceAxis, thin_axis: SliceAxis, profile: SliceProfile) -> torch.Tensor:
+        def part(y, a, b, p):
+            return self.model(y[None].float().to(device), a, b, profile, tile=self._tile)[0]
+
+        return in_portions(
+            part,
+            thick,
+            thick_axis,
+            thin_axis,
+            core,
+            self.halo,
+            self.model.config.network.depth_step,
+            self.progress,
+        )
+
+    def thin(
+        self,
+        thick: torch.Tensor,
+        thick_axis: SliceAxis,
+        thin_axis: SliceAxis,
+        profile: SliceProfile,
+    ) -> torch.Tensor:
         "(K, H, W) HU → (D, H, W) HU."
-        if self.known is None: out = self.answer(thick, thick_axis, thin_axis, profile)
+        if self.known is None:
+            out = self.answer(thick, thick_axis, thin_axis, profile)
         else:
             scan = _digest(thick, thick_axis, thin_axis, profile)
             if scan not in self.known:
                 self.known.clear()
                 self.known[scan] = self.answer(thick, thick_axis, thin_axis, profile)
             out = self.known[scan].clone()
-        return _finish(out, thick, thick_axis, thin_axis, profile, self.noise_hu) if self.consistent else out
+        return (
+            _finish(out, thick, thick_axis, thin_axis, profile, self.noise_hu)
+            if self.consistent
+            else out
+        )
 
 # %% ../../nbs/learn/15b_thinning.ipynb #cell-012
 @dataclass
 class DiffusionThinner(_InPortions):
     "Draws of a `SliceDiffusion` (DDIM) on scans of any length, or the mean of `count` of them."
+
     model: SliceDiffusion
     name: str = "diffusion_sample"
     count: int = 1
@@ -155,13 +267,24 @@ class DiffusionThinner(_InPortions):
     memory_gib: float = 2.0  # of the VAE's features, about
     halo: int = 2
     progress: bool = False
-    known: dict | None = field(default=None, repr=False)  # how many draws of the last scan there are and their sum, that several of these share, those with fewer draws first; None: it is not kept
+    # how many draws of the last scan there are and their sum, that several of these share, those
+    # with fewer draws first; None: it is not kept
+    known: dict | None = field(default=None, repr=False)
 
     def __post_init__(self):
         self._check()
-        if self.count < 1: raise ValueError(f"count: the mean is of 1 draw (sample) or more, got {self.count!r}")
+        if self.count < 1:
+            raise ValueError(f"count: the mean is of 1 draw (sample) or more, got {self.count!r}")
+
     @property
-    def settings(self) -> dict: return {"count": self.count, "steps": self.steps, "seed": self.seed, "consistent": self.consistent, "noise_hu": self.noise_hu}
+    def settings(self) -> dict:
+        return {
+            "count": self.count,
+            "steps": self.steps,
+            "seed": self.seed,
+            "consistent": self.consistent,
+            "noise_hu": self.noise_hu,
+        }
 
     def slice_bytes(self, rows: int, columns: int) -> int:
         "Of a thin slice's features in the VAE; the network on its latents takes less."
@@ -170,56 +293,146 @@ class DiffusionThinner(_InPortions):
     @torch.no_grad()
     def draw(self, number: int, thick, thick_axis, thin_axis, profile) -> torch.Tensor:
         "Draw `number` (D, H, W), HU, not made consistent."
-        c, device, (core, _) = self.model.config, next(self.model.parameters()).device, self.plan(*thick.shape[-2:], thick_axis, thin_axis)
+        c = self.model.config
+        device = next(self.model.parameters()).device
+        core, _ = self.plan(*thick.shape[-2:], thick_axis, thin_axis)
         rows, columns = (-(-n // REDUCTION) for n in thick.shape[-2:])
-        of = lambda place: torch.randn(c.vae.latent_channels, rows, columns, generator=stream("slice noise", self.seed, number, place))
+
+        def of(place):
+            return torch.randn(
+                c.vae.latent_channels,
+                rows,
+                columns,
+                generator=stream("slice noise", self.seed, number, place),
+            )
 
         def part(y, a, b, p):
             noise = torch.stack([of(place) for place in range(p.first, p.last)], 1)[None]
-            return self.model.sample(y[None].float().to(device), a, b, profile, self.steps, consistent=False, noise=noise.to(device))[0]
-        return in_portions(part, thick, thick_axis, thin_axis, core, self.halo, c.network.depth_step, self.progress)
+            return self.model.sample(
+                y[None].float().to(device),
+                a,
+                b,
+                profile,
+                self.steps,
+                consistent=False,
+                noise=noise.to(device),
+            )[0]
 
-    def thin(self, thick: torch.Tensor, thick_axis: SliceAxis, thin_axis: SliceAxis, profile: SliceProfile) -> torch.Tensor:
+        return in_portions(
+            part, thick, thick_axis, thin_axis, core, self.halo, c.network.depth_step, self.progress
+        )
+
+    def thin(
+        self,
+        thick: torch.Tensor,
+        thick_axis: SliceAxis,
+        thin_axis: SliceAxis,
+        profile: SliceProfile,
+    ) -> torch.Tensor:
         "(K, H, W) HU → (D, H, W) HU."
         shared = self.known is not None
-        scan = _digest(thick, thick_axis, thin_axis, profile, self.steps, self.seed) if shared else None
-        if shared and scan not in self.known: self.known.clear()
+        scan = (
+            _digest(thick, thick_axis, thin_axis, profile, self.steps, self.seed)
+            if shared
+            else None
+        )
+        if shared and scan not in self.known:
+            self.known.clear()
         drawn, total = self.known.get(scan, (0, None)) if shared else (0, None)
-        if drawn > self.count: drawn, total = 0, None  # a sum does not tell its parts
+        if drawn > self.count:
+            drawn, total = 0, None  # a sum does not tell its parts
         for number in range(drawn, self.count):
             draw = self.draw(number, thick, thick_axis, thin_axis, profile)
             total = draw if total is None else total.add_(draw)
             del draw
-        if shared: self.known[scan] = self.count, total
+        if shared:
+            self.known[scan] = self.count, total
         out = total / self.count if shared else total.div_(self.count)
-        return _finish(out, thick, thick_axis, thin_axis, profile, self.noise_hu) if self.consistent else out
+        return (
+            _finish(out, thick, thick_axis, thin_axis, profile, self.noise_hu)
+            if self.consistent
+            else out
+        )
 
 # %% ../../nbs/learn/15b_thinning.ipynb #cell-016
-MOST_SLICES = 8192  # how they vary together along z, for consistency, is a matrix of that many rows and columns
+# how they vary together along z, for consistency, is a matrix of that many rows and columns
+MOST_SLICES = 8192
+
 
 def check_scan(volume: Volume, spacing_mm: float, name="volume") -> SliceAxis:
-    "The axis of a scan's slices, or `ValueError` with a sentence: thin already, sliced along another axis, or more thin slices than there is room for."
-    if not (math.isfinite(spacing_mm) and spacing_mm > 0): raise ValueError(f"spacing_mm: must be above 0, got {spacing_mm!r}")
-    if len(volume.hu) < 2: raise ValueError(f"{name}: holds one slice; there is nothing between one slice and the next, give the whole series")
-    axis, across = SliceAxis.along(volume.grid), volume.grid.spacing_mm[:2]
+    """The axis of a scan's slices, or `ValueError` with a sentence: thin already, sliced along
+    another axis, or more thin slices than there is room for.
+    """
+    if not (math.isfinite(spacing_mm) and spacing_mm > 0):
+        raise ValueError(f"spacing_mm: must be above 0, got {spacing_mm!r}")
+    if len(volume.hu) < 2:
+        raise ValueError(
+            f"{name}: holds one slice; there is nothing between one slice and the next, give the"
+            " whole series"
+        )
+    axis = SliceAxis.along(volume.grid)
+    across = volume.grid.spacing_mm[:2]
     if max(across) > 1.05 * axis.spacing_mm and min(across) < 0.95 * max(across):
-        raise ValueError(f"{name}: its slices are {axis.spacing_mm:.4g} mm apart along the first axis, its pixels {across[0]:.4g} × {across[1]:.4g} mm; the thick slices lie along another axis, save it with these last (NIfTI: third index)")
-    if axis.spacing_mm <= spacing_mm * 1.05: raise ValueError(f"{name}: its slices are {axis.spacing_mm:.4g} mm apart already, {spacing_mm:.4g} mm were asked for; ask for a smaller spacing_mm, or use the scan as it is")
-    count, (rows, columns) = math.ceil(axis.length_mm / spacing_mm), volume.hu.shape[1:]
-    if count > MOST_SLICES or count * rows * columns > MAX_VOXELS: raise ValueError(f"spacing_mm: {name} would become {count} slices of {rows} × {columns} pixels, at most {MOST_SLICES} slices and 1024³ voxels are made; ask for a larger spacing_mm")
+        raise ValueError(
+            f"{name}: its slices are {axis.spacing_mm:.4g} mm apart along the first axis, its"
+            f" pixels {across[0]:.4g} × {across[1]:.4g} mm; the thick slices lie along another"
+            " axis, save it with these last (NIfTI: third index)"
+        )
+    if axis.spacing_mm <= spacing_mm * 1.05:
+        raise ValueError(
+            f"{name}: its slices are {axis.spacing_mm:.4g} mm apart already, {spacing_mm:.4g} mm"
+            " were asked for; ask for a smaller spacing_mm, or use the scan as it is"
+        )
+    count = math.ceil(axis.length_mm / spacing_mm)
+    rows, columns = volume.hu.shape[1:]
+    if count > MOST_SLICES or count * rows * columns > MAX_VOXELS:
+        raise ValueError(
+            f"spacing_mm: {name} would become {count} slices of {rows} × {columns} pixels, at most"
+            f" {MOST_SLICES} slices and 1024³ voxels are made; ask for a larger spacing_mm"
+        )
     return axis
 
-def check_seen(axis: SliceAxis, profile: SliceProfile, spacing_mm: float, seen: dict | None, anyway: bool = False, name="volume") -> list[str]:
-    "Notes on how a scan differs from what the model learnt from (`seen`: ranges by name, in mm); thicker slices are a `ValueError` unless `anyway`."
+
+def check_seen(
+    axis: SliceAxis,
+    profile: SliceProfile,
+    spacing_mm: float,
+    seen: dict | None,
+    anyway: bool = False,
+    name="volume",
+) -> list[str]:
+    """Notes on how a scan differs from what the model learnt from (`seen`: ranges by name, in mm);
+    thicker slices are a `ValueError` unless `anyway`.
+    """
     notes = []
-    if not seen: return notes
+    if not seen:
+        return notes
     low, high = seen["thick_mm"]
     if axis.spacing_mm > 1.02 * high:
-        sentence = f"its slices are {axis.spacing_mm:.4g} mm apart, the model learnt from {low:.4g} to {high:.4g} mm"
-        if not anyway: raise ValueError(f"{name}: {sentence}; train on thicker ones, or set anyway (--anyway) for an answer that nobody tested")
+        sentence = (
+            f"its slices are {axis.spacing_mm:.4g} mm apart, the model learnt from {low:.4g} to"
+            f" {high:.4g} mm"
+        )
+        if not anyway:
+            raise ValueError(
+                f"{name}: {sentence}; train on thicker ones, or set anyway (--anyway) for an answer"
+                " that nobody tested"
+            )
         notes.append(f"{sentence}: nobody tested this")
-    elif axis.spacing_mm < low / 1.02: notes.append(f"its slices are {axis.spacing_mm:.4g} mm apart, thinner than the {low:.4g} to {high:.4g} mm that the model learnt from")
+    elif axis.spacing_mm < low / 1.02:
+        notes.append(
+            f"its slices are {axis.spacing_mm:.4g} mm apart, thinner than the {low:.4g} to"
+            f" {high:.4g} mm that the model learnt from"
+        )
     widths = [share * axis.spacing_mm for share in seen["width"]]
-    if not 0.98 * widths[0] <= profile.width_mm <= 1.02 * widths[1]: notes.append(f"the profile is {profile.width_mm:.4g} mm wide, the model learnt from {widths[0]:.4g} to {widths[1]:.4g} mm at this spacing")
-    if spacing_mm < seen["thin_mm"][0] / 1.02: notes.append(f"{spacing_mm:.4g} mm were asked for; the thinnest slices that the model learnt from are {seen['thin_mm'][0]:.4g} mm apart, so finer detail is only interpolated")
+    if not 0.98 * widths[0] <= profile.width_mm <= 1.02 * widths[1]:
+        notes.append(
+            f"the profile is {profile.width_mm:.4g} mm wide, the model learnt from {widths[0]:.4g}"
+            f" to {widths[1]:.4g} mm at this spacing"
+        )
+    if spacing_mm < seen["thin_mm"][0] / 1.02:
+        notes.append(
+            f"{spacing_mm:.4g} mm were asked for; the thinnest slices that the model learnt from"
+            f" are {seen['thin_mm'][0]:.4g} mm apart, so finer detail is only interpolated"
+        )
     return notes

@@ -36,6 +36,7 @@ from ..nets.drr2ct import DRR2CT, DRR2CTConfig
 @dataclass(frozen=True)
 class Preset:
     "What a run of a given size is made of."
+
     network: DRR2CTConfig
     trainer: TrainerConfig
     render_size: int  # voxels a side of the cubes that X-rays are rendered from
@@ -45,34 +46,100 @@ class Preset:
     noise: XrayNoise = XrayNoise(photons_per_pixel=1e5)  # in training; judging is without noise
     pose: PoseNoise = PoseNoise()
     augmentation: VolumeAugmentation = VolumeAugmentation.strong()  # of real cases, which are few
-    trained_on: str = "both"  # where the data are real: "both" real cases and phantoms, or "real" or "phantom" alone
+    # where the data are real: "both" real cases and phantoms, or "real" or "phantom" alone
+    trained_on: str = "both"
 
 # %% ../../nbs/learn/07_train.ipynb #cell-005
 PRESETS = {
-    "smoke": Preset(DRR2CTConfig.preset("smoke"), TrainerConfig(steps=12, batch_size=2, log_every=4, checkpoint_every=6, validate_every=12, warmup_steps=2, ema_decay=0.9),
-                    render_size=64, phantoms=12, validation_phantoms=2),
-    "cpu": Preset(DRR2CTConfig.preset("cpu"), TrainerConfig(steps=300, batch_size=2, log_every=10, checkpoint_every=50, validate_every=100),
-                  render_size=128, phantoms=240, validation_phantoms=8),
-    "gpu": Preset(DRR2CTConfig.preset("gpu"), TrainerConfig(steps=20_000, batch_size=4, learning_rate=3e-4, warmup_steps=500, log_every=50, checkpoint_every=500,
-                                                           validate_every=1000, ema_decay=0.999, workers=8, mixed_precision="bf16"),
-                  render_size=256, phantoms=1000, validation_phantoms=32),
-    "paper": Preset(DRR2CTConfig.preset("paper"), TrainerConfig(steps=200_000, batch_size=24, accumulation=8, shard_optimizer=True, learning_rate=2e-4, warmup_steps=2000, log_every=100, checkpoint_every=1000,
-                                                               validate_every=5000, ema_decay=0.9999, workers=12, mixed_precision="bf16"),
-                    render_size=256, phantoms=4000, validation_phantoms=64),
+    "smoke": Preset(
+        DRR2CTConfig.preset("smoke"),
+        TrainerConfig(
+            steps=12,
+            batch_size=2,
+            log_every=4,
+            checkpoint_every=6,
+            validate_every=12,
+            warmup_steps=2,
+            ema_decay=0.9,
+        ),
+        render_size=64,
+        phantoms=12,
+        validation_phantoms=2,
+    ),
+    "cpu": Preset(
+        DRR2CTConfig.preset("cpu"),
+        TrainerConfig(
+            steps=300, batch_size=2, log_every=10, checkpoint_every=50, validate_every=100
+        ),
+        render_size=128,
+        phantoms=240,
+        validation_phantoms=8,
+    ),
+    "gpu": Preset(
+        DRR2CTConfig.preset("gpu"),
+        TrainerConfig(
+            steps=20_000,
+            batch_size=4,
+            learning_rate=3e-4,
+            warmup_steps=500,
+            log_every=50,
+            checkpoint_every=500,
+            validate_every=1000,
+            ema_decay=0.999,
+            workers=8,
+            mixed_precision="bf16",
+        ),
+        render_size=256,
+        phantoms=1000,
+        validation_phantoms=32,
+    ),
+    "paper": Preset(
+        DRR2CTConfig.preset("paper"),
+        TrainerConfig(
+            steps=200_000,
+            batch_size=24,
+            accumulation=8,
+            shard_optimizer=True,
+            learning_rate=2e-4,
+            warmup_steps=2000,
+            log_every=100,
+            checkpoint_every=1000,
+            validate_every=5000,
+            ema_decay=0.9999,
+            workers=12,
+            mixed_precision="bf16",
+        ),
+        render_size=256,
+        phantoms=4000,
+        validation_phantoms=64,
+    ),
 }
 
+
 def get_preset(name: str) -> Preset:
-    if name not in PRESETS: raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {name!r}.")
+    if name not in PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {name!r}.")
     return PRESETS[name]
 
 # %% ../../nbs/learn/07_train.ipynb #cell-007
 class Mixture(Dataset):
-    "Several sets of pairs as one, each repeated a whole number of times; every repetition draws its own noise and augmentation."
-    def __init__(self, *parts: tuple[XrayPairs, int]):
-        self.entries = [(pairs, index, copy, copies) for pairs, copies in parts for copy in range(copies) for index in range(len(pairs))]
+    """Several sets of pairs as one, each repeated a whole number of times; every repetition draws
+    its own noise and augmentation.
+    """
 
-    def __len__(self): return len(self.entries)
-    def __getitem__(self, place: int) -> dict: return self.at(0, place)
+    def __init__(self, *parts: tuple[XrayPairs, int]):
+        self.entries = [
+            (pairs, index, copy, copies)
+            for pairs, copies in parts
+            for copy in range(copies)
+            for index in range(len(pairs))
+        ]
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, place: int) -> dict:
+        return self.at(0, place)
 
     def at(self, epoch: int, place: int) -> dict:
         pairs, index, copy, copies = self.entries[place]
@@ -82,12 +149,24 @@ class Mixture(Dataset):
 def read_all(pairs: Dataset, about: str, progress: bool = True) -> list[dict]:
     "All items of a set, in order, made by as many processes as there are cores."
     from tqdm.auto import tqdm
-    loader = DataLoader(pairs, batch_size=None, num_workers=min(len(pairs), os.cpu_count() or 1), generator=torch.Generator())
+
+    loader = DataLoader(
+        pairs,
+        batch_size=None,
+        num_workers=min(len(pairs), os.cpu_count() or 1),
+        generator=torch.Generator(),
+    )
     items, clock = [], time.perf_counter()
     for item in tqdm(loader, desc=about, unit="case", mininterval=5, disable=not progress):
         # a worker's tensor holds an open file until it is copied, and open files are few
-        items.append({key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in item.items()})
-        if progress and len(items) % 60 == 0: print(f"{about}: {len(items)} of {len(pairs)}, {time.perf_counter() - clock:.0f} s")
+        items.append(
+            {
+                key: value.clone() if isinstance(value, torch.Tensor) else value
+                for key, value in item.items()
+            }
+        )
+        if progress and len(items) % 60 == 0:
+            print(f"{about}: {len(items)} of {len(pairs)}, {time.perf_counter() - clock:.0f} s")
     return items
 
 # %% ../../nbs/learn/07_train.ipynb #cell-011
@@ -96,64 +175,127 @@ from fastcore.basics import patch
 # %% ../../nbs/learn/07_train.ipynb #cell-012
 @dataclass
 class DRR2CTRun:
-    "A training run of system A: `open`, `build`, `fit`, `judge`, in this order; `fit` builds where nobody has."
+    """A training run of system A: `open`, `build`, `fit`, `judge`, in this order; `fit` builds
+    where nobody has.
+    """
+
     preset: str = "cpu"  # smoke, cpu, gpu or paper
     data: str = "phantom"  # "phantom", "phantom:COUNT", or a folder of CTs
     out: str = "runs/drr2ct"  # what the run leaves goes here
     seed: int = 0
     resume: bool = False  # go on from the checkpoints in `out`
     stage: str = "all"  # all four stages in order, or some of joint, latent, masked, fine
-    start: str | None = None  # folder of a run whose weights to start from; None: from nothing, or for a later stage from `out`
+    # folder of a run whose weights to start from; None: from nothing, or for a later stage from
+    # `out`
+    start: str | None = None
     teacher: str | None = None  # folder of a run whose latent the stage `masked` is to match
     steps: int | None = None  # optimiser steps of all stages together; None: the preset's
     settings: Preset | None = None  # None: those of the preset
-    built: bool = field(default=False, init=False)  # there is a network that has not been trained yet
+    # there is a network that has not been trained yet
+    built: bool = field(default=False, init=False)
 
     def __post_init__(self):
         self.out, self.seed = Path(self.out), int(self.seed)
         self.settings = get_preset(self.preset) if self.settings is None else self.settings
-        self.settings = replace(self.settings, trainer=replace(self.settings.trainer, seed=self.seed))
-        if self.steps: self.settings = replace(self.settings, trainer=replace(self.settings.trainer, steps=int(self.steps)))
-        if self.stage != "all": self.settings = replace(self.settings, stages=get_stages(self.stage))
+        self.settings = replace(
+            self.settings, trainer=replace(self.settings.trainer, seed=self.seed)
+        )
+        if self.steps:
+            self.settings = replace(
+                self.settings, trainer=replace(self.settings.trainer, steps=int(self.steps))
+            )
+        if self.stage != "all":
+            self.settings = replace(self.settings, stages=get_stages(self.stage))
         if self.start is None and self.settings.stages[0].name != "joint":
-            if not (self.out / WEIGHTS_FILE).is_file(): raise ValueError(f"stage: {self.settings.stages[0].name} goes on from a trained network, and {self.out} holds none; train the stage joint first or name one by start")
+            if not (self.out / WEIGHTS_FILE).is_file():
+                raise ValueError(
+                    f"stage: {self.settings.stages[0].name} goes on from a trained network, and"
+                    f" {self.out} holds none; train the stage joint first or name one by start"
+                )
             self.start = str(self.out)
 
     @property
-    def is_real(self) -> bool: return not str(self.data).split(":")[0] == "phantom"
+    def is_real(self) -> bool:
+        return str(self.data).split(":")[0] != "phantom"
+
     @property
-    def is_main(self) -> bool: return int(os.environ.get("RANK", 0)) == 0
+    def is_main(self) -> bool:
+        return int(os.environ.get("RANK", 0)) == 0
 
 # %% ../../nbs/learn/07_train.ipynb #cell-013
 @patch
 def _pairs(self: DRR2CTRun, source: CTSource, **changes) -> XrayPairs:
     s = self.settings
-    return XrayPairs(source, size=s.network.size, render_size=s.render_size, energy_kev=s.network.energy_kev,
-                     cache_dir=default_cache_dir(), seed=self.seed, **changes)
+    return XrayPairs(
+        source,
+        size=s.network.size,
+        render_size=s.render_size,
+        energy_kev=s.network.energy_kev,
+        cache_dir=default_cache_dir(),
+        seed=self.seed,
+        **changes,
+    )
 
 # %% ../../nbs/learn/07_train.ipynb #cell-014
 @patch
 def open(self: DRR2CTRun) -> "DRR2CTRun":
-    "Find the cases, split them by patient, and set up what the prior, the network and the floors learn from, and what is judged."
+    """Find the cases, split them by patient, and set up what the prior, the network and the floors
+    learn from, and what is judged.
+    """
     s = self.settings
     count = f"phantom:{s.phantoms + s.validation_phantoms}"
-    if self.is_real: source = open_source(self.data, s.render_size, on_error="skip", thorax_only=True, cache_dir=default_cache_dir()).one_per_patient()
-    else: source = open_source(self.data if ":" in str(self.data) else count, s.render_size, cache_dir=default_cache_dir())
-    training, validation = source.split(0.3 if self.is_real else s.validation_phantoms / (s.phantoms + s.validation_phantoms), self.seed)
-    self.fitted, self.validation, self.skipped = self._pairs(training), self._pairs(validation), source.skipped
-    phantoms = open_source(f"phantom:{s.phantoms}", s.render_size, cache_dir=default_cache_dir()) if self.is_real else training
+    if self.is_real:
+        source = open_source(
+            self.data,
+            s.render_size,
+            on_error="skip",
+            thorax_only=True,
+            cache_dir=default_cache_dir(),
+        ).one_per_patient()
+    else:
+        source = open_source(
+            self.data if ":" in str(self.data) else count,
+            s.render_size,
+            cache_dir=default_cache_dir(),
+        )
+    training, validation = source.split(
+        0.3 if self.is_real else s.validation_phantoms / (s.phantoms + s.validation_phantoms),
+        self.seed,
+    )
+    self.fitted, self.validation, self.skipped = (
+        self._pairs(training),
+        self._pairs(validation),
+        source.skipped,
+    )
+    phantoms = (
+        open_source(f"phantom:{s.phantoms}", s.render_size, cache_dir=default_cache_dir())
+        if self.is_real
+        else training
+    )
     cut = max(1, 3 * len(phantoms) // 4)
-    self.phantoms_for_prior, self.phantoms_for_network = phantoms[:cut], phantoms[cut:] if cut < len(phantoms) else phantoms
+    self.phantoms_for_prior = phantoms[:cut]
+    self.phantoms_for_network = phantoms[cut:] if cut < len(phantoms) else phantoms
     return self
+
 
 @patch
 def cases(self: DRR2CTRun, for_prior: bool = False, one_pose: bool = False) -> Mixture:
-    "What the network learns from, with noise and moved poses (unless `one_pose`), or what the prior does."
+    """What the network learns from, with noise and moved poses (unless `one_pose`), or what the
+    prior does.
+    """
     s = self.settings
     changes = {} if for_prior else {"noise": s.noise, "pose": PoseNoise() if one_pose else s.pose}
-    phantoms = self._pairs(self.phantoms_for_prior if for_prior else self.phantoms_for_network, **changes)
-    if not self.is_real or s.trained_on == "phantom": return Mixture((phantoms, 1))
-    changed = self._pairs(self.fitted.source, augmentation=s.augmentation, noise=s.noise, pose=changes.get("pose", s.pose))
+    phantoms = self._pairs(
+        self.phantoms_for_prior if for_prior else self.phantoms_for_network, **changes
+    )
+    if not self.is_real or s.trained_on == "phantom":
+        return Mixture((phantoms, 1))
+    changed = self._pairs(
+        self.fitted.source,
+        augmentation=s.augmentation,
+        noise=s.noise,
+        pose=changes.get("pose", s.pose),
+    )
     real = changed, max(1, round(len(phantoms) / len(changed)))
     return Mixture(real) if s.trained_on == "real" else Mixture(real, (phantoms, 1))
 
@@ -161,44 +303,69 @@ def cases(self: DRR2CTRun, for_prior: bool = False, one_pose: bool = False) -> M
 @patch
 def describe(self: DRR2CTRun) -> str:
     "What the run learns from and is judged on, in sentences."
-    names = lambda pairs: ", ".join(sorted(set(pairs.patients))) if self.is_real else f"{len(pairs)} phantoms"
-    lines = [f"trained on: {names(self.fitted)}" + (f", deformed anew each time, with {self.settings.phantoms} phantoms beside them" if self.is_real else ""),
-             f"judged on:  {names(self.validation)}" + (" (no scan of these patients was trained on)" if self.is_real else " (other seeds)")]
+
+    def names(pairs):
+        return ", ".join(sorted(set(pairs.patients))) if self.is_real else f"{len(pairs)} phantoms"
+
+    lines = [
+        f"trained on: {names(self.fitted)}"
+        + (
+            f", deformed anew each time, with {self.settings.phantoms} phantoms beside them"
+            if self.is_real
+            else ""
+        ),
+        f"judged on:  {names(self.validation)}"
+        + (" (no scan of these patients was trained on)" if self.is_real else " (other seeds)"),
+    ]
     return "\n".join(lines + [f"left out:   {name}: {reason}" for name, reason in self.skipped])
 
 # %% ../../nbs/learn/07_train.ipynb #cell-016
 @patch
 def build(self: DRR2CTRun, progress: bool = True) -> DRR2CT:
-    "The network before training, with what it has to know of the training cases; and the floors, fitted to the training cases."
+    """The network before training, with what it has to know of the training cases; and the floors,
+    fitted to the training cases.
+    """
     s = self.settings
-    if not self.is_real: read_all(self.fitted, "rendering X-rays", progress)  # into the cache
+    if not self.is_real:
+        read_all(self.fitted, "rendering X-rays", progress)  # into the cache
     self.floors, statistics = fit_baselines(self.fitted), xray_statistics(self.fitted)
     torch.manual_seed(self.seed)
     self.built = True
     if self.start is not None:
         self.model = load_drr2ct(self.start)
-        if self.model.config.size != s.network.size: raise ValueError(f"start: {self.start} reconstructs {self.model.config.size}³ voxels, the preset {self.preset} {s.network.size}³; take the same preset")
+        if self.model.config.size != s.network.size:
+            raise ValueError(
+                f"start: {self.start} reconstructs {self.model.config.size}³ voxels, the preset"
+                f" {self.preset} {s.network.size}³; take the same preset"
+            )
         return self.model
     self.model = DRR2CT(replace(s.network, xray_mean=statistics["mean"], xray_std=statistics["sd"]))
     items = read_all(self.cases(for_prior=True), "reading volumes for the prior", progress)
-    if self.is_real: self._choose_prior_noise(items)
+    if self.is_real:
+        self._choose_prior_noise(items)
     self.model.prior.fit(torch.stack([item["hu"] for item in items]))
     return self.model
 
 # %% ../../nbs/learn/07_train.ipynb #cell-018
 PRIOR_NOISE = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # line integrals
 
+
 @patch
 def _choose_prior_noise(self: DRR2CTRun, items: list[dict], most: int = 6) -> None:
     model, gained = self.model, torch.zeros(len(PRIOR_NOISE))
-    left_out = [(self.fitted[i], [x for x in items if x["patient"] != self.fitted.patients[i]]) for i in range(min(most, len(self.fitted)))]
+    left_out = [
+        (self.fitted[i], [x for x in items if x["patient"] != self.fitted.patients[i]])
+        for i in range(min(most, len(self.fitted)))
+    ]
     for item, others in left_out:
         model.prior.fit(torch.stack([x["hu"] for x in others]))
         for place, noise in enumerate(PRIOR_NOISE):
             model.prior.noise = noise
             gained[place] += psnr(model.start(item["xrays"][None], item["geometry"])[0], item["hu"])
     chosen = PRIOR_NOISE[int(gained.argmax())]
-    model.prior.noise, model.config = chosen, replace(model.config, prior_noise=chosen)
+    model.prior.noise = chosen
+    model.config = replace(model.config, prior_noise=chosen)
+
 
 @patch
 def _validate(self: DRR2CTRun, learner: Learner, most: int = 4) -> dict:
@@ -207,7 +374,10 @@ def _validate(self: DRR2CTRun, learner: Learner, most: int = 4) -> dict:
         item = self.validation[index]
         hu = ModelPredictor(learner.model).predict(item["xrays"], item["geometry"])
         scores.append((psnr(hu, item["hu"]), ssim(hu, item["hu"])))
-    return {"psnr": sum(p for p, _ in scores) / len(scores), "ssim": sum(q for _, q in scores) / len(scores)}
+    return {
+        "psnr": sum(p for p, _ in scores) / len(scores),
+        "ssim": sum(q for _, q in scores) / len(scores),
+    }
 
 # %% ../../nbs/learn/07_train.ipynb #cell-020
 @patch
@@ -215,17 +385,41 @@ def _train(self: DRR2CTRun, stage: Stage, progress: bool) -> list[dict]:
     "Train one stage; returns the rows of its history."
     s, folder = self.settings, self.out / "stages" / stage.name
     share = stage.share / sum(other.share for other in s.stages)
-    config = replace(s.trainer, steps=max(1, round(share * s.trainer.steps)), learning_rate=stage.learning_rate * s.trainer.learning_rate)
+    config = replace(
+        s.trainer,
+        steps=max(1, round(share * s.trainer.steps)),
+        learning_rate=stage.learning_rate * s.trainer.learning_rate,
+    )
     config = replace(config, warmup_steps=min(config.warmup_steps, max(config.steps // 5, 1)))
     torch.manual_seed(self.seed)  # for the parts that only a stage has
-    learner = Learner(self.model.train(), stage, config.steps, self.seed, None if self.teacher is None else load_drr2ct(self.teacher))
-    trainer = Trainer(learner, torch.nn.Module.__call__, self.cases(one_pose=stage.mixup > 0), config, folder, collate, self._validate, fewer_neighbours)
-    if progress and len(s.stages) > 1: trainer.accelerator.print(f"stage {stage.name}: {config.steps} steps")
-    try: rows = trainer.fit(resume=self.resume, progress=progress).rows
+    learner = Learner(
+        self.model.train(),
+        stage,
+        config.steps,
+        self.seed,
+        None if self.teacher is None else load_drr2ct(self.teacher),
+    )
+    trainer = Trainer(
+        learner,
+        torch.nn.Module.__call__,
+        self.cases(one_pose=stage.mixup > 0),
+        config,
+        folder,
+        collate,
+        self._validate,
+        fewer_neighbours,
+    )
+    if progress and len(s.stages) > 1:
+        trainer.accelerator.print(f"stage {stage.name}: {config.steps} steps")
+    try:
+        rows = trainer.fit(resume=self.resume, progress=progress).rows
     except torch.cuda.OutOfMemoryError:
         channels = self.model.config.latent_channels // 2
-        if channels < FEWEST_LATENT_CHANNELS: raise
-        trainer.accelerator.print(f"out of memory: the stage {stage.name} begins again with {channels} latent channels")
+        if channels < FEWEST_LATENT_CHANNELS:
+            raise
+        trainer.accelerator.print(
+            f"out of memory: the stage {stage.name} begins again with {channels} latent channels"
+        )
         self._narrow(channels)
         return self._train(stage, progress)
     self.model.requires_grad_(True)
@@ -234,73 +428,142 @@ def _train(self: DRR2CTRun, stage: Stage, progress: bool) -> list[dict]:
         (folder / STATE_FILE).unlink(missing_ok=True)  # a stage that is done is not resumed
     return rows
 
+
 FEWEST_LATENT_CHANNELS = 16
+
 
 @patch
 def _narrow(self: DRR2CTRun, channels: int) -> None:
     "A network with fewer latent channels and whatever weights still fit."
-    old, self.model = self.model.state_dict(), DRR2CT(replace(self.model.config, latent_channels=channels))
+    old = self.model.state_dict()
+    self.model = DRR2CT(replace(self.model.config, latent_channels=channels))
     wanted = self.model.state_dict()
-    self.model.load_state_dict({name: old[name].to("cpu") if name in old and old[name].shape == value.shape else value for name, value in wanted.items()})
+    self.model.load_state_dict(
+        {
+            name: old[name].to("cpu") if name in old and old[name].shape == value.shape else value
+            for name, value in wanted.items()
+        }
+    )
 
 # %% ../../nbs/learn/07_train.ipynb #cell-021
 @patch
 def fit(self: DRR2CTRun, progress: bool = True) -> list[dict]:
-    "Train the stages one after the other, from what was built, and save the weights with their configuration. Returns the history: one row for each logged step of the whole run."
-    if not self.built: self.build(progress)
+    """Train the stages one after the other, from what was built, and save the weights with their
+    configuration. Returns the history: one row for each logged step of the whole run.
+    """
+    if not self.built:
+        self.build(progress)
     self.built = False  # trained again, it begins anew
     self.history, done = [], 0
     for stage in self.settings.stages:
         folder = self.out / "stages" / stage.name
         if self.resume and (folder / WEIGHTS_FILE).is_file():
-            self.model, rows = load_drr2ct(folder), [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
-        else: rows = self._train(stage, progress)
+            self.model = load_drr2ct(folder)
+            rows = [
+                json.loads(line)
+                for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
+        else:
+            rows = self._train(stage, progress)
         self.history += [{**row, "step": done + row["step"], "stage": stage.name} for row in rows]
         done += max(row["step"] for row in rows)
     self.model.eval()
     self.residual = self._usual_residual()
     if self.is_main:
         save_weights(self.out, self.model, self.configuration())
-        with atomic_write(self.out / "history.jsonl") as temporary: temporary.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
+        with atomic_write(self.out / "history.jsonl") as temporary:
+            temporary.write_text(
+                "".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8"
+            )
     return self.history
+
 
 @patch
 def _usual_residual(self: DRR2CTRun, cases: int = 8) -> dict:
-    "How well the answer explains X-rays that are what they claim to be: median and limit of ‖Aμ − y‖/‖y‖ over the views of some training cases, with noise."
+    """How well the answer explains X-rays that are what they claim to be: median and limit of ‖Aμ −
+    y‖/‖y‖ over the views of some training cases, with noise.
+    """
     data, found = self.cases(), []
     for index in range(0, len(data), max(1, len(data) // cases)):
         item = data[index]
         hu = ModelPredictor(self.model).predict(item["xrays"], item["geometry"])
-        found += view_residuals(hu, item["xrays"], item["geometry"], self.settings.network.energy_kev)[0]
+        found += view_residuals(
+            hu, item["xrays"], item["geometry"], self.settings.network.energy_kev
+        )[0]
     found = torch.tensor(found)
     return {"median": found.median().item(), "limit": RESIDUAL_MARGIN * found.max().item()}
+
 
 @patch
 def configuration(self: DRR2CTRun) -> dict:
     "What goes into `config.json`."
-    return {"system": "drr2ct", "network": self.model.config.to_dict(), "preset": self.preset, "data": str(self.data), "seed": self.seed,
-            "settings": asdict(self.settings), "start": self.start, "teacher": self.teacher, "residual": getattr(self, "residual", None), "training": {"cases": self.fitted.ids, "patients": self.fitted.patients, "fingerprint": self.fitted.source.fingerprint()},
-            "validation": {"cases": self.validation.ids, "fingerprint": self.validation.source.fingerprint()}}
+    return {
+        "system": "drr2ct",
+        "network": self.model.config.to_dict(),
+        "preset": self.preset,
+        "data": str(self.data),
+        "seed": self.seed,
+        "settings": asdict(self.settings),
+        "start": self.start,
+        "teacher": self.teacher,
+        "residual": getattr(self, "residual", None),
+        "training": {
+            "cases": self.fitted.ids,
+            "patients": self.fitted.patients,
+            "fingerprint": self.fitted.source.fingerprint(),
+        },
+        "validation": {
+            "cases": self.validation.ids,
+            "fingerprint": self.validation.source.fingerprint(),
+        },
+    }
+
 
 @patch
-def judge(self: DRR2CTRun, pairs: XrayPairs | None = None, out=None, progress: bool = True) -> Scoreboard:
-    "The model and the floors on `pairs` (the cases left out, unless given); writes scoreboard, pictures and NIfTI into `out` (the run's folder)."
-    pairs, out = self.validation if pairs is None else pairs, self.out if out is None else Path(out)
+def judge(
+    self: DRR2CTRun, pairs: XrayPairs | None = None, out=None, progress: bool = True
+) -> Scoreboard:
+    """The model and the floors on `pairs` (the cases left out, unless given); writes scoreboard,
+    pictures and NIfTI into `out` (the run's folder).
+    """
+    pairs = self.validation if pairs is None else pairs
+    out = self.out if out is None else Path(out)
     seen = sorted(set(pairs.patients) & set(self.fitted.patients))
-    if seen: raise ValueError(f"{self.out}: {seen[0]} was trained on, so judging on it would say nothing; take other cases.")
-    return evaluate([ModelPredictor(self.model), ModelPredictor(self.model, "model_without_consistency", consistency=False), *self.floors], pairs, out, energy_kev=self.settings.network.energy_kev, progress=progress)
+    if seen:
+        raise ValueError(
+            f"{self.out}: {seen[0]} was trained on, so judging on it would say nothing; take other"
+            " cases."
+        )
+    return evaluate(
+        [
+            ModelPredictor(self.model),
+            ModelPredictor(self.model, "model_without_consistency", consistency=False),
+            *self.floors,
+        ],
+        pairs,
+        out,
+        energy_kev=self.settings.network.energy_kev,
+        progress=progress,
+    )
 
 # %% ../../nbs/learn/07_train.ipynb #cell-023
 RESIDUAL_MARGIN = 1.25
 
 # %% ../../nbs/learn/07_train.ipynb #cell-025
 def load_run(folder) -> DRR2CTRun:
-    "A finished run with its weights, its data open and its floors fitted. `WeightsError` or `ValueError` when weights or data are not what they were."
+    """A finished run with its weights, its data open and its floors fitted.
+
+    `WeightsError` or `ValueError` when weights or data are not what they were.
+    """
     config = read_config(folder, system="drr2ct")
     run = DRR2CTRun(config["preset"], config["data"], folder, config["seed"]).open()
     if run.fitted.source.fingerprint() != config["training"]["fingerprint"]:
-        raise ValueError(f"{folder}: was trained on other data than {config['data']} holds today; judge it where its data are.")
-    run.floors, run.model = fit_baselines(run.fitted), load_drr2ct(folder)
+        raise ValueError(
+            f"{folder}: was trained on other data than {config['data']} holds today; judge it where"
+            " its data are."
+        )
+    run.floors = fit_baselines(run.fitted)
+    run.model = load_drr2ct(folder)
     return run
 
 # %% ../../nbs/learn/07_train.ipynb #cell-027
@@ -320,4 +583,5 @@ def main(
     run = DRR2CTRun(preset, data, out, seed, resume, stage, start, teacher, steps).open()
     print(run.describe())
     run.fit()
-    if run.is_main: print(run.judge().table())
+    if run.is_main:
+        print(run.judge().table())

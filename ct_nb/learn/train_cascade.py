@@ -23,7 +23,13 @@ from ..data.pairs import collate, stream
 from ..data.sources import phantoms
 from ..files import write_json
 from .baselines import fit_baselines
-from .checkpoints import STATE_FILE, WEIGHTS_FILE, load_weights, read_config, save_weights
+from ct_nb.learn.checkpoints import (
+    STATE_FILE,
+    WEIGHTS_FILE,
+    load_weights,
+    read_config,
+    save_weights,
+)
 from .metrics import ssim
 from .reconstruction import load_drr2ct
 from .scoreboard import Scoreboard, evaluate
@@ -38,9 +44,11 @@ from ..physics.geometry import ConeBeam
 # %% ../../nbs/learn/11_train_cascade.ipynb #cell-004
 V_LEARNING_RATE = 5e-5
 
+
 @dataclass(frozen=True)
 class CascadePreset:
     "What a run of a given size is made of."
+
     stages: tuple[StageConfig, ...]
     steps: tuple[int, ...]  # optimiser steps of each stage
     trainer: TrainerConfig  # of every stage; its own `steps` is replaced
@@ -48,80 +56,219 @@ class CascadePreset:
     samples: int = 4  # for mean and spread
     judged: int = 4  # cases at most
 
+
 def _stages(preset: str, sizes: tuple[int, ...], steps: int, **last) -> tuple[StageConfig, ...]:
-    "The first stage from the X-rays, without physics; the others correct what noise did to the coarse volume."
-    return tuple(StageConfig(DenoiserConfig.preset(preset, size, condition_channels=2), DiffusionConfig(steps=steps), coarse_noise=0.1 if number else 0.0,
-                             physics_weight=0.05 if number else 0.0, **(last if number == len(sizes) - 1 else {})) for number, size in enumerate(sizes))
+    """The first stage from the X-rays, without physics; the others correct what noise did to the
+    coarse volume.
+    """
+    return tuple(
+        StageConfig(
+            DenoiserConfig.preset(preset, size, condition_channels=2),
+            DiffusionConfig(steps=steps),
+            coarse_noise=0.1 if number else 0.0,
+            physics_weight=0.05 if number else 0.0,
+            **(last if number == len(sizes) - 1 else {}),
+        )
+        for number, size in enumerate(sizes)
+    )
+
 
 CASCADE_PRESETS = {
-    "smoke": CascadePreset(_stages("smoke", (16, 32, 64), 50), (8, 8, 4), TrainerConfig(steps=1, batch_size=2, learning_rate=2e-3, warmup_steps=2, log_every=4, checkpoint_every=8, validate_every=0, ema_decay=0.9),
-                           sampling_steps=4, samples=2, judged=2),
-    "cpu": CascadePreset(_stages("cpu", (32, 64), 250), (500, 200), TrainerConfig(steps=1, batch_size=2, learning_rate=2e-3, log_every=20, checkpoint_every=50, validate_every=0, ema_decay=0.98),
-                         sampling_steps=10, samples=12),
-    "gpu": CascadePreset(_stages("gpu", (64, 128), 250), (20_000, 20_000), TrainerConfig(steps=1, batch_size=4, learning_rate=V_LEARNING_RATE, warmup_steps=500, log_every=50, checkpoint_every=500, validate_every=0, ema_decay=0.999,
-                                                                                         workers=8, mixed_precision="bf16"), samples=8, judged=16),
-    "paper": CascadePreset(_stages("paper", (64, 128, 256), 250, patch=64), (200_000, 200_000, 100_000), TrainerConfig(steps=1, batch_size=24, accumulation=8, shard_optimizer=True, learning_rate=V_LEARNING_RATE, warmup_steps=2000,
-                           log_every=100, checkpoint_every=1000, validate_every=0, ema_decay=0.9999, workers=12, mixed_precision="bf16"), samples=16, judged=64),
+    "smoke": CascadePreset(
+        _stages("smoke", (16, 32, 64), 50),
+        (8, 8, 4),
+        TrainerConfig(
+            steps=1,
+            batch_size=2,
+            learning_rate=2e-3,
+            warmup_steps=2,
+            log_every=4,
+            checkpoint_every=8,
+            validate_every=0,
+            ema_decay=0.9,
+        ),
+        sampling_steps=4,
+        samples=2,
+        judged=2,
+    ),
+    "cpu": CascadePreset(
+        _stages("cpu", (32, 64), 250),
+        (500, 200),
+        TrainerConfig(
+            steps=1,
+            batch_size=2,
+            learning_rate=2e-3,
+            log_every=20,
+            checkpoint_every=50,
+            validate_every=0,
+            ema_decay=0.98,
+        ),
+        sampling_steps=10,
+        samples=12,
+    ),
+    "gpu": CascadePreset(
+        _stages("gpu", (64, 128), 250),
+        (20_000, 20_000),
+        TrainerConfig(
+            steps=1,
+            batch_size=4,
+            learning_rate=V_LEARNING_RATE,
+            warmup_steps=500,
+            log_every=50,
+            checkpoint_every=500,
+            validate_every=0,
+            ema_decay=0.999,
+            workers=8,
+            mixed_precision="bf16",
+        ),
+        samples=8,
+        judged=16,
+    ),
+    "paper": CascadePreset(
+        _stages("paper", (64, 128, 256), 250, patch=64),
+        (200_000, 200_000, 100_000),
+        TrainerConfig(
+            steps=1,
+            batch_size=24,
+            accumulation=8,
+            shard_optimizer=True,
+            learning_rate=V_LEARNING_RATE,
+            warmup_steps=2000,
+            log_every=100,
+            checkpoint_every=1000,
+            validate_every=0,
+            ema_decay=0.9999,
+            workers=12,
+            mixed_precision="bf16",
+        ),
+        samples=16,
+        judged=64,
+    ),
 }
 
+
 def get_cascade_preset(name: str) -> CascadePreset:
-    if name not in CASCADE_PRESETS: raise ValueError(f"preset: must be one of {', '.join(CASCADE_PRESETS)}, got {name!r}.")
+    if name not in CASCADE_PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(CASCADE_PRESETS)}, got {name!r}.")
     return CASCADE_PRESETS[name]
 
 # %% ../../nbs/learn/11_train_cascade.ipynb #cell-007
 @dataclass
 class CascadeRun:
     "A training run of system D: `open`, `fit`, `judge`, in this order."
+
     preset: str = "cpu"  # smoke, cpu, gpu or paper
     data: str = "phantom"  # "phantom", "phantom:COUNT", or a folder of CTs
     out: str = "runs/cascade"
     seed: int = 0
     resume: bool = False  # go on from the checkpoints in `out`
     coarse: str | None = None  # folder of a run of system A; None: the linear prior
-    stage: int | None = None  # train only the stage of this size, the others are taken from `out`; None: all
-    steps: int | None = None  # optimiser steps of all stages together, shared out as in the preset; None: the preset's
+    # train only the stage of this size, the others are taken from `out`; None: all
+    stage: int | None = None
+    # optimiser steps of all stages together, shared out as in the preset; None: the preset's
+    steps: int | None = None
     settings: CascadePreset | None = None  # None: those of the preset
 
     def __post_init__(self):
         self.out, self.seed = Path(self.out), int(self.seed)
         self.settings = get_cascade_preset(self.preset) if self.settings is None else self.settings
-        self.start, stages, steps = None, self.settings.stages, self.settings.steps
+        self.start = None
+        stages = self.settings.stages
+        steps = self.settings.steps
         if self.coarse is not None:
             self.start = load_drr2ct(self.coarse)
             kept = [n for n, stage in enumerate(stages) if stage.size >= self.start.config.size]
-            if not kept: raise ValueError(f"coarse: {self.coarse} already reconstructs {self.start.config.size}³ voxels, the preset {self.preset} ends at {stages[-1].size}³; take a larger preset")
-            if kept[0] and stages[kept[0]].size == self.start.config.size: stages = tuple(replace(s, coarse_noise=0.0, physics_weight=0.0) if n == kept[0] else s for n, s in enumerate(stages))
-            stages, steps = tuple(stages[n] for n in kept), tuple(steps[n] for n in kept)
-        if self.steps: steps = tuple(max(1, round(self.steps * n / sum(steps))) for n in steps)
-        self.settings = replace(self.settings, stages=stages, steps=steps, trainer=replace(self.settings.trainer, seed=self.seed))
-        if self.stage is not None and self.stage not in self.sizes: raise ValueError(f"stage: must be one of {', '.join(map(str, self.sizes))}, the sizes of this cascade, got {self.stage}")
+            if not kept:
+                raise ValueError(
+                    f"coarse: {self.coarse} already reconstructs {self.start.config.size}³ voxels,"
+                    f" the preset {self.preset} ends at {stages[-1].size}³; take a larger preset"
+                )
+            if kept[0] and stages[kept[0]].size == self.start.config.size:
+                stages = tuple(
+                    replace(s, coarse_noise=0.0, physics_weight=0.0) if n == kept[0] else s
+                    for n, s in enumerate(stages)
+                )
+            stages = tuple(stages[n] for n in kept)
+            steps = tuple(steps[n] for n in kept)
+        if self.steps:
+            steps = tuple(max(1, round(self.steps * n / sum(steps))) for n in steps)
+        self.settings = replace(
+            self.settings,
+            stages=stages,
+            steps=steps,
+            trainer=replace(self.settings.trainer, seed=self.seed),
+        )
+        if self.stage is not None and self.stage not in self.sizes:
+            raise ValueError(
+                f"stage: must be one of {', '.join(map(str, self.sizes))}, the sizes of this"
+                f" cascade, got {self.stage}"
+            )
 
     @property
-    def sizes(self) -> list[int]: return [stage.size for stage in self.settings.stages]
+    def sizes(self) -> list[int]:
+        return [stage.size for stage in self.settings.stages]
 
     def _cases(self, size: int) -> DRR2CTRun:
         "The cases of system A's run at a size: split, noise and augmentation are its own."
         preset = get_preset(self.preset)
-        run = DRR2CTRun(self.preset, self.data, self.out, self.seed, settings=replace(preset, network=replace(preset.network, size=size), render_size=max(preset.render_size, 2 * self.sizes[-1]))).open()
+        run = DRR2CTRun(
+            self.preset,
+            self.data,
+            self.out,
+            self.seed,
+            settings=replace(
+                preset,
+                network=replace(preset.network, size=size),
+                render_size=max(preset.render_size, 2 * self.sizes[-1]),
+            ),
+        ).open()
         if self.start is not None:
-            first = max(preset.phantoms + preset.validation_phantoms, 0 if run.is_real else len(run.fitted) + len(run.validation))
-            run.phantoms_for_network = phantoms(preset.phantoms, run.settings.render_size, first_seed=first, cache=run.phantoms_for_network.cache)
+            first = max(
+                preset.phantoms + preset.validation_phantoms,
+                0 if run.is_real else len(run.fitted) + len(run.validation),
+            )
+            run.phantoms_for_network = phantoms(
+                preset.phantoms,
+                run.settings.render_size,
+                first_seed=first,
+                cache=run.phantoms_for_network.cache,
+            )
         return run
 
     def open(self) -> "CascadeRun":
         "Find the cases, split them by patient; the largest size says what is judged."
         self.cases = {size: self._cases(size) for size in self.sizes}
-        self.validation, self.fitted = self.cases[self.sizes[-1]].validation, self.cases[self.sizes[-1]].fitted
-        training = {} if self.coarse is None else read_config(self.coarse, system="drr2ct")["training"]
-        known = {*training.get("cases", []), *training.get("patients", [])}  # a patient may have several scans, under several names
-        shared = [id for id, patient in zip(self.validation.ids, self.validation.patients) if known.intersection((id, patient))]
-        if shared: raise ValueError(f"coarse: {self.coarse} was trained on {shared[0]} or its patient, who would be judged here; take the same data and seed as it did")
+        self.validation = self.cases[self.sizes[-1]].validation
+        self.fitted = self.cases[self.sizes[-1]].fitted
+        training = (
+            {} if self.coarse is None else read_config(self.coarse, system="drr2ct")["training"]
+        )
+        # a patient may have several scans, under several names
+        known = {*training.get("cases", []), *training.get("patients", [])}
+        shared = [
+            id
+            for id, patient in zip(self.validation.ids, self.validation.patients)
+            if known.intersection((id, patient))
+        ]
+        if shared:
+            raise ValueError(
+                f"coarse: {self.coarse} was trained on {shared[0]} or its patient, who would be"
+                " judged here; take the same data and seed as it did"
+            )
         return self
 
     def describe(self) -> str:
         "What the run learns from and is judged on, in sentences."
-        lines = [self.cases[self.sizes[-1]].describe(), f"stages:     {' → '.join(f'{size}³' for size in self.sizes)}, from " + ("the linear prior" if self.start is None else f"the answers of {self.coarse}")]
-        if self.start is not None and self.cases[self.sizes[0]].is_real: lines.append("beware:     the answers for real CTs are those of a network that was trained on them, so their errors look smaller than they are")
+        lines = [
+            self.cases[self.sizes[-1]].describe(),
+            f"stages:     {' → '.join(f'{size}³' for size in self.sizes)}, from "
+            + ("the linear prior" if self.start is None else f"the answers of {self.coarse}"),
+        ]
+        if self.start is not None and self.cases[self.sizes[0]].is_real:
+            lines.append(
+                "beware:     the answers for real CTs are those of a network that was trained on"
+                " them, so their errors look smaller than they are"
+            )
         return "\n".join(lines)
 
 # %% ../../nbs/learn/11_train_cascade.ipynb #cell-008
@@ -129,66 +276,148 @@ class CascadeRun:
 def build(self: CascadeRun, progress: bool = True) -> Cascade:
     "The cascade before training, with what its start has to know; and the floors."
     torch.manual_seed(self.seed)
-    first, largest = self.cases[self.sizes[0]], self.cases[self.sizes[-1]]
+    first = self.cases[self.sizes[0]]
+    largest = self.cases[self.sizes[-1]]
     if self.start is not None:
-        self.cascade = Cascade(CascadeConfig(self.settings.stages, "drr2ct", self.start.config.to_dict()))
+        self.cascade = Cascade(
+            CascadeConfig(self.settings.stages, "drr2ct", self.start.config.to_dict())
+        )
         self.cascade.start.model.load_state_dict(self.start.state_dict())
     else:
         network = get_preset(self.preset).network
         items = read_all(first.cases(for_prior=True), "reading volumes for the prior", progress)
-        self.cascade = Cascade(CascadeConfig(self.settings.stages, "prior", {"size": self.sizes[0], "modes": min(network.prior_modes, len(items)), "noise": network.prior_noise, "energy_kev": network.energy_kev}))
+        self.cascade = Cascade(
+            CascadeConfig(
+                self.settings.stages,
+                "prior",
+                {
+                    "size": self.sizes[0],
+                    "modes": min(network.prior_modes, len(items)),
+                    "noise": network.prior_noise,
+                    "energy_kev": network.energy_kev,
+                },
+            )
+        )
         self.cascade.start.prior.fit(torch.stack([item["hu"] for item in items]))
     self.floors = fit_baselines(largest.fitted)
     return self.cascade
 
+
 class _Learner(nn.Module):
-    "A stage with what it needs to be taught; the rest of the cascade is no part of it: neither trained nor averaged."
+    """A stage with what it needs to be taught; the rest of the cascade is no part of it: neither
+    trained nor averaged.
+    """
+
     def __init__(self, cascade: Cascade, number: int, seed: int):
         super().__init__()
-        self.stage, self.others, self.number, self.seed = cascade.stages[number], [cascade], number, seed
+        self.stage = cascade.stages[number]
+        self.others = [cascade]
+        self.number = number
+        self.seed = seed
 
     def forward(self, batch: dict, step: int):
-        draw = stream("cascade", self.seed, self.number, step, *batch["id"])  # every piece of a batch and every process its own
+        # every piece of a batch and every process its own
+        draw = stream("cascade", self.seed, self.number, step, *batch["id"])
         cascade = self.others[0].to(batch["hu"].device)
         coarse = cascade.coarse_of(self.number, batch["hu"], batch["xrays"], batch["geometry"])
         return self.stage.loss(batch["hu"], batch["xrays"], batch["geometry"], coarse, draw)
 
+
 @patch
 def fit(self: CascadeRun, progress: bool = True) -> list[dict]:
-    "Train the stages one after the other and save the weights with their configuration. Returns the history: one row for each logged step of the whole run."
+    """Train the stages one after the other and save the weights with their configuration.
+
+    Returns the history: one row for each logged step of the whole run.
+    """
     self.build(progress)
     self.history, done = [], 0
     for number, (config, steps) in enumerate(zip(self.settings.stages, self.settings.steps)):
         folder = self.out / "stages" / str(config.size)
         taken = self.stage is not None and self.stage != config.size
-        if taken and not (folder / WEIGHTS_FILE).is_file(): raise ValueError(f"stage: {folder} holds no trained stage; train it first, or leave stage out")
+        if taken and not (folder / WEIGHTS_FILE).is_file():
+            raise ValueError(
+                f"stage: {folder} holds no trained stage; train it first, or leave stage out"
+            )
         if taken or (self.resume and (folder / WEIGHTS_FILE).is_file()):
             load_weights(folder, self.cascade.stages[number])
-            rows = [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+            rows = [
+                json.loads(line)
+                for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
         else:
-            if progress: print(f"stage {config.size}³: {steps} steps")
-            trainer = replace(self.settings.trainer, steps=steps, warmup_steps=min(self.settings.trainer.warmup_steps, max(steps // 5, 1)))
-            rows = Trainer(_Learner(self.cascade, number, self.seed), nn.Module.__call__, self.cases[config.size].cases(), trainer, folder, collate).fit(self.resume, progress).rows
+            if progress:
+                print(f"stage {config.size}³: {steps} steps")
+            trainer = replace(
+                self.settings.trainer,
+                steps=steps,
+                warmup_steps=min(self.settings.trainer.warmup_steps, max(steps // 5, 1)),
+            )
+            rows = (
+                Trainer(
+                    _Learner(self.cascade, number, self.seed),
+                    nn.Module.__call__,
+                    self.cases[config.size].cases(),
+                    trainer,
+                    folder,
+                    collate,
+                )
+                .fit(self.resume, progress)
+                .rows
+            )
             if self.is_main:
-                save_weights(folder, self.cascade.stages[number], {**self.configuration(), "system": "cascade_stage", "network": config.to_dict()})
+                save_weights(
+                    folder,
+                    self.cascade.stages[number],
+                    {
+                        **self.configuration(),
+                        "system": "cascade_stage",
+                        "network": config.to_dict(),
+                    },
+                )
                 (folder / STATE_FILE).unlink(missing_ok=True)  # a stage that is done is not resumed
-        self.history += [{**row, "step": done + row["step"], "stage": f"{config.size}³"} for row in rows]
+        self.history += [
+            {**row, "step": done + row["step"], "stage": f"{config.size}³"} for row in rows
+        ]
         done += max(row["step"] for row in rows)
     self.cascade.eval()
-    if self.is_main: save_weights(self.out, self.cascade, self.configuration())
+    if self.is_main:
+        save_weights(self.out, self.cascade, self.configuration())
     return self.history
 
+
 @patch(as_prop=True)
-def is_main(self: CascadeRun) -> bool: return self.cases[self.sizes[0]].is_main
+def is_main(self: CascadeRun) -> bool:
+    return self.cases[self.sizes[0]].is_main
+
 
 @patch
 def configuration(self: CascadeRun) -> dict:
     "What goes into `config.json`."
-    return {"system": "cascade", "network": self.cascade.config.to_dict(), "preset": self.preset, "data": str(self.data), "seed": self.seed, "coarse": self.coarse, "settings": asdict(self.settings),
-            "training": {"cases": self.fitted.ids, "patients": self.fitted.patients, "fingerprint": self.fitted.source.fingerprint()}, "validation": {"cases": self.validation.ids, "fingerprint": self.validation.source.fingerprint()}}
+    return {
+        "system": "cascade",
+        "network": self.cascade.config.to_dict(),
+        "preset": self.preset,
+        "data": str(self.data),
+        "seed": self.seed,
+        "coarse": self.coarse,
+        "settings": asdict(self.settings),
+        "training": {
+            "cases": self.fitted.ids,
+            "patients": self.fitted.patients,
+            "fingerprint": self.fitted.source.fingerprint(),
+        },
+        "validation": {
+            "cases": self.validation.ids,
+            "fingerprint": self.validation.source.fingerprint(),
+        },
+    }
+
 
 def load_cascade(folder) -> Cascade:
-    "The trained cascade of a run, in evaluation mode. `WeightsError` when the folder is not one, or of another system."
+    """The trained cascade of a run, in evaluation mode.
+
+    `WeightsError` when the folder is not one, or of another system.
+    """
     cascade = Cascade(CascadeConfig.from_dict(read_config(folder, system="cascade")["network"]))
     load_weights(folder, cascade)
     return cascade.eval()
@@ -196,23 +425,46 @@ def load_cascade(folder) -> Cascade:
 # %% ../../nbs/learn/11_train_cascade.ipynb #cell-010
 class Sampler:
     "Draws of a cascade for X-rays (V, R, C) and a geometry, remembered for the last scan."
-    def __init__(self, cascade: Cascade, steps: int = 20, sampler: str = "ddim", seed: int = 0):
-        self.cascade, self.steps, self.sampler, self.seed, self._last, self._drawn = cascade, steps, sampler, seed, None, {}
 
-    def draws(self, xrays: torch.Tensor, geometry: ConeBeam, count: int, guidance: str = "soft") -> torch.Tensor:
+    def __init__(self, cascade: Cascade, steps: int = 20, sampler: str = "ddim", seed: int = 0):
+        self.cascade = cascade
+        self.steps = steps
+        self.sampler = sampler
+        self.seed = seed
+        self._last = None
+        self._drawn = {}
+
+    def draws(
+        self, xrays: torch.Tensor, geometry: ConeBeam, count: int, guidance: str = "soft"
+    ) -> torch.Tensor:
         "(count, N, N, N) HU, vacuum at the lowest."
         scan = content_digest(xrays.float().cpu().numpy(), geometry.to_json())
-        if scan != self._last: self._last, self._drawn = scan, {}
+        if scan != self._last:
+            self._last, self._drawn = scan, {}
         device = next(self.cascade.parameters()).device
         drawn = self._drawn.setdefault(guidance, [])
         while len(drawn) < count:
             generator = torch.Generator(device).manual_seed(1_000_003 * self.seed + len(drawn))
-            drawn.append(self.cascade.sample(xrays[None].float().to(device), geometry.to(device), self.steps, self.sampler, guidance, generator=generator)[0].float().cpu().clamp_min(-1000))
+            drawn.append(
+                self.cascade.sample(
+                    xrays[None].float().to(device),
+                    geometry.to(device),
+                    self.steps,
+                    self.sampler,
+                    guidance,
+                    generator=generator,
+                )[0]
+                .float()
+                .cpu()
+                .clamp_min(-1000)
+            )
         return torch.stack(drawn[:count])
+
 
 @dataclass
 class SamplePredictor:
     "The mean of some samples (or a single one) under the interface of the floors."
+
     sampler: Sampler
     name: str = "model"
     count: int = 1
@@ -221,51 +473,108 @@ class SamplePredictor:
 
     def predict(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
         draws = self.sampler.draws(xrays, geometry, self.count, self.guidance)
-        if self.watch is not None: self.watch(draws)
+        if self.watch is not None:
+            self.watch(draws)
         return draws.mean(0)
+
 
 @dataclass
 class StartPredictor:
     "What the cascade starts from, at its final size."
+
     cascade: Cascade
     name: str = "start"
 
     def predict(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
         device = next(self.cascade.parameters()).device
-        return resized(self.cascade.start(xrays[None].float().to(device), ConeBeam.stack([geometry]).to(device)), self.cascade.config.size)[0].cpu().clamp_min(-1000)
+        return (
+            resized(
+                self.cascade.start(
+                    xrays[None].float().to(device), ConeBeam.stack([geometry]).to(device)
+                ),
+                self.cascade.config.size,
+            )[0]
+            .cpu()
+            .clamp_min(-1000)
+        )
 
 # %% ../../nbs/learn/11_train_cascade.ipynb #cell-012
 def checklist(samples: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
-    """Samples (S, N, N, N) of one case, HU, against the truth: `lowest`, `highest`, `spread` (standard deviation of all voxels, HU), `structure` (SSIM of the first sample),
-    `structure_of_air`. `TrainingStopped` with a sentence for NaN, near-constant output, or a sample that is no better than air."""
-    if not torch.isfinite(samples).all(): raise TrainingStopped("the samples have NaN or infinite voxels; train with a lower learning rate")
-    found = {"lowest": float(samples.min()), "highest": float(samples.max()), "spread": float(samples[0].std()), "structure": ssim(samples[0], truth), "structure_of_air": ssim(torch.full_like(truth, -1000.0), truth)}
-    if found["spread"] < 0.05 * float(truth.std()): raise TrainingStopped(f"the output has collapsed: all voxels are about {float(samples[0].mean()):.0f} HU (standard deviation {found['spread']:.1f} HU); train longer, or with another learning rate")
-    if found["structure"] <= found["structure_of_air"]: raise TrainingStopped(f"the output is noise: SSIM {found['structure']:.3f}, where air alone has {found['structure_of_air']:.3f}; train longer, or with another learning rate")
+    """Samples (S, N, N, N) of one case, HU, against the truth: `lowest`, `highest`, `spread`
+    (standard deviation of all voxels, HU), `structure` (SSIM of the first sample),
+    `structure_of_air`. `TrainingStopped` with a sentence for NaN, near-constant output, or a sample
+    that is no better than air.
+    """
+    if not torch.isfinite(samples).all():
+        raise TrainingStopped(
+            "the samples have NaN or infinite voxels; train with a lower learning rate"
+        )
+    found = {
+        "lowest": float(samples.min()),
+        "highest": float(samples.max()),
+        "spread": float(samples[0].std()),
+        "structure": ssim(samples[0], truth),
+        "structure_of_air": ssim(torch.full_like(truth, -1000.0), truth),
+    }
+    if found["spread"] < 0.05 * float(truth.std()):
+        raise TrainingStopped(
+            f"the output has collapsed: all voxels are about {float(samples[0].mean()):.0f} HU"
+            f" (standard deviation {found['spread']:.1f} HU); train longer, or with another"
+            " learning rate"
+        )
+    if found["structure"] <= found["structure_of_air"]:
+        raise TrainingStopped(
+            f"the output is noise: SSIM {found['structure']:.3f}, where air alone has"
+            f" {found['structure_of_air']:.3f}; train longer, or with another learning rate"
+        )
     return found
 
 # %% ../../nbs/learn/11_train_cascade.ipynb #cell-014
 BODY_HU = -400.0  # what is denser counts as body in the uncertainty's table
 
+
 @patch
 def judge(self: CascadeRun, out=None, progress: bool = True) -> Scoreboard:
-    """The mean of the samples (`model`), a single one, unguided and exactly guided ones, and the floors with the start among them, on the cases left out; writes scoreboard, NIfTI and `uncertainty.json`.
-    `TrainingStopped` when the output is no volume."""
-    s, out = self.settings, self.out if out is None else Path(out)
+    """The mean of the samples (`model`), a single one, unguided and exactly guided ones, and the
+    floors with the start among them, on the cases left out; writes scoreboard, NIfTI and
+    `uncertainty.json`.
+    `TrainingStopped` when the output is no volume.
+    """
+    s = self.settings
+    out = self.out if out is None else Path(out)
     pairs = copy(self.validation)
-    if len(pairs) > s.judged: pairs.source = pairs.source[:s.judged]
-    sampler, numbers, self.checks, self.uncertainty = Sampler(self.cascade, s.sampling_steps, seed=self.seed), iter(range(len(pairs))), [], []
+    if len(pairs) > s.judged:
+        pairs.source = pairs.source[: s.judged]
+    sampler = Sampler(self.cascade, s.sampling_steps, seed=self.seed)
+    numbers = iter(range(len(pairs)))
+    self.checks = []
+    self.uncertainty = []
     start = StartPredictor(self.cascade, "prior_start" if self.start is None else "drr2ct")
 
     def watch(draws: torch.Tensor) -> None:
         case = pairs[next(numbers)]  # `evaluate` goes through them in order
         self.checks.append({"case": case["id"], **checklist(draws, case["hu"])})
-        self.uncertainty += uncertainty_rows(summarise(draws), case["hu"], case["hu"] > BODY_HU, case["id"], case["patient"])
+        self.uncertainty += uncertainty_rows(
+            summarise(draws), case["hu"], case["hu"] > BODY_HU, case["id"], case["patient"]
+        )
 
     mean = SamplePredictor(sampler, "model", s.samples, watch=watch)
-    others = [SamplePredictor(sampler, "model_single"), SamplePredictor(sampler, "model_exact", guidance="exact"), SamplePredictor(sampler, "model_unguided", guidance="off")]
-    board = evaluate([mean, *others, start, *self.floors], pairs, out, energy_kev=self.settings.stages[0].energy_kev, progress=progress)
-    write_json(out / "uncertainty.json", {"samples": s.samples, "checks": self.checks, "intervals": self.uncertainty})
+    others = [
+        SamplePredictor(sampler, "model_single"),
+        SamplePredictor(sampler, "model_exact", guidance="exact"),
+        SamplePredictor(sampler, "model_unguided", guidance="off"),
+    ]
+    board = evaluate(
+        [mean, *others, start, *self.floors],
+        pairs,
+        out,
+        energy_kev=self.settings.stages[0].energy_kev,
+        progress=progress,
+    )
+    write_json(
+        out / "uncertainty.json",
+        {"samples": s.samples, "checks": self.checks, "intervals": self.uncertainty},
+    )
     return board
 
 # %% ../../nbs/learn/11_train_cascade.ipynb #cell-015
@@ -284,4 +593,5 @@ def main(
     run = CascadeRun(preset, data, out, seed, resume, coarse, stage, steps).open()
     print(run.describe())
     run.fit()
-    if run.is_main: print(run.judge().table())
+    if run.is_main:
+        print(run.judge().table())

@@ -30,37 +30,147 @@ from ..nets.text import WordTokenizer
 @dataclass(frozen=True)
 class CTEncoderPreset:
     "What a run of a given size is made of."
+
     network: ScanLanguageConfig
     trainer: TrainerConfig
     phantoms: int = 900  # to train on, where the data are phantoms
     validation_phantoms: int = 96
-    painted: int | None = None  # voxels a side of the cubes they are painted on; the encoder's largest size unless given
+    # voxels a side of the cubes they are painted on; the encoder's largest size unless given
+    painted: int | None = None
     judged: int = 128  # scans at most
     probed: int = 400  # training scans at most that the linear probe is fitted to
     written: int = 48  # scans at most whose reasoning is written
 
+
 CT_ENCODER_PRESETS = {
-    "smoke": CTEncoderPreset(ScanLanguageConfig(CTEncoderConfig.preset("smoke"), text_width=32, text_depth=1, writer_width=32, writer_depth=1, writer_length=64),
-                             TrainerConfig(steps=8, batch_size=4, learning_rate=2e-3, warmup_steps=2, log_every=4, checkpoint_every=4, validate_every=0, ema_decay=0.9),
-                             phantoms=10, validation_phantoms=8, probed=10, written=2),
-    "cpu": CTEncoderPreset(ScanLanguageConfig(replace(CTEncoderConfig.preset("cpu"), patch=(8, 8, 8), embed_dim=128, depth=2, pyramid_levels=2, shared_dim=128), text_width=96, writer_width=96, writer_length=256, region_texts=4, step_texts=4, written_share=0.25),
-                           TrainerConfig(steps=330, batch_size=8, learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, log_every=20, checkpoint_every=110, validate_every=0, ema_decay=0.98), phantoms=500, probed=200),
-    "gpu": CTEncoderPreset(ScanLanguageConfig(replace(CTEncoderConfig.preset("gpu"), size=(64, 128, 128), patch=(4, 8, 8)), text_width=256, text_depth=4, writer_width=256, writer_depth=4, writer_length=400),
-                           TrainerConfig(steps=12_000, batch_size=32, learning_rate=4e-4, warmup_steps=500, weight_decay=0.05, log_every=50, checkpoint_every=500, validate_every=0, ema_decay=0.999, workers=12, mixed_precision="bf16"),
-                           phantoms=4000, validation_phantoms=256, judged=256, probed=2000, written=256),
-    "paper": CTEncoderPreset(ScanLanguageConfig(CTEncoderConfig.preset("paper"), text_width=512, text_depth=6, text_length=256, writer_width=512, writer_depth=6, writer_length=512, refine=(2, 4, 4)),
-                             TrainerConfig(steps=100_000, batch_size=48, shard_optimizer=True, learning_rate=1e-4, warmup_steps=2000, weight_decay=0.05, log_every=100, checkpoint_every=1000, validate_every=0, ema_decay=0.9999, workers=12,
-                                           mixed_precision="bf16"), phantoms=4000, validation_phantoms=256, painted=256, judged=2000, probed=4000, written=500),
+    "smoke": CTEncoderPreset(
+        ScanLanguageConfig(
+            CTEncoderConfig.preset("smoke"),
+            text_width=32,
+            text_depth=1,
+            writer_width=32,
+            writer_depth=1,
+            writer_length=64,
+        ),
+        TrainerConfig(
+            steps=8,
+            batch_size=4,
+            learning_rate=2e-3,
+            warmup_steps=2,
+            log_every=4,
+            checkpoint_every=4,
+            validate_every=0,
+            ema_decay=0.9,
+        ),
+        phantoms=10,
+        validation_phantoms=8,
+        probed=10,
+        written=2,
+    ),
+    "cpu": CTEncoderPreset(
+        ScanLanguageConfig(
+            replace(
+                CTEncoderConfig.preset("cpu"),
+                patch=(8, 8, 8),
+                embed_dim=128,
+                depth=2,
+                pyramid_levels=2,
+                shared_dim=128,
+            ),
+            text_width=96,
+            writer_width=96,
+            writer_length=256,
+            region_texts=4,
+            step_texts=4,
+            written_share=0.25,
+        ),
+        TrainerConfig(
+            steps=330,
+            batch_size=8,
+            learning_rate=2e-3,
+            warmup_steps=50,
+            weight_decay=0.05,
+            log_every=20,
+            checkpoint_every=110,
+            validate_every=0,
+            ema_decay=0.98,
+        ),
+        phantoms=500,
+        probed=200,
+    ),
+    "gpu": CTEncoderPreset(
+        ScanLanguageConfig(
+            replace(CTEncoderConfig.preset("gpu"), size=(64, 128, 128), patch=(4, 8, 8)),
+            text_width=256,
+            text_depth=4,
+            writer_width=256,
+            writer_depth=4,
+            writer_length=400,
+        ),
+        TrainerConfig(
+            steps=12_000,
+            batch_size=32,
+            learning_rate=4e-4,
+            warmup_steps=500,
+            weight_decay=0.05,
+            log_every=50,
+            checkpoint_every=500,
+            validate_every=0,
+            ema_decay=0.999,
+            workers=12,
+            mixed_precision="bf16",
+        ),
+        phantoms=4000,
+        validation_phantoms=256,
+        judged=256,
+        probed=2000,
+        written=256,
+    ),
+    "paper": CTEncoderPreset(
+        ScanLanguageConfig(
+            CTEncoderConfig.preset("paper"),
+            text_width=512,
+            text_depth=6,
+            text_length=256,
+            writer_width=512,
+            writer_depth=6,
+            writer_length=512,
+            refine=(2, 4, 4),
+        ),
+        TrainerConfig(
+            steps=100_000,
+            batch_size=48,
+            shard_optimizer=True,
+            learning_rate=1e-4,
+            warmup_steps=2000,
+            weight_decay=0.05,
+            log_every=100,
+            checkpoint_every=1000,
+            validate_every=0,
+            ema_decay=0.9999,
+            workers=12,
+            mixed_precision="bf16",
+        ),
+        phantoms=4000,
+        validation_phantoms=256,
+        painted=256,
+        judged=2000,
+        probed=4000,
+        written=500,
+    ),
 }
 
+
 def get_ct_encoder_preset(name: str) -> CTEncoderPreset:
-    if name not in CT_ENCODER_PRESETS: raise ValueError(f"preset: must be one of {', '.join(CT_ENCODER_PRESETS)}, got {name!r}.")
+    if name not in CT_ENCODER_PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(CT_ENCODER_PRESETS)}, got {name!r}.")
     return CT_ENCODER_PRESETS[name]
 
 # %% ../../nbs/learn/16_train_ct_encoder.ipynb #cell-008
 @dataclass
 class CTEncoderRun:
     "A training run of system B: `open`, `fit`, `judge`, in this order."
+
     preset: str = "cpu"  # smoke, cpu, gpu or paper
     data: str = "phantom"  # "phantom", "phantom:COUNT", or a folder of CTs with a table of reports
     out: str = "runs/ct_encoder"
@@ -78,64 +188,158 @@ class CTEncoderRun:
         s = get_ct_encoder_preset(self.preset) if self.settings is None else self.settings
         steps = int(self.steps) if self.steps else s.trainer.steps
         text = self.text if self.text in ("tiny", "minilm") else str(Path(self.text).expanduser())
-        if text not in ("tiny", "minilm") and not Path(text).is_dir(): raise ValueError(f"text: must be 'tiny', 'minilm' or a folder of transformers, got {self.text!r}")
-        if self.text_trained and text == "minilm": raise ValueError("text_trained: minilm stays as it is; give a folder of transformers, or leave text_trained out")
-        self.settings = replace(s, network=replace(s.network, text=text, text_trained=self.text_trained, text_pooling=self.text_pooling), trainer=replace(s.trainer, seed=self.seed, steps=steps, warmup_steps=min(s.trainer.warmup_steps, max(steps // 5, 1))))
+        if text not in ("tiny", "minilm") and not Path(text).is_dir():
+            raise ValueError(
+                f"text: must be 'tiny', 'minilm' or a folder of transformers, got {self.text!r}"
+            )
+        if self.text_trained and text == "minilm":
+            raise ValueError(
+                "text_trained: minilm stays as it is; give a folder of transformers, or leave"
+                " text_trained out"
+            )
+        self.settings = replace(
+            s,
+            network=replace(
+                s.network, text=text, text_trained=self.text_trained, text_pooling=self.text_pooling
+            ),
+            trainer=replace(
+                s.trainer,
+                seed=self.seed,
+                steps=steps,
+                warmup_steps=min(s.trainer.warmup_steps, max(steps // 5, 1)),
+            ),
+        )
 
     @property
-    def is_main(self) -> bool: return int(os.environ.get("RANK", 0)) == 0
+    def is_main(self) -> bool:
+        return int(os.environ.get("RANK", 0)) == 0
+
     @property
-    def is_real(self) -> bool: return not str(self.data).split(":")[0] == "phantom"
+    def is_real(self) -> bool:
+        return str(self.data).split(":")[0] != "phantom"
 
     def open(self, progress: bool = True) -> "CTEncoderRun":
         "Find the scans and their reports, prepare each once, and split them by patient."
         s = self.settings
-        opened, facts = open_scans(self.data, s.network.encoder, DiskCache(default_cache_dir()), s.phantoms + s.validation_phantoms, s.painted, self.reports, progress)
-        opened.seed, share = self.seed, s.validation_phantoms / (s.phantoms + s.validation_phantoms)
-        last = opened.patients[-max(2, round(share * len(opened))):]  # any phantom is as good as another
-        self.training, self.validation = CTSource.split(opened, 0.25 if self.is_real else last, self.seed)
+        opened, facts = open_scans(
+            self.data,
+            s.network.encoder,
+            DiskCache(default_cache_dir()),
+            s.phantoms + s.validation_phantoms,
+            s.painted,
+            self.reports,
+            progress,
+        )
+        opened.seed = self.seed
+        share = s.validation_phantoms / (s.phantoms + s.validation_phantoms)
+        # any phantom is as good as another
+        last = opened.patients[-max(2, round(share * len(opened))) :]
+        self.training, self.validation = CTSource.split(
+            opened, 0.25 if self.is_real else last, self.seed
+        )
         self.said = {fact["id"]: fact["report"] for fact in facts}
         return self
 
     def describe(self) -> str:
         "What the run learns from and is judged on, in sentences."
-        names = lambda data: ", ".join(sorted(set(data.patients))[:6]) + (f" and {len(set(data.patients)) - 6} more" if len(set(data.patients)) > 6 else "")
-        lines = [f"trained on: {names(self.training)}", f"judged on:  {names(self.validation)} (no scan of these patients was trained on)"]
-        if self.training.skipped: lines.append(f"left out:   {len(self.training.skipped)}, the first {self.training.skipped[0][0]}: {self.training.skipped[0][1]}")
+
+        def names(data):
+            return ", ".join(sorted(set(data.patients))[:6]) + (
+                f" and {len(set(data.patients)) - 6} more" if len(set(data.patients)) > 6 else ""
+            )
+
+        lines = [
+            f"trained on: {names(self.training)}",
+            f"judged on:  {names(self.validation)} (no scan of these patients was trained on)",
+        ]
+        if self.training.skipped:
+            lines.append(
+                f"left out:   {len(self.training.skipped)}, the first"
+                f" {self.training.skipped[0][0]}: {self.training.skipped[0][1]}"
+            )
         return "\n".join(lines)
 
 # %% ../../nbs/learn/16_train_ct_encoder.ipynb #cell-010
 USUAL_SCANS = 64  # that say what is usual
 
+
 @patch
 def build(self: CTEncoderRun) -> ScanLanguage:
     "The network before training."
     torch.manual_seed(self.seed)
-    words = WordTokenizer.fit(2 * all_texts(self.said[id] for id in self.training.ids)).words  # twice: a word that stands once is a word
+    # twice: a word that stands once is a word
+    words = WordTokenizer.fit(2 * all_texts(self.said[id] for id in self.training.ids)).words
     self.model = ScanLanguage(replace(self.settings.network, words=tuple(words)))
     return self.model
 
+
 @patch
 def fit(self: CTEncoderRun, progress: bool = True) -> list[dict]:
-    "Train, and save the weights with their configuration. Returns the history: one row for each logged step."
+    """Train, and save the weights with their configuration.
+
+    Returns the history: one row for each logged step.
+    """
     self.build()
-    self.model.measure((collate_scans([self.training.at(0, i)]) for i in range(min(USUAL_SCANS, len(self.training)))), (self.seed, "usual"))
-    step, encode, loss = (lambda model, batch, number: model(batch, (self.seed, number))), (lambda model, batch, number: model.encode(batch, (self.seed, number))), (lambda model, rows: model.loss(rows))
-    trainer = Trainer(self.model, step, self.training, self.settings.trainer, self.out, collate_scans, cached=(encode, loss))
+    self.model.measure(
+        (
+            collate_scans([self.training.at(0, i)])
+            for i in range(min(USUAL_SCANS, len(self.training)))
+        ),
+        (self.seed, "usual"),
+    )
+
+    def step(model, batch, number):
+        return model(batch, (self.seed, number))
+
+    def encode(model, batch, number):
+        return model.encode(batch, (self.seed, number))
+
+    def loss(model, rows):
+        return model.loss(rows)
+
+    trainer = Trainer(
+        self.model,
+        step,
+        self.training,
+        self.settings.trainer,
+        self.out,
+        collate_scans,
+        cached=(encode, loss),
+    )
     self.history = trainer.fit(self.resume, progress).rows
     self.model.eval()
-    if self.is_main: save_weights(self.out, self.model, self.configuration())
+    if self.is_main:
+        save_weights(self.out, self.model, self.configuration())
     return self.history
+
 
 @patch
 def configuration(self: CTEncoderRun) -> dict:
     "What goes into `config.json`."
-    return {"system": "ct_encoder", "network": self.model.config.to_dict(), "preset": self.preset, "data": str(self.data), "seed": self.seed, "text": self.text, "settings": asdict(self.settings),
-            **{name: {"cases": data.ids, "fingerprint": data.fingerprint()} for name, data in (("training", self.training), ("validation", self.validation))}}
+    return {
+        "system": "ct_encoder",
+        "network": self.model.config.to_dict(),
+        "preset": self.preset,
+        "data": str(self.data),
+        "seed": self.seed,
+        "text": self.text,
+        "settings": asdict(self.settings),
+        **{
+            name: {"cases": data.ids, "fingerprint": data.fingerprint()}
+            for name, data in (("training", self.training), ("validation", self.validation))
+        },
+    }
+
 
 def load_ct_encoder(folder) -> ScanLanguage:
-    "The trained network of a run, in evaluation mode. `WeightsError` when the folder is not one, or of another system; a frozen text tower is read from where it was."
-    model = ScanLanguage(ScanLanguageConfig.from_dict(read_config(folder, system="ct_encoder")["network"]))
+    """The trained network of a run, in evaluation mode.
+
+    `WeightsError` when the folder is not one, or of another system; a frozen text tower is read
+    from where it was.
+    """
+    model = ScanLanguage(
+        ScanLanguageConfig.from_dict(read_config(folder, system="ct_encoder")["network"])
+    )
     load_weights(folder, model)
     return model.eval()
 
@@ -145,8 +349,15 @@ def judge(self: CTEncoderRun) -> LanguageScores:
     "All figures on the scans left out; writes `metrics.json`, `retrieval.csv` and `lesions.csv`."
     s = self.settings
     common = Counter(reasoning(self.said[id]) for id in self.training.ids).most_common(1)[0][0]
-    scores = judge_language(self.model, self.validation.subset(range(min(s.judged, len(self.validation)))), self.training.subset(range(min(s.probed, len(self.training)))), common, s.written)
-    if self.is_main: scores.save(self.out)
+    scores = judge_language(
+        self.model,
+        self.validation.subset(range(min(s.judged, len(self.validation)))),
+        self.training.subset(range(min(s.probed, len(self.training)))),
+        common,
+        s.written,
+    )
+    if self.is_main:
+        scores.save(self.out)
     return scores
 
 # %% ../../nbs/learn/16_train_ct_encoder.ipynb #cell-016
@@ -159,12 +370,17 @@ def main(
     resume: bool = False,  # go on from the checkpoint in `out`
     text: str = "tiny",  # "tiny", "minilm" or a folder of transformers
     text_trained: bool = False,  # a folder's text tower learns too
-    text_pooling: Param("of a folder's tower over its tokens", str, choices=["mean", "first"]) = "mean",
+    text_pooling: Param(
+        "of a folder's tower over its tokens", str, choices=["mean", "first"]
+    ) = "mean",
     steps: int = None,  # optimiser steps; the preset's unless given
     reports: str = None,  # a file of reports, where they do not lie in the folder of CTs
 ):
     "Train system B (the CT encoder) and judge it on scans left out."
-    run = CTEncoderRun(preset, data, out, seed, resume, text, steps, reports, text_trained, text_pooling).open()
+    run = CTEncoderRun(
+        preset, data, out, seed, resume, text, steps, reports, text_trained, text_pooling
+    ).open()
     print(run.describe())
     run.fit()
-    if run.is_main: print(run.judge().table())
+    if run.is_main:
+        print(run.judge().table())

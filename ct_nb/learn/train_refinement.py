@@ -32,7 +32,13 @@ from .refinement import ConsistencySettings, RefinementModel, load_refiner
 from .refinement_board import RefinementBoard
 from .refinement_losses import RandomFeatures, RefinementWeights, refinement_loss
 from .scoreboard import board_content, held_out_views, score_case
-from .sharpness import ConsistencyAlone, Unrefined, UnsharpMask, sharpness_scores, spectra
+from ct_nb.learn.sharpness import (
+    ConsistencyAlone,
+    Unrefined,
+    UnsharpMask,
+    sharpness_scores,
+    spectra,
+)
 from .train import RESIDUAL_MARGIN, DRR2CTRun, Mixture, get_preset
 from .trainer import Trainer, TrainerConfig
 from ..nets.refine import Refiner, RefinerConfig
@@ -42,6 +48,7 @@ from ..physics.volume import Volume, hu_to_mu
 @dataclass(frozen=True)
 class RefinementPreset:
     "What a run of a given size is made of."
+
     network: RefinerConfig  # a run takes size, window and energy from its coarse model
     trainer: TrainerConfig
     phantoms: int  # to learn from, that the coarse model has not seen
@@ -50,120 +57,328 @@ class RefinementPreset:
     fitted: int = 24  # training cases at most, that floors and spread are fitted to
     judged: int = 16  # cases at most
 
+
 REFINEMENT_PRESETS = {
-    "smoke": RefinementPreset(RefinerConfig.preset("smoke"), TrainerConfig(steps=6, batch_size=2, learning_rate=2e-3, warmup_steps=2, log_every=2, checkpoint_every=3, validate_every=6, ema_decay=0.9), phantoms=4, fitted=4, judged=2),
-    "cpu": RefinementPreset(RefinerConfig.preset("cpu"), TrainerConfig(steps=300, batch_size=2, learning_rate=1.5e-3, log_every=10, checkpoint_every=50, validate_every=100, ema_decay=0.98), phantoms=120),
-    "gpu": RefinementPreset(RefinerConfig.preset("gpu"), TrainerConfig(steps=20_000, batch_size=4, learning_rate=1e-3, warmup_steps=500, log_every=50, checkpoint_every=500, validate_every=1000, ema_decay=0.999, workers=8,
-                                                                       mixed_precision="bf16"), phantoms=1000, draws=2, fitted=64, judged=32),
-    "paper": RefinementPreset(RefinerConfig.preset("paper"), TrainerConfig(steps=100_000, batch_size=16, accumulation=4, shard_optimizer=True, learning_rate=5e-4, warmup_steps=1000, log_every=100, checkpoint_every=1000,
-                                                                           validate_every=5000, ema_decay=0.9999, workers=12, mixed_precision="bf16"), phantoms=4000, draws=4, fitted=64, judged=64),
+    "smoke": RefinementPreset(
+        RefinerConfig.preset("smoke"),
+        TrainerConfig(
+            steps=6,
+            batch_size=2,
+            learning_rate=2e-3,
+            warmup_steps=2,
+            log_every=2,
+            checkpoint_every=3,
+            validate_every=6,
+            ema_decay=0.9,
+        ),
+        phantoms=4,
+        fitted=4,
+        judged=2,
+    ),
+    "cpu": RefinementPreset(
+        RefinerConfig.preset("cpu"),
+        TrainerConfig(
+            steps=300,
+            batch_size=2,
+            learning_rate=1.5e-3,
+            log_every=10,
+            checkpoint_every=50,
+            validate_every=100,
+            ema_decay=0.98,
+        ),
+        phantoms=120,
+    ),
+    "gpu": RefinementPreset(
+        RefinerConfig.preset("gpu"),
+        TrainerConfig(
+            steps=20_000,
+            batch_size=4,
+            learning_rate=1e-3,
+            warmup_steps=500,
+            log_every=50,
+            checkpoint_every=500,
+            validate_every=1000,
+            ema_decay=0.999,
+            workers=8,
+            mixed_precision="bf16",
+        ),
+        phantoms=1000,
+        draws=2,
+        fitted=64,
+        judged=32,
+    ),
+    "paper": RefinementPreset(
+        RefinerConfig.preset("paper"),
+        TrainerConfig(
+            steps=100_000,
+            batch_size=16,
+            accumulation=4,
+            shard_optimizer=True,
+            learning_rate=5e-4,
+            warmup_steps=1000,
+            log_every=100,
+            checkpoint_every=1000,
+            validate_every=5000,
+            ema_decay=0.9999,
+            workers=12,
+            mixed_precision="bf16",
+        ),
+        phantoms=4000,
+        draws=4,
+        fitted=64,
+        judged=64,
+    ),
 }
 
+
 def get_refinement_preset(name: str) -> RefinementPreset:
-    if name not in REFINEMENT_PRESETS: raise ValueError(f"preset: must be one of {', '.join(REFINEMENT_PRESETS)}, got {name!r}.")
+    if name not in REFINEMENT_PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(REFINEMENT_PRESETS)}, got {name!r}.")
     return REFINEMENT_PRESETS[name]
 
 # %% ../../nbs/learn/13d_train_refinement.ipynb #cell-008
 @dataclass
 class RefinementRun:
     "A training run of system C: `open`, `fit`, `judge`, in this order."
+
     preset: str = "cpu"  # smoke, cpu, gpu or paper
     data: str = "phantom"  # "phantom", "phantom:COUNT", or a folder of CTs
     out: str = "runs/refinement"
     seed: int = 0
     resume: bool = False  # go on from the checkpoint in `out`
-    coarse: str = "runs/drr2ct"  # folder of a run of system A or of a cascade, or of coarse CTs named after their cases; or sirt or minimum_norm, which need none
+    # folder of a run of system A or of a cascade, or of coarse CTs named after their cases; or sirt
+    # or minimum_norm, which need none
+    coarse: str = "runs/drr2ct"
     steps: int | None = None  # optimiser steps; None: the preset's
-    settings: RefinementPreset | None = None  # None: those of the preset, for the grid, window and energy of the coarse model
-    features: Callable | None = None  # of the perceptual term, (B, 1, D, H, W) in [0, 1] → feature maps, with a `name`; None: random ones, drawn from the seed
+    # None: those of the preset, for the grid, window and energy of the coarse model
+    settings: RefinementPreset | None = None
+    # of the perceptual term, (B, 1, D, H, W) in [0, 1] → feature maps, with a `name`; None: random
+    # ones, drawn from the seed
+    features: Callable | None = None
 
     def __post_init__(self):
         self.out, self.seed = Path(self.out), int(self.seed)
-        if self.features is None: self.features = RandomFeatures(self.seed)
-        if not isinstance(getattr(self.features, "name", None), str): raise ValueError("features: a network for the perceptual term needs a `name`, which the run's config.json tells; give it one")
+        if self.features is None:
+            self.features = RandomFeatures(self.seed)
+        if not isinstance(getattr(self.features, "name", None), str):
+            raise ValueError(
+                "features: a network for the perceptual term needs a `name`, which the run's"
+                " config.json tells; give it one"
+            )
         given = self.settings
         self.settings = get_refinement_preset(self.preset) if given is None else given
         self.source = open_coarse(self.coarse, self.settings.network.size)
-        told = {"size": self.source.size, "window": self.source.window, "energy_kev": self.source.energy_kev or self.settings.network.energy_kev}
-        if given is None: self.settings = replace(self.settings, network=replace(RefinerConfig.preset(self.preset, self.source.size), **told))
+        told = {
+            "size": self.source.size,
+            "window": self.source.window,
+            "energy_kev": self.source.energy_kev or self.settings.network.energy_kev,
+        }
+        if given is None:
+            self.settings = replace(
+                self.settings,
+                network=replace(RefinerConfig.preset(self.preset, self.source.size), **told),
+            )
         for name, value in told.items():
-            if getattr(self.settings.network, name) != value: raise ValueError(f"settings: the refiner is for {name} {getattr(self.settings.network, name)}, the coarse volumes of {self.coarse} have {value}; both must be the same")
+            if getattr(self.settings.network, name) != value:
+                raise ValueError(
+                    f"settings: the refiner is for {name} {getattr(self.settings.network, name)},"
+                    f" the coarse volumes of {self.coarse} have {value}; both must be the same"
+                )
         trainer = self.settings.trainer
         self.consistency = ConsistencySettings.of(self.source.drr2ct or self._system_a().network)
         steps = int(self.steps) if self.steps else trainer.steps
-        self.settings = replace(self.settings, trainer=replace(trainer, steps=steps, seed=self.seed, warmup_steps=min(trainer.warmup_steps, max(steps // 5, 1))))
+        self.settings = replace(
+            self.settings,
+            trainer=replace(
+                trainer,
+                steps=steps,
+                seed=self.seed,
+                warmup_steps=min(trainer.warmup_steps, max(steps // 5, 1)),
+            ),
+        )
 
     @property
-    def is_main(self) -> bool: return int(os.environ.get("RANK", 0)) == 0
+    def is_main(self) -> bool:
+        return int(os.environ.get("RANK", 0)) == 0
 
-    def _system_a(self): return get_preset(self.source.preset or self.preset)
+    def _system_a(self):
+        return get_preset(self.source.preset or self.preset)
 
     def _cases(self) -> DRR2CTRun:
-        "The cases as system A's run takes them: split, noise and augmentation are its own; those of the coarse model's preset, where it has one."
+        """The cases as system A's run takes them: split, noise and augmentation are its own; those
+        of the coarse model's preset, where it has one.
+        """
         c = self.settings.network
         preset = replace(self._system_a(), **self.source.counts)
-        preset = replace(preset, network=replace(preset.network, size=c.size, energy_kev=c.energy_kev), render_size=c.size * max(2, round(preset.render_size / c.size)))
+        preset = replace(
+            preset,
+            network=replace(preset.network, size=c.size, energy_kev=c.energy_kev),
+            render_size=c.size * max(2, round(preset.render_size / c.size)),
+        )
         return DRR2CTRun(self.preset, self.data, self.out, self.seed, settings=preset).open()
 
     def open(self) -> "RefinementRun":
-        "Find the cases, split them by patient, and refuse a coarse model that knows a patient who is judged."
+        """Find the cases, split them by patient, and refuse a coarse model that knows a patient who
+        is judged.
+        """
         self.cases, s = self._cases(), self.settings
         self.validation, known = self.cases.validation, set(self.source.known)
         people = known | self.source.known_patients
-        if self.cases.is_real:  # a patient may have several scans, and older runs tell the scans alone
-            everyone = open_source(self.data, self.cases.settings.render_size, on_error="skip", thorax_only=True, cache_dir=default_cache_dir())
-            people |= {patient for id, patient in zip(everyone.ids, everyone.patients) if id in known}
-        known_of = lambda pairs, names: sorted(names[n] for n, case in enumerate(zip(pairs.ids, pairs.patients)) if people.intersection(case))
+        # a patient may have several scans, and older runs tell the scans alone
+        if self.cases.is_real:
+            everyone = open_source(
+                self.data,
+                self.cases.settings.render_size,
+                on_error="skip",
+                thorax_only=True,
+                cache_dir=default_cache_dir(),
+            )
+            people |= {
+                patient for id, patient in zip(everyone.ids, everyone.patients) if id in known
+            }
+
+        def known_of(pairs, names):
+            return sorted(
+                names[n]
+                for n, case in enumerate(zip(pairs.ids, pairs.patients))
+                if people.intersection(case)
+            )
+
         shared = known_of(self.validation, self.validation.patients)
-        if shared: raise ValueError(f"coarse: {self.coarse} was trained on {shared[0]}, a patient that this refiner would be judged on; take the same data and seed as it did, or another coarse model")
-        self.known_training = known_of(self.cases.fitted, self.cases.fitted.ids) if self.cases.is_real else []
+        if shared:
+            raise ValueError(
+                f"coarse: {self.coarse} was trained on {shared[0]}, a patient that this refiner"
+                " would be judged on; take the same data and seed as it did, or another coarse"
+                " model"
+            )
+        self.known_training = (
+            known_of(self.cases.fitted, self.cases.fitted.ids) if self.cases.is_real else []
+        )
         if isinstance(self.source, CoarseFiles):
-            here = lambda pairs: self.cases._pairs(pairs.source.subset([i for i, id in enumerate(pairs.ids) if id in self.source.files]))
-            training, self.validation = here(self.cases.fitted), here(self.validation)
+
+            def here(pairs):
+                return self.cases._pairs(
+                    pairs.source.subset(
+                        [i for i, id in enumerate(pairs.ids) if id in self.source.files]
+                    )
+                )
+
+            training = here(self.cases.fitted)
+            self.validation = here(self.validation)
             for side, pairs in (("train on", training), ("judge on", self.validation)):
-                if len(pairs) == 0: raise ValueError(f"coarse: {self.coarse} has no file for any of the cases to {side}; name the files after the cases, like {(self.cases.fitted if side == 'train on' else self.cases.validation).ids[0]}.nii.gz")
+                if len(pairs) == 0:
+                    raise ValueError(
+                        f"coarse: {self.coarse} has no file for any of the cases to {side}; name"
+                        " the files after the cases, like"
+                        f" {(self.cases.fitted if side == 'train on' else self.cases.validation).ids[0]}.nii.gz"
+                    )
             data = Mixture((training, 1))
         else:
             taken = known | set(self.cases.fitted.ids) | set(self.validation.ids)
-            self.cases.phantoms_for_network = unseen_phantoms(taken, s.phantoms, self.cases.settings.render_size, self.cases.phantoms_for_network.cache)
+            self.cases.phantoms_for_network = unseen_phantoms(
+                taken,
+                s.phantoms,
+                self.cases.settings.render_size,
+                self.cases.phantoms_for_network.cache,
+            )
             data = self.cases.cases()
         self.pairs = CoarsePairs(data, self.source, s.draws, default_cache_dir())
-        self.judged = CoarsePairs(Mixture((self.cases._pairs(self.validation.source[:s.judged]), 1)), self.source, 1, default_cache_dir())
+        self.judged = CoarsePairs(
+            Mixture((self.cases._pairs(self.validation.source[: s.judged]), 1)),
+            self.source,
+            1,
+            default_cache_dir(),
+        )
         return self
 
     def describe(self) -> str:
         "What the run learns from and is judged on, in sentences."
         names = sorted(set(self.pairs.ids))
-        few = lambda ids: ", ".join(ids) if len(ids) <= 12 else f"{len(ids)} cases, {ids[0]} to {ids[-1]}"
-        lines = [f"coarse:     {self.coarse}, {self.source.size}³ voxels, window {self.source.window}", f"trained on: {few(names)}", f"judged on:  {few(sorted(set(self.judged.ids)))} (neither the coarse model nor the refiner has seen them)"]
-        if isinstance(self.source, CoarseFiles): lines[2:] = [f"judged on:  {few(sorted(set(self.judged.ids)))}", "beware:     nobody can say whom the maker of these coarse CTs learned from"]
-        if self.known_training: lines.append(f"beware:     the coarse model was trained on {few(self.known_training)}, so its errors there look smaller than they are")
-        return "\n".join(lines + [f"left out:   {name}: {reason}" for name, reason in self.cases.skipped])
+
+        def few(ids):
+            return ", ".join(ids) if len(ids) <= 12 else f"{len(ids)} cases, {ids[0]} to {ids[-1]}"
+
+        lines = [
+            f"coarse:     {self.coarse}, {self.source.size}³ voxels, window {self.source.window}",
+            f"trained on: {few(names)}",
+            (
+                f"judged on:  {few(sorted(set(self.judged.ids)))} (neither the coarse model nor the"
+                " refiner has seen them)"
+            ),
+        ]
+        if isinstance(self.source, CoarseFiles):
+            lines[2:] = [
+                f"judged on:  {few(sorted(set(self.judged.ids)))}",
+                "beware:     nobody can say whom the maker of these coarse CTs learned from",
+            ]
+        if self.known_training:
+            lines.append(
+                f"beware:     the coarse model was trained on {few(self.known_training)}, so its"
+                " errors there look smaller than they are"
+            )
+        return "\n".join(
+            lines + [f"left out:   {name}: {reason}" for name, reason in self.cases.skipped]
+        )
 
 # %% ../../nbs/learn/13d_train_refinement.ipynb #cell-010
 def collate_coarse(items: list[dict]) -> dict:
     "Items of `CoarsePairs` as a batch."
     return collate(items) | {"coarse": torch.stack([item["coarse"] for item in items])}
 
+
 class RefinementLearner(nn.Module):
-    "A refiner with its losses. `features` of the perceptual term (None: random ones) are no part of it: neither trained nor averaged."
-    def __init__(self, refiner: Refiner, weights: RefinementWeights, seed: int = 0, features: Callable | None = None):
+    """A refiner with its losses.
+
+    `features` of the perceptual term (None: random ones) are no part of it: neither trained nor
+    averaged.
+    """
+
+    def __init__(
+        self,
+        refiner: Refiner,
+        weights: RefinementWeights,
+        seed: int = 0,
+        features: Callable | None = None,
+    ):
         super().__init__()
-        self.refiner, self.weights, self.seed, self.others = refiner, weights, seed, [RandomFeatures(seed) if features is None else features]
-        if isinstance(self.others[0], nn.Module): self.others[0].requires_grad_(False).eval()
+        self.refiner = refiner
+        self.weights = weights
+        self.seed = seed
+        self.others = [RandomFeatures(seed) if features is None else features]
+        if isinstance(self.others[0], nn.Module):
+            self.others[0].requires_grad_(False).eval()
 
     def forward(self, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         "The loss of a batch at a step, and its parts for the log."
-        c, coarse, truth, corner = self.refiner.config, batch["coarse"], batch["hu"], None
+        c = self.refiner.config
+        coarse = batch["coarse"]
+        truth = batch["hu"]
+        corner = None
         if c.patch is not None:
             draw = stream("refinement", self.seed, step, *batch["id"])
-            corner = tuple((c.step * torch.randint((c.size - c.patch) // c.step + 1, (3,), generator=draw)).tolist())
+            corner = tuple(
+                (
+                    c.step * torch.randint((c.size - c.patch) // c.step + 1, (3,), generator=draw)
+                ).tolist()
+            )
             z, y, x = (slice(start, start + c.patch) for start in corner)
             truth = truth[:, z, y, x]
-        refined, features = self.refiner(coarse, batch["xrays"], batch["geometry"], corner=corner), self.others[0]
-        if isinstance(features, nn.Module): features.to(coarse.device)
+        refined = self.refiner(coarse, batch["xrays"], batch["geometry"], corner=corner)
+        features = self.others[0]
+        if isinstance(features, nn.Module):
+            features.to(coarse.device)
         geometry = batch["geometry"].to(torch.float32)
-        return refinement_loss(refined, truth, self.refiner.window, self.weights, features, batch["xrays"], geometry, c.energy_kev, None if corner is None else (coarse, corner))
+        return refinement_loss(
+            refined,
+            truth,
+            self.refiner.window,
+            self.weights,
+            features,
+            batch["xrays"],
+            geometry,
+            c.energy_kev,
+            None if corner is None else (coarse, corner),
+        )
 
 # %% ../../nbs/learn/13d_train_refinement.ipynb #cell-011
 @patch
@@ -173,134 +388,347 @@ def build(self: RefinementRun) -> RefinementModel:
     self.model = RefinementModel(self.settings.network, self.consistency)
     return self.model
 
+
 @patch
 def _fitting_items(self: RefinementRun, most: int | None = None):
     "Some training items, evenly spread; as many as the settings say unless given."
-    places = torch.linspace(0, len(self.pairs) - 1, min(most or self.settings.fitted, len(self.pairs))).round().long().unique().tolist()
+    places = (
+        torch.linspace(0, len(self.pairs) - 1, min(most or self.settings.fitted, len(self.pairs)))
+        .round()
+        .long()
+        .unique()
+        .tolist()
+    )
     return (self.pairs[place] for place in places)
+
 
 @patch
 def _validate(self: RefinementRun, learner: RefinementLearner, most: int = 4) -> dict:
     found = []
     for place in range(min(most, len(self.judged))):
-        item, device = self.judged[place], next(learner.parameters()).device
-        hu = learner.refiner(item["coarse"][None].to(device), item["xrays"][None].to(device), item["geometry"].to(device=device, dtype=torch.float32))[0].cpu()
-        found.append([psnr(hu, item["hu"]), ssim(hu, item["hu"]), psnr(hu, item["hu"]) - psnr(item["coarse"], item["hu"])])
-    return dict(zip(("psnr", "ssim", "psnr_gain"), (sum(column) / len(found) for column in zip(*found))))
+        item = self.judged[place]
+        device = next(learner.parameters()).device
+        hu = learner.refiner(
+            item["coarse"][None].to(device),
+            item["xrays"][None].to(device),
+            item["geometry"].to(device=device, dtype=torch.float32),
+        )[0].cpu()
+        found.append(
+            [
+                psnr(hu, item["hu"]),
+                ssim(hu, item["hu"]),
+                psnr(hu, item["hu"]) - psnr(item["coarse"], item["hu"]),
+            ]
+        )
+    return dict(
+        zip(("psnr", "ssim", "psnr_gain"), (sum(column) / len(found) for column in zip(*found)))
+    )
+
 
 @patch
 def fit(self: RefinementRun, progress: bool = True) -> list[dict]:
-    "Compute the coarse volumes, train, and save the weights with their configuration. Returns the history."
+    """Compute the coarse volumes, train, and save the weights with their configuration.
+
+    Returns the history.
+    """
     self.build()
     cuda = torch.cuda.is_available()
     self.source.to("cuda" if cuda else "cpu")
-    for pairs in (self.pairs, self.judged): pairs.prepare(0 if cuda else os.cpu_count() or 1, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), progress)
+    for pairs in (self.pairs, self.judged):
+        pairs.prepare(
+            0 if cuda else os.cpu_count() or 1,
+            int(os.environ.get("RANK", 0)),
+            int(os.environ.get("WORLD_SIZE", 1)),
+            progress,
+        )
     self.source.to("cpu")  # makes room, and loaders may ask it from other processes
-    self.model.refiner.centre((item["coarse"][None], item["xrays"][None], item["geometry"].to(torch.float32)) for item in self._fitting_items(8))
+    self.model.refiner.centre(
+        (item["coarse"][None], item["xrays"][None], item["geometry"].to(torch.float32))
+        for item in self._fitting_items(8)
+    )
     learner = RefinementLearner(self.model.refiner, self.settings.weights, self.seed, self.features)
-    self.history = Trainer(learner, nn.Module.__call__, self.pairs, self.settings.trainer, self.out, collate_coarse, self._validate).fit(self.resume, progress).rows
+    self.history = (
+        Trainer(
+            learner,
+            nn.Module.__call__,
+            self.pairs,
+            self.settings.trainer,
+            self.out,
+            collate_coarse,
+            self._validate,
+        )
+        .fit(self.resume, progress)
+        .rows
+    )
     self.model.eval().to(next(learner.parameters()).device)
     self.model.fit_spread(self._fitting_items())
     self.residual = self._usual_residual()
-    if self.is_main: save_weights(self.out, self.model, self.configuration())
+    if self.is_main:
+        save_weights(self.out, self.model, self.configuration())
     return self.history
+
 
 @patch
 def _usual_residual(self: RefinementRun, most: int = 8) -> dict:
-    "How well refined volumes explain X-rays that are what they claim to be: median and limit of ‖Aμ − y‖/‖y‖ over the views of some training cases, with noise."
-    found = torch.tensor([residual for item in self._fitting_items(most) for residual in
-                          view_residuals(self.model.refine(item["coarse"], item["xrays"], item["geometry"]), item["xrays"], item["geometry"], self.settings.network.energy_kev)[0]])
+    """How well refined volumes explain X-rays that are what they claim to be: median and limit of
+    ‖Aμ − y‖/‖y‖ over the views of some training cases, with noise.
+    """
+    found = torch.tensor(
+        [
+            residual
+            for item in self._fitting_items(most)
+            for residual in view_residuals(
+                self.model.refine(item["coarse"], item["xrays"], item["geometry"]),
+                item["xrays"],
+                item["geometry"],
+                self.settings.network.energy_kev,
+            )[0]
+        ]
+    )
     return {"median": found.median().item(), "limit": RESIDUAL_MARGIN * found.max().item()}
+
 
 @patch
 def configuration(self: RefinementRun) -> dict:
     "What goes into `config.json`."
     fitted = self.cases.fitted
-    return {"system": "refiner", "network": self.settings.network.to_dict(), "preset": self.preset, "data": str(self.data), "seed": self.seed, "coarse": str(self.coarse), "coarse_weights": self.source.weights,
-            "consistency": self.consistency.to_dict(), "perceptual": self.features.name if self.settings.weights.perceptual else None, "residual": getattr(self, "residual", None),
-            "settings": asdict(self.settings), "training": {"cases": sorted(set(self.pairs.ids)), "patients": sorted(set(self.pairs.patients)), "fingerprint": fitted.source.fingerprint()},
-            "validation": {"cases": self.validation.ids, "fingerprint": self.validation.source.fingerprint()}}
+    return {
+        "system": "refiner",
+        "network": self.settings.network.to_dict(),
+        "preset": self.preset,
+        "data": str(self.data),
+        "seed": self.seed,
+        "coarse": str(self.coarse),
+        "coarse_weights": self.source.weights,
+        "consistency": self.consistency.to_dict(),
+        "perceptual": self.features.name if self.settings.weights.perceptual else None,
+        "residual": getattr(self, "residual", None),
+        "settings": asdict(self.settings),
+        "training": {
+            "cases": sorted(set(self.pairs.ids)),
+            "patients": sorted(set(self.pairs.patients)),
+            "fingerprint": fitted.source.fingerprint(),
+        },
+        "validation": {
+            "cases": self.validation.ids,
+            "fingerprint": self.validation.source.fingerprint(),
+        },
+    }
 
 # %% ../../nbs/learn/13d_train_refinement.ipynb #cell-013
 class _NetworkAlone:
     "The refiner without the layer."
+
     name, settings = "refined_without_consistency", {}
-    def __init__(self, model: RefinementModel): self.model = model
-    def refine(self, coarse_hu, xrays, geometry): return self.model.refine(coarse_hu, xrays, geometry, consistency=False)
+
+    def __init__(self, model: RefinementModel):
+        self.model = model
+
+    def refine(self, coarse_hu, xrays, geometry):
+        return self.model.refine(coarse_hu, xrays, geometry, consistency=False)
+
 
 @dataclass
 class _Judged:
     "A refiner of volumes under the interface of the scoreboard."
+
     refines: object
     pairs: CoarsePairs
 
     @property
-    def name(self) -> str: return self.refines.name
+    def name(self) -> str:
+        return self.refines.name
+
     @property
-    def settings(self) -> dict: return self.refines.settings
-    def predict(self, xrays, geometry): return self.refines.refine(self.pairs.coarse_of(xrays), xrays, geometry)
+    def settings(self) -> dict:
+        return self.refines.settings
+
+    def predict(self, xrays, geometry):
+        return self.refines.refine(self.pairs.coarse_of(xrays), xrays, geometry)
+
 
 def case_folders(ids: Sequence[str]) -> list[str]:
-    "A name for the folder of each case: its id as far as file systems take it, with some digits of its digest where two would be one."
+    """A name for the folder of each case: its id as far as file systems take it, with some digits
+    of its digest where two would be one.
+    """
     names = [re.sub(r"[^\w.-]+", "_", str(id)).strip(".") or "case" for id in ids]
     shared = Counter(name.casefold() for name in names)
-    return [name if shared[name.casefold()] == 1 else f"{name}-{content_digest(str(id))[:8]}" for name, id in zip(names, ids)]
+    return [
+        name if shared[name.casefold()] == 1 else f"{name}-{content_digest(str(id))[:8]}"
+        for name, id in zip(names, ids)
+    ]
+
 
 def _save_case(folder: Path, item: dict, volumes: dict, rows: list[dict], spectrum: dict) -> None:
-    for name, hu in {"coarse": volumes["coarse"], "refined": volumes["refined"], "ground_truth": item["hu"]}.items(): Volume(hu.round().numpy(), item["affine"].numpy()).save(folder / f"{name}.nii.gz")
-    write_json(folder / "metrics.json", {"case": item["id"], "patient": item["patient"], "predictors": board_content(RefinementBoard(rows))["predictors"], "spectra": spectrum})
+    for name, hu in {
+        "coarse": volumes["coarse"],
+        "refined": volumes["refined"],
+        "ground_truth": item["hu"],
+    }.items():
+        Volume(hu.round().numpy(), item["affine"].numpy()).save(folder / f"{name}.nii.gz")
+    write_json(
+        folder / "metrics.json",
+        {
+            "case": item["id"],
+            "patient": item["patient"],
+            "predictors": board_content(RefinementBoard(rows))["predictors"],
+            "spectra": spectrum,
+        },
+    )
+
 
 def _mean_spectra(cases: list[dict]) -> dict:
     "`Spectra` by predictor, of each case → their means over cases as lists."
-    mean = lambda name, part: torch.stack([getattr(case[name], part) for case in cases]).mean(0).tolist()
-    return {"frequency_per_mm": mean("refined", "frequency_per_mm"), "truth": mean("refined", "truth"), **{word: {name: mean(name, part) for name in cases[0]} for word, part in (("power", "pred"), ("correlation", "correlation"))}}
+
+    def mean(name, part):
+        return torch.stack([getattr(case[name], part) for case in cases]).mean(0).tolist()
+
+    return {
+        "frequency_per_mm": mean("refined", "frequency_per_mm"),
+        "truth": mean("refined", "truth"),
+        **{
+            word: {name: mean(name, part) for name in cases[0]}
+            for word, part in (("power", "pred"), ("correlation", "correlation"))
+        },
+    }
+
 
 @patch
 def fit_floors(self: RefinementRun) -> list:
     "Unsharp mask and data consistency alone, fitted to training cases."
-    energy, square, count = self.settings.network.energy_kev, 0, 0
-    for item in self._fitting_items(): square, count = square + (hu_to_mu(item["hu"], energy) - hu_to_mu(item["coarse"], energy)).square(), count + 1
+    energy = self.settings.network.energy_kev
+    square = 0
+    count = 0
+    for item in self._fitting_items():
+        square = square + (hu_to_mu(item["hu"], energy) - hu_to_mu(item["coarse"], energy)).square()
+        count = count + 1
     mask = UnsharpMask.fit((item["coarse"], item["hu"]) for item in self._fitting_items())
     return [mask, ConsistencyAlone(shrunk_spread(square / count, count), energy)]
 
+
 @patch
 def on_others(self: RefinementRun, refiner, data: str) -> RefinementRun:
-    "The refiner in folder `refiner`, to be judged on every usable patient of `data`, one scan of each, in place of this run's. ValueError where it or its coarse model was trained on one of them."
-    source = open_source(str(data), self.cases.settings.render_size, on_error="skip", thorax_only=True, cache_dir=default_cache_dir()).one_per_patient()
-    if isinstance(self.source, CoarseFiles): source = source.subset([i for i, id in enumerate(source.ids) if id in self.source.files])
+    """The refiner in folder `refiner`, to be judged on every usable patient of `data`, one scan of
+    each, in place of this run's. ValueError where it or its coarse model was trained on one of
+    them.
+    """
+    source = open_source(
+        str(data),
+        self.cases.settings.render_size,
+        on_error="skip",
+        thorax_only=True,
+        cache_dir=default_cache_dir(),
+    ).one_per_patient()
+    if isinstance(self.source, CoarseFiles):
+        source = source.subset([i for i, id in enumerate(source.ids) if id in self.source.files])
     told = read_config(refiner, system="refiner")["training"]
-    known = {*told["cases"], *told.get("patients", []), *self.source.known, *self.source.known_patients}
-    shared = sorted(patient for id, patient in zip(source.ids, source.patients) if known & {id, patient})
-    if not len(source): raise ValueError(f"data: {self.coarse} has no file for any case of {data}; name the files after the cases")
-    if shared: raise ValueError(f"data: {refiner} or its coarse model was trained on {shared[0]} of {data}; judge it on patients that neither has seen")
+    known = {
+        *told["cases"],
+        *told.get("patients", []),
+        *self.source.known,
+        *self.source.known_patients,
+    }
+    shared = sorted(
+        patient for id, patient in zip(source.ids, source.patients) if known & {id, patient}
+    )
+    if not len(source):
+        raise ValueError(
+            f"data: {self.coarse} has no file for any case of {data}; name the files after the"
+            " cases"
+        )
+    if shared:
+        raise ValueError(
+            f"data: {refiner} or its coarse model was trained on {shared[0]} of {data}; judge it on"
+            " patients that neither has seen"
+        )
     model, ours = load_refiner(refiner), self.settings.network
     for name in ("size", "window", "energy_kev"):
-        if getattr(model.config, name) != getattr(ours, name): raise ValueError(f"refiner: {refiner} is for {name} {getattr(model.config, name)}, this run has {getattr(ours, name)}; open the run as the refiner's was")
-    self.model, self.judged = model, CoarsePairs(Mixture((self.cases._pairs(source), 1)), self.source, 1, default_cache_dir())
+        if getattr(model.config, name) != getattr(ours, name):
+            raise ValueError(
+                f"refiner: {refiner} is for {name} {getattr(model.config, name)}, this run has"
+                f" {getattr(ours, name)}; open the run as the refiner's was"
+            )
+    self.model, self.judged = model, CoarsePairs(
+        Mixture((self.cases._pairs(source), 1)), self.source, 1, default_cache_dir()
+    )
     return self
+
 
 @patch
 def judge(self: RefinementRun, out=None, progress: bool = True) -> RefinementBoard:
-    """Refiner, input and floors on the cases left out. Writes into `out` (the run's folder) scoreboard, `refinement.json` (gains with intervals, verdict, mean spectra) and a folder for each case: coarse, refined and ground truth as NIfTI, `metrics.json`.
-    The pictures of it are `ct_nb.view.refinement_figure.draw_run`'s."""
+    """Refiner, input and floors on the cases left out.
+
+    Writes into `out` (the run's folder) scoreboard, `refinement.json` (gains with intervals,
+    verdict, mean spectra) and a folder for each case: coarse, refined and ground truth as NIfTI,
+    `metrics.json`.
+    The pictures of it are `ct_nb.view.refinement_figure.draw_run`'s.
+    """
     from tqdm.auto import tqdm
-    out, energy, held_out, rows, found, folders = self.out if out is None else Path(out), self.settings.network.energy_kev, None, [], [], case_folders(self.judged.ids)
-    predictors = [_Judged(refines, self.judged) for refines in (self.model.eval(), _NetworkAlone(self.model), Unrefined(), *self.fit_floors())]
+
+    out = self.out if out is None else Path(out)
+    energy = self.settings.network.energy_kev
+    held_out = None
+    rows = []
+    found = []
+    folders = case_folders(self.judged.ids)
+    predictors = [
+        _Judged(refines, self.judged)
+        for refines in (
+            self.model.eval(),
+            _NetworkAlone(self.model),
+            Unrefined(),
+            *self.fit_floors(),
+        )
+    ]
     for number in tqdm(range(len(self.judged)), desc="judging", unit="case", disable=not progress):
         item = self.judged[number]
-        if held_out is None: held_out = held_out_views(item["geometry"])
+        if held_out is None:
+            held_out = held_out_views(item["geometry"])
         grid = item["geometry"].grid
         scored, volumes = score_case(predictors, item, held_out.on(grid), energy)
-        found.append({name: spectra(hu, item["hu"], float(grid.spacing_mm[0])) for name, hu in volumes.items()})
+        found.append(
+            {
+                name: spectra(hu, item["hu"], float(grid.spacing_mm[0]))
+                for name, hu in volumes.items()
+            }
+        )
         explained = drr_error(item["hu"], item["xrays"], item["geometry"], energy)
-        scored = [{**row, "drr_error_of_truth": explained, **sharpness_scores(volumes[row["predictor"]], item["coarse"], item["hu"], item["geometry"], energy, spectrum=found[-1][row["predictor"]])} for row in scored]
+        scored = [
+            {
+                **row,
+                "drr_error_of_truth": explained,
+                **sharpness_scores(
+                    volumes[row["predictor"]],
+                    item["coarse"],
+                    item["hu"],
+                    item["geometry"],
+                    energy,
+                    spectrum=found[-1][row["predictor"]],
+                ),
+            }
+            for row in scored
+        ]
         rows += scored
-        _save_case(out / "cases" / folders[number], item, volumes, scored, _mean_spectra(found[-1:]))
+        _save_case(
+            out / "cases" / folders[number], item, volumes, scored, _mean_spectra(found[-1:])
+        )
     self.spectra = _mean_spectra(found)
-    board = RefinementBoard(rows, {"held_out_azimuth_deg": [round(a, 3) for a in held_out.azimuth_deg.tolist()], "energy_kev": energy, "settings": {p.name: p.settings for p in predictors}, "coarse": str(self.coarse), "versions": versions()})
+    board = RefinementBoard(
+        rows,
+        {
+            "held_out_azimuth_deg": [round(a, 3) for a in held_out.azimuth_deg.tolist()],
+            "energy_kev": energy,
+            "settings": {p.name: p.settings for p in predictors},
+            "coarse": str(self.coarse),
+            "versions": versions(),
+        },
+    )
     self.verdict = board.verdict()
     board.save(out)
-    write_json(out / "refinement.json", {"gain_over": board.gains(), "verdict": self.verdict, "spectra": self.spectra})
+    write_json(
+        out / "refinement.json",
+        {"gain_over": board.gains(), "verdict": self.verdict, "spectra": self.spectra},
+    )
     return board
 
 # %% ../../nbs/learn/13d_train_refinement.ipynb #cell-018
@@ -311,7 +739,9 @@ def main(
     out: str = "runs/refinement",  # folder for weights, scoreboard and NIfTI
     seed: int = 0,  # decides split, start, noise and order
     resume: bool = False,  # go on from the checkpoint in `out`
-    coarse: str = "runs/drr2ct",  # folder of a run of system A or of a cascade, or of coarse CTs named after their cases; or sirt or minimum_norm, which need none
+    # folder of a run of system A or of a cascade, or of coarse CTs named after their cases; or sirt
+    # or minimum_norm, which need none
+    coarse: str = "runs/drr2ct",
     steps: int = None,  # optimiser steps; the preset's unless given
 ):
     "Train system C (a refiner of coarse CTs) and judge it against its input and the floors."

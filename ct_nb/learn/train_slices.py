@@ -20,19 +20,31 @@ from torch import nn
 from ..data.pairs import stream
 from ..data.slabs import SlabPairs, SlabRange, collate_slabs
 from ..data.slice_crops import SliceCrops, sides_content, usable
-from .checkpoints import STATE_FILE, WEIGHTS_FILE, load_weights, read_config, save_weights
+from ct_nb.learn.checkpoints import (
+    STATE_FILE,
+    WEIGHTS_FILE,
+    load_weights,
+    read_config,
+    save_weights,
+)
 from .metrics import psnr
 from .slice_judging import judge_slices, rplhr_sentences, slice_models
 from .slice_scores import BackProjection, SliceBoard
 from .train_vae import PHANTOM_SIDE_MM, VAERun, load_vae
 from .trainer import Trainer, TrainerConfig, TrainingStopped
 from ..nets.slice_network import SliceNetworkConfig
-from ..nets.slices import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
+from ct_nb.nets.slices import (
+    SliceDiffusion,
+    SliceDiffusionConfig,
+    SliceRegressor,
+    SliceRegressorConfig,
+)
 
 # %% ../../nbs/learn/15a_train_slices.ipynb #cell-005
 @dataclass(frozen=True)
 class SlicesPreset:
     "What a run of a given size is made of."
+
     network: SliceNetworkConfig  # of both
     regressor: TrainerConfig
     diffusion: TrainerConfig
@@ -48,40 +60,158 @@ class SlicesPreset:
     judged: int = 4  # cases at most
     memory_gib: float = 2.0
 
+
 SLICES_PRESETS = {
-    "smoke": SlicesPreset(SliceNetworkConfig.preset("smoke"), *(TrainerConfig(steps=8, batch_size=2, learning_rate=rate, warmup_steps=2, log_every=4, checkpoint_every=4, validate_every=0, ema_decay=0.9) for rate in (5e-3, 2e-3)),
-                          thick_mm=12.0, count=3, size=32, latent_size=32, sampling_steps=3, samples=2, judged=1),
-    "cpu": SlicesPreset(SliceNetworkConfig.preset("cpu"), TrainerConfig(steps=3000, batch_size=2, learning_rate=3e-3, log_every=20, checkpoint_every=100, validate_every=200, ema_decay=0.99),
-                        TrainerConfig(steps=1200, batch_size=4, learning_rate=2e-3, log_every=20, checkpoint_every=100, validate_every=200, ema_decay=0.99), spacing=(0.9, 1.1), width=(0.9, 1.1), coarsest=1.2, latent_size=64),
-    "gpu": SlicesPreset(SliceNetworkConfig.preset("gpu"), *(TrainerConfig(steps=20_000, batch_size=batch, learning_rate=rate, warmup_steps=500, log_every=50, checkpoint_every=500, validate_every=1000, ema_decay=0.999, workers=8, mixed_precision="bf16")
-                                                            for batch, rate in ((8, 4e-4), (16, 2e-4))), count=6, size=128, latent_size=256, samples=8, judged=16, memory_gib=12.0),
-    "paper": SlicesPreset(SliceNetworkConfig.preset("paper"), *(TrainerConfig(steps=200_000, batch_size=24, accumulation=4, shard_optimizer=True, learning_rate=rate, warmup_steps=2000, log_every=100, checkpoint_every=1000, validate_every=5000,
-                                                                              ema_decay=0.9999, workers=12, mixed_precision="bf16") for rate in (2e-4, 1e-4)), count=10, size=192, latent_size=512, samples=16, judged=64, memory_gib=24.0),
+    "smoke": SlicesPreset(
+        SliceNetworkConfig.preset("smoke"),
+        *(
+            TrainerConfig(
+                steps=8,
+                batch_size=2,
+                learning_rate=rate,
+                warmup_steps=2,
+                log_every=4,
+                checkpoint_every=4,
+                validate_every=0,
+                ema_decay=0.9,
+            )
+            for rate in (5e-3, 2e-3)
+        ),
+        thick_mm=12.0,
+        count=3,
+        size=32,
+        latent_size=32,
+        sampling_steps=3,
+        samples=2,
+        judged=1,
+    ),
+    "cpu": SlicesPreset(
+        SliceNetworkConfig.preset("cpu"),
+        TrainerConfig(
+            steps=3000,
+            batch_size=2,
+            learning_rate=3e-3,
+            log_every=20,
+            checkpoint_every=100,
+            validate_every=200,
+            ema_decay=0.99,
+        ),
+        TrainerConfig(
+            steps=1200,
+            batch_size=4,
+            learning_rate=2e-3,
+            log_every=20,
+            checkpoint_every=100,
+            validate_every=200,
+            ema_decay=0.99,
+        ),
+        spacing=(0.9, 1.1),
+        width=(0.9, 1.1),
+        coarsest=1.2,
+        latent_size=64,
+    ),
+    "gpu": SlicesPreset(
+        SliceNetworkConfig.preset("gpu"),
+        *(
+            TrainerConfig(
+                steps=20_000,
+                batch_size=batch,
+                learning_rate=rate,
+                warmup_steps=500,
+                log_every=50,
+                checkpoint_every=500,
+                validate_every=1000,
+                ema_decay=0.999,
+                workers=8,
+                mixed_precision="bf16",
+            )
+            for batch, rate in ((8, 4e-4), (16, 2e-4))
+        ),
+        count=6,
+        size=128,
+        latent_size=256,
+        samples=8,
+        judged=16,
+        memory_gib=12.0,
+    ),
+    "paper": SlicesPreset(
+        SliceNetworkConfig.preset("paper"),
+        *(
+            TrainerConfig(
+                steps=200_000,
+                batch_size=24,
+                accumulation=4,
+                shard_optimizer=True,
+                learning_rate=rate,
+                warmup_steps=2000,
+                log_every=100,
+                checkpoint_every=1000,
+                validate_every=5000,
+                ema_decay=0.9999,
+                workers=12,
+                mixed_precision="bf16",
+            )
+            for rate in (2e-4, 1e-4)
+        ),
+        count=10,
+        size=192,
+        latent_size=512,
+        samples=16,
+        judged=64,
+        memory_gib=24.0,
+    ),
 }
 
+
 def get_slices_preset(name: str) -> SlicesPreset:
-    if name not in SLICES_PRESETS: raise ValueError(f"preset: must be one of {', '.join(SLICES_PRESETS)}, got {name!r}.")
+    if name not in SLICES_PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(SLICES_PRESETS)}, got {name!r}.")
     return SLICES_PRESETS[name]
 
 # %% ../../nbs/learn/15a_train_slices.ipynb #cell-007
 class Slices(nn.Module):
     "A trained regressor, a trained diffusion model, or both; `about` is the run's `config.json`."
-    def __init__(self, regressor: SliceRegressor | None = None, diffusion: SliceDiffusion | None = None, about: dict | None = None):
+
+    def __init__(
+        self,
+        regressor: SliceRegressor | None = None,
+        diffusion: SliceDiffusion | None = None,
+        about: dict | None = None,
+    ):
         super().__init__()
-        if regressor is None and diffusion is None: raise ValueError("Slices: needs a regressor, a diffusion model, or both")
-        self.regressor, self.diffusion, self.about = regressor, diffusion, about or {}
+        if regressor is None and diffusion is None:
+            raise ValueError("Slices: needs a regressor, a diffusion model, or both")
+        self.regressor = regressor
+        self.diffusion = diffusion
+        self.about = about or {}
 
     def networks(self) -> dict:
         "What `Slices.of` makes it from."
-        return {"regressor": self.regressor and self.regressor.config.to_dict(), "diffusion": self.diffusion and self.diffusion.config.to_dict()}
+        return {
+            "regressor": self.regressor and self.regressor.config.to_dict(),
+            "diffusion": self.diffusion and self.diffusion.config.to_dict(),
+        }
 
     @classmethod
     def of(cls, networks: dict, about: dict | None = None) -> "Slices":
-        made = {"regressor": (SliceRegressor, SliceRegressorConfig), "diffusion": (SliceDiffusion, SliceDiffusionConfig)}
-        return cls(*(networks.get(name) and kind(config.from_dict(networks[name])) for name, (kind, config) in made.items()), about)
+        made = {
+            "regressor": (SliceRegressor, SliceRegressorConfig),
+            "diffusion": (SliceDiffusion, SliceDiffusionConfig),
+        }
+        return cls(
+            *(
+                networks.get(name) and kind(config.from_dict(networks[name]))
+                for name, (kind, config) in made.items()
+            ),
+            about,
+        )
+
 
 def load_slices(folder) -> Slices:
-    "The trained networks of a run, in evaluation mode. `WeightsError` when the folder is not one, or of another system."
+    """The trained networks of a run, in evaluation mode.
+
+    `WeightsError` when the folder is not one, or of another system.
+    """
     about = read_config(folder, system="slices")
     slices = Slices.of(about["network"], about)
     load_weights(folder, slices)
@@ -91,90 +221,184 @@ def load_slices(folder) -> Slices:
 TRAINED = ("regressor", "diffusion")
 PROFILES = ("rectangular", "gaussian")  # of simulated thick slices
 
+
 @dataclass
 class SlicesRun:
     "A training run of system E: `open`, `fit`, `judge`, in this order."
+
     preset: str = "cpu"  # smoke, cpu, gpu or paper
-    data: str = "phantom"  # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
+    # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
+    data: str = "phantom"
     out: str = "runs/slices"
     seed: int = 0
     resume: bool = False  # go on from the checkpoints in `out`
-    vae: str | None = None  # folder of a run of `train_vae`; None: trained first, where it is needed
-    model: str = "both"  # "regressor" or "diffusion": that alone is trained, the other taken from `out` if it is there
+    # folder of a run of `train_vae`; None: trained first, where it is needed
+    vae: str | None = None
+    # "regressor" or "diffusion": that alone is trained, the other taken from `out` if it is there
+    model: str = "both"
     steps: int | None = None  # optimiser steps of each; None: the preset's
     thick_mm: float | None = None  # spacing of the thick slices; None: the preset's
     settings: SlicesPreset | None = None  # None: those of the preset
 
     def __post_init__(self):
         self.out, self.seed = Path(self.out), int(self.seed)
-        if self.model not in ("both", *TRAINED): raise ValueError(f"model: must be both, {' or '.join(TRAINED)}, got {self.model!r}")
+        if self.model not in ("both", *TRAINED):
+            raise ValueError(f"model: must be both, {' or '.join(TRAINED)}, got {self.model!r}")
         s = get_slices_preset(self.preset) if self.settings is None else self.settings
-        own = lambda trainer: replace(trainer, seed=self.seed, steps=int(self.steps or trainer.steps), warmup_steps=min(trainer.warmup_steps, max(int(self.steps or trainer.steps) // 5, 1)))
-        self.settings = replace(s, thick_mm=float(self.thick_mm or s.thick_mm), regressor=own(s.regressor), diffusion=own(s.diffusion))
+
+        def own(trainer):
+            return replace(
+                trainer,
+                seed=self.seed,
+                steps=int(self.steps or trainer.steps),
+                warmup_steps=min(
+                    trainer.warmup_steps, max(int(self.steps or trainer.steps) // 5, 1)
+                ),
+            )
+
+        self.settings = replace(
+            s,
+            thick_mm=float(self.thick_mm or s.thick_mm),
+            regressor=own(s.regressor),
+            diffusion=own(s.diffusion),
+        )
 
     @property
-    def wanted(self) -> tuple[str, ...]: return TRAINED if self.model == "both" else (self.model,)
+    def wanted(self) -> tuple[str, ...]:
+        return TRAINED if self.model == "both" else (self.model,)
 
     def open(self) -> "SlicesRun":
-        "Find the cases, leave out what cannot be used (`left_out`), and split the rest by patient into `training`, `validation` and `test`, the last two of which may be one."
-        s, run = self.settings, VAERun(self.preset, self.data, self.out / "vae", self.seed, self.resume).open()
-        self.vae_run, size, judged = run, max(s.size if name == "regressor" else s.latent_size for name in self.wanted), SlabRange((s.thick_mm, s.thick_mm))
-        self.training, reasons = usable(run.training, lambda stack: [SlabPairs([stack], slabs, size, s.count)[0] for slabs in self.ends()])
-        self.validation, more = usable(run.validation, lambda stack: SlabPairs([stack], judged, size, s.count)[0])
-        self.test, last = (self.validation, []) if run.test is run.validation else usable(run.test, lambda stack: SlabPairs([stack], judged, 1)[0])
+        """Find the cases, leave out what cannot be used (`left_out`), and split the rest by patient
+        into `training`, `validation` and `test`, the last two of which may be one.
+        """
+        s = self.settings
+        run = VAERun(self.preset, self.data, self.out / "vae", self.seed, self.resume).open()
+        self.vae_run, size, judged = (
+            run,
+            max(s.size if name == "regressor" else s.latent_size for name in self.wanted),
+            SlabRange((s.thick_mm, s.thick_mm)),
+        )
+        self.training, reasons = usable(
+            run.training,
+            lambda stack: [SlabPairs([stack], slabs, size, s.count)[0] for slabs in self.ends()],
+        )
+        self.validation, more = usable(
+            run.validation, lambda stack: SlabPairs([stack], judged, size, s.count)[0]
+        )
+        self.test, last = (
+            (self.validation, [])
+            if run.test is run.validation
+            else usable(run.test, lambda stack: SlabPairs([stack], judged, 1)[0])
+        )
         self.left_out = run.left_out + reasons + more + last
         if self.vae is not None:
             known = read_config(self.vae, system="slice_vae")["training"]
-            held_out = [name for side in (run.validation, run.test) for name in (side.patients if "patients" in known else side.ids)]
+            held_out = [
+                name
+                for side in (run.validation, run.test)
+                for name in (side.patients if "patients" in known else side.ids)
+            ]
             known = sorted(set(held_out) & set(known.get("patients", known["cases"])))
-            if known: raise ValueError(f"vae: {self.vae} was trained on {known[0]}, which would be judged here; take the same data and seed as it did")
+            if known:
+                raise ValueError(
+                    f"vae: {self.vae} was trained on {known[0]}, which would be judged here; take"
+                    " the same data and seed as it did"
+                )
         return self
 
     def ends(self) -> list[SlabRange]:
         "The thinnest and the thickest slices that are learnt from where nothing was measured."
         s = self.settings
-        return [SlabRange((s.thick_mm * spacing,) * 2, (width,) * 2, (offset,) * 2, (shape,)) for spacing, width, offset, shape in zip(s.spacing, s.width, (0.0, 1.0), PROFILES)]
+        return [
+            SlabRange((s.thick_mm * spacing,) * 2, (width,) * 2, (offset,) * 2, (shape,))
+            for spacing, width, offset, shape in zip(s.spacing, s.width, (0.0, 1.0), PROFILES)
+        ]
 
     @property
     def seen(self) -> dict[str, list[float]]:
-        "Ends of what is learnt from: spacing of thick slices, mm, width of their profile in spacings, spacing of thin ones, mm."
-        s, found, simulated = self.settings, {"thick_mm": [], "width": [], "thin_mm": []}, False
+        """Ends of what is learnt from: spacing of thick slices, mm, width of their profile in
+        spacings, spacing of thin ones, mm.
+        """
+        s = self.settings
+        found = {"thick_mm": [], "width": [], "thin_mm": []}
+        simulated = False
         for number, case in enumerate(self.training.cases):
-            if not case.files and simulated: continue  # phantoms are alike
+            if not case.files and simulated:
+                continue  # phantoms are alike
             thin, thick, profile = self.training.axes(number)
             simulated |= thick is None
-            thicks = [share * s.thick_mm for share in s.spacing] if thick is None else [thick.spacing_mm]
+            thicks = (
+                [share * s.thick_mm for share in s.spacing] if thick is None else [thick.spacing_mm]
+            )
             found["thick_mm"] += thicks
             found["width"] += s.width if thick is None else [profile.width_mm / thick.spacing_mm]
             found["thin_mm"] += [thin.spacing_mm, min(thin.spacing_mm * s.coarsest, max(thicks))]
-        return {name: [round(min(values), 6), round(max(values), 6)] for name, values in found.items()}
+        return {
+            name: [round(min(values), 6), round(max(values), 6)] for name, values in found.items()
+        }
 
     def describe(self) -> str:
         "What the run learns from and is judged on, in sentences."
         s, seen = self.settings, self.seen
         axes = [self.test.axes(number) for number in range(min(len(self.test), s.judged))]
-        among = lambda values: "; ".join(f"{value} mm" for value in sorted({f"{value:.3g}" for value in values}, key=float))
-        lines = [f"thick:      {seen['thick_mm'][0]:.3g} to {seen['thick_mm'][1]:.3g} mm to learn from, {among(s.thick_mm if thick is None else thick.spacing_mm for _, thick, _ in axes)} to be judged on",
-                 f"thin:       {seen['thin_mm'][0]:.3g} to {seen['thin_mm'][1]:.3g} mm to learn from, {among(thin.spacing_mm for thin, _, _ in axes)} to be judged on"]
-        return "\n".join([self.vae_run.describe(), *(f"left out:   {reason}" for reason in self.left_out if reason not in self.vae_run.left_out), *lines])
+
+        def among(values):
+            return "; ".join(
+                f"{value} mm" for value in sorted({f"{value:.3g}" for value in values}, key=float)
+            )
+
+        lines = [
+            (
+                f"thick:      {seen['thick_mm'][0]:.3g} to {seen['thick_mm'][1]:.3g} mm to learn"
+                " from,"
+                f" {among(s.thick_mm if thick is None else thick.spacing_mm for _, thick, _ in axes)}"
+                " to be judged on"
+            ),
+            (
+                f"thin:       {seen['thin_mm'][0]:.3g} to {seen['thin_mm'][1]:.3g} mm to learn"
+                f" from, {among(thin.spacing_mm for thin, _, _ in axes)} to be judged on"
+            ),
+        ]
+        return "\n".join(
+            [
+                self.vae_run.describe(),
+                *(
+                    f"left out:   {reason}"
+                    for reason in self.left_out
+                    if reason not in self.vae_run.left_out
+                ),
+                *lines,
+            ]
+        )
 
 # %% ../../nbs/learn/15a_train_slices.ipynb #cell-011
 @patch
 def crops(self: SlicesRun, size: int) -> SliceCrops:
     "What a network learns from."
     s = self.settings
-    ranges = SlabRange(tuple(share * s.thick_mm for share in s.spacing), s.width, (0.0, 1.0), PROFILES)
+    ranges = SlabRange(
+        tuple(share * s.thick_mm for share in s.spacing), s.width, (0.0, 1.0), PROFILES
+    )
     return SliceCrops(SlabPairs(self.training, ranges, size, s.count, self.seed), s.coarsest)
+
 
 class _Learner(nn.Module):
     "A model with its draws, a batch's own in every step."
+
     def __init__(self, model: nn.Module, seed: int):
         super().__init__()
         self.model, self.seed = model, seed
 
     def forward(self, batch: dict, step: int):
-        given = [batch[name] for name in ("thin", "thick", "thick_axis", "thin_axis", "profile", "mask")]
-        return self.model.loss(*given) if isinstance(self.model, SliceRegressor) else self.model.loss(*given, generator=stream("slices", self.seed, step, *batch["id"]))
+        given = [
+            batch[name] for name in ("thin", "thick", "thick_axis", "thin_axis", "profile", "mask")
+        ]
+        return (
+            self.model.loss(*given)
+            if isinstance(self.model, SliceRegressor)
+            else self.model.loss(*given, generator=stream("slices", self.seed, step, *batch["id"]))
+        )
+
 
 SCALE_CROPS = 32  # that the scale of the latent residual is measured on
 
@@ -182,101 +406,201 @@ SCALE_CROPS = 32  # that the scale of the latent residual is measured on
 @patch
 def get_vae(self: SlicesRun, progress: bool = True):
     "The VAE: of the folder that was named, or trained now on the training cases of this run."
-    if self.vae is not None: return load_vae(self.vae)
+    if self.vae is not None:
+        return load_vae(self.vae)
     folder = self.out / "vae"
     if not (self.resume and (folder / WEIGHTS_FILE).is_file()):
-        if progress: print(f"the VAE first: {self.vae_run.settings.trainer.steps} steps")
+        if progress:
+            print(f"the VAE first: {self.vae_run.settings.trainer.steps} steps")
         self.vae_run.fit(progress)
         (folder / STATE_FILE).unlink(missing_ok=True)
     return load_vae(folder)
+
 
 @patch
 def build(self: SlicesRun, name: str, progress: bool = True) -> nn.Module:
     "A network before training; the diffusion model with its VAE and the scale of its residual."
     torch.manual_seed(self.seed)
-    if name == "regressor": return SliceRegressor(SliceRegressorConfig(self.settings.network))
+    if name == "regressor":
+        return SliceRegressor(SliceRegressorConfig(self.settings.network))
     vae = self.get_vae(progress)
     torch.manual_seed(self.seed)
-    model, data = SliceDiffusion(SliceDiffusionConfig(self.settings.network, vae.config), vae), self.crops(self.settings.latent_size)
-    batches = (collate_slabs([data.at(-1 - number // len(data), number % len(data))]) for number in range(SCALE_CROPS))  # no step of the training sees these
-    return model.measure_scale(tuple(batch[key] for key in ("thin", "thick", "thick_axis", "thin_axis", "profile")) for batch in batches)
+    model = SliceDiffusion(SliceDiffusionConfig(self.settings.network, vae.config), vae)
+    data = self.crops(self.settings.latent_size)
+    # no step of the training sees these
+    batches = (
+        collate_slabs([data.at(-1 - number // len(data), number % len(data))])
+        for number in range(SCALE_CROPS)
+    )
+    return model.measure_scale(
+        tuple(batch[key] for key in ("thin", "thick", "thick_axis", "thin_axis", "profile"))
+        for batch in batches
+    )
+
 
 @patch
 def fit(self: SlicesRun, progress: bool = True) -> list[dict]:
-    "Train one after the other and save the weights with their configuration. Returns the history: one row for each logged step of the whole run."
-    self.history, done, models = [], 0, {}
+    """Train one after the other and save the weights with their configuration.
+
+    Returns the history: one row for each logged step of the whole run.
+    """
+    self.history = []
+    done = 0
+    models = {}
     for name in TRAINED:
-        folder, trainer = self.out / "stages" / name, getattr(self.settings, name)
+        folder = self.out / "stages" / name
+        trainer = getattr(self.settings, name)
         there = (folder / WEIGHTS_FILE).is_file()
-        if name not in self.wanted and not there: continue
+        if name not in self.wanted and not there:
+            continue
         if there and (name not in self.wanted or self.resume):
             part = Slices.of({name: read_config(folder, system="slices_stage")["network"]})
             models[name] = getattr(part, name)
             load_weights(folder, models[name])
-            rows = [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+            rows = [
+                json.loads(line)
+                for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
         else:
             models[name] = self.build(name, progress)
-            if progress: print(f"{name}: {trainer.steps} steps")
+            if progress:
+                print(f"{name}: {trainer.steps} steps")
             size = self.settings.size if name == "regressor" else self.settings.latent_size
-            loop = Trainer(_Learner(models[name], self.seed), nn.Module.__call__, self.crops(size), trainer, folder, collate_slabs, self._validate)
+            loop = Trainer(
+                _Learner(models[name], self.seed),
+                nn.Module.__call__,
+                self.crops(size),
+                trainer,
+                folder,
+                collate_slabs,
+                self._validate,
+            )
             rows = loop.fit(self.resume, progress).rows
             if loop.is_main:
-                save_weights(folder, models[name], {"system": "slices_stage", "network": models[name].config.to_dict()})
+                save_weights(
+                    folder,
+                    models[name],
+                    {"system": "slices_stage", "network": models[name].config.to_dict()},
+                )
                 (folder / STATE_FILE).unlink(missing_ok=True)  # what is done is not resumed
         self.history += [{**row, "step": done + row["step"], "stage": name} for row in rows]
         done += max(row["step"] for row in rows)
     self.slices = Slices(models.get("regressor"), models.get("diffusion")).eval()
     self.slices.about = self.configuration()
-    if self.is_main: save_weights(self.out, self.slices, self.slices.about)
+    if self.is_main:
+        save_weights(self.out, self.slices, self.slices.about)
     return self.history
+
 
 @patch(as_prop=True)
 def is_main(self: SlicesRun) -> bool:
     from accelerate import PartialState
+
     return PartialState().is_main_process
 
 # %% ../../nbs/learn/15a_train_slices.ipynb #cell-013
 @patch
 def _validate(self: SlicesRun, learner: _Learner, most: int = 4) -> dict:
-    "PSNR of a regressor and of its start, or the loss of a diffusion model, on crops of cases left out, the same ones each time."
+    """PSNR of a regressor and of its start, or the loss of a diffusion model, on crops of cases
+    left out, the same ones each time.
+    """
     s, model = self.settings, learner.model
     size = s.size if isinstance(model, SliceRegressor) else s.latent_size
-    data, device, found = SlabPairs(self.validation, SlabRange((s.thick_mm, s.thick_mm)), size, s.count, self.seed), next(model.parameters()).device, []
+    data = SlabPairs(self.validation, SlabRange((s.thick_mm, s.thick_mm)), size, s.count, self.seed)
+    device = next(model.parameters()).device
+    found = []
     for number in range(most):
         batch = collate_slabs([data.at(number, number % len(data))])
-        thin, thick, axes = batch["thin"].to(device), batch["thick"].to(device), [batch[key] for key in ("thick_axis", "thin_axis", "profile")]
+        thin = batch["thin"].to(device)
+        thick = batch["thick"].to(device)
+        axes = [batch[key] for key in ("thick_axis", "thin_axis", "profile")]
         if isinstance(model, SliceRegressor):
             start = BackProjection().thin(thick[0], *(axis[0] for axis in axes))
-            found.append({"psnr": psnr(model(thick, *axes, consistent=True)[0], thin[0]), "psnr_of_start": psnr(start, thin[0])})
-        else: found.append({"diffusion_left_out": model.loss(thin, thick, *axes, generator=stream("slices", self.seed, "validation", number))[1]["diffusion"]})
+            found.append(
+                {
+                    "psnr": psnr(model(thick, *axes, consistent=True)[0], thin[0]),
+                    "psnr_of_start": psnr(start, thin[0]),
+                }
+            )
+        else:
+            found.append(
+                {
+                    "diffusion_left_out": model.loss(
+                        thin,
+                        thick,
+                        *axes,
+                        generator=stream("slices", self.seed, "validation", number),
+                    )[1]["diffusion"]
+                }
+            )
     return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+
 
 @patch
 def configuration(self: SlicesRun) -> dict:
     "What goes into `config.json`."
-    sides = sides_content(self.training, self.validation, self.test, self.vae_run.settings.phantom_size, PHANTOM_SIDE_MM)
-    return {"system": "slices", "network": self.slices.networks(), "preset": self.preset, "data": str(self.data), "seed": self.seed, "vae": None if self.vae is None else str(self.vae), "settings": asdict(self.settings),
-            "seen": self.seen, "left_out": self.left_out, **sides}
+    sides = sides_content(
+        self.training,
+        self.validation,
+        self.test,
+        self.vae_run.settings.phantom_size,
+        PHANTOM_SIDE_MM,
+    )
+    return {
+        "system": "slices",
+        "network": self.slices.networks(),
+        "preset": self.preset,
+        "data": str(self.data),
+        "seed": self.seed,
+        "vae": None if self.vae is None else str(self.vae),
+        "settings": asdict(self.settings),
+        "seen": self.seen,
+        "left_out": self.left_out,
+        **sides,
+    }
 
 # %% ../../nbs/learn/15a_train_slices.ipynb #cell-015
 @patch
 def judge(
     self: SlicesRun,
     out=None,  # folder for the board; None: that of the run
-    picture: Callable | None = None,  # (item of `SlabPairs`, answers by name) → matplotlib Figure, `ct_nb.view.slice_figures.slices_cut_figure`; None: no picture of the first case
+    # (item of `SlabPairs`, answers by name) → matplotlib Figure,
+    # `ct_nb.view.slice_figures.slices_cut_figure`; None: no picture of the first case
+    picture: Callable | None = None,
     progress: bool = True,
 ) -> SliceBoard:
-    "Networks, floors and ceilings on the cases to be judged on; writes the board and, of the first case, `cuts.png`."
+    """Networks, floors and ceilings on the cases to be judged on; writes the board and, of the
+    first case, `cuts.png`.
+    """
     s = self.settings
-    models, ceilings = slice_models(self.slices.regressor, self.slices.diffusion, s.sampling_steps, s.samples, self.seed, s.memory_gib)
+    models, ceilings = slice_models(
+        self.slices.regressor,
+        self.slices.diffusion,
+        s.sampling_steps,
+        s.samples,
+        self.seed,
+        s.memory_gib,
+    )
     by_rplhr = all(part.startswith("rplhr:") for part in str(self.data).split("+"))
-    return judge_slices(models, ceilings, self.test, s.thick_mm, s.judged, self.out if out is None else out, picture, by_rplhr, {"samples": s.samples, "sampling_steps": s.sampling_steps}, progress)
+    return judge_slices(
+        models,
+        ceilings,
+        self.test,
+        s.thick_mm,
+        s.judged,
+        self.out if out is None else out,
+        picture,
+        by_rplhr,
+        {"samples": s.samples, "sampling_steps": s.sampling_steps},
+        progress,
+    )
 
 # %% ../../nbs/learn/15a_train_slices.ipynb #cell-021
 @call_parse
 def main(
     preset: Param("how much to train", str, choices=["smoke", "cpu", "gpu", "paper"]) = "cpu",
-    data: str = "phantom",  # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
+    # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
+    data: str = "phantom",
     out: str = "runs/slices",  # folder for weights and scoreboard
     seed: int = 0,  # decides split, start, noise and order
     resume: bool = False,  # go on from the checkpoints in `out`
@@ -285,12 +609,16 @@ def main(
     steps: int = None,  # optimiser steps of each; the preset's unless given
     thick_mm: float = None,  # spacing of the thick slices; the preset's unless given
 ):
-    "Train system E (a regressor and a latent diffusion model for thin slices) and judge both against the floors."
+    """Train system E (a regressor and a latent diffusion model for thin slices) and judge both
+    against the floors.
+    """
     try:
         run = SlicesRun(preset, data, out, seed, resume, vae, model, steps, thick_mm).open()
         print(run.describe())
         run.fit()
-        if not run.is_main: return
+        if not run.is_main:
+            return
         board = run.judge()
-    except (ValueError, OSError, TrainingStopped) as error: raise SystemExit(f"ct_nb.learn.train_slices: {error}") from None
+    except (ValueError, OSError, TrainingStopped) as error:
+        raise SystemExit(f"ct_nb.learn.train_slices: {error}") from None
     print(board.table(), *board.reach(), *rplhr_sentences(board), sep="\n")

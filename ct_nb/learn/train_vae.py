@@ -37,10 +37,19 @@ from ..nets.vae_tiles import decode_tiled, encode_tiled
 # %% ../../nbs/learn/12_train_vae.ipynb #cell-005
 def check_crop(name: str, shape, crop: tuple[int, int, int]) -> None:
     "`ValueError` where a volume of this shape is smaller than the crop."
-    if any(n < m for n, m in zip(shape, crop)): raise ValueError(f"{name}: a crop of {'×'.join(map(str, crop))} does not fit into {'×'.join(map(str, shape))}; leave it out or take smaller crops")
+    if any(n < m for n, m in zip(shape, crop)):
+        raise ValueError(
+            f"{name}: a crop of {'×'.join(map(str, crop))} does not fit into"
+            f" {'×'.join(map(str, shape))}; leave it out or take smaller crops"
+        )
+
 
 class ThinCrops(Dataset):
-    "Crops of thin stacks as they are: item `id`, `patient`, `hu` (slices, rows, columns) float32. `crops.at(epoch, index)`; each case is drawn from `repeats` times an epoch."
+    """Crops of thin stacks as they are: item `id`, `patient`, `hu` (slices, rows, columns) float32.
+
+    `crops.at(epoch, index)`; each case is drawn from `repeats` times an epoch.
+    """
+
     def __init__(
         self,
         source: StackSource | KeptStacks,
@@ -48,37 +57,64 @@ class ThinCrops(Dataset):
         seed: int = 0,
         repeats: int = 1,
     ):
-        self.source, self.crop, self.seed, self.repeats = source if isinstance(source, KeptStacks) else KeptStacks(source), tuple(crop), seed, repeats
+        self.source = source if isinstance(source, KeptStacks) else KeptStacks(source)
+        self.crop = tuple(crop)
+        self.seed = seed
+        self.repeats = repeats
 
-    def __len__(self): return len(self.source) * self.repeats
-    def __getitem__(self, index: int) -> dict: return self.at(0, index)
+    def __len__(self):
+        return len(self.source) * self.repeats
+
+    def __getitem__(self, index: int) -> dict:
+        return self.at(0, index)
 
     def at(self, epoch: int, index: int) -> dict:
         "The crop of a place in an epoch. A volume smaller than the crop: `ValueError`."
         number = index % len(self.source)
-        stack, draw = self.source[number], stream("crop", self.seed, epoch, index)
+        stack = self.source[number]
+        draw = stream("crop", self.seed, epoch, index)
         check_crop(stack.id, stack.thin.shape, self.crop)
-        corner = [int(torch.randint(n - m + 1, (), generator=draw)) for n, m in zip(stack.thin.shape, self.crop)]
-        part = torch.from_numpy(np.array(stack.thin[tuple(slice(a, a + m) for a, m in zip(corner, self.crop))], np.float32))
+        corner = [
+            int(torch.randint(n - m + 1, (), generator=draw))
+            for n, m in zip(stack.thin.shape, self.crop)
+        ]
+        part = torch.from_numpy(
+            np.array(
+                stack.thin[tuple(slice(a, a + m) for a, m in zip(corner, self.crop))], np.float32
+            )
+        )
         mirrored = [axis for axis in (-2, -1) if int(torch.randint(2, (), generator=draw))]
-        return {"id": stack.id, "patient": stack.patient, "hu": part.flip(mirrored) if mirrored else part}
+        return {
+            "id": stack.id,
+            "patient": stack.patient,
+            "hu": part.flip(mirrored) if mirrored else part,
+        }
+
 
 def collate_crops(items: list[dict]) -> dict:
     "Items as a batch: `hu` (B, slices, rows, columns), names in lists."
-    return {"hu": torch.stack([item["hu"] for item in items]), **{key: [item[key] for item in items] for key in ("id", "patient")}}
+    return {
+        "hu": torch.stack([item["hu"] for item in items]),
+        **{key: [item[key] for item in items] for key in ("id", "patient")},
+    }
 
 # %% ../../nbs/learn/12_train_vae.ipynb #cell-008
 PERCEPTUAL_WEIGHT = 0.1
-CRITIC_SHARE = 0.01  # the critic's own loss: Adam does not mind the scale, the clipping of the common gradient does
+# the critic's own loss: Adam does not mind the scale, the clipping of the common gradient does
+CRITIC_SHARE = 0.01
 SCALE_CROPS = 64  # that the linear start and the scale of the latents are measured on
+
 
 @dataclass(frozen=True)
 class VAEPreset:
     "What a run of a given size is made of."
+
     network: SliceVAEConfig
     trainer: TrainerConfig
     crop: tuple[int, int, int] = (8, 96, 96)  # slices, rows, columns
-    loss: LossWeights = LossWeights(absolute=1.0, squared=5.0, structure=0.02, kl=1e-6, adversary=1e-3)
+    loss: LossWeights = LossWeights(
+        absolute=1.0, squared=5.0, structure=0.02, kl=1e-6, adversary=1e-3
+    )
     adversary_start: float = 0.5  # share of the steps before the critic is heard
     adversary_channels: int = 16
     adversary_layers: int = 2  # a score sees 10 voxels
@@ -89,56 +125,168 @@ class VAEPreset:
     memory_gib: float = 2.0  # of a tile, in judging
 
     def __post_init__(self):
-        if min(self.crop[1:]) < SSIM_TAPS: raise ValueError(f"crop: needs at least {SSIM_TAPS} rows and columns, got {self.crop}")
-        if self.loss.adversary and min(self.crop) < 2 ** self.adversary_layers: raise ValueError(f"crop: a critic of {self.adversary_layers} layers needs {2 ** self.adversary_layers} slices, rows and columns, got {self.crop}; take fewer adversary_layers")
+        if min(self.crop[1:]) < SSIM_TAPS:
+            raise ValueError(f"crop: needs at least {SSIM_TAPS} rows and columns, got {self.crop}")
+        if self.loss.adversary and min(self.crop) < 2**self.adversary_layers:
+            raise ValueError(
+                f"crop: a critic of {self.adversary_layers} layers needs"
+                f" {2 ** self.adversary_layers} slices, rows and columns, got {self.crop}; take"
+                " fewer adversary_layers"
+            )
+
 
 VAE_PRESETS = {
-    "smoke": VAEPreset(SliceVAEConfig.preset("smoke"), TrainerConfig(steps=12, batch_size=2, learning_rate=2e-3, warmup_steps=2, log_every=4, checkpoint_every=6, validate_every=0, ema_decay=0.9),
-                       crop=(4, 32, 32), adversary_channels=4, phantoms=2, validation_phantoms=1, phantom_size=64, judged=1),
-    "cpu": VAEPreset(SliceVAEConfig.preset("cpu"), TrainerConfig(steps=1400, batch_size=4, learning_rate=1e-3, log_every=20, checkpoint_every=100, validate_every=200, ema_decay=0.99)),
-    "gpu": VAEPreset(SliceVAEConfig.preset("gpu"), TrainerConfig(steps=20_000, batch_size=8, learning_rate=4e-4, warmup_steps=500, log_every=50, checkpoint_every=500, validate_every=1000, ema_decay=0.999, workers=8, mixed_precision="bf16"),
-                     crop=(16, 128, 128), adversary_channels=32, adversary_layers=3, phantoms=64, validation_phantoms=8, phantom_size=256, judged=16, memory_gib=8.0),
-    "paper": VAEPreset(SliceVAEConfig.preset("paper"), TrainerConfig(steps=200_000, batch_size=24, accumulation=4, shard_optimizer=True, learning_rate=2e-4, warmup_steps=2000, log_every=100, checkpoint_every=1000, validate_every=5000,
-                                                                   ema_decay=0.9999, workers=12, mixed_precision="bf16"),
-                       crop=(16, 192, 192), adversary_channels=64, adversary_layers=3, phantoms=256, validation_phantoms=16, phantom_size=256, judged=64, memory_gib=16.0),
+    "smoke": VAEPreset(
+        SliceVAEConfig.preset("smoke"),
+        TrainerConfig(
+            steps=12,
+            batch_size=2,
+            learning_rate=2e-3,
+            warmup_steps=2,
+            log_every=4,
+            checkpoint_every=6,
+            validate_every=0,
+            ema_decay=0.9,
+        ),
+        crop=(4, 32, 32),
+        adversary_channels=4,
+        phantoms=2,
+        validation_phantoms=1,
+        phantom_size=64,
+        judged=1,
+    ),
+    "cpu": VAEPreset(
+        SliceVAEConfig.preset("cpu"),
+        TrainerConfig(
+            steps=1400,
+            batch_size=4,
+            learning_rate=1e-3,
+            log_every=20,
+            checkpoint_every=100,
+            validate_every=200,
+            ema_decay=0.99,
+        ),
+    ),
+    "gpu": VAEPreset(
+        SliceVAEConfig.preset("gpu"),
+        TrainerConfig(
+            steps=20_000,
+            batch_size=8,
+            learning_rate=4e-4,
+            warmup_steps=500,
+            log_every=50,
+            checkpoint_every=500,
+            validate_every=1000,
+            ema_decay=0.999,
+            workers=8,
+            mixed_precision="bf16",
+        ),
+        crop=(16, 128, 128),
+        adversary_channels=32,
+        adversary_layers=3,
+        phantoms=64,
+        validation_phantoms=8,
+        phantom_size=256,
+        judged=16,
+        memory_gib=8.0,
+    ),
+    "paper": VAEPreset(
+        SliceVAEConfig.preset("paper"),
+        TrainerConfig(
+            steps=200_000,
+            batch_size=24,
+            accumulation=4,
+            shard_optimizer=True,
+            learning_rate=2e-4,
+            warmup_steps=2000,
+            log_every=100,
+            checkpoint_every=1000,
+            validate_every=5000,
+            ema_decay=0.9999,
+            workers=12,
+            mixed_precision="bf16",
+        ),
+        crop=(16, 192, 192),
+        adversary_channels=64,
+        adversary_layers=3,
+        phantoms=256,
+        validation_phantoms=16,
+        phantom_size=256,
+        judged=64,
+        memory_gib=16.0,
+    ),
 }
 
+
 def get_vae_preset(name: str) -> VAEPreset:
-    if name not in VAE_PRESETS: raise ValueError(f"preset: must be one of {', '.join(VAE_PRESETS)}, got {name!r}.")
+    if name not in VAE_PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(VAE_PRESETS)}, got {name!r}.")
     return VAE_PRESETS[name]
 
 # %% ../../nbs/learn/12_train_vae.ipynb #cell-010
 class VAELearner(nn.Module):
-    "A VAE with its critic and, where weights are given, a perceptual distance. Only the VAE is kept."
-    def __init__(self, vae: SliceVAE, preset: VAEPreset, seed: int = 0, perceptual: LPIPS | None = None):
+    """A VAE with its critic and, where weights are given, a perceptual distance.
+
+    Only the VAE is kept.
+    """
+
+    def __init__(
+        self, vae: SliceVAE, preset: VAEPreset, seed: int = 0, perceptual: LPIPS | None = None
+    ):
         super().__init__()
-        self.vae, self.preset, self.seed, self.perceptual = vae, preset, seed, perceptual
+        self.vae = vae
+        self.preset = preset
+        self.seed = seed
+        self.perceptual = perceptual
         steps = preset.trainer.steps
-        self.adversary = Adversary(preset.adversary_channels, preset.adversary_layers, round(preset.adversary_start * steps), max(steps // 10, 1)) if preset.loss.adversary else None
+        self.adversary = (
+            Adversary(
+                preset.adversary_channels,
+                preset.adversary_layers,
+                round(preset.adversary_start * steps),
+                max(steps // 10, 1),
+            )
+            if preset.loss.adversary
+            else None
+        )
 
     def forward(self, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         "The loss of a batch of crops at a step, and its parts for the log."
         window, truth = self.vae.window, batch["hu"]
         truth = truth.clamp(window.low_hu, window.high_hu)  # what the network can know
-        draw = torch.Generator(truth.device).manual_seed(stream("vae", self.seed, step, *batch["id"]).initial_seed() >> 1)
+        draw = torch.Generator(truth.device).manual_seed(
+            stream("vae", self.seed, step, *batch["id"]).initial_seed() >> 1
+        )
         image, latent = self.vae(window.to_network(truth)[:, None], draw)
         found = window.to_hu(image[:, 0].float())
-        others = {"structure": lambda: 1 - slice_ssim(found, truth, window).mean(), "kl": lambda: latent.kl()}
+        others = {
+            "structure": lambda: 1 - slice_ssim(found, truth, window).mean(),
+            "kl": lambda: latent.kl(),
+        }
         loss, figures = reconstruction_loss(found, truth, window, self.preset.loss, others)
         if self.perceptual is not None:
-            distance = self.perceptual.images(*(window.to_network(hu).flatten(0, 1)[:, None].expand(-1, 3, -1, -1) for hu in (found, truth))).mean()
-            loss, figures = loss + PERCEPTUAL_WEIGHT * distance, figures | {"perceptual": distance.item()}
+            distance = self.perceptual.images(
+                *(
+                    window.to_network(hu).flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
+                    for hu in (found, truth)
+                )
+            ).mean()
+            loss = loss + PERCEPTUAL_WEIGHT * distance
+            figures = figures | {"perceptual": distance.item()}
         if self.adversary is not None:
             critic = self.adversary(found, truth, window, step, loss)
-            loss, figures = loss + self.preset.loss.adversary * critic.network + CRITIC_SHARE * critic.critic, figures | critic.figures
+            loss = loss + self.preset.loss.adversary * critic.network + CRITIC_SHARE * critic.critic
+            figures = figures | critic.figures
         return loss, figures
 
 # %% ../../nbs/learn/12_train_vae.ipynb #cell-013
 @dataclass
 class VAERun:
     "A training run of the VAE of system E: `open`, `fit`, `judge`, in this order."
+
     preset: str = "cpu"  # smoke, cpu, gpu or paper
-    data: str = "phantom"  # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
+    # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
+    data: str = "phantom"
     out: str = "runs/vae"
     seed: int = 0
     resume: bool = False  # go on from the checkpoint in `out`
@@ -150,36 +298,82 @@ class VAERun:
         self.out, self.seed = Path(self.out), int(self.seed)
         self.settings = get_vae_preset(self.preset) if self.settings is None else self.settings
         steps = int(self.steps) if self.steps else self.settings.trainer.steps
-        self.settings = replace(self.settings, trainer=replace(self.settings.trainer, seed=self.seed, steps=steps, warmup_steps=min(self.settings.trainer.warmup_steps, max(steps // 5, 1))))
+        self.settings = replace(
+            self.settings,
+            trainer=replace(
+                self.settings.trainer,
+                seed=self.seed,
+                steps=steps,
+                warmup_steps=min(self.settings.trainer.warmup_steps, max(steps // 5, 1)),
+            ),
+        )
 
     def open(self) -> "VAERun":
-        "Find the cases, leave out what cannot be used (`left_out`), and split the rest by patient into `training`, `validation` and `test`, the last two of which may be one. Nothing to use: ValueError."
-        s, kinds = self.settings, [part.partition(":")[0] for part in str(self.data).split("+")]
-        data = f"phantom:{s.phantoms + s.validation_phantoms}" if str(self.data) == "phantom" else str(self.data)
+        """Find the cases, leave out what cannot be used (`left_out`), and split the rest by patient
+        into `training`, `validation` and `test`, the last two of which may be one. Nothing to use:
+        ValueError.
+        """
+        s = self.settings
+        kinds = [part.partition(":")[0] for part in str(self.data).split("+")]
+        data = (
+            f"phantom:{s.phantoms + s.validation_phantoms}"
+            if str(self.data) == "phantom"
+            else str(self.data)
+        )
         source = KeptStacks(open_stacks(data, size=s.phantom_size, side_mm=PHANTOM_SIDE_MM))
-        fits = lambda stack: check_crop(stack.id, stack.thin.shape, s.crop)
+
+        def fits(stack):
+            return check_crop(stack.id, stack.thin.shape, s.crop)
+
         if "pe" in kinds or any(case.side for case in source.cases):
-            found = {side: usable(part, fits) for side, part in split_stacks(source, seed=self.seed).items() if len(part)}  # after the split: sides do not depend on who can be read
-            if "train" not in found: raise ValueError(f"data: {self.data} holds no scans to train on; give the whole set")
+            # after the split: sides do not depend on who can be read
+            found = {
+                side: usable(part, fits)
+                for side, part in split_stacks(source, seed=self.seed).items()
+                if len(part)
+            }
+            if "train" not in found:
+                raise ValueError(
+                    f"data: {self.data} holds no scans to train on; give the whole set"
+                )
             self.left_out = sum((reasons for _, reasons in found.values()), [])
-            training, validation, test = (found[side][0] if side in found else None for side in SIDES)
-            if validation is None: training, validation = CTSource.split(training, 0.25, self.seed)  # a set without that side, or too few patients for three
+            training, validation, test = (
+                found[side][0] if side in found else None for side in SIDES
+            )
+            # a set without that side, or too few patients for three
+            if validation is None:
+                training, validation = CTSource.split(training, 0.25, self.seed)
             sides = training, validation, validation if test is None else test
         else:
             source, self.left_out = usable(source, fits)
             share = s.validation_phantoms / (s.phantoms + s.validation_phantoms)
-            last = source.patients[-max(1, round(share * len(source))):]  # any phantom is as good as another
-            training, validation = CTSource.split(source, last if kinds[0] == "phantom" else 0.25, self.seed)
+            # any phantom is as good as another
+            last = source.patients[-max(1, round(share * len(source))) :]
+            training, validation = CTSource.split(
+                source, last if kinds[0] == "phantom" else 0.25, self.seed
+            )
             sides = training, validation, validation
         self.training, self.validation, self.test = sides
         return self
 
     def describe(self) -> str:
         "What the run learns from, is watched and is judged on, in sentences."
-        names = lambda source: ", ".join(sorted(set(source.patients))[:12]) + (f" and {len(set(source.patients)) - 12} more" if len(set(source.patients)) > 12 else "")
-        lines = [f"trained on: {names(self.training)}", f"judged on:  {names(self.test)} (no scan of these patients was trained on)"]
-        if self.test is not self.validation: lines.insert(1, f"watched on: {names(self.validation)}")
+
+        def names(source):
+            return ", ".join(sorted(set(source.patients))[:12]) + (
+                f" and {len(set(source.patients)) - 12} more"
+                if len(set(source.patients)) > 12
+                else ""
+            )
+
+        lines = [
+            f"trained on: {names(self.training)}",
+            f"judged on:  {names(self.test)} (no scan of these patients was trained on)",
+        ]
+        if self.test is not self.validation:
+            lines.insert(1, f"watched on: {names(self.validation)}")
         return "\n".join(lines + [f"left out:   {reason}" for reason in self.left_out])
+
 
 PHANTOM_SIDE_MM = 240.0
 
@@ -187,12 +381,17 @@ PHANTOM_SIDE_MM = 240.0
 @patch
 def crops(self: VAERun) -> ThinCrops:
     "What the network learns from: at least 32 crops an epoch."
-    return ThinCrops(self.training, self.settings.crop, self.seed, max(1, math.ceil(32 / len(self.training))))
+    return ThinCrops(
+        self.training, self.settings.crop, self.seed, max(1, math.ceil(32 / len(self.training)))
+    )
+
 
 @patch
 def _measured_on(self: VAERun, data: ThinCrops) -> Iterator[torch.Tensor]:
     "Crops (1, 1, D, H, W) that no step of the training has seen."
-    for index in range(SCALE_CROPS): yield self.vae.window.to_network(data.at(-1, index % len(data))["hu"])[None, None]
+    for index in range(SCALE_CROPS):
+        yield self.vae.window.to_network(data.at(-1, index % len(data))["hu"])[None, None]
+
 
 @patch
 def build(self: VAERun) -> SliceVAE:
@@ -203,39 +402,86 @@ def build(self: VAERun) -> SliceVAE:
     self.linear = deepcopy(self.vae.straight)
     return self.vae
 
+
 @patch
 def fit(self: VAERun, progress: bool = True) -> list[dict]:
-    "Train, measure the scale of the latents, and save the weights with their configuration. Returns the history."
+    """Train, measure the scale of the latents, and save the weights with their configuration.
+
+    Returns the history.
+    """
     self.build()
-    learner = VAELearner(self.vae, self.settings, self.seed, LPIPS(self.perceptual, "cuda" if torch.cuda.is_available() else None) if self.perceptual else None)
-    trainer = Trainer(learner, nn.Module.__call__, self.data_of_training, self.settings.trainer, self.out, collate_crops, self._validate)
+    learner = VAELearner(
+        self.vae,
+        self.settings,
+        self.seed,
+        (
+            LPIPS(self.perceptual, "cuda" if torch.cuda.is_available() else None)
+            if self.perceptual
+            else None
+        ),
+    )
+    trainer = Trainer(
+        learner,
+        nn.Module.__call__,
+        self.data_of_training,
+        self.settings.trainer,
+        self.out,
+        collate_crops,
+        self._validate,
+    )
     self.is_main = trainer.is_main
     self.history = trainer.fit(self.resume, progress).rows
     device = next(self.vae.parameters()).device
-    self.vae.eval().measure_scale(crop.to(device) for crop in self._measured_on(self.data_of_training))
-    if self.is_main: save_weights(self.out, self.vae, self.configuration())
+    self.vae.eval().measure_scale(
+        crop.to(device) for crop in self._measured_on(self.data_of_training)
+    )
+    if self.is_main:
+        save_weights(self.out, self.vae, self.configuration())
     return self.history
+
 
 @patch
 def _validate(self: VAERun, learner: VAELearner, most: int = 4) -> dict:
     "PSNR on crops of the cases to be watched, the same ones each time."
-    data, vae = ThinCrops(self.validation, self.settings.crop, self.seed), learner.vae
+    data = ThinCrops(self.validation, self.settings.crop, self.seed)
+    vae = learner.vae
     found = []
     for index in range(min(most, len(data))):
         truth = data.at(0, index)["hu"].to(vae.latent_scale.device)
-        found.append(psnr(vae.window.to_hu(vae(vae.window.to_network(truth)[None, None])[0][0, 0]), truth, vae.window))
+        found.append(
+            psnr(
+                vae.window.to_hu(vae(vae.window.to_network(truth)[None, None])[0][0, 0]),
+                truth,
+                vae.window,
+            )
+        )
     return {"psnr": sum(found) / len(found)}
+
 
 @patch
 def configuration(self: VAERun) -> dict:
     "What goes into `config.json`."
     sizes = [self.settings.phantom_size, PHANTOM_SIDE_MM]
-    return {"system": "slice_vae", "network": self.vae.config.to_dict(), "preset": self.preset, "data": str(self.data), "seed": self.seed, "perceptual": self.perceptual, "settings": asdict(self.settings),
-            "latent_mean": self.vae.latent_mean.flatten().tolist(), "latent_scale": self.vae.latent_scale.flatten().tolist(),
-            "left_out": self.left_out, **sides_content(self.training, self.validation, self.test, *sizes)}
+    return {
+        "system": "slice_vae",
+        "network": self.vae.config.to_dict(),
+        "preset": self.preset,
+        "data": str(self.data),
+        "seed": self.seed,
+        "perceptual": self.perceptual,
+        "settings": asdict(self.settings),
+        "latent_mean": self.vae.latent_mean.flatten().tolist(),
+        "latent_scale": self.vae.latent_scale.flatten().tolist(),
+        "left_out": self.left_out,
+        **sides_content(self.training, self.validation, self.test, *sizes),
+    }
+
 
 def load_vae(folder) -> SliceVAE:
-    "The trained VAE of a run, in evaluation mode. `WeightsError` when the folder is not one, or of another system."
+    """The trained VAE of a run, in evaluation mode.
+
+    `WeightsError` when the folder is not one, or of another system.
+    """
     vae = SliceVAE(SliceVAEConfig.from_dict(read_config(folder, system="slice_vae")["network"]))
     load_weights(folder, vae)
     return vae.eval()
@@ -245,28 +491,49 @@ def load_vae(folder) -> SliceVAE:
 def reconstructions(self: VAERun, hu: torch.Tensor) -> dict[str, torch.Tensor]:
     "A volume (D, H, W) in HU → what the VAE and the floors make of it, in HU, within the window."
     vae, window = self.vae, self.vae.window
-    x, memory = window.to_network(hu.float())[None, None], self.settings.memory_gib * 2 ** 30
-    with torch.no_grad(): found = {"vae": decode_tiled(vae, encode_tiled(vae, x, memory).mean, x.shape[-2:], memory), **vae_floors(x, self.linear.cpu())}
+    x = window.to_network(hu.float())[None, None]
+    memory = self.settings.memory_gib * 2**30
+    with torch.no_grad():
+        found = {
+            "vae": decode_tiled(vae, encode_tiled(vae, x, memory).mean, x.shape[-2:], memory),
+            **vae_floors(x, self.linear.cpu()),
+        }
     return {name: window.to_hu(image[0, 0].float().clamp(-1, 1)) for name, image in found.items()}
+
 
 @patch
 def judge(self: VAERun, progress: bool = True) -> VAEScores:
-    "VAE and floors on whole volumes of the cases to be judged on; writes `vae_scores.csv` and `.json`."
+    """VAE and floors on whole volumes of the cases to be judged on; writes `vae_scores.csv` and
+    `.json`.
+    """
     from tqdm.auto import tqdm
+
     rows = []
-    for number in tqdm(range(min(len(self.test), self.settings.judged)), desc="judging", disable=not progress):
+    for number in tqdm(
+        range(min(len(self.test), self.settings.judged)), desc="judging", disable=not progress
+    ):
         stack = self.test[number]
         truth = stack.volume.tensor()
-        rows += [{"method": name, "case": stack.id, "patient": stack.patient, **scores(hu, truth, self.vae.window)} for name, hu in self.reconstructions(truth).items()]
+        rows += [
+            {
+                "method": name,
+                "case": stack.id,
+                "patient": stack.patient,
+                **scores(hu, truth, self.vae.window),
+            }
+            for name, hu in self.reconstructions(truth).items()
+        ]
     board = VAEScores(rows)
-    if self.is_main: board.save(self.out)
+    if self.is_main:
+        board.save(self.out)
     return board
 
 # %% ../../nbs/learn/12_train_vae.ipynb #cell-020
 @call_parse
 def main(
     preset: Param("how much to train", str, choices=["smoke", "cpu", "gpu", "paper"]) = "cpu",
-    data: str = "phantom",  # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
+    # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
+    data: str = "phantom",
     out: str = "runs/vae",  # folder for weights and scores
     seed: int = 0,  # decides split, start, noise and order
     resume: bool = False,  # go on from the checkpoint in `out`
@@ -278,7 +545,9 @@ def main(
         run = VAERun(preset, data, out, seed, resume, perceptual, steps).open()
         print(run.describe())
         run.fit()
-        if not run.is_main: return
+        if not run.is_main:
+            return
         board = run.judge()
-    except (ValueError, OSError, TrainingStopped) as error: raise SystemExit(f"ct_nb.learn.train_vae: {error}") from None
+    except (ValueError, OSError, TrainingStopped) as error:
+        raise SystemExit(f"ct_nb.learn.train_vae: {error}") from None
     print(board.table(), board.verdict(), sep="\n")

@@ -13,7 +13,8 @@ import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -27,9 +28,11 @@ from .gradient_caching import cached_backward
 @dataclass(frozen=True)
 class TrainerConfig:
     "How long and how fast to train. `steps` are optimiser steps."
+
     steps: int  # optimiser steps in all
     batch_size: int = 2  # cases a step, over all processes together
-    accumulation: int = 1  # pieces that a process works off its share of a batch in; grows when memory runs out
+    # pieces that a process works off its share of a batch in; grows when memory runs out
+    accumulation: int = 1
     learning_rate: float = 1e-3  # peak, after warm-up; decays to 0 along a cosine
     warmup_steps: int = 20
     weight_decay: float = 1e-4
@@ -40,7 +43,8 @@ class TrainerConfig:
     validate_every: int = 100  # 0: never
     workers: int = 0  # data-loading processes
     mixed_precision: str = "no"  # accelerate's name: no, fp16 or bf16
-    shard_optimizer: bool = False  # several processes share the optimiser's state among them (ZeRO, stage 1)
+    # several processes share the optimiser's state among them (ZeRO, stage 1)
+    shard_optimizer: bool = False
     seed: int = 0
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-006
@@ -52,28 +56,57 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
 # %% ../../nbs/learn/05_trainer.ipynb #cell-009
 class CaseOrder(Sampler):
     "Yields, for each step, this process's share of the global batch as a list of (epoch, index)."
-    def __init__(self, count: int, batch_size: int, seed: int, first_step: int, last_step: int, rank: int = 0, processes: int = 1):
-        if count < 1: raise ValueError("CaseOrder: the training set is empty; give at least one case.")
-        if batch_size % processes: raise ValueError(f"CaseOrder: batch_size {batch_size} cannot be shared by {processes} processes; make it a multiple.")
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.first_step, self.last_step, self.rank, self.processes = first_step, last_step, rank, processes
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        if count < 1:
+            raise ValueError("CaseOrder: the training set is empty; give at least one case.")
+        if batch_size % processes:
+            raise ValueError(
+                f"CaseOrder: batch_size {batch_size} cannot be shared by {processes} processes;"
+                " make it a multiple."
+            )
+        self.count = count
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first_step = first_step
+        self.last_step = last_step
+        self.rank = rank
+        self.processes = processes
 
     def entry(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.count)
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator).tolist()
+            self._epoch, self._order = (
+                epoch,
+                torch.randperm(self.count, generator=generator).tolist(),
+            )
         return epoch, self._order[place]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.first_step, self.last_step):
-            yield [self.entry(step * self.batch_size + i) for i in range(self.rank, self.batch_size, self.processes)]
+            yield [
+                self.entry(step * self.batch_size + i)
+                for i in range(self.rank, self.batch_size, self.processes)
+            ]
 
-    def __len__(self) -> int: return self.last_step - self.first_step
+    def __len__(self) -> int:
+        return self.last_step - self.first_step
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-010
 class _AtEpoch(Dataset):
-    def __init__(self, data): self.data = data
+    def __init__(self, data):
+        self.data = data
+
     def __getitem__(self, entry):
         epoch, index = entry
         return self.data.at(epoch, index) if hasattr(self.data, "at") else self.data[index]
@@ -82,8 +115,13 @@ class _AtEpoch(Dataset):
 class TrainingStopped(RuntimeError):
     "Training cannot go on; the message says why and what is saved."
 
+
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return (
+        isinstance(error, torch.cuda.OutOfMemoryError)
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-015
 def _pieces(batch: dict, count: int) -> list[dict]:
@@ -92,73 +130,124 @@ def _pieces(batch: dict, count: int) -> list[dict]:
     bounds = torch.linspace(0, size, min(count, size) + 1).round().int().tolist()
     return [{name: value[a:b] for name, value in batch.items()} for a, b in zip(bounds, bounds[1:])]
 
+
 def _to_device(batch: dict, device) -> dict:
-    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+    return {
+        name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()
+    }
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-017
 class History:
     "The figures of a run: a list of dicts in memory, `history.jsonl` and TensorBoard in `folder`."
+
     def __init__(self, folder, first_step: int, write: bool = True):
-        self.path, self.rows, self.board, self.write = Path(folder) / "history.jsonl", [], None, write
+        self.path = Path(folder) / "history.jsonl"
+        self.rows = []
+        self.board = None
+        self.write = write
         if self.path.exists():
-            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            rows = [
+                json.loads(line)
+                for line in self.path.read_text(encoding="utf-8").splitlines()
+                if line.endswith("}")
+            ]
             self.rows = [row for row in rows if row["step"] <= first_step]
-        if not write: return
-        with atomic_write(self.path) as temporary: temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        if not write:
+            return
+        with atomic_write(self.path) as temporary:
+            temporary.write_text(
+                "".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8"
+            )
         try:
             from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first_step + 1)
-        except ImportError: pass  # an extra view of the same figures; the JSON lines are the record
+        except ImportError:
+            pass  # an extra view of the same figures; the JSON lines are the record
 
     def add(self, step: int, **figures) -> None:
         row = {"step": step, **{name: round(float(value), 6) for name, value in figures.items()}}
         self.rows.append(row)
-        if not self.write: return
-        with open(self.path, "a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
+        if not self.write:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         if self.board is not None:
-            for name, value in figures.items(): self.board.add_scalar(name, value, step)
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self.board is not None: self.board.close()
+        if self.board is not None:
+            self.board.close()
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-019
 class Trainer:
-    "Trains `model` by `step(model, batch, number) -> (loss, figures)` on the cases of `data`; `model` ends with the averaged weights."
+    """Trains `model` by `step(model, batch, number) -> (loss, figures)` on the cases of `data`;
+    `model` ends with the averaged weights.
+    """
+
     def __init__(
         self,
         model: torch.nn.Module,
-        step: Callable[[torch.nn.Module, dict, int], tuple[torch.Tensor, dict]],  # mean loss over the batch and figures for the log; steps count from 0
+        # mean loss over the batch and figures for the log; steps count from 0
+        step: Callable[[torch.nn.Module, dict, int], tuple[torch.Tensor, dict]],
         data: Dataset,  # cases; `.at(epoch, index)` is used where there is one
         config: TrainerConfig,
         out,  # folder for checkpoint and logs
-        collate: Callable[[list], dict],  # cases -> batch: every entry has the cases along its first axis, `id` names them
+        # cases -> batch: every entry has the cases along its first axis, `id` names them
+        collate: Callable[[list], dict],
         validate: Callable[[torch.nn.Module], dict] | None = None,  # figures of the averaged model
-        lighten: Callable[[torch.nn.Module], str | None] | None = None,  # makes a network smaller when one case does not fit the memory, and says what it did; None: it can't
-        cached: tuple[Callable, Callable] | None = None,  # `step` in two, (model, batch, number) → rows and (model, rows) → (loss, figures), for losses in which cases meet: pieces of a batch then are one batch to the loss
+        # makes a network smaller when one case does not fit the memory, and says what it did; None:
+        # it can't
+        lighten: Callable[[torch.nn.Module], str | None] | None = None,
+        # `step` in two, (model, batch, number) → rows and (model, rows) → (loss, figures), for
+        # losses in which cases meet: pieces of a batch then are one batch to the loss
+        cached: tuple[Callable, Callable] | None = None,
     ):
         from accelerate import Accelerator, DistributedDataParallelKwargs
-        # a network at a small size may have parts that no voxel reaches, and gradients of several processes must not wait for them
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available(),
-                                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+
+        # a network at a small size may have parts that no voxel reaches, and gradients of several
+        # processes must not wait for them
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
         if config.batch_size % self.accelerator.num_processes:
-            raise ValueError(f"batch_size {config.batch_size} cannot be shared by {self.accelerator.num_processes} processes; make it a multiple.")
-        self.config, self.out, self.step, self.data, self.collate = config, Path(out), step, data, collate
-        self.validate, self.lighten, self.cached = validate, lighten, cached
+            raise ValueError(
+                f"batch_size {config.batch_size} cannot be shared by"
+                f" {self.accelerator.num_processes} processes; make it a multiple."
+            )
+        self.config = config
+        self.out = Path(out)
+        self.step = step
+        self.data = data
+        self.collate = collate
+        self.validate = validate
+        self.lighten = lighten
+        self.cached = cached
         self.plain_model = model.to(self.accelerator.device)
         self.average = AveragedModel(self.plain_model, use_buffers=False)
         settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         self.shares = config.shard_optimizer and self.accelerator.num_processes > 1
         if self.shares:
             from torch.distributed.optim import ZeroRedundancyOptimizer
+
             optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **settings)
-        else: optimizer = torch.optim.AdamW(model.parameters(), **settings)
-        self.model, self.optimizer = self.accelerator.prepare(self.plain_model, optimizer, device_placement=[True, not self.shares])
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), **settings)
+        self.model, self.optimizer = self.accelerator.prepare(
+            self.plain_model, optimizer, device_placement=[True, not self.shares]
+        )
         self.pieces = config.accumulation
-        # an interpreter that ends with the threads of a process group still running aborts now and then
-        if self.accelerator.num_processes > 1: atexit.register(self.accelerator.end_training)
+        # an interpreter that ends with the threads of a process group still running aborts now and
+        # then
+        if self.accelerator.num_processes > 1:
+            atexit.register(self.accelerator.end_training)
 
     @property
-    def is_main(self) -> bool: return self.accelerator.is_main_process
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-020
 from fastcore.basics import patch
@@ -166,23 +255,45 @@ from fastcore.basics import patch
 # %% ../../nbs/learn/05_trainer.ipynb #cell-021
 @patch
 def _state(self: Trainer, step: int) -> dict:
-    return {"step": step, "config": asdict(self.config), "model": self.plain_model.state_dict(), "average": self.average.state_dict(),
-            "optimizer": self.optimizer.optimizer.state_dict(), "random": random_state(), "pieces": self.pieces}
+    return {
+        "step": step,
+        "config": asdict(self.config),
+        "model": self.plain_model.state_dict(),
+        "average": self.average.state_dict(),
+        "optimizer": self.optimizer.optimizer.state_dict(),
+        "random": random_state(),
+        "pieces": self.pieces,
+    }
+
 
 @patch
 def _restore(self: Trainer, state: dict) -> int:
     "Take up a saved state; the settings that decide the numbers must be the same."
     mine = asdict(self.config)
-    for name in ("steps", "batch_size", "learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "ema_decay", "seed"):
+    for name in (
+        "steps",
+        "batch_size",
+        "learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "gradient_clip",
+        "ema_decay",
+        "seed",
+    ):
         if state["config"][name] != mine[name]:
-            raise ValueError(f"{self.out}: the checkpoint was made with {name}={state['config'][name]}, this run asks for {mine[name]}; "
-                             "resume with the same settings or choose another output folder.")
+            raise ValueError(
+                f"{self.out}: the checkpoint was made with {name}={state['config'][name]}, this run"
+                f" asks for {mine[name]}; resume with the same settings or choose another output"
+                " folder."
+            )
     try:
         self.plain_model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{self.out}: the checkpoint is of another network; choose another output folder.") from error
+        raise ValueError(
+            f"{self.out}: the checkpoint is of another network; choose another output folder."
+        ) from error
     set_random_state(state["random"])
     self.pieces = state["pieces"]
     return state["step"]
@@ -190,32 +301,52 @@ def _restore(self: Trainer, state: dict) -> int:
 # %% ../../nbs/learn/05_trainer.ipynb #cell-022
 @patch
 def _accumulate(self: Trainer, batch: dict, number: int) -> tuple[float, dict]:
-    "Gradients of one global batch, in as many pieces as memory asks for; returns the mean loss and figures of this process."
+    """Gradients of one global batch, in as many pieces as memory asks for; returns the mean loss
+    and figures of this process.
+    """
     while True:
         try:
             self.optimizer.zero_grad(set_to_none=True)
-            parts, total, figures = _pieces(batch, self.pieces), 0.0, {}
+            parts = _pieces(batch, self.pieces)
+            total = 0.0
+            figures = {}
             size = sum(len(part["id"]) for part in parts)
-            if self.cached is not None and len(parts) > 1: return self._accumulate_cached([_to_device(part, self.accelerator.device) for part in parts], number)
+            if self.cached is not None and len(parts) > 1:
+                return self._accumulate_cached(
+                    [_to_device(part, self.accelerator.device) for part in parts], number
+                )
             for place, part in enumerate(parts):
                 share = len(part["id"]) / size
                 last = place == len(parts) - 1
-                context = self.accelerator.no_sync(self.model) if not last else self.accelerator.autocast()
+                context = (
+                    self.accelerator.no_sync(self.model)
+                    if not last
+                    else self.accelerator.autocast()
+                )
                 with context, self.accelerator.autocast():
-                    loss, logs = self.step(self.model, _to_device(part, self.accelerator.device), number)
+                    loss, logs = self.step(
+                        self.model, _to_device(part, self.accelerator.device), number
+                    )
                     self.accelerator.backward(loss * share)
                 total += loss.item() * share
-                for name, value in logs.items(): figures[name] = figures.get(name, 0.0) + float(value) * share
+                for name, value in logs.items():
+                    figures[name] = figures.get(name, 0.0) + float(value) * share
             return total, figures
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or self.accelerator.num_processes > 1: raise
+            if not _is_out_of_memory(error) or self.accelerator.num_processes > 1:
+                raise
             if self.pieces < size:
                 self.pieces = min(self.pieces * 2, size)
-                change = f"the batch is now worked off in {self.pieces} pieces (the same step, slower)"
-            else: change = self.lighten and self.lighten(self.plain_model)
-            if change is None: raise
+                change = (
+                    f"the batch is now worked off in {self.pieces} pieces (the same step, slower)"
+                )
+            else:
+                change = self.lighten and self.lighten(self.plain_model)
+            if change is None:
+                raise
             self.optimizer.zero_grad(set_to_none=True)
-            if torch.cuda.is_available(): torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             self.accelerator.print(f"out of memory: {change}")
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-023
@@ -223,15 +354,24 @@ def _accumulate(self: Trainer, batch: dict, number: int) -> tuple[float, dict]:
 def _accumulate_cached(self: Trainer, parts: list[dict], number: int) -> tuple[float, dict]:
     "The same for a loss in which the cases of a batch meet, by gradient caching."
     encode, loss, figures = *self.cached, {}
+
     def whole(rows):
         value, found = loss(self.plain_model, rows)
         figures.update(found)
         return value
+
     with self.accelerator.autocast():
-        value = cached_backward(lambda part: encode(self.plain_model, part, number), parts, whole, self.accelerator.backward)
-    if self.accelerator.num_processes > 1:  # the model was called beside DDP, which has averaged nothing
+        value = cached_backward(
+            lambda part: encode(self.plain_model, part, number),
+            parts,
+            whole,
+            self.accelerator.backward,
+        )
+    # the model was called beside DDP, which has averaged nothing
+    if self.accelerator.num_processes > 1:
         for parameter in self.plain_model.parameters():
-            if parameter.grad is None: parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= self.accelerator.num_processes
     return value.item(), figures
@@ -245,76 +385,149 @@ def fit(
 ) -> History:
     "Train to `config.steps`; returns the history. Afterwards the model holds the averaged weights."
     from tqdm.auto import tqdm
+
     config, out = self.config, self.out
     torch.manual_seed(config.seed + 7919 * self.accelerator.process_index)
     state = load_state(out) if resume else None
     first = self._restore(state) if state else 0
-    order = CaseOrder(len(self.data), config.batch_size, config.seed, first, config.steps, self.accelerator.process_index, self.accelerator.num_processes)
-    loader = DataLoader(_AtEpoch(self.data), batch_sampler=order, collate_fn=self.collate, num_workers=config.workers,
-                        persistent_workers=config.workers > 0, pin_memory=torch.cuda.is_available(),
-                        generator=torch.Generator().manual_seed(config.seed))  # else the loader draws its workers' seed from the model's generator
+    order = CaseOrder(
+        len(self.data),
+        config.batch_size,
+        config.seed,
+        first,
+        config.steps,
+        self.accelerator.process_index,
+        self.accelerator.num_processes,
+    )
+    loader = DataLoader(
+        _AtEpoch(self.data),
+        batch_sampler=order,
+        collate_fn=self.collate,
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # else the loader draws its workers' seed from the model's generator
+        generator=torch.Generator().manual_seed(config.seed),
+    )
     history = History(out, first, write=self.is_main)
-    bar = tqdm(total=config.steps, initial=first, disable=not (progress and self.is_main), mininterval=5, desc="training", unit="step")
+    bar = tqdm(
+        total=config.steps,
+        initial=first,
+        disable=not (progress and self.is_main),
+        mininterval=5,
+        desc="training",
+        unit="step",
+    )
     self.model.train()
     clock, since = time.perf_counter(), first
     for step, batch in enumerate(loader, start=first):
-        for group in self.optimizer.param_groups: group["lr"] = config.learning_rate * learning_rate_factor(step, config.steps, config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(
+                step, config.steps, config.warmup_steps
+            )
         loss, figures = self._accumulate(batch, step)
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip))
+        norm = float(
+            self.accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        )
         self._stop_if_not_finite(step, loss, norm, batch)
         self.optimizer.step()
-        self.average.multi_avg_fn = get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))
+        self.average.multi_avg_fn = get_ema_multi_avg_fn(
+            min(config.ema_decay, (1 + step) / (10 + step))
+        )
         self.average.update_parameters(self.plain_model)
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             seconds = (time.perf_counter() - clock) / (done - since)
-            history.add(done, loss=self._mean(loss), **{n: self._mean(v) for n, v in figures.items()}, gradient_norm=norm,
-                        learning_rate=self.optimizer.param_groups[0]["lr"], seconds_per_step=seconds)
-            if progress: self.accelerator.print(_line(history.rows[-1], config.steps))
+            history.add(
+                done,
+                loss=self._mean(loss),
+                **{n: self._mean(v) for n, v in figures.items()},
+                gradient_norm=norm,
+                learning_rate=self.optimizer.param_groups[0]["lr"],
+                seconds_per_step=seconds,
+            )
+            if progress:
+                self.accelerator.print(_line(history.rows[-1], config.steps))
             clock, since = time.perf_counter(), done
-        if self.validate and config.validate_every and (done % config.validate_every == 0 or done == config.steps):
+        if (
+            self.validate
+            and config.validate_every
+            and (done % config.validate_every == 0 or done == config.steps)
+        ):
             self._validate(done, history, progress)
             clock, since = time.perf_counter(), done
         if done % config.checkpoint_every == 0:
-            if self.shares: self.optimizer.optimizer.consolidate_state_dict(to=0)
-            if self.is_main: save_state(out, self._state(done))
+            if self.shares:
+                self.optimizer.optimizer.consolidate_state_dict(to=0)
+            if self.is_main:
+                save_state(out, self._state(done))
         bar.update()
     bar.close()
     history.close()
     self.accelerator.wait_for_everyone()
-    self.plain_model.load_state_dict({name.removeprefix("module."): value for name, value in self.average.state_dict().items() if name != "n_averaged"})
+    self.plain_model.load_state_dict(
+        {
+            name.removeprefix("module."): value
+            for name, value in self.average.state_dict().items()
+            if name != "n_averaged"
+        }
+    )
     self.plain_model.eval()
     return history
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-025
 def _line(row: dict, steps: int) -> str:
     left = (steps - row["step"]) * row.get("seconds_per_step", 0.0)
-    figures = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ("step", "learning_rate", "gradient_norm", "seconds_per_step"))
-    return f"step {row['step']:>5}/{steps}  {figures}  {row.get('seconds_per_step', 0.0):.2f} s/step  about {left / 60:.1f} min left"
+    figures = "  ".join(
+        f"{name} {value:.4g}"
+        for name, value in row.items()
+        if name not in ("step", "learning_rate", "gradient_norm", "seconds_per_step")
+    )
+    return (
+        f"step {row['step']:>5}/{steps}  {figures}  {row.get('seconds_per_step', 0.0):.2f} s/step "
+        f" about {left / 60:.1f} min left"
+    )
+
 
 @patch
 def _mean(self: Trainer, value: float) -> float:
     "The mean of a figure over the processes."
-    if self.accelerator.num_processes == 1: return float(value)
-    return self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), reduction="mean").item()
+    if self.accelerator.num_processes == 1:
+        return float(value)
+    return self.accelerator.reduce(
+        torch.tensor(float(value), device=self.accelerator.device), reduction="mean"
+    ).item()
+
 
 @patch
 def _validate(self: Trainer, step: int, history: History, progress: bool) -> None:
     if self.is_main:
         before = random_state()
-        with torch.no_grad(): figures = self.validate(self.average.module.eval())
+        with torch.no_grad():
+            figures = self.validate(self.average.module.eval())
         set_random_state(before)  # looking must not change the run
         history.add(step, **figures)
-        if progress: self.accelerator.print("validation  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        if progress:
+            self.accelerator.print(
+                "validation  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            )
     self.accelerator.wait_for_everyone()
 
 # %% ../../nbs/learn/05_trainer.ipynb #cell-026
 @patch
 def _stop_if_not_finite(self: Trainer, step: int, loss: float, norm: float, batch: dict) -> None:
-    if math.isfinite(loss) and math.isfinite(norm): return
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
     kept = self.out / f"stopped_at_step_{step}.safetensors"
     from safetensors.torch import save_file
-    tensors = {name: value.contiguous() for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    with atomic_write(kept) as temporary: save_file(tensors, temporary)
-    raise TrainingStopped(f"training stopped at step {step}: loss {loss:.4g}, gradient norm {norm:.4g}, cases {', '.join(map(str, batch['id']))}; "
-                          f"the batch is kept in {kept.name}, and the last checkpoint is whole: lower the learning rate or look at these cases.")
+
+    tensors = {
+        name: value.contiguous() for name, value in batch.items() if isinstance(value, torch.Tensor)
+    }
+    with atomic_write(kept) as temporary:
+        save_file(tensors, temporary)
+    raise TrainingStopped(
+        f"training stopped at step {step}: loss {loss:.4g}, gradient norm {norm:.4g}, cases"
+        f" {', '.join(map(str, batch['id']))}; the batch is kept in {kept.name}, and the last"
+        " checkpoint is whole: lower the learning rate or look at these cases."
+    )

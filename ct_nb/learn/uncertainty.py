@@ -22,17 +22,24 @@ from ..physics.volume import Window
 # %% ../../nbs/learn/10_uncertainty.ipynb #cell-005
 LEVELS = (0.5, 0.8, 0.95)
 
+
 def prediction_factor(level: float, samples: int) -> float:
-    "Half the width of Student's prediction interval from `samples` draws, in units of their standard deviation: t((1 + level)/2; S − 1) · √(1 + 1/S)."
+    """Half the width of Student's prediction interval from `samples` draws, in units of their
+    standard deviation: t((1 + level)/2; S − 1) · √(1 + 1/S).
+    """
     from scipy.stats import t
-    if not 0 < level < 1: raise ValueError(f"level: must lie between 0 and 1, got {level}")
-    if samples < 2: raise ValueError(f"samples: an interval needs at least 2, got {samples}")
+
+    if not 0 < level < 1:
+        raise ValueError(f"level: must lie between 0 and 1, got {level}")
+    if samples < 2:
+        raise ValueError(f"samples: an interval needs at least 2, got {samples}")
     return float(t.ppf((1 + level) / 2, samples - 1)) * math.sqrt(1 + 1 / samples)
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #cell-010
 @dataclass(frozen=True)
 class Summary:
     "What S samples of a volume say, voxel by voxel, HU; tensors are (D, H, W) or (B, D, H, W)."
+
     mean: torch.Tensor
     standard_deviation: torch.Tensor  # with S − 1; times `scale`
     lowest: torch.Tensor
@@ -40,51 +47,94 @@ class Summary:
     samples: int
     scale: float = 1.0  # of a `Calibration`; 1: as the model gave it
 
-    def half_width(self, level: float) -> torch.Tensor: return prediction_factor(level, self.samples) * self.standard_deviation
+    def half_width(self, level: float) -> torch.Tensor:
+        return prediction_factor(level, self.samples) * self.standard_deviation
+
     def interval(self, level: float) -> tuple[torch.Tensor, torch.Tensor]:
-        "Lower and upper end, HU, of the interval that holds `level` of all truth if truth and samples are draws of one normal distribution."
+        """Lower and upper end, HU, of the interval that holds `level` of all truth if truth and
+        samples are draws of one normal distribution.
+        """
         half = self.half_width(level)
         return self.mean - half, self.mean + half
 
     def __getitem__(self, index: int) -> "Summary":
         "One case of a batch."
-        if self.mean.ndim != 4: raise ValueError(f"summary: it is of one volume {tuple(self.mean.shape)}, there is no batch to take a case from")
-        return replace(self, **{name: getattr(self, name)[index] for name in ("mean", "standard_deviation", "lowest", "highest")})
+        if self.mean.ndim != 4:
+            raise ValueError(
+                f"summary: it is of one volume {tuple(self.mean.shape)}, there is no batch to take"
+                " a case from"
+            )
+        return replace(
+            self,
+            **{
+                name: getattr(self, name)[index]
+                for name in ("mean", "standard_deviation", "lowest", "highest")
+            },
+        )
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #cell-011
 def _each(samples) -> Iterable[torch.Tensor]:
-    "Samples one by one, float32 or better, all of one shape (D, H, W) or (B, D, H, W); ValueError else."
+    """Samples one by one, float32 or better, all of one shape (D, H, W) or (B, D, H, W); ValueError
+    else.
+    """
     first = None
     for number, sample in enumerate(samples):
         sample = torch.as_tensor(sample).detach()
-        if sample.dtype != torch.float64: sample = sample.float()
-        if first is None: first = sample.shape
+        if sample.dtype != torch.float64:
+            sample = sample.float()
+        if first is None:
+            first = sample.shape
         if sample.ndim not in (3, 4) or sample.shape != first:
-            raise ValueError(f"samples: expected volumes (D, H, W) or (B, D, H, W) of one shape, got {tuple(sample.shape)} for sample {number}" + (f" after {tuple(first)}" if number else ""))
-        if not torch.isfinite(sample).all(): raise ValueError(f"samples: sample {number} has NaN or infinite voxels")
+            raise ValueError(
+                "samples: expected volumes (D, H, W) or (B, D, H, W) of one shape, got"
+                f" {tuple(sample.shape)} for sample {number}"
+                + (f" after {tuple(first)}" if number else "")
+            )
+        if not torch.isfinite(sample).all():
+            raise ValueError(f"samples: sample {number} has NaN or infinite voxels")
         yield sample
 
+
 def summarise(samples) -> Summary:
-    "`Summary` of HU samples (S, D, H, W), (S, B, D, H, W), or of an iterable of volumes; ValueError for fewer than 2, other shapes, or values that are not finite."
+    """`Summary` of HU samples (S, D, H, W), (S, B, D, H, W), or of an iterable of volumes;
+    ValueError for fewer than 2, other shapes, or values that are not finite.
+    """
     count = 0
     for count, sample in enumerate(_each(samples), 1):
-        if count == 1: mean, squares, lowest, highest = sample.clone(), torch.zeros_like(sample), sample, sample
+        if count == 1:
+            mean = sample.clone()
+            squares = torch.zeros_like(sample)
+            lowest = sample
+            highest = sample
         before = sample - mean
         mean = mean + before / count
         squares = squares + before * (sample - mean)
-        lowest, highest = torch.minimum(lowest, sample), torch.maximum(highest, sample)
-    if count < 2: raise ValueError(f"samples: a spread needs at least 2, got {count}")
+        lowest = torch.minimum(lowest, sample)
+        highest = torch.maximum(highest, sample)
+    if count < 2:
+        raise ValueError(f"samples: a spread needs at least 2, got {count}")
     return Summary(mean, (squares / (count - 1)).sqrt(), lowest, highest, count)
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #cell-014
 def _selected(summary: Summary, truth, mask, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
     "Truth in the window and the mask, of the summary's shape."
     truth = torch.as_tensor(truth).detach().to(summary.mean)
-    if truth.shape != summary.mean.shape: raise ValueError(f"truth: expected shape {tuple(summary.mean.shape)} as the samples have, got {tuple(truth.shape)}")
-    if not torch.isfinite(truth).all(): raise ValueError("truth: there are NaN or infinite voxels")
-    mask = torch.ones_like(truth, dtype=torch.bool) if mask is None else torch.as_tensor(mask, device=truth.device).bool()
-    if mask.shape != truth.shape: raise ValueError(f"mask: expected shape {tuple(truth.shape)}, got {tuple(mask.shape)}")
+    if truth.shape != summary.mean.shape:
+        raise ValueError(
+            f"truth: expected shape {tuple(summary.mean.shape)} as the samples have, got"
+            f" {tuple(truth.shape)}"
+        )
+    if not torch.isfinite(truth).all():
+        raise ValueError("truth: there are NaN or infinite voxels")
+    mask = (
+        torch.ones_like(truth, dtype=torch.bool)
+        if mask is None
+        else torch.as_tensor(mask, device=truth.device).bool()
+    )
+    if mask.shape != truth.shape:
+        raise ValueError(f"mask: expected shape {tuple(truth.shape)}, got {tuple(mask.shape)}")
     return truth.clip(window.low_hu, window.high_hu), mask
+
 
 def coverage(
     samples,  # a Summary, or what `summarise` takes
@@ -93,105 +143,217 @@ def coverage(
     levels=LEVELS,
     window: Window = CHEST,
 ) -> list[dict]:
-    "{level, coverage, width_hu} for each level: the share of voxels whose interval holds the truth and its mean width; NaN for an empty mask."
+    """{level, coverage, width_hu} for each level: the share of voxels whose interval holds the
+    truth and its mean width; NaN for an empty mask.
+    """
     summary = samples if isinstance(samples, Summary) else summarise(samples)
     truth, mask = _selected(summary, truth, mask, window)
-    error, sd = (truth - summary.mean).abs()[mask], summary.standard_deviation[mask]
+    error = (truth - summary.mean).abs()[mask]
+    sd = summary.standard_deviation[mask]
     factors = [(level, prediction_factor(level, summary.samples)) for level in levels]
-    return [{"level": level, "coverage": (error <= factor * sd).double().mean().item(), "width_hu": 2 * factor * sd.double().mean().item()} for level, factor in factors]
+    return [
+        {
+            "level": level,
+            "coverage": (error <= factor * sd).double().mean().item(),
+            "width_hu": 2 * factor * sd.double().mean().item(),
+        }
+        for level, factor in factors
+    ]
+
 
 def range_coverage(samples, truth, mask=None, window: Window = CHEST) -> tuple[float, float]:
-    "Share of voxels whose truth lies from the lowest to the highest sample, and what it must be for exchangeable samples of any distribution, (S − 1)/(S + 1)."
+    """Share of voxels whose truth lies from the lowest to the highest sample, and what it must be
+    for exchangeable samples of any distribution, (S − 1)/(S + 1).
+    """
     summary = samples if isinstance(samples, Summary) else summarise(samples)
     truth, mask = _selected(summary, truth, mask, window)
-    return ((truth >= summary.lowest) & (truth <= summary.highest))[mask].double().mean().item(), (summary.samples - 1) / (summary.samples + 1)
+    return ((truth >= summary.lowest) & (truth <= summary.highest))[mask].double().mean().item(), (
+        summary.samples - 1
+    ) / (summary.samples + 1)
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #cell-015
-def uncertainty_rows(summary: Summary, truth, body, case: str, patient: str, levels=LEVELS, window: Window = CHEST) -> list[dict]:
-    "Rows {case, patient, region, level, coverage, width_hu} of one volume, for the whole of it and for `body`, bool (D, H, W); what `reliability` and a CSV take."
+def uncertainty_rows(
+    summary: Summary, truth, body, case: str, patient: str, levels=LEVELS, window: Window = CHEST
+) -> list[dict]:
+    """Rows {case, patient, region, level, coverage, width_hu} of one volume, for the whole of it
+    and for `body`, bool (D, H, W); what `reliability` and a CSV take.
+    """
     regions = {"whole": None, "body": body}
-    return [{"case": case, "patient": patient, "region": region, **row} for region, mask in regions.items() for row in coverage(summary, truth, mask, levels, window)]
+    return [
+        {"case": case, "patient": patient, "region": region, **row}
+        for region, mask in regions.items()
+        for row in coverage(summary, truth, mask, levels, window)
+    ]
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #cell-017
 class Reliability(NamedTuple):
     "Observed coverage and width of the intervals of one level, over patients."
+
     level: float  # promised
     coverage: Interval  # observed; 95 %
     width_hu: Interval
-    verdict: str  # "overconfident", "underconfident", "no difference shown", or "one patient gives no interval"
+    # "overconfident", "underconfident", "no difference shown", or "one patient gives no interval"
+    verdict: str
 
     def __str__(self):
         c = self.coverage
         about = "" if math.isnan(c.low) else f" [{c.low:.1%}, {c.high:.1%}]"
-        return f"{self.level:.0%} intervals hold {c.mean:.1%}{about} of the truth, {self.width_hu.mean:.0f} HU wide, {c.patients} patient{'s' * (c.patients != 1)}: {self.verdict}"
+        return (
+            f"{self.level:.0%} intervals hold {c.mean:.1%}{about} of the truth,"
+            f" {self.width_hu.mean:.0f} HU wide, {c.patients} patient{'s' * (c.patients != 1)}:"
+            f" {self.verdict}"
+        )
+
 
 def reliability(rows: list[dict], region: str = "body") -> list[Reliability]:
-    "One `Reliability` a level, from `uncertainty_rows` of many cases; cases of one patient are averaged first. ValueError where `region` is missing."
+    """One `Reliability` a level, from `uncertainty_rows` of many cases; cases of one patient are
+    averaged first. ValueError where `region` is missing.
+    """
     chosen = [row for row in rows if row["region"] == region]
-    if not chosen: raise ValueError(f"region: there are no rows of {region!r}, only of {', '.join(sorted({row['region'] for row in rows})) or 'nothing'}")
+    if not chosen:
+        raise ValueError(
+            f"region: there are no rows of {region!r}, only of"
+            f" {', '.join(sorted({row['region'] for row in rows})) or 'nothing'}"
+        )
     found = []
     for level in sorted({row["level"] for row in chosen}):
         here = [row for row in chosen if row["level"] == level]
-        over_patients = lambda name: paired_interval([row[name] for row in here], [0.0] * len(here), [row["patient"] for row in here])
+
+        def over_patients(name):
+            return paired_interval(
+                [row[name] for row in here], [0.0] * len(here), [row["patient"] for row in here]
+            )
+
         c = over_patients("coverage")
-        c = replace(c, low=max(c.low, 0.0) if c.patients > 1 else c.low, high=min(c.high, 1.0) if c.patients > 1 else c.high)
-        verdict = "one patient gives no interval" if math.isnan(c.low) else "overconfident" if c.high < level else "underconfident" if c.low > level else "no difference shown"
+        c = replace(
+            c,
+            low=max(c.low, 0.0) if c.patients > 1 else c.low,
+            high=min(c.high, 1.0) if c.patients > 1 else c.high,
+        )
+        verdict = (
+            "one patient gives no interval"
+            if math.isnan(c.low)
+            else (
+                "overconfident"
+                if c.high < level
+                else "underconfident" if c.low > level else "no difference shown"
+            )
+        )
         found.append(Reliability(level, c, over_patients("width_hu"), verdict))
     return found
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #cell-024
-SCORES_KEPT = 4096  # of each case; each stands for a block of equal size and is its largest, so thinning only widens
+# of each case; each stands for a block of equal size and is its largest, so thinning only widens
+SCORES_KEPT = 4096
+
 
 @dataclass(frozen=True)
 class Calibration:
-    "One factor on every standard deviation, fitted on patients who are held out from all judgement after it."
+    """One factor on every standard deviation, fitted on patients who are held out from all
+    judgement after it.
+    """
+
     scale: float
     level: float  # at which it was fitted, and where the promise holds
     patients: int
     samples: int  # a case; the promise holds for as many
 
     def apply(self, summary: Summary) -> Summary:
-        "The summary with its standard deviation times `scale`. ValueError for another number of samples, or a summary that is calibrated already."
-        if summary.samples != self.samples: raise ValueError(f"summary: the calibration was fitted on {self.samples} samples a case, got {summary.samples}; draw as many")
-        if summary.scale != 1: raise ValueError(f"summary: it is calibrated already, by a factor of {summary.scale:g}")
-        return replace(summary, standard_deviation=summary.standard_deviation * self.scale, scale=self.scale)
+        """The summary with its standard deviation times `scale`.
+
+        ValueError for another number of samples, or a summary that is calibrated already.
+        """
+        if summary.samples != self.samples:
+            raise ValueError(
+                f"summary: the calibration was fitted on {self.samples} samples a case, got"
+                f" {summary.samples}; draw as many"
+            )
+        if summary.scale != 1:
+            raise ValueError(f"summary: it is calibrated already, by a factor of {summary.scale:g}")
+        return replace(
+            summary, standard_deviation=summary.standard_deviation * self.scale, scale=self.scale
+        )
 
     def __str__(self):
-        return (f"standard deviations × {self.scale:.3f}: {self.level:.0%} intervals then hold at least {self.level:.0%} of a new patient's voxels on average "
-                f"(split conformal over {self.patients} patients, {self.samples} samples each)")
+        return (
+            f"standard deviations × {self.scale:.3f}: {self.level:.0%} intervals then hold at least"
+            f" {self.level:.0%} of a new patient's voxels on average (split conformal over"
+            f" {self.patients} patients, {self.samples} samples each)"
+        )
+
 
 def calibrate(
     cases: Iterable,  # of (Summary of one case, truth HU, mask or None, name of the patient)
     level: float = 0.8,
     window: Window = CHEST,
 ) -> Calibration:
-    "Fit the factor; the cases must not be those it is judged on. ValueError for too few patients, mixed numbers of samples, or voxels without spread that no factor can widen."
+    """Fit the factor; the cases must not be those it is judged on.
+
+    ValueError for too few patients, mixed numbers of samples, or voxels without spread that no
+    factor can widen.
+    """
     by_patient, counts = {}, set()
     for summary, truth, mask, patient in cases:
         truth, mask = _selected(summary, truth, mask, window)
-        if summary.scale != 1: raise ValueError(f"cases: a summary of {patient} is calibrated already; fit on the samples as they were drawn")
-        error, half = (truth - summary.mean).abs()[mask].double(), summary.half_width(level)[mask].double()
-        if not len(error): raise ValueError(f"cases: the mask of {patient} is empty")
+        if summary.scale != 1:
+            raise ValueError(
+                f"cases: a summary of {patient} is calibrated already; fit on the samples as they"
+                " were drawn"
+            )
+        error = (truth - summary.mean).abs()[mask].double()
+        half = summary.half_width(level)[mask].double()
+        if not len(error):
+            raise ValueError(f"cases: the mask of {patient} is empty")
         scores = torch.where(error > 0, error / half, 0.0).sort().values
-        if len(scores) > SCORES_KEPT: scores = scores[torch.linspace(0, len(scores), SCORES_KEPT + 1)[1:].ceil().long().clamp_max(len(scores)) - 1]
+        if len(scores) > SCORES_KEPT:
+            scores = scores[
+                torch.linspace(0, len(scores), SCORES_KEPT + 1)[1:]
+                .ceil()
+                .long()
+                .clamp_max(len(scores))
+                - 1
+            ]
         by_patient.setdefault(patient, []).append(scores.cpu())
         counts.add(summary.samples)
     needed = math.ceil(level / (1 - level) - 1e-9)
-    if len(by_patient) < needed: raise ValueError(f"cases: a promise of {level:.0%} needs at least {needed} patients, got {len(by_patient)}; lower the level or hold out more")
-    if len(counts) > 1: raise ValueError(f"cases: all need the same number of samples, got {', '.join(map(str, sorted(counts)))}")
+    if len(by_patient) < needed:
+        raise ValueError(
+            f"cases: a promise of {level:.0%} needs at least {needed} patients, got"
+            f" {len(by_patient)}; lower the level or hold out more"
+        )
+    if len(counts) > 1:
+        raise ValueError(
+            f"cases: all need the same number of samples, got {', '.join(map(str, sorted(counts)))}"
+        )
     scores = torch.cat([s for group in by_patient.values() for s in group])
-    weights = torch.cat([torch.full((len(s),), 1 / ((len(by_patient) + 1) * len(group) * len(s)), dtype=torch.float64) for group in by_patient.values() for s in group])
+    weights = torch.cat(
+        [
+            torch.full(
+                (len(s),), 1 / ((len(by_patient) + 1) * len(group) * len(s)), dtype=torch.float64
+            )
+            for group in by_patient.values()
+            for s in group
+        ]
+    )
     order = scores.argsort()
     place = int((weights[order].cumsum(0) < level - 1e-9).sum())
     scale = float(scores[order[min(place, len(order) - 1)]])
-    if not 0 < scale < math.inf: raise ValueError(f"cases: the samples of too many voxels agree exactly and are {'right' if scale == 0 else 'wrong'}, so no factor on their spread gives {level:.0%}; use a mask")
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            "cases: the samples of too many voxels agree exactly and are"
+            f" {'right' if scale == 0 else 'wrong'}, so no factor on their spread gives"
+            f" {level:.0%}; use a mask"
+        )
     return Calibration(scale, level, len(by_patient), counts.pop())
 
 # %% ../../nbs/learn/10_uncertainty.ipynb #cell-030
 class Hallucination(NamedTuple):
     "Where samples disagree about what no X-ray sees."
+
     standard_deviation: torch.Tensor  # (D, H, W) or (B, D, H, W), HU
-    share: torch.Tensor  # () or (B,), 0 to 1: the disputed part of the samples' energy in the null space
+    # () or (B,), 0 to 1: the disputed part of the samples' energy in the null space
+    share: torch.Tensor
+
 
 def hallucination_map(
     samples,  # HU, as `summarise` takes them
@@ -199,15 +361,26 @@ def hallucination_map(
     iterations: int = 60,  # of the solver that splits each sample
     tolerance: float = 1e-4,
 ) -> Hallucination:
-    "Standard deviation over samples of their null-space parts, and its share of the energy there. HU below -1000 count as negative attenuation. ValueError for another grid."
+    """Standard deviation over samples of their null-space parts, and its share of the energy there.
+
+    HU below -1000 count as negative attenuation. ValueError for another grid.
+    """
     energy = []
+
     def unseen():
         for sample in _each(samples):
             if tuple(sample.shape[-3:]) != tuple(geometry.grid.shape):
-                raise ValueError(f"samples: the geometry's grid is (D, H, W) = {tuple(geometry.grid.shape)}, got {tuple(sample.shape[-3:])}; use geometry.on(grid)")
-            part = null_component(sample + 1000, geometry, iterations, tolerance)  # proportional to attenuation, so the energy of the X-rays cancels
+                raise ValueError(
+                    f"samples: the geometry's grid is (D, H, W) = {tuple(geometry.grid.shape)}, got"
+                    f" {tuple(sample.shape[-3:])}; use geometry.on(grid)"
+                )
+            # proportional to attenuation, so the energy of the X-rays cancels
+            part = null_component(sample + 1000, geometry, iterations, tolerance)
             energy.append(part.double().square().sum((-3, -2, -1)))
             yield part
+
     spread = summarise(unseen()).standard_deviation
-    share = spread.double().square().sum((-3, -2, -1)) / torch.stack(energy).mean(0).clamp_min(1e-30)
+    share = spread.double().square().sum((-3, -2, -1)) / torch.stack(energy).mean(0).clamp_min(
+        1e-30
+    )
     return Hallucination(spread, share.clamp_max(1).to(spread.dtype))

@@ -25,74 +25,139 @@ def _blurred(x: torch.Tensor) -> torch.Tensor:
     "Gaussian mean of σ 1.5 along rows and columns of (…, H, W), where all 11 taps fit."
     for _ in range(2):
         count = x.shape[-1]
-        tap = torch.arange(count, device=x.device) - torch.arange(count - SSIM_TAPS + 1, device=x.device)[:, None]
-        band = torch.exp(-0.5 * ((tap - SSIM_TAPS // 2) / 1.5) ** 2) * ((tap >= 0) & (tap < SSIM_TAPS))
+        tap = (
+            torch.arange(count, device=x.device)
+            - torch.arange(count - SSIM_TAPS + 1, device=x.device)[:, None]
+        )
+        band = torch.exp(-0.5 * ((tap - SSIM_TAPS // 2) / 1.5) ** 2) * (
+            (tap >= 0) & (tap < SSIM_TAPS)
+        )
         x = (x @ (band / band.sum(1, keepdim=True)).to(x).T).mT
     return x
 
+
 def slice_ssim(pred_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window) -> torch.Tensor:
-    "Mean SSIM of each slice of (…, D, H, W) in HU, scaled by the window to a range of 1 → (…, D). Slices below 11×11 pixels: `ValueError`."
-    if min(truth_hu.shape[-2:]) < SSIM_TAPS: raise ValueError(f"slice_ssim: needs at least {SSIM_TAPS}×{SSIM_TAPS} pixels, got {tuple(truth_hu.shape[-2:])}")
+    """Mean SSIM of each slice of (…, D, H, W) in HU, scaled by the window to a range of 1 → (…, D).
+
+    Slices below 11×11 pixels: `ValueError`.
+    """
+    if min(truth_hu.shape[-2:]) < SSIM_TAPS:
+        raise ValueError(
+            f"slice_ssim: needs at least {SSIM_TAPS}×{SSIM_TAPS} pixels, got"
+            f" {tuple(truth_hu.shape[-2:])}"
+        )
     a, b = (windowed(hu.float(), window) for hu in (pred_hu, truth_hu))
-    with torch.autocast(a.device.type, enabled=False):  # a variance is a small difference of large numbers
+    # a variance is a small difference of large numbers
+    with torch.autocast(a.device.type, enabled=False):
         mean_a, mean_b, aa, bb, ab = _blurred(torch.stack([a, b, a * a, b * b, a * b]))
     top = (2 * mean_a * mean_b + 1e-4) * (2 * (ab - mean_a * mean_b) + 9e-4)
-    bottom = (mean_a ** 2 + mean_b ** 2 + 1e-4) * ((aa - mean_a ** 2) + (bb - mean_b ** 2) + 9e-4)
+    bottom = (mean_a**2 + mean_b**2 + 1e-4) * ((aa - mean_a**2) + (bb - mean_b**2) + 9e-4)
     return (top / bottom).mean((-2, -1))
 
 # %% ../../nbs/learn/12a_vae_scores.ipynb #cell-008
 def block_means(x: torch.Tensor, factor: int) -> torch.Tensor:
-    "(B, 1, D, H, W) → the same shape: means of factor×factor pixels, linearly interpolated between their centres, held at the edges."
+    """(B, 1, D, H, W) → the same shape: means of factor×factor pixels, linearly interpolated
+    between their centres, held at the edges.
+    """
     whole = padded(x)
     means = F.avg_pool3d(whole, (1, factor, factor))
-    return F.interpolate(means, size=whole.shape[2:], mode="trilinear")[..., :x.shape[-2], :x.shape[-1]]  # as many slices as there were: linear in-plane only
+    # as many slices as there were: linear in-plane only
+    return F.interpolate(means, size=whole.shape[2:], mode="trilinear")[
+        ..., : x.shape[-2], : x.shape[-1]
+    ]
+
 
 def vae_floors(x: torch.Tensor, linear: Straight) -> dict[str, torch.Tensor]:
-    "Slices (B, 1, D, H, W) in [-1, 1], and principal components that were fitted on other patients → what the three floors make of them, by name."
-    return {"linear": linear.decode(linear.encode(padded(x)))[..., :x.shape[-2], :x.shape[-1]], "mean_4": block_means(x, 4), "mean_8": block_means(x, 8)}
+    """Slices (B, 1, D, H, W) in [-1, 1], and principal components that were fitted on other
+    patients → what the three floors make of them, by name.
+    """
+    return {
+        "linear": linear.decode(linear.encode(padded(x)))[..., : x.shape[-2], : x.shape[-1]],
+        "mean_4": block_means(x, 4),
+        "mean_8": block_means(x, 8),
+    }
 
 # %% ../../nbs/learn/12a_vae_scores.ipynb #cell-012
 def volume_ssim(pred, truth, window: Window = CHEST, slices: int = 32) -> float:
     "`metrics.ssim`, worked off in portions of `slices`; NaN below 11 voxels a side."
     pred, truth = as_pair(pred, truth, window)
-    if min(truth.shape) < SSIM_TAPS: return math.nan
+    if min(truth.shape) < SSIM_TAPS:
+        return math.nan
     total = count = 0
     for first in range(0, len(truth) - SSIM_TAPS + 1, slices):
         part = slice(first, first + slices + SSIM_TAPS - 1)
         local = ssim_map(pred[part], truth[part], window)
-        total, count = total + local.sum().item(), count + local.numel()
+        total = total + local.sum().item()
+        count = count + local.numel()
     return total / count
 
+
 def scores(pred, truth, window: Window = CHEST) -> dict[str, float]:
-    "Figures of HU volumes (D, H, W), as wholes and as images. SSIM is NaN where fewer than 11 voxels lie along an axis."
+    """Figures of HU volumes (D, H, W), as wholes and as images.
+
+    SSIM is NaN where fewer than 11 voxels lie along an axis.
+    """
     pred, truth = as_pair(pred, truth, window)
     each = torch.stack([(p.double() - t.double()).square().mean() for p, t in zip(pred, truth)])
-    decibel = -10 * torch.log10((each / window.width_hu ** 2).clamp_min(1e-12))
-    images = math.nan if min(truth.shape[1:]) < SSIM_TAPS else torch.cat([slice_ssim(p, t, window) for p, t in zip(pred.split(16), truth.split(16))]).mean().item()
-    return {"psnr": psnr(pred, truth, window), "ssim": volume_ssim(pred, truth, window), "mae_hu": mae_hu(pred, truth, window=window), "bias_hu": bias_hu(pred, truth, window=window),
-            "slice_psnr": decibel.mean().item(), "worst_slice_psnr": decibel.min().item(), "slice_ssim": images}
+    decibel = -10 * torch.log10((each / window.width_hu**2).clamp_min(1e-12))
+    images = (
+        math.nan
+        if min(truth.shape[1:]) < SSIM_TAPS
+        else torch.cat([slice_ssim(p, t, window) for p, t in zip(pred.split(16), truth.split(16))])
+        .mean()
+        .item()
+    )
+    return {
+        "psnr": psnr(pred, truth, window),
+        "ssim": volume_ssim(pred, truth, window),
+        "mae_hu": mae_hu(pred, truth, window=window),
+        "bias_hu": bias_hu(pred, truth, window=window),
+        "slice_psnr": decibel.mean().item(),
+        "worst_slice_psnr": decibel.min().item(),
+        "slice_ssim": images,
+    }
+
 
 @dataclass
 class VAEScores:
     "A row (`method`, `case`, `patient`, figures) for each method and case."
+
     rows: list[dict]
 
-    def mean(self, method: str, figure: str) -> float: return mean_sd([row[figure] for row in self.rows if row["method"] == method])[0]
+    def mean(self, method: str, figure: str) -> float:
+        return mean_sd([row[figure] for row in self.rows if row["method"] == method])[0]
 
     def table(self) -> str:
         "Mean ± standard deviation over the cases."
         figures = [name for name in self.rows[0] if name not in ("method", "case", "patient")]
         lines = [f"{'':10s}" + "".join(f"{name:>20s}" for name in figures)]
         for method in dict.fromkeys(row["method"] for row in self.rows):
-            cells = (mean_sd([row[name] for row in self.rows if row["method"] == method]) for name in figures)
-            lines.append(f"{method:10s}" + "".join(f"{mean:12.3f} ± {sd:5.3f}" if math.isfinite(sd) else f"{mean:20.3f}" for mean, sd in cells))
+            cells = (
+                mean_sd([row[name] for row in self.rows if row["method"] == method])
+                for name in figures
+            )
+            lines.append(
+                f"{method:10s}"
+                + "".join(
+                    f"{mean:12.3f} ± {sd:5.3f}" if math.isfinite(sd) else f"{mean:20.3f}"
+                    for mean, sd in cells
+                )
+            )
         return "\n".join(lines)
 
     def verdict(self) -> str:
         "Whether the VAE clears its floors, in a sentence."
-        floors = {method: self.mean(method, "psnr") for method in dict.fromkeys(row["method"] for row in self.rows) if method != "vae"}
-        best, own = max(floors, key=floors.get), self.mean("vae", "psnr")
-        return f"The VAE reconstructs {own:.2f} dB, {abs(own - floors[best]):.2f} dB {'above' if own > floors[best] else 'below'} its best floor, {best}."
+        floors = {
+            method: self.mean(method, "psnr")
+            for method in dict.fromkeys(row["method"] for row in self.rows)
+            if method != "vae"
+        }
+        best = max(floors, key=floors.get)
+        own = self.mean("vae", "psnr")
+        return (
+            f"The VAE reconstructs {own:.2f} dB, {abs(own - floors[best]):.2f} dB"
+            f" {'above' if own > floors[best] else 'below'} its best floor, {best}."
+        )
 
     def save(self, folder) -> None:
         "`vae_scores.csv` and `vae_scores.json` in the folder."

@@ -6,7 +6,7 @@
 __all__ = ['spread', 'fold', 'biased_attention', 'relative_biases', 'BiasedAttention', 'TokenBlock']
 
 # %% ../../nbs/nets/07a_biased_attention.ipynb #cell-002
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +14,61 @@ from torch import nn
 
 # %% ../../nbs/nets/07a_biased_attention.ipynb #cell-005
 def spread(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    "One matrix (heads, n, m) an axis → for each token of the grid, in the order of a flattened one, its rows of all of them side by side: (heads, N, sum of m)."
+    """One matrix (heads, n, m) an axis → for each token of the grid, in the order of a flattened
+    one, its rows of all of them side by side: (heads, N, sum of m).
+    """
     shape = [matrix.shape[1] for matrix in matrices]
-    across = lambda axis, matrix: matrix.view(len(matrix), *(n if a == axis else 1 for a, n in enumerate(shape)), -1)
-    return torch.cat([across(axis, matrix).expand(-1, *shape, -1).flatten(1, -2) for axis, matrix in enumerate(matrices)], -1)
 
-def fold(q: torch.Tensor, k: torch.Tensor, biases: Sequence[torch.Tensor], inner: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    "Queries and keys (B, heads, N, d) lengthened so that their scalar products are the biased logits; `biases` and `inner` as for `biased_attention`."
+    def across(axis, matrix):
+        return matrix.view(len(matrix), *(n if a == axis else 1 for a, n in enumerate(shape)), -1)
+
+    return torch.cat(
+        [
+            across(axis, matrix).expand(-1, *shape, -1).flatten(1, -2)
+            for axis, matrix in enumerate(matrices)
+        ],
+        -1,
+    )
+
+
+def fold(
+    q: torch.Tensor, k: torch.Tensor, biases: Sequence[torch.Tensor], inner: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys (B, heads, N, d) lengthened so that their scalar products are the biased
+    logits; `biases` and `inner` as for `biased_attention`.
+    """
     units = [torch.eye(bias.shape[-1], dtype=k.dtype, device=k.device)[None] for bias in biases]
-    rows, units = (spread(matrices).repeat_interleave(inner, 1).to(q).expand(*q.shape[:2], -1, -1) for matrices in (biases, units))
+    rows, units = (
+        spread(matrices).repeat_interleave(inner, 1).to(q).expand(*q.shape[:2], -1, -1)
+        for matrices in (biases, units)
+    )
     return torch.cat([q * q.shape[-1] ** -0.5, rows], -1), torch.cat([k, units], -1)
 
 # %% ../../nbs/nets/07a_biased_attention.ipynb #cell-006
-def biased_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, biases: Sequence[torch.Tensor], inner: int = 1) -> torch.Tensor:
-    """softmax(q kᵀ/√d + B) v by fused attention: q, k (B, heads, N, d) and v (B, heads, N, e) → (B, heads, N, e); no tensor of N×N.
+def biased_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    biases: Sequence[torch.Tensor],
+    inner: int = 1,
+) -> torch.Tensor:
+    """softmax(q kᵀ/√d + B) v by fused attention: q, k (B, heads, N, d) and v (B, heads, N, e) → (B,
+    heads, N, e); no tensor of N×N.
 
-    `biases` has one (heads, n, n) for each axis of the grid, rows for queries, columns for keys; the last axis is the innermost. `inner` tokens side by side
-    share a place in that grid: those of further axes, which have no bias. N is `inner` times the product of the n. Memory grows as N·(d + Σn). ValueError where the shapes do not fit."""
+    `biases` has one (heads, n, n) for each axis of the grid, rows for queries, columns for keys;
+    the last axis is the innermost. `inner` tokens side by side
+    share a place in that grid: those of further axes, which have no bias. N is `inner` times the
+    product of the n. Memory grows as N·(d + Σn). ValueError where the shapes do not fit.
+    """
     shape = tuple(bias.shape[-1] for bias in biases)
     tokens, heads = q.shape[-2], q.shape[1]
-    if inner * torch.Size(shape).numel() != tokens or any(bias.shape != (heads, n, n) for bias, n in zip(biases, shape)):
-        raise ValueError(f"biases: {tokens} tokens and {heads} heads need a ({heads}, n, n) for each axis and {tokens // inner} as the product of the n, got {[tuple(b.shape) for b in biases]}")
+    if inner * torch.Size(shape).numel() != tokens or any(
+        bias.shape != (heads, n, n) for bias, n in zip(biases, shape)
+    ):
+        raise ValueError(
+            f"biases: {tokens} tokens and {heads} heads need a ({heads}, n, n) for each axis and"
+            f" {tokens // inner} as the product of the n, got {[tuple(b.shape) for b in biases]}"
+        )
     values = v.shape[-1]
     q, k = fold(q, k, biases, inner)
     width = -(-max(q.shape[-1], values) // 8) * 8  # a multiple of 8 suits every fused kernel
@@ -43,36 +77,53 @@ def biased_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, biases: 
 
 # %% ../../nbs/nets/07a_biased_attention.ipynb #cell-015
 def relative_biases(offsets: torch.Tensor, size: int) -> torch.Tensor:
-    "Numbers (…, 2m − 1) for offsets 1 − m to m − 1 (query minus key) → matrices (…, size, size) for an axis of size ≤ m tokens."
+    """Numbers (…, 2m − 1) for offsets 1 − m to m − 1 (query minus key) → matrices (…, size, size)
+    for an axis of size ≤ m tokens.
+    """
     most = (offsets.shape[-1] + 1) // 2
-    if not 1 <= size <= most: raise ValueError(f"size: these offsets are for 1 to {most} tokens an axis, got {size}")
+    if not 1 <= size <= most:
+        raise ValueError(f"size: these offsets are for 1 to {most} tokens an axis, got {size}")
     place = torch.arange(size, device=offsets.device)
     return offsets[..., place[:, None] - place + most - 1]
 
 # %% ../../nbs/nets/07a_biased_attention.ipynb #cell-018
 class BiasedAttention(nn.Module):
-    "Multi-head attention among all tokens (B, n³, channels) of a cubic grid, n ≤ `size`, with a relative bias an axis."
+    """Multi-head attention among all tokens (B, n³, channels) of a cubic grid, n ≤ `size`, with a
+    relative bias an axis.
+    """
+
     def __init__(self, channels: int, heads: int, size: int):
         super().__init__()
-        if channels % heads: raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+        if channels % heads:
+            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
         self.heads = heads
-        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
         self.offsets = nn.Parameter(0.02 * torch.randn(3, heads, 2 * size - 1))  # along z, y and x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n = round(x.shape[1] ** (1 / 3))
-        if n ** 3 != x.shape[1]: raise ValueError(f"x: tokens must be those of a cubic grid, got {x.shape[1]}")
+        if n**3 != x.shape[1]:
+            raise ValueError(f"x: tokens must be those of a cubic grid, got {x.shape[1]}")
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(biased_attention(q, k, v, relative_biases(self.offsets, n).unbind()).transpose(1, 2).flatten(2))
+        return self.out(
+            biased_attention(q, k, v, relative_biases(self.offsets, n).unbind())
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
 # %% ../../nbs/nets/07a_biased_attention.ipynb #cell-023
 class TokenBlock(nn.Module):
     "Tokens x (B, n³, channels) and condition (B, conditions) → x."
+
     def __init__(self, channels: int, heads: int, size: int, conditions: int):
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(channels, elementwise_affine=False) for _ in range(2))
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(channels, elementwise_affine=False) for _ in range(2)
+        )
         self.attention = BiasedAttention(channels, heads, size)
-        self.wide, self.narrow = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.wide = nn.Linear(channels, 4 * channels)
+        self.narrow = nn.Linear(4 * channels, channels)
         self.modulation = nn.Linear(conditions, 6 * channels)
         nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)
 

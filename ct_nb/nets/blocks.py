@@ -16,22 +16,33 @@ def channels_inner(x: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/nets/00_blocks.ipynb #cell-008
 def keep_variance(network: nn.Module) -> nn.Module:
-    "Weights of all convolutions and linear layers drawn with variance 1/fan-in, biases 0; returns the network."
+    """Weights of all convolutions and linear layers drawn with variance 1/fan-in, biases 0; returns
+    the network.
+    """
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d, nn.Linear)):
-            transposed = isinstance(layer, nn.ConvTranspose3d)  # stride = kernel: every output has one tap
+            # stride = kernel: every output has one tap
+            transposed = isinstance(layer, nn.ConvTranspose3d)
             fan_in = layer.weight.shape[0] if transposed else layer.weight[0].numel()
-            nn.init.normal_(layer.weight, std=fan_in ** -0.5)
-            if layer.bias is not None: nn.init.zeros_(layer.bias)
+            nn.init.normal_(layer.weight, std=fan_in**-0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return network
 
 # %% ../../nbs/nets/00_blocks.ipynb #cell-012
 class GroupNorm(nn.GroupNorm):
-    "torch's, with a backward pass that survives an input that needs no gradient and has its channels innermost."
+    """torch's, with a backward pass that survives an input that needs no gradient and has its
+    channels innermost.
+    """
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.requires_grad or not torch.is_grad_enabled(): return super().forward(x)
+        if x.requires_grad or not torch.is_grad_enabled():
+            return super().forward(x)
         across = (1, -1, *(1,) * (x.ndim - 2))
-        return nn.functional.group_norm(x, self.num_groups, eps=self.eps) * self.weight.view(across) + self.bias.view(across)
+        return nn.functional.group_norm(x, self.num_groups, eps=self.eps) * self.weight.view(
+            across
+        ) + self.bias.view(across)
+
 
 def group_norm(channels: int) -> GroupNorm:
     "Groups of at least 4 channels, at most 8 groups."
@@ -39,7 +50,10 @@ def group_norm(channels: int) -> GroupNorm:
 
 # %% ../../nbs/nets/00_blocks.ipynb #cell-014
 class ResidualBlock(nn.Module):
-    "A block that changes neither size nor channels; `dimensions` 2 or 3, `conditions` the length of the vector it listens to (0: none)."
+    """A block that changes neither size nor channels; `dimensions` 2 or 3, `conditions` the length
+    of the vector it listens to (0: none).
+    """
+
     def __init__(self, dimensions: int, channels: int, conditions: int = 0):
         super().__init__()
         convolution = {2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
@@ -47,7 +61,8 @@ class ResidualBlock(nn.Module):
         self.first = convolution(channels, channels, 3, padding=1)
         self.second = convolution(channels, channels, 3, padding=1)
         self.modulation = nn.Linear(conditions, 2 * channels) if conditions else None
-        if conditions: nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)
+        if conditions:
+            nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         "x (B, channels, *size), condition (B, conditions)"

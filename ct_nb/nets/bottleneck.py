@@ -20,7 +20,8 @@ def to_windows(x: torch.Tensor, window: int) -> torch.Tensor:
     "(B, D, H, W, C) → (B, windows, window³, C)."
     b, d, h, w, c = x.shape
     x = x.view(b, d // window, window, h // window, window, w // window, window, c)
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, window ** 3, c)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, window**3, c)
+
 
 def from_windows(x: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
     "The inverse of `to_windows`, for a grid of `shape` (D, H, W)."
@@ -31,53 +32,88 @@ def from_windows(x: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
 
 # %% ../../nbs/nets/03b_bottleneck.ipynb #cell-006
 @lru_cache(maxsize=16)
-def shift_mask(shape: tuple[int, int, int], window: int, shift: tuple[int, int, int], device: torch.device) -> torch.Tensor:
-    "(windows, window³, window³): 0 between voxels of one region of the rolled grid, −∞ between others."
+def shift_mask(
+    shape: tuple[int, int, int], window: int, shift: tuple[int, int, int], device: torch.device
+) -> torch.Tensor:
+    """(windows, window³, window³): 0 between voxels of one region of the rolled grid, −∞ between
+    others.
+    """
     region = torch.zeros(1, 1, 1, 1)
     for axis, (n, s) in enumerate(zip(shape, shift)):
-        place = (torch.arange(n) >= n - window).float() + (torch.arange(n) >= n - s)  # body, last window, what was rolled over
+        # body, last window, what was rolled over
+        place = (torch.arange(n) >= n - window).float() + (torch.arange(n) >= n - s)
         region = 3 * region + place.view([-1 if k == axis else 1 for k in range(3)] + [1])
     region = to_windows(region[None], window)[0, ..., 0]
     return torch.where(region[:, :, None] == region[:, None], 0.0, -torch.inf).to(device)
 
+
 @lru_cache(maxsize=16)
 def relative_places(window: int, device: torch.device) -> torch.Tensor:
-    "(window³, window³) number of the offset between two voxels of a window, 0 to (2·window − 1)³ − 1."
+    """(window³, window³) number of the offset between two voxels of a window, 0 to (2·window − 1)³
+    − 1.
+    """
     place = torch.cartesian_prod(*[torch.arange(window)] * 3)
     offset = place[:, None] - place[None] + window - 1
-    return ((offset[..., 0] * (2 * window - 1) + offset[..., 1]) * (2 * window - 1) + offset[..., 2]).to(device)
+    return (
+        (offset[..., 0] * (2 * window - 1) + offset[..., 1]) * (2 * window - 1) + offset[..., 2]
+    ).to(device)
 
 # %% ../../nbs/nets/03b_bottleneck.ipynb #cell-008
 class WindowAttention3d(nn.Module):
-    "Attention of a grid (B, D, H, W, channels) within windows of window³ voxels that begin at multiples of `window` plus `shift`."
+    """Attention of a grid (B, D, H, W, channels) within windows of window³ voxels that begin at
+    multiples of `window` plus `shift`.
+    """
+
     def __init__(self, channels: int, heads: int, window: int = 4, shift: int = 0):
         super().__init__()
-        if channels % heads: raise ValueError(f"heads: {channels} channels cannot be divided among {heads} heads")
-        self.heads, self.window, self.shift = heads, window, shift % window
-        self.query_key_value, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        if channels % heads:
+            raise ValueError(f"heads: {channels} channels cannot be divided among {heads} heads")
+        self.heads = heads
+        self.window = window
+        self.shift = shift % window
+        self.query_key_value = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
         self.bias = nn.Parameter(0.02 * torch.randn(heads, (2 * window - 1) ** 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape = tuple(x.shape[1:4])
-        if any(n % self.window for n in shape): raise ValueError(f"grid: its size must be a multiple of the window, {self.window}, got {shape}; choose another grid or window")
+        if any(n % self.window for n in shape):
+            raise ValueError(
+                f"grid: its size must be a multiple of the window, {self.window}, got {shape};"
+                " choose another grid or window"
+            )
         shift = tuple(self.shift if n > self.window else 0 for n in shape)
-        if any(shift): x = x.roll([-s for s in shift], (1, 2, 3))
-        q, k, v = self.query_key_value(to_windows(x, self.window)).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # each (B, windows, heads, window³, d)
+        if any(shift):
+            x = x.roll([-s for s in shift], (1, 2, 3))
+        # each (B, windows, heads, window³, d)
+        q, k, v = (
+            self.query_key_value(to_windows(x, self.window))
+            .unflatten(-1, (3, self.heads, -1))
+            .permute(3, 0, 1, 4, 2, 5)
+        )
         bias = self.bias[:, relative_places(self.window, x.device)]
-        if any(shift): bias = bias + shift_mask(shape, self.window, shift, x.device)[:, None]
+        if any(shift):
+            bias = bias + shift_mask(shape, self.window, shift, x.device)[:, None]
         y = ((q * q.shape[-1] ** -0.5) @ k.mT + bias.to(q)).softmax(-1) @ v
         y = from_windows(self.out(y.transpose(2, 3).flatten(3)), shape)
         return y.roll(shift, (1, 2, 3)) if any(shift) else y
 
 # %% ../../nbs/nets/03b_bottleneck.ipynb #cell-012
 class SwinBlock3d(nn.Module):
-    "Grid (B, channels, D, H, W) → the same shape: windowed attention, depthwise convolution, and two linear layers that widen `expansion`-fold."
-    def __init__(self, channels: int, heads: int, window: int = 4, shift: int = 0, expansion: int = 4):
+    """Grid (B, channels, D, H, W) → the same shape: windowed attention, depthwise convolution, and
+    two linear layers that widen `expansion`-fold.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, window: int = 4, shift: int = 0, expansion: int = 4
+    ):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
         self.attention = WindowAttention3d(channels, heads, window, shift)
-        self.near, self.mix = nn.Conv3d(channels, channels, 3, padding=1, groups=channels), nn.Linear(channels, channels)
-        self.wide, self.narrow = nn.Linear(channels, expansion * channels), nn.Linear(expansion * channels, channels)
+        self.near = nn.Conv3d(channels, channels, 3, padding=1, groups=channels)
+        self.mix = nn.Linear(channels, channels)
+        self.wide = nn.Linear(channels, expansion * channels)
+        self.narrow = nn.Linear(expansion * channels, channels)
         self.scale = nn.Parameter(torch.full((3, channels), 0.1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -90,53 +126,97 @@ class SwinBlock3d(nn.Module):
 
 # %% ../../nbs/nets/03b_bottleneck.ipynb #cell-013
 class LatentTrunk(nn.Module):
-    "`blocks` SwinBlock3d in a row, every second one shifted by half a window, and a norm: grid (B, channels, n, n, n) → the same shape; n a multiple of `window`."
-    def __init__(self, channels: int, blocks: int = 3, heads: int | None = None, window: int = 4, expansion: int = 4, checkpoint: bool = False):
+    """`blocks` SwinBlock3d in a row, every second one shifted by half a window, and a norm: grid
+    (B, channels, n, n, n) → the same shape; n a multiple of `window`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        blocks: int = 3,
+        heads: int | None = None,
+        window: int = 4,
+        expansion: int = 4,
+        checkpoint: bool = False,
+    ):
         super().__init__()
-        heads = heads or max(h for h in (1, 2, 3, 4, 6, 8, 12) if channels % h == 0 and (h == 1 or channels // h >= 32))
-        self.blocks = nn.ModuleList(SwinBlock3d(channels, heads, window, window // 2 * (k % 2), expansion) for k in range(blocks))
-        self.norm, self.checkpoint = nn.LayerNorm(channels), checkpoint
+        heads = heads or max(
+            h
+            for h in (1, 2, 3, 4, 6, 8, 12)
+            if channels % h == 0 and (h == 1 or channels // h >= 32)
+        )
+        self.blocks = nn.ModuleList(
+            SwinBlock3d(channels, heads, window, window // 2 * (k % 2), expansion)
+            for k in range(blocks)
+        )
+        self.norm = nn.LayerNorm(channels)
+        self.checkpoint = checkpoint
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks: x = checkpoint(block, x, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else block(x)
+        for block in self.blocks:
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.checkpoint and torch.is_grad_enabled()
+                else block(x)
+            )
         return self.norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
 
 # %% ../../nbs/nets/03b_bottleneck.ipynb #cell-017
 LOG_VARIANCE_RANGE = (-14.0, 4.0)
 
+
 class Latent(NamedTuple):
     "A normal distribution for each number of a latent grid (B, latent, n, n, n)."
+
     mean: torch.Tensor
     log_variance: torch.Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
         "One draw, with gradients to mean and variance."
-        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        noise = torch.randn(
+            self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device
+        )
         return self.mean + (self.log_variance / 2).exp() * noise
 
     def kl_nats(self) -> torch.Tensor:
-        "KL divergence of each number from the standard normal distribution, float32 or better, in the grid's shape."
+        """KL divergence of each number from the standard normal distribution, float32 or better, in
+        the grid's shape.
+        """
         mean, log_variance = (t if t.dtype == torch.float64 else t.float() for t in self)
         return (mean.square() + log_variance.exp() - 1 - log_variance) / 2
 
     def kl(self, free_bits: float = 0.0) -> torch.Tensor:
-        "Nats per latent number: the mean over channels of max(free_bits, mean over batch and voxels)."
+        """Nats per latent number: the mean over channels of max(free_bits, mean over batch and
+        voxels).
+        """
         return self.kl_nats().mean((0, *range(2, self.mean.ndim))).clamp_min(free_bits).mean()
 
 # %% ../../nbs/nets/03b_bottleneck.ipynb #cell-018
 class VariationalBottleneck(nn.Module):
-    "Grid (B, channels, n, n, n) → `Latent` of `latent` channels; `choose` a value of it, `expand` that back to `channels`."
+    """Grid (B, channels, n, n, n) → `Latent` of `latent` channels; `choose` a value of it, `expand`
+    that back to `channels`.
+    """
+
     def __init__(self, channels: int = 192, latent: int = 128):
         super().__init__()
-        self.squeeze, self.widen = nn.Conv3d(channels, 2 * latent, 1), nn.Conv3d(latent, channels, 1)
+        self.squeeze = nn.Conv3d(channels, 2 * latent, 1)
+        self.widen = nn.Conv3d(latent, channels, 1)
 
     def forward(self, x: torch.Tensor) -> Latent:
         mean, log_variance = self.squeeze(x).chunk(2, 1)
         return Latent(mean, (log_variance - 4).clamp(*LOG_VARIANCE_RANGE))
 
-    def choose(self, latent: Latent, sample: bool | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
-        "A draw or the mean, (B, latent, n, n, n); by default a draw in training and the mean in evaluation."
-        return latent.sample(generator) if (self.training if sample is None else sample) else latent.mean
+    def choose(
+        self, latent: Latent, sample: bool | None = None, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """A draw or the mean, (B, latent, n, n, n); by default a draw in training and the mean in
+        evaluation.
+        """
+        return (
+            latent.sample(generator)
+            if (self.training if sample is None else sample)
+            else latent.mean
+        )
 
     def expand(self, value: torch.Tensor) -> torch.Tensor:
         "(B, latent, n, n, n) → (B, channels, n, n, n)"

@@ -31,44 +31,89 @@ from ..settings import Settings
 # %% ../../nbs/nets/08_cascade.ipynb #cell-005
 @dataclass(frozen=True)
 class StageConfig(Settings):
-    "Everything that decides what the weights of a stage mean. ValueError for settings that do not fit together."
+    """Everything that decides what the weights of a stage mean.
+
+    ValueError for settings that do not fit together.
+    """
+
     network: DenoiserConfig  # `condition_channels` 2: the coarse volume, and how noisy it is
     diffusion: DiffusionConfig = DiffusionConfig()
     window: str = "chest"  # the network's range of HU
     energy_kev: float = 60.0  # of the X-rays
     residual_scale: float = 0.15  # what σ starts from, in the network's range
-    coarse_noise: float = 0.0  # largest standard deviation of the noise that the coarse volume gets in training, in the network's range
+    # largest standard deviation of the noise that the coarse volume gets in training, in the
+    # network's range
+    coarse_noise: float = 0.0
     physics_weight: float = 0.0  # of the error of the X-rays in training
     patch: int | None = None  # voxels a side that are denoised at a time; None: all
 
     def __post_init__(self):
-        if self.window not in WINDOWS: raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
-        if self.network.condition_channels != 2: raise ValueError(f"network: a stage's network takes 2 condition_channels, the coarse volume and its noise, got {self.network.condition_channels}")
-        if not self.residual_scale > 0: raise ValueError(f"residual_scale: must be positive, got {self.residual_scale}")
-        if self.coarse_noise < 0 or self.physics_weight < 0: raise ValueError(f"coarse_noise, physics_weight: must be 0 or more, got {self.coarse_noise} and {self.physics_weight}")
-        if self.patch is not None and (self.patch % self.network.patch_step or not 0 < self.patch < self.size):
-            raise ValueError(f"patch: must be a multiple of {self.network.patch_step} below {self.size}, got {self.patch}")
+        if self.window not in WINDOWS:
+            raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+        if self.network.condition_channels != 2:
+            raise ValueError(
+                "network: a stage's network takes 2 condition_channels, the coarse volume and its"
+                f" noise, got {self.network.condition_channels}"
+            )
+        if not self.residual_scale > 0:
+            raise ValueError(f"residual_scale: must be positive, got {self.residual_scale}")
+        if self.coarse_noise < 0 or self.physics_weight < 0:
+            raise ValueError(
+                f"coarse_noise, physics_weight: must be 0 or more, got {self.coarse_noise} and"
+                f" {self.physics_weight}"
+            )
+        if self.patch is not None and (
+            self.patch % self.network.patch_step or not 0 < self.patch < self.size
+        ):
+            raise ValueError(
+                f"patch: must be a multiple of {self.network.patch_step} below {self.size}, got"
+                f" {self.patch}"
+            )
 
     @property
-    def size(self) -> int: return self.network.size
+    def size(self) -> int:
+        return self.network.size
 
 # %% ../../nbs/nets/08_cascade.ipynb #cell-008
 def patch_starts(size: int, patch: int, overlap: int) -> list[int]:
-    "Where patches begin along an axis, so that neighbours share at least `overlap` voxels and all of `size` is covered."
-    if not 0 < patch <= size or not 0 <= 2 * overlap <= patch: raise ValueError(f"patch, overlap: need overlap ≤ patch/2 and patch ≤ size, got patch {patch}, overlap {overlap}, size {size}")
-    if patch == size: return [0]
+    """Where patches begin along an axis, so that neighbours share at least `overlap` voxels and all
+    of `size` is covered.
+    """
+    if not 0 < patch <= size or not 0 <= 2 * overlap <= patch:
+        raise ValueError(
+            f"patch, overlap: need overlap ≤ patch/2 and patch ≤ size, got patch {patch}, overlap"
+            f" {overlap}, size {size}"
+        )
+    if patch == size:
+        return [0]
     count = -(-(size - overlap) // (patch - overlap))
     return [round(i * (size - patch) / (count - 1)) for i in range(count)]
 
-def patch_weights(size: int, starts: list[int], patch: int, overlap: int, halo: int) -> torch.Tensor:
-    "(len(starts), patch): weights of each patch along an axis; the weights of all patches sum to 1 at every voxel."
-    if 2 * halo >= overlap and len(starts) > 1: raise ValueError(f"halo: must be below half the overlap of {overlap}, got {halo}")
+
+def patch_weights(
+    size: int, starts: list[int], patch: int, overlap: int, halo: int
+) -> torch.Tensor:
+    """(len(starts), patch): weights of each patch along an axis; the weights of all patches sum to
+    1 at every voxel.
+    """
+    if 2 * halo >= overlap and len(starts) > 1:
+        raise ValueError(f"halo: must be below half the overlap of {overlap}, got {halo}")
     place = torch.arange(patch) + 0.5
     rise, fall = ((edge - halo) / (overlap - 2 * halo) for edge in (place, patch - place))
-    weights = torch.stack([torch.minimum(torch.ones(patch) if start == 0 else rise, torch.ones(patch) if start + patch == size else fall).clamp(0, 1) for start in starts])
+    weights = torch.stack(
+        [
+            torch.minimum(
+                torch.ones(patch) if start == 0 else rise,
+                torch.ones(patch) if start + patch == size else fall,
+            ).clamp(0, 1)
+            for start in starts
+        ]
+    )
     total = torch.zeros(size)
-    for start, weight in zip(starts, weights): total[start:start + patch] += weight
-    return weights / torch.stack([total[start:start + patch] for start in starts])
+    for start, weight in zip(starts, weights):
+        total[start : start + patch] += weight
+    return weights / torch.stack([total[start : start + patch] for start in starts])
+
 
 def blended(
     answer: Callable,  # (z0, y0, x0, patch side) -> (B, C, n, n, n)
@@ -77,55 +122,87 @@ def blended(
     overlap: int | None = None,  # a quarter of the patch unless given
     halo: int | None = None,  # an eighth of the overlap unless given
 ) -> torch.Tensor:
-    "(B, C, size, size, size): the answers for overlapping patches as one volume, in the memory of one volume and one patch."
+    """(B, C, size, size, size): the answers for overlapping patches as one volume, in the memory of
+    one volume and one patch.
+    """
     overlap = patch // 4 if overlap is None else overlap
     halo = overlap // 8 if halo is None else halo
     starts = patch_starts(size, patch, overlap)
-    weights, whole = patch_weights(size, starts, patch, overlap, halo), None
+    weights = patch_weights(size, starts, patch, overlap, halo)
+    whole = None
     for i, z in enumerate(starts):
         for j, y in enumerate(starts):
             for k, x in enumerate(starts):
                 part = answer(z, y, x, patch)
                 weight = (weights[i][:, None, None] * weights[j][:, None] * weights[k]).to(part)
-                if whole is None: whole = part.new_zeros(*part.shape[:2], size, size, size)
-                whole[..., z:z + patch, y:y + patch, x:x + patch] += weight * part
+                if whole is None:
+                    whole = part.new_zeros(*part.shape[:2], size, size, size)
+                whole[..., z : z + patch, y : y + patch, x : x + patch] += weight * part
     return whole
 
 # %% ../../nbs/nets/08_cascade.ipynb #cell-011
-def physics_error(hu: torch.Tensor, xrays: torch.Tensor, geometry: ConeBeam, energy_kev: float = 60.0) -> torch.Tensor:
-    "(B,): ‖Aμ − y‖ / ‖y‖ over all views of volumes (B, N, N, N), HU, and line integrals (B, V, R, C). Scale counts."
+def physics_error(
+    hu: torch.Tensor, xrays: torch.Tensor, geometry: ConeBeam, energy_kev: float = 60.0
+) -> torch.Tensor:
+    """(B,): ‖Aμ − y‖ / ‖y‖ over all views of volumes (B, N, N, N), HU, and line integrals (B, V, R,
+    C). Scale counts.
+    """
     found = project(hu_to_mu(hu.float(), energy_kev), geometry.to(torch.float32))
     return (found - xrays).flatten(1).norm(dim=1) / xrays.flatten(1).norm(dim=1).clamp_min(1e-12)
 
+
 def resized(hu: torch.Tensor, size: int) -> torch.Tensor:
-    "Volumes (B, n, n, n) on the same cube with `size` voxels a side: block means where that is a whole factor down, trilinear otherwise."
+    """Volumes (B, n, n, n) on the same cube with `size` voxels a side: block means where that is a
+    whole factor down, trilinear otherwise.
+    """
     n = hu.shape[-1]
-    if n == size: return hu
-    if n % size == 0: return F.avg_pool3d(hu[:, None], n // size)[:, 0]
+    if n == size:
+        return hu
+    if n % size == 0:
+        return F.avg_pool3d(hu[:, None], n // size)[:, 0]
     return F.interpolate(hu[:, None], size=(size,) * 3, mode="trilinear", align_corners=False)[:, 0]
 
 # %% ../../nbs/nets/08_cascade.ipynb #cell-013
-SMALLEST_SCALE, LARGEST_SCALE = 0.005, 0.6  # of σ, in the network's range: 5 to 600 HU of the chest window
-ERROR_WEIGHT = 0.1  # of its loss beside the diffusion's: Adam does not mind, the common limit on the gradient does
-ROUNDS = 8  # of guidance and the clip at vacuum in turn, at the end: the X-rays alone do not know that nothing absorbs less (projections onto convex sets, Youla & Webb 1982)
+# of σ, in the network's range: 5 to 600 HU of the chest window
+SMALLEST_SCALE, LARGEST_SCALE = 0.005, 0.6
+# of its loss beside the diffusion's: Adam does not mind, the common limit on the gradient does
+ERROR_WEIGHT = 0.1
+# of guidance and the clip at vacuum in turn, at the end: the X-rays alone do not know that nothing
+# absorbs less (projections onto convex sets, Youla & Webb 1982)
+ROUNDS = 8
 
-def _box(x: torch.Tensor) -> torch.Tensor: return F.avg_pool3d(F.pad(x, [1] * 6, mode="replicate"), 3, 1)
+
+def _box(x: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool3d(F.pad(x, [1] * 6, mode="replicate"), 3, 1)
+
 
 def roughness(coarse: torch.Tensor) -> torch.Tensor:
-    "Volumes (B, 1, n, n, n) in the network's range → (B, 2, n, n, n): logarithm of the standard deviation over 3³ voxels and over some 7³, about −1 to 1."
+    """Volumes (B, 1, n, n, n) in the network's range → (B, 2, n, n, n): logarithm of the standard
+    deviation over 3³ voxels and over some 7³, about −1 to 1.
+    """
     both, found = torch.cat([coarse, coarse.square()], 1), []
     for times in (1, 2):
-        for _ in range(times): both = _box(both)
+        for _ in range(times):
+            both = _box(both)
         mean, square = both.chunk(2, 1)
-        found.append(((square - mean.square()).clamp_min(0).sqrt() + SMALLEST_SCALE).log() / 2 + 1.5)
+        found.append(
+            ((square - mean.square()).clamp_min(0).sqrt() + SMALLEST_SCALE).log() / 2 + 1.5
+        )
     return torch.cat(found, 1)
 
+
 class ErrorScale(nn.Module):
-    "Coarse volume and its noise (B, 2, n, n, n), n a multiple of 4 → standard deviation (B, 1, n, n, n) of what the coarse volume lacks, in the network's range; at first `scale`."
+    """Coarse volume and its noise (B, 2, n, n, n), n a multiple of 4 → standard deviation (B, 1, n,
+    n, n) of what the coarse volume lacks, in the network's range; at first `scale`.
+    """
+
     def __init__(self, scale: float):
         super().__init__()
-        self.near, self.far = nn.Conv3d(4, 8, 3, padding=1), nn.Conv3d(4, 16, 4, stride=4)
-        self.middle, self.up, self.last = nn.Conv3d(16, 16, 3, padding=1), nn.ConvTranspose3d(16, 8, 4, stride=4), nn.Conv3d(8, 1, 3, padding=1)
+        self.near = nn.Conv3d(4, 8, 3, padding=1)
+        self.far = nn.Conv3d(4, 16, 4, stride=4)
+        self.middle = nn.Conv3d(16, 16, 3, padding=1)
+        self.up = nn.ConvTranspose3d(16, 8, 4, stride=4)
+        self.last = nn.Conv3d(8, 1, 3, padding=1)
         keep_variance(self)
         nn.init.zeros_(self.last.weight), nn.init.constant_(self.last.bias, math.log(scale))
 
@@ -134,51 +211,106 @@ class ErrorScale(nn.Module):
         x = self.near(x) + self.up(F.silu(self.middle(F.silu(self.far(x)))))
         logarithm = self.last(F.silu(x))
         within = logarithm.clamp(math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE))
-        return (logarithm + (within - logarithm).detach()).exp()  # the gradient goes on beyond the ends, or no voxel would come back from there
+        # the gradient goes on beyond the ends, or no voxel would come back from there
+        return (logarithm + (within - logarithm).detach()).exp()
 
 # %% ../../nbs/nets/08_cascade.ipynb #cell-014
 class CascadeStage(nn.Module):
-    "A diffusion model at one size: coarse volume (B, n, n, n), HU, X-rays (B, V, R, C) and geometry → draws (B, N, N, N), HU."
+    """A diffusion model at one size: coarse volume (B, n, n, n), HU, X-rays (B, V, R, C) and
+    geometry → draws (B, N, N, N), HU.
+    """
+
     def __init__(self, config: StageConfig):
         super().__init__()
-        self.config, self.network, self.diffusion = config, Denoiser(config.network), Diffusion(config.diffusion)
+        self.config = config
+        self.network = Denoiser(config.network)
+        self.diffusion = Diffusion(config.diffusion)
         self.error_scale = ErrorScale(config.residual_scale)
 
     @property
-    def window(self) -> Window: return WINDOWS[self.config.window]
+    def window(self) -> Window:
+        return WINDOWS[self.config.window]
 
     def to_range(self, hu: torch.Tensor) -> torch.Tensor:
         "HU (B, N, N, N) → the network's range (B, 1, N, N, N), cut off at its ends."
         return self.window.to_network(hu)[:, None].clamp(-1, 1)
 
     def _coarse(self, coarse_hu: torch.Tensor, level: torch.Tensor, generator=None) -> torch.Tensor:
-        "The coarse volume (B, 1, N, N, N) at the stage's size, with noise of the standard deviation `level` (B,) on its own grid."
+        """The coarse volume (B, 1, N, N, N) at the stage's size, with noise of the standard
+        deviation `level` (B,) on its own grid.
+        """
         coarse = self.to_range(coarse_hu)
-        if bool((level > 0).any()): coarse = coarse + level.view(-1, 1, 1, 1, 1) * torch.randn(coarse.shape, generator=generator).to(coarse)
+        if bool((level > 0).any()):
+            coarse = coarse + level.view(-1, 1, 1, 1, 1) * torch.randn(
+                coarse.shape, generator=generator
+            ).to(coarse)
         return resized(coarse[:, 0], self.config.size)[:, None]
 
     def _told(self, xrays, geometry, coarse, level, patch=None) -> Condition:
-        return self.network.condition(xrays, geometry, torch.cat([coarse, level.to(coarse).view(-1, 1, 1, 1, 1).expand_as(coarse)], 1), patch)
+        return self.network.condition(
+            xrays,
+            geometry,
+            torch.cat([coarse, level.to(coarse).view(-1, 1, 1, 1, 1).expand_as(coarse)], 1),
+            patch,
+        )
 
-    def loss(self, hu: torch.Tensor, xrays: torch.Tensor, geometry: ConeBeam, coarse_hu: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, dict[str, float]]:
-        "Mean loss of a batch of truths (B, N, N, N), HU, and its parts. `generator` (CPU) draws steps, noise and what is dropped."
-        c, batch, size = self.config, len(hu), self.config.size
-        if tuple(hu.shape[1:]) != (size,) * 3: raise ValueError(f"hu: this stage is for {size}³ voxels, got {tuple(hu.shape[1:])}; give it the volumes of its own size")
+    def loss(
+        self,
+        hu: torch.Tensor,
+        xrays: torch.Tensor,
+        geometry: ConeBeam,
+        coarse_hu: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean loss of a batch of truths (B, N, N, N), HU, and its parts.
+
+        `generator` (CPU) draws steps, noise and what is dropped.
+        """
+        c = self.config
+        batch = len(hu)
+        size = self.config.size
+        if tuple(hu.shape[1:]) != (size,) * 3:
+            raise ValueError(
+                f"hu: this stage is for {size}³ voxels, got {tuple(hu.shape[1:])}; give it the"
+                " volumes of its own size"
+            )
         level = torch.rand(batch, generator=generator).to(hu) * c.coarse_noise
         coarse = self._coarse(coarse_hu, level, generator)
         x = self.to_range(hu)
-        corner = None if c.patch is None else tuple((c.network.patch_step * torch.randint((size - c.patch) // c.network.patch_step + 1, (3,), generator=generator)).tolist())
-        told = self._told(xrays, geometry, coarse, level, None if corner is None else (*corner, c.patch))
-        told = told.dropped(torch.rand(batch, generator=generator).to(hu.device) < c.diffusion.condition_dropout)
+        corner = (
+            None
+            if c.patch is None
+            else tuple(
+                (
+                    c.network.patch_step
+                    * torch.randint(
+                        (size - c.patch) // c.network.patch_step + 1, (3,), generator=generator
+                    )
+                ).tolist()
+            )
+        )
+        told = self._told(
+            xrays, geometry, coarse, level, None if corner is None else (*corner, c.patch)
+        )
+        told = told.dropped(
+            torch.rand(batch, generator=generator).to(hu.device) < c.diffusion.condition_dropout
+        )
         if corner is not None:
             z, y, w = corner
-            whole, here = coarse, (..., slice(z, z + c.patch), slice(y, y + c.patch), slice(w, w + c.patch))
+            whole = coarse
+            here = (
+                ...,
+                slice(z, z + c.patch),
+                slice(y, y + c.patch),
+                slice(w, w + c.patch),
+            )
             x, coarse = x[here], coarse[here]
         scale = self.error_scale(told.extra)
         likelihood = (((x - coarse) / scale).square() / 2 + scale.log()).mean()
         scale = scale.detach()
         z0 = (x - coarse) / scale
-        step, noise = self.diffusion.draw_steps(batch, generator), torch.randn(z0.shape, generator=generator).to(z0)
+        step = self.diffusion.draw_steps(batch, generator)
+        noise = torch.randn(z0.shape, generator=generator).to(z0)
         z_t = self.diffusion.noised(z0, noise, step)
         output = self.network(z_t, self.diffusion.time(step).to(z0), told)
         error = (output - self.diffusion.target(z0, noise, step)).square().flatten(1).mean(1)
@@ -186,25 +318,44 @@ class CascadeStage(nn.Module):
         figures = {"diffusion": loss.item(), "error": likelihood.item()}
         loss = loss + ERROR_WEIGHT * likelihood
         if c.physics_weight:
-            kept = self.diffusion.alphas_cumprod[step].to(error)  # where all is noise, the guess is no volume yet
+            # where all is noise, the guess is no volume yet
+            kept = self.diffusion.alphas_cumprod[step].to(error)
             guess = coarse + scale * self.diffusion.to_x0(output, z_t, step)
             if corner is not None:  # the X-rays are of the whole, so the rest is the coarse volume
                 part, guess = guess, whole.clone()
                 guess[here] = part
             found = self.window.to_hu(guess[:, 0])
-            physics = (kept * physics_error(found, xrays, geometry.on(geometry.grid.resized(size)), c.energy_kev)).mean()
-            loss, figures["physics"] = loss + c.physics_weight * physics, physics.item()
+            physics = (
+                kept
+                * physics_error(
+                    found, xrays, geometry.on(geometry.grid.resized(size)), c.energy_kev
+                )
+            ).mean()
+            loss = loss + c.physics_weight * physics
+            figures["physics"] = physics.item()
         return loss, figures
 
     def denoised(self, z_t: torch.Tensor, time: torch.Tensor, told: Condition) -> torch.Tensor:
         "The network's answer (B, 1, N, N, N), patch by patch where the stage has patches."
-        if self.config.patch is None: return self.network(z_t, time, told)
-        return blended(lambda z, y, x, n: self.network(z_t[..., z:z + n, y:y + n, x:x + n], time, told.crop(z, y, x, n)), self.config.size, self.config.patch)
+        if self.config.patch is None:
+            return self.network(z_t, time, told)
+        return blended(
+            lambda z, y, x, n: self.network(
+                z_t[..., z : z + n, y : y + n, x : x + n], time, told.crop(z, y, x, n)
+            ),
+            self.config.size,
+            self.config.patch,
+        )
 
     def scale(self, told: Condition) -> torch.Tensor:
         "`ErrorScale`'s answer (B, 1, N, N, N), patch by patch where the stage has patches."
-        if self.config.patch is None: return self.error_scale(told.extra)
-        return blended(lambda z, y, x, n: self.error_scale(told.crop(z, y, x, n).extra), self.config.size, self.config.patch)
+        if self.config.patch is None:
+            return self.error_scale(told.extra)
+        return blended(
+            lambda z, y, x, n: self.error_scale(told.crop(z, y, x, n).extra),
+            self.config.size,
+            self.config.patch,
+        )
 
     @torch.no_grad()
     def sample(
@@ -215,60 +366,101 @@ class CascadeStage(nn.Module):
         steps: int = 20,
         sampler: str = "ddim",  # or "ddpm" or "dpm++"
         free_guidance: float = 1.0,  # classifier-free; 1: the conditional answer as it is
-        guide: Callable | None = None,  # spread=(B, N, N, N) HU → XrayGuidance, which moves every guess onto the X-rays, most where the guess is least sure
+        # spread=(B, N, N, N) HU → XrayGuidance, which moves every guess onto the X-rays, most where
+        # the guess is least sure
+        guide: Callable | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         "A draw (B, N, N, N), HU. ValueError for a wrong step count, NaN or X-rays that do not fit."
-        c, shape = self.config, (len(coarse_hu), 1, *(self.config.size,) * 3)
+        c = self.config
+        shape = (len(coarse_hu), 1, *(self.config.size,) * 3)
         level = torch.full((len(coarse_hu),), c.coarse_noise / 2, device=coarse_hu.device)
         coarse = self._coarse(coarse_hu, torch.zeros_like(level))
         told = self._told(xrays, geometry, coarse, level)
         silent, scale = told.dropped(), self.scale(told)
         guide = None if guide is None else guide(spread=scale[:, 0] * (self.window.width_hu / 2))
-        largest, vacuum = c.diffusion.clamp or torch.inf, float(self.window.to_network(torch.tensor(-1000.0)))
+        largest = c.diffusion.clamp or torch.inf
+        vacuum = float(self.window.to_network(torch.tensor(-1000.0)))
 
         def correct(z0: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             x = (coarse + scale * z0).clamp(-largest, largest)
             return ((x if guide is None else guide(x, time)) - coarse) / scale
 
-        free = Diffusion(replace(c.diffusion, clamp=None))  # the range is that of the volume, not of what the coarse one lacks
-        z = free.sample(lambda z, time: self.denoised(z, time, told), shape, steps, sampler, free_guidance, lambda z, time: self.denoised(z, time, silent), correct, generator=generator, device=coarse.device)
+        # the range is that of the volume, not of what the coarse one lacks
+        free = Diffusion(replace(c.diffusion, clamp=None))
+        z = free.sample(
+            lambda z, time: self.denoised(z, time, told),
+            shape,
+            steps,
+            sampler,
+            free_guidance,
+            lambda z, time: self.denoised(z, time, silent),
+            correct,
+            generator=generator,
+            device=coarse.device,
+        )
         x = coarse + scale * z
-        for _ in range(ROUNDS if guide is not None else 0): x = guide(x.clamp_min(vacuum))
+        for _ in range(ROUNDS if guide is not None else 0):
+            x = guide(x.clamp_min(vacuum))
         return self.window.to_hu(x[:, 0])
 
 # %% ../../nbs/nets/08_cascade.ipynb #cell-022
 class PriorStart(nn.Module):
-    "The linear prior's answer, moved onto the X-rays: X-rays (B, V, R, C) and geometry → HU (B, N, N, N). `prior.fit` it first."
+    """The linear prior's answer, moved onto the X-rays: X-rays (B, V, R, C) and geometry → HU (B,
+    N, N, N). `prior.fit` it first.
+    """
+
     def __init__(self, size: int, modes: int, noise: float = 0.5, energy_kev: float = 60.0):
         super().__init__()
-        self.prior, self.settings = LinearPrior(size, modes, noise, energy_kev), {"size": size, "modes": modes, "noise": noise, "energy_kev": energy_kev}
+        self.prior = LinearPrior(size, modes, noise, energy_kev)
+        self.settings = {
+            "size": size,
+            "modes": modes,
+            "noise": noise,
+            "energy_kev": energy_kev,
+        }
 
     @torch.no_grad()
     def forward(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
         size = self.settings["size"]
         beam = geometry.on(geometry.grid.resized(size)).to(device=xrays.device, dtype=torch.float32)
-        guide = XrayGuidance(xrays, beam, spread=self.prior.spread_hu, energy_kev=self.settings["energy_kev"], iterations=8)
+        guide = XrayGuidance(
+            xrays,
+            beam,
+            spread=self.prior.spread_hu,
+            energy_kev=self.settings["energy_kev"],
+            iterations=8,
+        )
         window = WINDOWS["chest"]
         return window.to_hu(guide(window.to_network(self.prior(xrays, beam))[:, None])[:, 0])
 
+
 class FrozenStart(nn.Module):
     "The answer of a trained system A: X-rays (B, V, R, C) and geometry → HU (B, N, N, N)."
+
     def __init__(self, config: DRR2CTConfig):
         super().__init__()
         self.model, self.settings = DRR2CT(config), config.to_dict()
 
-    def train(self, mode: bool = True): return super().train(False)  # frozen: neither drops nor draws anything
+    # frozen: neither drops nor draws anything
+    def train(self, mode: bool = True):
+        return super().train(False)
 
     @torch.no_grad()
-    def forward(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor: return self.model(xrays, geometry).hu
+    def forward(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
+        return self.model(xrays, geometry).hu
 
-STARTS = {"prior": lambda settings: PriorStart(**settings), "drr2ct": lambda settings: FrozenStart(DRR2CTConfig.from_dict(settings))}
+
+STARTS = {
+    "prior": lambda settings: PriorStart(**settings),
+    "drr2ct": lambda settings: FrozenStart(DRR2CTConfig.from_dict(settings)),
+}
 
 # %% ../../nbs/nets/08_cascade.ipynb #cell-024
 @dataclass(frozen=True)
 class CascadeConfig(Settings):
     "What a cascade's weights mean; stored beside them."
+
     stages: tuple[StageConfig, ...]
     start: str = "prior"  # where the first coarse volume comes from: "prior" or "drr2ct"
     start_settings: dict = field(default_factory=dict)
@@ -276,31 +468,56 @@ class CascadeConfig(Settings):
     def __post_init__(self):
         object.__setattr__(self, "stages", tuple(self.stages))
         sizes = [stage.size for stage in self.stages]
-        if not sizes or sizes != sorted(set(sizes)): raise ValueError(f"stages: must be one or more, each larger than the one before, got sizes {sizes}")
-        if self.start not in STARTS: raise ValueError(f"start: must be one of {', '.join(STARTS)}, got {self.start!r}")
-        if len({(stage.window, stage.energy_kev) for stage in self.stages}) > 1: raise ValueError(f"stages: all must have one window and one energy, got {[(s.window, s.energy_kev) for s in self.stages]}")
-        told, known = self.start_settings, (self.stages[0].window, self.stages[0].energy_kev)
+        if not sizes or sizes != sorted(set(sizes)):
+            raise ValueError(
+                f"stages: must be one or more, each larger than the one before, got sizes {sizes}"
+            )
+        if self.start not in STARTS:
+            raise ValueError(f"start: must be one of {', '.join(STARTS)}, got {self.start!r}")
+        if len({(stage.window, stage.energy_kev) for stage in self.stages}) > 1:
+            raise ValueError(
+                "stages: all must have one window and one energy, got"
+                f" {[(s.window, s.energy_kev) for s in self.stages]}"
+            )
+        told = self.start_settings
+        known = (self.stages[0].window, self.stages[0].energy_kev)
         if (told.get("window", known[0]), told.get("energy_kev", known[1])) != known:
-            raise ValueError(f"start: its window and energy are {told.get('window', known[0])} and {told.get('energy_kev', known[1]):g} keV, those of the stages {known[0]} and {known[1]:g} keV; a cascade has one of each")
+            raise ValueError(
+                f"start: its window and energy are {told.get('window', known[0])} and"
+                f" {told.get('energy_kev', known[1]):g} keV, those of the stages {known[0]} and"
+                f" {known[1]:g} keV; a cascade has one of each"
+            )
 
     @property
-    def size(self) -> int: return self.stages[-1].size
+    def size(self) -> int:
+        return self.stages[-1].size
+
 
 class Cascade(nn.Module):
-    "X-rays (B, V, R, C), line integrals, and geometry in the cube's frame → draws (B, N, N, N), HU."
+    """X-rays (B, V, R, C), line integrals, and geometry in the cube's frame → draws (B, N, N, N),
+    HU.
+    """
+
     def __init__(self, config: CascadeConfig):
         super().__init__()
-        self.config, self.start = config, STARTS[config.start](config.start_settings)
+        self.config = config
+        self.start = STARTS[config.start](config.start_settings)
         self.stages = nn.ModuleList(CascadeStage(stage) for stage in config.stages)
         self.start.requires_grad_(False)
 
-    def coarse_of(self, number: int, hu: torch.Tensor | None, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
-        "What stage `number` starts from in training: the start's answer for the first, the truth (B, N, N, N) at the size below for the others."
-        if number == 0: return self._first(xrays, geometry)
+    def coarse_of(
+        self, number: int, hu: torch.Tensor | None, xrays: torch.Tensor, geometry: ConeBeam
+    ) -> torch.Tensor:
+        """What stage `number` starts from in training: the start's answer for the first, the truth
+        (B, N, N, N) at the size below for the others.
+        """
+        if number == 0:
+            return self._first(xrays, geometry)
         return resized(hu, self.config.stages[number - 1].size)
 
     def _first(self, xrays, geometry):
-        size, found = self.config.stages[0].size, self.start(xrays, geometry)
+        size = self.config.stages[0].size
+        found = self.start(xrays, geometry)
         return resized(found, size) if found.shape[-1] > size else found
 
     @torch.no_grad()
@@ -316,13 +533,30 @@ class Cascade(nn.Module):
         generator: torch.Generator | None = None,
         coarse_hu: torch.Tensor | None = None,  # (B, n, n, n) in place of the start's answer
     ) -> torch.Tensor:
-        "A draw (B, N, N, N), HU, at the size of the last stage. ValueError where something does not fit."
+        """A draw (B, N, N, N), HU, at the size of the last stage.
+
+        ValueError where something does not fit.
+        """
         geometry = fitting_geometry(xrays, geometry)
-        if not torch.isfinite(xrays).all(): raise ValueError("xrays: there are NaN or infinite values; mend or mask them first")
+        if not torch.isfinite(xrays).all():
+            raise ValueError("xrays: there are NaN or infinite values; mend or mask them first")
         hu = self._first(xrays, geometry) if coarse_hu is None else coarse_hu
-        if not torch.isfinite(hu).all(): raise ValueError("coarse_hu: there are NaN or infinite values in the coarse volume")
+        if not torch.isfinite(hu).all():
+            raise ValueError("coarse_hu: there are NaN or infinite values in the coarse volume")
         for stage in self.stages:
             c = stage.config
-            guide = None if guidance == "off" else partial(XrayGuidance, xrays, geometry.on(geometry.grid.resized(c.size)), c.window, c.energy_kev, guidance, noise)
+            guide = (
+                None
+                if guidance == "off"
+                else partial(
+                    XrayGuidance,
+                    xrays,
+                    geometry.on(geometry.grid.resized(c.size)),
+                    c.window,
+                    c.energy_kev,
+                    guidance,
+                    noise,
+                )
+            )
             hu = stage.sample(hu, xrays, geometry, steps, sampler, free_guidance, guide, generator)
         return hu

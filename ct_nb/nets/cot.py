@@ -18,19 +18,32 @@ from .regions import patch_overlaps
 from .text import WordTokenizer
 
 # %% ../../nbs/nets/13a_cot.ipynb #cell-005
-_TOUCHES_LEFT, _TOUCHES_RIGHT = set(".,;:)%'+-/"), set("('+-/")
+_TOUCHES_LEFT = set(".,;:)%'+-/")
+_TOUCHES_RIGHT = set("('+-/")
+
 
 def _joined(before: list[str], word: str) -> bool:
     "Whether `word` follows what stands before it without a space."
     last = before[-1]
-    if word in _TOUCHES_LEFT: return True
-    if last in _TOUCHES_RIGHT: return True
-    if word.isdigit(): return last.isdigit() or (last == "." and len(before) > 1 and before[-2].isdigit()) or (len(last) == 1 and last.isalpha() and last != "a")
-    if last.isdigit(): return word in ("st", "nd", "rd", "th")
+    if word in _TOUCHES_LEFT:
+        return True
+    if last in _TOUCHES_RIGHT:
+        return True
+    if word.isdigit():
+        return (
+            last.isdigit()
+            or (last == "." and len(before) > 1 and before[-2].isdigit())
+            or (len(last) == 1 and last.isalpha() and last != "a")
+        )
+    if last.isdigit():
+        return word in ("st", "nd", "rd", "th")
     return len(word) == len(last) == 1 and word.isalpha() and last.isalpha()
 
+
 def decode(tokenizer: WordTokenizer, numbers) -> str:
-    "Text of a tokenizer's numbers, in small letters; 0 and 1 and what is not of the tokenizer are left out, the unknown sign is □."
+    """Text of a tokenizer's numbers, in small letters; 0 and 1 and what is not of the tokenizer are
+    left out, the unknown sign is □.
+    """
     signs = ["", "", "□", *tokenizer.SIGNS, *tokenizer.words]
     words: list[str] = []
     text = ""
@@ -42,144 +55,268 @@ def decode(tokenizer: WordTokenizer, numbers) -> str:
 # %% ../../nbs/nets/13a_cot.ipynb #cell-008
 class Memory:
     "What a block has computed already: keys and values of the patches, and of the words so far."
-    def __init__(self): self.patches = self.words = None
+
+    def __init__(self):
+        self.patches = self.words = None
+
 
 class DecoderBlock(nn.Module):
     "Words x (B, L, width) and patches (B, N, memory_width) → x."
+
     def __init__(self, width: int, memory_width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.words, self.ask, self.patches = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Linear(memory_width, 2 * width)
-        self.out, self.found = nn.Linear(width, width), nn.Linear(width, width)
-        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.words = nn.Linear(width, 3 * width)
+        self.ask = nn.Linear(width, width)
+        self.patches = nn.Linear(memory_width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.found = nn.Linear(width, width)
+        self.wide = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
 
-    def _split(self, x: torch.Tensor, parts: int): return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def _split(self, x: torch.Tensor, parts: int):
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x: torch.Tensor, patches: torch.Tensor, memory: Memory | None = None) -> torch.Tensor:
-        "With a `memory`, x are the words that follow those it remembers, all of them or one at a time."
+    def forward(
+        self, x: torch.Tensor, patches: torch.Tensor, memory: Memory | None = None
+    ) -> torch.Tensor:
+        """With a `memory`, x are the words that follow those it remembers, all of them or one at a
+        time.
+        """
         q, k, v = self._split(self.words(self.norms[0](x)), 3)
         first = memory is None or memory.words is None
-        if not first: k, v = torch.cat([memory.words[0], k], 2), torch.cat([memory.words[1], v], 2)
-        if memory is not None: memory.words = (k, v)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=first).transpose(1, 2).flatten(2))
-        seen = memory.patches if memory is not None and memory.patches is not None else self._split(self.patches(patches), 2)
-        if memory is not None: memory.patches = seen
-        x = x + self.found(F.scaled_dot_product_attention(self._split(self.ask(self.norms[1](x)), 1)[0], *seen).transpose(1, 2).flatten(2))
+        if not first:
+            k = torch.cat([memory.words[0], k], 2)
+            v = torch.cat([memory.words[1], v], 2)
+        if memory is not None:
+            memory.words = (k, v)
+        x = x + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=first).transpose(1, 2).flatten(2)
+        )
+        seen = (
+            memory.patches
+            if memory is not None and memory.patches is not None
+            else self._split(self.patches(patches), 2)
+        )
+        if memory is not None:
+            memory.patches = seen
+        x = x + self.found(
+            F.scaled_dot_product_attention(self._split(self.ask(self.norms[1](x)), 1)[0], *seen)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         return x + self.narrow(F.gelu(self.wide(self.norms[2](x))))
 
 # %% ../../nbs/nets/13a_cot.ipynb #cell-010
 class CoTDecoder(nn.Module):
-    "Writes a text about patches (B, N, memory_width). A text has at most `max_length` tokens, those that open and stop it included."
-    def __init__(self, tokenizer: WordTokenizer, memory_width: int, width: int = 128, depth: int = 2, heads: int = 4, max_length: int = 256):
+    """Writes a text about patches (B, N, memory_width).
+
+    A text has at most `max_length` tokens, those that open and stop it included.
+    """
+
+    def __init__(
+        self,
+        tokenizer: WordTokenizer,
+        memory_width: int,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        max_length: int = 256,
+    ):
         super().__init__()
-        if width % heads: raise ValueError(f"heads: a width of {width} cannot be divided among {heads} heads")
-        if max_length < 3: raise ValueError(f"max_length: a text needs room for a word, its opening and its stop, at least 3 tokens, got {max_length}")
-        self.tokenizer, self.max_length, self.stop = tokenizer, max_length, len(tokenizer)
+        if width % heads:
+            raise ValueError(f"heads: a width of {width} cannot be divided among {heads} heads")
+        if max_length < 3:
+            raise ValueError(
+                "max_length: a text needs room for a word, its opening and its stop, at least 3"
+                f" tokens, got {max_length}"
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.stop = len(tokenizer)
         self.words = nn.Embedding(len(tokenizer) + 1, width, padding_idx=0)
         self.places = nn.Parameter(0.02 * torch.randn(max_length, width))
         self.memory = nn.LayerNorm(memory_width)
         self.blocks = nn.ModuleList(DecoderBlock(width, memory_width, heads) for _ in range(depth))
-        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, len(tokenizer) + 1)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, len(tokenizer) + 1)
 
     def encode(self, texts) -> torch.Tensor:
         "Texts → numbers (B, L), 0 behind the end. An empty list or text: ValueError."
-        if isinstance(texts, str) or not len(texts): raise ValueError(f"texts: expected a list of at least one text, got {texts!r}")
+        if isinstance(texts, str) or not len(texts):
+            raise ValueError(f"texts: expected a list of at least one text, got {texts!r}")
         for i, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip(): raise ValueError(f"texts: text {i} is empty ({text!r}); leave cases without a text out of the batch")
-        rows = [torch.tensor([*self.tokenizer.encode(text), self.stop][:self.max_length]) for text in texts]
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"texts: text {i} is empty ({text!r}); leave cases without a text out of the"
+                    " batch"
+                )
+        rows = [
+            torch.tensor([*self.tokenizer.encode(text), self.stop][: self.max_length])
+            for text in texts
+        ]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.places.device)
 
     def forward(self, numbers: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        "Numbers (B, L) and patches (B, N, memory_width) → logits (B, L, numbers) of what follows each."
+        """Numbers (B, L) and patches (B, N, memory_width) → logits (B, L, numbers) of what follows
+        each.
+        """
         return self._step(numbers, self.memory(patches), 0, [None] * len(self.blocks))
 
     def _step(self, numbers, patches, start: int, memories) -> torch.Tensor:
-        x = self.words(numbers) + self.places[start:start + numbers.shape[1]]
-        for block, memory in zip(self.blocks, memories): x = block(x, patches, memory)
+        x = self.words(numbers) + self.places[start : start + numbers.shape[1]]
+        for block, memory in zip(self.blocks, memories):
+            x = block(x, patches, memory)
         return self.out(self.norm(x))
 
     def loss(self, texts, patches: torch.Tensor) -> torch.Tensor:
         "Mean −log p of a token, nats, of one text for each of the patches' B volumes."
-        if len(texts) != len(patches): raise ValueError(f"texts: expected one for each of {len(patches)} volumes, got {len(texts)}")
+        if len(texts) != len(patches):
+            raise ValueError(
+                f"texts: expected one for each of {len(patches)} volumes, got {len(texts)}"
+            )
         numbers = self.encode(texts)
         logits = self(numbers[:, :-1], patches)
-        return F.cross_entropy(logits.float().flatten(0, 1), numbers[:, 1:].flatten(), ignore_index=0)
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), numbers[:, 1:].flatten(), ignore_index=0
+        )
 
 # %% ../../nbs/nets/13a_cot.ipynb #cell-013
 @torch.no_grad()
 def generate(
     decoder: CoTDecoder,
     patches: torch.Tensor,  # (B, N, memory_width)
-    max_length: int | None = None,  # tokens at most; the decoder's own unless given, which is the most it can
+    # tokens at most; the decoder's own unless given, which is the most it can
+    max_length: int | None = None,
     temperature: float = 0.0,  # 0: the likeliest token every time
-    generator: torch.Generator | None = None,  # on the patches' device; needed where the temperature is above 0
+    # on the patches' device; needed where the temperature is above 0
+    generator: torch.Generator | None = None,
     begin: str = "",  # words that every text begins with
 ) -> list[str]:
     "One text for each of B volumes, in small letters. The decoder is left in the mode it was in."
     length = decoder.max_length if max_length is None else int(max_length)
-    if not 2 <= length <= decoder.max_length: raise ValueError(f"max_length: must be 2 to {decoder.max_length}, the longest text of this decoder, got {max_length}")
-    if temperature < 0: raise ValueError(f"temperature: must be 0 (the likeliest word) or more, got {temperature}")
-    if temperature > 0 and generator is None: raise ValueError("generator: sampling needs one, so that its texts can be drawn again; give torch.Generator().manual_seed(0)")
+    if not 2 <= length <= decoder.max_length:
+        raise ValueError(
+            f"max_length: must be 2 to {decoder.max_length}, the longest text of this decoder, got"
+            f" {max_length}"
+        )
+    if temperature < 0:
+        raise ValueError(f"temperature: must be 0 (the likeliest word) or more, got {temperature}")
+    if temperature > 0 and generator is None:
+        raise ValueError(
+            "generator: sampling needs one, so that its texts can be drawn again; give"
+            " torch.Generator().manual_seed(0)"
+        )
     prompt = decoder.tokenizer.encode(begin)
-    if len(prompt) >= length: raise ValueError(f"begin: its {len(prompt)} tokens leave no room in {length}")
-    was, memories = decoder.training, [Memory() for _ in decoder.blocks]
+    if len(prompt) >= length:
+        raise ValueError(f"begin: its {len(prompt)} tokens leave no room in {length}")
+    was = decoder.training
+    memories = [Memory() for _ in decoder.blocks]
     decoder.eval()
     numbers = torch.tensor([prompt] * len(patches), device=patches.device)
-    memory, new, open_ = decoder.memory(patches), numbers, torch.ones(len(patches), dtype=torch.bool, device=patches.device)
+    memory = decoder.memory(patches)
+    new = numbers
+    open_ = torch.ones(len(patches), dtype=torch.bool, device=patches.device)
     while numbers.shape[1] < length and open_.any():
-        logits = decoder._step(new, memory, numbers.shape[1] - new.shape[1], memories)[:, -1].float()
+        logits = decoder._step(new, memory, numbers.shape[1] - new.shape[1], memories)[
+            :, -1
+        ].float()
         logits[:, :2] = -torch.inf
-        if temperature == 0: chosen = logits.argmax(-1)
-        else: chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        if temperature == 0:
+            chosen = logits.argmax(-1)
+        else:
+            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[
+                :, 0
+            ]
         new = chosen.where(open_, 0)[:, None]
-        numbers, open_ = torch.cat([numbers, new], 1), open_ & (chosen != decoder.stop)
+        numbers = torch.cat([numbers, new], 1)
+        open_ = open_ & (chosen != decoder.stop)
     decoder.train(was)
     return [decode(decoder.tokenizer, row) for row in numbers]
 
 # %% ../../nbs/nets/13a_cot.ipynb #cell-020
 def claims(text: str, names) -> dict[str, bool]:
-    "Finding → whether the text says that it is there; names as they stand in texts (\"pleural effusion\", \"Lung nodule\")."
+    """Finding → whether the text says that it is there; names as they stand in texts ("pleural
+    effusion", "Lung nodule").
+    """
     from ct_nb.data.reports import clauses, finding_states, is_denial
+
     said = {name: False for name in names}
     for clause in clauses(text):
         states, denied = finding_states(clause), is_denial(clause)
         for name in said:
-            known, literal = states.get(name.lower()), re.search(rf"\b{re.escape(name.lower())}\b", clause.lower()) is not None
+            known = states.get(name.lower())
+            literal = re.search(rf"\b{re.escape(name.lower())}\b", clause.lower()) is not None
             said[name] |= known is True or (known is None and literal and not denied)
     return said
 
 # %% ../../nbs/nets/13a_cot.ipynb #cell-023
 class RegionSegmentation(nn.Module):
-    "Map (B, channels, D, H, W) → logits (B, classes, D·z, H·y, W·x), background first, for `refine` = (z, y, x) pieces of a patch along each axis."
+    """Map (B, channels, D, H, W) → logits (B, classes, D·z, H·y, W·x), background first, for
+    `refine` = (z, y, x) pieces of a patch along each axis.
+    """
+
     def __init__(self, channels: int, classes: int, refine: tuple[int, int, int] = (1, 2, 2)):
         super().__init__()
         self.classes, self.refine = classes, tuple(refine)
-        self.norm, self.out = nn.GroupNorm(1, channels), nn.Conv3d(channels, classes * math.prod(self.refine), 1)
+        self.norm, self.out = nn.GroupNorm(1, channels), nn.Conv3d(
+            channels, classes * math.prod(self.refine), 1
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (batch, _, d, h, w), (z, y, x_) = x.shape, self.refine
         logits = self.out(F.gelu(self.norm(x))).view(batch, self.classes, z, y, x_, d, h, w)
-        return logits.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(batch, self.classes, d * z, h * y, w * x_)
+        return logits.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(
+            batch, self.classes, d * z, h * y, w * x_
+        )
 
-def label_shares(labels: torch.Tensor, patch: tuple[int, int, int], refine: tuple[int, int, int], classes: int) -> torch.Tensor:
-    "Labels (B, D, H, W), 0 to classes − 1 → the share of each in each piece of a patch: (B, classes, …), on the grid of `RegionSegmentation`. ValueError where `refine` does not divide the patch."
-    if any(p % r for p, r in zip(patch, refine)): raise ValueError(f"refine: must divide the patch {tuple(patch)}, got {tuple(refine)}")
+
+def label_shares(
+    labels: torch.Tensor, patch: tuple[int, int, int], refine: tuple[int, int, int], classes: int
+) -> torch.Tensor:
+    """Labels (B, D, H, W), 0 to classes − 1 → the share of each in each piece of a patch: (B,
+    classes, …), on the grid of `RegionSegmentation`. ValueError where `refine` does not divide the
+    patch.
+    """
+    if any(p % r for p, r in zip(patch, refine)):
+        raise ValueError(f"refine: must divide the patch {tuple(patch)}, got {tuple(refine)}")
     piece = tuple(p // r for p, r in zip(patch, refine))
     shares = patch_overlaps(labels, piece, classes)
     return shares.mT.unflatten(-1, tuple(n // p for n, p in zip(labels.shape[1:], piece)))
 
+
 def segmentation_loss(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    "Cross-entropy against shares, nats, plus 1 − soft Dice, the mean over the classes that are there; both (B, classes, D, H, W)."
-    if logits.shape != shares.shape: raise ValueError(f"shares: expected the logits' shape {tuple(logits.shape)}, got {tuple(shares.shape)}")
+    """Cross-entropy against shares, nats, plus 1 − soft Dice, the mean over the classes that are
+    there; both (B, classes, D, H, W).
+    """
+    if logits.shape != shares.shape:
+        raise ValueError(
+            f"shares: expected the logits' shape {tuple(logits.shape)}, got {tuple(shares.shape)}"
+        )
     logits, axes = logits.float(), (0, 2, 3, 4)
     found = logits.softmax(1)
-    both, there = (found * shares).sum(axes), shares.sum(axes) > 0
+    both = (found * shares).sum(axes)
+    there = shares.sum(axes) > 0
     dice = (2 * both + 1e-6) / (found.square().sum(axes) + shares.square().sum(axes) + 1e-6)
     return -(shares * logits.log_softmax(1)).sum(1).mean() + 1 - dice[there].mean()
 
+
 def region_dice(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> dict[int, float]:
-    "Dice of each label from 1 on, of whole numbers in two tensors of one shape; labels that are in neither are left out."
-    if predicted.shape != truth.shape: raise ValueError(f"predicted: expected the truth's shape {tuple(truth.shape)}, got {tuple(predicted.shape)}")
-    sizes = {n: (int((predicted == n).sum()), int((truth == n).sum()), int(((predicted == n) & (truth == n)).sum())) for n in range(1, classes)}
+    """Dice of each label from 1 on, of whole numbers in two tensors of one shape; labels that are
+    in neither are left out.
+    """
+    if predicted.shape != truth.shape:
+        raise ValueError(
+            f"predicted: expected the truth's shape {tuple(truth.shape)}, got"
+            f" {tuple(predicted.shape)}"
+        )
+    sizes = {
+        n: (
+            int((predicted == n).sum()),
+            int((truth == n).sum()),
+            int(((predicted == n) & (truth == n)).sum()),
+        )
+        for n in range(1, classes)
+    }
     return {n: 2 * both / (a + b) for n, (a, b, both) in sizes.items() if a + b}

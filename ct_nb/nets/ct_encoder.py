@@ -29,12 +29,17 @@ from ..settings import Settings
 # %% ../../nbs/nets/12b_ct_encoder.ipynb #cell-005
 @dataclass(frozen=True)
 class CTEncoderConfig(Settings):
-    "The encoder's shape and what it looks at; stored beside the weights. The defaults are the design's."
+    """The encoder's shape and what it looks at; stored beside the weights.
+
+    The defaults are the design's.
+    """
+
     size: tuple[int, int, int] = (64, 512, 512)  # voxels along z, y, x
     side_mm: float = 320.0  # of the box about the body
     window: str = "chest"  # the range of HU that is seen
     patch: tuple[int, int, int] = (4, 16, 16)
-    stem: int = 0  # channels of the convolutions before the last step to a patch; 0: one step, linear
+    # channels of the convolutions before the last step to a patch; 0: one step, linear
+    stem: int = 0
     embed_dim: int = 768
     depth: int = 12  # blocks
     num_heads: int = 12
@@ -50,102 +55,209 @@ class CTEncoderConfig(Settings):
     def __post_init__(self):
         for name in ("size", "patch"):
             value = tuple(int(n) for n in getattr(self, name))
-            if len(value) != 3 or min(value) < 1: raise ValueError(f"{name}: must be three positive counts (z, y, x), got {getattr(self, name)}")
+            if len(value) != 3 or min(value) < 1:
+                raise ValueError(
+                    f"{name}: must be three positive counts (z, y, x), got {getattr(self, name)}"
+                )
             object.__setattr__(self, name, value)
-        if self.stem < 0: raise ValueError(f"stem: must be 0 or a number of channels, got {self.stem}")
-        if any(n % p for n, p in zip(self.size, self.patch)): raise ValueError(f"size: must be a multiple of the patch {self.patch}, got {self.size}")
-        if self.embed_dim % self.num_heads: raise ValueError(f"num_heads: must divide embed_dim, {self.embed_dim}, got {self.num_heads}")
-        if not 1 <= self.pyramid_levels <= self.depth: raise ValueError(f"pyramid_levels: must be 1 to the depth, {self.depth}, got {self.pyramid_levels}")
-        if not 1 <= self.num_regions <= 254: raise ValueError(f"num_regions: must be 1 to 254, got {self.num_regions}")
-        if self.window not in WINDOWS: raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
-        if self.region_form not in FORMS: raise ValueError(f"region_form: must be one of {', '.join(FORMS)}, got {self.region_form!r}")
+        if self.stem < 0:
+            raise ValueError(f"stem: must be 0 or a number of channels, got {self.stem}")
+        if any(n % p for n, p in zip(self.size, self.patch)):
+            raise ValueError(f"size: must be a multiple of the patch {self.patch}, got {self.size}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads: must divide embed_dim, {self.embed_dim}, got {self.num_heads}"
+            )
+        if not 1 <= self.pyramid_levels <= self.depth:
+            raise ValueError(
+                f"pyramid_levels: must be 1 to the depth, {self.depth}, got {self.pyramid_levels}"
+            )
+        if not 1 <= self.num_regions <= 254:
+            raise ValueError(f"num_regions: must be 1 to 254, got {self.num_regions}")
+        if self.window not in WINDOWS:
+            raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+        if self.region_form not in FORMS:
+            raise ValueError(
+                f"region_form: must be one of {', '.join(FORMS)}, got {self.region_form!r}"
+            )
 
     @classmethod
     def preset(cls, name: str) -> "CTEncoderConfig":
-        "smoke (seconds), cpu (64³, minutes on two cores), gpu (64 × 256², one card) or paper (64 × 512², the design's full size)."
+        """smoke (seconds), cpu (64³, minutes on two cores), gpu (64 × 256², one card) or paper (64
+        × 512², the design's full size).
+        """
         presets = {
-            "smoke": dict(size=(16, 32, 32), patch=(4, 8, 8), embed_dim=32, depth=2, num_heads=2, pyramid_levels=2, pyramid_dim=16, shared_dim=32),
-            "cpu": dict(size=(64, 64, 64), patch=(4, 8, 8), stem=16, embed_dim=96, depth=4, num_heads=4, pyramid_dim=48, shared_dim=96),
-            "gpu": dict(size=(64, 256, 256), stem=32, embed_dim=384, depth=8, num_heads=6, pyramid_dim=128, shared_dim=256),
-            "paper": dict(recompute=True)}
-        if name not in presets: raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+            "smoke": dict(
+                size=(16, 32, 32),
+                patch=(4, 8, 8),
+                embed_dim=32,
+                depth=2,
+                num_heads=2,
+                pyramid_levels=2,
+                pyramid_dim=16,
+                shared_dim=32,
+            ),
+            "cpu": dict(
+                size=(64, 64, 64),
+                patch=(4, 8, 8),
+                stem=16,
+                embed_dim=96,
+                depth=4,
+                num_heads=4,
+                pyramid_dim=48,
+                shared_dim=96,
+            ),
+            "gpu": dict(
+                size=(64, 256, 256),
+                stem=32,
+                embed_dim=384,
+                depth=8,
+                num_heads=6,
+                pyramid_dim=128,
+                shared_dim=256,
+            ),
+            "paper": dict(recompute=True),
+        }
+        if name not in presets:
+            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
 
     @property
-    def grid(self) -> tuple[int, int, int]: return tuple(n // p for n, p in zip(self.size, self.patch))  # patches along z, y, x
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]: return tuple(self.side_mm / n for n in self.size)  # along z, y, x
-    @property
-    def body(self) -> int: return self.num_regions + 1  # the label of a voxel of which no map says where it is
+    # patches along z, y, x
+    def grid(self) -> tuple[int, int, int]:
+        return tuple(n // p for n, p in zip(self.size, self.patch))
 
+    @property
+    # along z, y, x
+    def spacing_mm(self) -> tuple[float, float, float]:
+        return tuple(self.side_mm / n for n in self.size)
 
+    @property
+    # the label of a voxel of which no map says where it is
+    def body(self) -> int:
+        return self.num_regions + 1
 
 # %% ../../nbs/nets/12b_ct_encoder.ipynb #cell-008
 def body_box(volume: Volume, name="volume") -> np.ndarray:
-    "Lowest and highest corner (2, 3) of the body in LPS mm, of a scan that is in HU and mm; any other: `CTReadError`."
+    """Lowest and highest corner (2, 3) of the body in LPS mm, of a scan that is in HU and mm; any
+    other: `CTReadError`.
+    """
     check_hounsfield(volume.hu, name)
     extent = np.ptp(volume.grid.bounds_mm, axis=0)
-    said = [" × ".join(f"{v:g}" for v in values.round(3)) for values in (volume.grid.spacing_mm, extent)]
-    advice = f"its voxels of {said[0]} mm make it {said[1]} mm large; correct the spacing in its header"
-    if extent.max() < 40 or (extent > (1200, 1200, 2500)).any(): raise CTReadError(f"{name}: is not in mm, {advice}")
-    try: mask, coarse = find_body(volume)
-    except ValueError: raise CTReadError(f"{name}: there is no body in it, {advice}") from None
+    said = [
+        " × ".join(f"{v:g}" for v in values.round(3)) for values in (volume.grid.spacing_mm, extent)
+    ]
+    advice = (
+        f"its voxels of {said[0]} mm make it {said[1]} mm large; correct the spacing in its header"
+    )
+    if extent.max() < 40 or (extent > (1200, 1200, 2500)).any():
+        raise CTReadError(f"{name}: is not in mm, {advice}")
+    try:
+        mask, coarse = find_body(volume)
+    except ValueError:
+        raise CTReadError(f"{name}: there is no body in it, {advice}") from None
     index = np.argwhere(mask)[:, ::-1]
-    low, high = coarse.index_to_mm(index.min(0) - 0.5), coarse.index_to_mm(index.max(0) + 0.5)
+    low = coarse.index_to_mm(index.min(0) - 0.5)
+    high = coarse.index_to_mm(index.max(0) + 0.5)
     width = (high - low)[:2].max()
-    if not 80 <= width <= 800: raise CTReadError(f"{name}: the body in it is {width:.0f} mm wide, a patient is 80 to 800; {advice}")
+    if not 80 <= width <= 800:
+        raise CTReadError(
+            f"{name}: the body in it is {width:.0f} mm wide, a patient is 80 to 800; {advice}"
+        )
     return np.stack([low, high])
 
-def prepare_scan(volume: Volume, config: CTEncoderConfig, name="volume") -> tuple[torch.Tensor, Grid]:
-    "A scan in HU on any grid → HU (D, H, W) float32 as the encoder wants them, and the grid they are on, about the middle of the body. Not HU, not in mm: `CTReadError`."
+
+def prepare_scan(
+    volume: Volume, config: CTEncoderConfig, name="volume"
+) -> tuple[torch.Tensor, Grid]:
+    """A scan in HU on any grid → HU (D, H, W) float32 as the encoder wants them, and the grid they
+    are on, about the middle of the body. Not HU, not in mm: `CTReadError`.
+    """
     center = np.round(body_box(volume, name).mean(0))
     grid = Grid.cube(1, config.side_mm, center).resized(config.size)
-    return torch.from_numpy(resample(np.maximum(volume.hu, np.float32(AIR_HU)), volume.grid, grid)), grid
+    return (
+        torch.from_numpy(resample(np.maximum(volume.hu, np.float32(AIR_HU)), volume.grid, grid)),
+        grid,
+    )
 
 # %% ../../nbs/nets/12b_ct_encoder.ipynb #cell-011
 def patch_embedding(patch: tuple[int, int, int], embed_dim: int, stem: int = 0) -> nn.Module:
-    "(B, 1, D, H, W) → tokens (B, embed_dim, D/z, H/y, W/x) of patches (z, y, x); with a stem of so many channels, doubled at each halving, before the last step."
-    left, now, layers = list(patch), 1, []
+    """(B, 1, D, H, W) → tokens (B, embed_dim, D/z, H/y, W/x) of patches (z, y, x); with a stem of
+    so many channels, doubled at each halving, before the last step.
+    """
+    left = list(patch)
+    now = 1
+    layers = []
     while stem and max(left) > 2 and any(n % 2 == 0 and 2 * n > max(left) for n in left):
         stride = tuple(2 if n % 2 == 0 and 2 * n > max(left) else 1 for n in left)
         layers += [nn.Conv3d(now, stem, 3, stride, padding=1), ChannelNorm(stem), nn.GELU()]
-        left, now, stem = [n // s for n, s in zip(left, stride)], stem, 2 * stem
-    if layers: layers += [ResidualBlock(3, now), ChannelNorm(now)]
+        left = [n // s for n, s in zip(left, stride)]
+        now = stem
+        stem = 2 * stem
+    if layers:
+        layers += [ResidualBlock(3, now), ChannelNorm(now)]
     return nn.Sequential(*layers, nn.Conv3d(now, embed_dim, tuple(left), stride=tuple(left)))
 
 # %% ../../nbs/nets/12b_ct_encoder.ipynb #cell-014
 class Positions(nn.Module):
-    "Adds to tokens (B, channels, D, H, W) a learned curve an axis, made for `grid` patches; other grids over the same box read it in between."
+    """Adds to tokens (B, channels, D, H, W) a learned curve an axis, made for `grid` patches; other
+    grids over the same box read it in between.
+    """
+
     def __init__(self, channels: int, grid: tuple[int, int, int]):
         super().__init__()
-        wave = lambda n: torch.cos(pi * torch.arange(1, min(8, max(n - 1, 1)) + 1)[:, None] * (torch.arange(n) + 0.5) / n)  # (waves, n)
-        self.curves = nn.ParameterList(0.5 * torch.randn(channels, len(wave(n))) @ wave(n) / len(wave(n)) ** 0.5 for n in grid)
+
+        # (waves, n)
+        def wave(n):
+            return torch.cos(
+                pi
+                * torch.arange(1, min(8, max(n - 1, 1)) + 1)[:, None]
+                * (torch.arange(n) + 0.5)
+                / n
+            )
+
+        self.curves = nn.ParameterList(
+            0.5 * torch.randn(channels, len(wave(n))) @ wave(n) / len(wave(n)) ** 0.5 for n in grid
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for axis, curve in enumerate(self.curves):
             n = x.shape[2 + axis]
-            if n != curve.shape[-1]: curve = F.interpolate(curve[None], size=n, mode="linear", align_corners=False)[0]
+            if n != curve.shape[-1]:
+                curve = F.interpolate(curve[None], size=n, mode="linear", align_corners=False)[0]
             x = x + curve.view(1, -1, *(n if a == axis else 1 for a in range(3)))
         return x
 
 # %% ../../nbs/nets/12b_ct_encoder.ipynb #cell-017
 class EncoderBlock(nn.Module):
-    "Tokens x (B, N, channels) in `slices` slabs, the region `table` (regions, channels) and overlaps (B, N, regions) → x."
-    def __init__(self, channels: int, heads: int, bins: int = 32, weight: float = 0.5, form: str = "log"):
+    """Tokens x (B, N, channels) in `slices` slabs, the region `table` (regions, channels) and
+    overlaps (B, N, regions) → x.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, bins: int = 32, weight: float = 0.5, form: str = "log"
+    ):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
-        self.slices, self.regions = SliceAttention(channels, heads, bins, weight), RegionAttention(channels, heads, form)
-        self.wide, self.narrow = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.slices = SliceAttention(channels, heads, bins, weight)
+        self.regions = RegionAttention(channels, heads, form)
+        self.wide = nn.Linear(channels, 4 * channels)
+        self.narrow = nn.Linear(4 * channels, channels)
         self.scale = nn.Parameter(torch.full((3, channels), 0.3))
 
-    def forward(self, x: torch.Tensor, slices: int, table: torch.Tensor, overlaps: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, slices: int, table: torch.Tensor, overlaps: torch.Tensor
+    ) -> torch.Tensor:
         x = x + self.scale[0] * self.slices(self.norms[0](x), slices)
         x = x + self.scale[1] * self.regions(self.norms[1](x), table, overlaps)
         return x + self.scale[2] * self.narrow(F.gelu(self.wide(self.norms[2](x))))
 
 # %% ../../nbs/nets/12b_ct_encoder.ipynb #cell-019
 class FeaturePyramid(nn.Module):
-    "Tokens of several layers, shallow first, each (B, N, channels) on `grid` (D, H, W) → maps (B, inner, D, ⌈H/2ᵏ⌉, ⌈W/2ᵏ⌉) for k = 0, 1, …"
+    """Tokens of several layers, shallow first, each (B, N, channels) on `grid` (D, H, W) → maps (B,
+    inner, D, ⌈H/2ᵏ⌉, ⌈W/2ᵏ⌉) for k = 0, 1, …
+    """
+
     def __init__(self, channels: int, inner: int, levels: int):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(levels))
@@ -153,14 +265,26 @@ class FeaturePyramid(nn.Module):
         self.smooth = nn.Conv3d(inner, inner, 3, padding=1)
 
     def forward(self, layers: list[torch.Tensor], grid: tuple[int, int, int]) -> list[torch.Tensor]:
-        maps = [enter(norm(x)).mT.unflatten(2, grid) for x, norm, enter in zip(layers, self.norms, self.enter)]
-        maps = [F.adaptive_avg_pool3d(m, (grid[0], *(ceil(n / 2 ** k) for n in grid[1:]))) for k, m in enumerate(maps)]
-        for k in range(len(maps) - 1, 0, -1): maps[k - 1] = maps[k - 1] + F.interpolate(maps[k], size=maps[k - 1].shape[2:], mode="nearest")
+        maps = [
+            enter(norm(x)).mT.unflatten(2, grid)
+            for x, norm, enter in zip(layers, self.norms, self.enter)
+        ]
+        maps = [
+            F.adaptive_avg_pool3d(m, (grid[0], *(ceil(n / 2**k) for n in grid[1:])))
+            for k, m in enumerate(maps)
+        ]
+        for k in range(len(maps) - 1, 0, -1):
+            maps[k - 1] = maps[k - 1] + F.interpolate(
+                maps[k], size=maps[k - 1].shape[2:], mode="nearest"
+            )
         return [self.smooth(maps[0]), *maps[1:]]
 
 # %% ../../nbs/nets/12b_ct_encoder.ipynb #cell-021
 class Encoding(NamedTuple):
-    "What the encoder says of B scans with N patches on `grid`; region r stands at r − 1 and the body at the end, R = num_regions + 1. Nothing is normalised."
+    """What the encoder says of B scans with N patches on `grid`; region r stands at r − 1 and the
+    body at the end, R = num_regions + 1. Nothing is normalised.
+    """
+
     tokens: torch.Tensor  # (B, N, embed_dim), patches in the order of a flattened grid
     whole: torch.Tensor  # (B, embed_dim)
     regions: torch.Tensor  # (B, R, embed_dim), 0 where a region is not in the scan
@@ -168,27 +292,45 @@ class Encoding(NamedTuple):
     overlaps: torch.Tensor  # (B, N, R + 1): background first
     pyramid: list[torch.Tensor]  # (B, pyramid_dim, D, H/2ᵏ, W/2ᵏ)
     global_embedding: torch.Tensor  # (B, shared_dim), for impressions
-    region_embeddings: torch.Tensor  # (B, R, shared_dim), for findings; means something where `present`
+    # (B, R, shared_dim), for findings; means something where `present`
+    region_embeddings: torch.Tensor
     step_embeddings: torch.Tensor  # (B, N, shared_dim), for steps of reasoning to look at
     grid: tuple[int, int, int]
 
+
 class CTEncoder(nn.Module):
-    "HU (B, D, H, W) and labels of regions (B, D, H, W) → `Encoding`. Made from a configuration, or from settings in place of its own: `CTEncoder(embed_dim=384, depth=8)`."
+    """HU (B, D, H, W) and labels of regions (B, D, H, W) → `Encoding`.
+
+    Made from a configuration, or from settings in place of its own: `CTEncoder(embed_dim=384,
+    depth=8)`.
+    """
+
     def __init__(self, config: CTEncoderConfig | None = None, **settings):
         super().__init__()
         c = self.config = replace(config or CTEncoderConfig(), **settings)
         self.embed = patch_embedding(c.patch, c.embed_dim, c.stem)
         self.positions = Positions(c.embed_dim, c.grid)
-        self.table = nn.Parameter(torch.randn(c.num_regions + 2, c.embed_dim))  # background, regions, body
-        self.blocks = nn.ModuleList(EncoderBlock(c.embed_dim, c.num_heads, c.slice_bins, c.slice_weight, c.region_form) for _ in range(c.depth))
-        self.pyramid, self.widen = FeaturePyramid(c.embed_dim, c.pyramid_dim, c.pyramid_levels), nn.Linear(c.pyramid_dim, c.embed_dim)
-        self.norm, self.pooling = nn.LayerNorm(c.embed_dim), RegionPooling(c.embed_dim, c.num_heads, c.num_regions + 2)
-        self.contents, self.loudest = RegionContents(c.embed_dim, c.num_regions + 2), nn.Linear(c.shared_dim, c.embed_dim)
-        self.global_head, self.region_head, self.step_head = (nn.Linear(c.embed_dim, c.shared_dim) for _ in range(3))
+        # background, regions, body
+        self.table = nn.Parameter(torch.randn(c.num_regions + 2, c.embed_dim))
+        self.blocks = nn.ModuleList(
+            EncoderBlock(c.embed_dim, c.num_heads, c.slice_bins, c.slice_weight, c.region_form)
+            for _ in range(c.depth)
+        )
+        self.pyramid = FeaturePyramid(c.embed_dim, c.pyramid_dim, c.pyramid_levels)
+        self.widen = nn.Linear(c.pyramid_dim, c.embed_dim)
+        self.norm = nn.LayerNorm(c.embed_dim)
+        self.pooling = RegionPooling(c.embed_dim, c.num_heads, c.num_regions + 2)
+        self.contents = RegionContents(c.embed_dim, c.num_regions + 2)
+        self.loudest = nn.Linear(c.shared_dim, c.embed_dim)
+        self.global_head, self.region_head, self.step_head = (
+            nn.Linear(c.embed_dim, c.shared_dim) for _ in range(3)
+        )
         keep_variance(self)
 
     @property
-    def window(self) -> Window: return WINDOWS[self.config.window]
+    def window(self) -> Window:
+        return WINDOWS[self.config.window]
+
     @property
     def layers(self) -> list[int]:
         "The blocks, counted from 1, whose tokens enter the pyramid."
@@ -197,46 +339,111 @@ class CTEncoder(nn.Module):
 
     def _check(self, hu, regions) -> None:
         c = self.config
-        if hu.ndim != 4: raise ValueError(f"hu: expected scans (B, D, H, W), got {tuple(hu.shape)}; a slice is not a volume, and there is no axis for channels")
-        if any(n < p or n % p for n, p in zip(hu.shape[1:], c.patch)): raise ValueError(f"hu: each size must be a multiple of the patch {c.patch}, got {tuple(hu.shape[1:])}; `prepare_scan` makes {c.size}")
-        if not hu.is_floating_point(): raise ValueError(f"hu: must be floating point, got {hu.dtype}")
-        if regions is not None and regions.shape != hu.shape: raise ValueError(f"regions: the map must have the scans' shape {tuple(hu.shape)}, got {tuple(regions.shape)}")
-        if hu.is_meta: return
+        if hu.ndim != 4:
+            raise ValueError(
+                f"hu: expected scans (B, D, H, W), got {tuple(hu.shape)}; a slice is not a volume,"
+                " and there is no axis for channels"
+            )
+        if any(n < p or n % p for n, p in zip(hu.shape[1:], c.patch)):
+            raise ValueError(
+                f"hu: each size must be a multiple of the patch {c.patch}, got"
+                f" {tuple(hu.shape[1:])}; `prepare_scan` makes {c.size}"
+            )
+        if not hu.is_floating_point():
+            raise ValueError(f"hu: must be floating point, got {hu.dtype}")
+        if regions is not None and regions.shape != hu.shape:
+            raise ValueError(
+                f"regions: the map must have the scans' shape {tuple(hu.shape)}, got"
+                f" {tuple(regions.shape)}"
+            )
+        if hu.is_meta:
+            return
         low, high = (float(v) for v in hu.aminmax())
-        if not np.isfinite([low, high]).all(): raise ValueError("hu: there are voxels that are NaN or infinite; replace them by air, -1000")
-        if max(abs(low), abs(high)) <= 4: raise ValueError(f"hu: the values run from {low:g} to {high:g}, which is not HU; give HU, the encoder applies its window {c.window!r} itself")
+        if not np.isfinite([low, high]).all():
+            raise ValueError(
+                "hu: there are voxels that are NaN or infinite; replace them by air, -1000"
+            )
+        if max(abs(low), abs(high)) <= 4:
+            raise ValueError(
+                f"hu: the values run from {low:g} to {high:g}, which is not HU; give HU, the"
+                f" encoder applies its window {c.window!r} itself"
+            )
 
-    def _spacing_mm(self, shape) -> tuple[float, float, float]: return tuple(self.config.side_mm / n for n in shape[1:])
+    def _spacing_mm(self, shape) -> tuple[float, float, float]:
+        return tuple(self.config.side_mm / n for n in shape[1:])
 
     def measure(self, scans: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        "What regions usually hold, from some training scans: pairs of HU and regions (B, D, H, W) of `config.size`, each seen with its map and without. Before training, once."
-        pairs = ((hu, shown) for hu, regions in scans for shown in (regions, torch.full_like(regions, self.config.body)))
+        """What regions usually hold, from some training scans: pairs of HU and regions (B, D, H, W)
+        of `config.size`, each seen with its map and without. Before training, once.
+        """
+        pairs = (
+            (hu, shown)
+            for hu, regions in scans
+            for shown in (regions, torch.full_like(regions, self.config.body))
+        )
         self.contents.measure(pairs, self.config.spacing_mm)
 
-    def overlaps(self, regions: torch.Tensor | None, shape: tuple[int, int, int, int], device=None) -> torch.Tensor:
+    def overlaps(
+        self, regions: torch.Tensor | None, shape: tuple[int, int, int, int], device=None
+    ) -> torch.Tensor:
         "(B, N, num_regions + 2): background, each region, the body where there is no map."
         c = self.config
-        if regions is not None: return patch_overlaps(regions, c.patch, c.num_regions + 2)
+        if regions is not None:
+            return patch_overlaps(regions, c.patch, c.num_regions + 2)
         tokens = torch.Size(n // p for n, p in zip(shape[1:], c.patch)).numel()
-        return F.one_hot(torch.full((shape[0], tokens), c.body, device=device), c.num_regions + 2).float()
+        return F.one_hot(
+            torch.full((shape[0], tokens), c.body, device=device), c.num_regions + 2
+        ).float()
 
     def forward(self, hu: torch.Tensor, regions: torch.Tensor | None = None) -> Encoding:
-        """`hu` in Hounsfield units, any size that the patch divides (best `config.size`, see `prepare_scan`); `regions` whole numbers, 0 background, 1 to num_regions,
-        num_regions + 1 where nobody knows. Other shapes, labels and values: ValueError."""
+        """`hu` in Hounsfield units, any size that the patch divides (best `config.size`, see
+        `prepare_scan`); `regions` whole numbers, 0 background, 1 to num_regions,
+        num_regions + 1 where nobody knows. Other shapes, labels and values: ValueError.
+        """
         c = self.config
         self._check(hu, regions)
         overlaps = self.overlaps(regions, hu.shape, hu.device)
         x = self.positions(self.embed(channels_inner(self.window.to_network(hu)[:, None])))
-        grid, x, layers = tuple(x.shape[2:]), x.flatten(2).mT, []
+        grid = tuple(x.shape[2:])
+        x = x.flatten(2).mT
+        layers = []
         for number, block in enumerate(self.blocks, 1):
             arguments = (x, grid[0], self.table, overlaps)
-            x = checkpoint(block, *arguments, use_reentrant=False) if c.recompute and torch.is_grad_enabled() else block(*arguments)
-            if number in self.layers: layers.append(x)
+            x = (
+                checkpoint(block, *arguments, use_reentrant=False)
+                if c.recompute and torch.is_grad_enabled()
+                else block(*arguments)
+            )
+            if number in self.layers:
+                layers.append(x)
         pyramid = self.pyramid(layers, grid)
         tokens = self.norm(x) + self.widen(pyramid[0].flatten(2).mT)
-        held = self.contents(hu, torch.full_like(hu, c.body, dtype=torch.uint8) if regions is None else regions, self._spacing_mm(hu.shape))
-        whole, pooled = (pooled + part for pooled, part in zip(self.pooling(tokens, overlaps), (held[:, 0], held[:, 1:])))
-        pooled, present = pooled[:, 1:], overlaps[..., 1:].sum(1) > 0
+        held = self.contents(
+            hu,
+            torch.full_like(hu, c.body, dtype=torch.uint8) if regions is None else regions,
+            self._spacing_mm(hu.shape),
+        )
+        whole, pooled = (
+            pooled + part
+            for pooled, part in zip(self.pooling(tokens, overlaps), (held[:, 0], held[:, 1:]))
+        )
+        pooled = pooled[:, 1:]
+        present = overlaps[..., 1:].sum(1) > 0
         said = self.region_head(pooled)
-        whole = whole + self.loudest(torch.where(present[..., None], said, torch.where(present.any(1)[:, None, None], -torch.inf, 0)).amax(1))
-        return Encoding(tokens, whole, pooled, present, overlaps, pyramid, self.global_head(whole), said, self.step_head(tokens), grid)
+        whole = whole + self.loudest(
+            torch.where(
+                present[..., None], said, torch.where(present.any(1)[:, None, None], -torch.inf, 0)
+            ).amax(1)
+        )
+        return Encoding(
+            tokens,
+            whole,
+            pooled,
+            present,
+            overlaps,
+            pyramid,
+            self.global_head(whole),
+            said,
+            self.step_head(tokens),
+            grid,
+        )

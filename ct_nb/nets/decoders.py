@@ -17,53 +17,92 @@ from ..physics.geometry import ConeBeam
 # %% ../../nbs/nets/04_decoders.ipynb #cell-005
 DECODERS = {}  # name → class, filled where the classes are defined
 
+
 class Decoder(nn.Module):
-    "Latent (B, channels[-1], n, n, n), grids (B, channels[k], …) from full size N³ to n³, and geometry of batch shape (B,) → (B, outputs, N, N, N)."
+    """Latent (B, channels[-1], n, n, n), grids (B, channels[k], …) from full size N³ to n³, and
+    geometry of batch shape (B,) → (B, outputs, N, N, N).
+    """
+
     def __init_subclass__(cls, name: str, **kwargs):
         super().__init_subclass__(**kwargs)
         DECODERS[name] = cls
 
-    def forward(self, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam | None = None, target: torch.Tensor | None = None, draw: bool = False) -> torch.Tensor:
-        """What a sampling decoder learns from is `target` (B, outputs, N, N, N): with it, it answers with what it makes of the noised target, else with a sample, always the same one unless `draw`.
-        The others have no use for either."""
+    def forward(
+        self,
+        latent: torch.Tensor,
+        grids: list[torch.Tensor],
+        geometry: ConeBeam | None = None,
+        target: torch.Tensor | None = None,
+        draw: bool = False,
+    ) -> torch.Tensor:
+        """What a sampling decoder learns from is `target` (B, outputs, N, N, N): with it, it
+        answers with what it makes of the noised target, else with a sample, always the same one
+        unless `draw`.
+        The others have no use for either.
+        """
         raise NotImplementedError
 
     def start_small(self) -> None:
-        "Small weights where the answer leaves, so that an untrained network changes its base by little."
+        """Small weights where the answer leaves, so that an untrained network changes its base by
+        little.
+        """
         nn.init.normal_(self.last.weight, std=0.01)
+
 
 def make_decoder(name: str, channels: tuple[int, ...], outputs: int = 1, **settings) -> Decoder:
     "The decoder of that name; `settings` are its own."
-    if name not in DECODERS: raise ValueError(f"decoder: must be one of {', '.join(sorted(DECODERS))}, got {name!r}")
+    if name not in DECODERS:
+        raise ValueError(f"decoder: must be one of {', '.join(sorted(DECODERS))}, got {name!r}")
     return DECODERS[name](tuple(channels), outputs, **settings)
 
 # %% ../../nbs/nets/04_decoders.ipynb #cell-007
 CAMERA_FEATURES = 32
 
+
 class MeanCamera(nn.Module):
-    "The mean over the views of what a layer makes of their camera tokens: geometry of batch shape (B,) → (B, 32)."
+    """The mean over the views of what a layer makes of their camera tokens: geometry of batch shape
+    (B,) → (B, 32).
+    """
+
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(CAMERA_NUMBERS, CAMERA_FEATURES)
 
     def forward(self, geometry: ConeBeam | None) -> torch.Tensor:
-        if geometry is None: raise ValueError("geometry: this decoder listens to the cameras; give it the geometry of the X-rays")
+        if geometry is None:
+            raise ValueError(
+                "geometry: this decoder listens to the cameras; give it the geometry of the X-rays"
+            )
         return F.silu(self.layer(camera_tokens(geometry).to(self.layer.weight))).mean(-2)
 
 # %% ../../nbs/nets/04_decoders.ipynb #cell-009
 class UNetDecoder(Decoder, name="unet"):
-    "The deterministic decoder: up by transposed convolutions, one residual block a level; `camera` makes the blocks listen to the cameras."
+    """The deterministic decoder: up by transposed convolutions, one residual block a level;
+    `camera` makes the blocks listen to the cameras.
+    """
+
     def __init__(self, channels: tuple[int, ...], outputs: int = 1, camera: bool = False):
         super().__init__()
         self.camera = MeanCamera() if camera else None
-        self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(channels, channels[1:]))
-        self.blocks = nn.ModuleList(ResidualBlock(3, c, conditions=CAMERA_FEATURES if camera else 0) for c in channels[1:])
+        self.up = nn.ModuleList(
+            nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(channels, channels[1:])
+        )
+        self.blocks = nn.ModuleList(
+            ResidualBlock(3, c, conditions=CAMERA_FEATURES if camera else 0) for c in channels[1:]
+        )
         self.norm = group_norm(channels[0])
         self.head = nn.Conv3d(channels[0], channels[0], 3, padding=1)
         self.last = nn.Conv3d(channels[0], outputs, 1)
         nn.init.normal_(self.last.weight, std=0.02), nn.init.zeros_(self.last.bias)
 
-    def forward(self, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam | None = None, target=None, draw=False) -> torch.Tensor:
+    def forward(
+        self,
+        latent: torch.Tensor,
+        grids: list[torch.Tensor],
+        geometry: ConeBeam | None = None,
+        target=None,
+        draw=False,
+    ) -> torch.Tensor:
         camera = self.camera(geometry) if self.camera else None
         x = latent
         for level in reversed(range(len(self.up))):

@@ -31,57 +31,87 @@ from ..settings import Settings
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-005
 TOKEN_GRIDS = {16: 4, 32: 8, 64: 16, 128: 24, 256: 32}
 
+
 def token_grid(size: int) -> int:
     "Tokens a side for a volume of size³ voxels; ValueError for a size without one."
-    if size not in TOKEN_GRIDS: raise ValueError(f"size: must be one of {', '.join(map(str, TOKEN_GRIDS))} voxels a side, got {size}")
+    if size not in TOKEN_GRIDS:
+        raise ValueError(
+            f"size: must be one of {', '.join(map(str, TOKEN_GRIDS))} voxels a side, got {size}"
+        )
     return TOKEN_GRIDS[size]
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-008
 def overlaps(source: int, target: int, like: torch.Tensor) -> torch.Tensor:
-    "(target, source), as `like`: the share of each of `target` equal cells of a line that each of `source` equal cells fills; rows sum to 1."
-    begin, start = torch.arange(target, device=like.device)[:, None] * source, torch.arange(source, device=like.device) * target  # in units of 1/(source·target)
+    """(target, source), as `like`: the share of each of `target` equal cells of a line that each of
+    `source` equal cells fills; rows sum to 1.
+    """
+    # in units of 1/(source·target)
+    begin = torch.arange(target, device=like.device)[:, None] * source
+    start = torch.arange(source, device=like.device) * target
     shared = torch.minimum(begin + source, start + target) - torch.maximum(begin, start)
     return shared.clamp_min(0).to(like) / source
 
+
 def regrid(x: torch.Tensor, size: int) -> torch.Tensor:
-    "Volume (B, C, n, n, n) → (B, C, size, size, size), every new voxel the mean over the box it covers."
-    if x.shape[-1] == size: return x
+    """Volume (B, C, n, n, n) → (B, C, size, size, size), every new voxel the mean over the box it
+    covers.
+    """
+    if x.shape[-1] == size:
+        return x
     share = overlaps(x.shape[-1], size, x)
     return torch.einsum("bcdhw,zd,yh,xw->bczyx", x, share, share, share)
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-011
 WAVES = 9
 
+
 def waves(x: torch.Tensor) -> torch.Tensor:
-    "Numbers (…) of about −1 to 1 → (…, 9): themselves, and sines and cosines of half a period to four periods over that range."
+    """Numbers (…) of about −1 to 1 → (…, 9): themselves, and sines and cosines of half a period to
+    four periods over that range.
+    """
     angles = x[..., None] * (pi / 2 * 2.0 ** torch.arange(4, dtype=x.dtype, device=x.device))
     return torch.cat([x[..., None], angles.sin(), angles.cos()], -1)
 
+
 class Place(nn.Module):
-    "Adds to x (B, channels, n, n, n) a learned curve an axis, read at the coordinates (B, 3, n) of its voxels along z, y and x."
+    """Adds to x (B, channels, n, n, n) a learned curve an axis, read at the coordinates (B, 3, n)
+    of its voxels along z, y and x.
+    """
+
     def __init__(self, channels: int):
         super().__init__()
         self.curves = nn.ModuleList(nn.Linear(WAVES, channels) for _ in range(3))
 
     def forward(self, x: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-        z, y, x_ = (curve(code).mT for curve, code in zip(self.curves, waves(coordinates).unbind(1)))  # each (B, channels, n)
+        # each (B, channels, n)
+        z, y, x_ = (
+            curve(code).mT for curve, code in zip(self.curves, waves(coordinates).unbind(1))
+        )
         return x + (z[..., None] + y[..., None, :])[..., None] + x_[..., None, None, :]
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-013
 TIME_NUMBERS = 64
 
+
 def time_waves(time: torch.Tensor) -> torch.Tensor:
     "Normalised time (B,), 0 to 1 → (B, 64): sines and cosines of 1 to 100 times it."
-    angles = time[:, None] * 100 ** torch.linspace(0, 1, TIME_NUMBERS // 2, dtype=time.dtype, device=time.device)
+    angles = time[:, None] * 100 ** torch.linspace(
+        0, 1, TIME_NUMBERS // 2, dtype=time.dtype, device=time.device
+    )
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-016
 DEPTH_PRIOR_CHANNELS = 16
-VOXELS_AT_ONCE = 2 ** 20  # so that a prior of 256³ fits beside its 16 channels
-XRAY_MEAN, XRAY_STD = 2.0, 2.0  # of line integrals of chests, about; fixed, so that no scan is scaled by itself
+VOXELS_AT_ONCE = 2**20  # so that a prior of 256³ fits beside its 16 channels
+# of line integrals of chests, about; fixed, so that no scan is scaled by itself
+XRAY_MEAN, XRAY_STD = 2.0, 2.0
+
 
 class XrayFeatures(nn.Module):
-    "Images (N, 1, R, C), R and C multiples of 4 → features (N, features, R, C): a UNet of three levels."
+    """Images (N, 1, R, C), R and C multiples of 4 → features (N, features, R, C): a UNet of three
+    levels.
+    """
+
     def __init__(self, features: int):
         super().__init__()
         widths = (features, 2 * features, 4 * features)
@@ -92,7 +122,8 @@ class XrayFeatures(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         ways = [self.enter(images)]
-        for down in self.down: ways.append(down(ways[-1]))
+        for down in self.down:
+            ways.append(down(ways[-1]))
         x = self.blocks[-1](ways.pop())
         for block, up in zip(reversed(self.blocks[:-1]), reversed(self.up)):
             x = block(ways.pop() + up(x).repeat_interleave(2, -2).repeat_interleave(2, -1))
@@ -100,43 +131,85 @@ class XrayFeatures(nn.Module):
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-018
 def patch_shadows(geometry: ConeBeam, size: int, patch: tuple[int, int, int, int]) -> Shadows:
-    "`shadows` of the voxels [z0, z0 + n), [y0, y0 + n), [x0, x0 + n) of the size³ grid, `patch` = (z0, y0, x0, n); depth as for the whole grid."
+    """`shadows` of the voxels [z0, z0 + n), [y0, y0 + n), [x0, x0 + n) of the size³ grid, `patch` =
+    (z0, y0, x0, n); depth as for the whole grid.
+    """
     *corner, n = patch
     whole = geometry.grid.resized(size)
     affine = whole.affine.copy()
     affine[:3, 3] = whole.index_to_mm(corner[::-1])
     part = Grid((n, n, n), affine)
     where = shadows(geometry.on(part), n)
-    moved = (geometry.central_ray @ torch.as_tensor(part.center_mm - whole.center_mm).to(geometry.central_ray))[..., None]
-    return where._replace(depth=where.depth * (n / size) + moved * (2 / float(whole.extent_mm.max())))
+    moved = (
+        geometry.central_ray
+        @ torch.as_tensor(part.center_mm - whole.center_mm).to(geometry.central_ray)
+    )[..., None]
+    return where._replace(
+        depth=where.depth * (n / size) + moved * (2 / float(whole.extent_mm.max()))
+    )
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-019
 class DepthPrior(nn.Module):
-    "X-rays (B, V, R, C), raw line integrals, any V, and their geometry → 16 channels for each voxel, (B, 16, N, N, N); of a patch (z0, y0, x0, n): (B, 16, n, n, n)."
+    """X-rays (B, V, R, C), raw line integrals, any V, and their geometry → 16 channels for each
+    voxel, (B, 16, N, N, N); of a patch (z0, y0, x0, n): (B, 16, n, n, n).
+    """
+
     def __init__(self, size: int, features: int = 16, recompute: bool = False):
         super().__init__()
-        self.size, self.recompute, hidden = size, recompute, 2 * features
+        self.size = size
+        self.recompute = recompute
+        hidden = 2 * features
         self.views = XrayFeatures(features)
-        self.first, self.camera = nn.Linear(features + WAVES, hidden), nn.Linear(CAMERA_NUMBERS, hidden)
-        self.second, self.last = nn.Linear(hidden, hidden), nn.Linear(2 * hidden, DEPTH_PRIOR_CHANNELS)
+        self.first = nn.Linear(features + WAVES, hidden)
+        self.camera = nn.Linear(CAMERA_NUMBERS, hidden)
+        self.second = nn.Linear(hidden, hidden)
+        self.last = nn.Linear(2 * hidden, DEPTH_PRIOR_CHANNELS)
         keep_variance(self)
 
-    def prepared(self, xrays: torch.Tensor, geometry: ConeBeam | None) -> tuple[torch.Tensor, ConeBeam]:
-        "Both as the networks see them: at most 2·N rows and columns (finer pixels would only alias); the geometry in float32, batch shape (B,), on the N³ grid. ValueError where they do not fit."
+    def prepared(
+        self, xrays: torch.Tensor, geometry: ConeBeam | None
+    ) -> tuple[torch.Tensor, ConeBeam]:
+        """Both as the networks see them: at most 2·N rows and columns (finer pixels would only
+        alias); the geometry in float32, batch shape (B,), on the N³ grid. ValueError where they do
+        not fit.
+        """
         geometry = fitting_geometry(xrays, geometry)
-        images, geometry = binned(xrays, geometry.on(geometry.grid.resized(self.size)), 2 * self.size)
+        images, geometry = binned(
+            xrays, geometry.on(geometry.grid.resized(self.size)), 2 * self.size
+        )
         rows, columns = images.shape[-2:]
-        if rows % 4 or columns % 4: raise ValueError(f"xrays: rows and columns must be multiples of 4, got {rows}×{columns} after binning to at most {2 * self.size}; resample the X-rays and the geometry")
+        if rows % 4 or columns % 4:
+            raise ValueError(
+                f"xrays: rows and columns must be multiples of 4, got {rows}×{columns} after"
+                f" binning to at most {2 * self.size}; resample the X-rays and the geometry"
+            )
         return images, geometry
 
-    def forward(self, xrays: torch.Tensor, geometry: ConeBeam, patch: tuple[int, int, int, int] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        xrays: torch.Tensor,
+        geometry: ConeBeam,
+        patch: tuple[int, int, int, int] | None = None,
+    ) -> torch.Tensor:
         images, geometry = self.prepared(xrays, geometry)
-        features = self.views(((images - XRAY_MEAN) / XRAY_STD).flatten(0, 1)[:, None]).unflatten(0, images.shape[:2])
+        features = self.views(((images - XRAY_MEAN) / XRAY_STD).flatten(0, 1)[:, None]).unflatten(
+            0, images.shape[:2]
+        )
         patch = patch or (0, 0, 0, self.size)
-        where, camera = patch_shadows(geometry, self.size, patch), self.camera(camera_tokens(geometry).to(features))
-        meet = partial(checkpoint, self._meet, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self._meet
-        parts = [meet(features, Shadows(*part), camera) for part in zip(*(t.split(VOXELS_AT_ONCE, 2) for t in where))]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).mT.unflatten(-1, (patch[-1],) * 3)
+        where = patch_shadows(geometry, self.size, patch)
+        camera = self.camera(camera_tokens(geometry).to(features))
+        meet = (
+            partial(checkpoint, self._meet, use_reentrant=False)
+            if self.recompute and torch.is_grad_enabled()
+            else self._meet
+        )
+        parts = [
+            meet(features, Shadows(*part), camera)
+            for part in zip(*(t.split(VOXELS_AT_ONCE, 2) for t in where))
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).mT.unflatten(
+            -1, (patch[-1],) * 3
+        )
 
     def _meet(self, features, where, camera):
         "features (B, V, C, r, c), camera (B, V, hidden) → (B, voxels, 16)"
@@ -150,7 +223,10 @@ class DepthPrior(nn.Module):
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-026
 class Condition(NamedTuple):
-    "What a denoiser is told of B scans, for the whole volume or a patch of n³ voxels; made by `Denoiser.condition`."
+    """What a denoiser is told of B scans, for the whole volume or a patch of n³ voxels; made by
+    `Denoiser.condition`.
+    """
+
     prior: torch.Tensor  # (B, 16, n, n, n)
     camera: torch.Tensor  # (B, 32)
     extra: torch.Tensor | None  # (B, condition channels, n, n, n)
@@ -160,23 +236,47 @@ class Condition(NamedTuple):
     def crop(self, z0: int, y0: int, x0: int, n: int) -> "Condition":
         "The condition of the n³ voxels from (z0, y0, x0)."
         size = self.prior.shape[-1]
-        if min(z0, y0, x0) < 0 or n < 1 or max(z0, y0, x0) + n > size: raise ValueError(f"crop: a patch of {n}³ at ({z0}, {y0}, {x0}) does not fit into {size}³ voxels")
-        cut = lambda t: None if t is None else t[..., z0:z0 + n, y0:y0 + n, x0:x0 + n]
-        return self._replace(prior=cut(self.prior), extra=cut(self.extra), corner=self.corner + self.corner.new_tensor([z0, y0, x0]))
+        if min(z0, y0, x0) < 0 or n < 1 or max(z0, y0, x0) + n > size:
+            raise ValueError(
+                f"crop: a patch of {n}³ at ({z0}, {y0}, {x0}) does not fit into {size}³ voxels"
+            )
+
+        def cut(t):
+            return None if t is None else t[..., z0 : z0 + n, y0 : y0 + n, x0 : x0 + n]
+
+        return self._replace(
+            prior=cut(self.prior),
+            extra=cut(self.extra),
+            corner=self.corner + self.corner.new_tensor([z0, y0, x0]),
+        )
 
     def dropped(self, where: torch.Tensor | None = None) -> "Condition":
-        "The same with the network told nothing of the X-rays of the scans that `where` (B,) bool marks, by default of all; extra volumes stay, as in cascades (Ho et al. 2022)."
-        return self._replace(present=torch.zeros_like(self.present) if where is None else self.present.masked_fill(where, 0))
+        """The same with the network told nothing of the X-rays of the scans that `where` (B,) bool
+        marks, by default of all; extra volumes stay, as in cascades (Ho et al. 2022).
+        """
+        return self._replace(
+            present=(
+                torch.zeros_like(self.present)
+                if where is None
+                else self.present.masked_fill(where, 0)
+            )
+        )
 
     @staticmethod
     def joined(parts: "list[Condition]") -> "Condition":
         "Conditions of patches of one size as one batch."
-        return Condition(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
+        return Condition(
+            *(None if column[0] is None else torch.cat(column) for column in zip(*parts))
+        )
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-028
 @dataclass(frozen=True)
 class DenoiserConfig(Settings):
-    "Everything that decides what the weights mean; stored beside them. ValueError for settings that do not fit together."
+    """Everything that decides what the weights mean; stored beside them.
+
+    ValueError for settings that do not fit together.
+    """
+
     size: int = 64  # voxels a side
     channels: tuple[int, ...] = (16, 32, 64)  # at full size, half of it, a quarter, …
     token_channels: int = 64
@@ -188,11 +288,20 @@ class DenoiserConfig(Settings):
 
     def __post_init__(self):
         object.__setattr__(self, "channels", tuple(self.channels))
-        if len(self.channels) != self.levels: raise ValueError(f"channels: {self.size}³ voxels and {token_grid(self.size)}³ tokens need {self.levels} numbers, one a level, got {len(self.channels)}")
-        if self.token_channels % self.heads: raise ValueError(f"heads: must divide the {self.token_channels} token_channels, got {self.heads}")
+        if len(self.channels) != self.levels:
+            raise ValueError(
+                f"channels: {self.size}³ voxels and {token_grid(self.size)}³ tokens need"
+                f" {self.levels} numbers, one a level, got {len(self.channels)}"
+            )
+        if self.token_channels % self.heads:
+            raise ValueError(
+                f"heads: must divide the {self.token_channels} token_channels, got {self.heads}"
+            )
 
     @property
-    def levels(self) -> int: return (self.size // token_grid(self.size)).bit_length()
+    def levels(self) -> int:
+        return (self.size // token_grid(self.size)).bit_length()
+
     @property
     def patch_step(self) -> int:
         "Patches are multiples of this many voxels a side."
@@ -200,99 +309,248 @@ class DenoiserConfig(Settings):
 
     @classmethod
     def preset(cls, name: str, size: int, condition_channels: int = 0) -> "DenoiserConfig":
-        "smoke (seconds), cpu (64³ on two cores), gpu (one card) or paper (several large cards), for a volume of `size` 16, 32, 64, 128 or 256."
-        presets = {"smoke": dict(channels=(4, 8, 12, 16), token_channels=32, token_blocks=1, heads=2, prior_features=4),
-                   "cpu": dict(channels=(8, 16, 32, 64), token_channels=64, token_blocks=2, heads=1, prior_features=8),
-                   "gpu": dict(channels=(16, 32, 64, 128), token_channels=384, token_blocks=6, heads=6, prior_features=16),
-                   "paper": dict(channels=(32, 64, 128, 256), token_channels=768, token_blocks=8, heads=12, prior_features=32, recompute=True)}
-        if name not in presets: raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+        """smoke (seconds), cpu (64³ on two cores), gpu (one card) or paper (several large cards),
+        for a volume of `size` 16, 32, 64, 128 or 256.
+        """
+        presets = {
+            "smoke": dict(
+                channels=(4, 8, 12, 16),
+                token_channels=32,
+                token_blocks=1,
+                heads=2,
+                prior_features=4,
+            ),
+            "cpu": dict(
+                channels=(8, 16, 32, 64),
+                token_channels=64,
+                token_blocks=2,
+                heads=1,
+                prior_features=8,
+            ),
+            "gpu": dict(
+                channels=(16, 32, 64, 128),
+                token_channels=384,
+                token_blocks=6,
+                heads=6,
+                prior_features=16,
+            ),
+            "paper": dict(
+                channels=(32, 64, 128, 256),
+                token_channels=768,
+                token_blocks=8,
+                heads=12,
+                prior_features=32,
+                recompute=True,
+            ),
+        }
+        if name not in presets:
+            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
         levels = (size // token_grid(size)).bit_length()
-        return cls(**{**presets[name], "size": size, "condition_channels": condition_channels, "channels": presets[name]["channels"][-levels:]})
-
-
+        return cls(
+            **{
+                **presets[name],
+                "size": size,
+                "condition_channels": condition_channels,
+                "channels": presets[name]["channels"][-levels:],
+            }
+        )
 
 # %% ../../nbs/nets/07_denoiser.ipynb #cell-030
 class Denoiser(nn.Module):
-    """Noisy volumes (B, 1, N, N, N), time (B,) from 0, clean, to 1, noise, and `Condition` → (B, 1, N, N, N), what the sampler's parametrisation means by it.
+    """Noisy volumes (B, 1, N, N, N), time (B,) from 0, clean, to 1, noise, and `Condition` → (B, 1,
+    N, N, N), what the sampler's parametrisation means by it.
 
-    N is `config.size`, or n for patches with the condition of the patch; without a condition the network is told nothing, which needs the whole volume.
-    ValueError for shapes that do not fit and times outside 0 to 1."""
+    N is `config.size`, or n for patches with the condition of the patch; without a condition the
+    network is told nothing, which needs the whole volume.
+    ValueError for shapes that do not fit and times outside 0 to 1.
+    """
+
     def __init__(self, config: DenoiserConfig):
         super().__init__()
         self.config = c = config
         widths, length = c.channels, c.token_channels
-        self.camera, self.listen = MeanCamera(), nn.Linear(CAMERA_FEATURES, length)
-        self.time = nn.Sequential(nn.Linear(TIME_NUMBERS, length), nn.SiLU(), nn.Linear(length, length))
-        self.untold = nn.Parameter(0.3 * torch.randn(CAMERA_FEATURES))  # stands for the cameras where the network may not look
-        self.enter, self.place = nn.Conv3d(1 + DEPTH_PRIOR_CHANNELS + c.condition_channels, widths[0], 3, padding=1), Place(widths[0])
+        self.camera = MeanCamera()
+        self.listen = nn.Linear(CAMERA_FEATURES, length)
+        self.time = nn.Sequential(
+            nn.Linear(TIME_NUMBERS, length), nn.SiLU(), nn.Linear(length, length)
+        )
+        # stands for the cameras where the network may not look
+        self.untold = nn.Parameter(0.3 * torch.randn(CAMERA_FEATURES))
+        self.enter = nn.Conv3d(
+            1 + DEPTH_PRIOR_CHANNELS + c.condition_channels, widths[0], 3, padding=1
+        )
+        self.place = Place(widths[0])
         self.down = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
-        self.sinking, self.rising = (nn.ModuleList(ResidualBlock(3, w, length) for w in widths[1:]) for _ in range(2))
-        self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:]))
-        self.to_tokens, self.from_tokens = nn.Conv3d(widths[-1], length, 1), nn.Conv3d(length, widths[-1], 1)
-        self.token_place, self.token_norm = Place(length), nn.LayerNorm(length)
-        self.tokens = nn.ModuleList(TokenBlock(length, c.heads, token_grid(c.size), length) for _ in range(c.token_blocks))
-        self.surface, self.norm, self.last = ResidualBlock(3, widths[0], length), group_norm(widths[0]), nn.Conv3d(widths[0], 1, 3, padding=1)
+        self.sinking, self.rising = (
+            nn.ModuleList(ResidualBlock(3, w, length) for w in widths[1:]) for _ in range(2)
+        )
+        self.up = nn.ModuleList(
+            nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:])
+        )
+        self.to_tokens = nn.Conv3d(widths[-1], length, 1)
+        self.from_tokens = nn.Conv3d(length, widths[-1], 1)
+        self.token_place = Place(length)
+        self.token_norm = nn.LayerNorm(length)
+        self.tokens = nn.ModuleList(
+            TokenBlock(length, c.heads, token_grid(c.size), length) for _ in range(c.token_blocks)
+        )
+        self.surface = ResidualBlock(3, widths[0], length)
+        self.norm = group_norm(widths[0])
+        self.last = nn.Conv3d(widths[0], 1, 3, padding=1)
         self.finish = nn.Linear(length, 2 * widths[0] + 1)
         keep_variance(self)
         for block in self.modules():
-            if isinstance(block, ResidualBlock): nn.init.normal_(block.second.weight, std=0.3 * block.second.weight[0].numel() ** -0.5)
-            if isinstance(block, (ResidualBlock, TokenBlock)): nn.init.zeros_(block.modulation.weight)
+            if isinstance(block, ResidualBlock):
+                nn.init.normal_(
+                    block.second.weight, std=0.3 * block.second.weight[0].numel() ** -0.5
+                )
+            if isinstance(block, (ResidualBlock, TokenBlock)):
+                nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.last.weight), nn.init.zeros_(self.finish.weight)
         self.prior = DepthPrior(c.size, c.prior_features, c.recompute)
 
-    def condition(self, xrays: torch.Tensor, geometry: ConeBeam, extra: torch.Tensor | None = None, patch: tuple[int, int, int, int] | None = None) -> Condition:
-        """X-rays (B, V, R, C), raw line integrals, their geometry, and `extra` (B, condition_channels, N, N, N) if configured → `Condition`; once per sampling run.
-        `patch` (z0, y0, x0, n) gives what `crop` would, at the cost of the patch alone."""
-        (_, beam), size = self.prior.prepared(xrays, geometry), self.config.size
+    def condition(
+        self,
+        xrays: torch.Tensor,
+        geometry: ConeBeam,
+        extra: torch.Tensor | None = None,
+        patch: tuple[int, int, int, int] | None = None,
+    ) -> Condition:
+        """X-rays (B, V, R, C), raw line integrals, their geometry, and `extra` (B,
+        condition_channels, N, N, N) if configured → `Condition`; once per sampling run.
+        `patch` (z0, y0, x0, n) gives what `crop` would, at the cost of the patch alone.
+        """
+        _, beam = self.prior.prepared(xrays, geometry)
+        size = self.config.size
         self._require_extra(extra, len(xrays), size)
-        told = Condition(xrays.new_zeros(()).expand(len(xrays), DEPTH_PRIOR_CHANNELS, size, size, size), self.camera(beam), extra,
-                         xrays.new_ones(len(xrays)), torch.zeros(len(xrays), 3, device=xrays.device))
-        if patch is not None: told = told.crop(*patch)
+        told = Condition(
+            xrays.new_zeros(()).expand(len(xrays), DEPTH_PRIOR_CHANNELS, size, size, size),
+            self.camera(beam),
+            extra,
+            xrays.new_ones(len(xrays)),
+            torch.zeros(len(xrays), 3, device=xrays.device),
+        )
+        if patch is not None:
+            told = told.crop(*patch)
         return told._replace(prior=self.prior(xrays, geometry, patch))
 
-    def forward(self, x_t: torch.Tensor, time: torch.Tensor, condition: Condition | None = None) -> torch.Tensor:
-        told, batch, n = self._checked(x_t, time, condition), len(x_t), x_t.shape[-1]
-        if batch == 1 and n <= 32 and x_t.device.type == "cpu" and not torch.is_grad_enabled():  # torch convolves one small volume more slowly than two
-            return self(x_t.repeat(2, 1, 1, 1, 1), time.repeat(2), Condition.joined([told, told]))[:1]
+    def forward(
+        self, x_t: torch.Tensor, time: torch.Tensor, condition: Condition | None = None
+    ) -> torch.Tensor:
+        told = self._checked(x_t, time, condition)
+        batch = len(x_t)
+        n = x_t.shape[-1]
+        # torch convolves one small volume more slowly than two
+        if batch == 1 and n <= 32 and x_t.device.type == "cpu" and not torch.is_grad_enabled():
+            return self(x_t.repeat(2, 1, 1, 1, 1), time.repeat(2), Condition.joined([told, told]))[
+                :1
+            ]
         may = told.present.view(-1, 1, 1, 1, 1).to(x_t)
         volumes = [x_t, may * told.prior] + ([] if told.extra is None else [told.extra])
         camera = torch.where(told.present[:, None] > 0, told.camera, self.untold)
         vector = F.silu(self.time(time_waves(time.to(self.untold))) + self.listen(camera))
-        run = partial(checkpoint, use_reentrant=False) if self.config.recompute and torch.is_grad_enabled() else lambda block, *inputs: block(*inputs)
-        ways = [self.place(self.enter(channels_inner(torch.cat(volumes, 1))), self._coordinates(told.corner, n, n))]
-        for down, block in zip(self.down, self.sinking): ways.append(run(block, down(ways[-1]), vector))
+        run = (
+            partial(checkpoint, use_reentrant=False)
+            if self.config.recompute and torch.is_grad_enabled()
+            else lambda block, *inputs: block(*inputs)
+        )
+        ways = [
+            self.place(
+                self.enter(channels_inner(torch.cat(volumes, 1))),
+                self._coordinates(told.corner, n, n),
+            )
+        ]
+        for down, block in zip(self.down, self.sinking):
+            ways.append(run(block, down(ways[-1]), vector))
         side = n * token_grid(self.config.size) // self.config.size
-        tokens = self.token_place(regrid(self.to_tokens(ways[-1]), side), self._coordinates(told.corner, n, side)).permute(0, 2, 3, 4, 1).flatten(1, 3)
-        for block in self.tokens: tokens = run(block, tokens, vector)
-        spread = regrid(self.from_tokens(self.token_norm(tokens).unflatten(1, (side,) * 3).permute(0, 4, 1, 2, 3)), ways[-1].shape[-1])
+        tokens = (
+            self.token_place(
+                regrid(self.to_tokens(ways[-1]), side), self._coordinates(told.corner, n, side)
+            )
+            .permute(0, 2, 3, 4, 1)
+            .flatten(1, 3)
+        )
+        for block in self.tokens:
+            tokens = run(block, tokens, vector)
+        spread = regrid(
+            self.from_tokens(
+                self.token_norm(tokens).unflatten(1, (side,) * 3).permute(0, 4, 1, 2, 3)
+            ),
+            ways[-1].shape[-1],
+        )
         x = ways.pop() + channels_inner(spread)
-        for block, up in zip(reversed(self.rising), reversed(self.up)): x = up(run(block, x, vector)) + ways.pop()
-        scale, shift, through = self.finish(vector)[..., None, None, None].tensor_split([x.shape[1], 2 * x.shape[1]], 1)
-        return self.last(F.silu(self.norm(run(self.surface, x, vector)) * (1 + scale) + shift)) + through * x_t
+        for block, up in zip(reversed(self.rising), reversed(self.up)):
+            x = up(run(block, x, vector)) + ways.pop()
+        scale, shift, through = self.finish(vector)[..., None, None, None].tensor_split(
+            [x.shape[1], 2 * x.shape[1]], 1
+        )
+        return (
+            self.last(F.silu(self.norm(run(self.surface, x, vector)) * (1 + scale) + shift))
+            + through * x_t
+        )
 
     def _coordinates(self, corner, n, cells):
-        "Centres (B, 3, cells), −1 to 1 over the whole volume, of so many cells along n voxels from the corner."
+        """Centres (B, 3, cells), −1 to 1 over the whole volume, of so many cells along n voxels
+        from the corner.
+        """
         middle = (torch.arange(cells, device=corner.device) + 0.5) * (n / cells)
         return ((corner[..., None] + middle) * (2 / self.config.size) - 1).to(self.untold.dtype)
 
     def _require_extra(self, extra, batch, n):
         wanted = self.config.condition_channels
-        if (extra is None) != (wanted == 0) or (extra is not None and tuple(extra.shape) != (batch, wanted, n, n, n)):
-            raise ValueError(f"extra: this network takes {f'({batch}, {wanted}, {n}, {n}, {n})' if wanted else 'none'}, got {None if extra is None else tuple(extra.shape)}")
+        if (extra is None) != (wanted == 0) or (
+            extra is not None and tuple(extra.shape) != (batch, wanted, n, n, n)
+        ):
+            raise ValueError(
+                "extra: this network takes"
+                f" {f'({batch}, {wanted}, {n}, {n}, {n})' if wanted else 'none'}, got"
+                f" {None if extra is None else tuple(extra.shape)}"
+            )
 
     def _checked(self, x_t, time, condition):
         "The condition, or one that says nothing."
-        size, step, batch, n = self.config.size, self.config.patch_step, len(x_t), x_t.shape[-1]
+        size = self.config.size
+        step = self.config.patch_step
+        batch = len(x_t)
+        n = x_t.shape[-1]
         if x_t.ndim != 5 or tuple(x_t.shape[1:]) != (1, n, n, n) or n % step or not 0 < n <= size:
-            raise ValueError(f"x_t: must be (B, 1, n, n, n) with n = {size}, or for patches a smaller multiple of {step}, got {tuple(x_t.shape)}")
-        if tuple(time.shape) != (batch,): raise ValueError(f"time: must be ({batch},), one for each volume, got {tuple(time.shape)}")
-        if not time.is_meta and not bool(((time >= 0) & (time <= 1)).all()): raise ValueError(f"time: must be normalised to 0 to 1, got {float(time.min()):g} to {float(time.max()):g}")
+            raise ValueError(
+                f"x_t: must be (B, 1, n, n, n) with n = {size}, or for patches a smaller multiple"
+                f" of {step}, got {tuple(x_t.shape)}"
+            )
+        if tuple(time.shape) != (batch,):
+            raise ValueError(
+                f"time: must be ({batch},), one for each volume, got {tuple(time.shape)}"
+            )
+        if not time.is_meta and not bool(((time >= 0) & (time <= 1)).all()):
+            raise ValueError(
+                f"time: must be normalised to 0 to 1, got {float(time.min()):g} to"
+                f" {float(time.max()):g}"
+            )
         if condition is None:
-            if n != size: raise ValueError(f"condition: a patch of {n}³ of {size}³ voxels must be told where it lies; give condition.crop(...), or condition.crop(...).dropped()")
-            empty = lambda channels: x_t.new_zeros(()).expand(batch, channels, n, n, n)
-            extra = empty(self.config.condition_channels) if self.config.condition_channels else None
-            return Condition(empty(DEPTH_PRIOR_CHANNELS), self.untold.expand(batch, -1), extra, x_t.new_zeros(batch), torch.zeros(batch, 3, device=x_t.device))
+            if n != size:
+                raise ValueError(
+                    f"condition: a patch of {n}³ of {size}³ voxels must be told where it lies; give"
+                    " condition.crop(...), or condition.crop(...).dropped()"
+                )
+
+            def empty(channels):
+                return x_t.new_zeros(()).expand(batch, channels, n, n, n)
+
+            extra = (
+                empty(self.config.condition_channels) if self.config.condition_channels else None
+            )
+            return Condition(
+                empty(DEPTH_PRIOR_CHANNELS),
+                self.untold.expand(batch, -1),
+                extra,
+                x_t.new_zeros(batch),
+                torch.zeros(batch, 3, device=x_t.device),
+            )
         if tuple(condition.prior.shape) != (batch, DEPTH_PRIOR_CHANNELS, n, n, n):
-            raise ValueError(f"condition: its prior must be ({batch}, {DEPTH_PRIOR_CHANNELS}, {n}, {n}, {n}) for this x_t, got {tuple(condition.prior.shape)}")
+            raise ValueError(
+                f"condition: its prior must be ({batch}, {DEPTH_PRIOR_CHANNELS}, {n}, {n}, {n}) for"
+                f" this x_t, got {tuple(condition.prior.shape)}"
+            )
         self._require_extra(condition.extra, batch, n)
         return condition

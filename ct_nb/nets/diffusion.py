@@ -19,79 +19,131 @@ from ..settings import Settings
 PREDICTIONS = ("v", "epsilon", "x0")
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 
+
 @dataclass(frozen=True)
 class DiffusionConfig(Settings):
     "What the weights of a diffusion network mean; stored beside them."
+
     steps: int = 250  # of training
     prediction: str = "v"  # what the network returns: "v", "epsilon" or "x0"
-    clamp: float | None = 1.5  # largest |x0| that a sampler believes; data lie in [-1, 1]. None: any
+    # largest |x0| that a sampler believes; data lie in [-1, 1]. None: any
+    clamp: float | None = 1.5
     min_snr_gamma: float = 5.0  # signal-to-noise ratio from which on all steps count alike
     condition_dropout: float = 0.1  # share of training cases that are shown without their condition
-    zero_snr: bool | None = None  # the last step is pure noise; None: yes, except for "epsilon", which cannot
+    # the last step is pure noise; None: yes, except for "epsilon", which cannot
+    zero_snr: bool | None = None
 
     def __post_init__(self):
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2: raise ValueError(f"steps: must be an integer from 2 on, got {self.steps!r}")
-        if self.prediction not in PREDICTIONS: raise ValueError(f"prediction: must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
-        if self.clamp is not None and not self.clamp > 0: raise ValueError(f"clamp: must be positive or None, got {self.clamp!r}")
-        if not self.min_snr_gamma > 0: raise ValueError(f"min_snr_gamma: must be positive, got {self.min_snr_gamma!r}")
-        if not 0 <= self.condition_dropout <= 1: raise ValueError(f"condition_dropout: must be from 0 to 1, got {self.condition_dropout!r}")
-        if self.prediction == "epsilon" and self.zero_snr: raise ValueError("zero_snr: at the last step the noise is all there is and 'epsilon' says nothing about x0; choose 'v' or 'x0', or zero_snr=False")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2:
+            raise ValueError(f"steps: must be an integer from 2 on, got {self.steps!r}")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(
+                f"prediction: must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
+            )
+        if self.clamp is not None and not self.clamp > 0:
+            raise ValueError(f"clamp: must be positive or None, got {self.clamp!r}")
+        if not self.min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma: must be positive, got {self.min_snr_gamma!r}")
+        if not 0 <= self.condition_dropout <= 1:
+            raise ValueError(
+                f"condition_dropout: must be from 0 to 1, got {self.condition_dropout!r}"
+            )
+        if self.prediction == "epsilon" and self.zero_snr:
+            raise ValueError(
+                "zero_snr: at the last step the noise is all there is and 'epsilon' says nothing"
+                " about x0; choose 'v' or 'x0', or zero_snr=False"
+            )
 
     @property
     def ends_in_noise(self) -> bool:
         "Whether nothing is left of the signal at the last step."
         return self.prediction != "epsilon" if self.zero_snr is None else self.zero_snr
 
-
-
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-008
 def cosine_alphas_cumprod(steps: int, zero_snr: bool = True) -> torch.Tensor:
-    "(steps,) share of the signal's variance that is left, float64, falling from just below 1 to 0 (`zero_snr`) or nearly 0; Nichol & Dhariwal 2021, Lin et al. 2024."
+    """(steps,) share of the signal's variance that is left, float64, falling from just below 1 to 0
+    (`zero_snr`) or nearly 0; Nichol & Dhariwal 2021, Lin et al. 2024.
+    """
     u = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = ((u + 0.008) / 1.008 * math.pi / 2).cos().square()
     removed = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     left = (1 - removed).cumprod(0)
-    if not zero_snr: return left
+    if not zero_snr:
+        return left
     root = left.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
 
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-010
 def _check_shape(name: str, x: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(x.shape) != tuple(shape): raise ValueError(f"{name}: must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: must have shape {tuple(shape)}, got {tuple(x.shape)}")
+
 
 class Diffusion:
-    """The process of `config`: its tables, noise for training, conversions, samplers. Batches of any shape (B, …), such as (B, C, D, H, W), of any floating type on any device.
+    """The process of `config`: its tables, noise for training, conversions, samplers.
 
-    A `step` is an integer from 0 (nearly clean) to `config.steps` − 1 (noise), or a tensor (B,) of them."""
+    Batches of any shape (B, …), such as (B, C, D, H, W), of any floating type on any device.
+
+    A `step` is an integer from 0 (nearly clean) to `config.steps` − 1 (noise), or a tensor (B,) of
+    them.
+    """
+
     def __init__(self, config: DiffusionConfig = DiffusionConfig()):
         self.config = config
-        self.alphas_cumprod = cosine_alphas_cumprod(config.steps, config.ends_in_noise)  # (steps,) float64
+        # (steps,) float64
+        self.alphas_cumprod = cosine_alphas_cumprod(config.steps, config.ends_in_noise)
         self._tables = {}
 
     def _valid(self, step) -> torch.Tensor:
         step = torch.as_tensor(step)
-        if step.dtype.is_floating_point or step.dtype == torch.bool or step.ndim > 1: raise ValueError(f"step: must be an integer or a tensor (B,) of integers, got {step.dtype} of shape {tuple(step.shape)}")
-        if step.device.type == "cpu" and step.numel() and not 0 <= int(step.min()) <= int(step.max()) < self.config.steps:  # elsewhere a look would wait for the device
-            raise ValueError(f"step: must be from 0 to {self.config.steps - 1}, got {int(step.min())} to {int(step.max())}")
+        if step.dtype.is_floating_point or step.dtype == torch.bool or step.ndim > 1:
+            raise ValueError(
+                f"step: must be an integer or a tensor (B,) of integers, got {step.dtype} of shape"
+                f" {tuple(step.shape)}"
+            )
+        # elsewhere a look would wait for the device
+        if (
+            step.device.type == "cpu"
+            and step.numel()
+            and not 0 <= int(step.min()) <= int(step.max()) < self.config.steps
+        ):
+            raise ValueError(
+                f"step: must be from 0 to {self.config.steps - 1}, got {int(step.min())} to"
+                f" {int(step.max())}"
+            )
         return step
 
     def time(self, step) -> torch.Tensor:
-        "Step → normalised time in [0, 1], 0 nearly clean and 1 noise: the one mapping of training and sampling. Same shape."
+        """Step → normalised time in [0, 1], 0 nearly clean and 1 noise: the one mapping of training
+        and sampling. Same shape.
+        """
         return self._valid(step).to(torch.get_default_dtype()) / (self.config.steps - 1)
 
     def draw_steps(self, batch: int, generator: torch.Generator | None = None) -> torch.Tensor:
         "(batch,) steps for training, uniform, on the generator's device."
-        return torch.randint(self.config.steps, (batch,), generator=generator, device=generator.device if generator else None)
+        return torch.randint(
+            self.config.steps,
+            (batch,),
+            generator=generator,
+            device=generator.device if generator else None,
+        )
 
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-012
 @patch_to(Diffusion)
 def _scales(self: Diffusion, step, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "a and s of `step`, shaped to multiply x, float32 or better: in half precision a² + s² would miss 1 by half a percent."
+    """a and s of `step`, shaped to multiply x, float32 or better: in half precision a² + s² would
+    miss 1 by half a percent.
+    """
     key = x.device, torch.promote_types(x.dtype, torch.float32)
-    if key not in self._tables: self._tables[key] = torch.stack([self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()]).to(*key)
+    if key not in self._tables:
+        self._tables[key] = torch.stack(
+            [self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()]
+        ).to(*key)
     step = self._valid(step).to(x.device).reshape(-1)
-    if len(step) not in (1, len(x)): raise ValueError(f"step: {len(step)} of them for a batch of {len(x)}")
+    if len(step) not in (1, len(x)):
+        raise ValueError(f"step: {len(step)} of them for a batch of {len(x)}")
     return tuple(self._tables[key][:, step].reshape(2, -1, *[1] * (x.ndim - 1)))
+
 
 @patch_to(Diffusion)
 def noised(self: Diffusion, x0: torch.Tensor, noise: torch.Tensor, step) -> torch.Tensor:
@@ -100,21 +152,28 @@ def noised(self: Diffusion, x0: torch.Tensor, noise: torch.Tensor, step) -> torc
     a, s = self._scales(step, x0)
     return (a * x0 + s * noise).to(x0.dtype)
 
+
 @patch_to(Diffusion)
 def target(self: Diffusion, x0: torch.Tensor, noise: torch.Tensor, step) -> torch.Tensor:
     "What the network should return for `noised(x0, noise, step)`."
     _check_shape("noise", noise, x0.shape)
-    if self.config.prediction != "v": return noise if self.config.prediction == "epsilon" else x0
+    if self.config.prediction != "v":
+        return noise if self.config.prediction == "epsilon" else x0
     a, s = self._scales(step, x0)
     return (a * noise - s * x0).to(x0.dtype)
+
 
 @patch_to(Diffusion)
 def to_x0(self: Diffusion, output: torch.Tensor, x_t: torch.Tensor, step) -> torch.Tensor:
     "The network's `output` for x_t → the volume it means, not clamped."
     _check_shape("output", output, x_t.shape)
-    if self.config.prediction == "x0": return output.to(x_t.dtype)
+    if self.config.prediction == "x0":
+        return output.to(x_t.dtype)
     a, s = self._scales(step, x_t)
-    return (a * x_t - s * output if self.config.prediction == "v" else (x_t - s * output) / a).to(x_t.dtype)
+    return (a * x_t - s * output if self.config.prediction == "v" else (x_t - s * output) / a).to(
+        x_t.dtype
+    )
+
 
 @patch_to(Diffusion)
 def to_noise(self: Diffusion, x0: torch.Tensor, x_t: torch.Tensor, step) -> torch.Tensor:
@@ -126,37 +185,75 @@ def to_noise(self: Diffusion, x0: torch.Tensor, x_t: torch.Tensor, step) -> torc
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-015
 @patch_to(Diffusion)
 def weight(self: Diffusion, step) -> torch.Tensor:
-    "Min-SNR weight of the squared error of the network's output; the last step weighs 1. The step's shape and device."
+    """Min-SNR weight of the squared error of the network's output; the last step weighs 1.
+
+    The step's shape and device.
+    """
     snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
-    table = snr.clamp(max=self.config.min_snr_gamma) / {"v": snr + 1, "epsilon": snr, "x0": torch.ones_like(snr)}[self.config.prediction]
+    table = (
+        snr.clamp(max=self.config.min_snr_gamma)
+        / {"v": snr + 1, "epsilon": snr, "x0": torch.ones_like(snr)}[self.config.prediction]
+    )
     table[-1] = 1  # where sampling begins: 0 by the formula, and then nobody would teach it
     step = self._valid(step)
     return table.to(step.device, torch.get_default_dtype())[step]
 
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-020
 @patch_to(Diffusion)
-def drop(self: Diffusion, condition: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    "Condition (B, …) → (condition with some cases all zero, mask (B,) that is True for these); probability `config.condition_dropout` for each case."
-    dropped = torch.rand(len(condition), generator=generator, device=generator.device if generator else None) < self.config.condition_dropout
+def drop(
+    self: Diffusion, condition: torch.Tensor, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Condition (B, …) → (condition with some cases all zero, mask (B,) that is True for these);
+    probability `config.condition_dropout` for each case.
+    """
+    dropped = (
+        torch.rand(
+            len(condition), generator=generator, device=generator.device if generator else None
+        )
+        < self.config.condition_dropout
+    )
     dropped = dropped.to(condition.device)
     return condition.masked_fill(dropped.view(-1, *[1] * (condition.ndim - 1)), 0), dropped
 
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-023
 @patch_to(Diffusion)
 def sampling_steps(self: Diffusion, steps: int, last: int | None = None) -> list[int]:
-    "The `steps` training steps that a sampler visits, from `last` (default: the noisiest) down, evenly spaced over those below it; Lin et al. 2024."
+    """The `steps` training steps that a sampler visits, from `last` (default: the noisiest) down,
+    evenly spaced over those below it; Lin et al. 2024.
+    """
     last = self.config.steps - 1 if last is None else last
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= last + 1:
-        raise ValueError(f"steps: must be an integer from 1 to {last + 1}, the training steps there are to visit, got {steps!r}")
+        raise ValueError(
+            f"steps: must be an integer from 1 to {last + 1}, the training steps there are to"
+            f" visit, got {steps!r}"
+        )
     return [round((last + 1) * (steps - k) / steps) - 1 for k in range(steps)]
 
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-028
 def respaced(sampler: str, alphas_cumprod: torch.Tensor):
-    "A scheduler of `diffusers` for x0 whose own n training steps are the n sampling steps; `alphas_cumprod` (n,) float64 from the cleanest to the noisiest."
+    """A scheduler of `diffusers` for x0 whose own n training steps are the n sampling steps;
+    `alphas_cumprod` (n,) float64 from the cleanest to the noisiest.
+    """
     import diffusers
-    kind, settings = {"ddim": (diffusers.DDIMScheduler, {"clip_sample": False}), "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}), "dpm++": (diffusers.DPMSolverMultistepScheduler, {})}[sampler]
-    scheduler = kind(num_train_timesteps=len(alphas_cumprod), beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="sample", **settings)
-    scheduler.alphas_cumprod = alphas_cumprod if sampler != "dpm++" else torch.where(alphas_cumprod > 0, alphas_cumprod, 2 ** -24)
+
+    kind, settings = {
+        "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
+        "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}),
+        "dpm++": (diffusers.DPMSolverMultistepScheduler, {}),
+    }[sampler]
+    scheduler = kind(
+        num_train_timesteps=len(alphas_cumprod),
+        beta_schedule="squaredcos_cap_v2",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        prediction_type="sample",
+        **settings,
+    )
+    scheduler.alphas_cumprod = (
+        alphas_cumprod
+        if sampler != "dpm++"
+        else torch.where(alphas_cumprod > 0, alphas_cumprod, 2**-24)
+    )
     scheduler.set_timesteps(len(alphas_cumprod))
     return scheduler
 
@@ -164,49 +261,94 @@ def respaced(sampler: str, alphas_cumprod: torch.Tensor):
 def _finite(name: str, x: torch.Tensor, shape: tuple[int, ...], where: str) -> torch.Tensor:
     _check_shape(f"{name} at {where}", x, shape)
     bad = x.numel() - int(torch.isfinite(x).sum())
-    if bad: raise ValueError(f"{name}: {bad} of {x.numel()} values at {where} are NaN or infinite; sampling stops here")
+    if bad:
+        raise ValueError(
+            f"{name}: {bad} of {x.numel()} values at {where} are NaN or infinite; sampling stops"
+            " here"
+        )
     return x
 
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-031
 @patch_to(Diffusion)
-def _begin(self: Diffusion, shape: tuple[int, ...], steps: int, noise, start, generator, device) -> tuple[torch.Tensor, list[int]]:
+def _begin(
+    self: Diffusion, shape: tuple[int, ...], steps: int, noise, start, generator, device
+) -> tuple[torch.Tensor, list[int]]:
     "The first x_t of a sampler and the steps it visits."
-    if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape): raise ValueError(f"shape: must be positive integers (B, …), got {shape}")
-    if noise is None: noise = torch.randn(shape, generator=generator, device=generator.device if generator else device)
+    if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"shape: must be positive integers (B, …), got {shape}")
+    if noise is None:
+        noise = torch.randn(
+            shape, generator=generator, device=generator.device if generator else device
+        )
     noise = noise.to(device) if device is not None else noise
     _check_shape("noise", noise, shape)
-    if start is None: return noise, self.sampling_steps(steps)
+    if start is None:
+        return noise, self.sampling_steps(steps)
     x0, time = start
     _check_shape("start", x0, shape)
-    if not 0 < time <= 1: raise ValueError(f"start: its time must lie in (0, 1], got {time!r}")
+    if not 0 < time <= 1:
+        raise ValueError(f"start: its time must lie in (0, 1], got {time!r}")
     visited = self.sampling_steps(steps, round(time * (self.config.steps - 1)))
     return self.noised(x0.to(noise), noise, visited[0]), visited
 
 # %% ../../nbs/nets/06_diffusion.ipynb #cell-032
 @patch_to(Diffusion)
 @torch.no_grad()
-def sample(self: Diffusion, denoise: Callable, shape: tuple[int, ...], steps: int = 25, sampler: str = "ddim", guidance: float = 1.0, unconditional: Callable | None = None, correct: Callable | None = None,
-           noise: torch.Tensor | None = None, start: tuple[torch.Tensor, float] | None = None, generator: torch.Generator | None = None, device=None, on_step: Callable | None = None) -> torch.Tensor:
-    """A draw of `shape` (B, …) by `steps` calls of `denoise(x_t, time (B,))`, which returns what `config.prediction` says; `sampler` is "ddim", "ddpm" or "dpm++".
+def sample(
+    self: Diffusion,
+    denoise: Callable,
+    shape: tuple[int, ...],
+    steps: int = 25,
+    sampler: str = "ddim",
+    guidance: float = 1.0,
+    unconditional: Callable | None = None,
+    correct: Callable | None = None,
+    noise: torch.Tensor | None = None,
+    start: tuple[torch.Tensor, float] | None = None,
+    generator: torch.Generator | None = None,
+    device=None,
+    on_step: Callable | None = None,
+) -> torch.Tensor:
+    """A draw of `shape` (B, …) by `steps` calls of `denoise(x_t, time (B,))`, which returns what
+    `config.prediction` says; `sampler` is "ddim", "ddpm" or "dpm++".
 
-    `guidance` other than 1 needs `unconditional`, the same network without its condition. `correct(x0_hat, time (B,))` may move each clamped x0_hat. `noise` (B, …) takes the place of the first draw and decides the type.
-    `start` (x0 (B, …), time in (0, 1]) begins from x0 noised up to that time in place of pure noise. `on_step(number done, x0_hat)` is told of each step.
-    The same generator state gives the same draw. ValueError for unknown samplers, wrong shapes or counts, and as soon as a network returns NaN."""
-    if sampler not in SAMPLERS: raise ValueError(f"sampler: must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if not math.isfinite(guidance): raise ValueError(f"guidance: must be finite, got {guidance!r}")
-    if guidance != 1 and unconditional is None: raise ValueError(f"unconditional: guidance {guidance:g} needs the network without its condition; pass it, or guidance=1")
+    `guidance` other than 1 needs `unconditional`, the same network without its condition.
+    `correct(x0_hat, time (B,))` may move each clamped x0_hat. `noise` (B, …) takes the place of the
+    first draw and decides the type.
+    `start` (x0 (B, …), time in (0, 1]) begins from x0 noised up to that time in place of pure
+    noise. `on_step(number done, x0_hat)` is told of each step.
+    The same generator state gives the same draw. ValueError for unknown samplers, wrong shapes or
+    counts, and as soon as a network returns NaN.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler: must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance: must be finite, got {guidance!r}")
+    if guidance != 1 and unconditional is None:
+        raise ValueError(
+            f"unconditional: guidance {guidance:g} needs the network without its condition; pass"
+            " it, or guidance=1"
+        )
     x, visited = self._begin(tuple(shape), steps, noise, start, generator, device)
-    scheduler = respaced(sampler, self.alphas_cumprod[visited[::-1]]) if len(visited) > 1 else None  # a single step is x0_hat itself
+    # a single step is x0_hat itself
+    scheduler = respaced(sampler, self.alphas_cumprod[visited[::-1]]) if len(visited) > 1 else None
     for done, step in enumerate(visited, 1):
         at = torch.full((len(x),), step)
-        time, where = self.time(at).to(x.device), f"sampling step {done} of {len(visited)} (training step {step})"
+        time = self.time(at).to(x.device)
+        where = f"sampling step {done} of {len(visited)} (training step {step})"
         output = _finite("denoise", denoise(x, time), x.shape, where)
         if guidance != 1:
             without = _finite("unconditional", unconditional(x, time), x.shape, where)
             output = without + guidance * (output - without)
         x0 = self.to_x0(output, x, at)
-        if self.config.clamp is not None: x0 = x0.clamp(-self.config.clamp, self.config.clamp)
-        if correct is not None: x0 = _finite("correct", correct(x0, time), x.shape, where).to(x.dtype)
-        if on_step is not None: on_step(done, x0)
-        if done < len(visited): x = scheduler.step(x0[None], len(visited) - done, x[None], generator=generator).prev_sample[0]
+        if self.config.clamp is not None:
+            x0 = x0.clamp(-self.config.clamp, self.config.clamp)
+        if correct is not None:
+            x0 = _finite("correct", correct(x0, time), x.shape, where).to(x.dtype)
+        if on_step is not None:
+            on_step(done, x0)
+        if done < len(visited):
+            x = scheduler.step(
+                x0[None], len(visited) - done, x[None], generator=generator
+            ).prev_sample[0]
     return x0

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .decoders import Decoder
-from .denoiser import DEPTH_PRIOR_CHANNELS, Condition, Denoiser, DenoiserConfig, token_grid
+from ct_nb.nets.denoiser import (
+    DEPTH_PRIOR_CHANNELS,
+    Condition,
+    Denoiser,
+    DenoiserConfig,
+    token_grid,
+)
 from .diffusion import Diffusion, DiffusionConfig
 from .biased_attention import TokenBlock
 from ..physics.geometry import ConeBeam
@@ -21,45 +27,105 @@ from ..physics.geometry import ConeBeam
 # %% ../../nbs/nets/07b_diffusion_decoder.ipynb #cell-005
 RESIDUAL_SCALE = 0.15  # usual size of what the prior lacks, in units of half the window
 
+
 class DiffusionDecoder(Decoder, name="diffusion"):
-    """Latent (B, channels[-1], n, n, n), grids from full size to the latent's, geometry → a draw (B, 1, N, N, N), N one of 16, 32, 64, 128, 256 that is 16·2^(levels − 1).
-    Trained with 100 to 250 noise steps, sampled in 20 to 30."""
-    def __init__(self, channels: tuple[int, ...], outputs: int = 1, camera: bool = True, training_steps: int = 250, sampling_steps: int = 20):
+    """Latent (B, channels[-1], n, n, n), grids from full size to the latent's, geometry → a draw
+    (B, 1, N, N, N), N one of 16, 32, 64, 128, 256 that is 16·2^(levels − 1).
+    Trained with 100 to 250 noise steps, sampled in 20 to 30.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        outputs: int = 1,
+        camera: bool = True,
+        training_steps: int = 250,
+        sampling_steps: int = 20,
+    ):
         super().__init__()
-        if outputs != 1: raise ValueError(f"outputs: the diffusion decoder draws one volume, got {outputs}")
-        if not 1 <= sampling_steps <= training_steps: raise ValueError(f"sampling_steps: must be from 1 to the {training_steps} training_steps, got {sampling_steps}")
+        if outputs != 1:
+            raise ValueError(f"outputs: the diffusion decoder draws one volume, got {outputs}")
+        if not 1 <= sampling_steps <= training_steps:
+            raise ValueError(
+                f"sampling_steps: must be from 1 to the {training_steps} training_steps, got"
+                f" {sampling_steps}"
+            )
         size = 16 * 2 ** (len(channels) - 1)
-        levels, width = (size // token_grid(size)).bit_length(), max(8, channels[0])
-        self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(channels, channels[1:]))
+        levels = (size // token_grid(size)).bit_length()
+        width = max(8, channels[0])
+        self.up = nn.ModuleList(
+            nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(channels, channels[1:])
+        )
         self.to_prior = nn.Conv3d(channels[0], DEPTH_PRIOR_CHANNELS, 1)
         heads = max(1, channels[-1] // 64)
-        self.denoiser = Denoiser(DenoiserConfig(size, tuple(width * 2 ** level for level in range(levels)), max(32, channels[-1]), 2, heads))
+        self.denoiser = Denoiser(
+            DenoiserConfig(
+                size,
+                tuple(width * 2**level for level in range(levels)),
+                max(32, channels[-1]),
+                2,
+                heads,
+            )
+        )
         self.denoiser.prior = nn.Identity()
-        self.diffusion, self.sampling_steps = Diffusion(DiffusionConfig(steps=training_steps, clamp=None)), sampling_steps
+        self.diffusion = Diffusion(DiffusionConfig(steps=training_steps, clamp=None))
+        self.sampling_steps = sampling_steps
 
     def start_small(self) -> None:
         nn.init.zeros_(self.denoiser.last.weight)
         for block in self.modules():
-            if isinstance(block, TokenBlock): nn.init.zeros_(block.modulation.weight)
+            if isinstance(block, TokenBlock):
+                nn.init.zeros_(block.modulation.weight)
 
-    def told(self, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam) -> Condition:
+    def told(
+        self, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam
+    ) -> Condition:
         "What the denoiser is told at every step."
         x = latent
-        for level in reversed(range(len(self.up))): x = self.up[level](x) + grids[level]
+        for level in reversed(range(len(self.up))):
+            x = self.up[level](x) + grids[level]
         size, batch = self.denoiser.config.size, len(latent)
-        if x.shape[-1] != size: raise ValueError(f"grids: this decoder is for {size}³ voxels, got {x.shape[-1]}³")
-        return Condition(self.to_prior(F.silu(x)), self.denoiser.camera(geometry), None, x.new_ones(batch), x.new_zeros(batch, 3))
+        if x.shape[-1] != size:
+            raise ValueError(f"grids: this decoder is for {size}³ voxels, got {x.shape[-1]}³")
+        return Condition(
+            self.to_prior(F.silu(x)),
+            self.denoiser.camera(geometry),
+            None,
+            x.new_ones(batch),
+            x.new_zeros(batch, 3),
+        )
 
-    def forward(self, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam | None = None, target: torch.Tensor | None = None, draw: bool = False,
-                correct: Callable | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        latent: torch.Tensor,
+        grids: list[torch.Tensor],
+        geometry: ConeBeam | None = None,
+        target: torch.Tensor | None = None,
+        draw: bool = False,
+        correct: Callable | None = None,
+    ) -> torch.Tensor:
         "`correct` may move every guess of the sampler, (B, 1, N, N, N) as the answer is."
         told = self.told(latent, grids, geometry)
         if target is not None:
             step = self.diffusion.draw_steps(len(target)).to(target.device)
             z0 = target / RESIDUAL_SCALE
             z_t = self.diffusion.noised(z0, torch.randn_like(z0), step)
-            return RESIDUAL_SCALE * self.diffusion.to_x0(self.denoiser(z_t, self.diffusion.time(step).to(z0), told), z_t, step)
+            return RESIDUAL_SCALE * self.diffusion.to_x0(
+                self.denoiser(z_t, self.diffusion.time(step).to(z0), told), z_t, step
+            )
         shape = (len(latent), 1, *(self.denoiser.config.size,) * 3)
-        noise = torch.randn(shape, generator=None if draw else torch.Generator().manual_seed(0)).to(latent)
-        moved = None if correct is None else lambda z, time: correct(RESIDUAL_SCALE * z) / RESIDUAL_SCALE
-        return RESIDUAL_SCALE * self.diffusion.sample(lambda z, time: self.denoiser(z, time, told), shape, self.sampling_steps, correct=moved, noise=noise)
+        noise = torch.randn(shape, generator=None if draw else torch.Generator().manual_seed(0)).to(
+            latent
+        )
+        moved = (
+            None
+            if correct is None
+            else lambda z, time: correct(RESIDUAL_SCALE * z) / RESIDUAL_SCALE
+        )
+        return RESIDUAL_SCALE * self.diffusion.sample(
+            lambda z, time: self.denoiser(z, time, told),
+            shape,
+            self.sampling_steps,
+            correct=moved,
+            noise=noise,
+        )

@@ -32,6 +32,7 @@ from ..settings import Settings
 @dataclass(frozen=True)
 class DRR2CTConfig(Settings):
     "Everything that decides what the weights mean; stored beside them."
+
     size: int = 64  # voxels a side
     window: str = "chest"  # the network's range of HU
     energy_kev: float = 60.0  # of the X-rays
@@ -47,7 +48,8 @@ class DRR2CTConfig(Settings):
     prior_modes: int = 160
     prior_noise: float = 0.5
     grid_channels: tuple[int, ...] = (8, 32, 64)  # at full size, half of it, a quarter, …
-    latent_size: int = 16  # voxels a side of the grid that the rays are collected in; a multiple of 4
+    # voxels a side of the grid that the rays are collected in; a multiple of 4
+    latent_size: int = 16
     latent_channels: int = 64
     latent_blocks: int = 3
     bottleneck_channels: int = 32  # of it that reach the decoder
@@ -56,75 +58,152 @@ class DRR2CTConfig(Settings):
     recompute: bool = False  # trade time for memory in training
     consistency: bool = True  # make the prediction agree with the X-rays
     consistency_iterations: int = 8
-    consistency_noise: float = 0.05  # line integrals: how far rendered X-rays are from those of a coarser grid, at least
-    consistency_detector: int = 128  # the X-rays are binned to at most this many rows and columns first
+    # line integrals: how far rendered X-rays are from those of a coarser grid, at least
+    consistency_noise: float = 0.05
+    # the X-rays are binned to at most this many rows and columns first
+    consistency_detector: int = 128
     xray_normalization: str = "dataset"  # or "scan"
     xray_mean: float = 2.0  # of line integrals over the training set
     xray_std: float = 2.0
 
     def __post_init__(self):
-        for name in ("view_channels", "view_depths", "view_heads", "epipolar_strides", "lifted_channels", "grid_channels"): object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.window not in WINDOWS: raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
-        if self.xray_normalization not in ("dataset", "scan"): raise ValueError(f"xray_normalization: must be 'dataset' or 'scan', got {self.xray_normalization!r}")
-        if self.size % 2 ** (len(self.grid_channels) - 1): raise ValueError(f"size: must be a multiple of {2 ** (len(self.grid_channels) - 1)} with {len(self.grid_channels)} grid_channels, got {self.size}")
-        if self.latent_size % 4: raise ValueError(f"latent_size: must be a multiple of 4, got {self.latent_size}")
+        for name in (
+            "view_channels",
+            "view_depths",
+            "view_heads",
+            "epipolar_strides",
+            "lifted_channels",
+            "grid_channels",
+        ):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.window not in WINDOWS:
+            raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+        if self.xray_normalization not in ("dataset", "scan"):
+            raise ValueError(
+                f"xray_normalization: must be 'dataset' or 'scan', got {self.xray_normalization!r}"
+            )
+        if self.size % 2 ** (len(self.grid_channels) - 1):
+            raise ValueError(
+                f"size: must be a multiple of {2 ** (len(self.grid_channels) - 1)} with"
+                f" {len(self.grid_channels)} grid_channels, got {self.size}"
+            )
+        if self.latent_size % 4:
+            raise ValueError(f"latent_size: must be a multiple of 4, got {self.latent_size}")
 
     @classmethod
     def preset(cls, name: str) -> "DRR2CTConfig":
-        "smoke (32³, seconds), cpu (64³, minutes on two cores), gpu (128³, one card) or paper (256³, several large cards)."
+        """smoke (32³, seconds), cpu (64³, minutes on two cores), gpu (128³, one card) or paper
+        (256³, several large cards).
+        """
         presets = {
-            "smoke": dict(size=32, view_channels=(8, 12, 16, 16), lifted_channels=(4, 8, 12), prior_modes=16, grid_channels=(6, 12), latent_channels=16, bottleneck_channels=8,
-                          contrast_channels=8, consistency_detector=64),
+            "smoke": dict(
+                size=32,
+                view_channels=(8, 12, 16, 16),
+                lifted_channels=(4, 8, 12),
+                prior_modes=16,
+                grid_channels=(6, 12),
+                latent_channels=16,
+                bottleneck_channels=8,
+                contrast_channels=8,
+                consistency_detector=64,
+            ),
             "cpu": {},
-            "gpu": dict(size=128, prior_modes=64, view_channels=(48, 96, 192, 384), view_depths=(1, 1, 2, 2), lifted_channels=(8, 48, 96), grid_channels=(16, 48, 96, 192), latent_channels=192,
-                        bottleneck_channels=128, consistency_detector=256),
-            "paper": dict(size=256, prior_modes=24, view_channels=(96, 192, 384, 768), view_depths=(2, 2, 6, 2), keep_tokens=2048, lifted_channels=(16, 96, 192), grid_channels=(16, 32, 64, 128, 192),
-                          latent_channels=192, bottleneck_channels=128, contrast_channels=256, consistency_detector=256, recompute=True)}
-        if name not in presets: raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+            "gpu": dict(
+                size=128,
+                prior_modes=64,
+                view_channels=(48, 96, 192, 384),
+                view_depths=(1, 1, 2, 2),
+                lifted_channels=(8, 48, 96),
+                grid_channels=(16, 48, 96, 192),
+                latent_channels=192,
+                bottleneck_channels=128,
+                consistency_detector=256,
+            ),
+            "paper": dict(
+                size=256,
+                prior_modes=24,
+                view_channels=(96, 192, 384, 768),
+                view_depths=(2, 2, 6, 2),
+                keep_tokens=2048,
+                lifted_channels=(16, 96, 192),
+                grid_channels=(16, 32, 64, 128, 192),
+                latent_channels=192,
+                bottleneck_channels=128,
+                contrast_channels=256,
+                consistency_detector=256,
+                recompute=True,
+            ),
+        }
+        if name not in presets:
+            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
-
-
 
 # %% ../../nbs/nets/05_drr2ct.ipynb #cell-006
 class Prediction(NamedTuple):
     hu: torch.Tensor  # (B, N, N, N)
     base_hu: torch.Tensor  # (B, N, N, N) the classical solution that the network started from
-    unconstrained_hu: torch.Tensor  # (B, N, N, N) what the network said before the consistency layer
+    # (B, N, N, N) what the network said before the consistency layer
+    unconstrained_hu: torch.Tensor
     latent: Latent  # of (B, bottleneck channels, latent size, …)
-    view_tokens: torch.Tensor  # (B, V, contrast channels) what each view says of the patient, pooled
+    # (B, V, contrast channels) what each view says of the patient, pooled
+    view_tokens: torch.Tensor
     latent_tokens: torch.Tensor  # (B, contrast channels) what the latent says
     features: list[torch.Tensor]  # (B, V, lifted channels, R/s, C/s) at strides 4, 8 and 16
 
 # %% ../../nbs/nets/05_drr2ct.ipynb #cell-008
 def _resized(x: torch.Tensor, size: int) -> torch.Tensor:
-    return x if x.shape[-1] == size else F.interpolate(x, size=(size,) * 3, mode="trilinear", align_corners=False)
+    return (
+        x
+        if x.shape[-1] == size
+        else F.interpolate(x, size=(size,) * 3, mode="trilinear", align_corners=False)
+    )
+
 
 class DRR2CT(nn.Module):
     "X-rays (B, V, R, C), raw line integrals, and their geometry → `Prediction`."
+
     def __init__(self, config: DRR2CTConfig):
         super().__init__()
         self.config = config
-        self.prior = LinearPrior(config.size, config.prior_modes, config.prior_noise, config.energy_kev)
+        self.prior = LinearPrior(
+            config.size, config.prior_modes, config.prior_noise, config.energy_kev
+        )
         c = config
         self.grid = LatentGrid(c.lifted_channels, c.grid_channels, physical=7, size=c.size)
         self.enter = nn.Conv3d(c.grid_channels[-1], c.latent_channels, 1)
         self.leave = nn.Conv3d(c.latent_channels, c.grid_channels[-1], 1)
         self.decoder = make_decoder(c.decoder, c.grid_channels, outputs=1, camera=True)
-        self.view_head, self.latent_head = nn.Linear(c.lifted_channels[-1], c.contrast_channels), nn.Linear(c.bottleneck_channels, c.contrast_channels)
+        self.view_head = nn.Linear(c.lifted_channels[-1], c.contrast_channels)
+        self.latent_head = nn.Linear(c.bottleneck_channels, c.contrast_channels)
         keep_variance(self)
-        self.views = ViewPyramid(2, c.view_channels, c.lifted_channels, c.view_depths, c.view_heads, c.view_window, c.epipolar_neighbours, c.epipolar_gate, c.epipolar_strides,
-                                 c.recompute, c.keep_tokens)
+        self.views = ViewPyramid(
+            2,
+            c.view_channels,
+            c.lifted_channels,
+            c.view_depths,
+            c.view_heads,
+            c.view_window,
+            c.epipolar_neighbours,
+            c.epipolar_gate,
+            c.epipolar_strides,
+            c.recompute,
+            c.keep_tokens,
+        )
         self.volumization = Volumization(c.lifted_channels[-1], c.latent_channels, c.latent_size)
         self.trunk = LatentTrunk(c.latent_channels, c.latent_blocks, checkpoint=c.recompute)
         self.bottleneck = VariationalBottleneck(c.latent_channels, c.bottleneck_channels)
         for block in self.modules():
             if isinstance(block, ResidualBlock):
-                nn.init.normal_(block.second.weight, std=0.3 * block.second.weight[0].numel() ** -0.5)
-                if block.modulation is not None: nn.init.zeros_(block.modulation.weight)
+                nn.init.normal_(
+                    block.second.weight, std=0.3 * block.second.weight[0].numel() ** -0.5
+                )
+                if block.modulation is not None:
+                    nn.init.zeros_(block.modulation.weight)
         self.decoder.start_small()
 
     @property
-    def window(self) -> Window: return WINDOWS[self.config.window]
+    def window(self) -> Window:
+        return WINDOWS[self.config.window]
 
     def _checked(self, xrays, geometry: ConeBeam) -> ConeBeam:
         "The geometry in float32, batch shape (B,), on the network's grid."
@@ -134,7 +213,14 @@ class DRR2CT(nn.Module):
     def _consistent(self, hu, xrays, geometry):
         y, coarse = binned(xrays, geometry, self.config.consistency_detector)
         spread = (self._to_mu(self.prior.spread_hu) - self._to_mu(0.0)).expand_as(hu)
-        mu = make_consistent(self._to_mu(hu), y, coarse, self.config.consistency_iterations, damping=self.config.consistency_noise ** 2, spread=spread)
+        mu = make_consistent(
+            self._to_mu(hu),
+            y,
+            coarse,
+            self.config.consistency_iterations,
+            damping=self.config.consistency_noise**2,
+            spread=spread,
+        )
         return mu_to_hu(mu, self.config.energy_kev)
 
     def _to_mu(self, hu):
@@ -143,21 +229,35 @@ class DRR2CT(nn.Module):
 
     def normalized(self, xrays: torch.Tensor) -> torch.Tensor:
         "X-rays as the network sees them."
-        if self.config.xray_normalization == "dataset": return (xrays - self.config.xray_mean) / self.config.xray_std
-        mean, std = xrays.mean((1, 2, 3), keepdim=True), xrays.std((1, 2, 3), keepdim=True)
+        if self.config.xray_normalization == "dataset":
+            return (xrays - self.config.xray_mean) / self.config.xray_std
+        mean = xrays.mean((1, 2, 3), keepdim=True)
+        std = xrays.std((1, 2, 3), keepdim=True)
         return (xrays - mean) / std.clamp_min(1e-6)
 
     def _physical(self, base, images, geometry):
-        "base, mean and least X-ray over the views, mean of what the base leaves unexplained, and the place: (B, 7, N, N, N)"
+        """base, mean and least X-ray over the views, mean of what the base leaves unexplained, and
+        the place: (B, 7, N, N, N)
+        """
         size = self.config.size
         where = shadows(geometry, size)
         lifted, seen = lift(images, where), where.seen[:, :, None]
         mean = lifted.sum(1) / seen.sum(1).clamp_min(1)
         least = lifted[:, :, :1].masked_fill(~seen, 1e4).amin(1).clamp_max(10.0)
         grid = geometry.grid
-        place = (grid.centers_mm(device=images.device) - torch.as_tensor(grid.center_mm.copy(), dtype=torch.float32, device=images.device)) / 160
+        place = (
+            grid.centers_mm(device=images.device)
+            - torch.as_tensor(grid.center_mm.copy(), dtype=torch.float32, device=images.device)
+        ) / 160
         maps = torch.cat([mean, least], 1).unflatten(-1, (size,) * 3)
-        return torch.cat([self.window.to_network(base)[:, None], maps, place.permute(3, 0, 1, 2).expand(len(base), 3, size, size, size)], 1)
+        return torch.cat(
+            [
+                self.window.to_network(base)[:, None],
+                maps,
+                place.permute(3, 0, 1, 2).expand(len(base), 3, size, size, size),
+            ],
+            1,
+        )
 
     @torch.no_grad()
     def start(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
@@ -165,21 +265,45 @@ class DRR2CT(nn.Module):
         geometry = self._checked(xrays, geometry)
         return self._consistent(self.prior(xrays, geometry), xrays, geometry)
 
-    def forward(self, xrays: torch.Tensor, geometry: ConeBeam, base=None, sample: bool | None = None, consistency: bool | None = None, hidden=None, truth=None, guide=None) -> Prediction:
-        """`base` (B, N, N, N), HU, replaces the prior's answer; `sample` draws the latent (by default in training only);
-        `consistency` says whether `hu` is moved onto the X-rays (by default as configured); what is `hidden` (B, V, R, C) bool
-        reaches the prior and the consistency layer, but not the network. A decoder that samples is trained with the `truth` (B, N, N, N), HU, and its guesses
-        are moved onto the X-rays by `guide`, an `XrayGuidance` of this window on this grid; ValueError for a decoder that does not sample."""
-        if guide is not None and self.config.decoder != "diffusion": raise ValueError(f"guide: the decoder {self.config.decoder!r} makes no guesses that could be moved; leave it out, the consistency layer serves here")
+    def forward(
+        self,
+        xrays: torch.Tensor,
+        geometry: ConeBeam,
+        base=None,
+        sample: bool | None = None,
+        consistency: bool | None = None,
+        hidden=None,
+        truth=None,
+        guide=None,
+    ) -> Prediction:
+        """`base` (B, N, N, N), HU, replaces the prior's answer; `sample` draws the latent (by
+        default in training only);
+        `consistency` says whether `hu` is moved onto the X-rays (by default as configured); what is
+        `hidden` (B, V, R, C) bool
+        reaches the prior and the consistency layer, but not the network. A decoder that samples is
+        trained with the `truth` (B, N, N, N), HU, and its guesses
+        are moved onto the X-rays by `guide`, an `XrayGuidance` of this window on this grid;
+        ValueError for a decoder that does not sample.
+        """
+        if guide is not None and self.config.decoder != "diffusion":
+            raise ValueError(
+                f"guide: the decoder {self.config.decoder!r} makes no guesses that could be moved;"
+                " leave it out, the consistency layer serves here"
+            )
         geometry = self._checked(xrays, geometry)
         with torch.no_grad():
-            if base is None: base = self.prior(xrays, geometry)
+            if base is None:
+                base = self.prior(xrays, geometry)
             y, coarse = binned(xrays, geometry, 128)
             unexplained = y - project(self._to_mu(base), coarse)
-            if hidden is not None: unexplained = unexplained * (F.adaptive_max_pool2d(hidden.float(), unexplained.shape[-2:]) == 0)
+            if hidden is not None:
+                unexplained = unexplained * (
+                    F.adaptive_max_pool2d(hidden.float(), unexplained.shape[-2:]) == 0
+                )
             unexplained = F.interpolate(unexplained, size=xrays.shape[-2:], mode="bilinear")
             images = torch.stack([self.normalized(xrays), unexplained * 5], 2)
-            if hidden is not None: images = images.masked_fill(hidden[:, :, None], 0.0)
+            if hidden is not None:
+                images = images.masked_fill(hidden[:, :, None], 0.0)
             physical = self._physical(base, images, geometry)
         features = self.views(images, geometry)
         grids = self.grid(features, physical, geometry)
@@ -190,8 +314,25 @@ class DRR2CT(nn.Module):
         scale = self.window.width_hu / 2
         target = None if truth is None else ((truth - base) / scale)[:, None]
         start = self.window.to_network(base)[:, None]
-        moved = {} if guide is None else {"correct": lambda residual: guide(start + residual) - start}
-        unconstrained = base + self.decoder(leaving, grids, geometry, target, bool(sample), **moved)[:, 0] * scale
+        moved = (
+            {} if guide is None else {"correct": lambda residual: guide(start + residual) - start}
+        )
+        unconstrained = (
+            base
+            + self.decoder(leaving, grids, geometry, target, bool(sample), **moved)[:, 0] * scale
+        )
         unconstrained = torch.maximum(unconstrained, -1000 + 0.01 * (unconstrained + 1000))
-        hu = self._consistent(unconstrained, xrays, geometry) if (self.config.consistency if consistency is None else consistency) else unconstrained
-        return Prediction(hu, base, unconstrained, latent, self.view_head(features[-1].mean((-2, -1))), self.latent_head(latent.mean.mean((-3, -2, -1))), features)
+        hu = (
+            self._consistent(unconstrained, xrays, geometry)
+            if (self.config.consistency if consistency is None else consistency)
+            else unconstrained
+        )
+        return Prediction(
+            hu,
+            base,
+            unconstrained,
+            latent,
+            self.view_head(features[-1].mean((-2, -1))),
+            self.latent_head(latent.mean.mean((-3, -2, -1))),
+            features,
+        )

@@ -17,54 +17,111 @@ from ..physics.geometry import VECTORS, ConeBeam
 
 # %% ../../nbs/nets/02a_epipolar.ipynb #cell-009
 class EpipolarNeighbours:
-    "For every token the `neighbours` tokens of each other view nearest to its epipolar line; lists are kept by geometry, up to `limit_bytes`."
-    def __init__(self, neighbours: int = 32, limit_bytes: int = 2 ** 26):
-        if neighbours < 1: raise ValueError(f"neighbours: must be at least 1, got {neighbours}")
-        self.neighbours, self.limit_bytes, self.kept, self.searches = neighbours, limit_bytes, OrderedDict(), 0
+    """For every token the `neighbours` tokens of each other view nearest to its epipolar line;
+    lists are kept by geometry, up to `limit_bytes`.
+    """
 
-    def __getstate__(self) -> dict: return {**self.__dict__, "kept": OrderedDict()}
+    def __init__(self, neighbours: int = 32, limit_bytes: int = 2**26):
+        if neighbours < 1:
+            raise ValueError(f"neighbours: must be at least 1, got {neighbours}")
+        self.neighbours = neighbours
+        self.limit_bytes = limit_bytes
+        self.kept = OrderedDict()
+        self.searches = 0
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "kept": OrderedDict()}
 
     def __call__(self, geometry: ConeBeam, token_shape: tuple[int, int]) -> torch.Tensor:
-        "geometry (B,) and (rows, columns) → (B, V, N, V − 1, K) int64: token numbers in the other views, in their order; K = min(neighbours, N)."
-        vectors = torch.stack([getattr(geometry, name).detach() for name in VECTORS], 1).to("cpu", torch.float64)
-        keys = [(one.numpy().tobytes(), geometry.detector_shape, tuple(token_shape), str(geometry.device)) for one in vectors]
+        """geometry (B,) and (rows, columns) → (B, V, N, V − 1, K) int64: token numbers in the other
+        views, in their order; K = min(neighbours, N).
+        """
+        vectors = torch.stack([getattr(geometry, name).detach() for name in VECTORS], 1).to(
+            "cpu", torch.float64
+        )
+        keys = [
+            (
+                one.numpy().tobytes(),
+                geometry.detector_shape,
+                tuple(token_shape),
+                str(geometry.device),
+            )
+            for one in vectors
+        ]
         found = {key: self.kept.pop(key, None) for key in dict.fromkeys(keys)}
         new = [n for n, key in enumerate(keys) if found[key] is None and n == keys.index(key)]
-        if new: found.update(zip([keys[n] for n in new], self._search(geometry[new], token_shape)))
+        if new:
+            found.update(zip([keys[n] for n in new], self._search(geometry[new], token_shape)))
         self.kept.update(found)
-        while sum(lists.nbytes for lists in self.kept.values()) > self.limit_bytes: self.kept.popitem(last=False)
+        while sum(lists.nbytes for lists in self.kept.values()) > self.limit_bytes:
+            self.kept.popitem(last=False)
         return torch.stack([found[key] for key in keys]).long()
 
     def _search(self, geometry, token_shape):
         "A list of (V, N, V − 1, K) int32, one a scan."
         self.searches += len(geometry.source_mm)
-        views, count = range(geometry.views), token_shape[0] * token_shape[1]
-        nearest = geometry.source_mm.new_zeros((len(geometry.source_mm), len(views), count, len(views) - 1, min(self.neighbours, count)), dtype=torch.int32)
+        views = range(geometry.views)
+        count = token_shape[0] * token_shape[1]
+        nearest = geometry.source_mm.new_zeros(
+            (
+                len(geometry.source_mm),
+                len(views),
+                count,
+                len(views) - 1,
+                min(self.neighbours, count),
+            ),
+            dtype=torch.int32,
+        )
         for i in views:
-            for o, j in enumerate([j for j in views if j != i]): nearest[:, i, :, o] = geometry.epipolar_nearest(i, j, token_shape, nearest.shape[-1])
+            for o, j in enumerate([j for j in views if j != i]):
+                nearest[:, i, :, o] = geometry.epipolar_nearest(
+                    i, j, token_shape, nearest.shape[-1]
+                )
         return [one.clone() for one in nearest]
 
 # %% ../../nbs/nets/02a_epipolar.ipynb #cell-015
 @lru_cache(maxsize=32)
 def squares(rows: int, columns: int, side: int) -> torch.Tensor:
-    "(rows·columns, s·t) int64: the tokens of the square about each token, s = min(side, rows), t = min(side, columns)."
-    span = lambda n: (torch.arange(n) - side // 2).clamp(0, max(n - side, 0))[:, None] + torch.arange(min(side, n))
-    return (span(rows)[:, None, :, None] * columns + span(columns)[None, :, None, :]).reshape(rows * columns, -1)
+    """(rows·columns, s·t) int64: the tokens of the square about each token, s = min(side, rows), t
+    = min(side, columns).
+    """
+
+    def span(n):
+        return (torch.arange(n) - side // 2).clamp(0, max(n - side, 0))[:, None] + torch.arange(
+            min(side, n)
+        )
+
+    return (span(rows)[:, None, :, None] * columns + span(columns)[None, :, None, :]).reshape(
+        rows * columns, -1
+    )
 
 # %% ../../nbs/nets/02a_epipolar.ipynb #cell-018
 def require_views(geometry: ConeBeam, batch: int, views: int) -> None:
     "ValueError unless the geometry describes `batch` scans of `views` views."
     if geometry.batch_shape != (batch,) or geometry.views != views:
-        raise ValueError(f"geometry: features of {batch} scans of {views} views need batch shape ({batch},) and {views} views, got {geometry.batch_shape} and {geometry.views}")
+        raise ValueError(
+            f"geometry: features of {batch} scans of {views} views need batch shape ({batch},) and"
+            f" {views} views, got {geometry.batch_shape} and {geometry.views}"
+        )
+
 
 class EpipolarAttention(nn.Module):
-    "x (B, V, channels, h, w) and geometry (B,) → the same shape: tokens look around themselves (own×own) and along their epipolar lines in the other views."
-    def __init__(self, channels: int, heads: int, neighbours: int = 32, gate: bool = True, own: int = 5):
+    """x (B, V, channels, h, w) and geometry (B,) → the same shape: tokens look around themselves
+    (own×own) and along their epipolar lines in the other views.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, neighbours: int = 32, gate: bool = True, own: int = 5
+    ):
         super().__init__()
-        if channels % heads: raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
-        self.heads, self.side, self.find = heads, own, EpipolarNeighbours(neighbours)
+        if channels % heads:
+            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+        self.heads = heads
+        self.side = own
+        self.find = EpipolarNeighbours(neighbours)
         self.norm = nn.LayerNorm(channels)
-        self.own, self.other = nn.Linear(channels, 3 * channels), nn.Linear(channels, 3 * channels)
+        self.own = nn.Linear(channels, 3 * channels)
+        self.other = nn.Linear(channels, 3 * channels)
         self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
         self.out = nn.Linear(channels, channels)
         self.reset()
@@ -77,24 +134,42 @@ class EpipolarAttention(nn.Module):
     def forward(self, x: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
         batch, views, _, rows, columns = x.shape
         require_views(geometry, batch, views)
-        count, view = rows * columns, torch.arange(views, device=x.device)
+        count = rows * columns
+        view = torch.arange(views, device=x.device)
         tokens = self.norm(x.flatten(3).transpose(2, 3).flatten(1, 2))  # (B, V·N, channels)
         around = squares(rows, columns, self.side).to(x.device) + count * view[:, None, None]
         looks = [self._look(self.own, tokens, around.flatten(0, 1).expand(batch, -1, -1))]
         if views > 1:
-            others = torch.tensor([[w for w in range(views) if w != v] for v in range(views)], device=x.device)[:, None, :, None]  # (V, 1, V − 1, 1)
+            # (V, 1, V − 1, 1)
+            others = torch.tensor(
+                [[w for w in range(views) if w != v] for v in range(views)], device=x.device
+            )[:, None, :, None]
             along = self.find(geometry, (rows, columns)).to(x.device) + count * others
             looks.append(self._look(self.other, tokens, along.flatten(3).flatten(1, 2)))
-        if self.gate is None: looks = [[torch.cat(parts, 2) for parts in zip(*looks)]]
+        if self.gate is None:
+            looks = [[torch.cat(parts, 2) for parts in zip(*looks)]]
         answers = [(logits.softmax(2)[..., None] * values).sum(2) for logits, values in looks]
-        seen = answers[0] if len(answers) == 1 else answers[0] + self.gate.sigmoid()[:, None] * (answers[1] - answers[0])
-        return x + self.out(seen.flatten(2)).unflatten(1, (views, rows, columns)).permute(0, 1, 4, 2, 3)
+        seen = (
+            answers[0]
+            if len(answers) == 1
+            else answers[0] + self.gate.sigmoid()[:, None] * (answers[1] - answers[0])
+        )
+        return x + self.out(seen.flatten(2)).unflatten(1, (views, rows, columns)).permute(
+            0, 1, 4, 2, 3
+        )
 
     def _look(self, layer, tokens, lists):
-        "tokens (B, T, channels), lists (B, T, K) of token numbers → logits (B, T, K, heads) and values (B, T, K, heads, d)"
+        """tokens (B, T, channels), lists (B, T, K) of token numbers → logits (B, T, K, heads) and
+        values (B, T, K, heads, d)
+        """
         batch, total, k = lists.shape
         queries, table = layer(tokens).split((tokens.shape[-1], 2 * tokens.shape[-1]), -1)
         flat = lists + total * torch.arange(batch, device=lists.device)[:, None, None]
-        keys, values = table.flatten(0, 1).index_select(0, flat.flatten()).view(batch, total, k, 2, self.heads, -1).unbind(3)
+        keys, values = (
+            table.flatten(0, 1)
+            .index_select(0, flat.flatten())
+            .view(batch, total, k, 2, self.heads, -1)
+            .unbind(3)
+        )
         queries = queries.unflatten(-1, (self.heads, -1))[:, :, None]
         return (queries * keys).sum(-1) * keys.shape[-1] ** -0.5, values

@@ -18,10 +18,17 @@ from .denoiser import WAVES, waves
 
 # %% ../../nbs/nets/11_frequency_attention.ipynb #cell-005
 def frequencies(shape: tuple[int, int, int], device=None) -> torch.Tensor:
-    "(3, D, H, W//2 + 1): frequency along z, y and x of each number of `torch.fft.rfftn` of a volume (D, H, W), in units of the Nyquist frequency."
+    """(3, D, H, W//2 + 1): frequency along z, y and x of each number of `torch.fft.rfftn` of a
+    volume (D, H, W), in units of the Nyquist frequency.
+    """
     d, h, w = shape
-    axes = torch.fft.fftfreq(d, device=device), torch.fft.fftfreq(h, device=device), torch.fft.rfftfreq(w, device=device)
+    axes = (
+        torch.fft.fftfreq(d, device=device),
+        torch.fft.fftfreq(h, device=device),
+        torch.fft.rfftfreq(w, device=device),
+    )
     return 2 * torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
 
 def radial_frequency(shape: tuple[int, int, int], device=None) -> torch.Tensor:
     "(D, H, W//2 + 1): normalised radial frequency of the same, 0 to √3."
@@ -29,17 +36,22 @@ def radial_frequency(shape: tuple[int, int, int], device=None) -> torch.Tensor:
 
 # %% ../../nbs/nets/11_frequency_attention.ipynb #cell-006
 def multiplicity(width: int, device=None) -> torch.Tensor:
-    "(width//2 + 1,): of how many waves of the full spectrum each column of the half spectrum stands, 1 or 2."
+    """(width//2 + 1,): of how many waves of the full spectrum each column of the half spectrum
+    stands, 1 or 2.
+    """
     count = torch.full((width // 2 + 1,), 2.0, device=device)
     count[0] = 1
-    if width % 2 == 0: count[-1] = 1
+    if width % 2 == 0:
+        count[-1] = 1
     return count
 
 # %% ../../nbs/nets/11_frequency_attention.ipynb #cell-009
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # what is kept may serve training later
 def bands(shape: tuple[int, int, int], shells: int, device: torch.device) -> torch.Tensor:
-    "(shells·3, D·H·(W//2 + 1)): how much each wave belongs to each shell and direction, shell by shell; columns sum to 1, and to 0 for the mean."
+    """(shells·3, D·H·(W//2 + 1)): how much each wave belongs to each shell and direction, shell by
+    shell; columns sum to 1, and to 0 for the mean.
+    """
     axes = frequencies(shape, device)
     squares = axes.square()
     whole = squares.sum(0)
@@ -49,62 +61,114 @@ def bands(shape: tuple[int, int, int], shells: int, device: torch.device) -> tor
     return (hats[:, None] * direction).flatten(2).flatten(0, 1)
 
 # %% ../../nbs/nets/11_frequency_attention.ipynb #cell-010
-def band_power(spectrum: torch.Tensor, width: int, shells: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Mean power (B, C, shells·3) of spectra (B, C, D, H, width//2 + 1) in each band, and which bands hold waves, (shells·3,) bool."
+def band_power(
+    spectrum: torch.Tensor, width: int, shells: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean power (B, C, shells·3) of spectra (B, C, D, H, width//2 + 1) in each band, and which
+    bands hold waves, (shells·3,) bool.
+    """
     shape = (*spectrum.shape[-3:-1], width)
-    share = bands(shape, shells, spectrum.device) * multiplicity(width, spectrum.device).expand(spectrum.shape[-3:]).flatten()
-    power, count = torch.view_as_real(spectrum).square().sum(-1).flatten(2), share.sum(1)
+    share = (
+        bands(shape, shells, spectrum.device)
+        * multiplicity(width, spectrum.device).expand(spectrum.shape[-3:]).flatten()
+    )
+    power = torch.view_as_real(spectrum).square().sum(-1).flatten(2)
+    count = share.sum(1)
     return power @ share.T / count.clamp_min(1e-6), count > 1e-6
 
 # %% ../../nbs/nets/11_frequency_attention.ipynb #cell-013
 class FrequencyAttention(nn.Module):
-    """Volumes (B, channels, D, H, W), any size from 2 → the same shape: every wave multiplied by a real gain between 1/`most` and `most`. Phase and mean are kept.
+    """Volumes (B, channels, D, H, W), any size from 2 → the same shape: every wave multiplied by a
+    real gain between 1/`most` and `most`. Phase and mean are kept.
 
-    float32 whatever autocast says: half precision has no FFT of most sizes. ValueError for another shape."""
+    float32 whatever autocast says: half precision has no FFT of most sizes. ValueError for another
+    shape.
+    """
+
     def __init__(self, channels: int, hidden: int = 32, shells: int = 8, most: float = 4.0):
         super().__init__()
-        if shells < 2: raise ValueError(f"shells: need at least 2, got {shells}")
-        if not most > 1: raise ValueError(f"most: the largest gain must be above 1, got {most}")
-        self.channels, self.shells, self.largest = channels, shells, log(most)
-        self.read, self.query_key_value = nn.Linear(channels + WAVES + 3, hidden), nn.Linear(hidden, 3 * hidden)
+        if shells < 2:
+            raise ValueError(f"shells: need at least 2, got {shells}")
+        if not most > 1:
+            raise ValueError(f"most: the largest gain must be above 1, got {most}")
+        self.channels = channels
+        self.shells = shells
+        self.largest = log(most)
+        self.read = nn.Linear(channels + WAVES + 3, hidden)
+        self.query_key_value = nn.Linear(hidden, 3 * hidden)
         self.write = nn.Linear(hidden, channels)
         nn.init.zeros_(self.write.weight), nn.init.zeros_(self.write.bias)
 
     def gains(self, spectrum: torch.Tensor, width: int) -> torch.Tensor:
-        "Gains (B, channels, D, H, width//2 + 1), real, for the `rfftn` with norm=\"ortho\" of volumes (B, channels, D, H, width)."
+        """Gains (B, channels, D, H, width//2 + 1), real, for the `rfftn` with norm="ortho" of
+        volumes (B, channels, D, H, width).
+        """
         power, filled = band_power(spectrum, width, self.shells)
         radius = torch.linspace(-1, 1, self.shells, device=power.device)
-        place = torch.cat([waves(radius).repeat_interleave(3, 0), torch.eye(3, device=power.device).repeat(self.shells, 1)], 1)
-        tokens = self.read(torch.cat([(power + 1e-6).log().mT, place.expand(len(power), -1, -1)], -1))
-        heard = F.scaled_dot_product_attention(*self.query_key_value(F.layer_norm(tokens, tokens.shape[-1:])).chunk(3, -1), attn_mask=filled.expand(len(filled), -1))
-        levels = self.largest * torch.tanh(self.write(F.silu(tokens + heard))).mT  # (B, channels, shells·3)
+        place = torch.cat(
+            [
+                waves(radius).repeat_interleave(3, 0),
+                torch.eye(3, device=power.device).repeat(self.shells, 1),
+            ],
+            1,
+        )
+        tokens = self.read(
+            torch.cat([(power + 1e-6).log().mT, place.expand(len(power), -1, -1)], -1)
+        )
+        heard = F.scaled_dot_product_attention(
+            *self.query_key_value(F.layer_norm(tokens, tokens.shape[-1:])).chunk(3, -1),
+            attn_mask=filled.expand(len(filled), -1),
+        )
+        # (B, channels, shells·3)
+        levels = self.largest * torch.tanh(self.write(F.silu(tokens + heard))).mT
         shape = (*spectrum.shape[-3:-1], width)
-        return (levels @ bands(shape, self.shells, power.device)).unflatten(-1, spectrum.shape[-3:]).exp()
+        return (
+            (levels @ bands(shape, self.shells, power.device))
+            .unflatten(-1, spectrum.shape[-3:])
+            .exp()
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 5 or x.shape[1] != self.channels or min(x.shape[2:]) < 2:
-            raise ValueError(f"x: expected (B, {self.channels}, D, H, W) with at least 2 voxels a side, got {tuple(x.shape)}")
+            raise ValueError(
+                f"x: expected (B, {self.channels}, D, H, W) with at least 2 voxels a side, got"
+                f" {tuple(x.shape)}"
+            )
         with torch.autocast(x.device.type, enabled=False):
             spectrum = torch.fft.rfftn(x.float(), dim=(-3, -2, -1), norm="ortho")
-            louder = torch.view_as_complex(torch.view_as_real(spectrum) * self.gains(spectrum, x.shape[-1])[..., None])
+            louder = torch.view_as_complex(
+                torch.view_as_real(spectrum) * self.gains(spectrum, x.shape[-1])[..., None]
+            )
             return torch.fft.irfftn(louder, s=x.shape[-3:], dim=(-3, -2, -1), norm="ortho").to(x)
 
 # %% ../../nbs/nets/11_frequency_attention.ipynb #cell-020
 def laplacian(x: torch.Tensor) -> torch.Tensor:
-    "Volumes (…, D, H, W) minus the mean of each voxel's six neighbours, edge voxels repeated outwards; unit as `x`."
+    """Volumes (…, D, H, W) minus the mean of each voxel's six neighbours, edge voxels repeated
+    outwards; unit as `x`.
+    """
     total = 0
     for axis in (-3, -2, -1):
         count = x.shape[axis]
         inner = x.narrow(axis, 1, count - 1), x.narrow(axis, 0, count - 1)
-        total = total + torch.cat([inner[0], x.narrow(axis, count - 1, 1)], axis) + torch.cat([x.narrow(axis, 0, 1), inner[1]], axis)
+        total = (
+            total
+            + torch.cat([inner[0], x.narrow(axis, count - 1, 1)], axis)
+            + torch.cat([x.narrow(axis, 0, 1), inner[1]], axis)
+        )
     return x - total / 6
 
 # %% ../../nbs/nets/11_frequency_attention.ipynb #cell-021
 class HighPass(nn.Module):
-    "Features (B, channels, D, H, W) plus what a 3×3×3 convolution and a mixture of channels make of their Laplacian. Blind to constants."
+    """Features (B, channels, D, H, W) plus what a 3×3×3 convolution and a mixture of channels make
+    of their Laplacian. Blind to constants.
+    """
+
     def __init__(self, channels: int):
         super().__init__()
-        self.near, self.mix = nn.Conv3d(channels, channels, 3, padding=1, bias=False), nn.Conv3d(channels, channels, 1, bias=False)
-        for layer, gain in ((self.near, 1.0), (self.mix, 0.3)): nn.init.normal_(layer.weight, std=gain * layer.weight[0].numel() ** -0.5)
+        self.near = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
+        self.mix = nn.Conv3d(channels, channels, 1, bias=False)
+        for layer, gain in ((self.near, 1.0), (self.mix, 0.3)):
+            nn.init.normal_(layer.weight, std=gain * layer.weight[0].numel() ** -0.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: return x + self.mix(F.silu(self.near(laplacian(x))))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mix(F.silu(self.near(laplacian(x))))

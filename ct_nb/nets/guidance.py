@@ -19,107 +19,185 @@ from ..physics.volume import get_window, hu_to_mu
 def ray_variance(
     xrays: torch.Tensor,  # (B, V, R, C) line integrals
     geometry: ConeBeam,
-    noise,  # standard deviation of a line integral, independent from pixel to pixel: a number, (V,), (B, V), (V, R, C) or (B, V, R, C); or an XrayNoise
+    # standard deviation of a line integral, independent from pixel to pixel: a number, (V,), (B,
+    # V), (V, R, C) or (B, V, R, C); or an XrayNoise
+    noise,
     detector: int = 128,  # rows and columns at most
 ) -> torch.Tensor:
-    "Variance of the line integrals after `binned`, (B, V, r, c); infinite where a pixel is dead. ValueError for noise of another shape or below 0."
+    """Variance of the line integrals after `binned`, (B, V, r, c); infinite where a pixel is dead.
+
+    ValueError for noise of another shape or below 0.
+    """
     common = torch.zeros_like(xrays)
     if isinstance(noise, XrayNoise):
         own = torch.zeros_like(xrays)
         if noise.photons_per_pixel is not None:
             counts = (noise.photons_per_pixel * torch.exp(-xrays)).clamp_min(noise.floor_photons)
-            own = (counts + noise.readout_photons ** 2) / counts.square()
-        common = noise.exposure_sd ** 2 + (noise.beam_quality_sd * xrays).square()
+            own = (counts + noise.readout_photons**2) / counts.square()
+        common = noise.exposure_sd**2 + (noise.beam_quality_sd * xrays).square()
     else:
         deviation = torch.as_tensor(noise, dtype=xrays.dtype, device=xrays.device)
         batch, views, rows, columns = xrays.shape
         shapes = (), (views,), (batch, views), (views, rows, columns), (batch, views, rows, columns)
         if deviation.ndim > 4 or tuple(deviation.shape) != shapes[deviation.ndim]:
-            raise ValueError(f"noise: expected a number or the shape {', '.join(map(str, shapes[1:]))}, got {tuple(deviation.shape)}")
-        if not (deviation >= 0).all(): raise ValueError("noise: a standard deviation is 0 or more, got values that are negative or NaN")
-        own = deviation[(...,) + (None,) * (2 if deviation.ndim in (1, 2) else 0)].square().expand_as(xrays)
-    (own, coarse), (common, _) = binned(own, geometry, detector), binned(common, geometry, detector)
-    pixels = geometry.detector_shape[0] * geometry.detector_shape[1] / (coarse.detector_shape[0] * coarse.detector_shape[1])
+            raise ValueError(
+                f"noise: expected a number or the shape {', '.join(map(str, shapes[1:]))}, got"
+                f" {tuple(deviation.shape)}"
+            )
+        if not (deviation >= 0).all():
+            raise ValueError(
+                "noise: a standard deviation is 0 or more, got values that are negative or NaN"
+            )
+        own = (
+            deviation[(...,) + (None,) * (2 if deviation.ndim in (1, 2) else 0)]
+            .square()
+            .expand_as(xrays)
+        )
+    own, coarse = binned(own, geometry, detector)
+    common, _ = binned(common, geometry, detector)
+    pixels = (
+        geometry.detector_shape[0]
+        * geometry.detector_shape[1]
+        / (coarse.detector_shape[0] * coarse.detector_shape[1])
+    )
     return own / pixels + common
 
 # %% ../../nbs/nets/06b_guidance.ipynb #cell-009
-def _dot(a, b): return (a.flatten(1) * b.flatten(1)).sum(1, dtype=torch.float64).view(-1, 1, 1, 1)
+def _dot(a, b):
+    return (a.flatten(1) * b.flatten(1)).sum(1, dtype=torch.float64).view(-1, 1, 1, 1)
+
 
 def weighted_step(
     residual: torch.Tensor,  # (B, V, R, C) line integrals that the guess does not explain
     geometry: ConeBeam,
-    weight: torch.Tensor,  # (B, V, R, C) one over the standard deviation of each ray; 0: the ray is not used
-    spread: torch.Tensor,  # () or broadcastable to (B, D, H, W): standard deviation of the guess's voxels about the truth, mm⁻¹
+    # (B, V, R, C) one over the standard deviation of each ray; 0: the ray is not used
+    weight: torch.Tensor,
+    # () or broadcastable to (B, D, H, W): standard deviation of the guess's voxels about the truth,
+    # mm⁻¹
+    spread: torch.Tensor,
     iterations: int = 20,  # at most
     tolerance: float = 1e-4,  # on the gradient, relative to its start
 ) -> torch.Tensor:
-    "The most probable correction, mm⁻¹ (B, D, H, W), stopped where the weighted squared residual falls to the number of rays in use; 0 where it starts there."
+    """The most probable correction, mm⁻¹ (B, D, H, W), stopped where the weighted squared residual
+    falls to the number of rays in use; 0 where it starts there.
+    """
     rays = _dot(weight > 0, torch.ones_like(weight))
     r = weight * residual
     s = spread * backproject(weight * r, geometry)
-    p, u, energy = s.clone(), torch.zeros_like(s), _dot(s, s)
-    goal, misfit = energy * tolerance ** 2, _dot(r, r)
+    p = s.clone()
+    u = torch.zeros_like(s)
+    energy = _dot(s, s)
+    goal, misfit = energy * tolerance**2, _dot(r, r)
     active = (misfit > rays) & (energy > goal)
     for _ in range(iterations):
-        if not active.any(): break
+        if not active.any():
+            break
         q = weight * project(spread * p, geometry)
         along, size = _dot(r, q), _dot(q, q)
         full = energy / (size + _dot(p, p)).clamp_min(1e-300)
         last = misfit - full * (2 * along - full * size) <= rays
-        root = (along.square() - size * (misfit - rays)).clamp_min(0).sqrt()  # where the misfit crosses the number of rays
-        alpha = torch.where(active, torch.where(last, (misfit - rays) / (along + root).clamp_min(1e-300), full), 0.0).to(r.dtype)
+        # where the misfit crosses the number of rays
+        root = (along.square() - size * (misfit - rays)).clamp_min(0).sqrt()
+        alpha = torch.where(
+            active, torch.where(last, (misfit - rays) / (along + root).clamp_min(1e-300), full), 0.0
+        ).to(r.dtype)
         u, r = u + alpha * p, r - alpha * q
         s = spread * backproject(weight * r, geometry) - u
         new = _dot(s, s)
         p = s + torch.where(active, new / energy.clamp_min(1e-300), 0.0).to(r.dtype) * p
-        energy, misfit, active = new, _dot(r, r), active & ~last & (new > goal)
+        energy = new
+        misfit = _dot(r, r)
+        active = active & ~last & (new > goal)
     return spread * u
 
 # %% ../../nbs/nets/06b_guidance.ipynb #cell-011
 MODES = ("off", "soft", "exact")
 
-class XrayGuidance:
-    """`guide(x0, time)`: a sampler's guess of the clean volume, in the network's range, moved onto the X-rays; (B, 1, D, H, W) → the same shape.
 
-    ValueError, one sentence, for X-rays, geometry and volume that do not fit together, an unknown mode, or noise that makes no sense."""
+class XrayGuidance:
+    """`guide(x0, time)`: a sampler's guess of the clean volume, in the network's range, moved onto
+    the X-rays; (B, 1, D, H, W) → the same shape.
+
+    ValueError, one sentence, for X-rays, geometry and volume that do not fit together, an unknown
+    mode, or noise that makes no sense.
+    """
+
     def __init__(
         self,
-        xrays: torch.Tensor,  # (B, V, R, C) line integrals ∫μ dl; B = 1 serves any number of samples of one patient
+        # (B, V, R, C) line integrals ∫μ dl; B = 1 serves any number of samples of one patient
+        xrays: torch.Tensor,
         geometry: ConeBeam,  # on the grid of the volumes, batch shape () or (B,)
         window="chest",  # the network's range of HU: a Window or its name
         energy_kev: float = 60.0,  # of the X-rays
         mode: str = "soft",  # or "exact", which knows no noise, or "off"
         noise=0.0,  # of the pixels, see `ray_variance`
-        mismatch: float = 0.05,  # standard deviation of line integrals about those of the best volume on the grid; does not average out over pixels
-        spread=300.0,  # standard deviation of a guess's voxels about the truth, HU: a number, (D, H, W) or (B, D, H, W); for "exact" its shape counts, not its size
+        # standard deviation of line integrals about those of the best volume on the grid; does not
+        # average out over pixels
+        mismatch: float = 0.05,
+        # standard deviation of a guess's voxels about the truth, HU: a number, (D, H, W) or (B, D,
+        # H, W); for "exact" its shape counts, not its size
+        spread=300.0,
         iterations: int = 20,  # at most, each one projection and one backprojection
         tolerance: float = 1e-4,
         detector: int = 128,  # the X-rays are binned to at most this many rows and columns first
     ):
-        if mode not in MODES: raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {mode!r}")
+        if mode not in MODES:
+            raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {mode!r}")
         require_fit(xrays, geometry)
-        if not torch.isfinite(xrays).all(): raise ValueError("xrays: there are NaN or infinite values; fill dead pixels and give them infinite noise")
-        if not mismatch >= 0: raise ValueError(f"mismatch: a standard deviation is 0 or more, got {mismatch}")
+        if not torch.isfinite(xrays).all():
+            raise ValueError(
+                "xrays: there are NaN or infinite values; fill dead pixels and give them infinite"
+                " noise"
+            )
+        if not mismatch >= 0:
+            raise ValueError(f"mismatch: a standard deviation is 0 or more, got {mismatch}")
         spread = torch.as_tensor(spread, dtype=xrays.dtype, device=xrays.device)
-        if tuple(spread.shape) not in ((), geometry.grid.shape, (len(xrays), *geometry.grid.shape)) or not (spread > 0).all():
-            raise ValueError(f"spread: expected a positive number or positive HU on the grid {geometry.grid.shape}, got shape {tuple(spread.shape)}, least {float(spread.min()):g}")
-        if geometry.batch_shape == (1,): geometry = geometry[0]
-        window, water = get_window(window), float(hu_to_mu(0.0, energy_kev))
-        self.scale, self.offset = water * window.width_hu / 2000, water * (1 + (window.low_hu + window.width_hu / 2) / 1000)  # μ = scale · x + offset
-        self.mode, self.iterations, self.tolerance = mode, iterations, tolerance
+        if (
+            tuple(spread.shape) not in ((), geometry.grid.shape, (len(xrays), *geometry.grid.shape))
+            or not (spread > 0).all()
+        ):
+            raise ValueError(
+                "spread: expected a positive number or positive HU on the grid"
+                f" {geometry.grid.shape}, got shape {tuple(spread.shape)}, least"
+                f" {float(spread.min()):g}"
+            )
+        if geometry.batch_shape == (1,):
+            geometry = geometry[0]
+        window = get_window(window)
+        water = float(hu_to_mu(0.0, energy_kev))
+        # μ = scale · x + offset
+        self.scale = water * window.width_hu / 2000
+        self.offset = water * (1 + (window.low_hu + window.width_hu / 2) / 1000)
+        self.mode = mode
+        self.iterations = iterations
+        self.tolerance = tolerance
         self.xrays, self.geometry = binned(xrays, geometry, detector)
         self.spread = spread * (water / 1000)
         if mode == "soft":
-            variance = ray_variance(xrays, geometry, noise, detector) + mismatch ** 2
-            if not (variance > 0).all(): raise ValueError("noise: soft guidance needs a noise or a mismatch above 0; use mode 'exact' for X-rays without noise")
+            variance = ray_variance(xrays, geometry, noise, detector) + mismatch**2
+            if not (variance > 0).all():
+                raise ValueError(
+                    "noise: soft guidance needs a noise or a mismatch above 0; use mode 'exact' for"
+                    " X-rays without noise"
+                )
             hit = project(xrays.new_ones(len(xrays), *geometry.grid.shape), self.geometry) > 0
             self.weight = variance.rsqrt() * hit
 
     def _mu(self, x0: torch.Tensor) -> torch.Tensor:
         "mm⁻¹ (B, D, H, W), float32 or better."
-        batch, shape = len(self.xrays), tuple(self.geometry.grid.shape)
-        if x0.ndim != 5 or x0.shape[1] != 1 or tuple(x0.shape[2:]) != shape or batch not in (1, len(x0)):
-            raise ValueError(f"x0: expected ({'B' if batch == 1 else batch}, 1, {', '.join(map(str, shape))}) as X-rays and geometry say, got {tuple(x0.shape)}; use geometry.on(grid) for another grid")
+        batch = len(self.xrays)
+        shape = tuple(self.geometry.grid.shape)
+        if (
+            x0.ndim != 5
+            or x0.shape[1] != 1
+            or tuple(x0.shape[2:]) != shape
+            or batch not in (1, len(x0))
+        ):
+            raise ValueError(
+                f"x0: expected ({'B' if batch == 1 else batch}, 1, {', '.join(map(str, shape))}) as"
+                f" X-rays and geometry say, got {tuple(x0.shape)}; use geometry.on(grid) for"
+                " another grid"
+            )
         return (x0 if x0.dtype == torch.float64 else x0.float())[:, 0] * self.scale + self.offset
 
     def _per_sample(self, t: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
@@ -128,19 +206,44 @@ class XrayGuidance:
 
     @torch.no_grad()
     def __call__(self, x0: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
-        "The guided guess; `time` (B,) is what samplers hand over, and the correction is the same at all times."
+        """The guided guess; `time` (B,) is what samplers hand over, and the correction is the same
+        at all times.
+        """
         mu = self._mu(x0)
-        if self.mode == "off": return x0
-        y, spread = self._per_sample(self.xrays, mu), self._per_sample(self.spread, mu)
+        if self.mode == "off":
+            return x0
+        y = self._per_sample(self.xrays, mu)
+        spread = self._per_sample(self.spread, mu)
         if self.mode == "exact":
-            step = make_consistent(mu, y, self.geometry, self.iterations, self.tolerance, spread=spread if spread.ndim else None) - mu
+            step = (
+                make_consistent(
+                    mu,
+                    y,
+                    self.geometry,
+                    self.iterations,
+                    self.tolerance,
+                    spread=spread if spread.ndim else None,
+                )
+                - mu
+            )
         else:
-            step = weighted_step(y - project(mu, self.geometry), self.geometry, self._per_sample(self.weight, mu), spread, self.iterations, self.tolerance)
+            step = weighted_step(
+                y - project(mu, self.geometry),
+                self.geometry,
+                self._per_sample(self.weight, mu),
+                spread,
+                self.iterations,
+                self.tolerance,
+            )
         return x0 + (step / self.scale).to(x0.dtype)[:, None]
 
     @torch.no_grad()
     def explains(self, x0: torch.Tensor) -> torch.Tensor:
-        "‖Aμ − y‖ / ‖y‖ of each view, (B, V), on the binned detector, whatever the mode; 0 is perfect."
+        """‖Aμ − y‖ / ‖y‖ of each view, (B, V), on the binned detector, whatever the mode; 0 is
+        perfect.
+        """
         mu = self._mu(x0)
         y = self._per_sample(self.xrays, mu)
-        return (project(mu, self.geometry) - y).flatten(2).norm(dim=2) / y.flatten(2).norm(dim=2).clamp_min(1e-12)
+        return (project(mu, self.geometry) - y).flatten(2).norm(dim=2) / y.flatten(2).norm(
+            dim=2
+        ).clamp_min(1e-12)

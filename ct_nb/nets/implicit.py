@@ -24,18 +24,35 @@ def voxel_points(size: int, dtype=torch.float32, device=None) -> torch.Tensor:
     line = (torch.arange(size, dtype=dtype, device=device) * 2 + 1) / size - 1
     return torch.stack(torch.meshgrid(line, line, line, indexing="ij")[::-1], -1).reshape(-1, 3)
 
+
 def box_points(grid: Grid, points_mm: torch.Tensor) -> torch.Tensor:
     "Coordinates in the box of points (…, 3) in LPS mm; beyond ±1 they lie outside."
-    inverse = torch.as_tensor(np.linalg.inv(grid.affine), dtype=points_mm.dtype, device=points_mm.device)
+    inverse = torch.as_tensor(
+        np.linalg.inv(grid.affine), dtype=points_mm.dtype, device=points_mm.device
+    )
     index = points_mm @ inverse[:3, :3].T + inverse[:3, 3]
     return (2 * index + 1) / index.new_tensor(grid.shape[::-1]) - 1
 
 # %% ../../nbs/nets/04a_implicit.ipynb #cell-008
 BLOCK = 64
 
+
 class ImplicitDecoder(Decoder, name="implicit"):
-    "A network of a point, what the grids hold there, and, with `camera`, the cameras; `frequencies` octaves of coordinates, the finest with 2^frequencies half-periods from the box's middle to its face."
-    def __init__(self, channels: tuple[int, ...], outputs: int = 1, hidden: int = 64, frequencies: int = 6, layers: int = 2, chunk: int = 2 ** 16, camera: bool = False):
+    """A network of a point, what the grids hold there, and, with `camera`, the cameras;
+    `frequencies` octaves of coordinates, the finest with 2^frequencies half-periods from the box's
+    middle to its face.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        outputs: int = 1,
+        hidden: int = 64,
+        frequencies: int = 6,
+        layers: int = 2,
+        chunk: int = 2**16,
+        camera: bool = False,
+    ):
         super().__init__()
         self.frequencies, self.chunk = frequencies, chunk
         self.camera = MeanCamera() if camera else None
@@ -48,27 +65,74 @@ class ImplicitDecoder(Decoder, name="implicit"):
 
     def _answer(self, points, latent, *grids):
         "(B, P, 3), grids (B, c, n, n, n) → (B, P, outputs)"
-        read = lambda grid: F.grid_sample(grid, points[:, :, None, None].to(grid), padding_mode="border", align_corners=False)[..., 0, 0].mT
-        phase = points[..., None] * (math.pi * 2.0 ** torch.arange(self.frequencies, dtype=points.dtype, device=points.device))
+
+        def read(grid):
+            return F.grid_sample(
+                grid, points[:, :, None, None].to(grid), padding_mode="border", align_corners=False
+            )[..., 0, 0].mT
+
+        phase = points[..., None] * (
+            math.pi
+            * 2.0 ** torch.arange(self.frequencies, dtype=points.dtype, device=points.device)
+        )
         waves = torch.cat([points, phase.sin().flatten(-2), phase.cos().flatten(-2)], -1)
         x = read(latent) + self.local(torch.cat([*(read(g) for g in grids), waves.to(latent)], -1))
-        for layer in self.layers: x = x + layer(F.silu(x))
+        for layer in self.layers:
+            x = x + layer(F.silu(x))
         return self.last(F.silu(x))
 
-    def decode(self, latent: torch.Tensor, grids: list[torch.Tensor], points: torch.Tensor, geometry: ConeBeam | None = None, chunk: int | None = None) -> torch.Tensor:
-        "Outputs (B, P, outputs) at points (P, 3) or (B, P, 3), coordinates in the box (x, y, z), −1 to 1; at most `chunk` points at a time."
-        count, chunk = points.shape[-2], -(-(chunk or self.chunk) // BLOCK) * BLOCK
-        points = F.pad(points.to(latent.device).expand(len(latent), -1, 3), (0, 0, 0, -count % BLOCK))
+    def decode(
+        self,
+        latent: torch.Tensor,
+        grids: list[torch.Tensor],
+        points: torch.Tensor,
+        geometry: ConeBeam | None = None,
+        chunk: int | None = None,
+    ) -> torch.Tensor:
+        """Outputs (B, P, outputs) at points (P, 3) or (B, P, 3), coordinates in the box (x, y, z),
+        −1 to 1; at most `chunk` points at a time.
+        """
+        count = points.shape[-2]
+        chunk = -(-(chunk or self.chunk) // BLOCK) * BLOCK
+        points = F.pad(
+            points.to(latent.device).expand(len(latent), -1, 3), (0, 0, 0, -count % BLOCK)
+        )
         context = self.latent(latent)
-        if self.camera: context = context + self.modulation(self.camera(geometry))[..., None, None, None]
-        context, *grids = (g.to(torch.promote_types(g.dtype, torch.float32)) for g in (context, *grids[:-1]))  # half precision is too coarse for places
+        if self.camera:
+            context = context + self.modulation(self.camera(geometry))[..., None, None, None]
+        # half precision is too coarse for places
+        context, *grids = (
+            g.to(torch.promote_types(g.dtype, torch.float32)) for g in (context, *grids[:-1])
+        )
         keep = torch.is_grad_enabled() and count > chunk
-        answer = (lambda *inputs: checkpoint(self._answer, *inputs, use_reentrant=False)) if keep else self._answer
-        return torch.cat([answer(part, context, *grids) for part in points.split(chunk, 1)], 1)[:, :count]
+        answer = (
+            (lambda *inputs: checkpoint(self._answer, *inputs, use_reentrant=False))
+            if keep
+            else self._answer
+        )
+        return torch.cat([answer(part, context, *grids) for part in points.split(chunk, 1)], 1)[
+            :, :count
+        ]
 
-    def at_size(self, n: int, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam | None = None, chunk: int | None = None) -> torch.Tensor:
+    def at_size(
+        self,
+        n: int,
+        latent: torch.Tensor,
+        grids: list[torch.Tensor],
+        geometry: ConeBeam | None = None,
+        chunk: int | None = None,
+    ) -> torch.Tensor:
         "The whole box cut into n³ voxels: (B, outputs, n, n, n)."
-        return self.decode(latent, grids, voxel_points(n, device=latent.device), geometry, chunk).mT.unflatten(-1, (n,) * 3)
+        return self.decode(
+            latent, grids, voxel_points(n, device=latent.device), geometry, chunk
+        ).mT.unflatten(-1, (n,) * 3)
 
-    def forward(self, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam | None = None, target=None, draw=False) -> torch.Tensor:
+    def forward(
+        self,
+        latent: torch.Tensor,
+        grids: list[torch.Tensor],
+        geometry: ConeBeam | None = None,
+        target=None,
+        draw=False,
+    ) -> torch.Tensor:
         return self.at_size(grids[0].shape[-1], latent, grids, geometry)

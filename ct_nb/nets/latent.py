@@ -19,30 +19,54 @@ from ..physics.geometry import ConeBeam
 # %% ../../nbs/nets/03_latent.ipynb #cell-004
 class Shadows(NamedTuple):
     "Where the voxels of an n³ grid fall on the detectors."
-    position: torch.Tensor  # (B, V, n³, 2) column and row, each −1 to 1 from edge to edge of the detector
-    depth: torch.Tensor  # (B, V, n³) from the grid's centre along the central ray, in half-sides of the grid
+
+    # (B, V, n³, 2) column and row, each −1 to 1 from edge to edge of the detector
+    position: torch.Tensor
+    # (B, V, n³) from the grid's centre along the central ray, in half-sides of the grid
+    depth: torch.Tensor
     seen: torch.Tensor  # (B, V, n³) bool: on the detector and in front of the source
 
+
 def shadows(geometry: ConeBeam, size: int) -> Shadows:
-    "The shadows of the voxel centres when the geometry's box (batch shape (B,)) is cut into size³ voxels."
-    grid, center = geometry.grid.resized(size), torch.as_tensor(geometry.grid.center_mm.copy(), dtype=geometry.dtype, device=geometry.device)
-    uv, depth = geometry.project_points(grid.centers_mm(geometry.dtype, geometry.device).reshape(1, -1, 3))
+    """The shadows of the voxel centres when the geometry's box (batch shape (B,)) is cut into size³
+    voxels.
+    """
+    grid = geometry.grid.resized(size)
+    center = torch.as_tensor(
+        geometry.grid.center_mm.copy(), dtype=geometry.dtype, device=geometry.device
+    )
+    uv, depth = geometry.project_points(
+        grid.centers_mm(geometry.dtype, geometry.device).reshape(1, -1, 3)
+    )
     rows, columns = geometry.detector_shape
     position = uv * uv.new_tensor([2 / columns, 2 / rows]) - 1
     middle = ((center - geometry.source_mm) * geometry.central_ray).sum(-1, keepdim=True)
-    return Shadows(position, (depth - middle) * (2 / float(geometry.grid.extent_mm.max())), (position.abs() <= 1).all(-1) & (depth > 0))
+    return Shadows(
+        position,
+        (depth - middle) * (2 / float(geometry.grid.extent_mm.max())),
+        (position.abs() <= 1).all(-1) & (depth > 0),
+    )
 
 # %% ../../nbs/nets/03_latent.ipynb #cell-005
 def lift(features: torch.Tensor, where: Shadows) -> torch.Tensor:
-    "Feature maps (B, V, C, h, w) read bilinearly at the shadows: (B, V, C, n³); 0 where a view does not see the voxel."
+    """Feature maps (B, V, C, h, w) read bilinearly at the shadows: (B, V, C, n³); 0 where a view
+    does not see the voxel.
+    """
     b, v, c = features.shape[:3]
-    features = features.to(torch.promote_types(features.dtype, torch.float32))  # half precision is too coarse for places on a detector
-    sampled = F.grid_sample(features.flatten(0, 1), where.position.to(features).flatten(0, 1)[:, None], padding_mode="border", align_corners=False)
+    # half precision is too coarse for places on a detector
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    sampled = F.grid_sample(
+        features.flatten(0, 1),
+        where.position.to(features).flatten(0, 1)[:, None],
+        padding_mode="border",
+        align_corners=False,
+    )
     return sampled.view(b, v, c, -1) * where.seen[:, :, None]
 
 # %% ../../nbs/nets/03_latent.ipynb #cell-012
 class ViewFusion(nn.Module):
     "Lifted features of any number of views → one grid (B, channels, n, n, n)."
+
     def __init__(self, features: int, channels: int):
         super().__init__()
         self.depth_code = nn.Linear(CAMERA_NUMBERS, 2 * features)
@@ -51,7 +75,9 @@ class ViewFusion(nn.Module):
     def forward(self, features: torch.Tensor, where: Shadows, camera: torch.Tensor) -> torch.Tensor:
         "features (B, V, C, h, w), camera (B, V, 12)"
         offset, slope = self.depth_code(camera)[..., None].chunk(2, 2)
-        lifted = F.silu(lift(features, where) + offset + slope * where.depth.to(features)[:, :, None])
+        lifted = F.silu(
+            lift(features, where) + offset + slope * where.depth.to(features)[:, :, None]
+        )
         seen = where.seen[:, :, None]
         mean = (lifted * seen).sum(1) / seen.sum(1).clamp_min(1)
         most = lifted.masked_fill(~seen, -1.0).amax(1)  # SiLU is never below −0.28
@@ -60,21 +86,41 @@ class ViewFusion(nn.Module):
 
 # %% ../../nbs/nets/03_latent.ipynb #cell-014
 class LatentGrid(nn.Module):
-    "Feature pyramid of the views and physical channels → one grid (B, channels[k], n, n, n) for each level, from size³ down, each half the one before."
-    def __init__(self, view_channels: tuple[int, ...], channels: tuple[int, ...], physical: int, size: int):
+    """Feature pyramid of the views and physical channels → one grid (B, channels[k], n, n, n) for
+    each level, from size³ down, each half the one before.
+    """
+
+    def __init__(
+        self, view_channels: tuple[int, ...], channels: tuple[int, ...], physical: int, size: int
+    ):
         super().__init__()
         self.sizes = [size >> k for k in range(len(channels))]
-        self.pyramid = [max(len(view_channels) - len(channels) + k, 0) for k in range(len(channels))]  # which stride feeds which level
+        # which stride feeds which level
+        self.pyramid = [
+            max(len(view_channels) - len(channels) + k, 0) for k in range(len(channels))
+        ]
         self.enter = nn.Conv3d(physical, channels[0], 1)
-        self.fusions = nn.ModuleList(ViewFusion(view_channels[p], c) for p, c in zip(self.pyramid, channels))
-        self.down = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in zip(channels, channels[1:]))
+        self.fusions = nn.ModuleList(
+            ViewFusion(view_channels[p], c) for p, c in zip(self.pyramid, channels)
+        )
+        self.down = nn.ModuleList(
+            nn.Conv3d(a, b, 2, stride=2) for a, b in zip(channels, channels[1:])
+        )
         self.blocks = nn.ModuleList(ResidualBlock(3, c) for c in channels[1:])
 
-    def forward(self, features: list[torch.Tensor], physical: torch.Tensor, geometry: ConeBeam) -> list[torch.Tensor]:
-        "features (B, V, C, h, w) for each stride, physical (B, P, N, N, N), geometry of batch shape (B,)"
+    def forward(
+        self, features: list[torch.Tensor], physical: torch.Tensor, geometry: ConeBeam
+    ) -> list[torch.Tensor]:
+        """features (B, V, C, h, w) for each stride, physical (B, P, N, N, N), geometry of batch
+        shape (B,)
+        """
         camera, grids = camera_tokens(geometry).to(physical), []
         for level, (size, fusion) in enumerate(zip(self.sizes, self.fusions)):
-            x = self.enter(channels_inner(physical)) if level == 0 else self.down[level - 1](grids[-1])
+            x = (
+                self.enter(channels_inner(physical))
+                if level == 0
+                else self.down[level - 1](grids[-1])
+            )
             x = x + fusion(features[self.pyramid[level]], shadows(geometry, size), camera)
             grids.append(self.blocks[level - 1](x) if level else x)
         return grids

@@ -16,92 +16,160 @@ from ..physics.volume import hu_to_mu, mu_to_hu
 
 # %% ../../nbs/nets/01_prior.ipynb #cell-004
 def require_fit(xrays: torch.Tensor, geometry: ConeBeam) -> None:
-    "ValueError, one sentence, unless `geometry` is a ConeBeam of batch shape () or (B,) whose views and detector are those of X-rays (B, V, R, C)."
-    if not isinstance(geometry, ConeBeam): raise ValueError(f"geometry: X-rays say nothing of a voxel without the ConeBeam that they were taken with, got {type(geometry).__name__}")
-    views, (rows, columns) = geometry.views, geometry.detector_shape
-    if xrays.ndim != 4 or tuple(xrays.shape[1:]) != (views, rows, columns): raise ValueError(f"xrays: the geometry describes (B, V, R, C) = (B, {views}, {rows}, {columns}), got {tuple(xrays.shape)}")
-    if geometry.batch_shape not in ((), (len(xrays),)): raise ValueError(f"geometry: its batch shape must be () or ({len(xrays)},), that of the X-rays, got {geometry.batch_shape}")
+    """ValueError, one sentence, unless `geometry` is a ConeBeam of batch shape () or (B,) whose
+    views and detector are those of X-rays (B, V, R, C).
+    """
+    if not isinstance(geometry, ConeBeam):
+        raise ValueError(
+            "geometry: X-rays say nothing of a voxel without the ConeBeam that they were taken"
+            f" with, got {type(geometry).__name__}"
+        )
+    views = geometry.views
+    rows, columns = geometry.detector_shape
+    if xrays.ndim != 4 or tuple(xrays.shape[1:]) != (views, rows, columns):
+        raise ValueError(
+            f"xrays: the geometry describes (B, V, R, C) = (B, {views}, {rows}, {columns}), got"
+            f" {tuple(xrays.shape)}"
+        )
+    if geometry.batch_shape not in ((), (len(xrays),)):
+        raise ValueError(
+            f"geometry: its batch shape must be () or ({len(xrays)},), that of the X-rays, got"
+            f" {geometry.batch_shape}"
+        )
+
 
 def fitting_geometry(xrays: torch.Tensor, geometry: ConeBeam) -> ConeBeam:
-    "The geometry of X-rays (B, V, R, C) as networks take it: batch shape (B,), float32, on their device. ValueError where they do not fit."
+    """The geometry of X-rays (B, V, R, C) as networks take it: batch shape (B,), float32, on their
+    device. ValueError where they do not fit.
+    """
     require_fit(xrays, geometry)
-    if not geometry.batch_shape: geometry = ConeBeam.stack([geometry] * len(xrays))
+    if not geometry.batch_shape:
+        geometry = ConeBeam.stack([geometry] * len(xrays))
     return geometry.to(device=xrays.device, dtype=torch.float32)
 
 # %% ../../nbs/nets/01_prior.ipynb #cell-006
 def binned(xrays: torch.Tensor, geometry: ConeBeam, most: int) -> tuple[torch.Tensor, ConeBeam]:
-    "X-rays (…, V, R, C) and geometry with blocks of pixels averaged until there are at most `most` rows and columns."
+    """X-rays (…, V, R, C) and geometry with blocks of pixels averaged until there are at most
+    `most` rows and columns.
+    """
     rows, columns = geometry.detector_shape
     factor = -(-max(rows, columns) // most)
-    while rows % factor or columns % factor: factor += 1
-    if factor == 1: return xrays, geometry
-    return F.avg_pool2d(xrays.flatten(0, -4) if xrays.ndim > 3 else xrays, factor).view(*xrays.shape[:-2], rows // factor, columns // factor), \
-        geometry.rebinned((rows // factor, columns // factor))
+    while rows % factor or columns % factor:
+        factor += 1
+    if factor == 1:
+        return xrays, geometry
+    return F.avg_pool2d(xrays.flatten(0, -4) if xrays.ndim > 3 else xrays, factor).view(
+        *xrays.shape[:-2], rows // factor, columns // factor
+    ), geometry.rebinned((rows // factor, columns // factor))
 
 # %% ../../nbs/nets/01_prior.ipynb #cell-008
 def principal_modes(volumes_hu: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Mean (N, N, N) and at most `count` principal modes (K, N, N, N) of volumes (n, N, N, N), each mode scaled by its standard deviation; HU."
+    """Mean (N, N, N) and at most `count` principal modes (K, N, N, N) of volumes (n, N, N, N), each
+    mode scaled by its standard deviation; HU.
+    """
     n = len(volumes_hu)
     mean = volumes_hu.mean(0)
     different = (volumes_hu - mean).flatten(1) / max(n - 1, 1) ** 0.5
-    vectors = torch.linalg.eigh((different @ different.T).double()).eigenvectors  # n×n in place of N³×N³: the same modes
-    keep = vectors.flip(1)[:, :min(count, n - 1)].T.to(different)
+    # n×n in place of N³×N³: the same modes
+    vectors = torch.linalg.eigh((different @ different.T).double()).eigenvectors
+    keep = vectors.flip(1)[:, : min(count, n - 1)].T.to(different)
     return mean, (keep @ different).view(-1, *mean.shape)
 
 # %% ../../nbs/nets/01_prior.ipynb #cell-009
 class LinearPrior(nn.Module):
-    """Mean and principal modes of a set of volumes on a cube; weights are the mean and modes, so they are stored and moved with a network.
+    """Mean and principal modes of a set of volumes on a cube; weights are the mean and modes, so
+    they are stored and moved with a network.
 
-    Before `fit` it knows nothing but air: every estimate is air."""
+    Before `fit` it knows nothing but air: every estimate is air.
+    """
+
     def __init__(self, size: int, modes: int, noise: float = 0.5, energy_kev: float = 60.0):
         super().__init__()
-        self.noise, self.energy_kev = noise, energy_kev  # standard deviation of what the modes leave unexplained, line integrals
+        # standard deviation of what the modes leave unexplained, line integrals
+        self.noise, self.energy_kev = noise, energy_kev
         self.register_buffer("mean_hu", torch.full((size,) * 3, -1000.0))
-        self.register_buffer("modes_hu", torch.zeros(modes, size, size, size, dtype=torch.float16))  # scaled by their standard deviations
-        self.register_buffer("spread_hu", torch.full((size,) * 3, 300.0))  # standard deviation of what the modes cannot express
+        # scaled by their standard deviations
+        self.register_buffer("modes_hu", torch.zeros(modes, size, size, size, dtype=torch.float16))
+        # standard deviation of what the modes cannot express
+        self.register_buffer("spread_hu", torch.full((size,) * 3, 300.0))
         self._projected = {}
 
     @torch.no_grad()
     def fit(self, volumes_hu: torch.Tensor, patients: list[str] | None = None) -> None:
-        "Learn from volumes (n, N, N, N) in HU; `patients` names whose each is (None: all different). Modes beyond n − 1 stay zero."
+        """Learn from volumes (n, N, N, N) in HU; `patients` names whose each is (None: all
+        different). Modes beyond n − 1 stay zero.
+        """
         mean, modes = principal_modes(volumes_hu, len(self.modes_hu))
         self.mean_hu.copy_(mean)
-        self.modes_hu.zero_()[:len(modes)] = modes.half()
+        self.modes_hu.zero_()[: len(modes)] = modes.half()
         self.spread_hu.copy_(self._left_over(volumes_hu, patients))
         self._projected.clear()
 
     def _left_over(self, volumes_hu, patients) -> torch.Tensor:
-        "Standard deviation (N, N, N), HU, at least 20, of what modes of half the patients cannot express of the other half."
+        """Standard deviation (N, N, N), HU, at least 20, of what modes of half the patients cannot
+        express of the other half.
+        """
         names = list(range(len(volumes_hu))) if patients is None else list(patients)
         kinds = sorted(set(names))
-        if len(kinds) < 4: return volumes_hu.std(0, correction=0).clamp_min(20.0)
+        if len(kinds) < 4:
+            return volumes_hu.std(0, correction=0).clamp_min(20.0)
         first = torch.tensor([kinds.index(name) % 2 == 0 for name in names])
         squares = []
-        for these, others in ((volumes_hu[first], volumes_hu[~first]), (volumes_hu[~first], volumes_hu[first])):
+        for these, others in (
+            (volumes_hu[first], volumes_hu[~first]),
+            (volumes_hu[~first], volumes_hu[first]),
+        ):
             mean, modes = principal_modes(these, len(self.modes_hu))
-            different, modes = (others - mean).flatten(1), modes.flatten(1)
+            different = (others - mean).flatten(1)
+            modes = modes.flatten(1)
             normal = modes @ modes.T
             normal.diagonal().add_(0.01 * normal.diagonal().mean())
-            squares.append((different - torch.linalg.solve(normal, modes @ different.T).T @ modes).square().mean(0))
+            squares.append(
+                (different - torch.linalg.solve(normal, modes @ different.T).T @ modes)
+                .square()
+                .mean(0)
+            )
         return (sum(squares) / 2).sqrt().view_as(mean).clamp_min(20.0)
 
     def _shadows(self, geometry: ConeBeam) -> tuple[torch.Tensor, torch.Tensor]:
-        "X-rays of the mean (1, V·R·C) and of the modes (K, V·R·C); remembered for the last geometries."
-        key = tuple(t.numpy(force=True).tobytes() for t in (geometry.source_mm, geometry.detector_center_mm, geometry.column_step_mm, geometry.row_step_mm)), geometry.detector_shape, self.modes_hu.device
+        """X-rays of the mean (1, V·R·C) and of the modes (K, V·R·C); remembered for the last
+        geometries.
+        """
+        key = (
+            tuple(
+                t.numpy(force=True).tobytes()
+                for t in (
+                    geometry.source_mm,
+                    geometry.detector_center_mm,
+                    geometry.column_step_mm,
+                    geometry.row_step_mm,
+                )
+            ),
+            geometry.detector_shape,
+            self.modes_hu.device,
+        )
         if key not in self._projected:
             water = float(hu_to_mu(0.0, self.energy_kev)) / 1000
-            shadow = lambda v: project(v.float() * water, geometry).flatten(1)
-            while len(self._projected) >= 8: self._projected.pop(next(iter(self._projected)))
-            self._projected[key] = shadow(self.mean_hu[None] + 1000), torch.cat([shadow(m) for m in self.modes_hu.split(16)])
+
+            def shadow(v):
+                return project(v.float() * water, geometry).flatten(1)
+
+            while len(self._projected) >= 8:
+                self._projected.pop(next(iter(self._projected)))
+            self._projected[key] = shadow(self.mean_hu[None] + 1000), torch.cat(
+                [shadow(m) for m in self.modes_hu.split(16)]
+            )
         return self._projected[key]
 
     @torch.no_grad()
     def forward(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
-        "X-rays (B, V, R, C), line integrals, and geometry of batch shape (B,) on the prior's grid → the most probable volumes (B, N, N, N), HU."
+        """X-rays (B, V, R, C), line integrals, and geometry of batch shape (B,) on the prior's grid
+        → the most probable volumes (B, N, N, N), HU.
+        """
         coefficients = []
         for b in range(len(xrays)):
             y, coarse = binned(xrays[b], geometry[b], 64)
             mean, modes = self._shadows(coarse)
-            normal = modes @ modes.T + self.noise ** 2 * torch.eye(len(modes), device=modes.device)
+            normal = modes @ modes.T + self.noise**2 * torch.eye(len(modes), device=modes.device)
             coefficients.append(torch.linalg.solve(normal, modes @ (y.flatten() - mean[0])))
         return self.mean_hu + torch.tensordot(torch.stack(coefficients), self.modes_hu.to(xrays), 1)

@@ -25,7 +25,11 @@ from ..settings import Settings
 # %% ../../nbs/nets/11a_refine.ipynb #cell-005
 @dataclass(frozen=True)
 class RefinerConfig(Settings):
-    "Everything that decides what the weights mean; stored beside them. ValueError for settings that do not fit together."
+    """Everything that decides what the weights mean; stored beside them.
+
+    ValueError for settings that do not fit together.
+    """
+
     size: int = 64  # voxels a side
     window: str = "chest"  # of the coarse volume; the network's range of HU
     energy_kev: float = 60.0  # of the X-rays
@@ -35,99 +39,197 @@ class RefinerConfig(Settings):
     hidden: int = 32  # of the frequency attention
     limit_hu: float = 1000.0  # no voxel is changed by more
     patch: int | None = None  # voxels a side that are refined at a time; None: all
-    overlap: int | None = None  # voxels that neighbouring patches share; None: a quarter of the patch
+    # voxels that neighbouring patches share; None: a quarter of the patch
+    overlap: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "channels", tuple(self.channels))
         step = self.step
-        if self.window not in WINDOWS: raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
-        if len(self.channels) < 2 or self.blocks < 1: raise ValueError(f"channels, blocks: need at least two and one, got {self.channels} and {self.blocks}")
-        if self.size % step: raise ValueError(f"size: must be a multiple of {step} with {len(self.channels)} channels, got {self.size}")
-        if not self.limit_hu > 0: raise ValueError(f"limit_hu: must be positive, got {self.limit_hu}")
+        if self.window not in WINDOWS:
+            raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+        if len(self.channels) < 2 or self.blocks < 1:
+            raise ValueError(
+                f"channels, blocks: need at least two and one, got {self.channels} and"
+                f" {self.blocks}"
+            )
+        if self.size % step:
+            raise ValueError(
+                f"size: must be a multiple of {step} with {len(self.channels)} channels, got"
+                f" {self.size}"
+            )
+        if not self.limit_hu > 0:
+            raise ValueError(f"limit_hu: must be positive, got {self.limit_hu}")
         if self.patch is not None:
-            if self.patch % step or not 0 < self.patch < self.size: raise ValueError(f"patch: must be a multiple of {step} below {self.size}, got {self.patch}")
+            if self.patch % step or not 0 < self.patch < self.size:
+                raise ValueError(
+                    f"patch: must be a multiple of {step} below {self.size}, got {self.patch}"
+                )
             starts = patch_starts(self.size, self.patch, self.shared)
-            if any(start % step for start in starts): raise ValueError(f"overlap: patches would begin at {starts}, which are not multiples of {step}; choose another patch or overlap")
+            if any(start % step for start in starts):
+                raise ValueError(
+                    f"overlap: patches would begin at {starts}, which are not multiples of {step};"
+                    " choose another patch or overlap"
+                )
 
     @property
     def step(self) -> int:
         "Patches and their corners are multiples of this many voxels."
         return 2 ** (len(self.channels) - 1)
+
     @property
-    def shared(self) -> int: return 0 if self.patch is None else self.patch // 4 if self.overlap is None else self.overlap
+    def shared(self) -> int:
+        return (
+            0 if self.patch is None else self.patch // 4 if self.overlap is None else self.overlap
+        )
 
     @classmethod
     def preset(cls, name: str, size: int | None = None) -> "RefinerConfig":
-        "smoke (16³, seconds), cpu (64³ on two cores), gpu (one card) or paper (5 million parameters); above 64³ in patches of 64³."
-        presets = {"smoke": dict(size=16, channels=(6, 12), prior_features=4, hidden=16),
-                   "cpu": dict(channels=(8, 32, 64, 96), prior_features=8),
-                   "gpu": dict(channels=(16, 48, 96, 128), prior_features=16),
-                   "paper": dict(channels=(32, 64, 112, 160), prior_features=32, hidden=64)}
-        if name not in presets: raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+        """smoke (16³, seconds), cpu (64³ on two cores), gpu (one card) or paper (5 million
+        parameters); above 64³ in patches of 64³.
+        """
+        presets = {
+            "smoke": dict(size=16, channels=(6, 12), prior_features=4, hidden=16),
+            "cpu": dict(channels=(8, 32, 64, 96), prior_features=8),
+            "gpu": dict(channels=(16, 48, 96, 128), prior_features=16),
+            "paper": dict(channels=(32, 64, 112, 160), prior_features=32, hidden=64),
+        }
+        if name not in presets:
+            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
         size = size or presets[name].get("size", 64)
         return cls(**{**presets[name], "size": size, "patch": 64 if size > 64 else None})
-
-
 
 # %% ../../nbs/nets/11a_refine.ipynb #cell-008
 SEEN_CHANNELS = 3 + DEPTH_PRIOR_CHANNELS
 
+
 class LocalBlock(nn.Module):
-    "Features (B, channels, D, H, W) → the same shape: each voxel normalised, two 3×3×3 convolutions, beside a way past them; each voxel depends on the two around it, and on nothing else."
+    """Features (B, channels, D, H, W) → the same shape: each voxel normalised, two 3×3×3
+    convolutions, beside a way past them; each voxel depends on the two around it, and on nothing
+    else.
+    """
+
     def __init__(self, channels: int):
         super().__init__()
         self.norm = ChannelNorm(channels)
         self.first, self.second = (nn.Conv3d(channels, channels, 3, padding=1) for _ in range(2))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: return x + self.second(F.silu(self.first(self.norm(x))))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(F.silu(self.first(self.norm(x))))
 
 # %% ../../nbs/nets/11a_refine.ipynb #cell-009
 class Refiner(nn.Module):
-    """Coarse volumes (B, N, N, N), HU, X-rays (B, V, R, C), line integrals of any V, and their geometry → refined volumes (B, N, N, N), HU, on the same grid.
+    """Coarse volumes (B, N, N, N), HU, X-rays (B, V, R, C), line integrals of any V, and their
+    geometry → refined volumes (B, N, N, N), HU, on the same grid.
 
-    ValueError, one sentence, where something does not fit: see `checked`."""
+    ValueError, one sentence, where something does not fit: see `checked`.
+    """
+
     def __init__(self, config: RefinerConfig):
         super().__init__()
         self.config = c = config
-        widths, row = c.channels, lambda width: nn.Sequential(*(LocalBlock(width) for _ in range(c.blocks)))  # none at full size, where they would cost most and see least
-        self.enter, self.norm, self.last = nn.Conv3d(SEEN_CHANNELS, widths[0], 3, padding=1), ChannelNorm(widths[0]), nn.Conv3d(widths[0], 2, 3, padding=1)
+        # none at full size, where they would cost most and see least
+        widths = c.channels
+
+        def row(width):
+            return nn.Sequential(*(LocalBlock(width) for _ in range(c.blocks)))
+
+        self.enter = nn.Conv3d(SEEN_CHANNELS, widths[0], 3, padding=1)
+        self.norm = ChannelNorm(widths[0])
+        self.last = nn.Conv3d(widths[0], 2, 3, padding=1)
         self.down = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
-        self.sinking, self.rising = (nn.ModuleList(row(width) for width in widths[1:]) for _ in range(2))
+        self.sinking, self.rising = (
+            nn.ModuleList(row(width) for width in widths[1:]) for _ in range(2)
+        )
         self.up = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in zip(widths, widths[1:]))
         keep_variance(self)
         for block in self.modules():
-            if isinstance(block, LocalBlock): nn.init.normal_(block.second.weight, std=0.3 * block.second.weight[0].numel() ** -0.5)
+            if isinstance(block, LocalBlock):
+                nn.init.normal_(
+                    block.second.weight, std=0.3 * block.second.weight[0].numel() ** -0.5
+                )
         nn.init.zeros_(self.last.weight)
-        self.sharpen = nn.ModuleList(nn.Sequential(FrequencyAttention(widths[0], c.hidden), HighPass(widths[0])) for _ in range(2))
+        self.sharpen = nn.ModuleList(
+            nn.Sequential(FrequencyAttention(widths[0], c.hidden), HighPass(widths[0]))
+            for _ in range(2)
+        )
         self.prior = DepthPrior(c.size, c.prior_features)
         self.register_buffer("seen_mean", torch.zeros(1, SEEN_CHANNELS, 1, 1, 1))  # of `centre`
 
     @property
-    def window(self) -> Window: return WINDOWS[self.config.window]
+    def window(self) -> Window:
+        return WINDOWS[self.config.window]
 
-    def checked(self, coarse_hu: torch.Tensor, xrays: torch.Tensor | None, geometry: ConeBeam | None, window: "str | Window | None" = None, energy_kev: float | None = None) -> None:
-        "ValueError where the coarse volume is no finite HU on the refiner's grid and of its window, the X-rays are missing or of another energy, or the geometry is not theirs."
+    def checked(
+        self,
+        coarse_hu: torch.Tensor,
+        xrays: torch.Tensor | None,
+        geometry: ConeBeam | None,
+        window: "str | Window | None" = None,
+        energy_kev: float | None = None,
+    ) -> None:
+        """ValueError where the coarse volume is no finite HU on the refiner's grid and of its
+        window, the X-rays are missing or of another energy, or the geometry is not theirs.
+        """
         c, size = self.config, self.config.size
         if coarse_hu.ndim != 4 or tuple(coarse_hu.shape[1:]) != (size,) * 3:
-            raise ValueError(f"coarse_hu: this refiner is for volumes (B, {size}, {size}, {size}), got {tuple(coarse_hu.shape)}; resample the volume, or train a refiner for its grid")
-        if not torch.isfinite(coarse_hu).all(): raise ValueError("coarse_hu: there are NaN or infinite values in the coarse volume")
-        if coarse_hu.abs().amax() <= 2: raise ValueError(f"coarse_hu: expected Hounsfield units, got values from {float(coarse_hu.min()):.3g} to {float(coarse_hu.max()):.3g}, as in a network's range; use `Window.to_hu` first")
+            raise ValueError(
+                f"coarse_hu: this refiner is for volumes (B, {size}, {size}, {size}), got"
+                f" {tuple(coarse_hu.shape)}; resample the volume, or train a refiner for its grid"
+            )
+        if not torch.isfinite(coarse_hu).all():
+            raise ValueError("coarse_hu: there are NaN or infinite values in the coarse volume")
+        if coarse_hu.abs().amax() <= 2:
+            raise ValueError(
+                "coarse_hu: expected Hounsfield units, got values from"
+                f" {float(coarse_hu.min()):.3g} to {float(coarse_hu.max()):.3g}, as in a network's"
+                " range; use `Window.to_hu` first"
+            )
         if window is not None and get_window(window) != self.window:
-            raise ValueError(f"window: this refiner was made for coarse volumes in the window {c.window!r}, got {get_window(window).name!r}; take a coarse model of that window")
-        if energy_kev is not None and energy_kev != c.energy_kev: raise ValueError(f"energy_kev: this refiner was made for X-rays of {c.energy_kev:g} keV, got {energy_kev:g}")
+            raise ValueError(
+                f"window: this refiner was made for coarse volumes in the window {c.window!r}, got"
+                f" {get_window(window).name!r}; take a coarse model of that window"
+            )
+        if energy_kev is not None and energy_kev != c.energy_kev:
+            raise ValueError(
+                f"energy_kev: this refiner was made for X-rays of {c.energy_kev:g} keV, got"
+                f" {energy_kev:g}"
+            )
         if xrays is None or geometry is None:
-            raise ValueError(f"{'xrays' if xrays is None else 'geometry'}: a refiner takes its detail from X-rays and needs them with their geometry, got None; without them there is nothing to refine from")
-        if len(xrays) != len(coarse_hu): raise ValueError(f"xrays: there are {len(coarse_hu)} coarse volumes and X-rays of {len(xrays)}")
-        if not torch.isfinite(xrays).all(): raise ValueError("xrays: there are NaN or infinite values; mend or mask them first")
+            raise ValueError(
+                f"{'xrays' if xrays is None else 'geometry'}: a refiner takes its detail from"
+                " X-rays and needs them with their geometry, got None; without them there is"
+                " nothing to refine from"
+            )
+        if len(xrays) != len(coarse_hu):
+            raise ValueError(
+                f"xrays: there are {len(coarse_hu)} coarse volumes and X-rays of {len(xrays)}"
+            )
+        if not torch.isfinite(xrays).all():
+            raise ValueError("xrays: there are NaN or infinite values; mend or mask them first")
 
-    def seen(self, coarse_hu: torch.Tensor, xrays: torch.Tensor, geometry: ConeBeam, corner: tuple[int, int, int] | None = None) -> torch.Tensor:
-        "(B, 19, N, N, N): coarse volume, its Laplacian, first step of SIRT, detail cues; with `corner` (z0, y0, x0) those of the patch there."
+    def seen(
+        self,
+        coarse_hu: torch.Tensor,
+        xrays: torch.Tensor,
+        geometry: ConeBeam,
+        corner: tuple[int, int, int] | None = None,
+    ) -> torch.Tensor:
+        """(B, 19, N, N, N): coarse volume, its Laplacian, first step of SIRT, detail cues; with
+        `corner` (z0, y0, x0) those of the patch there.
+        """
         images, beam = self.prior.prepared(xrays, geometry)
-        mu, volume = hu_to_mu(coarse_hu.float(), self.config.energy_kev), self.window.to_network(coarse_hu)
-        step_hu = (sirt(images.float(), beam, 1, nonnegative=False, initial=mu) - mu) * (1000 / mu_water_per_mm(self.config.energy_kev))
+        mu = hu_to_mu(coarse_hu.float(), self.config.energy_kev)
+        volume = self.window.to_network(coarse_hu)
+        step_hu = (sirt(images.float(), beam, 1, nonnegative=False, initial=mu) - mu) * (
+            1000 / mu_water_per_mm(self.config.energy_kev)
+        )
         fields = torch.stack([volume, laplacian(volume), step_hu.to(volume) / 100], 1)
-        if corner is None: return torch.cat([fields, self.prior(xrays, geometry)], 1)
-        return torch.cat([self._cut(fields, corner), self.prior(xrays, geometry, (*corner, self.config.patch))], 1)
+        if corner is None:
+            return torch.cat([fields, self.prior(xrays, geometry)], 1)
+        return torch.cat(
+            [self._cut(fields, corner), self.prior(xrays, geometry, (*corner, self.config.patch))],
+            1,
+        )
 
     def _cut(self, x, corner):
         z, y, w = (slice(start, start + self.config.patch) for start in corner)
@@ -135,19 +237,26 @@ class Refiner(nn.Module):
 
     @torch.no_grad()
     def centre(self, examples) -> None:
-        "Before training: measure the mean of each channel of what is seen of `examples`, (coarse_hu, xrays, geometry) as of `forward`, and take it away from then on."
+        """Before training: measure the mean of each channel of what is seen of `examples`,
+        (coarse_hu, xrays, geometry) as of `forward`, and take it away from then on.
+        """
         means = [self.seen(*example).mean((0, 2, 3, 4)) for example in examples]
         self.seen_mean.copy_(torch.stack(means).mean(0).view_as(self.seen_mean))
 
     def residual(self, seen: torch.Tensor) -> torch.Tensor:
-        "What is added, HU (B, 1, n, n, n), for what is seen of a volume or a patch, (B, 19, n, n, n)."
+        """What is added, HU (B, 1, n, n, n), for what is seen of a volume or a patch, (B, 19, n, n,
+        n).
+        """
         x = self.sharpen[0](self.enter(channels_inner(seen - self.seen_mean.to(seen))))
         ways = []
         for down, block in zip(self.down, self.sinking):
             ways.append(x)
             x = block(down(x))
-        for up, block in zip(reversed(self.up), reversed(self.rising)): x = ways.pop() + F.interpolate(up(block(x)), scale_factor=2)
-        value, gate = (self.last(self.norm(self.sharpen[1](x))).float() * self.last.weight[0].numel() ** -0.5).chunk(2, 1)
+        for up, block in zip(reversed(self.up), reversed(self.rising)):
+            x = ways.pop() + F.interpolate(up(block(x)), scale_factor=2)
+        value, gate = (
+            self.last(self.norm(self.sharpen[1](x))).float() * self.last.weight[0].numel() ** -0.5
+        ).chunk(2, 1)
         return self.config.limit_hu * torch.sigmoid(gate) * torch.tanh(value)
 
     def forward(
@@ -157,16 +266,34 @@ class Refiner(nn.Module):
         geometry: ConeBeam,  # batch shape () or (B,), its box that of the volume
         window: "str | Window | None" = None,  # of the coarse volume, if known, to be checked
         energy_kev: float | None = None,  # of the X-rays, if known, to be checked
-        corner: tuple[int, int, int] | None = None,  # answer only for the patch from (z0, y0, x0), as in training
+        # answer only for the patch from (z0, y0, x0), as in training
+        corner: tuple[int, int, int] | None = None,
     ) -> torch.Tensor:
         self.checked(coarse_hu, xrays, geometry, window, energy_kev)
         c = self.config
         if corner is not None:
-            if c.patch is None: raise ValueError("corner: this refiner has no patches; leave it out, or set `patch` in the configuration")
+            if c.patch is None:
+                raise ValueError(
+                    "corner: this refiner has no patches; leave it out, or set `patch` in the"
+                    " configuration"
+                )
             if any(start % c.step or not 0 <= start <= c.size - c.patch for start in corner):
-                raise ValueError(f"corner: must be multiples of {c.step} from 0 to {c.size - c.patch}, got {tuple(corner)}")
-            return self._cut(coarse_hu, corner) + self.residual(self.seen(coarse_hu, xrays, geometry, corner))[:, 0].to(coarse_hu)
+                raise ValueError(
+                    f"corner: must be multiples of {c.step} from 0 to {c.size - c.patch}, got"
+                    f" {tuple(corner)}"
+                )
+            return self._cut(coarse_hu, corner) + self.residual(
+                self.seen(coarse_hu, xrays, geometry, corner)
+            )[:, 0].to(coarse_hu)
         seen = self.seen(coarse_hu, xrays, geometry)
-        if c.patch is None: added = self.residual(seen)
-        else: added = blended(lambda z, y, x, n: self.residual(self._cut(seen, (z, y, x))), c.size, c.patch, c.shared, c.shared // 4)
+        if c.patch is None:
+            added = self.residual(seen)
+        else:
+            added = blended(
+                lambda z, y, x, n: self.residual(self._cut(seen, (z, y, x))),
+                c.size,
+                c.patch,
+                c.shared,
+                c.shared // 4,
+            )
         return coarse_hu + added[:, 0].to(coarse_hu)

@@ -20,63 +20,110 @@ from ..physics.anatomy import REGIONS
 # %% ../../nbs/nets/12a_regions.ipynb #cell-005
 TOTAL_LABELS = 117  # of TotalSegmentator 2, task `total`
 _REGION_OF_TOTAL = np.zeros(TOTAL_LABELS + 1, np.uint8)
-for _region, (_, _ids) in REGIONS.items(): _REGION_OF_TOTAL[list(_ids)] = _region
+for _region, (_, _ids) in REGIONS.items():
+    _REGION_OF_TOTAL[list(_ids)] = _region
+
 
 def merge_total(labels: np.ndarray) -> np.ndarray:
-    "TotalSegmentator's map, version 2, task `total`, whole numbers 0 to 117 in any shape → the regions 0 to 20, uint8. Other values: ValueError."
+    """TotalSegmentator's map, version 2, task `total`, whole numbers 0 to 117 in any shape → the
+    regions 0 to 20, uint8. Other values: ValueError.
+    """
     labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu" or labels.size and (labels.min() < 0 or labels.max() > TOTAL_LABELS):
-        raise ValueError(f"labels: TotalSegmentator's `total` has whole numbers from 0 to {TOTAL_LABELS}, got {labels.dtype} from {labels.min()} to {labels.max()}")
+    if (
+        labels.dtype.kind not in "iu"
+        or labels.size
+        and (labels.min() < 0 or labels.max() > TOTAL_LABELS)
+    ):
+        raise ValueError(
+            f"labels: TotalSegmentator's `total` has whole numbers from 0 to {TOTAL_LABELS}, got"
+            f" {labels.dtype} from {labels.min()} to {labels.max()}"
+        )
     return _REGION_OF_TOTAL[labels]
 
 # %% ../../nbs/nets/12a_regions.ipynb #cell-008
 def patch_overlaps(labels: torch.Tensor, patch: tuple[int, int, int], classes: int) -> torch.Tensor:
-    """Labels (B, D, H, W), whole numbers 0 to classes − 1 → the share of each patch that each label takes: (B, N, classes) float32, rows sum to 1.
-    D, H, W are multiples of `patch`; patches in the order of a flattened grid. ValueError for other labels, types and sizes."""
-    if labels.ndim != 4: raise ValueError(f"regions: expected a label map (B, D, H, W), got {tuple(labels.shape)}")
-    if labels.is_floating_point() or labels.is_complex(): raise ValueError(f"regions: labels must be whole numbers, got {labels.dtype}; convert the map to uint8")
-    if any(n % p for n, p in zip(labels.shape[1:], patch)): raise ValueError(f"regions: each size must be a multiple of the patch {tuple(patch)}, got {tuple(labels.shape[1:])}")
-    (d, h, w), (z, y, x) = patch, (n // p for n, p in zip(labels.shape[1:], patch))
+    """Labels (B, D, H, W), whole numbers 0 to classes − 1 → the share of each patch that each label
+    takes: (B, N, classes) float32, rows sum to 1.
+    D, H, W are multiples of `patch`; patches in the order of a flattened grid. ValueError for other
+    labels, types and sizes.
+    """
+    if labels.ndim != 4:
+        raise ValueError(f"regions: expected a label map (B, D, H, W), got {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"regions: labels must be whole numbers, got {labels.dtype}; convert the map to uint8"
+        )
+    if any(n % p for n, p in zip(labels.shape[1:], patch)):
+        raise ValueError(
+            f"regions: each size must be a multiple of the patch {tuple(patch)}, got"
+            f" {tuple(labels.shape[1:])}"
+        )
+    d, h, w = patch
+    z, y, x = (n // p for n, p in zip(labels.shape[1:], patch))
     place = classes * torch.arange(y * x, device=labels.device).view(y, 1, x, 1)
     counts = []
     for slab in labels.reshape(-1, d, y, h, x, w):
         low, high = (int(v) for v in slab.aminmax())
-        if low < 0 or high >= classes: raise ValueError(f"regions: there are labels from {low} to {high}, expected 0 to {classes - 1}; merge the map into the regions first")
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"regions: there are labels from {low} to {high}, expected 0 to {classes - 1};"
+                " merge the map into the regions first"
+            )
         counts.append(torch.bincount((slab.long() + place).flatten(), minlength=y * x * classes))
     return torch.stack(counts).view(len(labels), z * y * x, classes).float() / (d * h * w)
 
 # %% ../../nbs/nets/12a_regions.ipynb #cell-012
-def prior_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """softmax(q kᵀ/√d + log prior) v: q (B, heads, n, d), k (B, heads, m, d), v (B, heads, m, e), prior (B, n, m) ≥ 0 → (B, heads, n, e).
-    Where the prior is 0 the weight is exactly 0; a query whose whole prior is 0 gets 0. The table (B, heads, n, m) is made: n or m should be small."""
+def prior_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prior: torch.Tensor
+) -> torch.Tensor:
+    """softmax(q kᵀ/√d + log prior) v: q (B, heads, n, d), k (B, heads, m, d), v (B, heads, m, e),
+    prior (B, n, m) ≥ 0 → (B, heads, n, e).
+    Where the prior is 0 the weight is exactly 0; a query whose whole prior is 0 gets 0. The table
+    (B, heads, n, m) is made: n or m should be small.
+    """
     some, there = (prior > 0).any(-1, keepdim=True), prior > 0
     log = torch.where(there, prior, 1).log().masked_fill(~there & some, -torch.inf)
     weight = ((q * q.shape[-1] ** -0.5) @ k.mT + log[:, None]).softmax(-1)
     return (weight.to(v) @ v) * some[:, None]
 
 # %% ../../nbs/nets/12a_regions.ipynb #cell-014
-def multiplicative_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    "Ablation, shapes as in `prior_attention`: softmax(q kᵀ/√d · prior) v, which gives weight to what has no overlap."
+def multiplicative_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prior: torch.Tensor
+) -> torch.Tensor:
+    """Ablation, shapes as in `prior_attention`: softmax(q kᵀ/√d · prior) v, which gives weight to
+    what has no overlap.
+    """
     weight = ((q * q.shape[-1] ** -0.5) @ k.mT * prior[:, None]).softmax(-1)
     return weight.to(v) @ v
+
 
 FORMS = {"log": prior_attention, "multiplicative": multiplicative_attention}
 
 # %% ../../nbs/nets/12a_regions.ipynb #cell-018
 def overlap_means(x: torch.Tensor, overlaps: torch.Tensor) -> torch.Tensor:
-    "Tokens (B, N, channels), overlaps (B, N, regions) → weighted mean of each region (B, regions, channels); 0 for a region that is nowhere."
+    """Tokens (B, N, channels), overlaps (B, N, regions) → weighted mean of each region (B, regions,
+    channels); 0 for a region that is nowhere.
+    """
     return overlaps.to(x).mT @ x / overlaps.sum(1).clamp_min(1e-6)[..., None].to(x)
 
+
 class RegionAttention(nn.Module):
-    """Each token hears the regions it lies in: x (B, N, channels), `table` (regions, channels), overlaps (B, N, regions) → (B, N, channels).
-    `form` is "log", or "multiplicative" for the ablation."""
+    """Each token hears the regions it lies in: x (B, N, channels), `table` (regions, channels),
+    overlaps (B, N, regions) → (B, N, channels).
+    `form` is "log", or "multiplicative" for the ablation.
+    """
+
     def __init__(self, channels: int, heads: int, form: str = "log"):
         super().__init__()
-        if channels % heads: raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
-        if form not in FORMS: raise ValueError(f"form: must be one of {', '.join(FORMS)}, got {form!r}")
+        if channels % heads:
+            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+        if form not in FORMS:
+            raise ValueError(f"form: must be one of {', '.join(FORMS)}, got {form!r}")
         self.heads, self.form = heads, form
-        self.pooled, self.query = nn.Linear(channels, channels), nn.Linear(channels, channels)
-        self.key_value, self.out = nn.Linear(channels, 2 * channels), nn.Linear(channels, channels)
+        self.pooled = nn.Linear(channels, channels)
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(channels, 2 * channels)
+        self.out = nn.Linear(channels, channels)
 
     def forward(self, x: torch.Tensor, table: torch.Tensor, overlaps: torch.Tensor) -> torch.Tensor:
         regions = table + self.pooled(overlap_means(x, overlaps))
@@ -87,33 +134,59 @@ class RegionAttention(nn.Module):
 # %% ../../nbs/nets/12a_regions.ipynb #cell-021
 LOUDEST = 8.0  # of the gates
 
+
 def gated_means(x: torch.Tensor, gates: torch.Tensor, overlaps: torch.Tensor) -> torch.Tensor:
-    "Tokens and gates (B, N, channels), overlaps (B, N, regions) ≥ 0 → the mean of each channel over each region, patches weighted by overlap · exp(gate): (B, regions, channels) float32; 0 for a region that is nowhere. Gates are bent to lie within ±8."
+    """Tokens and gates (B, N, channels), overlaps (B, N, regions) ≥ 0 → the mean of each channel
+    over each region, patches weighted by overlap · exp(gate): (B, regions, channels) float32; 0 for
+    a region that is nowhere. Gates are bent to lie within ±8.
+    """
     with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-        gates, prior = LOUDEST * torch.tanh(gates.float() / LOUDEST), overlaps.float().mT
+        gates = LOUDEST * torch.tanh(gates.float() / LOUDEST)
+        prior = overlaps.float().mT
         weight = (gates - gates.amax(1, keepdim=True)).exp()
         return prior @ (weight * x.float()) / (prior @ weight).clamp_min(1e-20)
 
+
 class RegionPooling(nn.Module):
-    "Tokens (B, N, channels) and overlaps (B, N, regions) → the whole (B, channels) and each region (B, regions, channels), 0 where a region is nowhere."
+    """Tokens (B, N, channels) and overlaps (B, N, regions) → the whole (B, channels) and each
+    region (B, regions, channels), 0 where a region is nowhere.
+    """
+
     def __init__(self, channels: int, heads: int, regions: int):
         super().__init__()
-        if channels % heads: raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+        if channels % heads:
+            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
         self.heads, self.key = heads, nn.Linear(channels, channels)
         self.query = nn.Parameter(torch.zeros(1 + regions, channels))
-        self.gate, self.loud = nn.Linear(channels, channels), nn.Linear(channels, channels, bias=False)
+        self.gate = nn.Linear(channels, channels)
+        self.loud = nn.Linear(channels, channels, bias=False)
         nn.init.zeros_(self.loud.weight)
 
     def forward(self, x: torch.Tensor, overlaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         prior = torch.cat([torch.ones_like(overlaps[..., :1]), overlaps], -1).mT
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for t in (self.query.to(x), self.key(x), x))
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+            for t in (self.query.to(x), self.key(x), x)
+        )
         pooled = prior_attention(q[None], k, v, prior).transpose(1, 2).flatten(2)
         pooled = pooled + self.loud(gated_means(x, self.gate(x), prior.mT).to(x))
         return pooled[:, 0], pooled[:, 1:]
 
 # %% ../../nbs/nets/12a_regions.ipynb #cell-026
-GRAIN_MM = 5.0  # half the box of openings, closings and interiors, and the side of the cube that counts as one
-HU_EDGES = (*range(-950, -500, 50), *range(-500, -150, 100), *range(-150, 150, 20), *range(150, 450, 50), 500, 600, 800, 1000)  # between the bins
+# half the box of openings, closings and interiors, and the side of the cube that counts as one
+GRAIN_MM = 5.0
+# between the bins
+HU_EDGES = (
+    *range(-950, -500, 50),
+    *range(-500, -150, 100),
+    *range(-150, 150, 20),
+    *range(150, 450, 50),
+    500,
+    600,
+    800,
+    1000,
+)
+
 
 def box_largest(x: torch.Tensor, radii: tuple[int, int, int]) -> torch.Tensor:
     "The largest value within `radii` voxels of each of (D, H, W) uint8; outside there is nothing."
@@ -122,59 +195,112 @@ def box_largest(x: torch.Tensor, radii: tuple[int, int, int]) -> torch.Tensor:
         x = F.pad(x, [0] * 2 * (2 - axis) + [radius, radius])
         while width < wanted:
             step = min(width, wanted - width)
-            x = torch.maximum(x.narrow(axis, 0, x.shape[axis] - step), x.narrow(axis, step, x.shape[axis] - step))
+            x = torch.maximum(
+                x.narrow(axis, 0, x.shape[axis] - step), x.narrow(axis, step, x.shape[axis] - step)
+            )
             width += step
     return x
+
 
 def box_smallest(x: torch.Tensor, radii: tuple[int, int, int]) -> torch.Tensor:
     "As `box_largest`, the smallest."
     return 255 - box_largest(255 - x, radii)
 
+
 @torch.no_grad()
-def region_histograms(hu: torch.Tensor, labels: torch.Tensor, classes: int, spacing_mm: tuple[float, float, float]) -> torch.Tensor:
-    """HU (B, D, H, W), labels of that shape, 0 to classes − 1, voxels of `spacing_mm` along z, y, x → (B, 1 + classes, 9, bins) float32, in cubes of 5 mm: of the whole, then of each label; of the
-    scan, its opening and its closing, in all voxels, then in those 5 mm within the label, then 10 mm; the whole has no border. HU are rounded. Another shape, other labels: ValueError."""
-    if hu.shape != labels.shape: raise ValueError(f"labels: the map must have the scans' shape {tuple(hu.shape)}, got {tuple(labels.shape)}")
+def region_histograms(
+    hu: torch.Tensor, labels: torch.Tensor, classes: int, spacing_mm: tuple[float, float, float]
+) -> torch.Tensor:
+    """HU (B, D, H, W), labels of that shape, 0 to classes − 1, voxels of `spacing_mm` along z, y, x
+    → (B, 1 + classes, 9, bins) float32, in cubes of 5 mm: of the whole, then of each label; of the
+    scan, its opening and its closing, in all voxels, then in those 5 mm within the label, then 10
+    mm; the whole has no border. HU are rounded. Another shape, other labels: ValueError.
+    """
+    if hu.shape != labels.shape:
+        raise ValueError(
+            f"labels: the map must have the scans' shape {tuple(hu.shape)}, got"
+            f" {tuple(labels.shape)}"
+        )
     low, high = (int(v) for v in labels.aminmax())
-    if low < 0 or high >= classes: raise ValueError(f"labels: there are labels from {low} to {high}, expected 0 to {classes - 1}")
-    bins, radii = len(HU_EDGES) + 1, tuple(round(GRAIN_MM / s) for s in spacing_mm)
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels: there are labels from {low} to {high}, expected 0 to {classes - 1}"
+        )
+    bins = len(HU_EDGES) + 1
+    radii = tuple(round(GRAIN_MM / s) for s in spacing_mm)
     edges, found = torch.tensor(HU_EDGES, device=hu.device), []
     for scan, label in zip(hu, labels.to(torch.uint8)):
-        scan = torch.bucketize(scan.float().round(), edges, right=True, out_int32=True).to(torch.uint8)  # of bins as of HU: openings only compare
-        kinds = [scan, box_largest(box_smallest(scan, radii), radii), box_smallest(box_largest(scan, radii), radii)]
+        # of bins as of HU: openings only compare
+        scan = torch.bucketize(scan.float().round(), edges, right=True, out_int32=True).to(
+            torch.uint8
+        )
+        kinds = [
+            scan,
+            box_largest(box_smallest(scan, radii), radii),
+            box_smallest(box_largest(scan, radii), radii),
+        ]
         boxes = [tuple(depth * r for r in radii) for depth in (1, 2)]
-        depths = sum(((box_largest(label, box) == label) & (box_smallest(label, box) == label)).int() for box in boxes)
+        depths = sum(
+            ((box_largest(label, box) == label) & (box_smallest(label, box) == label)).int()
+            for box in boxes
+        )
         place = (bins * (label.int() * 3 + depths)).flatten()
-        counts = torch.stack([torch.bincount(place + kind.flatten(), minlength=3 * classes * bins).view(classes, 3, bins) for kind in kinds], 2)  # at a depth
+        # at a depth
+        counts = torch.stack(
+            [
+                torch.bincount(place + kind.flatten(), minlength=3 * classes * bins).view(
+                    classes, 3, bins
+                )
+                for kind in kinds
+            ],
+            2,
+        )
         counts = counts.flip(1).cumsum(1).flip(1).flatten(1, 2)  # at it or deeper
         found.append(torch.cat([counts[:, :3].sum(0).repeat(3, 1)[None], counts]))
-    return torch.stack(found).float() * float(np.prod(spacing_mm) / GRAIN_MM ** 3)
+    return torch.stack(found).float() * float(np.prod(spacing_mm) / GRAIN_MM**3)
 
 # %% ../../nbs/nets/12a_regions.ipynb #cell-030
 class RegionContents(nn.Module):
-    "HU and labels, see `region_histograms` → what the whole and each of `regions` labels hold, (B, 1 + regions, channels); 0 where a label is nowhere."
+    """HU and labels, see `region_histograms` → what the whole and each of `regions` labels hold,
+    (B, 1 + regions, channels); 0 where a label is nowhere.
+    """
+
     def __init__(self, channels: int, regions: int, hidden: int = 256):
         super().__init__()
         size = 9 * (len(HU_EDGES) + 1)
         self.register_buffer("usual", torch.zeros(1 + regions, size))
         self.register_buffer("spread", torch.ones(1 + regions, size))
-        self.enter, self.table = nn.Linear(size, hidden), nn.Parameter(torch.randn(1 + regions, hidden))
+        self.enter = nn.Linear(size, hidden)
+        self.table = nn.Parameter(torch.randn(1 + regions, hidden))
         self.out = nn.Linear(hidden, channels)
 
     def _counts(self, hu, labels, spacing_mm) -> torch.Tensor:
-        if hu.is_meta: return torch.zeros(len(hu), *self.usual.shape, device=hu.device)
-        return torch.log1p(region_histograms(hu, labels, len(self.usual) - 1, spacing_mm).flatten(2))
+        if hu.is_meta:
+            return torch.zeros(len(hu), *self.usual.shape, device=hu.device)
+        return torch.log1p(
+            region_histograms(hu, labels, len(self.usual) - 1, spacing_mm).flatten(2)
+        )
 
     @torch.no_grad()
     def measure(self, scans: Iterable[tuple[torch.Tensor, torch.Tensor]], spacing_mm) -> None:
-        "Take what is usual from `scans`, pairs of HU and labels (B, D, H, W). What fewer than two of them hold stays as it is."
+        """Take what is usual from `scans`, pairs of HU and labels (B, D, H, W).
+
+        What fewer than two of them hold stays as it is.
+        """
         counts = torch.cat([self._counts(hu, labels, spacing_mm) for hu, labels in scans])
         there = (counts > 0).any(-1)
         for row in range(counts.shape[1]):
-            if (seen := counts[there[:, row], row]).shape[0] < 2: continue
-            self.usual[row], self.spread[row] = seen.mean(0), seen.std(0) + 0.25  # a bin that was always empty: two voxels of 5 mm are four times that
+            if (seen := counts[there[:, row], row]).shape[0] < 2:
+                continue
+            # a bin that was always empty: two voxels of 5 mm are four times that
+            self.usual[row] = seen.mean(0)
+            self.spread[row] = seen.std(0) + 0.25
 
-    def forward(self, hu: torch.Tensor, labels: torch.Tensor, spacing_mm: tuple[float, float, float]) -> torch.Tensor:
+    def forward(
+        self, hu: torch.Tensor, labels: torch.Tensor, spacing_mm: tuple[float, float, float]
+    ) -> torch.Tensor:
         counts = self._counts(hu, labels, spacing_mm)
         there = (counts > 0).any(-1, keepdim=True)
-        return self.out(F.gelu(self.enter((counts - self.usual) / self.spread) + self.table)) * there
+        return (
+            self.out(F.gelu(self.enter((counts - self.usual) / self.spread) + self.table)) * there
+        )

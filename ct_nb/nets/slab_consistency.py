@@ -15,7 +15,8 @@ import torch
 from ..data.slabs import SliceAxis, SliceProfile, slab_matrix
 
 # %% ../../nbs/nets/10a_slab_consistency.ipynb #cell-005
-VOXELS_AT_ONCE = 2 ** 22
+VOXELS_AT_ONCE = 2**22
+
 
 def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
     "Rows of arrays (…, D, H, W) in portions of about VOXELS_AT_ONCE."
@@ -23,40 +24,64 @@ def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
     step = max(1, VOXELS_AT_ONCE // per_row)
     return (slice(start, min(start + step, shape[-2])) for start in range(0, shape[-2], step))
 
+
 def _times(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     "(…, N, M) times columns (…, M, h, W) → (…, N, h, W), float64."
     return (matrix @ x.to(matrix.dtype).flatten(-2)).unflatten(-1, x.shape[-2:])
 
+
 def along_z(matrix, x: torch.Tensor) -> torch.Tensor:
-    "Matrix (…, N, M) times every column of x (…, M, H, W) → (…, N, H, W) in x's type, in portions of rows. ValueError if M does not fit."
+    """Matrix (…, N, M) times every column of x (…, M, H, W) → (…, N, H, W) in x's type, in portions
+    of rows. ValueError if M does not fit.
+    """
     matrix = torch.as_tensor(matrix, dtype=torch.float64, device=x.device)
-    if x.ndim < 3 or matrix.ndim < 2 or matrix.shape[-1] != x.shape[-3]: raise ValueError(f"x: a matrix of {tuple(matrix.shape)} acts on slices (…, {matrix.shape[-1]}, H, W), got {tuple(x.shape)}")
-    parts = [_times(matrix, x[..., rows, :]).to(x.dtype) for rows in _row_chunks((*x.shape[:-3], max(matrix.shape[-2:]), *x.shape[-2:]))]
+    if x.ndim < 3 or matrix.ndim < 2 or matrix.shape[-1] != x.shape[-3]:
+        raise ValueError(
+            f"x: a matrix of {tuple(matrix.shape)} acts on slices (…, {matrix.shape[-1]}, H, W),"
+            f" got {tuple(x.shape)}"
+        )
+    parts = [
+        _times(matrix, x[..., rows, :]).to(x.dtype)
+        for rows in _row_chunks((*x.shape[:-3], max(matrix.shape[-2:]), *x.shape[-2:]))
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 # %% ../../nbs/nets/10a_slab_consistency.ipynb #cell-008
 INTERPOLATIONS = ("nearest", "linear", "cubic")
+
 
 def interpolation_matrix(
     thick_axis: SliceAxis,  # K slices
     thin_axis: SliceAxis,  # D slices
     kind: str = "linear",  # "nearest", "linear" or "cubic"
 ) -> torch.Tensor:
-    "(D, K) float64, rows sum to 1: what reads K slices, taken as samples at their centres, at the D positions of `thin_axis`."
-    if kind not in INTERPOLATIONS: raise ValueError(f"kind: must be one of {', '.join(INTERPOLATIONS)}, got {kind!r}")
+    """(D, K) float64, rows sum to 1: what reads K slices, taken as samples at their centres, at the
+    D positions of `thin_axis`.
+    """
+    if kind not in INTERPOLATIONS:
+        raise ValueError(f"kind: must be one of {', '.join(INTERPOLATIONS)}, got {kind!r}")
     known = thick_axis.positions_mm
     wanted = np.clip(thin_axis.positions_mm, known[0], known[-1])
     unit = np.eye(len(known))
-    if len(known) == 1: weights = np.ones((len(wanted), 1))
-    elif kind == "nearest": weights = unit[np.searchsorted((known[1:] + known[:-1]) / 2, wanted, side="right")]
-    elif kind == "linear": weights = np.stack([np.interp(wanted, known, row) for row in unit], 1)
+    if len(known) == 1:
+        weights = np.ones((len(wanted), 1))
+    elif kind == "nearest":
+        weights = unit[np.searchsorted((known[1:] + known[:-1]) / 2, wanted, side="right")]
+    elif kind == "linear":
+        weights = np.stack([np.interp(wanted, known, row) for row in unit], 1)
     else:
         from scipy.interpolate import CubicSpline
+
         weights = CubicSpline(known, unit, bc_type="clamped")(wanted)
     return torch.from_numpy(weights)
 
-def interpolate_slabs(thick: torch.Tensor, thick_axis: SliceAxis, thin_axis: SliceAxis, kind: str = "linear") -> torch.Tensor:
-    "Slices (…, K, H, W) at the positions of `thick_axis` → (…, D, H, W) at those of `thin_axis`, edges held; `kind` as for `interpolation_matrix`. ValueError if K does not fit."
+
+def interpolate_slabs(
+    thick: torch.Tensor, thick_axis: SliceAxis, thin_axis: SliceAxis, kind: str = "linear"
+) -> torch.Tensor:
+    """Slices (…, K, H, W) at the positions of `thick_axis` → (…, D, H, W) at those of `thin_axis`,
+    edges held; `kind` as for `interpolation_matrix`. ValueError if K does not fit.
+    """
     return along_z(interpolation_matrix(thick_axis, thin_axis, kind), thick)
 
 # %% ../../nbs/nets/10a_slab_consistency.ipynb #cell-011
@@ -65,30 +90,60 @@ def smooth_spread(
     length_mm: float = 5.0,  # over which errors are alike, about the spacing of the thick slices
 ) -> torch.Tensor:
     "(D, D) float64: e^(−|z − z'|/length), how alike the errors of two thin slices are."
-    if not length_mm > 0: raise ValueError(f"length_mm: must be positive, got {length_mm}")
+    if not length_mm > 0:
+        raise ValueError(f"length_mm: must be positive, got {length_mm}")
     z = torch.from_numpy(thin_axis.positions_mm)
     return torch.exp(-(z[:, None] - z).abs() / length_mm)
 
 # %% ../../nbs/nets/10a_slab_consistency.ipynb #cell-012
-RANK_TOLERANCE = 1e-9  # of the largest eigenvalue: thick slices that repeat each other say nothing new
+# of the largest eigenvalue: thick slices that repeat each other say nothing new
+RANK_TOLERANCE = 1e-9
+
 
 def _check_slabs(thin, thick, matrix, noise_hu, spread) -> None:
     depth, slabs = (x.shape[-3] if x.ndim >= 3 else None for x in (thin, thick))
-    if matrix.ndim < 2 or tuple(matrix.shape[-2:]) != (slabs, depth): raise ValueError(f"matrix: {slabs} thick and {depth} thin slices need ({slabs}, {depth}), got {tuple(matrix.shape)}")
-    if thin.shape[-2:] != thick.shape[-2:] or thin.shape[:-3] != thick.shape[:-3]: raise ValueError(f"thick: must be {(*thin.shape[:-3], slabs, *thin.shape[-2:])} beside thin slices of {tuple(thin.shape)}, got {tuple(thick.shape)}")
-    if not 0 <= noise_hu < float("inf"): raise ValueError(f"noise_hu: must be 0 or more, got {noise_hu}")
-    if spread is not None and tuple(spread.shape[-2:]) != (depth, depth): raise ValueError(f"spread: must be a covariance ({depth}, {depth}) of the thin slices, got {tuple(spread.shape)}")
+    if matrix.ndim < 2 or tuple(matrix.shape[-2:]) != (slabs, depth):
+        raise ValueError(
+            f"matrix: {slabs} thick and {depth} thin slices need ({slabs}, {depth}), got"
+            f" {tuple(matrix.shape)}"
+        )
+    if thin.shape[-2:] != thick.shape[-2:] or thin.shape[:-3] != thick.shape[:-3]:
+        raise ValueError(
+            f"thick: must be {(*thin.shape[:-3], slabs, *thin.shape[-2:])} beside thin slices of"
+            f" {tuple(thin.shape)}, got {tuple(thick.shape)}"
+        )
+    if not 0 <= noise_hu < float("inf"):
+        raise ValueError(f"noise_hu: must be 0 or more, got {noise_hu}")
+    if spread is not None and tuple(spread.shape[-2:]) != (depth, depth):
+        raise ValueError(
+            f"spread: must be a covariance ({depth}, {depth}) of the thin slices, got"
+            f" {tuple(spread.shape)}"
+        )
 
-def _damping(energy: torch.Tensor, values: torch.Tensor, known: torch.Tensor, goal: float) -> torch.Tensor:
-    "λ (…, 1) for which Σ (λ/(s+λ))²·energy = goal, 0 where that is out of reach, infinite where nothing has to move; all (…, K)."
-    low, high = (torch.full_like(energy[..., :1], x) for x in (-30.0, 30.0))  # powers of e, relative to the largest eigenvalue
+
+def _damping(
+    energy: torch.Tensor, values: torch.Tensor, known: torch.Tensor, goal: float
+) -> torch.Tensor:
+    """λ (…, 1) for which Σ (λ/(s+λ))²·energy = goal, 0 where that is out of reach, infinite where
+    nothing has to move; all (…, K).
+    """
+    # powers of e, relative to the largest eigenvalue
+    low, high = (torch.full_like(energy[..., :1], x) for x in (-30.0, 30.0))
     top = values.amax(-1, keepdim=True)
-    left = lambda power: (torch.where(known, 1 / (1 + values / (top * power.exp())), 1.0).square() * energy).sum(-1, keepdim=True)
+
+    def left(power):
+        return (
+            torch.where(known, 1 / (1 + values / (top * power.exp())), 1.0).square() * energy
+        ).sum(-1, keepdim=True)
+
     for _ in range(80):
         middle = (low + high) / 2
         above = left(middle) > goal
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    found = torch.where(left(torch.full_like(low, -30.0)) > goal, torch.zeros_like(low), top * low.exp())
+        low = torch.where(above, low, middle)
+        high = torch.where(above, middle, high)
+    found = torch.where(
+        left(torch.full_like(low, -30.0)) > goal, torch.zeros_like(low), top * low.exp()
+    )
     return torch.where(energy.sum(-1, keepdim=True) <= goal, torch.inf, found)
 
 # %% ../../nbs/nets/10a_slab_consistency.ipynb #cell-013
@@ -96,28 +151,40 @@ def make_consistent_slabs(
     thin: torch.Tensor,  # (…, D, H, W) HU, the guess
     thick: torch.Tensor,  # (…, K, H, W) HU, as measured
     matrix,  # (K, D) or with leading axes that broadcast, of `slab_matrix`; numpy or torch
-    noise_hu: float = 0.0,  # standard deviation of the noise of the thick slices; 0: explain them exactly
-    spread: torch.Tensor | None = None,  # (D, D) covariance of the guess's errors along z, in any unit; None: independent slices
+    # standard deviation of the noise of the thick slices; 0: explain them exactly
+    noise_hu: float = 0.0,
+    # (D, D) covariance of the guess's errors along z, in any unit; None: independent slices
+    spread: torch.Tensor | None = None,
     in_place: bool = False,  # move `thin` itself, for want of room for two; no gradient then
 ) -> torch.Tensor:
-    """The volume (…, D, H, W), HU, nearest to `thin` whose weighted means are `thick`: exactly, or for `noise_hu` > 0 with that root mean square misfit in each volume.
+    """The volume (…, D, H, W), HU, nearest to `thin` whose weighted means are `thick`: exactly, or
+    for `noise_hu` > 0 with that root mean square misfit in each volume.
 
-    Contradictory slices are met in the sense of least squares. Differentiable; bounded memory where no gradient is taken. ValueError for shapes that do not fit."""
+    Contradictory slices are met in the sense of least squares. Differentiable; bounded memory where
+    no gradient is taken. ValueError for shapes that do not fit.
+    """
     a = torch.as_tensor(matrix, dtype=torch.float64, device=thin.device)
     _check_slabs(thin, thick, a, noise_hu, spread)
     spread_up = a.mT if spread is None else spread.to(a) @ a.mT  # C Aᵀ
     values, vectors = torch.linalg.eigh(a @ spread_up)
     known = values > RANK_TOLERANCE * values.amax(-1, keepdim=True)
     chunks = list(_row_chunks(thin.shape))
-    misfit = lambda rows: thick[..., rows, :].double() - _times(a, thin[..., rows, :])
+
+    def misfit(rows):
+        return thick[..., rows, :].double() - _times(a, thin[..., rows, :])
+
     damping = torch.zeros_like(values[..., :1])
     if noise_hu:
-        with torch.no_grad(): energy = sum(_times(vectors.mT, misfit(rows)).square().sum((-2, -1)) for rows in chunks)
-        damping = _damping(energy, values, known, thick.shape[-3] * thick.shape[-2] * thick.shape[-1] * noise_hu ** 2)
+        with torch.no_grad():
+            energy = sum(_times(vectors.mT, misfit(rows)).square().sum((-2, -1)) for rows in chunks)
+        damping = _damping(
+            energy, values, known, thick.shape[-3] * thick.shape[-2] * thick.shape[-1] * noise_hu**2
+        )
     gain = torch.where(known, 1 / (values.clamp_min(1e-300) + damping), 0.0)
     lift = spread_up @ (vectors * gain[..., None, :]) @ vectors.mT
     out = thin if in_place else thin.clone()
-    for rows in chunks: out[..., rows, :] += _times(lift, misfit(rows)).to(out.dtype)
+    for rows in chunks:
+        out[..., rows, :] += _times(lift, misfit(rows)).to(out.dtype)
     return out
 
 # %% ../../nbs/nets/10a_slab_consistency.ipynb #cell-014
@@ -128,8 +195,16 @@ def back_projection(
     matrix,  # (K, D) of `slab_matrix`
     noise_hu: float = 0.0,
 ) -> torch.Tensor:
-    "The floor that knows the physics and has learnt nothing: linear interpolation, moved onto the thick slices with smooth changes over their spacing; (…, D, H, W) HU."
-    return make_consistent_slabs(interpolate_slabs(thick, thick_axis, thin_axis), thick, matrix, noise_hu, smooth_spread(thin_axis, thick_axis.spacing_mm).to(thick.device))
+    """The floor that knows the physics and has learnt nothing: linear interpolation, moved onto the
+    thick slices with smooth changes over their spacing; (…, D, H, W) HU.
+    """
+    return make_consistent_slabs(
+        interpolate_slabs(thick, thick_axis, thin_axis),
+        thick,
+        matrix,
+        noise_hu,
+        smooth_spread(thin_axis, thick_axis.spacing_mm).to(thick.device),
+    )
 
 # %% ../../nbs/nets/10a_slab_consistency.ipynb #cell-016
 def back_projection_matrix(
@@ -137,10 +212,20 @@ def back_projection_matrix(
     thin_axis: SliceAxis,  # D slices
     profile: SliceProfile,
 ) -> torch.Tensor:
-    "(D, K) float64, rows sum to 1: `back_projection` as one matrix. It reckons with all that the thick slices see, so what comes out at a position does not depend on which others are wanted."
+    """(D, K) float64, rows sum to 1: `back_projection` as one matrix.
+
+    It reckons with all that the thick slices see, so what comes out at a position does not depend
+    on which others are wanted.
+    """
     edges, reach = thin_axis.edges_mm, profile.reach_mm
-    missing = np.array([edges[0] - thick_axis.first_mm, thick_axis.positions_mm[-1] - edges[-1]]) + reach
-    before, after = np.maximum(np.ceil(missing / thin_axis.spacing_mm - 1e-6), 0).astype(int).tolist()
+    missing = (
+        np.array([edges[0] - thick_axis.first_mm, thick_axis.positions_mm[-1] - edges[-1]]) + reach
+    )
+    before, after = (
+        np.maximum(np.ceil(missing / thin_axis.spacing_mm - 1e-6), 0).astype(int).tolist()
+    )
     wide = thin_axis.part(-before, thin_axis.count + after)
     columns = torch.eye(thick_axis.count, dtype=torch.float64)[..., None]
-    return back_projection(columns, thick_axis, wide, slab_matrix(wide, thick_axis, profile))[before:before + thin_axis.count, :, 0]
+    return back_projection(columns, thick_axis, wide, slab_matrix(wide, thick_axis, profile))[
+        before : before + thin_axis.count, :, 0
+    ]

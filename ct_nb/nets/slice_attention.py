@@ -13,32 +13,56 @@ from .biased_attention import biased_attention, relative_biases
 
 # %% ../../nbs/nets/12_slice_attention.ipynb #cell-005
 def slice_biases(table: torch.Tensor, slices: int) -> torch.Tensor:
-    "Numbers (heads, bins) for the distances 0, 1, … and beyond → (heads, slices, slices), for each slab's queries and each slab's keys."
-    if slices < 1: raise ValueError(f"slices: must be at least 1, got {slices}")
-    distance = torch.arange(1 - slices, slices, device=table.device).abs().clamp_max(table.shape[-1] - 1)
+    """Numbers (heads, bins) for the distances 0, 1, … and beyond → (heads, slices, slices), for
+    each slab's queries and each slab's keys.
+    """
+    if slices < 1:
+        raise ValueError(f"slices: must be at least 1, got {slices}")
+    distance = (
+        torch.arange(1 - slices, slices, device=table.device).abs().clamp_max(table.shape[-1] - 1)
+    )
     return relative_biases(table[:, distance], slices)
 
 # %% ../../nbs/nets/12_slice_attention.ipynb #cell-008
-def slice_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """softmax(q kᵀ/√d + B) v by fused attention: q, k (B, heads, N, d) and v (B, heads, N, e) → (B, heads, N, e); no tensor of N×N.
+def slice_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """softmax(q kᵀ/√d + B) v by fused attention: q, k (B, heads, N, d) and v (B, heads, N, e) → (B,
+    heads, N, e); no tensor of N×N.
 
-    `bias` (heads, slices, slices) has a row for the queries of each slab and a column for its keys; N is a multiple of `slices`, and tokens of one slab
-    lie side by side. Memory grows as N·(d + slices). ValueError where the shapes do not fit."""
-    heads, tokens, slices = q.shape[1], q.shape[2], bias.shape[-1]
+    `bias` (heads, slices, slices) has a row for the queries of each slab and a column for its keys;
+    N is a multiple of `slices`, and tokens of one slab
+    lie side by side. Memory grows as N·(d + slices). ValueError where the shapes do not fit.
+    """
+    heads = q.shape[1]
+    tokens = q.shape[2]
+    slices = bias.shape[-1]
     if bias.shape != (heads, slices, slices) or tokens % slices:
-        raise ValueError(f"bias: {heads} heads and {tokens} tokens need ({heads}, slices, slices) with a number of slices that divides the tokens, got {tuple(bias.shape)}")
+        raise ValueError(
+            f"bias: {heads} heads and {tokens} tokens need ({heads}, slices, slices) with a number"
+            f" of slices that divides the tokens, got {tuple(bias.shape)}"
+        )
     return biased_attention(q, k, v, [bias], inner=tokens // slices)
 
 # %% ../../nbs/nets/12_slice_attention.ipynb #cell-014
 class SliceAttention(nn.Module):
-    "Multi-head attention among all tokens (B, N, channels), N = slices · plane, with a learned bias a head on the distance between slabs: `weight` · table, `bins` distances."
+    """Multi-head attention among all tokens (B, N, channels), N = slices · plane, with a learned
+    bias a head on the distance between slabs: `weight` · table, `bins` distances.
+    """
+
     def __init__(self, channels: int, heads: int, bins: int = 32, weight: float = 0.5):
         super().__init__()
-        if channels % heads: raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+        if channels % heads:
+            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
         self.heads, self.weight = heads, weight
-        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
         self.table = nn.Parameter(0.02 * torch.randn(heads, bins))
 
     def forward(self, x: torch.Tensor, slices: int) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(slice_attention(q, k, v, self.weight * slice_biases(self.table, slices)).transpose(1, 2).flatten(2))
+        return self.out(
+            slice_attention(q, k, v, self.weight * slice_biases(self.table, slices))
+            .transpose(1, 2)
+            .flatten(2)
+        )

@@ -30,22 +30,34 @@ STARTS = ("back-projection", *INTERPOLATIONS)  # what brings thick slices to thi
 PLACE_FEATURES = 7
 NEIGHBOURS = (-1, 0, 1, 2)  # thick slices from the one below on
 
+
 class SlicePlaces(NamedTuple):
     "Where the D thin slices of each case lie among its K thick ones."
+
     weights: torch.Tensor  # (B, D, K) float64, thick slices → a start at the thin positions
     neighbours: torch.Tensor  # (B, D, 4) integers: thick slices around, held at the ends
     place: torch.Tensor  # (B, D) position in spacings of the thick slices, the first at 0
     features: torch.Tensor  # (B, D, PLACE_FEATURES)
 
+
 def one_each(name: str, given, kind: type, batch: int) -> list:
     "A list of `batch` things of `kind` from one for all or a sequence of one each."
-    things = [given] * batch if isinstance(given, kind) else list(given) if isinstance(given, Sequence) else [given]
+    things = (
+        [given] * batch
+        if isinstance(given, kind)
+        else list(given) if isinstance(given, Sequence) else [given]
+    )
     if len(things) != batch or not all(isinstance(thing, kind) for thing in things):
-        raise ValueError(f"{name}: must be one {kind.__name__} or a list of {batch}, one for each case, got {given!r}")
+        raise ValueError(
+            f"{name}: must be one {kind.__name__} or a list of {batch}, one for each case, got"
+            f" {given!r}"
+        )
     return things
 
 # %% ../../nbs/nets/10_slice_network.ipynb #cell-006
-def _features(thick: SliceAxis, thin: SliceAxis, profile: SliceProfile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _features(
+    thick: SliceAxis, thin: SliceAxis, profile: SliceProfile
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "(D, 4) neighbours, (D,) places, (D, PLACE_FEATURES) of one case."
     place = (thin.positions_mm - thick.first_mm) / thick.spacing_mm
     below = np.floor(place + 1e-6)
@@ -53,7 +65,20 @@ def _features(thick: SliceAxis, thin: SliceAxis, profile: SliceProfile) -> tuple
     outside = np.minimum(place, 0) + np.maximum(place - (thick.count - 1), 0)
     spacings = np.log2([thick.spacing_mm / 5, profile.width_mm / thick.spacing_mm, thin.spacing_mm])
     near = np.clip(below[:, None] + NEIGHBOURS, 0, thick.count - 1).astype(np.int64)
-    return near, place, np.concatenate([np.stack([t, np.sin(2 * np.pi * t), np.cos(2 * np.pi * t), np.clip(outside, -2, 2)], 1), np.broadcast_to(spacings, (len(t), 3))], 1)
+    return (
+        near,
+        place,
+        np.concatenate(
+            [
+                np.stack(
+                    [t, np.sin(2 * np.pi * t), np.cos(2 * np.pi * t), np.clip(outside, -2, 2)], 1
+                ),
+                np.broadcast_to(spacings, (len(t), 3)),
+            ],
+            1,
+        ),
+    )
+
 
 def slice_places(
     thick_axis: SliceAxis | Sequence[SliceAxis],  # for all cases, or one each, all with K slices
@@ -63,23 +88,54 @@ def slice_places(
     start: str = "back-projection",  # or an interpolation: "nearest", "linear" or "cubic"
     device=None,
 ) -> SlicePlaces:
-    "The places of a batch. Cases with fewer thin slices than the longest go on beyond their end, as `collate_slabs` pads them. ValueError for counts that do not fit."
-    thick, thin, profile = (one_each(*given, batch) for given in (("thick_axis", thick_axis, SliceAxis), ("thin_axis", thin_axis, SliceAxis), ("profile", profile, SliceProfile)))
-    if len({axis.count for axis in thick}) > 1: raise ValueError(f"thick_axis: all cases of a batch need the same number of thick slices, got {[axis.count for axis in thick]}")
-    matrices = [back_projection_matrix(*axes) if start == "back-projection" else interpolation_matrix(*axes[:2], start) for axes in zip(thick, thin, profile)]
+    """The places of a batch.
+
+    Cases with fewer thin slices than the longest go on beyond their end, as `collate_slabs` pads
+    them. ValueError for counts that do not fit.
+    """
+    thick, thin, profile = (
+        one_each(*given, batch)
+        for given in (
+            ("thick_axis", thick_axis, SliceAxis),
+            ("thin_axis", thin_axis, SliceAxis),
+            ("profile", profile, SliceProfile),
+        )
+    )
+    if len({axis.count for axis in thick}) > 1:
+        raise ValueError(
+            "thick_axis: all cases of a batch need the same number of thick slices, got"
+            f" {[axis.count for axis in thick]}"
+        )
+    matrices = [
+        (
+            back_projection_matrix(*axes)
+            if start == "back-projection"
+            else interpolation_matrix(*axes[:2], start)
+        )
+        for axes in zip(thick, thin, profile)
+    ]
     depth = max(axis.count for axis in thin)
-    weights = torch.stack([torch.cat([matrix, matrix[-1:].expand(depth - len(matrix), -1)]) for matrix in matrices])
+    weights = torch.stack(
+        [torch.cat([matrix, matrix[-1:].expand(depth - len(matrix), -1)]) for matrix in matrices]
+    )
     thin = [SliceAxis(axis.first_mm, axis.spacing_mm, depth) for axis in thin]
-    near, place, features = (torch.from_numpy(np.stack(parts)) for parts in zip(*map(_features, thick, thin, profile)))
-    return SlicePlaces(weights.to(device), near.to(device), place.float().to(device), features.float().to(device))
+    near, place, features = (
+        torch.from_numpy(np.stack(parts)) for parts in zip(*map(_features, thick, thin, profile))
+    )
+    return SlicePlaces(
+        weights.to(device), near.to(device), place.float().to(device), features.float().to(device)
+    )
 
 # %% ../../nbs/nets/10_slice_network.ipynb #cell-009
 class PlacedBlock(nn.Module):
     "x (B, channels, D, H, W) and what is known of each slice (B, D, features) → x."
+
     def __init__(self, channels: int, features: int):
         super().__init__()
-        self.norm, self.modulation = ChannelNorm(channels), nn.Linear(features, 2 * channels)
-        self.first, self.second = nn.Conv3d(channels, channels, (1, 3, 3), padding=(0, 1, 1)), nn.Conv3d(channels, channels, 3, padding=1)
+        self.norm = ChannelNorm(channels)
+        self.modulation = nn.Linear(features, 2 * channels)
+        self.first = nn.Conv3d(channels, channels, (1, 3, 3), padding=(0, 1, 1))
+        self.second = nn.Conv3d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         scale, shift = self.modulation(known).mT[..., None, None].chunk(2, 1)
@@ -87,24 +143,50 @@ class PlacedBlock(nn.Module):
 
 # %% ../../nbs/nets/10_slice_network.ipynb #cell-011
 class DepthAttention(nn.Module):
-    "Each column of x (B, channels, D, H, W) attends along z; `place` (B, D) says where its slices are."
+    """Each column of x (B, channels, D, H, W) attends along z; `place` (B, D) says where its slices
+    are.
+    """
+
     def __init__(self, channels: int, heads: int):
         super().__init__()
         self.heads, self.norm = heads, ChannelNorm(channels)
-        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-        self.steepness = nn.Parameter(torch.linspace(-2, 2, heads))  # softplus of it: 0.1 to 2 for one thick slice
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        # softplus of it: 0.1 to 2 for one thick slice
+        self.steepness = nn.Parameter(torch.linspace(-2, 2, heads))
 
     def forward(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(self.norm(x).permute(0, 3, 4, 2, 1)).unflatten(-1, (3, self.heads, -1)).permute(4, 0, 1, 2, 5, 3, 6).flatten(2, 3)  # (3, B, H·W, heads, D, d)
-        bias = -F.softplus(self.steepness)[:, None, None] * (place[:, None, :, None] - place[:, None, None, :]).abs()
-        seen = torch.stack([F.scaled_dot_product_attention(q[b], k[b], v[b], bias[b, None].to(q)) for b in range(len(x))])
-        return x + self.out(seen.transpose(2, 3).flatten(3)).mT.unflatten(1, x.shape[-2:]).permute(0, 3, 4, 1, 2)
+        # (3, B, H·W, heads, D, d)
+        q, k, v = (
+            self.qkv(self.norm(x).permute(0, 3, 4, 2, 1))
+            .unflatten(-1, (3, self.heads, -1))
+            .permute(4, 0, 1, 2, 5, 3, 6)
+            .flatten(2, 3)
+        )
+        bias = (
+            -F.softplus(self.steepness)[:, None, None]
+            * (place[:, None, :, None] - place[:, None, None, :]).abs()
+        )
+        seen = torch.stack(
+            [
+                F.scaled_dot_product_attention(q[b], k[b], v[b], bias[b, None].to(q))
+                for b in range(len(x))
+            ]
+        )
+        return x + self.out(seen.transpose(2, 3).flatten(3)).mT.unflatten(1, x.shape[-2:]).permute(
+            0, 3, 4, 1, 2
+        )
 
 # %% ../../nbs/nets/10_slice_network.ipynb #cell-014
 @dataclass(frozen=True)
 class SliceNetworkConfig(Settings):
-    "Everything that decides what the weights mean; stored beside them. ValueError for settings that do not fit together."
-    channels: tuple[int, ...] = (32, 64)  # at full resolution, half of it in the plane, a quarter, …
+    """Everything that decides what the weights mean; stored beside them.
+
+    ValueError for settings that do not fit together.
+    """
+
+    # at full resolution, half of it in the plane, a quarter, …
+    channels: tuple[int, ...] = (32, 64)
     blocks: int = 1  # at each level, on the way down and again on the way up
     depth_halvings: int = 1  # of the last levels, those that halve the depth too
     heads: int = 4  # of the attention along z at the coarsest level
@@ -113,69 +195,150 @@ class SliceNetworkConfig(Settings):
 
     def __post_init__(self):
         object.__setattr__(self, "channels", tuple(self.channels))
-        for name, value in (("channels", min(self.channels, default=0)), ("blocks", self.blocks), ("heads", self.heads), ("features", self.features)):
-            if value < 1: raise ValueError(f"{name}: must be 1 or more, got {value}")
-        if not 0 <= self.depth_halvings < len(self.channels): raise ValueError(f"depth_halvings: {len(self.channels)} levels can halve the depth 0 to {len(self.channels) - 1} times, got {self.depth_halvings}")
-        if self.channels[-1] % self.heads: raise ValueError(f"heads: must divide the {self.channels[-1]} channels of the coarsest level, got {self.heads}")
+        for name, value in (
+            ("channels", min(self.channels, default=0)),
+            ("blocks", self.blocks),
+            ("heads", self.heads),
+            ("features", self.features),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: must be 1 or more, got {value}")
+        if not 0 <= self.depth_halvings < len(self.channels):
+            raise ValueError(
+                f"depth_halvings: {len(self.channels)} levels can halve the depth 0 to"
+                f" {len(self.channels) - 1} times, got {self.depth_halvings}"
+            )
+        if self.channels[-1] % self.heads:
+            raise ValueError(
+                f"heads: must divide the {self.channels[-1]} channels of the coarsest level, got"
+                f" {self.heads}"
+            )
 
     @property
     def strides(self) -> tuple[tuple[int, int, int], ...]:
         "Of each way down."
         ways = len(self.channels) - 1
         return tuple((2 if way >= ways - self.depth_halvings else 1, 2, 2) for way in range(ways))
+
     @property
     def plane_step(self) -> int:
         "Pixels that end in one at the coarsest level: tiles must begin at multiples of it."
         return 2 ** len(self.strides)
+
     @property
-    def depth_step(self) -> int: return 2 ** self.depth_halvings
+    def depth_step(self) -> int:
+        return 2**self.depth_halvings
+
     @property
     def halo(self) -> int:
-        "Pixels to each side, in the plane, beyond which nothing changes an answer: a multiple of `plane_step`."
-        reach = 2 + 2 * self.blocks * sum((1 if level == len(self.channels) - 1 else 2) * 2 ** level for level in range(len(self.channels))) + self.plane_step
+        """Pixels to each side, in the plane, beyond which nothing changes an answer: a multiple of
+        `plane_step`.
+        """
+        reach = (
+            2
+            + 2
+            * self.blocks
+            * sum(
+                (1 if level == len(self.channels) - 1 else 2) * 2**level
+                for level in range(len(self.channels))
+            )
+            + self.plane_step
+        )
         return -(-reach // self.plane_step) * self.plane_step
 
     @classmethod
     def preset(cls, name: str) -> "SliceNetworkConfig":
-        "smoke (seconds), cpu (minutes on two cores), gpu (one card) or paper (several large cards)."
-        presets = {"smoke": dict(channels=(8, 16), heads=2, features=16), "cpu": dict(channels=(32, 64)),
-                   "gpu": dict(channels=(64, 128, 256), blocks=2, features=128), "paper": dict(channels=(128, 256, 512, 512), blocks=2, heads=8, features=256, recompute=True)}
-        if name not in presets: raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+        """smoke (seconds), cpu (minutes on two cores), gpu (one card) or paper (several large
+        cards).
+        """
+        presets = {
+            "smoke": dict(channels=(8, 16), heads=2, features=16),
+            "cpu": dict(channels=(32, 64)),
+            "gpu": dict(channels=(64, 128, 256), blocks=2, features=128),
+            "paper": dict(
+                channels=(128, 256, 512, 512), blocks=2, heads=8, features=256, recompute=True
+            ),
+        }
+        if name not in presets:
+            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
-
-
 
 # %% ../../nbs/nets/10_slice_network.ipynb #cell-016
 class SliceNetwork(nn.Module):
-    """x (B, inputs, D, H, W), `SlicePlaces` of the D slices, and in diffusion time (B,) from 0 to 1 → (B, outputs, D, H, W); any D, H, W from 1 on.
+    """x (B, inputs, D, H, W), `SlicePlaces` of the D slices, and in diffusion time (B,) from 0 to 1
+    → (B, outputs, D, H, W); any D, H, W from 1 on.
 
-    ValueError for shapes that do not fit."""
+    ValueError for shapes that do not fit.
+    """
+
     def __init__(self, config: SliceNetworkConfig, inputs: int, outputs: int, timed: bool = False):
         super().__init__()
         self.config, self.inputs = config, inputs
         c, widths = config, config.channels
-        self.known = nn.Sequential(nn.Linear(PLACE_FEATURES, c.features), nn.SiLU(), nn.Linear(c.features, c.features))
-        self.time = nn.Sequential(nn.Linear(TIME_NUMBERS, c.features), nn.SiLU(), nn.Linear(c.features, c.features)) if timed else None
-        level = lambda width: nn.ModuleList(PlacedBlock(width, c.features) for _ in range(c.blocks))
+        self.known = nn.Sequential(
+            nn.Linear(PLACE_FEATURES, c.features), nn.SiLU(), nn.Linear(c.features, c.features)
+        )
+        self.time = (
+            nn.Sequential(
+                nn.Linear(TIME_NUMBERS, c.features), nn.SiLU(), nn.Linear(c.features, c.features)
+            )
+            if timed
+            else None
+        )
+
+        def level(width):
+            return nn.ModuleList(PlacedBlock(width, c.features) for _ in range(c.blocks))
+
         self.enter = nn.Conv3d(inputs, widths[0], 3, padding=1)
-        self.sinking, self.rising = nn.ModuleList(map(level, widths)), nn.ModuleList(map(level, widths[:-1]))
-        self.down = nn.ModuleList(nn.Conv3d(a, b, stride, stride=stride) for a, b, stride in zip(widths, widths[1:], c.strides))
-        self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, stride, stride=stride) for a, b, stride in zip(widths, widths[1:], c.strides))
-        self.along, self.norm, self.last = DepthAttention(widths[-1], c.heads), ChannelNorm(widths[0]), nn.Conv3d(widths[0], outputs, 3, padding=1)
+        self.sinking = nn.ModuleList(map(level, widths))
+        self.rising = nn.ModuleList(map(level, widths[:-1]))
+        self.down = nn.ModuleList(
+            nn.Conv3d(a, b, stride, stride=stride)
+            for a, b, stride in zip(widths, widths[1:], c.strides)
+        )
+        self.up = nn.ModuleList(
+            nn.ConvTranspose3d(b, a, stride, stride=stride)
+            for a, b, stride in zip(widths, widths[1:], c.strides)
+        )
+        self.along = DepthAttention(widths[-1], c.heads)
+        self.norm = ChannelNorm(widths[0])
+        self.last = nn.Conv3d(widths[0], outputs, 3, padding=1)
         keep_variance(self)
         for block in self.modules():
-            if isinstance(block, PlacedBlock): block.second.weight.data.mul_(0.3), nn.init.zeros_(block.modulation.weight)
+            if isinstance(block, PlacedBlock):
+                block.second.weight.data.mul_(0.3), nn.init.zeros_(block.modulation.weight)
         self.along.out.weight.data.mul_(0.3), nn.init.zeros_(self.last.weight)
 
-    def forward(self, x: torch.Tensor, places: SlicePlaces, time: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, places: SlicePlaces, time: torch.Tensor | None = None
+    ) -> torch.Tensor:
         batch, depth, rows, columns = self._checked(x, places, time)
-        if batch == 1 and depth * rows <= 1280 and x.device.type == "cpu" and not torch.is_grad_enabled():  # torch convolves one small stack more slowly than two
-            return self(x.expand(2, -1, -1, -1, -1), SlicePlaces(*(part.expand(2, *part.shape[1:]) for part in places)), None if time is None else time.expand(2))[:1]
+        # torch convolves one small stack more slowly than two
+        if (
+            batch == 1
+            and depth * rows <= 1280
+            and x.device.type == "cpu"
+            and not torch.is_grad_enabled()
+        ):
+            return self(
+                x.expand(2, -1, -1, -1, -1),
+                SlicePlaces(*(part.expand(2, *part.shape[1:]) for part in places)),
+                None if time is None else time.expand(2),
+            )[:1]
         c, here = self.config, places.place[..., None]
-        known = self.known(places.features) if time is None else self.known(places.features) + self.time(time_waves(time))[:, None]
+        known = (
+            self.known(places.features)
+            if time is None
+            else self.known(places.features) + self.time(time_waves(time))[:, None]
+        )
         more = (-columns % c.plane_step, -rows % c.plane_step, -depth % c.depth_step)
-        if any(more): x, known, here = F.pad(x, (0, more[0], 0, more[1], 0, more[2]), mode="replicate"), *(torch.cat([t, t[:, -1:].expand(-1, more[2], -1)], 1) for t in (known, here))
-        knowns, ways, x = [F.silu(known)], [], self.enter(channels_inner(x))
+        if any(more):
+            x, known, here = F.pad(x, (0, more[0], 0, more[1], 0, more[2]), mode="replicate"), *(
+                torch.cat([t, t[:, -1:].expand(-1, more[2], -1)], 1) for t in (known, here)
+            )
+        knowns = [F.silu(known)]
+        ways = []
+        x = self.enter(channels_inner(x))
         for level, blocks in enumerate(self.sinking):
             if level:
                 ways.append(x)
@@ -190,12 +353,30 @@ class SliceNetwork(nn.Module):
         return self.last(F.silu(self.norm(x)))[:, :, :depth, :rows, :columns]
 
     def _run(self, blocks, x, known):
-        for block in blocks: x = partial(checkpoint, block, use_reentrant=False)(x, known) if self.config.recompute and torch.is_grad_enabled() else block(x, known)
+        for block in blocks:
+            x = (
+                partial(checkpoint, block, use_reentrant=False)(x, known)
+                if self.config.recompute and torch.is_grad_enabled()
+                else block(x, known)
+            )
         return x
 
     def _checked(self, x, places, time):
-        if x.ndim != 5 or x.shape[1] != self.inputs or min(x.shape) < 1: raise ValueError(f"x: must be (B, {self.inputs}, D, H, W) with nothing empty, got {tuple(x.shape)}")
-        if places.features.shape[:2] != (len(x), x.shape[2]): raise ValueError(f"places: {len(x)} cases of {x.shape[2]} thin slices came, the places are of {places.features.shape[0]} of {places.features.shape[1]}")
-        if (time is None) != (self.time is None) or (time is not None and tuple(time.shape) != (len(x),)):
-            raise ValueError(f"time: this network takes {'none' if self.time is None else f'({len(x)},), one for each case'}, got {None if time is None else tuple(time.shape)}")
+        if x.ndim != 5 or x.shape[1] != self.inputs or min(x.shape) < 1:
+            raise ValueError(
+                f"x: must be (B, {self.inputs}, D, H, W) with nothing empty, got {tuple(x.shape)}"
+            )
+        if places.features.shape[:2] != (len(x), x.shape[2]):
+            raise ValueError(
+                f"places: {len(x)} cases of {x.shape[2]} thin slices came, the places are of"
+                f" {places.features.shape[0]} of {places.features.shape[1]}"
+            )
+        if (time is None) != (self.time is None) or (
+            time is not None and tuple(time.shape) != (len(x),)
+        ):
+            raise ValueError(
+                "time: this network takes"
+                f" {'none' if self.time is None else f'({len(x)},), one for each case'}, got"
+                f" {None if time is None else tuple(time.shape)}"
+            )
         return len(x), *x.shape[2:]

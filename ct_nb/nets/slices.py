@@ -18,33 +18,72 @@ from ..data.slabs import SliceAxis, SliceProfile, slab_matrix
 from ..physics.volume import Window, get_window
 from .diffusion import Diffusion, DiffusionConfig
 from .slab_consistency import along_z, make_consistent_slabs, smooth_spread
-from .slice_network import STARTS, SliceNetwork, SliceNetworkConfig, SlicePlaces, one_each, slice_places
+from ct_nb.nets.slice_network import (
+    STARTS,
+    SliceNetwork,
+    SliceNetworkConfig,
+    SlicePlaces,
+    one_each,
+    slice_places,
+)
 from .vae import SliceVAE, SliceVAEConfig, fold, unfold
 from ..settings import Settings
 
 # %% ../../nbs/nets/10b_slices.ipynb #cell-005
 def _measured(thick: torch.Tensor, thick_axis) -> None:
     counts = {axis.count for axis in one_each("thick_axis", thick_axis, SliceAxis, len(thick))}
-    if thick.ndim != 4 or counts != {thick.shape[1]}: raise ValueError(f"thick: axes of {sorted(counts)} slices need (B, K, H, W) with as many, HU, got {tuple(thick.shape)}")
-    if not thick.is_meta and not bool(torch.isfinite(thick).all()): raise ValueError("thick: holds NaN or infinite values; replace them by air (-1024 HU) or by what lies around")
+    if thick.ndim != 4 or counts != {thick.shape[1]}:
+        raise ValueError(
+            f"thick: axes of {sorted(counts)} slices need (B, K, H, W) with as many, HU, got"
+            f" {tuple(thick.shape)}"
+        )
+    if not thick.is_meta and not bool(torch.isfinite(thick).all()):
+        raise ValueError(
+            "thick: holds NaN or infinite values; replace them by air (-1024 HU) or by what lies"
+            " around"
+        )
+
 
 def around(x: torch.Tensor, places: SlicePlaces) -> torch.Tensor:
     "x (B, C, K, H, W) → (B, 4·C, D, H, W): for each thin slice the four thick ones around it."
-    near = torch.stack([slices[:, index] for slices, index in zip(x, places.neighbours)])  # (B, C, D, 4, H, W)
+    # (B, C, D, 4, H, W)
+    near = torch.stack([slices[:, index] for slices, index in zip(x, places.neighbours)])
     return near.permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
 
-def consistent_batch(thin: torch.Tensor, thick: torch.Tensor, thick_axis, thin_axis, profile, noise_hu: float = 0.0) -> torch.Tensor:
-    "`make_consistent_slabs` for a batch (B, D, H, W) and (B, K, H, W), HU, each case with its own axes; changes are smooth over one thick spacing."
-    kinds = (("thick_axis", thick_axis, SliceAxis), ("thin_axis", thin_axis, SliceAxis), ("profile", profile, SliceProfile))
+
+def consistent_batch(
+    thin: torch.Tensor, thick: torch.Tensor, thick_axis, thin_axis, profile, noise_hu: float = 0.0
+) -> torch.Tensor:
+    """`make_consistent_slabs` for a batch (B, D, H, W) and (B, K, H, W), HU, each case with its own
+    axes; changes are smooth over one thick spacing.
+    """
+    kinds = (
+        ("thick_axis", thick_axis, SliceAxis),
+        ("thin_axis", thin_axis, SliceAxis),
+        ("profile", profile, SliceProfile),
+    )
     out = thin.clone()
-    for case, (coarse, fine, seen) in enumerate(zip(*(one_each(*kind, len(thin)) for kind in kinds))):  # a padded case is moved up to its own end
+    # a padded case is moved up to its own end
+    for case, (coarse, fine, seen) in enumerate(
+        zip(*(one_each(*kind, len(thin)) for kind in kinds))
+    ):
         matrix = slab_matrix(fine, coarse, seen)
-        out[case, :fine.count] = make_consistent_slabs(thin[case, :fine.count], thick[case], matrix, noise_hu, smooth_spread(fine, coarse.spacing_mm))
+        out[case, : fine.count] = make_consistent_slabs(
+            thin[case, : fine.count],
+            thick[case],
+            matrix,
+            noise_hu,
+            smooth_spread(fine, coarse.spacing_mm),
+        )
     return out
 
+
 def masked_mean(error: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    "Mean of error (B, …, D, H, W) over all cases and the slices that `mask` (B, D) counts, all if None."
-    if mask is None: return error.mean()
+    """Mean of error (B, …, D, H, W) over all cases and the slices that `mask` (B, D) counts, all if
+    None.
+    """
+    if mask is None:
+        return error.mean()
     weight = mask.to(error).view(len(mask), *[1] * (error.ndim - 4), -1, 1, 1)
     return (error * weight).sum() / weight.expand_as(error).sum()
 
@@ -52,6 +91,7 @@ def masked_mean(error: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 @dataclass(frozen=True)
 class SliceRegressorConfig(Settings):
     "What the weights of a `SliceRegressor` mean; stored beside them."
+
     network: SliceNetworkConfig = field(default_factory=SliceNetworkConfig)
     window: str = "chest"
     start: str = "back-projection"
@@ -60,38 +100,50 @@ class SliceRegressorConfig(Settings):
 
     def __post_init__(self):
         get_window(self.window)
-        if self.start not in STARTS: raise ValueError(f"start: must be one of {', '.join(STARTS)}, got {self.start!r}")
-        if self.fold < 1: raise ValueError(f"fold: must be 1 or more, got {self.fold}")
-        if not self.residual_scale > 0: raise ValueError(f"residual_scale: must be positive, got {self.residual_scale}")
+        if self.start not in STARTS:
+            raise ValueError(f"start: must be one of {', '.join(STARTS)}, got {self.start!r}")
+        if self.fold < 1:
+            raise ValueError(f"fold: must be 1 or more, got {self.fold}")
+        if not self.residual_scale > 0:
+            raise ValueError(f"residual_scale: must be positive, got {self.residual_scale}")
 
     @classmethod
     def preset(cls, name: str) -> "SliceRegressorConfig":
         "smoke, cpu, gpu or paper, of `SliceNetworkConfig`."
         return cls(SliceNetworkConfig.preset(name))
 
-
-
 # %% ../../nbs/nets/10b_slices.ipynb #cell-008
 FREE_SHARE = 0.1  # of the answer before it is made consistent, in the loss
 
+
 class SliceRegressor(nn.Module):
-    "Thick slices (B, K, H, W), HU, their axes and profile → thin slices (B, D, H, W), HU; deterministic, any size, any spacing."
+    """Thick slices (B, K, H, W), HU, their axes and profile → thin slices (B, D, H, W), HU;
+    deterministic, any size, any spacing.
+    """
+
     def __init__(self, config: SliceRegressorConfig = SliceRegressorConfig()):
         super().__init__()
-        self.config, pixels = config, config.fold ** 2
+        self.config, pixels = config, config.fold**2
         self.network = SliceNetwork(config.network, inputs=5 * pixels, outputs=pixels)
 
     @property
-    def window(self) -> Window: return get_window(self.config.window)
+    def window(self) -> Window:
+        return get_window(self.config.window)
 
-    def _residual(self, start: torch.Tensor, thick: torch.Tensor, places: SlicePlaces) -> torch.Tensor:
+    def _residual(
+        self, start: torch.Tensor, thick: torch.Tensor, places: SlicePlaces
+    ) -> torch.Tensor:
         "What to add to the start (B, D, H, W), in the network's range."
         c, rows, columns = self.config, *thick.shape[-2:]
         i, y = (self.window.to_network(x)[:, None] for x in (start, thick))
         seen = torch.cat([i, 3 * (around(y, places) - i)], 1)
         more = (-columns % c.fold, -rows % c.fold)
-        if any(more): seen = F.pad(seen, (0, more[0], 0, more[1], 0, 0), mode="replicate")
-        return c.residual_scale * unfold(self.network(fold(seen, c.fold), places), c.fold)[:, 0, :, :rows, :columns]
+        if any(more):
+            seen = F.pad(seen, (0, more[0], 0, more[1], 0, 0), mode="replicate")
+        return (
+            c.residual_scale
+            * unfold(self.network(fold(seen, c.fold), places), c.fold)[:, 0, :, :rows, :columns]
+        )
 
     def forward(
         self,
@@ -101,63 +153,110 @@ class SliceRegressor(nn.Module):
         profile: SliceProfile | list[SliceProfile],  # of the thick slices
         consistent: bool = False,  # averaged over the profile, the answer is `thick`
         noise_hu: float = 0.0,  # of the thick slices, where consistent
-        tile: int | None = None,  # pixels a side that the network sees at a time, beside the halo; None: all
+        # pixels a side that the network sees at a time, beside the halo; None: all
+        tile: int | None = None,
     ) -> torch.Tensor:
-        "Thin slices (B, D, H, W), HU, D the largest count of `thin_axis`. ValueError for shapes that do not fit and for NaN."
+        """Thin slices (B, D, H, W), HU, D the largest count of `thin_axis`.
+
+        ValueError for shapes that do not fit and for NaN.
+        """
         _measured(thick, thick_axis)
-        places = slice_places(thick_axis, thin_axis, profile, len(thick), self.config.start, thick.device)
+        places = slice_places(
+            thick_axis, thin_axis, profile, len(thick), self.config.start, thick.device
+        )
         start = along_z(places.weights, thick)
-        if tile is None: out = start + self.window.width_hu / 2 * self._residual(start, thick, places)
-        else: out = self._tiled(start, thick, places, tile)
-        return consistent_batch(out, thick, thick_axis, thin_axis, profile, noise_hu) if consistent else out
+        if tile is None:
+            out = start + self.window.width_hu / 2 * self._residual(start, thick, places)
+        else:
+            out = self._tiled(start, thick, places, tile)
+        return (
+            consistent_batch(out, thick, thick_axis, thin_axis, profile, noise_hu)
+            if consistent
+            else out
+        )
 
     def _tiled(self, start, thick, places, tile):
-        step, halo = (self.config.fold * n for n in (self.config.network.plane_step, self.config.network.halo))
-        if tile < 1 or tile % step: raise ValueError(f"tile: must be a multiple of {step} pixels, got {tile}")
+        step, halo = (
+            self.config.fold * n for n in (self.config.network.plane_step, self.config.network.halo)
+        )
+        if tile < 1 or tile % step:
+            raise ValueError(f"tile: must be a multiple of {step} pixels, got {tile}")
         out, rows, columns = start.clone(), *thick.shape[-2:]
         for top, left in product(range(0, rows, tile), range(0, columns, tile)):
             y, x = max(top - halo, 0), max(left - halo, 0)
             wide = (..., slice(y, top + tile + halo), slice(x, left + tile + halo))
-            part = self._residual(start[wide], thick[wide], places)[..., top - y:top - y + tile, left - x:left - x + tile]
-            out[..., top:top + tile, left:left + tile] += self.window.width_hu / 2 * part
+            part = self._residual(start[wide], thick[wide], places)[
+                ..., top - y : top - y + tile, left - x : left - x + tile
+            ]
+            out[..., top : top + tile, left : left + tile] += self.window.width_hu / 2 * part
         return out
 
-    def loss(self, thin: torch.Tensor, thick: torch.Tensor, thick_axis, thin_axis, profile, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, float]]:
-        "Mean squared error of thin slices (B, D, H, W), HU, where `mask` (B, D) is True, in units of residual_scale: of the consistent answer and, a tenth as much, of the answer as it is. And the root mean square of the first in HU."
+    def loss(
+        self,
+        thin: torch.Tensor,
+        thick: torch.Tensor,
+        thick_axis,
+        thin_axis,
+        profile,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean squared error of thin slices (B, D, H, W), HU, where `mask` (B, D) is True, in units
+        of residual_scale: of the consistent answer and, a tenth as much, of the answer as it is.
+        And the root mean square of the first in HU.
+        """
         found = self(thick, thick_axis, thin_axis, profile)
-        if found.shape != thin.shape: raise ValueError(f"thin: the axes describe {tuple(found.shape)}, got {tuple(thin.shape)}")
-        truth, unit = thin.clamp(self.window.low_hu, self.window.high_hu), self.window.width_hu / 2 * self.config.residual_scale
-        consistent, free = (masked_mean((answer - truth).square(), mask) for answer in (consistent_batch(found, thick, thick_axis, thin_axis, profile), found))
-        return (consistent + FREE_SHARE * free) / unit ** 2, {"rms_hu": consistent.sqrt().item()}
+        if found.shape != thin.shape:
+            raise ValueError(
+                f"thin: the axes describe {tuple(found.shape)}, got {tuple(thin.shape)}"
+            )
+        truth = thin.clamp(self.window.low_hu, self.window.high_hu)
+        unit = self.window.width_hu / 2 * self.config.residual_scale
+        consistent, free = (
+            masked_mean((answer - truth).square(), mask)
+            for answer in (consistent_batch(found, thick, thick_axis, thin_axis, profile), found)
+        )
+        return (consistent + FREE_SHARE * free) / unit**2, {"rms_hu": consistent.sqrt().item()}
 
 # %% ../../nbs/nets/10b_slices.ipynb #cell-017
 @dataclass(frozen=True)
 class SliceDiffusionConfig(Settings):
     "What the weights of a `SliceDiffusion` mean; stored beside them."
+
     network: SliceNetworkConfig = field(default_factory=SliceNetworkConfig)
     vae: SliceVAEConfig = field(default_factory=lambda: SliceVAEConfig.preset("cpu"))
-    diffusion: DiffusionConfig = DiffusionConfig(clamp=10.0)  # in standard deviations of the residual, whose tails are long
+    # in standard deviations of the residual, whose tails are long
+    diffusion: DiffusionConfig = DiffusionConfig(clamp=10.0)
     start: str = "back-projection"
 
     def __post_init__(self):
-        if self.start not in STARTS: raise ValueError(f"start: must be one of {', '.join(STARTS)}, got {self.start!r}")
+        if self.start not in STARTS:
+            raise ValueError(f"start: must be one of {', '.join(STARTS)}, got {self.start!r}")
 
     @classmethod
     def preset(cls, name: str) -> "SliceDiffusionConfig":
         "smoke, cpu, gpu or paper, of `SliceNetworkConfig` and `SliceVAEConfig`."
         return cls(SliceNetworkConfig.preset(name), SliceVAEConfig.preset(name))
 
-
-
 # %% ../../nbs/nets/10b_slices.ipynb #cell-018
 class SliceDiffusion(nn.Module):
-    "Thick slices (B, K, H, W), HU, their axes and profile → draws of thin slices (B, D, H, W), HU. `vae` (trained, of `config.vae`) is frozen and stored along."
-    def __init__(self, config: SliceDiffusionConfig = SliceDiffusionConfig(), vae: SliceVAE | None = None):
+    """Thick slices (B, K, H, W), HU, their axes and profile → draws of thin slices (B, D, H, W),
+    HU. `vae` (trained, of `config.vae`) is frozen and stored along.
+    """
+
+    def __init__(
+        self, config: SliceDiffusionConfig = SliceDiffusionConfig(), vae: SliceVAE | None = None
+    ):
         super().__init__()
-        self.config, self.diffusion, latent = config, Diffusion(config.diffusion), config.vae.latent_channels
-        if vae is not None and vae.config != config.vae: raise ValueError(f"vae: must be of config.vae, {config.vae}, got {vae.config}")
+        self.config = config
+        self.diffusion = Diffusion(config.diffusion)
+        latent = config.vae.latent_channels
+        if vae is not None and vae.config != config.vae:
+            raise ValueError(f"vae: must be of config.vae, {config.vae}, got {vae.config}")
         self.vae = (SliceVAE(config.vae) if vae is None else vae).eval().requires_grad_(False)
-        self.network = SliceNetwork(config.network, inputs=6 * latent + 1, outputs=latent, timed=True)  # the noisy residual, E(Ly), its four neighbours, ones
+        # the noisy residual, E(Ly), its four neighbours, ones
+        self.network = SliceNetwork(
+            config.network, inputs=6 * latent + 1, outputs=latent, timed=True
+        )
         self.register_buffer("residual_scale", torch.ones(1, latent, 1, 1, 1))
 
     def train(self, mode: bool = True):
@@ -166,20 +265,30 @@ class SliceDiffusion(nn.Module):
         return self
 
     @property
-    def window(self) -> Window: return self.vae.window
+    def window(self) -> Window:
+        return self.vae.window
 
     def _encode(self, hu: torch.Tensor) -> torch.Tensor:
         "HU (B, D, H, W) → the mean latents (B, latent, D, h, w)."
         return self.vae.encode(self.window.to_network(hu)[:, None]).mean
 
-    def conditioned(self, thick, thick_axis, thin_axis, profile) -> tuple[SlicePlaces, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def conditioned(
+        self, thick, thick_axis, thin_axis, profile
+    ) -> tuple[SlicePlaces, torch.Tensor, torch.Tensor, torch.Tensor]:
         "Places, start (B, D, H, W) HU, its latents, and the condition (B, 5·latent + 1, D, h, w)."
         _measured(thick, thick_axis)
-        places = slice_places(thick_axis, thin_axis, profile, len(thick), self.config.start, thick.device)
+        places = slice_places(
+            thick_axis, thin_axis, profile, len(thick), self.config.start, thick.device
+        )
         start = along_z(places.weights, thick)
         latent = self._encode(start)
         i = self.vae.to_normal(latent)
-        nearest = (places.place[:, None] - torch.arange(thick.shape[1], device=thick.device)[:, None]).abs().argmin(-1)  # (B, K): the thin slices that are nearest to the thick ones
+        # (B, K): the thin slices that are nearest to the thick ones
+        nearest = (
+            (places.place[:, None] - torch.arange(thick.shape[1], device=thick.device)[:, None])
+            .abs()
+            .argmin(-1)
+        )
         there = torch.stack([slices[:, index] for slices, index in zip(i, nearest)])
         near = (around(there, places).unflatten(1, (4, -1)) - i[:, None]).flatten(1, 2)
         return places, start, latent, torch.cat([i, near, torch.ones_like(i[:, :1])], 1)
@@ -191,34 +300,71 @@ class SliceDiffusion(nn.Module):
 
     @torch.no_grad()
     def measure_scale(self, batches) -> "SliceDiffusion":
-        "Set `residual_scale` to 1/standard deviation, a channel its own, of the residuals of (thin, thick, thick_axis, thin_axis, profile); once, before training. Nothing that varies: ValueError."
+        """Set `residual_scale` to 1/standard deviation, a channel its own, of the residuals of
+        (thin, thick, thick_axis, thin_axis, profile); once, before training. Nothing that varies:
+        ValueError.
+        """
         self.residual_scale.fill_(1)
         total, count = 0.0, 0
         for thin, *given in batches:
             z = self.residual(thin, self.conditioned(*given)[2]).double()
-            total, count = total + z.square().sum((0, 2, 3, 4)), count + z.numel() // z.shape[1]
-        if not count or not bool((total > 0).all()): raise ValueError("batches: the residuals do not vary, which gives no scale; measure it on thin slices that differ from their start")
+            total = total + z.square().sum((0, 2, 3, 4))
+            count = count + z.numel() // z.shape[1]
+        if not count or not bool((total > 0).all()):
+            raise ValueError(
+                "batches: the residuals do not vary, which gives no scale; measure it on thin"
+                " slices that differ from their start"
+            )
         self.residual_scale.copy_((count / total).sqrt().view(1, -1, 1, 1, 1))
         return self
 
-    def loss(self, thin: torch.Tensor, thick: torch.Tensor, thick_axis, thin_axis, profile, mask: torch.Tensor | None = None, generator: torch.Generator | None = None) -> tuple[torch.Tensor, dict[str, float]]:
-        "Mean loss of thin slices (B, D, H, W), HU, where `mask` (B, D) is True, and its parts. `generator` (CPU) draws steps, noise and what is dropped."
-        with torch.no_grad(): places, start, latent, condition = self.conditioned(thick, thick_axis, thin_axis, profile)
-        if start.shape != thin.shape: raise ValueError(f"thin: the axes describe {tuple(start.shape)}, got {tuple(thin.shape)}")
+    def loss(
+        self,
+        thin: torch.Tensor,
+        thick: torch.Tensor,
+        thick_axis,
+        thin_axis,
+        profile,
+        mask: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean loss of thin slices (B, D, H, W), HU, where `mask` (B, D) is True, and its parts.
+
+        `generator` (CPU) draws steps, noise and what is dropped.
+        """
+        with torch.no_grad():
+            places, start, latent, condition = self.conditioned(
+                thick, thick_axis, thin_axis, profile
+            )
+        if start.shape != thin.shape:
+            raise ValueError(
+                f"thin: the axes describe {tuple(start.shape)}, got {tuple(thin.shape)}"
+            )
         z0 = self.residual(thin, latent)
         condition, _ = self.diffusion.drop(condition, generator)
-        step, noise = self.diffusion.draw_steps(len(z0), generator), torch.randn(z0.shape, generator=generator).to(z0)
+        step = self.diffusion.draw_steps(len(z0), generator)
+        noise = torch.randn(z0.shape, generator=generator).to(z0)
         z_t = self.diffusion.noised(z0, noise, step)
-        output = self.network(torch.cat([z_t, condition], 1), places, self.diffusion.time(step).to(z0))
+        output = self.network(
+            torch.cat([z_t, condition], 1), places, self.diffusion.time(step).to(z0)
+        )
         weight = self.diffusion.weight(step).to(z0).view(-1, 1, 1, 1, 1)
-        loss = masked_mean(weight * (output - self.diffusion.target(z0, noise, step)).square(), mask)
+        loss = masked_mean(
+            weight * (output - self.diffusion.target(z0, noise, step)).square(), mask
+        )
         return loss, {"diffusion": loss.item()}
 
     @torch.no_grad()
-    def thin_from(self, z0: torch.Tensor, start: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        "A residual (B, latent, D, h, w), the start (B, D, H, W), HU, and its latents → thin slices (B, D, H, W), HU."
+    def thin_from(
+        self, z0: torch.Tensor, start: torch.Tensor, latent: torch.Tensor
+    ) -> torch.Tensor:
+        """A residual (B, latent, D, h, w), the start (B, D, H, W), HU, and its latents → thin
+        slices (B, D, H, W), HU.
+        """
         size = tuple(start.shape[-2:])
-        difference = self.vae.decode(latent + z0 / self.residual_scale, size) - self.vae.decode(latent, size)
+        difference = self.vae.decode(latent + z0 / self.residual_scale, size) - self.vae.decode(
+            latent, size
+        )
         return start + self.window.width_hu / 2 * difference[:, 0]
 
     @torch.no_grad()
@@ -232,13 +378,30 @@ class SliceDiffusion(nn.Module):
         sampler: str = "ddim",  # or "ddpm" or "dpm++"
         guidance: float = 1.0,  # classifier-free; 1: the conditional answer as it is
         consistent: bool = True,  # averaged over the profile, the draw is `thick`
-        noise: torch.Tensor | None = None,  # (B, latent, D, h, w), standard normal, that the draw begins with; None: drawn
+        # (B, latent, D, h, w), standard normal, that the draw begins with; None: drawn
+        noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        "A draw (B, D, H, W), HU; the same noise, or generator state, gives the same draw. ValueError for shapes that do not fit, a wrong step count or NaN."
+        """A draw (B, D, H, W), HU; the same noise, or generator state, gives the same draw.
+
+        ValueError for shapes that do not fit, a wrong step count or NaN.
+        """
         places, start, latent, condition = self.conditioned(thick, thick_axis, thin_axis, profile)
-        told = lambda given: lambda z, time: self.network(torch.cat([z, given], 1), places, time)
+
+        def told(given):
+            return lambda z, time: self.network(torch.cat([z, given], 1), places, time)
+
         without = None if guidance == 1 else told(torch.zeros_like(condition))
-        z0 = self.diffusion.sample(told(condition), tuple(latent.shape), steps, sampler, guidance, without, noise=noise, generator=generator, device=thick.device)
+        z0 = self.diffusion.sample(
+            told(condition),
+            tuple(latent.shape),
+            steps,
+            sampler,
+            guidance,
+            without,
+            noise=noise,
+            generator=generator,
+            device=thick.device,
+        )
         out = self.thin_from(z0, start, latent)
         return consistent_batch(out, thick, thick_axis, thin_axis, profile) if consistent else out

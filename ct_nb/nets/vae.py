@@ -24,15 +24,28 @@ from ..settings import Settings
 # %% ../../nbs/nets/09_vae.ipynb #cell-005
 REDUCTION = 8  # pixels of a row or a column that share a latent
 
+
 def fold(x: torch.Tensor, factor: int) -> torch.Tensor:
-    "(B, C, D, H, W) → (B, C·factor², D, H/factor, W/factor): the pixels of a block become channels; slices stay."
+    """(B, C, D, H, W) → (B, C·factor², D, H/factor, W/factor): the pixels of a block become
+    channels; slices stay.
+    """
     b, c, d, h, w = x.shape
-    return x.reshape(b, c, d, h // factor, factor, w // factor, factor).permute(0, 1, 4, 6, 2, 3, 5).reshape(b, c * factor ** 2, d, h // factor, w // factor)
+    return (
+        x.reshape(b, c, d, h // factor, factor, w // factor, factor)
+        .permute(0, 1, 4, 6, 2, 3, 5)
+        .reshape(b, c * factor**2, d, h // factor, w // factor)
+    )
+
 
 def unfold(x: torch.Tensor, factor: int) -> torch.Tensor:
     "The inverse of `fold`."
     b, c, d, h, w = x.shape
-    return x.reshape(b, c // factor ** 2, factor, factor, d, h, w).permute(0, 1, 4, 5, 2, 6, 3).reshape(b, c // factor ** 2, d, h * factor, w * factor)
+    return (
+        x.reshape(b, c // factor**2, factor, factor, d, h, w)
+        .permute(0, 1, 4, 5, 2, 6, 3)
+        .reshape(b, c // factor**2, d, h * factor, w * factor)
+    )
+
 
 def padded(x: torch.Tensor) -> torch.Tensor:
     "x (B, 1, D, H, W) with its last row and column repeated until both sizes are multiples of 8."
@@ -41,28 +54,51 @@ def padded(x: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/nets/09_vae.ipynb #cell-008
 class Straight(nn.Module):
-    "The linear part: `encode` (B, 1, D, 8h, 8w) → (B, latent, D, h, w), `decode` back. Trained with the rest."
+    """The linear part: `encode` (B, 1, D, 8h, 8w) → (B, latent, D, h, w), `decode` back.
+
+    Trained with the rest.
+    """
+
     def __init__(self, latent: int):
         super().__init__()
-        self.narrow, self.widen = nn.Conv3d(REDUCTION ** 2, latent, 1), nn.Conv3d(latent, REDUCTION ** 2, 1)
+        self.narrow = nn.Conv3d(REDUCTION**2, latent, 1)
+        self.widen = nn.Conv3d(latent, REDUCTION**2, 1)
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor: return self.narrow(fold(x, REDUCTION))
-    def decode(self, z: torch.Tensor) -> torch.Tensor: return unfold(self.widen(z), REDUCTION)
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow(fold(x, REDUCTION))
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return unfold(self.widen(z), REDUCTION)
 
     @torch.no_grad()
     def fit(self, crops: Iterable[torch.Tensor]) -> "Straight":
-        "Set to the principal components of 8×8 blocks of crops (B, 1, D, H, W), [-1, 1]. Blocks that do not vary: `ValueError`."
-        count, total, square = 0, 0.0, 0.0
+        """Set to the principal components of 8×8 blocks of crops (B, 1, D, H, W), [-1, 1].
+
+        Blocks that do not vary: `ValueError`.
+        """
+        count = 0
+        total = 0.0
+        square = 0.0
         for crop in crops:
-            blocks = fold(padded(crop.double().cpu()), REDUCTION).movedim(1, -1).flatten(0, -2)  # (blocks, 64)
-            count, total, square = count + len(blocks), total + blocks.sum(0), square + blocks.T @ blocks
-        if not count: raise ValueError("crops: none came; the linear start is measured on at least one")
+            # (blocks, 64)
+            blocks = fold(padded(crop.double().cpu()), REDUCTION).movedim(1, -1).flatten(0, -2)
+            count = count + len(blocks)
+            total = total + blocks.sum(0)
+            square = square + blocks.T @ blocks
+        if not count:
+            raise ValueError("crops: none came; the linear start is measured on at least one")
         mean, latent = total / count, self.narrow.out_channels
         values, vectors = torch.linalg.eigh(square / count - mean.outer(mean))
-        values, vectors = values.flip(0)[:latent], vectors.flip(1)[:, :latent]
-        if not values[0] > 1e-8: raise ValueError(f"crops: their {count} blocks of 8×8 pixels do not vary; give crops with a patient in them")
+        values = values.flip(0)[:latent]
+        vectors = vectors.flip(1)[:, :latent]
+        if not values[0] > 1e-8:
+            raise ValueError(
+                f"crops: their {count} blocks of 8×8 pixels do not vary; give crops with a patient"
+                " in them"
+            )
         scale = values.clamp_min(1e-6 * values[0]).sqrt()
-        vectors = vectors * torch.where(vectors.sum(0) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
+        # eigenvectors have no sign of their own
+        vectors = vectors * torch.where(vectors.sum(0) < 0, -1.0, 1.0)
         self.narrow.weight.copy_((vectors / scale).T[..., None, None, None])
         self.narrow.bias.copy_(-(mean @ vectors) / scale)
         self.widen.weight.copy_((vectors * scale)[..., None, None, None])
@@ -72,11 +108,17 @@ class Straight(nn.Module):
 # %% ../../nbs/nets/09_vae.ipynb #cell-013
 class ChannelNorm(nn.LayerNorm):
     "Layer norm over the channels of each voxel of (B, channels, D, H, W)."
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)  # free of cost if the channels are innermost
+        # free of cost if the channels are innermost
+        return super().forward(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+
 
 class Neighbours(nn.Module):
-    "Adds to each slice of (B, channels, D, H, W) a learned share, a channel its own, of the slice below and the slice above; zeros beyond the ends."
+    """Adds to each slice of (B, channels, D, H, W) a learned share, a channel its own, of the slice
+    below and the slice above; zeros beyond the ends.
+    """
+
     def __init__(self, channels: int):
         super().__init__()
         self.share = nn.Parameter(0.1 * torch.randn(2, channels))
@@ -86,15 +128,21 @@ class Neighbours(nn.Module):
         near = F.pad(x, (0, 0, 0, 0, 1, 1))
         return x + below * near[:, :, :-2] + above * near[:, :, 2:]
 
+
 def in_plane(inputs: int, outputs: int) -> nn.Conv3d:
     "A 3×3 convolution of each slice."
     return nn.Conv3d(inputs, outputs, (1, 3, 3), padding=(0, 1, 1))
 
+
 class SliceBlock(nn.Module):
     "(B, channels, D, H, W) → the same shape; sees 2 pixels in-plane and 1 slice to each side."
+
     def __init__(self, channels: int):
         super().__init__()
-        self.norm, self.first, self.near, self.second = ChannelNorm(channels), in_plane(channels, channels), Neighbours(channels), in_plane(channels, channels)
+        self.norm = ChannelNorm(channels)
+        self.first = in_plane(channels, channels)
+        self.near = Neighbours(channels)
+        self.second = in_plane(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.second(self.near(F.silu(self.first(self.norm(x)))))
@@ -102,7 +150,11 @@ class SliceBlock(nn.Module):
 # %% ../../nbs/nets/09_vae.ipynb #cell-016
 @dataclass(frozen=True)
 class SliceVAEConfig(Settings):
-    "Everything that decides what the weights mean; stored beside them. ValueError for settings that do not fit together."
+    """Everything that decides what the weights mean; stored beside them.
+
+    ValueError for settings that do not fit together.
+    """
+
     fold: int = 4  # pixels a side that the entrance folds into channels: 1, 2, 4 or 8
     channels: tuple[int, ...] = (64, 128)  # at 1/fold of the resolution, half of that, …, 1/8
     blocks: int = 2  # at each of these, on the way down and again on the way up
@@ -111,25 +163,40 @@ class SliceVAEConfig(Settings):
     recompute: bool = False  # trade time for memory in training
 
     def __post_init__(self):
-        if self.fold not in (1, 2, 4, 8): raise ValueError(f"fold: must be 1, 2, 4 or 8, got {self.fold!r}")
+        if self.fold not in (1, 2, 4, 8):
+            raise ValueError(f"fold: must be 1, 2, 4 or 8, got {self.fold!r}")
         levels = (REDUCTION // self.fold).bit_length()
-        if len(self.channels) != levels: raise ValueError(f"channels: a fold of {self.fold} needs {levels} numbers, one for each resolution down to 1/8, got {len(self.channels)}")
-        for name, value in (("channels", min(self.channels)), ("blocks", self.blocks), ("latent_channels", self.latent_channels)):
-            if value < 1: raise ValueError(f"{name}: must be 1 or more, got {value}")
+        if len(self.channels) != levels:
+            raise ValueError(
+                f"channels: a fold of {self.fold} needs {levels} numbers, one for each resolution"
+                f" down to 1/8, got {len(self.channels)}"
+            )
+        for name, value in (
+            ("channels", min(self.channels)),
+            ("blocks", self.blocks),
+            ("latent_channels", self.latent_channels),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: must be 1 or more, got {value}")
         get_window(self.window)
 
     @property
     def strides(self) -> tuple[int, ...]:
         "Pixels between neighbouring positions of each resolution."
-        return tuple(self.fold * 2 ** level for level in range(len(self.channels)))
+        return tuple(self.fold * 2**level for level in range(len(self.channels)))
+
     @property
     def halo_slices(self) -> int:
         "Slices to each side that a latent (or a decoded slice) depends on."
         return self.blocks * len(self.channels)
+
     @property
     def encoder_halo(self) -> int:
-        "Latents to each side whose pixels a latent depends on: the entrance sees one folded pixel, a block two positions."
+        """Latents to each side whose pixels a latent depends on: the entrance sees one folded
+        pixel, a block two positions.
+        """
         return -(-(self.fold + 2 * self.blocks * sum(self.strides)) // REDUCTION)
+
     @property
     def decoder_halo(self) -> int:
         "Latents to each side that a decoded pixel depends on."
@@ -137,80 +204,134 @@ class SliceVAEConfig(Settings):
 
     @classmethod
     def preset(cls, name: str) -> "SliceVAEConfig":
-        "smoke (seconds), cpu (minutes on two cores), gpu (one card) or paper (several large cards)."
-        presets = {"smoke": dict(fold=4, channels=(8, 12), blocks=1), "cpu": dict(fold=4, channels=(48, 96), blocks=2),
-                   "gpu": dict(fold=2, channels=(64, 128, 256), blocks=2), "paper": dict(fold=1, channels=(32, 128, 256, 512), blocks=2, recompute=True)}
-        if name not in presets: raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+        """smoke (seconds), cpu (minutes on two cores), gpu (one card) or paper (several large
+        cards).
+        """
+        presets = {
+            "smoke": dict(fold=4, channels=(8, 12), blocks=1),
+            "cpu": dict(fold=4, channels=(48, 96), blocks=2),
+            "gpu": dict(fold=2, channels=(64, 128, 256), blocks=2),
+            "paper": dict(fold=1, channels=(32, 128, 256, 512), blocks=2, recompute=True),
+        }
+        if name not in presets:
+            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
 
 # %% ../../nbs/nets/09_vae.ipynb #cell-019
 START_LOG_VARIANCE = -8.0
 RANGE_LIMIT = 1.5  # beyond it something is not in network range
 
-class SliceVAE(nn.Module):
-    """Stacks of slices (B, 1, D, H, W) in network range ↔ latents (B, 4, D, ⌈H/8⌉, ⌈W/8⌉); any D, H, W from 1 on.
 
-    `vae(x)` gives reconstruction and `Latent`: from a draw in training, from the mean in evaluation. ValueError for shapes and ranges that do not fit."""
+class SliceVAE(nn.Module):
+    """Stacks of slices (B, 1, D, H, W) in network range ↔ latents (B, 4, D, ⌈H/8⌉, ⌈W/8⌉); any D,
+    H, W from 1 on.
+
+    `vae(x)` gives reconstruction and `Latent`: from a draw in training, from the mean in
+    evaluation. ValueError for shapes and ranges that do not fit.
+    """
+
     def __init__(self, config: SliceVAEConfig):
         super().__init__()
         self.config = c = config
         widths, latent = c.channels, c.latent_channels
-        level = lambda width: nn.ModuleList(SliceBlock(width) for _ in range(c.blocks))
-        self.enter = in_plane(c.fold ** 2, widths[0])
-        self.sinking, self.rising = (nn.ModuleList(level(width) for width in widths) for _ in range(2))
-        self.down = nn.ModuleList(nn.Conv3d(a, b, (1, 2, 2), stride=(1, 2, 2)) for a, b in zip(widths, widths[1:]))
+
+        def level(width):
+            return nn.ModuleList(SliceBlock(width) for _ in range(c.blocks))
+
+        self.enter = in_plane(c.fold**2, widths[0])
+        self.sinking, self.rising = (
+            nn.ModuleList(level(width) for width in widths) for _ in range(2)
+        )
+        self.down = nn.ModuleList(
+            nn.Conv3d(a, b, (1, 2, 2), stride=(1, 2, 2)) for a, b in zip(widths, widths[1:])
+        )
         self.up = nn.ModuleList(nn.Conv3d(b, 4 * a, 1) for a, b in zip(widths, widths[1:]))
-        self.deep_norm, self.squeeze, self.widen = ChannelNorm(widths[-1]), nn.Conv3d(widths[-1], 2 * latent, 1), in_plane(latent, widths[-1])
-        self.last_norm, self.leave = ChannelNorm(widths[0]), in_plane(widths[0], c.fold ** 2)
+        self.deep_norm = ChannelNorm(widths[-1])
+        self.squeeze = nn.Conv3d(widths[-1], 2 * latent, 1)
+        self.widen = in_plane(latent, widths[-1])
+        self.last_norm = ChannelNorm(widths[0])
+        self.leave = in_plane(widths[0], c.fold**2)
         keep_variance(self)
         self.straight = Straight(latent)
-        for layer in (self.squeeze, self.leave): nn.init.zeros_(layer.weight)
+        for layer in (self.squeeze, self.leave):
+            nn.init.zeros_(layer.weight)
         self.squeeze.bias.data[latent:] = START_LOG_VARIANCE
         self.register_buffer("latent_mean", torch.zeros(1, latent, 1, 1, 1))
         self.register_buffer("latent_scale", torch.ones(1, latent, 1, 1, 1))
 
     @property
-    def window(self) -> Window: return get_window(self.config.window)
+    def window(self) -> Window:
+        return get_window(self.config.window)
 
     def encode(self, x: torch.Tensor) -> Latent:
         "(B, 1, D, H, W) in [-1, 1] → mean and log variance, (B, 4, D, ⌈H/8⌉, ⌈W/8⌉) each."
         self._require_slices(x)
         x = padded(x)
         y = self._blocks(self.sinking[0], self.enter(channels_inner(fold(x, self.config.fold))))
-        for down, blocks in zip(self.down, self.sinking[1:]): y = self._blocks(blocks, down(y))
+        for down, blocks in zip(self.down, self.sinking[1:]):
+            y = self._blocks(blocks, down(y))
         mean, log_variance = self.squeeze(self.deep_norm(y)).chunk(2, 1)
         return Latent(mean + self.straight.encode(x), log_variance.clamp(*LOG_VARIANCE_RANGE))
 
     def decode(self, z: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
-        "(B, 4, D, h, w) → (B, 1, D, H, W), about [-1, 1], not clipped; `size` (H, W), by default (8h, 8w)."
+        """(B, 4, D, h, w) → (B, 1, D, H, W), about [-1, 1], not clipped; `size` (H, W), by default
+        (8h, 8w).
+        """
         rows, columns = self.image_size(z, size)
         y = self._blocks(self.rising[-1], self.widen(channels_inner(z)))
-        for up, blocks in zip(reversed(self.up), reversed(self.rising[:-1])): y = self._blocks(blocks, channels_inner(unfold(up(y), 2)))
-        image = unfold(self.leave(F.silu(self.last_norm(y))), self.config.fold) + self.straight.decode(z)
+        for up, blocks in zip(reversed(self.up), reversed(self.rising[:-1])):
+            y = self._blocks(blocks, channels_inner(unfold(up(y), 2)))
+        image = unfold(
+            self.leave(F.silu(self.last_norm(y))), self.config.fold
+        ) + self.straight.decode(z)
         return image[..., :rows, :columns]
 
-    def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, Latent]:
+    def forward(
+        self, x: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, Latent]:
         latent = self.encode(x)
-        return self.decode(latent.sample(generator) if self.training else latent.mean, x.shape[-2:]), latent
+        return (
+            self.decode(latent.sample(generator) if self.training else latent.mean, x.shape[-2:]),
+            latent,
+        )
 
     def _blocks(self, blocks, y):
-        for block in blocks: y = partial(checkpoint, block, use_reentrant=False)(y) if self.config.recompute and torch.is_grad_enabled() else block(y)
+        for block in blocks:
+            y = (
+                partial(checkpoint, block, use_reentrant=False)(y)
+                if self.config.recompute and torch.is_grad_enabled()
+                else block(y)
+            )
         return y
 
     def _require_slices(self, x):
         if x.ndim != 5 or x.shape[1] != 1 or min(x.shape) < 1 or not x.is_floating_point():
-            raise ValueError(f"x: slices must be a float tensor (B, 1, D, H, W) with nothing empty, got {tuple(x.shape)} {x.dtype}")
+            raise ValueError(
+                "x: slices must be a float tensor (B, 1, D, H, W) with nothing empty, got"
+                f" {tuple(x.shape)} {x.dtype}"
+            )
         if not x.is_meta and not float(x.detach().abs().amax()) <= RANGE_LIMIT:
-            raise ValueError(f"x: slices must be in network range, −1 to 1, got {float(x.min()):g} to {float(x.max()):g}; apply vae.window.to_network to HU")
+            raise ValueError(
+                f"x: slices must be in network range, −1 to 1, got {float(x.min()):g} to"
+                f" {float(x.max()):g}; apply vae.window.to_network to HU"
+            )
 
     def image_size(self, z: torch.Tensor, size: tuple[int, int] | None = None) -> tuple[int, int]:
-        "Rows and columns of the image of latents z; `ValueError` where these are no latents, or `size` is not a size of theirs."
+        """Rows and columns of the image of latents z; `ValueError` where these are no latents, or
+        `size` is not a size of theirs.
+        """
         if z.ndim != 5 or z.shape[1] != self.config.latent_channels or min(z.shape) < 1:
-            raise ValueError(f"z: latents must be (B, {self.config.latent_channels}, D, h, w) with nothing empty, got {tuple(z.shape)}")
+            raise ValueError(
+                f"z: latents must be (B, {self.config.latent_channels}, D, h, w) with nothing"
+                f" empty, got {tuple(z.shape)}"
+            )
         whole = tuple(REDUCTION * n for n in z.shape[-2:])
         size = whole if size is None else tuple(size)
         if len(size) != 2 or any(not 0 <= n - m < REDUCTION for n, m in zip(whole, size)):
-            raise ValueError(f"size: {z.shape[-2]}×{z.shape[-1]} latents are {whole[0] - 7} to {whole[0]} rows and {whole[1] - 7} to {whole[1]} columns, got {size}")
+            raise ValueError(
+                f"size: {z.shape[-2]}×{z.shape[-1]} latents are {whole[0] - 7} to {whole[0]} rows"
+                f" and {whole[1] - 7} to {whole[1]} columns, got {size}"
+            )
         return size
 
 # %% ../../nbs/nets/09_vae.ipynb #cell-025
@@ -220,23 +341,37 @@ from fastcore.basics import patch
 @patch
 @torch.no_grad()
 def measure_scale(self: SliceVAE, batches: Iterable[torch.Tensor]) -> SliceVAE:
-    "Set `latent_mean` and `latent_scale`, a channel its own, to mean and 1/standard deviation of the latents' draws for slices (B, 1, D, H, W); once, after training. No slices, or latents that are not finite: `ValueError`."
-    count, total, square = 0, 0.0, 0.0
+    """Set `latent_mean` and `latent_scale`, a channel its own, to mean and 1/standard deviation of
+    the latents' draws for slices (B, 1, D, H, W); once, after training. No slices, or latents that
+    are not finite: `ValueError`.
+    """
+    count = 0
+    total = 0.0
+    square = 0.0
     for x in batches:
         mean, log_variance = (t.double() for t in self.encode(x))
         count += mean.numel() // mean.shape[1]
-        total, square = total + mean.sum((0, 2, 3, 4)), square + (mean.square() + log_variance.exp()).sum((0, 2, 3, 4))  # a draw's second moment
-    if not count: raise ValueError("batches: none came; the scale is measured on at least one")
+        # a draw's second moment
+        total = total + mean.sum((0, 2, 3, 4))
+        square = square + (mean.square() + log_variance.exp()).sum((0, 2, 3, 4))
+    if not count:
+        raise ValueError("batches: none came; the scale is measured on at least one")
     variance = square / count - (total / count).square()
-    if not bool(torch.isfinite(variance).all()): raise ValueError(f"batches: the variances of the latents are {variance.tolist()}, which gives no scale; the weights are not finite, train again with a lower learning rate")
+    if not bool(torch.isfinite(variance).all()):
+        raise ValueError(
+            f"batches: the variances of the latents are {variance.tolist()}, which gives no scale;"
+            " the weights are not finite, train again with a lower learning rate"
+        )
     self.latent_mean.copy_((total / count).view(1, -1, 1, 1, 1))
     self.latent_scale.copy_(variance.rsqrt().view(1, -1, 1, 1, 1))
     return self
+
 
 @patch
 def to_normal(self: SliceVAE, z: torch.Tensor) -> torch.Tensor:
     "Latents of the encoder, of any spread → of mean 0 and variance 1."
     return (z - self.latent_mean) * self.latent_scale
+
 
 @patch
 def from_normal(self: SliceVAE, z: torch.Tensor) -> torch.Tensor:

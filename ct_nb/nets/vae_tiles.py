@@ -20,6 +20,7 @@ from .vae import REDUCTION, SliceVAE, SliceVAEConfig
 @dataclass(frozen=True)
 class Cut:
     "A tile along one axis: what is read, and what of it is kept."
+
     start: int  # of what is read
     stop: int
     keep_start: int  # of what is kept, counted in the volume
@@ -29,8 +30,11 @@ class Cut:
         "What is kept, counted in the tile; `step` pixels a position."
         return slice(step * (self.keep_start - self.start), step * (self.keep_stop - self.start))
 
+
 def cuts(count: int, size: int, halo: int) -> list[Cut]:
-    "`count` positions in pieces of at most `size`, about equal, each read with `halo` positions more to each side."
+    """`count` positions in pieces of at most `size`, about equal, each read with `halo` positions
+    more to each side.
+    """
     pieces = ceil(count / size)
     borders = [round(k * count / pieces) for k in range(pieces + 1)]
     return [Cut(max(a - halo, 0), min(b + halo, count), a, b) for a, b in zip(borders, borders[1:])]
@@ -38,79 +42,153 @@ def cuts(count: int, size: int, halo: int) -> list[Cut]:
 # %% ../../nbs/nets/09a_vae_tiles.ipynb #cell-008
 ALIVE = 6
 
-def tile_bytes(config: SliceVAEConfig, slices: int, rows: int, columns: int, bytes_a_number: int = 4) -> int:
-    "Upper bound of the memory that encoding or decoding a tile of `slices` slices of `rows`×`columns` latents takes, without gradients, weights not counted."
-    positions = slices * rows * columns * REDUCTION ** 2  # pixels
-    return bytes_a_number * positions * ALIVE * (2 + max(width / stride ** 2 for width, stride in zip(config.channels, config.strides)).__ceil__())
+
+def tile_bytes(
+    config: SliceVAEConfig, slices: int, rows: int, columns: int, bytes_a_number: int = 4
+) -> int:
+    """Upper bound of the memory that encoding or decoding a tile of `slices` slices of
+    `rows`×`columns` latents takes, without gradients, weights not counted.
+    """
+    positions = slices * rows * columns * REDUCTION**2  # pixels
+    return (
+        bytes_a_number
+        * positions
+        * ALIVE
+        * (
+            2
+            + max(
+                width / stride**2 for width, stride in zip(config.channels, config.strides)
+            ).__ceil__()
+        )
+    )
+
 
 def plan_tiles(
     config: SliceVAEConfig,
     shape: tuple[int, int, int],  # slices and latents along y and x of the whole
     halo: tuple[int, int, int],  # slices and latents to each side
-    memory_bytes: float = 4 * 2 ** 30,
+    memory_bytes: float = 4 * 2**30,
     bytes_a_number: int = 4,
 ) -> tuple[int, int, int]:
-    "Size of the tiles, without halo, that fit into the memory and have the least to compute. A memory that not even one latent and its halo fits into: `ValueError`."
-    reads = lambda size: [[cut.stop - cut.start for cut in cuts(n, s, h)] for n, s, h in zip(shape, size, halo)]
+    """Size of the tiles, without halo, that fit into the memory and have the least to compute.
+
+    A memory that not even one latent and its halo fits into: `ValueError`.
+    """
+
+    def reads(size):
+        return [
+            [cut.stop - cut.start for cut in cuts(n, s, h)] for n, s, h in zip(shape, size, halo)
+        ]
+
     best = None
     for pieces in range(1, max(shape[1:]) + 1):
         plane = [ceil(n / pieces) for n in shape[1:]]
         widest = [max(r) for r in reads((1, *plane))[1:]]
-        depth = min(int(memory_bytes // tile_bytes(config, 1, *widest, bytes_a_number)), shape[0] + 2 * halo[0])
+        depth = min(
+            int(memory_bytes // tile_bytes(config, 1, *widest, bytes_a_number)),
+            shape[0] + 2 * halo[0],
+        )
         size = (depth if depth >= shape[0] else depth - 2 * halo[0], *plane)
-        if size[0] < 1: continue
+        if size[0] < 1:
+            continue
         size = (min(size[0], shape[0]), *plane)
         work = 1
-        for axis in reads(size): work *= sum(axis)
-        if best is None or work < best[0]: best = work, size
-        if size[0] == shape[0]: break  # smaller pieces only add halo
+        for axis in reads(size):
+            work *= sum(axis)
+        if best is None or work < best[0]:
+            best = work, size
+        if size[0] == shape[0]:
+            break  # smaller pieces only add halo
     if best is None:
-        least = tile_bytes(config, min(2 * halo[0] + 1, shape[0]), *(min(2 * h + 1, n) for h, n in zip(halo[1:], shape[1:])), bytes_a_number)
-        raise ValueError(f"memory_bytes: the smallest tile of this network takes {least / 2 ** 20:.0f} MiB, got {memory_bytes / 2 ** 20:.0f} MiB; allow more or take a network with fewer channels")
+        least = tile_bytes(
+            config,
+            min(2 * halo[0] + 1, shape[0]),
+            *(min(2 * h + 1, n) for h, n in zip(halo[1:], shape[1:])),
+            bytes_a_number,
+        )
+        raise ValueError(
+            f"memory_bytes: the smallest tile of this network takes {least / 2 ** 20:.0f} MiB, got"
+            f" {memory_bytes / 2 ** 20:.0f} MiB; allow more or take a network with fewer channels"
+        )
     return best[1]
 
 # %% ../../nbs/nets/09a_vae_tiles.ipynb #cell-012
 def _tiles(vae: SliceVAE, shape, halo, memory_bytes, size) -> Iterator[tuple[Cut, Cut, Cut]]:
-    size = size or plan_tiles(vae.config, shape, halo, memory_bytes, next(vae.parameters()).element_size())
+    size = size or plan_tiles(
+        vae.config, shape, halo, memory_bytes, next(vae.parameters()).element_size()
+    )
     return product(*(cuts(*axis) for axis in zip(shape, size, halo)))
+
 
 @torch.no_grad()
 def encode_tiled(
     vae: SliceVAE,
     x: torch.Tensor,  # (B, 1, D, H, W) in [-1, 1], on any device
-    memory_bytes: float = 4 * 2 ** 30,  # of the network's device, for one tile of one volume
-    tile: tuple[int, int, int] | None = None,  # slices, latents along y and x; None: what fits the memory
+    memory_bytes: float = 4 * 2**30,  # of the network's device, for one tile of one volume
+    # slices, latents along y and x; None: what fits the memory
+    tile: tuple[int, int, int] | None = None,
 ) -> Latent:
     "`vae.encode(x)`, on the device of `x`, in tiles."
-    if x.ndim != 5: raise ValueError(f"x: slices must be a float tensor (B, 1, D, H, W), got {tuple(x.shape)}")
+    if x.ndim != 5:
+        raise ValueError(f"x: slices must be a float tensor (B, 1, D, H, W), got {tuple(x.shape)}")
     c, device = vae.config, next(vae.parameters()).device
     shape = (x.shape[2], *(ceil(n / REDUCTION) for n in x.shape[-2:]))
     found = Latent(*(x.new_empty(len(x), c.latent_channels, *shape) for _ in range(2)))
-    for cut in _tiles(vae, shape, (c.halo_slices, c.encoder_halo, c.encoder_halo), memory_bytes, tile):
+    for cut in _tiles(
+        vae, shape, (c.halo_slices, c.encoder_halo, c.encoder_halo), memory_bytes, tile
+    ):
         z, y, w = cut
         for number in range(len(x)):
-            part = vae.encode(x[number:number + 1, :, z.start:z.stop, REDUCTION * y.start:REDUCTION * y.stop, REDUCTION * w.start:REDUCTION * w.stop].to(device))
+            part = vae.encode(
+                x[
+                    number : number + 1,
+                    :,
+                    z.start : z.stop,
+                    REDUCTION * y.start : REDUCTION * y.stop,
+                    REDUCTION * w.start : REDUCTION * w.stop,
+                ].to(device)
+            )
             for whole, piece in zip(found, part):
-                whole[number, :, z.keep_start:z.keep_stop, y.keep_start:y.keep_stop, w.keep_start:w.keep_stop] = piece[0][:, z.kept(), y.kept(), w.kept()].to(x)
+                whole[
+                    number,
+                    :,
+                    z.keep_start : z.keep_stop,
+                    y.keep_start : y.keep_stop,
+                    w.keep_start : w.keep_stop,
+                ] = piece[0][:, z.kept(), y.kept(), w.kept()].to(x)
     return found
+
 
 @torch.no_grad()
 def decode_tiled(
     vae: SliceVAE,
     z: torch.Tensor,  # (B, 4, D, h, w), on any device
     size: tuple[int, int] | None = None,  # (H, W), by default (8h, 8w)
-    memory_bytes: float = 4 * 2 ** 30,
+    memory_bytes: float = 4 * 2**30,
     tile: tuple[int, int, int] | None = None,
 ) -> torch.Tensor:
     "`vae.decode(z, size)`, on the device of `z`, in tiles."
     rows, columns = vae.image_size(z, size)
     c, device = vae.config, next(vae.parameters()).device
     image = z.new_empty(len(z), 1, z.shape[2], rows, columns)
-    for cut in _tiles(vae, tuple(z.shape[2:]), (c.halo_slices, c.decoder_halo, c.decoder_halo), memory_bytes, tile):
+    for cut in _tiles(
+        vae, tuple(z.shape[2:]), (c.halo_slices, c.decoder_halo, c.decoder_halo), memory_bytes, tile
+    ):
         d, y, w = cut
         for number in range(len(z)):
-            part = vae.decode(z[number:number + 1, :, d.start:d.stop, y.start:y.stop, w.start:w.stop].to(device))
+            part = vae.decode(
+                z[number : number + 1, :, d.start : d.stop, y.start : y.stop, w.start : w.stop].to(
+                    device
+                )
+            )
             piece = part[0, 0, d.kept(), y.kept(REDUCTION), w.kept(REDUCTION)].to(z)
-            row, column = REDUCTION * y.keep_start, REDUCTION * w.keep_start
-            image[number, 0, d.keep_start:d.keep_stop, row:row + piece.shape[1], column:column + piece.shape[2]] = piece[:, :rows - row, :columns - column]
+            row = REDUCTION * y.keep_start
+            column = REDUCTION * w.keep_start
+            image[
+                number,
+                0,
+                d.keep_start : d.keep_stop,
+                row : row + piece.shape[1],
+                column : column + piece.shape[2],
+            ] = piece[:, : rows - row, : columns - column]
     return image

@@ -22,57 +22,113 @@ from ..physics.geometry import ConeBeam
 # %% ../../nbs/nets/02_views.ipynb #cell-005
 CAMERA_NUMBERS = 12
 
+
 def camera_tokens(geometry: ConeBeam) -> torch.Tensor:
-    "(*batch, V, 12): central ray (3), column direction (3), source from the grid's centre (3, m), source to detector (m), pixel at the centre (2, mm)."
-    center = torch.as_tensor(geometry.grid.center_mm.copy(), dtype=geometry.dtype, device=geometry.device)
-    source, to_detector = geometry.source_mm - center, geometry.source_to_detector_mm[..., None]
+    """(*batch, V, 12): central ray (3), column direction (3), source from the grid's centre (3, m),
+    source to detector (m), pixel at the centre (2, mm).
+    """
+    center = torch.as_tensor(
+        geometry.grid.center_mm.copy(), dtype=geometry.dtype, device=geometry.device
+    )
+    source = geometry.source_mm - center
+    to_detector = geometry.source_to_detector_mm[..., None]
     depth = -(source * geometry.central_ray).sum(-1, keepdim=True)
-    column, row = (t.norm(dim=-1, keepdim=True) for t in (geometry.column_step_mm, geometry.row_step_mm))
-    return torch.cat([geometry.central_ray, geometry.column_step_mm / column, source / 1000, to_detector / 1000,
-                      column * depth / to_detector, row * depth / to_detector], -1)
+    column, row = (
+        t.norm(dim=-1, keepdim=True) for t in (geometry.column_step_mm, geometry.row_step_mm)
+    )
+    return torch.cat(
+        [
+            geometry.central_ray,
+            geometry.column_step_mm / column,
+            source / 1000,
+            to_detector / 1000,
+            column * depth / to_detector,
+            row * depth / to_detector,
+        ],
+        -1,
+    )
 
 # %% ../../nbs/nets/02_views.ipynb #cell-008
 def positions(rows: int, columns: int, channels: int, like: torch.Tensor) -> torch.Tensor:
-    "(rows, columns, channels) in the dtype and on the device of `like`: sin and cos of the row, then of the column; 0 in what `channels` leaves over from a multiple of 4."
+    """(rows, columns, channels) in the dtype and on the device of `like`: sin and cos of the row,
+    then of the column; 0 in what `channels` leaves over from a multiple of 4.
+    """
     wave = 2 * pi / 4 * 256 ** -torch.linspace(0, 1, channels // 4, dtype=torch.float64)
-    angle = lambda n: (torch.arange(n, dtype=torch.float64) - (n - 1) / 2)[:, None] * wave
-    code = lambda n: torch.cat([angle(n).sin(), angle(n).cos()], -1)
-    both = torch.cat([code(rows)[:, None].expand(-1, columns, -1), code(columns).expand(rows, -1, -1)], -1)
+
+    def angle(n):
+        return (torch.arange(n, dtype=torch.float64) - (n - 1) / 2)[:, None] * wave
+
+    def code(n):
+        return torch.cat([angle(n).sin(), angle(n).cos()], -1)
+
+    both = torch.cat(
+        [code(rows)[:, None].expand(-1, columns, -1), code(columns).expand(rows, -1, -1)], -1
+    )
     return F.pad(both, (0, channels % 4)).to(like)
 
 # %% ../../nbs/nets/02_views.ipynb #cell-012
 PADDING = 4  # the label of tokens that see only each other and that nobody else sees
 
+
 @lru_cache(maxsize=64)
-def window_labels(rows: int, columns: int, window: tuple[int, int], shift: tuple[int, int]) -> torch.Tensor:
-    "Labels of the rolled and padded tokens, (rows', columns') int64; tokens of one window see each other where their labels are equal."
+def window_labels(
+    rows: int, columns: int, window: tuple[int, int], shift: tuple[int, int]
+) -> torch.Tensor:
+    """Labels of the rolled and padded tokens, (rows', columns') int64; tokens of one window see
+    each other where their labels are equal.
+    """
+
     def axis(n, w, s):
         place = torch.arange(-(-n // w) * w)
         return torch.where(place >= n, PADDING, (place < s).long()).roll(-s)
-    down, across = axis(rows, window[0], shift[0])[:, None], axis(columns, window[1], shift[1])[None]
+
+    down = axis(rows, window[0], shift[0])[:, None]
+    across = axis(columns, window[1], shift[1])[None]
     return torch.where((down == PADDING) | (across == PADDING), PADDING, 2 * down + across)
+
 
 @lru_cache(maxsize=64)
 def relative_index(rows: int, columns: int, window: int) -> torch.Tensor:
-    "(rows·columns, rows·columns): which of the (2·window − 1)² offsets lies between two tokens of a window of this size."
-    offset = lambda n: torch.arange(n)[None] - torch.arange(n)[:, None] + window - 1
-    return (offset(rows)[:, None, :, None] * (2 * window - 1) + offset(columns)[None, :, None, :]).reshape(rows * columns, -1)
+    """(rows·columns, rows·columns): which of the (2·window − 1)² offsets lies between two tokens of
+    a window of this size.
+    """
+
+    def offset(n):
+        return torch.arange(n)[None] - torch.arange(n)[:, None] + window - 1
+
+    return (
+        offset(rows)[:, None, :, None] * (2 * window - 1) + offset(columns)[None, :, None, :]
+    ).reshape(rows * columns, -1)
 
 # %% ../../nbs/nets/02_views.ipynb #cell-015
 def strongest(x: torch.Tensor, count: int | None) -> torch.Tensor | None:
-    "(N, rows, columns) bool: the `count` tokens of largest norm of each of x (N, rows, columns, channels); None where that is all of them."
-    if count is None or count >= x.shape[1] * x.shape[2]: return None
+    """(N, rows, columns) bool: the `count` tokens of largest norm of each of x (N, rows, columns,
+    channels); None where that is all of them.
+    """
+    if count is None or count >= x.shape[1] * x.shape[2]:
+        return None
     norm = x.detach().norm(dim=-1).flatten(1)
-    return torch.zeros_like(norm, dtype=torch.bool).scatter_(1, norm.topk(count, dim=1).indices, True).view(x.shape[:3])
+    return (
+        torch.zeros_like(norm, dtype=torch.bool)
+        .scatter_(1, norm.topk(count, dim=1).indices, True)
+        .view(x.shape[:3])
+    )
 
 # %% ../../nbs/nets/02_views.ipynb #cell-016
 class WindowAttention(nn.Module):
-    "Tokens (N, rows, columns, channels) → the same shape: multi-head attention inside windows of window×window tokens that are moved by `shift`; any rows and columns."
+    """Tokens (N, rows, columns, channels) → the same shape: multi-head attention inside windows of
+    window×window tokens that are moved by `shift`; any rows and columns.
+    """
+
     def __init__(self, channels: int, heads: int, window: int = 8, shift: int = 0):
         super().__init__()
-        if channels % heads: raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
-        self.heads, self.window, self.shift = heads, window, shift
-        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        if channels % heads:
+            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+        self.heads = heads
+        self.window = window
+        self.shift = shift
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
         self.bias = nn.Parameter(0.02 * torch.randn((2 * window - 1) ** 2, heads))
 
     def forward(self, x: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
@@ -80,68 +136,133 @@ class WindowAttention(nn.Module):
         rows, columns = x.shape[1:3]
         size = min(self.window, rows), min(self.window, columns)
         shift = tuple(self.shift if n > s else 0 for n, s in zip((rows, columns), size))
-        index, labels = relative_index(*size, self.window).to(x.device), window_labels(rows, columns, size, shift).to(x.device)
-        tokens, labels = _windows(x, size, shift), _windows(labels[None, ..., None], size)[..., 0]  # (N, windows, n, channels), (1, windows, n)
+        index = relative_index(*size, self.window).to(x.device)
+        labels = window_labels(rows, columns, size, shift).to(x.device)
+        # (N, windows, n, channels), (1, windows, n)
+        tokens = _windows(x, size, shift)
+        labels = _windows(labels[None, ..., None], size)[..., 0]
         if kept is None:
-            answer = self._attend(tokens, index, labels if any(shift) or rows % size[0] or columns % size[1] else None)
+            answer = self._attend(
+                tokens, index, labels if any(shift) or rows % size[0] or columns % size[1] else None
+            )
         else:
             taken = _windows(kept[..., None], size, shift)[..., 0]
-            order = taken.int().argsort(dim=-1, descending=True, stable=True)[..., :int(taken.sum(-1).amax())]  # (N, windows, m)
-            wide, taken = order[..., None].expand(*order.shape, x.shape[-1]), taken.gather(2, order)
+            # (N, windows, m)
+            order = taken.int().argsort(dim=-1, descending=True, stable=True)[
+                ..., : int(taken.sum(-1).amax())
+            ]
+            wide = order[..., None].expand(*order.shape, x.shape[-1])
+            taken = taken.gather(2, order)
             labels = torch.where(taken, labels.expand(len(x), -1, -1).gather(2, order), PADDING)
-            seen = self._attend(tokens.gather(2, wide), index[order[..., :, None], order[..., None, :]], labels) * taken[..., None]
+            seen = (
+                self._attend(
+                    tokens.gather(2, wide), index[order[..., :, None], order[..., None, :]], labels
+                )
+                * taken[..., None]
+            )
             answer = torch.zeros_like(tokens, dtype=seen.dtype).scatter(2, wide, seen)
         return _image(answer, rows, columns, size, shift)
 
     def _attend(self, tokens, index, labels):
-        "tokens (N, windows, n, channels), index (…, n, n), labels (1 or N, windows, n) or None where all are equal → (N, windows, n, channels)"
+        """tokens (N, windows, n, channels), index (…, n, n), labels (1 or N, windows, n) or None
+        where all are equal → (N, windows, n, channels)
+        """
         windows, n = tokens.shape[1:3]
-        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # each (N, windows·heads, n, d)
+        # each (N, windows·heads, n, d)
+        q, k, v = (
+            self.qkv(tokens)
+            .unflatten(-1, (3, self.heads, -1))
+            .permute(3, 0, 1, 4, 2, 5)
+            .flatten(2, 3)
+        )
         bias = self.bias[index].movedim(-1, -3).to(q.dtype)  # (…, heads, n, n)
-        if labels is not None: bias = bias.masked_fill((labels[..., :, None] != labels[..., None, :])[:, :, None], -torch.inf)
+        if labels is not None:
+            bias = bias.masked_fill(
+                (labels[..., :, None] != labels[..., None, :])[:, :, None], -torch.inf
+            )
         bias = bias.expand(-1 if bias.ndim > 4 else 1, windows, self.heads, n, n).flatten(1, 2)
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).unflatten(1, (windows, self.heads)).transpose(2, 3).flatten(3))
+        return self.out(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            .unflatten(1, (windows, self.heads))
+            .transpose(2, 3)
+            .flatten(3)
+        )
+
 
 def _windows(x, size, shift=(0, 0)):
     "(N, rows, columns, C) → (N, windows, n, C), padded at the end and rolled back by the shift."
     pads = [-n % s for n, s in zip(x.shape[1:3], size)]
-    if any(pads): x = F.pad(x, (0, 0, 0, pads[1], 0, pads[0]))
-    if any(shift): x = x.roll((-shift[0], -shift[1]), (1, 2))
-    return x.unflatten(2, (-1, size[1])).unflatten(1, (-1, size[0])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if any(pads):
+        x = F.pad(x, (0, 0, 0, pads[1], 0, pads[0]))
+    if any(shift):
+        x = x.roll((-shift[0], -shift[1]), (1, 2))
+    return (
+        x.unflatten(2, (-1, size[1]))
+        .unflatten(1, (-1, size[0]))
+        .transpose(2, 3)
+        .flatten(3, 4)
+        .flatten(1, 2)
+    )
+
 
 def _image(x, rows, columns, size, shift):
     "Undoes `_windows`."
     down, across = -(-rows // size[0]), -(-columns // size[1])
-    x = x.unflatten(2, size).unflatten(1, (down, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    if any(shift): x = x.roll(shift, (1, 2))
+    x = (
+        x.unflatten(2, size)
+        .unflatten(1, (down, across))
+        .transpose(2, 3)
+        .flatten(3, 4)
+        .flatten(1, 2)
+    )
+    if any(shift):
+        x = x.roll(shift, (1, 2))
     return x[:, :rows, :columns]
 
 # %% ../../nbs/nets/02_views.ipynb #cell-021
 class ViewBlock(nn.Module):
-    "x (N, rows, columns, channels) and camera (N, conditions) → x; attention is kept to the `keep_tokens` tokens of largest norm, if given."
-    def __init__(self, channels: int, heads: int, window: int, shift: int, conditions: int, keep_tokens: int | None = None):
+    """x (N, rows, columns, channels) and camera (N, conditions) → x; attention is kept to the
+    `keep_tokens` tokens of largest norm, if given.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        window: int,
+        shift: int,
+        conditions: int,
+        keep_tokens: int | None = None,
+    ):
         super().__init__()
         self.keep_tokens = keep_tokens
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
         self.attention = WindowAttention(channels, heads, window, shift)
         self.mix = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
+        )
         self.gains = nn.Parameter(torch.full((2, channels), 0.3))
         self.camera = nn.Linear(conditions, 4 * channels)
 
     def forward(self, x: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
         a, b, c, d = self.camera(camera)[:, None, None].chunk(4, -1)
-        x = x + self.gains[0] * self.attention(self.norms[0](x) * (1 + a) + b, strongest(x, self.keep_tokens))
+        x = x + self.gains[0] * self.attention(
+            self.norms[0](x) * (1 + a) + b, strongest(x, self.keep_tokens)
+        )
         mixed = self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + self.gains[1] * self.mlp(self.norms[1](mixed) * (1 + c) + d)
 
 # %% ../../nbs/nets/02_views.ipynb #cell-029
 class Neck(nn.Module):
     "Features (N, rows, columns, channels) → (N, lifted, rows, columns)."
+
     def __init__(self, channels: int, lifted: int):
         super().__init__()
-        self.norm, self.mix = nn.LayerNorm(channels), nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-        self.squeeze, self.excite = nn.Linear(channels, max(channels // 4, 4)), nn.Linear(max(channels // 4, 4), channels)
+        self.norm = nn.LayerNorm(channels)
+        self.mix = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.squeeze = nn.Linear(channels, max(channels // 4, 4))
+        self.excite = nn.Linear(max(channels // 4, 4), channels)
         self.out = nn.Conv2d(channels, lifted, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -153,33 +274,84 @@ class Neck(nn.Module):
 STRIDES = (4, 8, 16)
 CONDITIONS = 32  # length of what a block is told about the camera
 
+
 def head_count(channels: int, most: int) -> int:
-    "The most heads up to `most` that divide `channels` and have at least 16 of them each; 1 where there is none."
-    return max([n for n in range(1, most + 1) if channels % n == 0 and channels // n >= 16], default=1)
+    """The most heads up to `most` that divide `channels` and have at least 16 of them each; 1 where
+    there is none.
+    """
+    return max(
+        [n for n in range(1, most + 1) if channels % n == 0 and channels // n >= 16], default=1
+    )
+
 
 class ViewPyramid(nn.Module):
-    """Images of each view (B, V, I, R, C) → features (B, V, lifted[k], R/stride, C/stride) at strides 4, 8 and 16; R and C multiples of 32.
+    """Images of each view (B, V, I, R, C) → features (B, V, lifted[k], R/stride, C/stride) at
+    strides 4, 8 and 16; R and C multiples of 32.
 
-    `channels`, `depths` (blocks) and `heads` (at most) are for strides 4, 8, 16 and 32; three channels repeat the last one and one depth is for all.
-    `keep_tokens` limits the attention of strides 8 and up, `epipolar_strides` is any of 4, 8, 16 and 32, or nothing."""
-    def __init__(self, images: int = 1, channels: tuple[int, ...] = (96, 192, 384, 768), lifted: tuple[int, ...] = (4, 24, 48), depths: tuple[int, ...] = (2, 2, 2, 2),
-                 heads: tuple[int, ...] = (3, 6, 12, 24), window: int = 8, epipolar_neighbours: int = 32, epipolar_gate: bool = True, epipolar_strides: tuple[int, ...] = (16,),
-                 checkpoint: bool = False, keep_tokens: int | None = None):
+    `channels`, `depths` (blocks) and `heads` (at most) are for strides 4, 8, 16 and 32; three
+    channels repeat the last one and one depth is for all.
+    `keep_tokens` limits the attention of strides 8 and up, `epipolar_strides` is any of 4, 8, 16
+    and 32, or nothing.
+    """
+
+    def __init__(
+        self,
+        images: int = 1,
+        channels: tuple[int, ...] = (96, 192, 384, 768),
+        lifted: tuple[int, ...] = (4, 24, 48),
+        depths: tuple[int, ...] = (2, 2, 2, 2),
+        heads: tuple[int, ...] = (3, 6, 12, 24),
+        window: int = 8,
+        epipolar_neighbours: int = 32,
+        epipolar_gate: bool = True,
+        epipolar_strides: tuple[int, ...] = (16,),
+        checkpoint: bool = False,
+        keep_tokens: int | None = None,
+    ):
         super().__init__()
         widths = (*channels, channels[-1]) if len(channels) == 3 else tuple(channels)
         depths = (depths,) * 4 if isinstance(depths, int) else tuple(depths)
-        for name, given, count in (("channels", widths, 4), ("depths", depths, 4), ("heads", heads, 4), ("lifted", lifted, 3)):
-            if len(given) != count or min(given) < 1: raise ValueError(f"{name}: must be {count} numbers of at least 1, got {tuple(given)}")
-        if set(epipolar_strides) - {4, 8, 16, 32}: raise ValueError(f"epipolar_strides: must be among 4, 8, 16 and 32, got {tuple(epipolar_strides)}")
-        if window < 2: raise ValueError(f"window: must be at least 2 tokens, got {window}")
-        if keep_tokens is not None and keep_tokens < 1: raise ValueError(f"keep_tokens: must be at least 1, or None for all, got {keep_tokens}")
-        self.checkpoint, heads = checkpoint, [head_count(c, h) for c, h in zip(widths, heads)]
-        self.patch, self.rays = nn.Conv2d(images, widths[0], 4, stride=4), nn.Linear(6, widths[0])
+        for name, given, count in (
+            ("channels", widths, 4),
+            ("depths", depths, 4),
+            ("heads", heads, 4),
+            ("lifted", lifted, 3),
+        ):
+            if len(given) != count or min(given) < 1:
+                raise ValueError(
+                    f"{name}: must be {count} numbers of at least 1, got {tuple(given)}"
+                )
+        if set(epipolar_strides) - {4, 8, 16, 32}:
+            raise ValueError(
+                f"epipolar_strides: must be among 4, 8, 16 and 32, got {tuple(epipolar_strides)}"
+            )
+        if window < 2:
+            raise ValueError(f"window: must be at least 2 tokens, got {window}")
+        if keep_tokens is not None and keep_tokens < 1:
+            raise ValueError(f"keep_tokens: must be at least 1, or None for all, got {keep_tokens}")
+        self.checkpoint = checkpoint
+        heads = [head_count(c, h) for c, h in zip(widths, heads)]
+        self.patch = nn.Conv2d(images, widths[0], 4, stride=4)
+        self.rays = nn.Linear(6, widths[0])
         self.camera = nn.Sequential(nn.Linear(CAMERA_NUMBERS, CONDITIONS), nn.SiLU())
-        self.stages = nn.ModuleList(nn.ModuleList(ViewBlock(w, h, window, window // 2 * (n % 2), CONDITIONS, keep_tokens if level else None) for n in range(depth))
-                                    for level, (w, h, depth) in enumerate(zip(widths, heads, depths)))
-        self.epipolar = nn.ModuleDict({str(level): EpipolarAttention(widths[level], heads[level], epipolar_neighbours, epipolar_gate)
-                                       for level in range(4) if 4 << level in epipolar_strides})
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                ViewBlock(
+                    w, h, window, window // 2 * (n % 2), CONDITIONS, keep_tokens if level else None
+                )
+                for n in range(depth)
+            )
+            for level, (w, h, depth) in enumerate(zip(widths, heads, depths))
+        )
+        self.epipolar = nn.ModuleDict(
+            {
+                str(level): EpipolarAttention(
+                    widths[level], heads[level], epipolar_neighbours, epipolar_gate
+                )
+                for level in range(4)
+                if 4 << level in epipolar_strides
+            }
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(w) for w in widths)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
         self.up = nn.ModuleList(nn.Linear(b, a) for a, b in zip(widths, widths[1:]))
@@ -187,33 +359,62 @@ class ViewPyramid(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        "First weights: variance 1/fan-in, but what the camera says and what other views say starts at nothing."
+        """First weights: variance 1/fan-in, but what the camera says and what other views say
+        starts at nothing.
+        """
         keep_variance(self)
         for layer in self.modules():
-            if isinstance(layer, ViewBlock): nn.init.zeros_(layer.camera.weight)
-            if isinstance(layer, EpipolarAttention): layer.reset()
+            if isinstance(layer, ViewBlock):
+                nn.init.zeros_(layer.camera.weight)
+            if isinstance(layer, EpipolarAttention):
+                layer.reset()
 
     def forward(self, images: torch.Tensor, geometry: ConeBeam) -> list[torch.Tensor]:
         batch, views, _, rows, columns = images.shape
-        if rows % 32 or columns % 32: raise ValueError(f"xrays: rows and columns must be multiples of 32, got {rows}×{columns}; resample the X-rays and the geometry")
+        if rows % 32 or columns % 32:
+            raise ValueError(
+                f"xrays: rows and columns must be multiples of 32, got {rows}×{columns}; resample"
+                " the X-rays and the geometry"
+            )
         require_views(geometry, batch, views)
-        run = partial(recompute, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else lambda block, *inputs: block(*inputs)
-        x = self._enter(images.flatten(0, 1), geometry.plucker((rows // 4, columns // 4)).to(images).flatten(0, 1))
+        run = (
+            partial(recompute, use_reentrant=False)
+            if self.checkpoint and torch.is_grad_enabled()
+            else lambda block, *inputs: block(*inputs)
+        )
+        x = self._enter(
+            images.flatten(0, 1),
+            geometry.plucker((rows // 4, columns // 4)).to(images).flatten(0, 1),
+        )
         camera = self.camera(camera_tokens(geometry).to(images)).flatten(0, 1)
         ways = []
         for level, stage in enumerate(self.stages):
-            if level: x = self.down[level - 1](self.norms[level - 1](x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            for block in stage: x = run(block, x, camera)
+            if level:
+                x = self.down[level - 1](self.norms[level - 1](x).permute(0, 3, 1, 2)).permute(
+                    0, 2, 3, 1
+                )
+            for block in stage:
+                x = run(block, x, camera)
             if str(level) in self.epipolar:
-                seen = run(self.epipolar[str(level)], x.unflatten(0, (batch, views)).permute(0, 1, 4, 2, 3), geometry)
+                seen = run(
+                    self.epipolar[str(level)],
+                    x.unflatten(0, (batch, views)).permute(0, 1, 4, 2, 3),
+                    geometry,
+                )
                 x = seen.permute(0, 1, 3, 4, 2).flatten(0, 1)
             ways.append(x)
         x = self.norms[3](x)
         for level in (2, 1, 0):
-            x = ways[level] = ways[level] + self.up[level](x).repeat_interleave(2, 1).repeat_interleave(2, 2)
+            x = ways[level] = ways[level] + self.up[level](x).repeat_interleave(
+                2, 1
+            ).repeat_interleave(2, 2)
         return [neck(way).unflatten(0, (batch, views)) for neck, way in zip(self.necks, ways)]
 
     def _enter(self, images, lines):
-        "Pixels, rays and places: images (N, I, R, C), lines (N, R/4, C/4, 6) → (N, R/4, C/4, channels)"
-        x = self.patch(images).permute(0, 2, 3, 1) + self.rays(lines * lines.new_tensor([1, 1, 1, 1 / 160, 1 / 160, 1 / 160]))
+        """Pixels, rays and places: images (N, I, R, C), lines (N, R/4, C/4, 6) → (N, R/4, C/4,
+        channels)
+        """
+        x = self.patch(images).permute(0, 2, 3, 1) + self.rays(
+            lines * lines.new_tensor([1, 1, 1, 1 / 160, 1 / 160, 1 / 160])
+        )
         return x + positions(*x.shape[1:], x)

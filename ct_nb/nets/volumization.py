@@ -20,77 +20,132 @@ from ..physics.geometry import ConeBeam
 # %% ../../nbs/nets/03a_volumization.ipynb #cell-005
 RAY_NUMBERS = 6
 
+
 class RaySamples(NamedTuple):
     "Samples on the rays of T tokens in each of V views, S on a ray."
-    index: torch.Tensor  # (B, V, T, S, 3) voxel index (z, y, x) in the grid, voxel centres at whole numbers
-    depth: torch.Tensor  # (B, V, T, S) from the ray's point nearest to the grid's centre, positive away from the source, in half-sides of the grid
-    step: torch.Tensor  # (B, V, T) length that a sample stands for, in voxels; 0 where the ray misses the grid
-    ray: torch.Tensor  # (B, V, T, 6) column and row on the detector (−1 to 1), direction against columns, rows and central ray, chord in half-sides
+
+    # (B, V, T, S, 3) voxel index (z, y, x) in the grid, voxel centres at whole numbers
+    index: torch.Tensor
+    # (B, V, T, S) from the ray's point nearest to the grid's centre, positive away from the source,
+    # in half-sides of the grid
+    depth: torch.Tensor
+    # (B, V, T) length that a sample stands for, in voxels; 0 where the ray misses the grid
+    step: torch.Tensor
+    # (B, V, T, 6) column and row on the detector (−1 to 1), direction against columns, rows and
+    # central ray, chord in half-sides
+    ray: torch.Tensor
 
 # %% ../../nbs/nets/03a_volumization.ipynb #cell-006
 def _inside(start, step, shape):
-    "Shares of the way at which rays start + λ·step, in voxels (x, y, z), enter and leave a grid of `shape` (D, H, W): (…), enter = leave where they miss."
-    step = torch.where(step.abs() < 1e-9, 1e-9, step)  # a ray along a face divides by almost nothing, never by nothing
-    near, far = (-0.5 - start) / step, (start.new_tensor(shape[::-1]) - 0.5 - start) / step
+    """Shares of the way at which rays start + λ·step, in voxels (x, y, z), enter and leave a grid
+    of `shape` (D, H, W): (…), enter = leave where they miss.
+    """
+    # a ray along a face divides by almost nothing, never by nothing
+    step = torch.where(step.abs() < 1e-9, 1e-9, step)
+    near = (-0.5 - start) / step
+    far = (start.new_tensor(shape[::-1]) - 0.5 - start) / step
     enter = torch.minimum(near, far).amax(-1).clamp(0, 1)
     return enter, torch.maximum(torch.maximum(near, far).amin(-1).clamp(0, 1), enter)
 
-def ray_samples(geometry: ConeBeam, token_shape: tuple[int, int], size: int, count: int) -> RaySamples:
-    "`count` samples on the ray of each of the (rows, columns) tokens of every view, when the geometry's box (batch shape (B,)) is cut into size³ voxels."
-    grid, half = geometry.grid.resized(size), float(geometry.grid.extent_mm.max()) / 2
-    constant = lambda values: torch.as_tensor(values.copy(), dtype=geometry.dtype, device=geometry.device)
-    source, center = geometry.source_mm[..., None, :], constant(grid.center_mm)
-    way = geometry.pixel_centers_mm(token_shape).flatten(-3, -2) - source  # (B, V, T, 3) from the source to each token
+
+def ray_samples(
+    geometry: ConeBeam, token_shape: tuple[int, int], size: int, count: int
+) -> RaySamples:
+    """`count` samples on the ray of each of the (rows, columns) tokens of every view, when the
+    geometry's box (batch shape (B,)) is cut into size³ voxels.
+    """
+    grid = geometry.grid.resized(size)
+    half = float(geometry.grid.extent_mm.max()) / 2
+
+    def constant(values):
+        return torch.as_tensor(values.copy(), dtype=geometry.dtype, device=geometry.device)
+
+    source = geometry.source_mm[..., None, :]
+    center = constant(grid.center_mm)
+    # (B, V, T, 3) from the source to each token
+    way = geometry.pixel_centers_mm(token_shape).flatten(-3, -2) - source
     length = way.norm(dim=-1)
     to_index = constant(np.linalg.inv(grid.affine[:3, :3])).T
-    start, step = (source - center) @ to_index + (size - 1) / 2, way @ to_index
+    start = (source - center) @ to_index + (size - 1) / 2
+    step = way @ to_index
     enter, leave = _inside(start, step, grid.shape)
-    share = enter[..., None] + (leave - enter)[..., None] * ((torch.arange(count, dtype=geometry.dtype, device=geometry.device) + 0.5) / count)
+    share = enter[..., None] + (leave - enter)[..., None] * (
+        (torch.arange(count, dtype=geometry.dtype, device=geometry.device) + 0.5) / count
+    )
     index = (start[..., None, :] + share[..., None] * step[..., None, :]).flip(-1)
     direction = way / length[..., None]
     depth = share * length[..., None] - ((center - source) * direction).sum(-1)[..., None]
-    unit = lambda vector: (vector / vector.norm(dim=-1, keepdim=True))[..., None, :]
-    frame = [(direction * unit(axis)).sum(-1) for axis in (geometry.column_step_mm, geometry.row_step_mm, geometry.central_ray)]
+
+    def unit(vector):
+        return (vector / vector.norm(dim=-1, keepdim=True))[..., None, :]
+
+    frame = [
+        (direction * unit(axis)).sum(-1)
+        for axis in (geometry.column_step_mm, geometry.row_step_mm, geometry.central_ray)
+    ]
     rows, columns = geometry.detector_shape
-    place = (geometry.token_uv(token_shape).flatten(0, 1) * start.new_tensor([2 / columns, 2 / rows]) - 1).expand(*length.shape, 2)
+    place = (
+        geometry.token_uv(token_shape).flatten(0, 1) * start.new_tensor([2 / columns, 2 / rows]) - 1
+    ).expand(*length.shape, 2)
     ray = torch.cat([place, torch.stack([*frame, (leave - enter) * length / half], -1)], -1)
     return RaySamples(index, depth / half, (leave - enter) * step.norm(dim=-1) / count, ray)
 
 # %% ../../nbs/nets/03a_volumization.ipynb #cell-012
 def _corners(index: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "The eight voxels around voxel indices (M, 3), and the trilinear weights: two (M, 8). Weight 0 outside the grid."
+    """The eight voxels around voxel indices (M, 3), and the trilinear weights: two (M, 8).
+
+    Weight 0 outside the grid.
+    """
     bits = torch.cartesian_prod(*[torch.arange(2, device=index.device)] * 3)
     low = index.floor()
-    part, at = (index - low)[:, None], low.long()[:, None] + bits
+    part = (index - low)[:, None]
+    at = low.long()[:, None] + bits
     weight = torch.where(bits.bool(), part, 1 - part).prod(-1) * ((at >= 0) & (at < size)).all(-1)
     return at.clamp(0, size - 1) @ at.new_tensor([size * size, size, 1]), weight
 
+
 class _Splat(torch.autograd.Function):
     "Rows (M, C) added with weights (M, 8) to the voxels (M, 8): (voxels, C)."
+
     @staticmethod
     def forward(context, values, at, weight, voxels):
         context.save_for_backward(at, weight)
         at, order = at.flatten().sort(stable=True)
         starts = torch.searchsorted(at, torch.arange(voxels, device=at.device))
-        return F.embedding_bag(order // 8, values, starts, mode="sum", per_sample_weights=weight.flatten()[order])
+        return F.embedding_bag(
+            order // 8, values, starts, mode="sum", per_sample_weights=weight.flatten()[order]
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context, gradient):
         at, weight = context.saved_tensors
-        return F.embedding_bag(at, gradient.contiguous(), mode="sum", per_sample_weights=weight), None, None, None
+        return (
+            F.embedding_bag(at, gradient.contiguous(), mode="sum", per_sample_weights=weight),
+            None,
+            None,
+            None,
+        )
 
 # %% ../../nbs/nets/03a_volumization.ipynb #cell-013
 def splat(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
-    "Samples (B, M, C) at voxel indices (B, M, 3), in (z, y, x), added into the grid with trilinear weights: (B, size, size, size, C). What falls outside is lost."
+    """Samples (B, M, C) at voxel indices (B, M, 3), in (z, y, x), added into the grid with
+    trilinear weights: (B, size, size, size, C). What falls outside is lost.
+    """
     batch, count, channels = values.shape
     at, weight = _corners(index.detach().flatten(0, 1), size)
-    at = at + torch.arange(batch, device=at.device).repeat_interleave(count)[:, None] * size ** 3
-    return _Splat.apply(values.flatten(0, 1), at, weight.to(values), batch * size ** 3).view(batch, size, size, size, channels)
+    at = at + torch.arange(batch, device=at.device).repeat_interleave(count)[:, None] * size**3
+    return _Splat.apply(values.flatten(0, 1), at, weight.to(values), batch * size**3).view(
+        batch, size, size, size, channels
+    )
 
 # %% ../../nbs/nets/03a_volumization.ipynb #cell-017
-def confident_moments(values: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
-    "Samples (B, M, C) with weights (B, M) at voxel indices (B, M, 3): (B, size, size, size, 2C + 1) weighted mean and variance of each channel, total weight."
+def confident_moments(
+    values: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, size: int
+) -> torch.Tensor:
+    """Samples (B, M, C) with weights (B, M) at voxel indices (B, M, 3): (B, size, size, size, 2C +
+    1) weighted mean and variance of each channel, total weight.
+    """
     wide = torch.promote_types(values.dtype, torch.float32)
     values, weight = values.to(wide), weight[..., None].to(wide)
     total = splat(torch.cat([weight * values, weight * values.square(), weight], -1), index, size)
@@ -100,17 +155,30 @@ def confident_moments(values: torch.Tensor, weight: torch.Tensor, index: torch.T
 
 # %% ../../nbs/nets/03a_volumization.ipynb #cell-019
 class Triplane(nn.Module):
-    "Grid (B, D, H, W, C) and weights (B, D, H, W, 1) → the grid times factors between 0 and 2 from its three projections."
+    """Grid (B, D, H, W, C) and weights (B, D, H, W, 1) → the grid times factors between 0 and 2
+    from its three projections.
+    """
+
     def __init__(self, channels: int, rank: int):
         super().__init__()
-        self.plane, self.back = nn.Linear(channels, rank), nn.Linear(rank, channels)
+        self.plane = nn.Linear(channels, rank)
+        self.back = nn.Linear(rank, channels)
 
     def forward(self, grid: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        z, y, x = (F.silu(self.plane((grid * weight).sum(axis, keepdim=True) / (weight.sum(axis, keepdim=True) + 1e-4))) for axis in (1, 2, 3))
+        z, y, x = (
+            F.silu(
+                self.plane(
+                    (grid * weight).sum(axis, keepdim=True)
+                    / (weight.sum(axis, keepdim=True) + 1e-4)
+                )
+            )
+            for axis in (1, 2, 3)
+        )
         return grid * (1 + torch.tanh(self.back(z * y * x)))
 
 # %% ../../nbs/nets/03a_volumization.ipynb #cell-021
 OCTAVES = 4
+
 
 def octaves(x: torch.Tensor, count: int = OCTAVES) -> torch.Tensor:
     "(…) → (…, 1 + 2·count): x, and sines and cosines of π·2ᵏ·x."
@@ -119,32 +187,58 @@ def octaves(x: torch.Tensor, count: int = OCTAVES) -> torch.Tensor:
 
 # %% ../../nbs/nets/03a_volumization.ipynb #cell-022
 class Volumization(nn.Module):
-    "Features of any number of views (B, V, features, h, w) and their geometry (batch shape (B,)) → one grid (B, channels, size, size, size)."
-    def __init__(self, features: int, channels: int = 192, size: int = 16, samples_per_ray: int | None = None):
+    """Features of any number of views (B, V, features, h, w) and their geometry (batch shape (B,))
+    → one grid (B, channels, size, size, size).
+    """
+
+    def __init__(
+        self, features: int, channels: int = 192, size: int = 16, samples_per_ray: int | None = None
+    ):
         super().__init__()
-        self.size, self.samples_per_ray, hidden = size, samples_per_ray or 2 * size, max(channels // 2, 8)
-        self.token, self.depth = nn.Linear(features + RAY_NUMBERS, hidden), nn.Linear(1 + 2 * OCTAVES, hidden)
-        self.inner, self.confidence = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+        self.size = size
+        self.samples_per_ray = samples_per_ray or 2 * size
+        hidden = max(channels // 2, 8)
+        self.token = nn.Linear(features + RAY_NUMBERS, hidden)
+        self.depth = nn.Linear(1 + 2 * OCTAVES, hidden)
+        self.inner = nn.Linear(hidden, hidden)
+        self.confidence = nn.Linear(hidden, 1)
         self.mix = nn.Linear(2 * hidden + 1, channels)
         self.planes = Triplane(channels, max(channels // 4, 4))
 
-    def samples(self, features: torch.Tensor, geometry: ConeBeam) -> tuple[torch.Tensor, torch.Tensor, RaySamples]:
-        "What each sample says (B, V, T, S, hidden), how sure it is (B, V, T, S), 0 to 1, and where it is."
+    def samples(
+        self, features: torch.Tensor, geometry: ConeBeam
+    ) -> tuple[torch.Tensor, torch.Tensor, RaySamples]:
+        """What each sample says (B, V, T, S, hidden), how sure it is (B, V, T, S), 0 to 1, and
+        where it is.
+        """
         batch, views, _, h, w = features.shape
         if geometry.batch_shape != (batch,) or geometry.views != views:
-            raise ValueError(f"geometry: features of {batch} scans with {views} views came with a geometry of batch shape {geometry.batch_shape} and {geometry.views} views")
+            raise ValueError(
+                f"geometry: features of {batch} scans with {views} views came with a geometry of"
+                f" batch shape {geometry.batch_shape} and {geometry.views} views"
+            )
         denser = -(-self.size // min(h, w))
-        features = features.flatten(0, 1).to(torch.promote_types(features.dtype, torch.float32))  # waves of depth need more digits than half precision has
-        if denser > 1: features = F.interpolate(features, scale_factor=denser, mode="bilinear", align_corners=False)
+        # waves of depth need more digits than half precision has
+        features = features.flatten(0, 1).to(torch.promote_types(features.dtype, torch.float32))
+        if denser > 1:
+            features = F.interpolate(
+                features, scale_factor=denser, mode="bilinear", align_corners=False
+            )
         where = ray_samples(geometry, tuple(features.shape[-2:]), self.size, self.samples_per_ray)
         token = features.flatten(2).mT.unflatten(0, (batch, views))
-        x = F.silu(self.token(torch.cat([token, where.ray.to(token)], -1))[..., None, :] + self.depth(octaves(where.depth.to(token))))
+        x = F.silu(
+            self.token(torch.cat([token, where.ray.to(token)], -1))[..., None, :]
+            + self.depth(octaves(where.depth.to(token)))
+        )
         x = F.silu(self.inner(x))
         return x, self.confidence(x)[..., 0].sigmoid(), where
 
     def forward(self, features: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
         x, confidence, where = self.samples(features, geometry)
         weight = confidence * where.step[..., None].to(confidence)
-        moments = confident_moments(x.flatten(1, 3), weight.flatten(1), where.index.flatten(1, 3), self.size)
+        moments = confident_moments(
+            x.flatten(1, 3), weight.flatten(1), where.index.flatten(1, 3), self.size
+        )
         grid = self.mix(torch.cat([moments[..., :-1], moments[..., -1:].log1p()], -1))
-        return self.planes(grid, moments[..., -1:]).permute(0, 4, 1, 2, 3)  # channels innermost, as 3D convolutions like it
+        # channels innermost, as 3D convolutions like it
+        return self.planes(grid, moments[..., -1:]).permute(0, 4, 1, 2, 3)

@@ -14,40 +14,87 @@ from .shapes import Profile, ellipsoid, frame, smooth_max, smooth_min
 
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-005
 REGIONS = {  # number: (name, TotalSegmentator v2 `total` ids merged into it); 0 is everything else
-    1: ("left upper lobe", (10,)), 2: ("left lower lobe", (11,)), 3: ("right upper lobe", (12,)),
-    4: ("right middle lobe", (13,)), 5: ("right lower lobe", (14,)), 6: ("trachea", (16,)), 7: ("heart", (51, 61)),
-    8: ("aorta", (52,)), 9: ("pulmonary vessels", (53,)), 10: ("mediastinal great vessels", (54, 55, 56, 57, 58, 59, 60, 62, 63)),
-    11: ("esophagus", (15,)), 12: ("thyroid", (17,)), 13: ("spine", (*range(25, 51), 79)),
-    14: ("ribs and sternum", tuple(range(92, 118))), 15: ("shoulder girdle", tuple(range(69, 75))),
-    16: ("liver", (4, 5, 64)), 17: ("spleen, pancreas and adrenals", (1, 7, 8, 9)), 18: ("kidneys", (2, 3, 23, 24)),
-    19: ("stomach and bowel", (6, 18, 19, 20)), 20: ("pelvis and muscle", (21, 22, *range(65, 69), *range(75, 79), *range(80, 92)))}
+    1: ("left upper lobe", (10,)),
+    2: ("left lower lobe", (11,)),
+    3: ("right upper lobe", (12,)),
+    4: ("right middle lobe", (13,)),
+    5: ("right lower lobe", (14,)),
+    6: ("trachea", (16,)),
+    7: ("heart", (51, 61)),
+    8: ("aorta", (52,)),
+    9: ("pulmonary vessels", (53,)),
+    10: ("mediastinal great vessels", (54, 55, 56, 57, 58, 59, 60, 62, 63)),
+    11: ("esophagus", (15,)),
+    12: ("thyroid", (17,)),
+    13: ("spine", (*range(25, 51), 79)),
+    14: ("ribs and sternum", tuple(range(92, 118))),
+    15: ("shoulder girdle", tuple(range(69, 75))),
+    16: ("liver", (4, 5, 64)),
+    17: ("spleen, pancreas and adrenals", (1, 7, 8, 9)),
+    18: ("kidneys", (2, 3, 23, 24)),
+    19: ("stomach and bowel", (6, 18, 19, 20)),
+    20: ("pelvis and muscle", (21, 22, *range(65, 69), *range(75, 79), *range(80, 92))),
+}
 
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-008
 TISSUE_HU = {  # mean, standard deviation over patients, and what full contrast adds
-    "fat": (-104, 5, 0), "muscle": (52, 5, 8), "skin": (20, 5, 5), "blood": (42, 4, 150), "myocardium": (44, 3, 50), "liver": (57, 4, 45),
-    "spleen": (47, 3.5, 70), "kidney": (33, 3, 130), "pancreas": (40, 4, 50), "thyroid": (104, 10, 60), "marrow": (168, 28, 0),
-    "cortex": (1000, 80, 0), "disc": (85, 10, 0), "cartilage": (95, 20, 0), "cord": (36, 3, 5), "gland": (25, 12, 15),
-    "esophagus": (36, 4, 20), "lung": (-860, 18, 0)}
+    "fat": (-104, 5, 0),
+    "muscle": (52, 5, 8),
+    "skin": (20, 5, 5),
+    "blood": (42, 4, 150),
+    "myocardium": (44, 3, 50),
+    "liver": (57, 4, 45),
+    "spleen": (47, 3.5, 70),
+    "kidney": (33, 3, 130),
+    "pancreas": (40, 4, 50),
+    "thyroid": (104, 10, 60),
+    "marrow": (168, 28, 0),
+    "cortex": (1000, 80, 0),
+    "disc": (85, 10, 0),
+    "cartilage": (95, 20, 0),
+    "cord": (36, 3, 5),
+    "gland": (25, 12, 15),
+    "esophagus": (36, 4, 20),
+    "lung": (-860, 18, 0),
+}
 
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-010
 class Anatomy:
-    """The patient of a seed. Lengths in mm: `scale` (x, y, z) against the reference, `fat_mm` and `muscle_mm` of the chest wall; `hu` by
-    tissue; `contrast` 0 (none) to 1.5; `heart_ratio` the cardiothoracic ratio; `aorta_mm` the width of the ascending aorta."""
+    """The patient of a seed.
+
+    Lengths in mm: `scale` (x, y, z) against the reference, `fat_mm` and `muscle_mm` of the chest
+    wall; `hu` by
+    tissue; `contrast` 0 (none) to 1.5; `heart_ratio` the cardiothoracic ratio; `aorta_mm` the width
+    of the ascending aorta.
+    """
+
     def __init__(self, seed: int):
         rng = np.random.default_rng([int(seed), 9])
-        draw = lambda mean, sd, low, high: float(np.clip(rng.normal(mean, sd), low, high))
-        self.seed, self.male, self.age = int(seed), bool(rng.random() < 0.55), int(np.clip(rng.normal(60, 13), 22, 90))
+
+        def draw(mean, sd, low, high):
+            return float(np.clip(rng.normal(mean, sd), low, high))
+
+        self.seed = int(seed)
+        self.male = bool(rng.random() < 0.55)
+        self.age = int(np.clip(rng.normal(60, 13), 22, 90))
         size = draw(1.0, 0.035, 0.92, 1.07) * (1.0 if self.male else 0.94)
-        self.scale = size * np.array([draw(1, 0.035, 0.93, 1.07), draw(1, 0.05, 0.9, 1.12), draw(1, 0.035, 0.93, 1.07)])
+        self.scale = size * np.array(
+            [draw(1, 0.035, 0.93, 1.07), draw(1, 0.05, 0.9, 1.12), draw(1, 0.035, 0.93, 1.07)]
+        )
         self.shift_z = draw(0, 5, -10, 10)
         self.fat_mm = float(np.clip(np.exp(rng.normal(np.log(17), 0.42)), 7, 44))
         self.muscle_mm = draw(15 if self.male else 11.5, 2.5, 7, 21)
         self.breast_mm = 0.0 if self.male else draw(30, 12, 10, 56)
         self.contrast = float(rng.random() < 0.45) * draw(1.0, 0.25, 0.6, 1.5)
-        self.hu = {name: draw(mean, sd, mean - 2 * sd, mean + 2 * sd) + added * self.contrast for name, (mean, sd, added) in TISSUE_HU.items()}
+        self.hu = {
+            name: draw(mean, sd, mean - 2 * sd, mean + 2 * sd) + added * self.contrast
+            for name, (mean, sd, added) in TISSUE_HU.items()
+        }
         self.hu["marrow"] -= 1.2 * np.clip(self.age - 60, -25, 25)
-        self.heart_ratio, self.heart_shift = draw(0.45, 0.02, 0.39, 0.485), np.clip(rng.normal(0, 3, 3), -6, 6)
-        self.aorta_mm, self.pericardial_mm = draw(31 + 0.05 * self.age, 1.6, 28, 38) * self.scale[0], 0.0
+        self.heart_ratio = draw(0.45, 0.02, 0.39, 0.485)
+        self.heart_shift = np.clip(rng.normal(0, 3, 3), -6, 6)
+        self.aorta_mm = draw(31 + 0.05 * self.age, 1.6, 28, 38) * self.scale[0]
+        self.pericardial_mm = 0.0
         lay_cage(self, draw(0, 1, -2, 2))
         lay_spine(self, draw(0, 4, -8, 9), draw(0, 3, -8, 8), rng.uniform(0, 2 * np.pi))
         self.dome_tops, self.sulcus = lay_diaphragm(self, draw)
@@ -58,28 +105,47 @@ class Anatomy:
 
     def profile(self, z, values, axis, smooth_mm=30.0):
         "A `Profile` given at reference heights, of lengths along `axis` (0 x, 1 y)."
-        return Profile(np.asarray(z) * self.scale[2] + self.shift_z, np.asarray(values) * self.scale[axis], smooth_mm)
+        return Profile(
+            np.asarray(z) * self.scale[2] + self.shift_z,
+            np.asarray(values) * self.scale[axis],
+            smooth_mm,
+        )
 
     def spine_at(self, z_reference, dx=0.0, dy=0.0):
         "A point (3,) mm beside the middle of the vertebral column at a reference height."
         z = z_reference * self.scale[2] + self.shift_z
-        return np.array([float(self.spine_x(z)) + dx * self.scale[0], float(self.spine_y(z)) + dy * self.scale[1], z])
+        return np.array(
+            [
+                float(self.spine_x(z)) + dx * self.scale[0],
+                float(self.spine_y(z)) + dy * self.scale[1],
+                z,
+            ]
+        )
 
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-012
 def lay_cage(patient, barrel):
-    "Give the patient `half_width`, `front`, `back` (profiles along z) and `apex`, the top of the left lung."
+    """Give the patient `half_width`, `front`, `back` (profiles along z) and `apex`, the top of the
+    left lung.
+    """
     z = (135, 127, 120, 110, 95, 75, 50, 25, 0, -25, -55, -85, -115, -150)
     back = np.array([44, 52, 58, 64, 71, 80, 87, 91, 93, 92, 89, 84, 78, 69])
     depth = np.array([30, 56, 73, 91, 110, 136, 162, 179, 187, 190, 191, 188, 184, 176])
     depth = depth + barrel * np.array([0, 0, 0, 0, 1, 2, 4, 5, 6, 6, 6, 5, 4, 3])
-    patient.half_width = patient.profile(z, (42, 52, 60, 73, 89, 102, 111, 116, 120, 122, 125, 127, 127, 124), 0)
+    patient.half_width = patient.profile(
+        z, (42, 52, 60, 73, 89, 102, 111, 116, 120, 122, 125, 127, 127, 124), 0
+    )
     patient.front, patient.back = patient.profile(z, back - depth, 1), patient.profile(z, back, 1)
     patient.apex = patient.at([(37, 32, 135)])[0]
 
+
 def lay_spine(patient, kyphosis, bend, phase):
-    "Give the patient `spine_y` and `spine_x`, the middle of the vertebral bodies along z: rounded backwards, slightly bent sideways."
+    """Give the patient `spine_y` and `spine_x`, the middle of the vertebral bodies along z: rounded
+    backwards, slightly bent sideways.
+    """
     z = (175, 120, 75, 30, -20, -70, -120, -175)
-    y = np.array([10, 24, 38, 47, 49, 43, 33, 18]) + kyphosis * np.array([-1, -.4, .4, 1, 1, .6, 0, -.5])
+    y = np.array([10, 24, 38, 47, 49, 43, 33, 18]) + kyphosis * np.array(
+        [-1, -0.4, 0.4, 1, 1, 0.6, 0, -0.5]
+    )
     patient.spine_y = patient.profile(z, y, 1, 50)
     line = np.linspace(-200, 200, 21)
     patient.spine_x = Profile(line, bend * np.sin(line / 70 + phase), 40)
@@ -87,32 +153,58 @@ def lay_spine(patient, kyphosis, bend, phase):
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-013
 CAGE_CORNER = 1.0  # 0 is an ellipse, 2 nearly a rectangle
 
+
 def squircle(u, v, a, b, corner):
-    "Approximate signed distance, mm, to the rounded rectangle u⁴ + v⁴ + (2 − corner)·u²v² = 1, with u = x/a and v = y/b."
+    """Approximate signed distance, mm, to the rounded rectangle u⁴ + v⁴ + (2 − corner)·u²v² = 1,
+    with u = x/a and v = y/b.
+    """
     u, v = u * u, v * v
     both = u + v
     level = np.sqrt(np.sqrt(both * both - np.float32(corner) * u * v))
     return (level - 1) * level / np.maximum(np.sqrt(u / (a * a) + v / (b * b)), np.float32(1e-4))
 
+
 def cage(patient, x, y, z):
-    "Signed distance to the inside of the rib cage, mm; x, y, z broadcast (points, or the axes of a canvas)."
-    a, front, back = patient.half_width(z), patient.front(z), patient.back(z)
+    """Signed distance to the inside of the rib cage, mm; x, y, z broadcast (points, or the axes of
+    a canvas).
+    """
+    a = patient.half_width(z)
+    front = patient.front(z)
+    back = patient.back(z)
     b, middle = (back - front) / 2, (back + front) / 2
-    return squircle((x - np.float32(0.3) * patient.spine_x(z)) / a, (y - middle) / b, a, b, CAGE_CORNER)
+    return squircle(
+        (x - np.float32(0.3) * patient.spine_x(z)) / a, (y - middle) / b, a, b, CAGE_CORNER
+    )
+
 
 def cage_point(patient, side, angle, z, out_mm):
-    "Points (n, 3) mm outside the cage at angles (rad) about its axis: 0 at the side, +π/2 back, −π/2 front; `side` +1 left, −1 right."
-    a, front, back = patient.half_width(z) + out_mm, patient.front(z) - out_mm, patient.back(z) + out_mm
+    """Points (n, 3) mm outside the cage at angles (rad) about its axis: 0 at the side, +π/2 back,
+    −π/2 front; `side` +1 left, −1 right.
+    """
+    a = patient.half_width(z) + out_mm
+    front = patient.front(z) - out_mm
+    back = patient.back(z) + out_mm
     c, s = np.cos(angle), np.sin(angle)
     reach = (1 - CAGE_CORNER * (c * s) ** 2) ** -0.25
-    return np.stack([side * a * c * reach + 0.3 * patient.spine_x(z), (back + front) / 2 + (back - front) / 2 * s * reach, z], 1)
+    return np.stack(
+        [
+            side * a * c * reach + 0.3 * patient.spine_x(z),
+            (back + front) / 2 + (back - front) / 2 * s * reach,
+            z,
+        ],
+        1,
+    )
 
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-015
 def lay_diaphragm(patient, draw):
     "Heights, mm, of the two dome tops (right, left), and of the bottom of the recess."
     right = draw(-85, 7, -99, -70)
     left = right - draw(12, 6, -2, 24)
-    return patient.at([(0, 0, right), (0, 0, left)])[:, 2], patient.at([(0, 0, draw(-150, 5, -160, -140))])[0, 2]
+    return (
+        patient.at([(0, 0, right), (0, 0, left)])[:, 2],
+        patient.at([(0, 0, draw(-150, 5, -160, -140))])[0, 2],
+    )
+
 
 def diaphragm_height(patient, x, y):
     "Height z of the diaphragm over (x, y), mm."
@@ -120,37 +212,63 @@ def diaphragm_height(patient, x, y):
     floor = patient.sulcus - np.float32(0.14) * y
     right, left = patient.dome_tops
     height = floor + 0 * x
-    for cx, cy, top, a, b in ((-60, -14, right, 76, 106), (66, -12, left, 70, 102), (4, -34, left - 10, 72, 80)):
+    for cx, cy, top, a, b in (
+        (-60, -14, right, 76, 106),
+        (66, -12, left, 70, 102),
+        (4, -34, left - 10, 72, 80),
+    ):
         rho = ((x - cx * s[0]) / (a * s[0])) ** 2 + ((y - cy * s[1]) / (b * s[1])) ** 2
         height = smooth_max(height, floor + (top - floor) * np.sqrt(np.maximum(1 - rho, 0)), 12)
     return height
 
+
 def diaphragm(patient, x, y, z):
     "Signed distance to the diaphragm, mm, negative below it."
     height = diaphragm_height(patient, x, y)
-    slope = np.hypot(diaphragm_height(patient, x + 2, y) - height, diaphragm_height(patient, x, y + 2) - height) / 2
-    return (z - height.astype(np.float32)) * (1 / np.sqrt(1 + np.minimum(slope, 2.5) ** 2)).astype(np.float32)
+    slope = (
+        np.hypot(
+            diaphragm_height(patient, x + 2, y) - height,
+            diaphragm_height(patient, x, y + 2) - height,
+        )
+        / 2
+    )
+    return (z - height.astype(np.float32)) * (1 / np.sqrt(1 + np.minimum(slope, 2.5) ** 2)).astype(
+        np.float32
+    )
 
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-018
-CHAMBERS = {  # centre from the middle of the heart, radii (mm at the reference); the left ventricle points left, forward and down
-    "left ventricle": ((30, -4, -12), (49, 31, 31), frame((0.66, -0.46, -0.60))), "right ventricle": ((6, -24, -12), (47, 25, 35), np.eye(3)),
-    "right atrium": ((-34, 2, 0), (24, 28, 37), np.eye(3)), "left atrium": ((-8, 34, 16), (37, 22, 25), np.eye(3))}
+# centre from the middle of the heart, radii (mm at the reference); the left ventricle points left,
+# forward and down
+CHAMBERS = {
+    "left ventricle": ((30, -4, -12), (49, 31, 31), frame((0.66, -0.46, -0.60))),
+    "right ventricle": ((6, -24, -12), (47, 25, 35), np.eye(3)),
+    "right atrium": ((-34, 2, 0), (24, 28, 37), np.eye(3)),
+    "left atrium": ((-8, 34, 16), (37, 22, 25), np.eye(3)),
+}
+
 
 def thorax_width(patient) -> float:
     "Greatest inner width of the rib cage, mm."
     return 2 * float(patient.half_width.values.max())
+
 
 def width_of(parts) -> float:
     "Extent along x, mm, of ellipsoids (centre, radii, axes)."
     reach = [(c[0], np.linalg.norm(np.asarray(r) * a[:, 0])) for c, r, a in parts]
     return max(c + r for c, r in reach) - min(c - r for c, r in reach)
 
+
 def chambers(patient) -> dict:
     "The four chambers as ellipsoids, name -> (centre mm, radii mm, axes)."
-    stand = 0.5 * (patient.dome_tops[1] - patient.at([(0, 0, -92)])[0, 2])  # the heart rides on the diaphragm, half of the way
+    # the heart rides on the diaphragm, half of the way
+    stand = 0.5 * (patient.dome_tops[1] - patient.at([(0, 0, -92)])[0, 2])
     middle = patient.at([(12, -40, -44)])[0] + patient.heart_shift + (0, 0, stand)
     k = patient.heart_ratio * thorax_width(patient) / width_of(CHAMBERS.values())
-    return {name: (middle + k * np.array(c) * patient.scale / patient.scale[0], k * np.array(r), a) for name, (c, r, a) in CHAMBERS.items()}
+    return {
+        name: (middle + k * np.array(c) * patient.scale / patient.scale[0], k * np.array(r), a)
+        for name, (c, r, a) in CHAMBERS.items()
+    }
+
 
 def heart(patient, x, y, z):
     "Signed distance to the heart, mm."
@@ -163,47 +281,81 @@ def heart(patient, x, y, z):
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-020
 def apex_cap(patient, x, y, z):
     "Signed distance, mm, to the two rounded tops of the lungs."
-    dx, dy = np.abs(x) - np.float32(patient.apex[0]), y - np.float32(patient.apex[1])
+    dx = np.abs(x) - np.float32(patient.apex[0])
+    dy = y - np.float32(patient.apex[1])
     drop = dx * dx / 45 + dy * dy / 70
     return z - np.float32(patient.apex[2]) + 18 * drop / (18 + drop)
 
+
 def spine_block(patient, x, y, z):
-    "Signed distance, mm, to the vertebral bodies and the muscle behind them, which indent the lungs."
+    """Signed distance, mm, to the vertebral bodies and the muscle behind them, which indent the
+    lungs.
+    """
     dx, dy = x - patient.spine_x(z), y - patient.spine_y(z)
     r = np.float32(19 * patient.scale[0])
     body = np.sqrt((dx / np.float32(1.15)) ** 2 + dy * dy) - r
-    wedge = np.maximum(np.abs(dx) * np.float32(0.92) - (r * np.float32(0.9) + np.float32(0.4) * dy), -dy)
+    wedge = np.maximum(
+        np.abs(dx) * np.float32(0.92) - (r * np.float32(0.9) + np.float32(0.4) * dy), -dy
+    )
     return smooth_min(body, wedge, np.float32(8))
 
+
 def mediastinum(patient, x, y, z):
-    "Signed distance, mm, to the fat between the lungs: wide at the great vessels, thin behind the sternum."
-    width = patient.profile((165, 128, 100, 70, 40, 10, -30, -80, -140), (29, 27, 25, 22, 21, 19, 17, 16, 19), 0)(z)
+    """Signed distance, mm, to the fat between the lungs: wide at the great vessels, thin behind the
+    sternum.
+    """
+    width = patient.profile(
+        (165, 128, 100, 70, 40, 10, -30, -80, -140), (29, 27, 25, 22, 21, 19, 17, 16, 19), 0
+    )(z)
     front, back = patient.front(z), patient.spine_y(z)
     depth = np.clip((y - front) / (np.float32(0.5) * (back - front)), 0, 1)
     thin = np.float32(0.18) + np.clip((z - np.float32(40)) / 80, 0, 0.6)
-    return np.abs(x - np.float32(0.5) * patient.spine_x(z) - 1) - width * (thin + (1 - thin) * depth * depth * (3 - 2 * depth))
+    return np.abs(x - np.float32(0.5) * patient.spine_x(z) - 1) - width * (
+        thin + (1 - thin) * depth * depth * (3 - 2 * depth)
+    )
 
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-021
 def lungs(patient, x, y, z, cage_mm=None, diaphragm_mm=None):
-    "Signed distance to both lungs, mm; `cage_mm` and `diaphragm_mm` where these distances are already known."
-    inside = smooth_max(cage(patient, x, y, z) if cage_mm is None else cage_mm, -spine_block(patient, x, y, z), np.float32(6))
+    """Signed distance to both lungs, mm; `cage_mm` and `diaphragm_mm` where these distances are
+    already known.
+    """
+    inside = smooth_max(
+        cage(patient, x, y, z) if cage_mm is None else cage_mm,
+        -spine_block(patient, x, y, z),
+        np.float32(6),
+    )
     inside = smooth_max(inside, apex_cap(patient, x, y, z), np.float32(8))
     inside = smooth_max(inside, -mediastinum(patient, x, y, z), np.float32(8))
-    return smooth_max(inside, -(diaphragm(patient, x, y, z) if diaphragm_mm is None else diaphragm_mm), np.float32(3))
+    return smooth_max(
+        inside,
+        -(diaphragm(patient, x, y, z) if diaphragm_mm is None else diaphragm_mm),
+        np.float32(3),
+    )
 
 # %% ../../nbs/physics/09b_anatomy.ipynb #cell-023
 def fissures(patient, x, y, z):
     "Heights of a point above the left oblique, the right oblique and the horizontal fissure, mm."
-    u, v, w = x / patient.scale[0], y / patient.scale[1], (z - patient.shift_z) / patient.scale[2]
+    u = x / patient.scale[0]
+    v = y / patient.scale[1]
+    w = (z - patient.shift_z) / patient.scale[2]
     wave = 4 * np.sin(u / 27 + patient.seed) * np.cos(v / 33 + 2 * patient.seed)
     bow = np.float32(0.002) * v * np.abs(v)
-    return (w - (np.float32(1.12) * v - 16 - bow - wave), w - (np.float32(1.08) * v - 17 - bow - wave),
-            w - (2 - 0.0016 * (u + 70) ** 2 - 0.1 * (v + 40) - 0.6 * wave))
+    return (
+        w - (np.float32(1.12) * v - 16 - bow - wave),
+        w - (np.float32(1.08) * v - 17 - bow - wave),
+        w - (2 - 0.0016 * (u + 70) ** 2 - 0.1 * (v + 40) - 0.6 * wave),
+    )
+
 
 def lobe(x, left, right, horizontal):
-    "Region 1 to 5 of the lobe a point belongs to, from its x and its heights above the `fissures` (uint8)."
-    right_lung = np.where(right > 0, np.where(horizontal > 0, np.uint8(3), np.uint8(4)), np.uint8(5))
+    """Region 1 to 5 of the lobe a point belongs to, from its x and its heights above the `fissures`
+    (uint8).
+    """
+    right_lung = np.where(
+        right > 0, np.where(horizontal > 0, np.uint8(3), np.uint8(4)), np.uint8(5)
+    )
     return np.where(x > 0, np.where(left > 0, np.uint8(1), np.uint8(2)), right_lung)
+
 
 def lobe_at(patient, x, y, z):
     "`lobe` of points or axes in mm."

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,55 +23,106 @@ from .volume import AIR_HU, Volume
 # %% ../../nbs/physics/02_dicom.ipynb #cell-005
 @dataclass
 class Slice:
-    "One CT slice: its name for messages, its header, where it lies along the normal, and how to load it with its pixels."
+    """One CT slice: its name for messages, its header, where it lies along the normal, and how to
+    load it with its pixels.
+    """
+
     name: str
     header: object
     load: Callable
     position_mm: float = 0.0
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-006
-USED = """SOPClassUID Modality ImageType SeriesInstanceUID SeriesDescription Rows Columns NumberOfFrames PixelSpacing
-ImageOrientationPatient ImagePositionPatient RescaleSlope RescaleIntercept PhotometricInterpretation PixelRepresentation
-BitsAllocated BitsStored PixelPaddingValue PixelPaddingRangeLimit""".split()
+USED = [
+    "SOPClassUID",
+    "Modality",
+    "ImageType",
+    "SeriesInstanceUID",
+    "SeriesDescription",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "PixelSpacing",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "PhotometricInterpretation",
+    "PixelRepresentation",
+    "BitsAllocated",
+    "BitsStored",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+]
+
 
 def _header(name: str, start: bytes, open_file: Callable):
     "The header of a DICOM file, or None where it is something else. `start`: its first 132 bytes."
     import pydicom
+
     named = PurePosixPath(name.lower()).suffix in (".dcm", ".ima")
-    if start[128:132] != b"DICM" and not named: return None
+    if start[128:132] != b"DICM" and not named:
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd values in fields that are not used here
-            with open_file() as file: header = pydicom.dcmread(file, stop_before_pixels=True, force=named)
-            for tag in USED: header.get(tag)  # decoded here, where it may fail
+            with open_file() as file:
+                header = pydicom.dcmread(file, stop_before_pixels=True, force=named)
+            for tag in USED:
+                header.get(tag)  # decoded here, where it may fail
     except Exception as error:  # pydicom raises whatever the damaged bytes lead to
-        raise CTReadError(f"{name}: is named like a DICOM file or starts like one but is damaged ({_first_line(error)}); "
-                          "copy it again") from None
+        raise CTReadError(
+            f"{name}: is named like a DICOM file or starts like one but is damaged"
+            f" ({_first_line(error)}); copy it again"
+        ) from None
     if len(header) == 0 or "SOPClassUID" not in header and "Rows" not in header:
-        raise CTReadError(f"{name}: is no DICOM file although it is named like one; take it out of the series")
+        raise CTReadError(
+            f"{name}: is no DICOM file although it is named like one; take it out of the series"
+        )
     return header
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-008
-MAX_ZIP_BYTES, MAX_ZIP_MEMBERS, MAX_ZIP_RATIO = 8 * 2**30, 50_000, 50
+MAX_ZIP_BYTES = 8 * 2**30
+MAX_ZIP_MEMBERS = 50_000
+MAX_ZIP_RATIO = 50
+
 
 def check_zip(archive: zipfile.ZipFile, name) -> list[zipfile.ZipInfo]:
-    "The archive's files, or a `CTReadError` if it is unsafe: members outside its folder, links, encryption, too many, too large, too dense."
+    """The archive's files, or a `CTReadError` if it is unsafe: members outside its folder, links,
+    encryption, too many, too large, too dense.
+    """
     members = [m for m in archive.infolist() if not m.is_dir()]
-    total, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
+    total = sum(m.file_size for m in members)
+    packed = sum(m.compress_size for m in members)
     for m in members:
         path = PurePosixPath(m.filename.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or path.parts[0].endswith(":"):
-            raise CTReadError(f"{name}: holds {m.filename!r}, a path that leads out of the archive; do not trust it, pack the series again")
-        if stat.S_ISLNK(m.external_attr >> 16): raise CTReadError(f"{name}: holds {m.filename!r}, a link; pack the files themselves")
-        if m.flag_bits & 1: raise CTReadError(f"{name}: is encrypted ({m.filename!r}); unpack it with its password and give the folder")
+            raise CTReadError(
+                f"{name}: holds {m.filename!r}, a path that leads out of the archive; do not trust"
+                " it, pack the series again"
+            )
+        if stat.S_ISLNK(m.external_attr >> 16):
+            raise CTReadError(f"{name}: holds {m.filename!r}, a link; pack the files themselves")
+        if m.flag_bits & 1:
+            raise CTReadError(
+                f"{name}: is encrypted ({m.filename!r}); unpack it with its password and give the"
+                " folder"
+            )
     if len(members) > MAX_ZIP_MEMBERS:
-        raise CTReadError(f"{name}: holds {len(members)} files, more than {MAX_ZIP_MEMBERS}; give the folder of one series")
+        raise CTReadError(
+            f"{name}: holds {len(members)} files, more than {MAX_ZIP_MEMBERS}; give the folder of"
+            " one series"
+        )
     if total > MAX_ZIP_BYTES:
-        raise CTReadError(f"{name}: unpacks to {total / 2**30:.1f} GiB, more than {MAX_ZIP_BYTES / 2**30:.0f}; "
-                          "give the folder of one series")
+        raise CTReadError(
+            f"{name}: unpacks to {total / 2**30:.1f} GiB, more than {MAX_ZIP_BYTES / 2**30:.0f}; "
+            "give the folder of one series"
+        )
     if total > MAX_ZIP_RATIO * max(packed, 1) and total > 2**20:
-        raise CTReadError(f"{name}: unpacks to {total / max(packed, 1):.0f} times its size, as no CT does (a zip bomb?); "
-                          "do not trust it, pack the series again")
+        raise CTReadError(
+            f"{name}: unpacks to {total / max(packed, 1):.0f} times its size, as no CT does (a zip"
+            " bomb?); do not trust it, pack the series again"
+        )
     return members
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-009
@@ -79,133 +130,233 @@ def _zip_slices(path) -> list[Slice]:
     try:
         archive, found = zipfile.ZipFile(path), []
         for m in check_zip(archive, path):
-            if _ignored(m.filename): continue
-            with archive.open(m) as file: start = file.read(132)
-            name, load = f"{path}/{m.filename}", lambda m=m: io.BytesIO(archive.read(m))
+            if _ignored(m.filename):
+                continue
+            with archive.open(m) as file:
+                start = file.read(132)
+            name = f"{path}/{m.filename}"
+
+            def load(m=m):
+                return io.BytesIO(archive.read(m))
+
             header = _header(name, start, load)
-            if header is not None: found.append(Slice(name, header, load))
-    except CTReadError: raise
+            if header is not None:
+                found.append(Slice(name, header, load))
+    except CTReadError:
+        raise
     except Exception as error:  # damaged bytes lead anywhere in zipfile and zlib
-        raise CTReadError(f"{path}: is damaged, cut short or no zip archive ({_first_line(error)}); copy or download it again") from None
+        raise CTReadError(
+            f"{path}: is damaged, cut short or no zip archive ({_first_line(error)}); copy or"
+            " download it again"
+        ) from None
     return found
+
 
 def _folder_slices(path) -> list[Slice]:
     found = []
-    for file in sorted(p for p in Path(path).rglob("*") if p.is_file() and not _ignored(p.relative_to(path))):
-        with open(file, "rb") as f: start = f.read(132)
+    for file in sorted(
+        p for p in Path(path).rglob("*") if p.is_file() and not _ignored(p.relative_to(path))
+    ):
+        with open(file, "rb") as f:
+            start = f.read(132)
         header = _header(str(file), start, lambda file=file: open(file, "rb"))
-        if header is not None: found.append(Slice(str(file), header, lambda file=file: open(file, "rb")))
+        if header is not None:
+            found.append(Slice(str(file), header, lambda file=file: open(file, "rb")))
     return found
 
+
 def _ignored(name) -> bool:
-    return any(part.startswith((".", "__MACOSX")) or part.upper() == "DICOMDIR" for part in PurePosixPath(str(name)).parts)
+    return any(
+        part.startswith((".", "__MACOSX")) or part.upper() == "DICOMDIR"
+        for part in PurePosixPath(str(name)).parts
+    )
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-011
 def dicom_slices(path) -> list[Slice]:
-    "Every DICOM file in a folder and its subfolders, or in a zip archive within the bounds of `check_zip`, with its header alone. Damaged or unsafe: `CTReadError`."
+    """Every DICOM file in a folder and its subfolders, or in a zip archive within the bounds of
+    `check_zip`, with its header alone. Damaged or unsafe: `CTReadError`.
+    """
     return _folder_slices(path) if Path(path).is_dir() else _zip_slices(path)
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-013
-def choose_series(path, found: list[Slice], series: str | None = None) -> tuple[list[Slice], list[str]]:
+def choose_series(
+    path, found: list[Slice], series: str | None = None
+) -> tuple[list[Slice], list[str]]:
     "The slices of the one CT series (or of the one asked for) and notes on what was left out."
     notes = []
     images = [s for s in found if "Rows" in s.header and s.header.get("Modality", "CT") == "CT"]
     if not images:
         others = sorted({str(s.header.get("Modality", "?")) for s in found})
-        raise CTReadError(f"{path}: holds no CT slices in DICOM" + (f" (found {', '.join(others)})" if found else "") + "; "
-                          "give the folder or zip of one CT series")
-    if len(images) < len(found): notes.append(f"{len(found) - len(images)} DICOM files that are no CT slices left out")
+        raise CTReadError(
+            f"{path}: holds no CT slices in DICOM"
+            + (f" (found {', '.join(others)})" if found else "")
+            + "; give the folder or zip of one CT series"
+        )
+    if len(images) < len(found):
+        notes.append(f"{len(found) - len(images)} DICOM files that are no CT slices left out")
     scouts = [s for s in images if "LOCALIZER" in s.header.get("ImageType", [])]
     if 0 < len(scouts) < len(images):
         notes.append(f"{len(scouts)} scout images left out")
         images = [s for s in images if s not in scouts]
     groups: dict[str, list[Slice]] = {}
-    for s in images: groups.setdefault(str(s.header.get("SeriesInstanceUID", "")), []).append(s)
-    listed = "; ".join(f"{uid} ({len(g)} slices, {g[0].header.get('SeriesDescription', 'no description')})" for uid, g in groups.items())
+    for s in images:
+        groups.setdefault(str(s.header.get("SeriesInstanceUID", "")), []).append(s)
+    listed = "; ".join(
+        f"{uid} ({len(g)} slices, {g[0].header.get('SeriesDescription', 'no description')})"
+        for uid, g in groups.items()
+    )
     if series is not None:
-        if series not in groups: raise CTReadError(f"{path}: has no series {series}; choose one of {listed}")
+        if series not in groups:
+            raise CTReadError(f"{path}: has no series {series}; choose one of {listed}")
         return groups[series], notes
-    if len(groups) > 1: raise CTReadError(f"{path}: holds {len(groups)} CT series; choose one with series=UID: {listed}")
+    if len(groups) > 1:
+        raise CTReadError(
+            f"{path}: holds {len(groups)} CT series; choose one with series=UID: {listed}"
+        )
     return images, notes
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-015
 def _numbers(s: Slice, tag: str, count: int) -> np.ndarray:
-    try: values = np.array([float(v) for v in s.header[tag].value])
-    except (KeyError, TypeError, ValueError): values = np.array([])
+    try:
+        values = np.array([float(v) for v in s.header[tag].value])
+    except (KeyError, TypeError, ValueError):
+        values = np.array([])
     if values.shape != (count,) or not np.isfinite(values).all():
-        raise CTReadError(f"{s.name}: has no usable {tag}, so it cannot be placed in space; export the series again with its geometry")
+        raise CTReadError(
+            f"{s.name}: has no usable {tag}, so it cannot be placed in space; export the series"
+            " again with its geometry"
+        )
     return values
+
 
 def _number(s: Slice, tag: str, default: float) -> float:
     value = s.header.get(tag)
-    try: return default if value is None else float(value)
-    except (TypeError, ValueError): raise CTReadError(f"{s.name}: its {tag} is {value!r}, not a number; correct the header") from None
+    try:
+        return default if value is None else float(value)
+    except (TypeError, ValueError):
+        raise CTReadError(
+            f"{s.name}: its {tag} is {value!r}, not a number; correct the header"
+        ) from None
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-016
 def _check_alike(slices: list[Slice]) -> None:
-    "All slices of one shape, pixel spacing and orientation, or a `CTReadError` that names the odd one out."
+    """All slices of one shape, pixel spacing and orientation, or a `CTReadError` that names the odd
+    one out.
+    """
     common = {}
     for s in slices:
         if _number(s, "NumberOfFrames", 1) > 1:
-            raise CTReadError(f"{s.name}: is a multi-frame DICOM file, which is not read; export one file per slice")
-        facts = {"size": np.array([_number(s, "Rows", 0), _number(s, "Columns", 0)]), "pixel spacing": _numbers(s, "PixelSpacing", 2),
-                 "orientation": _numbers(s, "ImageOrientationPatient", 6)}
+            raise CTReadError(
+                f"{s.name}: is a multi-frame DICOM file, which is not read; export one file per"
+                " slice"
+            )
+        facts = {
+            "size": np.array([_number(s, "Rows", 0), _number(s, "Columns", 0)]),
+            "pixel spacing": _numbers(s, "PixelSpacing", 2),
+            "orientation": _numbers(s, "ImageOrientationPatient", 6),
+        }
         if (facts["pixel spacing"] <= 0).any():
-            raise CTReadError(f"{s.name}: its PixelSpacing is {facts['pixel spacing']} mm, it must be above 0; correct the header")
+            raise CTReadError(
+                f"{s.name}: its PixelSpacing is {facts['pixel spacing']} mm, it must be above 0;"
+                " correct the header"
+            )
         rows, columns = facts["orientation"].reshape(2, 3)
-        if abs(rows @ rows - 1) > 1e-2 or abs(columns @ columns - 1) > 1e-2 or abs(rows @ columns) > 1e-2:
-            raise CTReadError(f"{s.name}: its ImageOrientationPatient {facts['orientation'].tolist()} is no pair of perpendicular unit vectors; "
-                              "correct the header")
+        if (
+            abs(rows @ rows - 1) > 1e-2
+            or abs(columns @ columns - 1) > 1e-2
+            or abs(rows @ columns) > 1e-2
+        ):
+            raise CTReadError(
+                f"{s.name}: its ImageOrientationPatient {facts['orientation'].tolist()} is no pair"
+                " of perpendicular unit vectors; correct the header"
+            )
         for fact, value in facts.items():
             usual, name = common.setdefault(fact, (value, s.name))
             if not np.allclose(value, usual, atol=1e-3 if fact != "pixel spacing" else 1e-5):
-                raise CTReadError(f"{s.name}: its {fact} is {value.tolist()}, that of {name} is {usual.tolist()}; "
-                                  "the series is mixed, separate its parts")
+                raise CTReadError(
+                    f"{s.name}: its {fact} is {value.tolist()}, that of {name} is {usual.tolist()};"
+                    " the series is mixed, separate its parts"
+                )
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-017
 def _drop_duplicates(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
     "Sorted slices without exact copies; two different images at one place are refused."
     kept, copies = [slices[0]], []
     for s in slices[1:]:
-        if s.position_mm - kept[-1].position_mm > 0.01: kept.append(s)
-        elif np.array_equal(stored_values(s), stored_values(kept[-1])) and _rescale(s) == _rescale(kept[-1]): copies.append(s)
+        if s.position_mm - kept[-1].position_mm > 0.01:
+            kept.append(s)
+        elif np.array_equal(stored_values(s), stored_values(kept[-1])) and _rescale(s) == _rescale(
+            kept[-1]
+        ):
+            copies.append(s)
         else:
-            raise CTReadError(f"{s.name}: lies at the same place as {kept[-1].name} ({s.position_mm:g} mm) but shows something else; "
-                              "the series mixes acquisitions, separate them")
+            raise CTReadError(
+                f"{s.name}: lies at the same place as {kept[-1].name} ({s.position_mm:g} mm) but"
+                " shows something else; the series mixes acquisitions, separate them"
+            )
     names = ", ".join(s.name for s in copies[:3]) + (", …" if len(copies) > 3 else "")
-    return kept, [f"{len(copies)} of the files {'repeats' if len(copies) == 1 else 'repeat'} a slice, dropped ({names})"] if copies else []
+    return kept, (
+        [
+            f"{len(copies)} of the files {'repeats' if len(copies) == 1 else 'repeat'} a slice,"
+            f" dropped ({names})"
+        ]
+        if copies
+        else []
+    )
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-018
 def _check_even(path, slices: list[Slice]) -> None:
-    """The slices are evenly spaced to a tenth of a step (or of a millimetre, as headers round), or a `CTReadError` that says
-    which slice is missing or where the spacing changes."""
+    """The slices are evenly spaced to a tenth of a step (or of a millimetre, as headers round), or
+    a `CTReadError` that says
+    which slice is missing or where the spacing changes.
+    """
     positions = np.array([s.position_mm for s in slices])
     steps = np.diff(positions)
     usual = np.sort(steps)[(len(steps) - 1) // 2]
-    if np.abs(positions - np.linspace(positions[0], positions[-1], len(positions))).max() <= max(0.1 * usual, 0.1): return
+    if np.abs(positions - np.linspace(positions[0], positions[-1], len(positions))).max() <= max(
+        0.1 * usual, 0.1
+    ):
+        return
     odd = np.flatnonzero(np.abs(steps - usual) > 0.1 * usual)
     counts = np.round(steps[odd] / usual).astype(int)
     first = odd[0] if len(odd) else int(steps.argmax())
     between = f"between {slices[first].name} and {slices[first + 1].name}"
     whole = (counts > 1).all() and (np.abs(steps[odd] / usual - counts) < 0.2).all()
     if not (whole and 0 < len(odd) <= max(1, len(steps) / 4)):
-        raise CTReadError(f"{path}: its slice spacing is mixed, from {steps.min():.4g} to {steps.max():.4g} mm, it changes {between}; "
-                          "separate the parts of the series")
+        raise CTReadError(
+            f"{path}: its slice spacing is mixed, from {steps.min():.4g} to {steps.max():.4g} mm,"
+            f" it changes {between}; separate the parts of the series"
+        )
     corners = [_numbers(s, "ImagePositionPatient", 3) for s in slices]
-    missing = [corners[k] + (corners[k + 1] - corners[k]) * j / n for k, n in zip(odd, counts) for j in range(1, n)]
-    places = ", ".join("(" + ", ".join(f"{c:.6g}" for c in m) + ")" for m in missing[:5]) + (", …" if len(missing) > 5 else "")
-    raise CTReadError(f"{path}: {len(missing)} of its slices {'is' if len(missing) == 1 else 'are'} missing, at {places} mm, {between}, "
-                      f"where slices lie {usual:.4g} mm apart; complete the series")
+    missing = [
+        corners[k] + (corners[k + 1] - corners[k]) * j / n
+        for k, n in zip(odd, counts)
+        for j in range(1, n)
+    ]
+    places = ", ".join("(" + ", ".join(f"{c:.6g}" for c in m) + ")" for m in missing[:5]) + (
+        ", …" if len(missing) > 5 else ""
+    )
+    raise CTReadError(
+        f"{path}: {len(missing)} of its slices {'is' if len(missing) == 1 else 'are'} missing, at"
+        f" {places} mm, {between}, where slices lie {usual:.4g} mm apart; complete the series"
+    )
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-019
 def arrange(path, slices: list[Slice]) -> tuple[list[Slice], np.ndarray, list[str]]:
-    "Slices in the order of their positions, the affine from voxel index (x, y, z) to LPS mm, and notes; or a `CTReadError`."
+    """Slices in the order of their positions, the affine from voxel index (x, y, z) to LPS mm, and
+    notes; or a `CTReadError`.
+    """
     _check_alike(slices)
     rows, columns = _numbers(slices[0], "ImageOrientationPatient", 6).reshape(2, 3)
     normal = np.cross(rows, columns)
-    for s in slices: s.position_mm = round(float(_numbers(s, "ImagePositionPatient", 3) @ normal), 6)
+    for s in slices:
+        s.position_mm = round(float(_numbers(s, "ImagePositionPatient", 3) @ normal), 6)
     slices, notes = _drop_duplicates(sorted(slices, key=lambda s: s.position_mm))
-    if len(slices) < 2: raise CTReadError(f"{path}: holds one slice ({slices[0].name}), a volume needs at least two; give the whole series")
+    if len(slices) < 2:
+        raise CTReadError(
+            f"{path}: holds one slice ({slices[0].name}), a volume needs at least two; give the"
+            " whole series"
+        )
     _check_even(path, slices)
     corners = np.array([_numbers(s, "ImagePositionPatient", 3) for s in slices])
     step = (corners[-1] - corners[0]) / (len(slices) - 1)
@@ -214,69 +365,114 @@ def arrange(path, slices: list[Slice]) -> tuple[list[Slice], np.ndarray, list[st
     sideways -= np.outer(sideways @ normal, normal)
     worst = int(np.abs(sideways).max(axis=1).argmax())
     if np.abs(sideways).max() > 0.5 * spacing.min():
-        raise CTReadError(f"{slices[worst].name}: is shifted sideways by {np.abs(sideways).max():.3g} mm against its neighbours; "
-                          "the series is mixed, separate its parts")
+        raise CTReadError(
+            f"{slices[worst].name}: is shifted sideways by {np.abs(sideways).max():.3g} mm against"
+            " its neighbours; the series is mixed, separate its parts"
+        )
     tilt = np.degrees(np.arccos(np.clip(normal @ step / np.linalg.norm(step), -1, 1)))
-    if tilt > 0.1: notes.append(f"slices are offset along their plane (gantry tilt of {tilt:.1f}°), kept as a sheared affine")
+    if tilt > 0.1:
+        notes.append(
+            f"slices are offset along their plane (gantry tilt of {tilt:.1f}°), kept as a sheared"
+            " affine"
+        )
     affine = np.eye(4)
     affine[:3] = np.stack([rows * spacing[1], columns * spacing[0], step, corners[0]], axis=1)
     return slices, affine, notes
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-021
 def stored_values(s: Slice) -> np.ndarray:
-    "A slice's stored values (R, C), integers; or a `CTReadError` that says why it cannot be decoded."
+    """A slice's stored values (R, C), integers; or a `CTReadError` that says why it cannot be
+    decoded.
+    """
     import pydicom
+
     compressed = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with s.load() as file: dataset = pydicom.dcmread(file, force=True)
-            if "TransferSyntaxUID" not in dataset.file_meta: dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+            with s.load() as file:
+                dataset = pydicom.dcmread(file, force=True)
+            if "TransferSyntaxUID" not in dataset.file_meta:
+                dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
             syntax = dataset.file_meta.TransferSyntaxUID
-            if syntax.is_compressed: compressed = syntax.name
+            if syntax.is_compressed:
+                compressed = syntax.name
             pixels = dataset.pixel_array
     except Exception as error:  # as above: damaged bytes lead anywhere
         if compressed and isinstance(error, RuntimeError):
-            raise CTReadError(f"{s.name}: is compressed as {compressed} and cannot be decoded here; "
-                              "install the decoders (pip install 'pylibjpeg[all]') or decompress the series (gdcmconv --raw)") from None
-        raise CTReadError(f"{s.name}: its pixels are damaged or cut short ({_first_line(error)}); copy it again") from None
+            raise CTReadError(
+                f"{s.name}: is compressed as {compressed} and cannot be decoded here; install the"
+                " decoders (pip install 'pylibjpeg[all]') or decompress the series (gdcmconv"
+                " --raw)"
+            ) from None
+        raise CTReadError(
+            f"{s.name}: its pixels are damaged or cut short ({_first_line(error)}); copy it again"
+        ) from None
     if pixels.ndim != 2:
-        raise CTReadError(f"{s.name}: its pixels are {pixels.shape}, a CT slice has one value per pixel; it is a colour picture, not a CT")
+        raise CTReadError(
+            f"{s.name}: its pixels are {pixels.shape}, a CT slice has one value per pixel; it is a"
+            " colour picture, not a CT"
+        )
     return pixels
+
 
 def _rescale(s: Slice) -> tuple[float, float] | None:
     "Slope and intercept, or None where the header gives neither."
-    if s.header.get("RescaleSlope") is None and s.header.get("RescaleIntercept") is None: return None
-    slope, intercept = _number(s, "RescaleSlope", 1), _number(s, "RescaleIntercept", 0)
+    if s.header.get("RescaleSlope") is None and s.header.get("RescaleIntercept") is None:
+        return None
+    slope = _number(s, "RescaleSlope", 1)
+    intercept = _number(s, "RescaleIntercept", 0)
     if slope == 0 or not np.isfinite([slope, intercept]).all():
-        raise CTReadError(f"{s.name}: its rescale slope is {slope:g} and its intercept {intercept:g}; correct the header")
+        raise CTReadError(
+            f"{s.name}: its rescale slope is {slope:g} and its intercept {intercept:g}; correct the"
+            " header"
+        )
     return slope, intercept
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-022
 def _padding(s: Slice, stored: np.ndarray) -> np.ndarray:
-    "Where a slice is marked as not measured: `PixelPaddingValue`, up to `PixelPaddingRangeLimit`, in the pixels' own representation."
+    """Where a slice is marked as not measured: `PixelPaddingValue`, up to `PixelPaddingRangeLimit`,
+    in the pixels' own representation.
+    """
     value = _number(s, "PixelPaddingValue", np.nan)
-    if not np.isfinite(value): return np.zeros(stored.shape, dtype=bool)
+    if not np.isfinite(value):
+        return np.zeros(stored.shape, dtype=bool)
     span = 2 ** int(_number(s, "BitsAllocated", 16))
     lowest = -span // 2 if _number(s, "PixelRepresentation", 0) == 1 else 0
-    low, high = sorted((int(v) - lowest) % span + lowest for v in (value, _number(s, "PixelPaddingRangeLimit", value)))
+    low, high = sorted(
+        (int(v) - lowest) % span + lowest
+        for v in (value, _number(s, "PixelPaddingRangeLimit", value))
+    )
     return (stored >= low) & (stored <= high)
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-023
 def _to_hu(path, slices: list[Slice]) -> tuple[np.ndarray, list[str]]:
     "HU (D, R, C) float32 of sorted slices, and notes."
-    notes, kinds = [], {str(s.header.get("PhotometricInterpretation", "MONOCHROME2")) for s in slices}
+    notes = []
+    kinds = {str(s.header.get("PhotometricInterpretation", "MONOCHROME2")) for s in slices}
     rescaled = [s for s in slices if _rescale(s)]
-    if not rescaled: notes.append("no rescale slope and intercept, the stored values are taken as they are")
+    if not rescaled:
+        notes.append("no rescale slope and intercept, the stored values are taken as they are")
     elif len(rescaled) < len(slices):
         bare = next(s for s in slices if not _rescale(s))
-        raise CTReadError(f"{bare.name}: has no rescale slope and intercept while other slices have; export the series again")
-    hu = np.empty((len(slices), *(int(_number(slices[0], n, 0)) for n in ("Rows", "Columns"))), dtype=np.float32)
-    mirrored, padding, doubted = np.empty_like(hu) if "MONOCHROME1" in kinds else None, np.zeros(hu.shape, dtype=bool), 0
+        raise CTReadError(
+            f"{bare.name}: has no rescale slope and intercept while other slices have; export the"
+            " series again"
+        )
+    hu = np.empty(
+        (len(slices), *(int(_number(slices[0], n, 0)) for n in ("Rows", "Columns"))),
+        dtype=np.float32,
+    )
+    mirrored = np.empty_like(hu) if "MONOCHROME1" in kinds else None
+    padding = np.zeros(hu.shape, dtype=bool)
+    doubted = 0
     for k, s in enumerate(slices):
         stored = stored_values(s)
         if stored.shape != hu.shape[1:]:
-            raise CTReadError(f"{s.name}: holds {stored.shape} pixels, its header says {hu.shape[1:]}; copy it again")
+            raise CTReadError(
+                f"{s.name}: holds {stored.shape} pixels, its header says {hu.shape[1:]}; copy it"
+                " again"
+            )
         slope, intercept = _rescale(s) or (1.0, 0.0)
         hu[k] = stored * slope + intercept
         padding[k] = _padding(s, stored)
@@ -284,30 +480,50 @@ def _to_hu(path, slices: list[Slice]) -> tuple[np.ndarray, list[str]]:
         doubted += int(flesh.sum())
         padding[k] &= ~flesh
         if mirrored is not None:
-            top = -1 if _number(s, "PixelRepresentation", 0) == 1 else 2 ** int(_number(s, "BitsStored", 16)) - 1
+            top = (
+                -1
+                if _number(s, "PixelRepresentation", 0) == 1
+                else 2 ** int(_number(s, "BitsStored", 16)) - 1
+            )
             mirrored[k] = (top - stored.astype(np.int64)) * slope + intercept
     if mirrored is not None:
         turn = min(air_and_tissue(mirrored)[:2]) > min(air_and_tissue(hu)[:2])
-        notes.append(f"MONOCHROME1: {'the stored values were inverted and are turned back' if turn else 'shown inverted, stored in HU, taken as stored'}")
-        if turn: hu = mirrored
-    if padding.any(): notes.append(f"{padding.sum()} padding pixels set to air, {AIR_HU:g} HU")
-    if doubted: notes.append(f"the padding value lies among tissue; {doubted} pixels that have it are kept")
+        notes.append(
+            "MONOCHROME1:"
+            f" {'the stored values were inverted and are turned back' if turn else 'shown inverted, stored in HU, taken as stored'}"
+        )
+        if turn:
+            hu = mirrored
+    if padding.any():
+        notes.append(f"{padding.sum()} padding pixels set to air, {AIR_HU:g} HU")
+    if doubted:
+        notes.append(f"the padding value lies among tissue; {doubted} pixels that have it are kept")
     hu[padding] = AIR_HU
     return hu, notes
 
 # %% ../../nbs/physics/02_dicom.ipynb #cell-024
 def _assemble(path, found: list[Slice], series: str | None) -> Volume:
     chosen, left_out = choose_series(path, found, series)
-    _check_shape(path, (max(len(chosen), 2), *(int(_number(chosen[0], n, 0)) for n in ("Rows", "Columns"))))
+    _check_shape(
+        path, (max(len(chosen), 2), *(int(_number(chosen[0], n, 0)) for n in ("Rows", "Columns")))
+    )
     slices, affine, repaired = arrange(path, chosen)
     hu, decided = _to_hu(path, slices)
     return Volume(hu, affine, left_out + repaired + decided)
 
+
 def read_dicom_folder(path, series: str | None = None) -> Volume:
-    """The CT series in a folder and its subfolders, in HU. Several series: choose by `series`, a SeriesInstanceUID.
-    Repairs and decisions stand in `.notes`. Not readable: `CTReadError`."""
+    """The CT series in a folder and its subfolders, in HU.
+
+    Several series: choose by `series`, a SeriesInstanceUID.
+    Repairs and decisions stand in `.notes`. Not readable: `CTReadError`.
+    """
     return _assemble(path, _folder_slices(path), series)
 
+
 def read_dicom_zip(path, series: str | None = None) -> Volume:
-    "The CT series in a zip archive, read in memory within bounds (`check_zip`). As `read_dicom_folder` otherwise."
+    """The CT series in a zip archive, read in memory within bounds (`check_zip`).
+
+    As `read_dicom_folder` otherwise.
+    """
     return _assemble(path, _zip_slices(path), series)

@@ -13,14 +13,19 @@ from .geometry import ConeBeam, GeometryError, patch_to
 # %% ../../nbs/physics/03b_epipolar.ipynb #cell-005
 @patch_to(ConeBeam)
 def fundamental_matrix(self, i: int, j: int) -> torch.Tensor:
-    """F, (*batch, 3, 3): x_jᵀ F x_i = 0 for the images (u, v, 1) of one point in views i and j. Unit Frobenius norm.
+    """F, (*batch, 3, 3): x_jᵀ F x_i = 0 for the images (u, v, 1) of one point in views i and j.
 
-    Where both views share one source (i = j, say) there is no epipolar geometry and F is exactly zero."""
+    Unit Frobenius norm.
+
+    Where both views share one source (i = j, say) there is no epipolar geometry and F is exactly
+    zero.
+    """
     P = self.matrices()
     P_i, P_j = P[..., i, :, :], P[..., j, :, :]
     baseline = self.source_mm[..., i, :] - self.source_mm[..., j, :]
     left_i, left_j = P_i[..., :3], P_j[..., :3]
-    epipole = (left_j @ baseline[..., None])[..., 0]  # P_j s_i, without the cancellation of large terms
+    # P_j s_i, without the cancellation of large terms
+    epipole = (left_j @ baseline[..., None])[..., 0]
     x, y, w = epipole.unbind(-1)
     zero = torch.zeros_like(x)
     cross = torch.stack([zero, -w, y, w, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
@@ -32,19 +37,24 @@ def fundamental_matrix(self, i: int, j: int) -> torch.Tensor:
 # %% ../../nbs/physics/03b_epipolar.ipynb #cell-009
 @patch_to(ConeBeam)
 def epipolar_lines(self, i: int, j: int, uv: torch.Tensor) -> torch.Tensor:
-    """Lines (a, b, c) on detector j, (*batch, *points, 3), of the pixels uv, (*points, 2) or (*batch, *points, 2), of view i.
+    """Lines (a, b, c) on detector j, (*batch, *points, 3), of the pixels uv, (*points, 2) or
+    (*batch, *points, 2), of view i.
 
     a² + b² = 1, so a·u + b·v + c is the distance in pixels with a sign.
-    All zero where there is no line: one source for both views, or a line at infinity."""
+    All zero where there is no line: one source for both views, or a line at infinity.
+    """
     return _normalized(_raw_lines(self.fundamental_matrix(i, j), uv))
+
 
 def _raw_lines(F: torch.Tensor, uv) -> torch.Tensor:
     uv = torch.as_tensor(uv, dtype=F.dtype, device=F.device)
     lead = F.ndim - 2
-    if uv.ndim <= lead + 1: uv = uv[(None,) * lead]
+    if uv.ndim <= lead + 1:
+        uv = uv[(None,) * lead]
     x = torch.cat([uv, torch.ones_like(uv[..., :1])], -1)
     F = F.reshape(*F.shape[:lead], *(1,) * (uv.ndim - 1 - lead), 3, 3)
     return (F @ x[..., None])[..., 0]
+
 
 def _normalized(lines: torch.Tensor) -> torch.Tensor:
     size = lines[..., :2].detach().norm(dim=-1, keepdim=True)
@@ -56,28 +66,50 @@ def _normalized(lines: torch.Tensor) -> torch.Tensor:
 @patch_to(ConeBeam)
 @torch.no_grad()
 def epipolar_nearest(self, i: int, j: int, token_shape: tuple[int, int], k: int) -> torch.Tensor:
-    """For every token of view i the k tokens of view j closest to its epipolar line: indices (*batch, n, k), int64.
+    """For every token of view i the k tokens of view j closest to its epipolar line: indices
+    (*batch, n, k), int64.
 
-    n = rows·columns of `token_shape`; tokens are numbered row by row. Nearest first; never NaN, also for coincident sources. Memory beyond the result stays below about 100 MB."""
+    n = rows·columns of `token_shape`; tokens are numbered row by row. Nearest first; never NaN,
+    also for coincident sources. Memory beyond the result stays below about 100 MB.
+    """
     count = token_shape[0] * token_shape[1]
     if not 1 <= k <= count:
-        raise GeometryError(f"ConeBeam.epipolar_nearest: k must be 1 to {count}, the tokens of {tuple(token_shape)}, got {k}")
+        raise GeometryError(
+            f"ConeBeam.epipolar_nearest: k must be 1 to {count}, the tokens of"
+            f" {tuple(token_shape)}, got {k}"
+        )
     exact = self.to(torch.float64)
     uv = exact.token_uv(token_shape).reshape(-1, 2)
-    pitch = torch.stack([exact.column_step_mm[..., j, :].norm(dim=-1), exact.row_step_mm[..., j, :].norm(dim=-1)], -1)
+    pitch = torch.stack(
+        [exact.column_step_mm[..., j, :].norm(dim=-1), exact.row_step_mm[..., j, :].norm(dim=-1)],
+        -1,
+    )
     lines = _raw_lines(exact.fundamental_matrix(i, j), uv)
-    lines = _normalized(torch.cat([lines[..., :2] / pitch[..., None, :], lines[..., 2:]], -1))  # now in mm on detector j
-    image, _ = exact.select([j]).project_points(exact.pixel_centers_mm(token_shape)[..., i, :, :, :].flatten(-3, -2))
-    here, there = image[..., 0, :, :] * pitch[..., None, :], uv * pitch[..., None, :]  # (*batch, n, 2) mm
-    strip = max(1, 2 ** 21 // (count * max(1, lines[..., 0, 0].numel())))
-    parts = [_nearest(lines[..., s:s + strip, :], here[..., s:s + strip, :], there, k) for s in range(0, count, strip)]
+    # now in mm on detector j
+    lines = _normalized(torch.cat([lines[..., :2] / pitch[..., None, :], lines[..., 2:]], -1))
+    image, _ = exact.select([j]).project_points(
+        exact.pixel_centers_mm(token_shape)[..., i, :, :, :].flatten(-3, -2)
+    )
+    # (*batch, n, 2) mm
+    here = image[..., 0, :, :] * pitch[..., None, :]
+    there = uv * pitch[..., None, :]
+    strip = max(1, 2**21 // (count * max(1, lines[..., 0, 0].numel())))
+    parts = [
+        _nearest(lines[..., s : s + strip, :], here[..., s : s + strip, :], there, k)
+        for s in range(0, count, strip)
+    ]
     return torch.cat(parts, -2)
 
 # %% ../../nbs/physics/03b_epipolar.ipynb #cell-016
 def _nearest(lines, here, there, k):
-    "Lines (*b, m, 3), positions to use without a line (*b, m, 2), tokens of the other view (*b, n, 2), all mm -> (*b, m, k)."
+    """Lines (*b, m, 3), positions to use without a line (*b, m, 2), tokens of the other view (*b,
+    n, 2), all mm -> (*b, m, k).
+    """
     to_line = (lines[..., :2] @ there.transpose(-1, -2) + lines[..., 2:]).abs()
     no_line = (lines == 0).all(-1)
-    if bool(no_line.any()): to_line = torch.where(no_line[..., None], torch.cdist(here.clamp(-1e9, 1e9), there), to_line)
+    if bool(no_line.any()):
+        to_line = torch.where(
+            no_line[..., None], torch.cdist(here.clamp(-1e9, 1e9), there), to_line
+        )
     ties = (to_line * 1e4).round()
     return ties.sort(dim=-1, stable=True).indices[..., :k].contiguous()

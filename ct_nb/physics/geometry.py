@@ -8,7 +8,7 @@ __all__ = ['VECTORS', 'GeometryError', 'ConeBeam']
 # %% ../../nbs/physics/03_geometry.ipynb #cell-003
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,57 +17,94 @@ from .volume import Grid
 
 # %% ../../nbs/physics/03_geometry.ipynb #cell-004
 def patch_to(cls, as_prop=False, cls_method=False):
-    "Make the decorated function a method of `cls`, as fastcore's `patch_to` does; here so that physics needs torch and numpy only."
+    """Make the decorated function a method of `cls`, as fastcore's `patch_to` does; here so that
+    physics needs torch and numpy only.
+    """
+
     def add(function):
         function.__qualname__ = f"{cls.__name__}.{function.__name__}"
-        setattr(cls, function.__name__, property(function) if as_prop else classmethod(function) if cls_method else function)
+        setattr(
+            cls,
+            function.__name__,
+            property(function) if as_prop else classmethod(function) if cls_method else function,
+        )
         return function
+
     return add
 
 # %% ../../nbs/physics/03_geometry.ipynb #cell-006
 class GeometryError(ValueError):
-    "A geometry that cannot be used; the message is one sentence that says what is wrong and what to do."
+    """A geometry that cannot be used; the message is one sentence that says what is wrong and what
+    to do.
+    """
 
-VECTORS = ("source_mm", "detector_center_mm", "column_step_mm", "row_step_mm")  # the tensors of a ConeBeam, each (*batch, V, 3)
+
+# the tensors of a ConeBeam, each (*batch, V, 3)
+VECTORS = ("source_mm", "detector_center_mm", "column_step_mm", "row_step_mm")
 
 # %% ../../nbs/physics/03_geometry.ipynb #cell-007
 def _checked_vectors(geometry) -> dict[str, torch.Tensor]:
     "The four vectors as floating tensors of one shape, or a GeometryError."
     given = {name: getattr(geometry, name) for name in VECTORS}
-    floating = lambda v: v if isinstance(v, torch.Tensor) and v.is_floating_point() else torch.as_tensor(v, dtype=torch.float64)
+
+    def floating(v):
+        return (
+            v
+            if isinstance(v, torch.Tensor) and v.is_floating_point()
+            else torch.as_tensor(v, dtype=torch.float64)
+        )
+
     vectors = {name: floating(v) for name, v in given.items()}
     dtype = reduce(torch.promote_types, (v.dtype for v in vectors.values()))
     vectors = {name: v.to(dtype) for name, v in vectors.items()}
     shape = tuple(vectors["source_mm"].shape)
     for name, v in vectors.items():
         if v.ndim < 2 or v.shape[-1] != 3 or v.shape[-2] < 1:
-            raise GeometryError(f"ConeBeam: {name} must be (*batch, views, 3) with at least one view, got shape {tuple(v.shape)}")
+            raise GeometryError(
+                f"ConeBeam: {name} must be (*batch, views, 3) with at least one view, got shape"
+                f" {tuple(v.shape)}"
+            )
         if tuple(v.shape) != shape:
-            raise GeometryError(f"ConeBeam: {name} has shape {tuple(v.shape)} but source_mm has {shape}; give every view all four vectors")
-    with torch.no_grad():  # one transfer, one decision: the checks cost a single synchronisation on a GPU
-        source, center, column, row = torch.stack([v.detach().to("cpu", torch.float64) for v in vectors.values()])
+            raise GeometryError(
+                f"ConeBeam: {name} has shape {tuple(v.shape)} but source_mm has {shape}; give every"
+                " view all four vectors"
+            )
+    # one transfer, one decision: the checks cost a single synchronisation on a GPU
+    with torch.no_grad():
+        source, center, column, row = torch.stack(
+            [v.detach().to("cpu", torch.float64) for v in vectors.values()]
+        )
         if not bool(torch.isfinite(source + center + column + row).all()):
-            raise GeometryError("ConeBeam: the source, detector or pixel steps hold NaN or infinity; "
-                                "check the numbers the geometry was built from")
+            raise GeometryError(
+                "ConeBeam: the source, detector or pixel steps hold NaN or infinity; "
+                "check the numbers the geometry was built from"
+            )
         ray = center - source
         volume = (torch.linalg.cross(column, row) * ray).sum(-1).abs()
         size = column.norm(dim=-1) * row.norm(dim=-1) * ray.norm(dim=-1)
         flat = (volume <= 1e-6 * size).nonzero()
     if len(flat):
-        raise GeometryError(f"ConeBeam: in view {int(flat[0, -1])} the source lies in the detector's plane, "
-                            "or the pixel steps are zero or parallel; "
-                            "no ray can reach this detector")
+        raise GeometryError(
+            f"ConeBeam: in view {int(flat[0, -1])} the source lies in the detector's plane, "
+            "or the pixel steps are zero or parallel; "
+            "no ray can reach this detector"
+        )
     return vectors
 
 # %% ../../nbs/physics/03_geometry.ipynb #cell-008
 @dataclass(frozen=True, eq=False, repr=False)
 class ConeBeam:
-    """Cone-beam views of one grid, in the patient's LPS frame, mm. Tensors are (*batch, V, 3), V the number of views.
+    """Cone-beam views of one grid, in the patient's LPS frame, mm.
 
-    Pixel (row, column) has its centre at `detector_center_mm + (column + 0.5 − C/2)·column_step_mm + (row + 0.5 − R/2)·row_step_mm`;
+    Tensors are (*batch, V, 3), V the number of views.
+
+    Pixel (row, column) has its centre at `detector_center_mm + (column + 0.5 − C/2)·column_step_mm
+    + (row + 0.5 − R/2)·row_step_mm`;
     image coordinates (u, v) are in pixels with centres at +0.5, u along columns, v along rows.
-    Raises GeometryError for shapes that differ, numbers that are not finite, and a source in its detector's plane.
+    Raises GeometryError for shapes that differ, numbers that are not finite, and a source in its
+    detector's plane.
     """
+
     source_mm: torch.Tensor  # (*batch, V, 3) X-ray focal spot
     detector_center_mm: torch.Tensor  # (*batch, V, 3)
     column_step_mm: torch.Tensor  # (*batch, V, 3) from a pixel to its neighbour in the next column
@@ -76,63 +113,136 @@ class ConeBeam:
     grid: Grid  # the voxels that are projected
 
     def __post_init__(self):
-        for name, vector in _checked_vectors(self).items(): object.__setattr__(self, name, vector)
+        for name, vector in _checked_vectors(self).items():
+            object.__setattr__(self, name, vector)
         shape = tuple(int(n) for n in self.detector_shape)
         if len(shape) != 2 or min(shape) < 1:
-            raise GeometryError(f"ConeBeam: detector_shape must be (rows, columns), both positive, got {self.detector_shape}")
-        if not isinstance(self.grid, Grid): raise GeometryError(f"ConeBeam: grid must be a Grid, got {type(self.grid).__name__}")
+            raise GeometryError(
+                "ConeBeam: detector_shape must be (rows, columns), both positive, got"
+                f" {self.detector_shape}"
+            )
+        if not isinstance(self.grid, Grid):
+            raise GeometryError(f"ConeBeam: grid must be a Grid, got {type(self.grid).__name__}")
         object.__setattr__(self, "detector_shape", shape)
 
     @property
-    def views(self) -> int: return self.source_mm.shape[-2]
-    @property
-    def batch_shape(self) -> tuple: return tuple(self.source_mm.shape[:-2])
-    @property
-    def dtype(self) -> torch.dtype: return self.source_mm.dtype
-    @property
-    def device(self) -> torch.device: return self.source_mm.device
+    def views(self) -> int:
+        return self.source_mm.shape[-2]
 
-    def _map(self, function) -> "ConeBeam": return replace(self, **{n: function(getattr(self, n)) for n in VECTORS})
+    @property
+    def batch_shape(self) -> tuple:
+        return tuple(self.source_mm.shape[:-2])
 
-    def on(self, grid: Grid) -> "ConeBeam": return replace(self, grid=grid)
-    def to(self, *args, **kwargs) -> "ConeBeam": return self._map(lambda t: t.to(*args, **kwargs))
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source_mm.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.source_mm.device
+
+    def _map(self, function) -> "ConeBeam":
+        return replace(self, **{n: function(getattr(self, n)) for n in VECTORS})
+
+    def on(self, grid: Grid) -> "ConeBeam":
+        return replace(self, grid=grid)
+
+    def to(self, *args, **kwargs) -> "ConeBeam":
+        return self._map(lambda t: t.to(*args, **kwargs))
+
     def rebinned(self, detector_shape) -> "ConeBeam":
         "The same plates, cut into another number of rows and columns of pixels."
         rows, columns = (old / new for old, new in zip(self.detector_shape, detector_shape))
-        return replace(self, column_step_mm=self.column_step_mm * columns, row_step_mm=self.row_step_mm * rows, detector_shape=detector_shape)
-    def detach(self) -> "ConeBeam": return self._map(torch.Tensor.detach)
-    def select(self, views: Sequence[int]) -> "ConeBeam": return self._map(lambda t: t[..., list(views), :])
+        return replace(
+            self,
+            column_step_mm=self.column_step_mm * columns,
+            row_step_mm=self.row_step_mm * rows,
+            detector_shape=detector_shape,
+        )
+
+    def detach(self) -> "ConeBeam":
+        return self._map(torch.Tensor.detach)
+
+    def select(self, views: Sequence[int]) -> "ConeBeam":
+        return self._map(lambda t: t[..., list(views), :])
 
     def __repr__(self):
-        if self.batch_shape: return f"ConeBeam(batch {self.batch_shape}, {self.views} views of {self.detector_shape} pixels)"
-        angles = ", ".join(f"{a:.1f}°/{e:.1f}°" for a, e in zip(self.azimuth_deg.tolist(), self.elevation_deg.tolist()))
-        return f"ConeBeam({self.views} views of {self.detector_shape} pixels at azimuth/elevation {angles}; grid {self.grid.shape})"
+        if self.batch_shape:
+            return (
+                f"ConeBeam(batch {self.batch_shape}, {self.views} views of {self.detector_shape}"
+                " pixels)"
+            )
+        angles = ", ".join(
+            f"{a:.1f}°/{e:.1f}°"
+            for a, e in zip(self.azimuth_deg.tolist(), self.elevation_deg.tolist())
+        )
+        return (
+            f"ConeBeam({self.views} views of {self.detector_shape} pixels at azimuth/elevation"
+            f" {angles}; grid {self.grid.shape})"
+        )
 
 # %% ../../nbs/physics/03_geometry.ipynb #cell-010
 @patch_to(ConeBeam, cls_method=True)
-def orbit(cls, azimuth_deg, elevation_deg=0.0, roll_deg=0.0, *, grid: Grid | None = None, source_to_isocenter_mm=1000.0,
-          source_to_detector_mm=1500.0, detector_shape=(256, 256), pixel_mm=2.0, isocenter_mm=None, dtype=torch.float64) -> ConeBeam:
-    """C-arm views from angles in degrees, (*batch, V) or a number; distances in mm, each a number or broadcastable to (*batch, V).
+def orbit(
+    cls,
+    azimuth_deg,
+    elevation_deg=0.0,
+    roll_deg=0.0,
+    *,
+    grid: Grid | None = None,
+    source_to_isocenter_mm=1000.0,
+    source_to_detector_mm=1500.0,
+    detector_shape=(256, 256),
+    pixel_mm=2.0,
+    isocenter_mm=None,
+    dtype=torch.float64,
+) -> ConeBeam:
+    """C-arm views from angles in degrees, (*batch, V) or a number; distances in mm, each a number
+    or broadcastable to (*batch, V).
 
-    Azimuth 0 is AP (source in front, detector behind); 90 has the source at the patient's right and the detector at the left; elevation tilts
-    the ray towards the head; roll turns the detector about the central ray. `isocenter_mm` (LPS) is the grid's centre unless given.
+    Azimuth 0 is AP (source in front, detector behind); 90 has the source at the patient's right and
+    the detector at the left; elevation tilts
+    the ray towards the head; roll turns the detector about the central ray. `isocenter_mm` (LPS) is
+    the grid's centre unless given.
     """
     grid = Grid.cube(64) if grid is None else grid
-    isocenter = torch.as_tensor(np.array(grid.center_mm) if isocenter_mm is None else isocenter_mm, dtype=dtype)
-    numbers = (azimuth_deg, elevation_deg, roll_deg, source_to_isocenter_mm, source_to_detector_mm, pixel_mm)
-    numbers = torch.broadcast_tensors(*(torch.atleast_1d(torch.as_tensor(n, dtype=dtype)) for n in numbers))
+    isocenter = torch.as_tensor(
+        np.array(grid.center_mm) if isocenter_mm is None else isocenter_mm, dtype=dtype
+    )
+    numbers = (
+        azimuth_deg,
+        elevation_deg,
+        roll_deg,
+        source_to_isocenter_mm,
+        source_to_detector_mm,
+        pixel_mm,
+    )
+    numbers = torch.broadcast_tensors(
+        *(torch.atleast_1d(torch.as_tensor(n, dtype=dtype)) for n in numbers)
+    )
     azimuth, elevation, roll = (torch.deg2rad(angle) for angle in numbers[:3])
     to_isocenter, to_detector, pixel = (distance[..., None] for distance in numbers[3:])
     if not bool((to_isocenter > 0).all() and (to_detector > 0).all() and (pixel > 0).all()):
-        raise GeometryError("ConeBeam.orbit: source_to_isocenter_mm, source_to_detector_mm and pixel_mm must be positive")
+        raise GeometryError(
+            "ConeBeam.orbit: source_to_isocenter_mm, source_to_detector_mm and pixel_mm must be"
+            " positive"
+        )
     normal = _direction(azimuth, elevation)
     column, row = _upright(azimuth, normal)
-    column, row = (column * roll.cos()[..., None] + row * roll.sin()[..., None], row * roll.cos()[..., None] - column * roll.sin()[..., None])
-    source, center = isocenter - to_isocenter * normal, isocenter + (to_detector - to_isocenter) * normal
+    column, row = (
+        column * roll.cos()[..., None] + row * roll.sin()[..., None],
+        row * roll.cos()[..., None] - column * roll.sin()[..., None],
+    )
+    source = isocenter - to_isocenter * normal
+    center = isocenter + (to_detector - to_isocenter) * normal
     return cls(source, center, column * pixel, row * pixel, detector_shape, grid)
 
+
 def _direction(azimuth, elevation):  # radians (…) -> unit vector of the central ray (…, 3)
-    return torch.stack([azimuth.sin() * elevation.cos(), azimuth.cos() * elevation.cos(), elevation.sin()], -1)
+    return torch.stack(
+        [azimuth.sin() * elevation.cos(), azimuth.cos() * elevation.cos(), elevation.sin()], -1
+    )
+
 
 def _upright(azimuth, normal):  # columns along the horizon, rows towards the feet
     column = torch.stack([azimuth.cos(), -azimuth.sin(), torch.zeros_like(azimuth)], -1)
@@ -150,17 +260,24 @@ def source_to_detector_mm(self) -> torch.Tensor:
     "Length of the central ray, (*batch, V)."
     return (self.detector_center_mm - self.source_mm).norm(dim=-1)
 
+
 @patch_to(ConeBeam, as_prop=True)
 def central_ray(self) -> torch.Tensor:
     "Unit vector from the source to the detector's centre, (*batch, V, 3)."
     return (self.detector_center_mm - self.source_mm) / self.source_to_detector_mm[..., None]
 
+
 @patch_to(ConeBeam, as_prop=True)
 def azimuth_deg(self) -> torch.Tensor:
-    "Azimuth of the central ray as in `orbit`, (*batch, V), in (−180, 180]; 0 where the ray runs along the body axis and has none."
+    """Azimuth of the central ray as in `orbit`, (*batch, V), in (−180, 180]; 0 where the ray runs
+    along the body axis and has none.
+    """
     x, y, _ = self.central_ray.unbind(-1)
     along_body = torch.hypot(x.detach(), y.detach()) < 1e-12
-    return torch.rad2deg(torch.atan2(torch.where(along_body, 0.0, x), torch.where(along_body, 1.0, y)))
+    return torch.rad2deg(
+        torch.atan2(torch.where(along_body, 0.0, x), torch.where(along_body, 1.0, y))
+    )
+
 
 @patch_to(ConeBeam, as_prop=True)
 def elevation_deg(self) -> torch.Tensor:
@@ -168,51 +285,93 @@ def elevation_deg(self) -> torch.Tensor:
     x, y, z = self.central_ray.unbind(-1)
     horizontal = x * x + y * y
     along_body = horizontal.detach() < 1e-24
-    return torch.rad2deg(torch.atan2(z, torch.where(along_body, 0.0, torch.where(along_body, 1.0, horizontal).sqrt())))
+    return torch.rad2deg(
+        torch.atan2(
+            z, torch.where(along_body, 0.0, torch.where(along_body, 1.0, horizontal).sqrt())
+        )
+    )
+
 
 @patch_to(ConeBeam, as_prop=True)
 def roll_deg(self) -> torch.Tensor:
     "Turn of the detector's columns about the central ray as in `orbit`, (*batch, V)."
     column, row = _upright(torch.deg2rad(self.azimuth_deg), self.central_ray)
-    return torch.rad2deg(torch.atan2((self.column_step_mm * row).sum(-1), (self.column_step_mm * column).sum(-1)))
+    return torch.rad2deg(
+        torch.atan2((self.column_step_mm * row).sum(-1), (self.column_step_mm * column).sum(-1))
+    )
 
 # %% ../../nbs/physics/03_geometry.ipynb #cell-022
 @patch_to(ConeBeam, cls_method=True)
 def stack(cls, geometries: Sequence[ConeBeam]) -> ConeBeam:
-    "Geometries of single scans as one batch, (B, …); they must share views, detector shape and grid."
+    """Geometries of single scans as one batch, (B, …); they must share views, detector shape and
+    grid.
+    """
     geometries = list(geometries)
-    if not geometries: raise GeometryError("ConeBeam.stack: the list of geometries is empty")
+    if not geometries:
+        raise GeometryError("ConeBeam.stack: the list of geometries is empty")
     first = geometries[0]
     for b, g in enumerate(geometries):
-        shape = lambda g: tuple(g.source_mm.shape)
-        for what, of in (("views", shape), ("detector_shape", lambda g: g.detector_shape), ("grid", lambda g: g.grid)):
+
+        def shape(g):
+            return tuple(g.source_mm.shape)
+
+        for what, of in (
+            ("views", shape),
+            ("detector_shape", lambda g: g.detector_shape),
+            ("grid", lambda g: g.grid),
+        ):
             if of(g) != of(first):
-                raise GeometryError(f"ConeBeam.stack: geometry {b} differs from geometry 0 in its {what} ({of(g)}, expected {of(first)}); "
-                                    "batch only like with like")
+                raise GeometryError(
+                    f"ConeBeam.stack: geometry {b} differs from geometry 0 in its {what} ({of(g)},"
+                    f" expected {of(first)}); batch only like with like"
+                )
     return replace(first, **{n: torch.stack([getattr(g, n) for g in geometries]) for n in VECTORS})
+
 
 @patch_to(ConeBeam)
 def __getitem__(self, index) -> ConeBeam:
     "One scan of a batch, the inverse of `stack`; views are chosen with `select`."
-    if not self.batch_shape: raise GeometryError("ConeBeam: this geometry has no batch to index; choose views with .select([...])")
+    if not self.batch_shape:
+        raise GeometryError(
+            "ConeBeam: this geometry has no batch to index; choose views with .select([...])"
+        )
     return self._map(lambda t: t[index])
 
 # %% ../../nbs/physics/03_geometry.ipynb #cell-025
 @patch_to(ConeBeam)
 def token_uv(self, token_shape=None) -> torch.Tensor:
-    "Centres of a (rows, columns) subdivision of the detector in image coordinates (u, v): (R', C', 2), pixels."
+    """Centres of a (rows, columns) subdivision of the detector in image coordinates (u, v): (R',
+    C', 2), pixels.
+    """
     rows, columns = self.detector_shape if token_shape is None else token_shape
-    centers = lambda n, full: (torch.arange(n, dtype=self.dtype, device=self.device) + 0.5) * (full / n)
-    v, u = centers(rows, self.detector_shape[0]), centers(columns, self.detector_shape[1])
+
+    def centers(n, full):
+        return (torch.arange(n, dtype=self.dtype, device=self.device) + 0.5) * (full / n)
+
+    v = centers(rows, self.detector_shape[0])
+    u = centers(columns, self.detector_shape[1])
     return torch.stack(torch.meshgrid(v, u, indexing="ij")[::-1], -1)
+
 
 @patch_to(ConeBeam)
 def pixel_centers_mm(self, token_shape=None) -> torch.Tensor:
-    "(*batch, V, R, C, 3) LPS mm; of the tokens' centres where `token_shape` (rows, columns) is given."
+    """(*batch, V, R, C, 3) LPS mm; of the tokens' centres where `token_shape` (rows, columns) is
+    given.
+    """
     rows, columns = self.detector_shape
-    offset = self.token_uv(token_shape) - torch.tensor([columns / 2, rows / 2], dtype=self.dtype, device=self.device)
-    vector = lambda t: t[..., None, None, :]
-    return vector(self.detector_center_mm) + offset[..., :1] * vector(self.column_step_mm) + offset[..., 1:] * vector(self.row_step_mm)
+    offset = self.token_uv(token_shape) - torch.tensor(
+        [columns / 2, rows / 2], dtype=self.dtype, device=self.device
+    )
+
+    def vector(t):
+        return t[..., None, None, :]
+
+    return (
+        vector(self.detector_center_mm)
+        + offset[..., :1] * vector(self.column_step_mm)
+        + offset[..., 1:] * vector(self.row_step_mm)
+    )
+
 
 @patch_to(ConeBeam)
 def ray_directions(self, token_shape=None) -> torch.Tensor:
@@ -223,7 +382,9 @@ def ray_directions(self, token_shape=None) -> torch.Tensor:
 # %% ../../nbs/physics/03_geometry.ipynb #cell-028
 @patch_to(ConeBeam)
 def plucker(self, token_shape=None) -> torch.Tensor:
-    "Plücker coordinates of the rays: (*batch, V, R', C', 6) = unit direction, then moment about the grid's centre in mm."
+    """Plücker coordinates of the rays: (*batch, V, R', C', 6) = unit direction, then moment about
+    the grid's centre in mm.
+    """
     direction = self.ray_directions(token_shape)
     center = torch.as_tensor(np.array(self.grid.center_mm), dtype=self.dtype, device=self.device)
     origin = (self.source_mm - center)[..., None, None, :].expand_as(direction)
@@ -232,10 +393,16 @@ def plucker(self, token_shape=None) -> torch.Tensor:
 # %% ../../nbs/physics/03_geometry.ipynb #cell-031
 @patch_to(ConeBeam)
 def matrices(self) -> torch.Tensor:
-    "Projection matrices P, (*batch, V, 3, 4): LPS mm (x, y, z, 1) → (w·u, w·v, w), pixel centres at +0.5, w the depth in mm."
+    """Projection matrices P, (*batch, V, 3, 4): LPS mm (x, y, z, 1) → (w·u, w·v, w), pixel centres
+    at +0.5, w the depth in mm.
+    """
     rows, columns = self.detector_shape
-    basis = torch.stack([self.column_step_mm, self.row_step_mm, self.detector_center_mm - self.source_mm], -1)
-    pixels = torch.tensor([[1, 0, columns / 2], [0, 1, rows / 2], [0, 0, 1]], dtype=self.dtype, device=self.device)
+    basis = torch.stack(
+        [self.column_step_mm, self.row_step_mm, self.detector_center_mm - self.source_mm], -1
+    )
+    pixels = torch.tensor(
+        [[1, 0, columns / 2], [0, 1, rows / 2], [0, 0, 1]], dtype=self.dtype, device=self.device
+    )
     left = pixels @ torch.linalg.inv(basis)
     left = left / left[..., 2:, :].norm(dim=-1, keepdim=True)
     return torch.cat([left, -left @ self.source_mm[..., None]], -1)
@@ -243,22 +410,30 @@ def matrices(self) -> torch.Tensor:
 # %% ../../nbs/physics/03_geometry.ipynb #cell-032
 @patch_to(ConeBeam)
 def project_points(self, points_mm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image coordinates (u, v) in pixels, (*batch, V, *points, 2), and depth in mm, (*batch, V, *points), of points in LPS mm.
+    """Image coordinates (u, v) in pixels, (*batch, V, *points, 2), and depth in mm, (*batch, V,
+    *points), of points in LPS mm.
 
-    Points are (*points, 3), the same for the whole batch, when they have at most as many leading axes as the batch;
+    Points are (*points, 3), the same for the whole batch, when they have at most as many leading
+    axes as the batch;
     with more, they are (*batch, *points, 3), where an axis of length 1 repeats.
     A point with depth ≤ 0 lies at or behind the source: its (u, v) is finite and means nothing.
     """
     points = torch.as_tensor(points_mm, dtype=self.dtype, device=self.device)
     lead = len(self.batch_shape)
-    if points.ndim <= lead + 1: points = points[(None,) * lead]
+    if points.ndim <= lead + 1:
+        points = points[(None,) * lead]
     shape = points.shape[lead:-1]
-    if points.shape[-1] != 3 or any(n not in (1, b) for n, b in zip(points.shape, self.batch_shape)):
-        raise GeometryError("ConeBeam.project_points: points_mm must be (*points, 3) or (*batch, *points, 3) "
-                            f"with batch {self.batch_shape}, got {tuple(points_mm.shape)}")
+    if points.shape[-1] != 3 or any(
+        n not in (1, b) for n, b in zip(points.shape, self.batch_shape)
+    ):
+        raise GeometryError(
+            "ConeBeam.project_points: points_mm must be (*points, 3) or (*batch, *points, 3) "
+            f"with batch {self.batch_shape}, got {tuple(points_mm.shape)}"
+        )
     points = points.reshape(*points.shape[:lead], 1, -1, 3)
     matrices = self.matrices()
-    image = (points - self.source_mm[..., None, :]) @ matrices[..., :3].transpose(-1, -2)  # about the source: no cancellation in float32
+    # about the source: no cancellation in float32
+    image = (points - self.source_mm[..., None, :]) @ matrices[..., :3].transpose(-1, -2)
     depth = image[..., 2]
     safe = torch.where(depth.abs() < 1e-6, torch.full_like(depth, 1e-6), depth)
     uv = image[..., :2] / safe[..., None]
@@ -266,24 +441,44 @@ def project_points(self, points_mm: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 # %% ../../nbs/physics/03_geometry.ipynb #cell-036
 @patch_to(ConeBeam, cls_method=True)
-def from_matrices(cls, matrices, *, source_to_detector_mm=None, pixel_mm=None, detector_shape=(256, 256), grid: Grid | None = None) -> ConeBeam:
-    """Views from 3×4 projection matrices (*batch, V, 3, 4), LPS mm → pixels with centres at +0.5, of any scale and sign: undoes `matrices`.
+def from_matrices(
+    cls,
+    matrices,
+    *,
+    source_to_detector_mm=None,
+    pixel_mm=None,
+    detector_shape=(256, 256),
+    grid: Grid | None = None,
+) -> ConeBeam:
+    """Views from 3×4 projection matrices (*batch, V, 3, 4), LPS mm → pixels with centres at +0.5,
+    of any scale and sign: undoes `matrices`.
 
-    A matrix fixes the detector only up to its distance from the source, so give exactly one of `source_to_detector_mm` (length of the
-    central ray) and `pixel_mm` (pitch of the columns), a number or (*batch, V). The grid's centre is taken to lie in front of every source.
+    A matrix fixes the detector only up to its distance from the source, so give exactly one of
+    `source_to_detector_mm` (length of the
+    central ray) and `pixel_mm` (pitch of the columns), a number or (*batch, V). The grid's centre
+    is taken to lie in front of every source.
     Hartley & Zisserman, Multiple View Geometry, 2nd ed., section 6.2.
     """
     grid = Grid.cube(64) if grid is None else grid
     P = torch.as_tensor(matrices)
     P = P if P.is_floating_point() else P.to(torch.float64)
     if P.ndim < 3 or P.shape[-2:] != (3, 4):
-        raise GeometryError(f"ConeBeam.from_matrices: matrices must be (*batch, views, 3, 4), got {tuple(P.shape)}")
+        raise GeometryError(
+            f"ConeBeam.from_matrices: matrices must be (*batch, views, 3, 4), got {tuple(P.shape)}"
+        )
     if (source_to_detector_mm is None) == (pixel_mm is None):
-        raise GeometryError("ConeBeam.from_matrices: give exactly one of source_to_detector_mm and pixel_mm; "
-                            "a matrix alone does not fix the detector's distance")
+        raise GeometryError(
+            "ConeBeam.from_matrices: give exactly one of source_to_detector_mm and pixel_mm; "
+            "a matrix alone does not fix the detector's distance"
+        )
     left = P[..., :3].detach()
-    if not bool(torch.isfinite(P).all()) or bool((torch.linalg.det(left).abs() <= 1e-12 * left.norm(dim=-1).prod(-1)).any()):
-        raise GeometryError("ConeBeam.from_matrices: a matrix is not finite or its left 3×3 part is singular, so it has no source point")
+    if not bool(torch.isfinite(P).all()) or bool(
+        (torch.linalg.det(left).abs() <= 1e-12 * left.norm(dim=-1).prod(-1)).any()
+    ):
+        raise GeometryError(
+            "ConeBeam.from_matrices: a matrix is not finite or its left 3×3 part is singular, so it"
+            " has no source point"
+        )
     inverse = torch.linalg.inv(P[..., :3])
     source = -(inverse @ P[..., 3:])[..., 0]
     column, row, corner = inverse.unbind(-1)
@@ -291,26 +486,41 @@ def from_matrices(cls, matrices, *, source_to_detector_mm=None, pixel_mm=None, d
     center = torch.as_tensor(np.array(grid.center_mm), dtype=P.dtype, device=P.device)
     depth = (P[..., 2, :3] * center).sum(-1) + P[..., 2, 3]
     if bool((depth == 0).any()):
-        raise GeometryError("ConeBeam.from_matrices: the grid's centre lies in the plane of a source, "
-                            "so it is not known which side is in front")
+        raise GeometryError(
+            "ConeBeam.from_matrices: the grid's centre lies in the plane of a source, "
+            "so it is not known which side is in front"
+        )
     size, known = (ray, source_to_detector_mm) if pixel_mm is None else (column, pixel_mm)
-    scale = torch.as_tensor(known, dtype=P.dtype, device=P.device) / size.norm(dim=-1) * depth.detach().sign()
+    scale = (
+        torch.as_tensor(known, dtype=P.dtype, device=P.device)
+        / size.norm(dim=-1)
+        * depth.detach().sign()
+    )
     column, row, ray = (vector * scale[..., None] for vector in (column, row, ray))
     return cls(source, source + ray, column, row, detector_shape, grid)
 
 # %% ../../nbs/physics/03_geometry.ipynb #cell-039
 @patch_to(ConeBeam)
 def missing_rays(self) -> torch.Tensor:
-    "Fraction of each view's rays, from source to pixel centre, that do not touch the grid's box: (*batch, V), 0 to 1."
+    """Fraction of each view's rays, from source to pixel centre, that do not touch the grid's box:
+    (*batch, V), 0 to 1.
+    """
     inverse = torch.as_tensor(np.linalg.inv(self.grid.affine), device=self.device).to(torch.float64)
-    index = lambda points: points.detach().to(torch.float64) @ inverse[:3, :3].T + inverse[:3, 3]
-    source, pixel = index(self.source_mm)[..., None, None, :], index(self.pixel_centers_mm())
+
+    def index(points):
+        return points.detach().to(torch.float64) @ inverse[:3, :3].T + inverse[:3, 3]
+
+    source = index(self.source_mm)[..., None, None, :]
+    pixel = index(self.pixel_centers_mm())
     step = pixel - source
-    step = torch.where(step.abs() < 1e-12, torch.full_like(step, 1e-12), step)  # a ray along a face divides by almost nothing, never by nothing
+    # a ray along a face divides by almost nothing, never by nothing
+    step = torch.where(step.abs() < 1e-12, torch.full_like(step, 1e-12), step)
     high = torch.tensor(self.grid.shape[::-1], dtype=torch.float64, device=self.device) - 0.5
     near, far = (-0.5 - source) / step, (high - source) / step
-    enter, leave = torch.minimum(near, far).amax(-1), torch.maximum(near, far).amin(-1)
+    enter = torch.minimum(near, far).amax(-1)
+    leave = torch.maximum(near, far).amin(-1)
     return (enter.clamp(min=0.0) > leave.clamp(max=1.0)).to(torch.float64).mean((-1, -2))
+
 
 @patch_to(ConeBeam)
 def require_hits(self) -> ConeBeam:
@@ -318,11 +528,16 @@ def require_hits(self) -> ConeBeam:
     blind = (self.missing_rays() >= 1.0).nonzero()
     if len(blind):
         *scan, view = blind[0].tolist()
-        where, at = f"view {view}" + (f" of scan {tuple(scan)}" if scan else ""), (*scan, view)
-        source, center = ([round(x) for x in t[at].tolist()] for t in (self.source_mm, self.detector_center_mm))
+        where = f"view {view}" + (f" of scan {tuple(scan)}" if scan else "")
+        at = (*scan, view)
+        source, center = (
+            [round(x) for x in t[at].tolist()] for t in (self.source_mm, self.detector_center_mm)
+        )
         middle = [round(float(x)) for x in self.grid.center_mm]
-        raise GeometryError(f"ConeBeam: no ray of {where} meets the grid (centre {middle} mm, source {source} mm, detector {center} mm); "
-                            "check the signs and that both are in the same LPS frame")
+        raise GeometryError(
+            f"ConeBeam: no ray of {where} meets the grid (centre {middle} mm, source {source} mm,"
+            f" detector {center} mm); check the signs and that both are in the same LPS frame"
+        )
     return self
 
 # %% ../../nbs/physics/03_geometry.ipynb #cell-047

@@ -19,44 +19,76 @@ from .volume import Grid
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-005
 FORMAT = "ct_nb cone-beam geometry, version 1"
-ABOUT = ("Lengths in mm in the patient's LPS frame: x to the left, y to the back, z to the head. "
-         "The pixel in row r and column c of a detector with R rows and C columns has its centre at "
-         "detector_center_mm + (c + 0.5 - C/2) * column_step_mm + (r + 0.5 - R/2) * row_step_mm. "
-         "The grid's affine maps the index (x, y, z, 1) of a voxel's centre to mm.")
+ABOUT = (
+    "Lengths in mm in the patient's LPS frame: x to the left, y to the back, z to the head. "
+    "The pixel in row r and column c of a detector with R rows and C columns has its centre at "
+    "detector_center_mm + (c + 0.5 - C/2) * column_step_mm + (r + 0.5 - R/2) * row_step_mm. "
+    "The grid's affine maps the index (x, y, z, 1) of a voxel's centre to mm."
+)
+
 
 @patch_to(ConeBeam)
 def to_json(self) -> str:
     "One scan's geometry as JSON text that explains itself; every number comes back exactly."
     if self.batch_shape:
-        raise GeometryError(f"ConeBeam.to_json: a file holds one scan and this is a batch {self.batch_shape}; save each geometry[b]")
-    vectors = {name: getattr(self, name).detach().to("cpu", torch.float64).tolist() for name in VECTORS}
+        raise GeometryError(
+            f"ConeBeam.to_json: a file holds one scan and this is a batch {self.batch_shape}; save"
+            " each geometry[b]"
+        )
+    vectors = {
+        name: getattr(self, name).detach().to("cpu", torch.float64).tolist() for name in VECTORS
+    }
     views = [{name: vectors[name][v] for name in VECTORS} for v in range(self.views)]
-    content = {"format": FORMAT, "about": ABOUT, "detector_shape": list(self.detector_shape), "views": views,
-               "grid": {"shape": list(self.grid.shape), "affine": self.grid.affine.tolist()}}
+    content = {
+        "format": FORMAT,
+        "about": ABOUT,
+        "detector_shape": list(self.detector_shape),
+        "views": views,
+        "grid": {"shape": list(self.grid.shape), "affine": self.grid.affine.tolist()},
+    }
     text = json.dumps(content, indent=1, ensure_ascii=False)
-    return re.sub(r"\[[^\[\]{}]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text)  # a vector on one line
+    # a vector on one line
+    return re.sub(
+        r"\[[^\[\]{}]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text
+    )
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-006
 @patch_to(ConeBeam)
 def save(self, path) -> Path:
-    "Write `to_json` to a file, whole or not at all: under a temporary name beside it, then renamed."
+    """Write `to_json` to a file, whole or not at all: under a temporary name beside it, then
+    renamed.
+    """
     text = self.to_json()
-    with atomic_write(path) as temporary: temporary.write_text(text + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
     return Path(path)
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-008
 def _numbers(content: dict, key: str, shape: tuple, where: str = "") -> torch.Tensor:
     "content[key] as float64 of `shape` (−1: any length), or a GeometryError that names the key."
     name = f'"{key}"{where}'
-    if key not in content: raise GeometryError(f"the key {name} is missing; add it, or write the file with ConeBeam.save")
-    try: value = np.array(content[key])
-    except ValueError: value = np.array("ragged")
-    if value.dtype.kind not in "iuf": raise GeometryError(f"{name} must hold numbers, got {json.dumps(content[key])[:60]}")
-    if value.ndim != len(shape) or any(want not in (-1, have) for want, have in zip(shape, value.shape)):
+    if key not in content:
+        raise GeometryError(
+            f"the key {name} is missing; add it, or write the file with ConeBeam.save"
+        )
+    try:
+        value = np.array(content[key])
+    except ValueError:
+        value = np.array("ragged")
+    if value.dtype.kind not in "iuf":
+        raise GeometryError(f"{name} must hold numbers, got {json.dumps(content[key])[:60]}")
+    if value.ndim != len(shape) or any(
+        want not in (-1, have) for want, have in zip(shape, value.shape)
+    ):
         wanted = "×".join("n" if n < 0 else str(n) for n in shape) or "a single"
-        raise GeometryError(f"{name} must hold {wanted} numbers, got {'×'.join(map(str, value.shape)) or 'a single one'}")
-    if not np.isfinite(value).all(): raise GeometryError(f"{name} holds NaN or infinity")
+        raise GeometryError(
+            f"{name} must hold {wanted} numbers, got"
+            f" {'×'.join(map(str, value.shape)) or 'a single one'}"
+        )
+    if not np.isfinite(value).all():
+        raise GeometryError(f"{name} holds NaN or infinity")
     return torch.from_numpy(value.astype(np.float64))
+
 
 def _counts(content: dict, key: str, length: int, where: str = "") -> tuple:
     value = _numbers(content, key, (length,), where)
@@ -64,136 +96,284 @@ def _counts(content: dict, key: str, length: int, where: str = "") -> tuple:
         raise GeometryError(f'"{key}"{where} must hold positive whole numbers, got {content[key]}')
     return tuple(int(n) for n in value)
 
+
 def _object(content, key: str) -> dict:
     if not isinstance(content.get(key), dict):
-        raise GeometryError(f'the key "{key}" is missing or is no object {{…}}; add it, or write the file with ConeBeam.save')
+        raise GeometryError(
+            f'the key "{key}" is missing or is no object {{…}}; add it, or write the file with'
+            ' ConeBeam.save'
+        )
     return content[key]
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-010
 def _from_vectors(content: dict, common: dict) -> ConeBeam:
     views = content["views"]
-    if not isinstance(views, list) or not views: raise GeometryError('"views" must be a list with at least one view')
+    if not isinstance(views, list) or not views:
+        raise GeometryError('"views" must be a list with at least one view')
     for v, view in enumerate(views):
         if not isinstance(view, dict):
-            raise GeometryError(f'view {v} in "views" must be an object with {", ".join(VECTORS)}, got {json.dumps(view)[:60]}')
-    vectors = {name: [_numbers(view, name, (3,), f" of view {v}") for v, view in enumerate(views)] for name in VECTORS}
+            raise GeometryError(
+                f'view {v} in "views" must be an object with {", ".join(VECTORS)}, got'
+                f' {json.dumps(view)[:60]}'
+            )
+    vectors = {
+        name: [_numbers(view, name, (3,), f" of view {v}") for v, view in enumerate(views)]
+        for name in VECTORS
+    }
     return ConeBeam(**{name: torch.stack(each) for name, each in vectors.items()}, **common)
+
 
 def _one_or_each(content: dict, key: str, views: int) -> torch.Tensor:
     return _numbers(content, key, (views,) if isinstance(content.get(key), list) else ())
 
+
 def _from_angles(content: dict, common: dict) -> ConeBeam:
     azimuth = _numbers(content, "azimuth_deg", (-1,))
-    each = lambda key: _one_or_each(content, key, len(azimuth))
+
+    def each(key):
+        return _one_or_each(content, key, len(azimuth))
+
     angles = {key: each(key) for key in ("elevation_deg", "roll_deg") if key in content}
-    isocenter = {"isocenter_mm": _numbers(content, "isocenter_mm", (3,))} if "isocenter_mm" in content else {}
-    lengths = {key: each(key) for key in ("source_to_isocenter_mm", "source_to_detector_mm", "pixel_mm")}
+    isocenter = (
+        {"isocenter_mm": _numbers(content, "isocenter_mm", (3,))}
+        if "isocenter_mm" in content
+        else {}
+    )
+    lengths = {
+        key: each(key) for key in ("source_to_isocenter_mm", "source_to_detector_mm", "pixel_mm")
+    }
     return ConeBeam.orbit(azimuth, **angles, **lengths, **isocenter, **common)
+
 
 def _from_matrices(content: dict, common: dict) -> ConeBeam:
     matrices = _numbers(content, "matrices", (-1, 3, 4))
-    scale = "pixel_mm" if "pixel_mm" in content and "source_to_detector_mm" not in content else "source_to_detector_mm"
-    return ConeBeam.from_matrices(matrices, **{scale: _one_or_each(content, scale, len(matrices))}, **common)
+    scale = (
+        "pixel_mm"
+        if "pixel_mm" in content and "source_to_detector_mm" not in content
+        else "source_to_detector_mm"
+    )
+    return ConeBeam.from_matrices(
+        matrices, **{scale: _one_or_each(content, scale, len(matrices))}, **common
+    )
 
-FORMS = {"views": _from_vectors, "azimuth_deg": _from_angles, "matrices": _from_matrices}  # the key that tells the form -> its reader
+
+# the key that tells the form -> its reader
+FORMS = {"views": _from_vectors, "azimuth_deg": _from_angles, "matrices": _from_matrices}
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-011
 @patch_to(ConeBeam, cls_method=True)
 def from_json(cls, text: str, grid: Grid | None = None, name: str = "geometry JSON") -> ConeBeam:
-    """A geometry from JSON text in one of three forms, told by their key: "views", "azimuth_deg" or "matrices".
+    """A geometry from JSON text in one of three forms, told by their key: "views", "azimuth_deg" or
+    "matrices".
 
     `grid` replaces the one in the text.
-    Raises GeometryError with one sentence that names the file (`name`) and the key."""
+    Raises GeometryError with one sentence that names the file (`name`) and the key.
+    """
     try:
-        try: content = json.loads(text)
-        except ValueError as error: raise GeometryError(f"this is not valid JSON ({error}); write the file with ConeBeam.save") from None
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise GeometryError(
+                f"this is not valid JSON ({error}); write the file with ConeBeam.save"
+            ) from None
         form = [key for key in FORMS if isinstance(content, dict) and key in content]
         if len(form) != 1:
-            raise GeometryError(f'exactly one of the keys {", ".join(FORMS)} must say where the views are, got {form or "none"}')
+            raise GeometryError(
+                f'exactly one of the keys {", ".join(FORMS)} must say where the views are, got'
+                f' {form or "none"}'
+            )
         if grid is None:
             box = _object(content, "grid")
-            grid = Grid(_counts(box, "shape", 3, " in the grid"), _numbers(box, "affine", (4, 4), " in the grid").numpy())
-        return FORMS[form[0]](content, {"detector_shape": _counts(content, "detector_shape", 2), "grid": grid})
-    except ValueError as error: raise GeometryError(f"{name}: {error}") from None
+            grid = Grid(
+                _counts(box, "shape", 3, " in the grid"),
+                _numbers(box, "affine", (4, 4), " in the grid").numpy(),
+            )
+        return FORMS[form[0]](
+            content, {"detector_shape": _counts(content, "detector_shape", 2), "grid": grid}
+        )
+    except ValueError as error:
+        raise GeometryError(f"{name}: {error}") from None
+
 
 @patch_to(ConeBeam, cls_method=True)
 def load(cls, path, grid: Grid | None = None) -> ConeBeam:
     "Read a geometry file, written by `save` or by hand; `grid` replaces the one in the file."
-    try: text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError: raise GeometryError(f"{path}: this is no text file; a geometry is JSON, written by ConeBeam.save") from None
-    except OSError as error: raise GeometryError(f"{path}: the geometry file cannot be read ({error.strerror}); check the path") from None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise GeometryError(
+            f"{path}: this is no text file; a geometry is JSON, written by ConeBeam.save"
+        ) from None
+    except OSError as error:
+        raise GeometryError(
+            f"{path}: the geometry file cannot be read ({error.strerror}); check the path"
+        ) from None
     return cls.from_json(text, grid, name=str(path))
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-019
-LETTERS = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "H": (0, 0, 1), "F": (0, 0, -1)}  # Patient Orientation -> LPS
-VIEW_POSITIONS = {"PA": 0.0, "AP": 180.0, "LL": 90.0, "RL": -90.0}  # primary angles: at the chest in PA, at the left in LL
+# Patient Orientation -> LPS
+LETTERS = {
+    "L": (1, 0, 0),
+    "R": (-1, 0, 0),
+    "P": (0, 1, 0),
+    "A": (0, -1, 0),
+    "H": (0, 0, 1),
+    "F": (0, 0, -1),
+}
+# primary angles: at the chest in PA, at the left in LL
+VIEW_POSITIONS = {"PA": 0.0, "AP": 180.0, "LL": 90.0, "RL": -90.0}
+
 
 def _tag(dataset, keyword: str, name: str, given, hint: str):
     "The value of a DICOM attribute, or what the caller gave in its place, or a GeometryError."
-    if given is not None: return given
+    if given is not None:
+        return given
     value = getattr(dataset, keyword, None)
-    if value in (None, ""): raise GeometryError(f"{name}: the DICOM tag {keyword} is missing; give {hint}")
+    if value in (None, ""):
+        raise GeometryError(f"{name}: the DICOM tag {keyword} is missing; give {hint}")
     return value
+
 
 def _pose_angles(dataset, name: str) -> tuple[float, float]:
     "Primary and secondary angle in degrees."
     if getattr(dataset, "PositionerMotion", "STATIC") == "DYNAMIC":
-        raise GeometryError(f"{name}: the C-arm moved during this run; split it into frames with an angle each")
+        raise GeometryError(
+            f"{name}: the C-arm moved during this run; split it into frames with an angle each"
+        )
     for keyword in ("DetectorPrimaryAngle", "DetectorSecondaryAngle"):
         if abs(float(getattr(dataset, keyword, None) or 0.0)) > 0.1:
-            raise GeometryError(f"{name}: {keyword} says that the detector is tilted against the beam; "
-                                "build this geometry with ConeBeam(...)")
+            raise GeometryError(
+                f"{name}: {keyword} says that the detector is tilted against the beam; "
+                "build this geometry with ConeBeam(...)"
+            )
     position = getattr(dataset, "ViewPosition", None)
-    if getattr(dataset, "PositionerPrimaryAngle", None) is None and position in VIEW_POSITIONS: return VIEW_POSITIONS[position], 0.0
+    if getattr(dataset, "PositionerPrimaryAngle", None) is None and position in VIEW_POSITIONS:
+        return VIEW_POSITIONS[position], 0.0
     hint = "the pose as a geometry file instead"
-    return tuple(float(_tag(dataset, f"Positioner{which}Angle", name, None, hint)) for which in ("Primary", "Secondary"))
+    return tuple(
+        float(_tag(dataset, f"Positioner{which}Angle", name, None, hint))
+        for which in ("Primary", "Secondary")
+    )
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-020
-def _image_axes(column: torch.Tensor, row: torch.Tensor, dataset, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    "Unit steps of the stored image from those of `orbit`, (3,) each: mirrored, or as Patient Orientation says."
+def _image_axes(
+    column: torch.Tensor, row: torch.Tensor, dataset, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit steps of the stored image from those of `orbit`, (3,) each: mirrored, or as Patient
+    Orientation says.
+    """
     letters = getattr(dataset, "PatientOrientation", None)
-    if not letters: return -column, row
-    try: wanted = [sum(torch.tensor(LETTERS[c], dtype=column.dtype) for c in word) for word in letters]
-    except KeyError: wanted = []
+    if not letters:
+        return -column, row
+    try:
+        wanted = [
+            sum(torch.tensor(LETTERS[c], dtype=column.dtype) for c in word) for word in letters
+        ]
+    except KeyError:
+        wanted = []
     if len(wanted) != 2:
-        raise GeometryError(f"{name}: PatientOrientation {list(letters)} is not two words of the letters {''.join(LETTERS)}; "
-                            "correct or empty that tag")
-    choices = [(a * first, b * second) for first, second in ((column, row), (row, column)) for a in (-1, 1) for b in (-1, 1)]
-    match = lambda axes: min(float(axis @ want / want.norm()) for axis, want in zip(axes, wanted))
+        raise GeometryError(
+            f"{name}: PatientOrientation {list(letters)} is not two words of the letters"
+            f" {''.join(LETTERS)}; correct or empty that tag"
+        )
+    choices = [
+        (a * first, b * second)
+        for first, second in ((column, row), (row, column))
+        for a in (-1, 1)
+        for b in (-1, 1)
+    ]
+
+    def match(axes):
+        return min(float(axis @ want / want.norm()) for axis, want in zip(axes, wanted))
+
     best = max(choices, key=match)
     if match(best) < 0.5:
-        raise GeometryError(f"{name}: PatientOrientation {list(letters)} contradicts the C-arm angles; correct or empty that tag")
+        raise GeometryError(
+            f"{name}: PatientOrientation {list(letters)} contradicts the C-arm angles; correct or"
+            " empty that tag"
+        )
     return best
 
 # %% ../../nbs/physics/03c_geometry_files.ipynb #cell-021
 @patch_to(ConeBeam, cls_method=True)
-def from_dicom(cls, datasets, *, grid: Grid | None = None, source_to_detector_mm=None, source_to_isocenter_mm=None, pixel_mm=None) -> ConeBeam:
-    """The geometry of one or more radiographs (paths or pydicom data sets, one view each), with the isocentre at the grid's centre.
+def from_dicom(
+    cls,
+    datasets,
+    *,
+    grid: Grid | None = None,
+    source_to_detector_mm=None,
+    source_to_isocenter_mm=None,
+    pixel_mm=None,
+) -> ConeBeam:
+    """The geometry of one or more radiographs (paths or pydicom data sets, one view each), with the
+    isocentre at the grid's centre.
 
-    Distances in mm that are given replace the tags DistanceSourceToDetector, DistanceSourceToPatient and ImagerPixelSpacing.
-    Raises GeometryError with the file's name for a missing tag, a moving C-arm, a tilted detector or a contradictory Patient Orientation."""
-    grid, datasets = Grid.cube(64) if grid is None else grid, list(datasets) if isinstance(datasets, (list, tuple)) else [datasets]
+    Distances in mm that are given replace the tags DistanceSourceToDetector,
+    DistanceSourceToPatient and ImagerPixelSpacing.
+    Raises GeometryError with the file's name for a missing tag, a moving C-arm, a tilted detector
+    or a contradictory Patient Orientation.
+    """
+    grid = Grid.cube(64) if grid is None else grid
+    datasets = list(datasets) if isinstance(datasets, (list, tuple)) else [datasets]
     known = (source_to_detector_mm, source_to_isocenter_mm, pixel_mm)
     views = [_dicom_view(data, f"radiograph {v}", grid, *known) for v, data in enumerate(datasets)]
     shapes = [view.detector_shape for view in views]
     if len(set(shapes)) != 1:
-        raise GeometryError(f"ConeBeam.from_dicom: the radiographs must have one size, got {shapes}; "
-                            "resample them to one, or reconstruct them apart")
-    return cls(**{n: torch.cat([getattr(view, n) for view in views]) for n in VECTORS}, detector_shape=shapes[0], grid=grid)
+        raise GeometryError(
+            f"ConeBeam.from_dicom: the radiographs must have one size, got {shapes}; "
+            "resample them to one, or reconstruct them apart"
+        )
+    return cls(
+        **{n: torch.cat([getattr(view, n) for view in views]) for n in VECTORS},
+        detector_shape=shapes[0],
+        grid=grid,
+    )
 
-def _dicom_view(dataset, name, grid, source_to_detector_mm, source_to_isocenter_mm, pixel_mm) -> ConeBeam:
-    if isinstance(dataset, (str, Path)): dataset, name = _read_tags(dataset), str(dataset)
+
+def _dicom_view(
+    dataset, name, grid, source_to_detector_mm, source_to_isocenter_mm, pixel_mm
+) -> ConeBeam:
+    if isinstance(dataset, (str, Path)):
+        dataset, name = _read_tags(dataset), str(dataset)
     primary, secondary = _pose_angles(dataset, name)
-    to_detector = _tag(dataset, "DistanceSourceToDetector", name, source_to_detector_mm, "source_to_detector_mm")
-    to_isocenter = _tag(dataset, "DistanceSourceToPatient", name, source_to_isocenter_mm, "source_to_isocenter_mm")
-    spacing = np.broadcast_to(np.array(_tag(dataset, "ImagerPixelSpacing", name, pixel_mm, "pixel_mm"), dtype=np.float64), 2).tolist()
-    shape = tuple(int(_tag(dataset, keyword, name, None, "an image that has its size")) for keyword in ("Rows", "Columns"))
-    view = ConeBeam.orbit(180.0 - primary, secondary, grid=grid, detector_shape=shape, pixel_mm=1.0,
-                          source_to_isocenter_mm=float(to_isocenter), source_to_detector_mm=float(to_detector))
+    to_detector = _tag(
+        dataset, "DistanceSourceToDetector", name, source_to_detector_mm, "source_to_detector_mm"
+    )
+    to_isocenter = _tag(
+        dataset, "DistanceSourceToPatient", name, source_to_isocenter_mm, "source_to_isocenter_mm"
+    )
+    spacing = np.broadcast_to(
+        np.array(_tag(dataset, "ImagerPixelSpacing", name, pixel_mm, "pixel_mm"), dtype=np.float64),
+        2,
+    ).tolist()
+    shape = tuple(
+        int(_tag(dataset, keyword, name, None, "an image that has its size"))
+        for keyword in ("Rows", "Columns")
+    )
+    view = ConeBeam.orbit(
+        180.0 - primary,
+        secondary,
+        grid=grid,
+        detector_shape=shape,
+        pixel_mm=1.0,
+        source_to_isocenter_mm=float(to_isocenter),
+        source_to_detector_mm=float(to_detector),
+    )
     column, row = _image_axes(view.column_step_mm[0], view.row_step_mm[0], dataset, name)
-    return ConeBeam(view.source_mm, view.detector_center_mm, column[None] * spacing[1], row[None] * spacing[0], shape, grid)
+    return ConeBeam(
+        view.source_mm,
+        view.detector_center_mm,
+        column[None] * spacing[1],
+        row[None] * spacing[0],
+        shape,
+        grid,
+    )
+
 
 def _read_tags(path):
     import pydicom
-    try: return pydicom.dcmread(path, stop_before_pixels=True)
-    except (OSError, pydicom.errors.InvalidDicomError) as error: raise GeometryError(f"{path}: cannot be read as DICOM ({error})") from None
+
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=True)
+    except (OSError, pydicom.errors.InvalidDicomError) as error:
+        raise GeometryError(f"{path}: cannot be read as DICOM ({error})") from None

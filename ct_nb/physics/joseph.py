@@ -15,44 +15,73 @@ import torch
 from .geometry import ConeBeam
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-004
-VALUES = ("line_offset", "line_drift", "line_shear", "row_offset", "row_step", "row_drift", "row_step_drift", "perspective",
-          "length_0", "length_1", "length_2")  # the last axis of ColumnParameters.values
+VALUES = (
+    "line_offset",
+    "line_drift",
+    "line_shear",
+    "row_offset",
+    "row_step",
+    "row_drift",
+    "row_step_drift",
+    "perspective",
+    "length_0",
+    "length_1",
+    "length_2",
+)  # the last axis of ColumnParameters.values
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-006
 @dataclass(frozen=True, eq=False)
 class ColumnParameters:
     """How every detector column cuts the grid; all a kernel needs to know of the geometry.
 
-    Axes are numbered as in the array: 0 = z, 1 = y, 2 = x. A column marches along axis `m`; in slice k of that axis its rays lie on one line,
-    which runs along axis `b` and interpolates across axis `a`. With κ = k − (n_m − 1)/2 and ρ = r − (R − 1)/2 (row r of R):
+    Axes are numbered as in the array: 0 = z, 1 = y, 2 = x. A column marches along axis `m`; in
+    slice k of that axis its rays lie on one line,
+    which runs along axis `b` and interpolates across axis `a`. With κ = k − (n_m − 1)/2 and ρ = r −
+    (R − 1)/2 (row r of R):
 
-        line:    a(b) = line_offset + line_drift·κ + line_shear·b                                                |line_shear| ≤ 1
-        pixel r: b    = (row_offset + row_step·ρ + κ·(row_drift + row_step_drift·ρ)) / w,   w = 1 + perspective·ρ
+        line:    a(b) = line_offset + line_drift·κ + line_shear·b
+        |line_shear| ≤ 1
+        pixel r: b    = (row_offset + row_step·ρ + κ·(row_drift + row_step_drift·ρ)) / w,   w = 1 +
+        perspective·ρ
         length of the ray between two slices, mm:  ℓ = sqrt(length_0 + length_1·ρ + length_2·ρ²) / w
 
     A pixel with w < MINIMUM_W, or length 0, weighs nothing. Everything outside the grid is 0.
     """
-    values: torch.Tensor  # (*batch, V, C, 11) float64, in the order of VALUES; differentiable with respect to the geometry
+
+    # (*batch, V, C, 11) float64, in the order of VALUES; differentiable with respect to the
+    # geometry
+    values: torch.Tensor
     axes: torch.Tensor  # (*batch, V, C, 3) int64: m, a, b
-    slices: torch.Tensor  # (*batch, V, C, 2) int64: the slices first ≤ k < stop of axis m count, the others weigh nothing
+    # (*batch, V, C, 2) int64: the slices first ≤ k < stop of axis m count, the others weigh nothing
+    slices: torch.Tensor
     volume_shape: tuple[int, int, int]  # (D, H, W)
     detector_shape: tuple[int, int]  # (R, C)
 
-    def map(self, function) -> "ColumnParameters": return replace(self, **{n: function(getattr(self, n)) for n in ("values", "axes", "slices")})
+    def map(self, function) -> "ColumnParameters":
+        return replace(
+            self, **{n: function(getattr(self, n)) for n in ("values", "axes", "slices")}
+        )
 
     @property
-    def batch_shape(self) -> tuple: return tuple(self.values.shape[:-3])
+    def batch_shape(self) -> tuple:
+        return tuple(self.values.shape[:-3])
+
     @property
-    def views(self) -> int: return self.values.shape[-3]
+    def views(self) -> int:
+        return self.values.shape[-3]
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-007
-MINIMUM_W = 0.01  # a ray that far from its column's middle ray runs along the slices instead of through them
+# a ray that far from its column's middle ray runs along the slices instead of through them
+MINIMUM_W = 0.01
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-008
 @torch.no_grad()
 def _axes(ray: torch.Tensor, row: torch.Tensor):
-    """For every column the axes (m, a, b), and whether there is a line at all: m is the axis most parallel to its middle ray,
-    a that one of the others to which the plane of its rays is most perpendicular, so that the line leans by at most 45° from b."""
+    """For every column the axes (m, a, b), and whether there is a line at all: m is the axis most
+    parallel to its middle ray,
+    a that one of the others to which the plane of its rays is most perpendicular, so that the line
+    leans by at most 45° from b.
+    """
     size, normal = ray.abs(), torch.linalg.cross(ray, row).abs()
     m = size.argmax(-1, keepdim=True)
     normal = normal.scatter(-1, m, -1.0)
@@ -63,42 +92,83 @@ def _axes(ray: torch.Tensor, row: torch.Tensor):
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-009
 def column_parameters(geometry: ConeBeam) -> ColumnParameters:
-    "The lines of every detector column in the index coordinates of `geometry.grid`; float64, differentiable with respect to the geometry's tensors."
-    source, center, column_step, row_step = (t.to(torch.float64) for t in (
-        geometry.source_mm, geometry.detector_center_mm, geometry.column_step_mm, geometry.row_step_mm))
+    """The lines of every detector column in the index coordinates of `geometry.grid`; float64,
+    differentiable with respect to the geometry's tensors.
+    """
+    source, center, column_step, row_step = (
+        t.to(torch.float64)
+        for t in (
+            geometry.source_mm,
+            geometry.detector_center_mm,
+            geometry.column_step_mm,
+            geometry.row_step_mm,
+        )
+    )
     inverse = torch.tensor(np.linalg.inv(geometry.grid.affine), device=source.device)
-    to_index, columns = inverse[:3, :3].T.flip(-1), geometry.detector_shape[1]  # (x, y, z) mm -> (z, y, x) voxels
-    along = torch.arange(columns, dtype=torch.float64, device=source.device)[:, None] + (0.5 - columns / 2)
-    middle = (center - source)[..., None, :] + along * column_step[..., None, :]  # (*batch, V, C, 3): from the source to the middle of every column
+    # (x, y, z) mm -> (z, y, x) voxels
+    to_index = inverse[:3, :3].T.flip(-1)
+    columns = geometry.detector_shape[1]
+    along = torch.arange(columns, dtype=torch.float64, device=source.device)[:, None] + (
+        0.5 - columns / 2
+    )
+    # (*batch, V, C, 3): from the source to the middle of every column
+    middle = (center - source)[..., None, :] + along * column_step[..., None, :]
     row = row_step[..., None, :].expand_as(middle)  # and the step to the next row
     both = torch.stack([middle, row], -2)  # (*batch, V, C, 2, 3), mm
-    steps = (both[..., None] * to_index).sum(-2)  # a matrix product, `max` or indexing by a list wakes torch's threads, which then spin for ms on the kernels' cores
+    # a matrix product, `max` or indexing by a list wakes torch's threads, which then spin for ms on
+    # the kernels' cores
+    steps = (both[..., None] * to_index).sum(-2)
     axes, usable = _axes(*steps.detach().unbind(-2))
     steps = steps.gather(-1, axes[..., None, :].expand_as(steps))  # from here on by (m, a, b)
-    start = (source @ to_index + inverse[:3, 3].flip(0))[..., None, :].expand_as(axes).gather(-1, axes)
-    shape = torch.tensor(geometry.grid.shape, dtype=torch.float64, device=source.device).expand_as(axes).gather(-1, axes)
+    start = (
+        (source @ to_index + inverse[:3, 3].flip(0))[..., None, :].expand_as(axes).gather(-1, axes)
+    )
+    shape = (
+        torch.tensor(geometry.grid.shape, dtype=torch.float64, device=source.device)
+        .expand_as(axes)
+        .gather(-1, axes)
+    )
 
     slope = 1 / torch.where(usable, steps[..., 0, :1], 1.0)
-    normal = torch.linalg.cross(steps[..., 0, :], steps[..., 1, :])  # of the plane of the column's rays; of either sign, only ratios are used
+    # of the plane of the column's rays; of either sign, only ratios are used
+    normal = torch.linalg.cross(steps[..., 0, :], steps[..., 1, :])
     lean = normal / torch.where(usable, -normal[..., 1:2], 1.0)  # along m: drift, along b: shear
-    steps = steps * slope[..., None]  # per slice: the ray (1, ·, row_drift), the step to the next row (perspective, ·, row_step_drift)
+    # per slice: the ray (1, ·, row_drift), the step to the next row (perspective, ·,
+    # row_step_drift)
+    steps = steps * slope[..., None]
     kappa = (shape[..., :1] - 1) / 2 - start[..., :1]  # from the source to the middle slice
-    values = torch.cat([
-        start[..., 1:2] - lean[..., 2:] * start[..., 2:] + lean[..., :1] * kappa, lean[..., :1], lean[..., 2:],
-        start[..., 2:] * steps[..., 0] + kappa * steps[..., 2], steps[..., 2], steps[..., 1, :1],
-        torch.stack([middle**2, 2 * middle * row, row**2], -2).sum(-1) * slope**2], -1)
+    values = torch.cat(
+        [
+            start[..., 1:2] - lean[..., 2:] * start[..., 2:] + lean[..., :1] * kappa,
+            lean[..., :1],
+            lean[..., 2:],
+            start[..., 2:] * steps[..., 0] + kappa * steps[..., 2],
+            steps[..., 2],
+            steps[..., 1, :1],
+            torch.stack([middle**2, 2 * middle * row, row**2], -2).sum(-1) * slope**2,
+        ],
+        -1,
+    )
     values = torch.where(usable, values, 0.0)
-    slices = _slices(values.detach(), start.detach()[..., 0], 1 / slope.detach()[..., 0], shape, usable[..., 0])
+    slices = _slices(
+        values.detach(), start.detach()[..., 0], 1 / slope.detach()[..., 0], shape, usable[..., 0]
+    )
     return ColumnParameters(values, axes, slices, geometry.grid.shape, geometry.detector_shape)
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-010
 def _slices(values, begin, length, shape, usable) -> torch.Tensor:
-    "First and stop slice of every column: between source and detector, and where the column's line can touch the grid."
-    (n_m, n_a, n_b), (offset, drift, shear) = shape.unbind(-1), values[..., :3].unbind(-1)
+    """First and stop slice of every column: between source and detector, and where the column's
+    line can touch the grid.
+    """
+    n_m, n_a, n_b = shape.unbind(-1)
+    offset, drift, shear = values[..., :3].unbind(-1)
     ends = torch.stack([begin, begin + length]).sort(0).values
     swing = torch.stack([-shear, shear * n_b]).sort(0).values  # the line's rise over b in [-1, n_b]
     steep = drift.abs() > 1e-9
-    bounds = (torch.stack([-1 - swing[1], n_a - swing[0]]) - offset) / torch.where(steep, drift, 1.0)  # of κ
+    # of κ
+    bounds = (torch.stack([-1 - swing[1], n_a - swing[0]]) - offset) / torch.where(
+        steep, drift, 1.0
+    )
     bounds = torch.where(steep, bounds.sort(0).values + (n_m - 1) / 2, ends)
     first = torch.maximum(ends[0].ceil(), bounds[0].floor()).clamp(min=0).minimum(n_m)
     stop = torch.minimum(ends[1].floor(), bounds[1].ceil()).minimum(n_m - 1) + 1
@@ -106,19 +176,37 @@ def _slices(values, begin, length, shape, usable) -> torch.Tensor:
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-011
 def _corners(parameters: ColumnParameters, k: torch.Tensor, dtype):
-    "The four voxels of every sample in slices k (K,): pairs of flat index and weight, both (*batch, V, C, R, K)."
-    device, rows = parameters.values.device, parameters.detector_shape[0]
+    """The four voxels of every sample in slices k (K,): pairs of flat index and weight, both
+    (*batch, V, C, R, K).
+    """
+    device = parameters.values.device
+    rows = parameters.detector_shape[0]
     values = parameters.values[..., None, None, :]
     rho = (torch.arange(rows, dtype=torch.float64, device=device) - (rows - 1) / 2)[:, None]
     shape = torch.tensor(parameters.volume_shape, device=device)
     stride = torch.tensor([shape[1] * shape[2], shape[2], 1], device=device)
-    axes, (first, stop) = parameters.axes, parameters.slices[..., None, None, :].unbind(-1)
-    (n_m, n_a, n_b), (stride_m, stride_a, stride_b) = (t[axes][..., None, None, :].unbind(-1) for t in (shape, stride))
-    line_offset, line_drift, line_shear, row_offset, row_step, row_drift, row_step_drift, perspective, *length = values.unbind(-1)
+    axes = parameters.axes
+    first, stop = parameters.slices[..., None, None, :].unbind(-1)
+    (n_m, n_a, n_b), (stride_m, stride_a, stride_b) = (
+        t[axes][..., None, None, :].unbind(-1) for t in (shape, stride)
+    )
+    (
+        line_offset,
+        line_drift,
+        line_shear,
+        row_offset,
+        row_step,
+        row_drift,
+        row_step_drift,
+        perspective,
+        *length,
+    ) = values.unbind(-1)
     kappa = k - (n_m - 1) / 2
-    w, square = 1 + perspective * rho, length[0] + length[1] * rho + length[2] * rho**2
+    w = 1 + perspective * rho
+    square = length[0] + length[1] * rho + length[2] * rho**2
     usable = (w >= MINIMUM_W) & (square > 0)
-    w, square = torch.where(usable, w, 1.0), torch.where(usable, square, 1.0)
+    w = torch.where(usable, w, 1.0)
+    square = torch.where(usable, square, 1.0)
     position = (row_offset + row_step * rho + kappa * (row_drift + row_step_drift * rho)) / w
     weight = torch.where(usable, square.sqrt() / w, 0.0)
     b = position.detach().floor()
@@ -133,21 +221,28 @@ def _corners(parameters: ColumnParameters, k: torch.Tensor, dtype):
 # %% ../../nbs/physics/04_joseph.ipynb #cell-012
 CHUNK = 1 << 22  # samples at a time: what bounds the reference's memory
 
+
 def _chunks(parameters: ColumnParameters) -> list[torch.Tensor]:
     k = torch.arange(max(parameters.volume_shape), device=parameters.values.device)
     pixels = parameters.axes[..., 0].numel() * parameters.detector_shape[0]
     return list(k.split(max(1, CHUNK // max(1, pixels))))
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-014
-def forward(volume: torch.Tensor, parameters: ColumnParameters, slices: torch.Tensor | None = None) -> torch.Tensor:
-    """Line integrals, of some slices if told. volume (B, D, H, W), parameters of batch shape (1,) or (B,) -> (B, V, R, C).
+def forward(
+    volume: torch.Tensor, parameters: ColumnParameters, slices: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Line integrals, of some slices if told. volume (B, D, H, W), parameters of batch shape (1,)
+    or (B,) -> (B, V, R, C).
 
-    Plain torch: autograd differentiates it, to the volume and to `parameters.values`."""
+    Plain torch: autograd differentiates it, to the volume and to `parameters.values`.
+    """
     flat, image = volume.flatten(1), 0
     for k in _chunks(parameters) if slices is None else [slices]:
         for index, weight in _corners(parameters, k, volume.dtype):
             shared = index.shape[0] == 1
-            value = flat[:, index[0]] if shared else flat.gather(1, index.flatten(1)).view(index.shape)
+            value = (
+                flat[:, index[0]] if shared else flat.gather(1, index.flatten(1)).view(index.shape)
+            )
             image = image + (value * weight).sum(-1)
     return image.transpose(-1, -2)
 
@@ -156,7 +251,9 @@ def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     "The transpose of `forward`: the same weights, scattered. image (B, V, R, C) -> (B, D, H, W)."
     batch = image.shape[0]
     columns = image.transpose(-1, -2)[..., None]
-    flat = torch.zeros(batch, math.prod(parameters.volume_shape), dtype=image.dtype, device=image.device)
+    flat = torch.zeros(
+        batch, math.prod(parameters.volume_shape), dtype=image.dtype, device=image.device
+    )
     for k in _chunks(parameters):
         for index, weight in _corners(parameters, k, image.dtype):
             value = (columns * weight).flatten(1)
@@ -164,10 +261,18 @@ def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     return flat.view(batch, *parameters.volume_shape)
 
 # %% ../../nbs/physics/04_joseph.ipynb #cell-017
-def gradient(volume: torch.Tensor, image: torch.Tensor, parameters: ColumnParameters, projection: torch.Tensor | None = None, with_adjoint: bool = True):
-    """The derivative of ⟨image, forward(volume)⟩ with respect to `parameters.values`, and adjoint(image), its derivative with respect to the volume (or None).
+def gradient(
+    volume: torch.Tensor,
+    image: torch.Tensor,
+    parameters: ColumnParameters,
+    projection: torch.Tensor | None = None,
+    with_adjoint: bool = True,
+):
+    """The derivative of ⟨image, forward(volume)⟩ with respect to `parameters.values`, and
+    adjoint(image), its derivative with respect to the volume (or None).
 
-    `projection` = forward(volume), if the caller has it, spares a kernel some work; the reference does without. `values` are summed over the batch if shared.
+    `projection` = forward(volume), if the caller has it, spares a kernel some work; the reference
+    does without. `values` are summed over the batch if shared.
     """
     values = parameters.values.detach().requires_grad_()
     slope = torch.zeros_like(values)

@@ -17,14 +17,33 @@ import numpy as np
 import torch
 
 from .joseph import MINIMUM_W, VALUES, ColumnParameters
-from .lanes import PADDING, add, clamp, fill, hat, like, load, pair, ramp, store, total, transpose, truncate, where
+from ct_nb.physics.lanes import (
+    PADDING,
+    add,
+    clamp,
+    fill,
+    hat,
+    like,
+    load,
+    pair,
+    ramp,
+    store,
+    total,
+    transpose,
+    truncate,
+    where,
+)
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-004
 def _jit(function):
-    "Sums may be reordered and fused, NaN and infinity keep their meaning; the machine code is kept on disk if numba finds a folder for it."
+    """Sums may be reordered and fused, NaN and infinity keep their meaning; the machine code is
+    kept on disk if numba finds a folder for it.
+    """
     options = dict(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
-    try: return numba.njit(cache=True, **options)(function)
-    except RuntimeError: return numba.njit(**options)(function)
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        return numba.njit(**options)(function)
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-005
 @_jit
@@ -36,60 +55,89 @@ def _row_of(beta, p, g, mu, otherwise):
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-007
 @_jit
 def _span(p, g, mu, rows, n_b):
-    "Rows first:stop whose rays can touch the slice, and the voxels low:high along b that they can touch."
+    """Rows first:stop whose rays can touch the slice, and the voxels low:high along b that they can
+    touch.
+    """
     half = 0.5 * (rows - 1)
     begin, end = (-1.0, n_b) if g - mu * p > 0 else (n_b, -1.0)
     first = int(min(max(_row_of(begin, p, g, mu, -half) + half, 0.0), rows))
     stop = int(min(max(_row_of(end, p, g, mu, half) + half + 2.0, 0.0), rows))
     x = (p + g * (first - half)) / max(1 + mu * (first - half), MINIMUM_W)
     y = (p + g * (stop - 1 - half)) / max(1 + mu * (stop - 1 - half), MINIMUM_W)
-    low, high = int(min(max(min(x, y) - 1e-3, 0.0), n_b)), int(min(max(max(x, y) + 2.001, 0.0), n_b))  # some slack for float32
+    # some slack for float32
+    low = int(min(max(min(x, y) - 1e-3, 0.0), n_b))
+    high = int(min(max(max(x, y) + 2.001, 0.0), n_b))
     return first, max(first, stop), low, max(low, high)
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-009
 @_jit
 def _cuts(places, lines, values, slices, columns, k, box, rows):
-    """How columns cut slice k: for column columns[i] the integers places[i] = (first, stop, low, count) of `_span`, count 0 if there is nothing to do,
-    and lines[i] = (p, g, offset): the rows cross the line at t = (p + g·ρ)/w = b − low + 2, so voxel low + i stands at t = i + 2; offset is a at b = low.
+    """How columns cut slice k: for column columns[i] the integers places[i] = (first, stop, low,
+    count) of `_span`, count 0 if there is nothing to do,
+    and lines[i] = (p, g, offset): the rows cross the line at t = (p + g·ρ)/w = b − low + 2, so
+    voxel low + i stands at t = i + 2; offset is a at b = low.
 
-    All columns in one go: what one column waits for, the next ones can use."""
+    All columns in one go: what one column waits for, the next ones can use.
+    """
     kappa = k - 0.5 * (box[0] - 1)
     for i, c in enumerate(columns):
         v = values[c]
         p, g = v[3] + kappa * v[5], v[4] + kappa * v[6]
         first, stop, low, high = _span(p, g, v[7], rows, box[2])
-        lines[i, 0], lines[i, 1], lines[i, 2] = p + (2 - low), g + (2 - low) * v[7], v[0] + kappa * v[1] + v[2] * low
+        lines[i, 0] = p + (2 - low)
+        lines[i, 1] = g + (2 - low) * v[7]
+        lines[i, 2] = v[0] + kappa * v[1] + v[2] * low
         inside = slices[c, 0] <= k < slices[c, 1] and first < stop
-        places[i, 0], places[i, 1], places[i, 2], places[i, 3] = first, stop, low, high - low if inside else 0
+        places[i, 0] = first
+        places[i, 1] = stop
+        places[i, 2] = low
+        places[i, 3] = high - low if inside else 0
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-010
 @_jit
 def _beside(offset, shear, count, n_a):
-    "First and last row of voxels next to the line a = offset + shear·i, 0 ≤ i < count; and whether it is worth while to ask again for parts of the line."
+    """First and last row of voxels next to the line a = offset + shear·i, 0 ≤ i < count; and
+    whether it is worth while to ask again for parts of the line.
+    """
     end = offset + shear * (count - 1)
-    low, high = np.floor(min(offset, end) - 1e-4), np.floor(max(offset, end) + 1e-4) + 1  # some slack for float32
+    # some slack for float32
+    low = np.floor(min(offset, end) - 1e-4)
+    high = np.floor(max(offset, end) + 1e-4) + 1
     return int(min(max(low, 0.0), n_a)), int(min(max(high, -1.0), n_a - 1.0)), high - low > 2
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-012
 @_jit
 def _across(line, to, count, volume, at, stride, n_a, offset, shear):
-    "Pass 1: line[to + i] = the slice interpolated across its rows of voxels at a = offset + shear·i; row a begins at volume[at + a·stride]."
-    kind, lane, width = line.dtype.type, ramp(line), 64 // line.itemsize
+    """Pass 1: line[to + i] = the slice interpolated across its rows of voxels at a = offset +
+    shear·i; row a begins at volume[at + a·stride].
+    """
+    kind = line.dtype.type
+    lane = ramp(line)
+    width = 64 // line.itemsize
     low, high, steep = _beside(offset, shear, count, n_a)
     for i in range(0, count, width):
         here, value = offset + shear * i, fill(line, 0)
-        if steep: low, high, _ = _beside(here, shear, width, n_a)
+        if steep:
+            low, high, _ = _beside(here, shear, width, n_a)
         for row in range(low, high + 1):
-            value = value + hat(kind(here - row) + kind(shear) * lane) * load(volume, at + row * stride + i)
+            value = value + hat(kind(here - row) + kind(shear) * lane) * load(
+                volume, at + row * stride + i
+            )
         store(line, to + i, value)
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-014
 @_jit
 def _along(sums, to, line, inverse_w, rows, start, step, top):
-    "Pass 2: sums[to + r] += line interpolated at (start + step·r)·inverse_w[to + r], clamped to [0, top], at whose ends it is 0."
+    """Pass 2: sums[to + r] += line interpolated at (start + step·r)·inverse_w[to + r], clamped to
+    [0, top], at whose ends it is 0.
+    """
     kind, lane = sums.dtype.type, ramp(sums)
     for r in range(0, rows, 64 // sums.itemsize):
-        t = clamp((kind(start) + kind(step) * (lane + kind(r))) * load(inverse_w, to + r), kind(0), kind(top))
+        t = clamp(
+            (kind(start) + kind(step) * (lane + kind(r))) * load(inverse_w, to + r),
+            kind(0),
+            kind(top),
+        )
         i = truncate(t)
         below, above = pair(line, 0, i)
         store(sums, to + r, load(sums, to + r) + (below + (t - like(i, t)) * (above - below)))
@@ -97,8 +145,11 @@ def _along(sums, to, line, inverse_w, rows, start, step, top):
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-015
 @_jit
 def _length(v, rho):
-    "Millimetres of ray between two slices, in row ρ of a column with values v; 0 where the pixel counts for nothing."
-    w, square = 1 + v[7] * rho, v[8] + rho * (v[9] + rho * v[10])
+    """Millimetres of ray between two slices, in row ρ of a column with values v; 0 where the pixel
+    counts for nothing.
+    """
+    w = 1 + v[7] * rho
+    square = v[8] + rho * (v[9] + rho * v[10])
     return np.sqrt(square) / w if w >= MINIMUM_W and square > 0 else 0.0
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-017
@@ -106,80 +157,134 @@ def _length(v, rho):
 def _forward(image, volume, box, values, slices, columns):
     """image[view, :, column] += the line integrals of neighbouring columns.
 
-    `volume` and `box` are what `_Layout` makes: box = (n_m, n_a, n_b, step of m, step of a, first slice)."""
+    `volume` and `box` are what `_Layout` makes: box = (n_m, n_a, n_b, step of m, step of a, first
+    slice).
+    """
     (rows, width), kind = image.shape[1:], volume.dtype.type
     half, pitch = 0.5 * (rows - 1), rows + PADDING
     sums = np.zeros(len(columns) * pitch, volume.dtype)
-    inverse_w, line = np.empty_like(sums), np.zeros(box[2] + 4 + PADDING, volume.dtype)
+    inverse_w = np.empty_like(sums)
+    line = np.zeros(box[2] + 4 + PADDING, volume.dtype)
     for i, c in enumerate(columns):
-        for r in range(pitch): inverse_w[i * pitch + r] = 1 / max(1 + values[c, 7] * (r - half), MINIMUM_W)
-    places, lines = np.empty((len(columns), 4), np.int64), np.empty((len(columns), 3))
+        for r in range(pitch):
+            inverse_w[i * pitch + r] = 1 / max(1 + values[c, 7] * (r - half), MINIMUM_W)
+    places = np.empty((len(columns), 4), np.int64)
+    lines = np.empty((len(columns), 3))
     for k in range(box[0]):
         _cuts(places, lines, values, slices, columns, k, box, rows)
         for i, c in enumerate(columns):
             first, stop, low, count = places[i]
             p, g, offset = lines[i]
-            if count == 0: continue
+            if count == 0:
+                continue
             shear = values[c, 2]
-            _across(line, 2, count, volume, (k - box[5]) * box[3] + low, box[4], box[1], offset, shear)
+            _across(
+                line, 2, count, volume, (k - box[5]) * box[3] + low, box[4], box[1], offset, shear
+            )
             line[count + 2] = line[count + 3] = 0
-            _along(sums, i * pitch + first, line, inverse_w, stop - first, p + g * (first - half), g, count + 2)
+            _along(
+                sums,
+                i * pitch + first,
+                line,
+                inverse_w,
+                stop - first,
+                p + g * (first - half),
+                g,
+                count + 2,
+            )
     for i, c in enumerate(columns):
-        for r in range(rows): image[c // width, r, c % width] += sums[i * pitch + r] * _length(values[c], r - half)
+        for r in range(rows):
+            image[c // width, r, c % width] += sums[i * pitch + r] * _length(values[c], r - half)
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-019
 @_jit
 def _weigh(weighted, image, values, columns, begin, end):
-    "weighted[i, r] = pixel r of column columns[i] times its step length: the image laid out for the transposed passes."
+    """weighted[i, r] = pixel r of column columns[i] times its step length: the image laid out for
+    the transposed passes.
+    """
     rows, width = image.shape[1:]
     for i in range(begin, end):
         c = columns[i]
-        for r in range(rows): weighted[i, r] = image[c // width, r, c % width] * _length(values[c], r - 0.5 * (rows - 1))
+        for r in range(rows):
+            weighted[i, r] = image[c // width, r, c % width] * _length(
+                values[c], r - 0.5 * (rows - 1)
+            )
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-020
 @_jit
 def _near(p, g, mu, rows):
-    "How many rows at most can cross a line between two neighbouring voxels: 1 over the smallest distance between rows, rounded up."
+    """How many rows at most can cross a line between two neighbouring voxels: 1 over the smallest
+    distance between rows, rounded up.
+    """
     widest = 1 + abs(mu) * 0.5 * (rows - 1)
-    return min(rows, int(min(1.02 * widest * widest / max(abs(g - mu * p), 1e-12) + 0.02, rows)) + 1)
+    return min(
+        rows, int(min(1.02 * widest * widest / max(abs(g - mu * p), 1e-12) + 0.02, rows)) + 1
+    )
+
 
 @_jit
 def _first_row(line, t, p, g, mu, half, top):
-    "The first of the rows that cross the line between t and t + 1 (lanes): int32 lanes, never above `top`."
+    """The first of the rows that cross the line between t and t + 1 (lanes): int32 lanes, never
+    above `top`.
+    """
     kind = line.dtype.type
     beta = t + (kind(0) if g - mu * p > kind(0) else kind(1))
     spare = half + kind(0.99)  # to the row above, with 0.01 row to spare for float32
-    if mu == kind(0): row = (beta - p) * (kind(1) / g) + spare
+    if mu == kind(0):
+        row = (beta - p) * (kind(1) / g) + spare
     else:
         steep = g - mu * beta
         row = where(steep * (g - mu * p) > kind(0), (beta - p) / steep + spare, kind(0))
     return truncate(clamp(row, kind(0), top))
 
+
 @_jit
 def _position(line, rho, p, g, mu):
     "t of the rows at ρ = rho (lanes)."
-    return p + g * rho if mu == line.dtype.type(0) else (p + g * rho) / (line.dtype.type(1) + mu * rho)
+    return (
+        p + g * rho if mu == line.dtype.type(0) else (p + g * rho) / (line.dtype.type(1) + mu * rho)
+    )
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-021
 @_jit
 def _collect(cells, pitch, count, weighted, at, rows, p, g, mu):
-    """Pass 2 transposed. Between voxels i − 1 and i of the line, 0 ≤ i ≤ count, lie some rows, at distances f from i − 1; with the sums over them W₀ = Σ pixel,
-    W₁ = Σ pixel·f and W₂ = Σ pixel·f²: cells[i] = W₀ − W₁, cells[pitch + i] = W₁, cells[2·pitch + i] = W₂. So voxel i gets cells[i + 1] + cells[pitch + i]."""
-    kind, lane, half, near = cells.dtype.type, ramp(cells), 0.5 * (rows - 1), _near(p, g, mu, rows)
-    p, g, mu, half, top, zero = kind(p), kind(g), kind(mu), kind(half), kind(rows - near), fill(cells, 0)
+    """Pass 2 transposed.
+
+    Between voxels i − 1 and i of the line, 0 ≤ i ≤ count, lie some rows, at distances f from i − 1;
+    with the sums over them W₀ = Σ pixel,
+    W₁ = Σ pixel·f and W₂ = Σ pixel·f²: cells[i] = W₀ − W₁, cells[pitch + i] = W₁, cells[2·pitch +
+    i] = W₂. So voxel i gets cells[i + 1] + cells[pitch + i].
+    """
+    kind = cells.dtype.type
+    lane = ramp(cells)
+    half = 0.5 * (rows - 1)
+    near = _near(p, g, mu, rows)
+    p = kind(p)
+    g = kind(g)
+    mu = kind(mu)
+    half = kind(half)
+    top = kind(rows - near)
+    zero = fill(cells, 0)
     for i in range(0, count + 1, 64 // cells.itemsize):
-        t, w0, w1, w2 = lane + kind(i + 1), zero, zero, zero
+        t = lane + kind(i + 1)
+        w0 = zero
+        w1 = zero
+        w2 = zero
         row = _first_row(cells, t, p, g, mu, half, top)
         for n in range(0, near, 2):
             rho = like(row, t) + (kind(n) - half)
             here, there = pair(weighted, at + n, row)
             f = _position(cells, rho, p, g, mu) - t
             here = where(f >= kind(0), where(f < kind(1), here, kind(0)), kind(0))
-            w0, w1, w2 = w0 + here, w1 + here * f, w2 + here * f * f
+            w0 = w0 + here
+            w1 = w1 + here * f
+            w2 = w2 + here * f * f
             if n + 1 < near:
                 f = _position(cells, rho + kind(1), p, g, mu) - t
                 there = where(f >= kind(0), where(f < kind(1), there, kind(0)), kind(0))
-                w0, w1, w2 = w0 + there, w1 + there * f, w2 + there * f * f
+                w0 = w0 + there
+                w1 = w1 + there * f
+                w2 = w2 + there * f * f
         store(cells, i, w0 - w1)
         store(cells, pitch + i, w1)
         store(cells, 2 * pitch + i, w2)
@@ -187,45 +292,82 @@ def _collect(cells, pitch, count, weighted, at, rows, p, g, mu):
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-022
 @_jit
 def _spread(volume, at, stride, n_a, cells, pitch, count, offset, shear):
-    "Pass 1 transposed: the voxels of the line back to the rows of voxels that `_across` reads them from."
-    kind, lane, width = cells.dtype.type, ramp(cells), 64 // cells.itemsize
+    """Pass 1 transposed: the voxels of the line back to the rows of voxels that `_across` reads
+    them from.
+    """
+    kind = cells.dtype.type
+    lane = ramp(cells)
+    width = 64 // cells.itemsize
     low, high, steep = _beside(offset, shear, count, n_a)
     for i in range(0, count, width):
-        here, value = offset + shear * i, load(cells, i + 1) + load(cells, pitch + i)
-        if steep: low, high, _ = _beside(here, shear, width, n_a)
+        here = offset + shear * i
+        value = load(cells, i + 1) + load(cells, pitch + i)
+        if steep:
+            low, high, _ = _beside(here, shear, width, n_a)
         for row in range(low, high + 1):
-            add(volume, at + row * stride + i, hat(kind(here - row) + kind(shear) * lane) * value, count - i)
+            add(
+                volume,
+                at + row * stride + i,
+                hat(kind(here - row) + kind(shear) * lane) * value,
+                count - i,
+            )
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-024
 @_jit
 def _adjoint(volume, box, weighted, rows, values, slices, columns, begin, end):
-    "The transpose of `_forward` in slices begin:end; `weighted` holds the pixels of every column, flat."
+    """The transpose of `_forward` in slices begin:end; `weighted` holds the pixels of every column,
+    flat.
+    """
     pitch = box[2] + PADDING
     cells = np.empty(3 * pitch, volume.dtype)
-    places, lines = np.empty((len(columns), 4), np.int64), np.empty((len(columns), 3))
+    places = np.empty((len(columns), 4), np.int64)
+    lines = np.empty((len(columns), 3))
     for k in range(begin, end):
         _cuts(places, lines, values, slices, columns, k, box, rows)
         for i, c in enumerate(columns):
             _, _, low, count = places[i]
             p, g, offset = lines[i]
-            if count == 0: continue
+            if count == 0:
+                continue
             _collect(cells, pitch, count, weighted, i * (rows + PADDING), rows, p, g, values[c, 7])
-            _spread(volume, (k - box[5]) * box[3] + low, box[4], box[1], cells, pitch, count, offset, values[c, 2])
+            _spread(
+                volume,
+                (k - box[5]) * box[3] + low,
+                box[4],
+                box[1],
+                cells,
+                pitch,
+                count,
+                offset,
+                values[c, 2],
+            )
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-026
 @_jit
 def _across_slope(lines, pitch, count, volume, at, stride, n_a, offset, shear):
     "`_across` into lines[2:], and the derivative to the offset into lines[pitch:]."
-    kind, lane, width = lines.dtype.type, ramp(lines), 64 // lines.itemsize
-    zero, up, down = fill(lines, 0), fill(lines, 1), fill(lines, -1)
+    kind = lines.dtype.type
+    lane = ramp(lines)
+    width = 64 // lines.itemsize
+    zero = fill(lines, 0)
+    up = fill(lines, 1)
+    down = fill(lines, -1)
     low, high, steep = _beside(offset, shear, count, n_a)
     for i in range(0, count, width):
-        here, value, change = offset + shear * i, zero, zero
-        if steep: low, high, _ = _beside(here, shear, width, n_a)
+        here = offset + shear * i
+        value = zero
+        change = zero
+        if steep:
+            low, high, _ = _beside(here, shear, width, n_a)
         for row in range(low, high + 1):
-            x, voxels = kind(here - row) + kind(shear) * lane, load(volume, at + row * stride + i)
+            x = kind(here - row) + kind(shear) * lane
+            voxels = load(volume, at + row * stride + i)
             value = value + hat(x) * voxels
-            change = change + where(x < kind(0), where(x >= kind(-1), up, zero), where(x < kind(1), down, zero)) * voxels
+            change = (
+                change
+                + where(x < kind(0), where(x >= kind(-1), up, zero), where(x < kind(1), down, zero))
+                * voxels
+            )
         store(lines, i + 2, value)
         store(lines, pitch + i, change)
     lines[count + 2] = lines[count + 3] = 0
@@ -233,47 +375,81 @@ def _across_slope(lines, pitch, count, volume, at, stride, n_a, offset, shear):
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-027
 @_jit
 def _measure(lines, cells, pitch, count):
-    """With L the line, L′ = L[i] − L[i − 1] between its voxels, A its derivative to the offset and W what the voxels get: the sums over i of
-    L′ times the pixels there, times their first and their second moment about voxel 0, and of W·A and W·A·i."""
+    """With L the line, L′ = L[i] − L[i − 1] between its voxels, A its derivative to the offset and
+    W what the voxels get: the sums over i of
+    L′ times the pixels there, times their first and their second moment about voxel 0, and of W·A
+    and W·A·i.
+    """
     kind, lane = lines.dtype.type, ramp(lines)
     zero = fill(lines, 0)
-    t0, t1, t2, shift, lean = zero, zero, zero, zero, zero
+    t0 = zero
+    t1 = zero
+    t2 = zero
+    shift = zero
+    lean = zero
     for i in range(0, count + 1, 64 // lines.itemsize):
         b, w1 = lane + kind(i - 1), load(cells, pitch + i)
         w0, moved = load(cells, i) + w1, load(cells, i + 1) + w1
         moment = b * w0 + w1
         rise = where(lane < kind(count + 1 - i), load(lines, i + 2) - load(lines, i + 1), kind(0))
         moved = where(lane < kind(count - i), load(lines, pitch + i), kind(0)) * moved
-        t0, t1, t2 = t0 + rise * w0, t1 + rise * moment, t2 + rise * (b * (moment + w1) + load(cells, 2 * pitch + i))
+        t0 = t0 + rise * w0
+        t1 = t1 + rise * moment
+        t2 = t2 + rise * (b * (moment + w1) + load(cells, 2 * pitch + i))
         shift, lean = shift + moved, lean + moved * (b + kind(1))
     return total(t0), total(t1), total(t2), total(shift), total(lean)
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-028
 @_jit
-def _gradient(slope, target, target_box, volume, box, weighted, rows, values, slices, columns, begin, end):
-    """slope[i] += the derivatives of ⟨image, forward⟩ to the first eight values of column columns[i] that slices begin:end cause;
-    and, unless the target is empty, its slices as in `_adjoint`."""
+def _gradient(
+    slope, target, target_box, volume, box, weighted, rows, values, slices, columns, begin, end
+):
+    """slope[i] += the derivatives of ⟨image, forward⟩ to the first eight values of column
+    columns[i] that slices begin:end cause;
+    and, unless the target is empty, its slices as in `_adjoint`.
+    """
     pitch = box[2] + PADDING
-    line, cells = np.zeros(2 * pitch, volume.dtype), np.zeros(3 * pitch, volume.dtype)
-    places, lines = np.empty((len(columns), 4), np.int64), np.empty((len(columns), 3))
+    line = np.zeros(2 * pitch, volume.dtype)
+    cells = np.zeros(3 * pitch, volume.dtype)
+    places = np.empty((len(columns), 4), np.int64)
+    lines = np.empty((len(columns), 3))
     for k in range(begin, end):
         kappa = k - 0.5 * (box[0] - 1)
         _cuts(places, lines, values, slices, columns, k, box, rows)
         for i, c in enumerate(columns):
             _, _, low, count = places[i]
             p, g, offset = lines[i]
-            if count == 0: continue
-            at, mu, shear, s = (k - box[5]) * box[3] + low, values[c, 7], values[c, 2], slope[i]
+            if count == 0:
+                continue
+            at = (k - box[5]) * box[3] + low
+            mu = values[c, 7]
+            shear = values[c, 2]
+            s = slope[i]
             _across_slope(line, pitch, count, volume, at, box[4], box[1], offset, shear)
             _collect(cells, pitch, count, weighted, i * (rows + PADDING), rows, p, g, mu)
             t0, t1, t2, shift, lean = _measure(line, cells, pitch, count)
-            if len(target): _spread(target, (k - target_box[5]) * target_box[3] + low, target_box[4], box[1], cells, pitch, count, offset, shear)
+            if len(target):
+                _spread(
+                    target,
+                    (k - target_box[5]) * target_box[3] + low,
+                    target_box[4],
+                    box[1],
+                    cells,
+                    pitch,
+                    count,
+                    offset,
+                    shear,
+                )
             s[0] += shift
             s[1] += kappa * shift
             s[2] += lean + low * shift
-            turn, p = g - mu * p, p - 2  # at b = low + u, and t = u + 2: 1/w = (g − μ·t)/turn, ρ/w = (u − p)/turn, and ρ·b/w is that times low + u
-            if abs(turn) < 1e-9: continue
-            plain, with_rho = (g * t0 - mu * (t1 + 2 * t0)) / turn, (t1 - p * t0) / turn
+            # at b = low + u, and t = u + 2: 1/w = (g − μ·t)/turn, ρ/w = (u − p)/turn, and ρ·b/w is
+            # that times low + u
+            turn, p = g - mu * p, p - 2
+            if abs(turn) < 1e-9:
+                continue
+            plain = (g * t0 - mu * (t1 + 2 * t0)) / turn
+            with_rho = (t1 - p * t0) / turn
             s[3] += plain
             s[4] += with_rho
             s[5] += kappa * plain
@@ -283,18 +459,30 @@ def _gradient(slope, target, target_box, volume, box, weighted, rows, values, sl
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-030
 @_jit
 def _length_slope(slope, image, projection, values, begin, end):
-    "slope[c] += the derivatives of ⟨image, forward⟩ to perspective and the three length values, through ℓ; `projection` is what forward gave."
+    """slope[c] += the derivatives of ⟨image, forward⟩ to perspective and the three length values,
+    through ℓ; `projection` is what forward gave.
+    """
     rows, width = image.shape[1:]
     for c in range(begin, end):
         mu, length_0, length_1, length_2 = values[c, 7:]
-        d_mu, d0, d1, d2 = 0.0, 0.0, 0.0, 0.0
+        d_mu = 0.0
+        d0 = 0.0
+        d1 = 0.0
+        d2 = 0.0
         for r in range(rows):
             rho = r - 0.5 * (rows - 1)
-            w, square = 1 + mu * rho, length_0 + rho * (length_1 + rho * length_2)
-            if w < MINIMUM_W or square <= 0: continue
-            both = np.float64(image[c // width, r, c % width]) * projection[c // width, r, c % width]
+            w = 1 + mu * rho
+            square = length_0 + rho * (length_1 + rho * length_2)
+            if w < MINIMUM_W or square <= 0:
+                continue
+            both = (
+                np.float64(image[c // width, r, c % width]) * projection[c // width, r, c % width]
+            )
             part = 0.5 * both / square
-            d_mu, d0, d1, d2 = d_mu - both * rho / w, d0 + part, d1 + part * rho, d2 + part * rho * rho
+            d_mu = d_mu - both * rho / w
+            d0 = d0 + part
+            d1 = d1 + part * rho
+            d2 = d2 + part * rho * rho
         slope[c, 7] += d_mu
         slope[c, 8] += d0
         slope[c, 9] += d1
@@ -303,19 +491,28 @@ def _length_slope(slope, image, projection, values, begin, end):
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-032
 @_jit
 def _turn(target, to, target_steps, source, at, source_steps, counts, begin, end):
-    "target[to + o·T₀ + i·T₁ + j] = source[at + o·S₀ + j·S₁ + i] for begin ≤ o < end and i, j < counts: rows become columns, a square of registers at a time."
+    """target[to + o·T₀ + i·T₁ + j] = source[at + o·S₀ + j·S₁ + i] for begin ≤ o < end and i, j <
+    counts: rows become columns, a square of registers at a time.
+    """
     width = 64 // source.itemsize
     for j in range(0, counts[1], width):
         for o in range(begin, end):
             for i in range(0, counts[0], width):
-                t, s = to + o * target_steps[0] + i * target_steps[1] + j, at + o * source_steps[0] + j * source_steps[1] + i
-                if max(i - counts[0], j - counts[1]) <= -width: transpose(target, t, target_steps[1], source, s, source_steps[1])
+                t = to + o * target_steps[0] + i * target_steps[1] + j
+                s = at + o * source_steps[0] + j * source_steps[1] + i
+                if max(i - counts[0], j - counts[1]) <= -width:
+                    transpose(target, t, target_steps[1], source, s, source_steps[1])
                 else:
                     for x in range(min(width, counts[0] - i)):
-                        for y in range(min(width, counts[1] - j)): target[t + x * target_steps[1] + y] = source[s + y * source_steps[1] + x]
+                        for y in range(min(width, counts[1] - j)):
+                            target[t + x * target_steps[1] + y] = source[
+                                s + y * source_steps[1] + x
+                            ]
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-033
-_threads = None  # (process id, size, executor): a forked child inherits the object but not its threads
+# (process id, size, executor): a forked child inherits the object but not its threads
+_threads = None
+
 
 def _each(function, tasks) -> None:
     "Call function on every task, on as many threads as torch is allowed; the kernels hold no lock."
@@ -323,90 +520,167 @@ def _each(function, tasks) -> None:
     tasks = list(tasks)
     size = min(torch.get_num_threads(), len(tasks))
     if size <= 1:
-        for task in tasks: function(task)
+        for task in tasks:
+            function(task)
         return
     if _threads is None or _threads[0] != os.getpid() or _threads[1] < size:
         _threads = (os.getpid(), size, ThreadPoolExecutor(size - 1, thread_name_prefix="joseph"))
     turn = itertools.count()
+
     def work():
-        while (i := next(turn)) < len(tasks): function(tasks[i])
+        while (i := next(turn)) < len(tasks):
+            function(tasks[i])
+
     jobs = [_threads[2].submit(work) for _ in range(size - 1)]
     work()
-    for job in jobs: job.result()
+    for job in jobs:
+        job.result()
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-034
 def _pieces(count: int, size: int = 8, first: int = 0) -> list[tuple[int, int]]:
-    "What the threads take at a time: always the same runs, so that no sum depends on the number of threads."
+    """What the threads take at a time: always the same runs, so that no sum depends on the number
+    of threads.
+    """
     return [(i, min(i + size, count)) for i in range(first, count, size)]
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-035
 class _Layout:
-    """Voxels in the order that the kernels like: planes along axis `outer`, of which only first:stop are kept, in them rows, and along the rows axis b.
+    """Voxels in the order that the kernels like: planes along axis `outer`, of which only
+    first:stop are kept, in them rows, and along the rows axis b.
 
-    Behind every plane a cache line is spare, or the rows of a slice that lies across the planes would fight for the same lines of the cache."""
+    Behind every plane a cache line is spare, or the rows of a slice that lies across the planes
+    would fight for the same lines of the cache.
+    """
+
     def __init__(self, shape, b: int, outer: int, first: int = 0, stop: int | None = None):
-        self.b, self.outer, self.inner, self.first = b, outer, 3 - b - outer, first
-        self.count = {axis: n for axis, n in enumerate(shape)} | {outer: (shape[outer] if stop is None else stop) - first}
+        self.b = b
+        self.outer = outer
+        self.inner = 3 - b - outer
+        self.first = first
+        self.count = {axis: n for axis, n in enumerate(shape)} | {
+            outer: (shape[outer] if stop is None else stop) - first
+        }
         self.step = {outer: shape[self.inner] * shape[b] + 16, self.inner: shape[b], b: 1}
-        self.stride, self.shape = (shape[1] * shape[2], shape[2], 1), shape
+        self.stride = (shape[1] * shape[2], shape[2], 1)
+        self.shape = shape
 
     def box(self, m: int) -> tuple:
         "(n_m, n_a, n_b, step of m, step of a, first slice) for the columns that march along m."
         a = 3 - m - self.b
-        return self.shape[m], self.shape[a], self.shape[self.b], self.step[m], self.step[a], self.first if m == self.outer else 0
+        return (
+            self.shape[m],
+            self.shape[a],
+            self.shape[self.b],
+            self.step[m],
+            self.step[a],
+            self.first if m == self.outer else 0,
+        )
 
     @property
-    def size(self) -> int: return self.count[self.outer] * self.step[self.outer]
+    def size(self) -> int:
+        return self.count[self.outer] * self.step[self.outer]
 
     def _rows(self, planes: np.ndarray, volume: np.ndarray):
         "Both as arrays (outer, inner, b), where b is the last axis of the volume anyway."
         n = self.count[self.inner] * self.count[self.b]
-        return (planes[:self.size].reshape(-1, self.step[self.outer])[:, :n].reshape(-1, self.count[self.inner], self.count[self.b]),
-                volume.transpose(self.outer, self.inner, self.b)[self.first:self.first + self.count[self.outer]])
+        return (
+            planes[: self.size]
+            .reshape(-1, self.step[self.outer])[:, :n]
+            .reshape(-1, self.count[self.inner], self.count[self.b]),
+            volume.transpose(self.outer, self.inner, self.b)[
+                self.first : self.first + self.count[self.outer]
+            ],
+        )
 
     def turn_in(self, volume: np.ndarray, planes: np.ndarray) -> None:
         "A volume (D, H, W) into planes."
-        if self.b == 2: self._rows(planes, volume)[0][:] = self._rows(planes, volume)[1]
-        else: self._turn(planes, self.step, 2, volume.reshape(-1), self.stride, self.b, 0, self.first * self.stride[self.outer])
+        if self.b == 2:
+            self._rows(planes, volume)[0][:] = self._rows(planes, volume)[1]
+        else:
+            self._turn(
+                planes,
+                self.step,
+                2,
+                volume.reshape(-1),
+                self.stride,
+                self.b,
+                0,
+                self.first * self.stride[self.outer],
+            )
 
     def turn_out(self, planes: np.ndarray, volume: np.ndarray) -> None:
         "Planes into the volume."
-        if self.b == 2: self._rows(planes, volume)[1][:] = self._rows(planes, volume)[0]
-        else: self._turn(volume.reshape(-1), self.stride, self.b, planes, self.step, 2, self.first * self.stride[self.outer], 0)
+        if self.b == 2:
+            self._rows(planes, volume)[1][:] = self._rows(planes, volume)[0]
+        else:
+            self._turn(
+                volume.reshape(-1),
+                self.stride,
+                self.b,
+                planes,
+                self.step,
+                2,
+                self.first * self.stride[self.outer],
+                0,
+            )
 
     def _turn(self, target, target_steps, i, source, source_steps, j, to, at):
-        "Turn axis i, contiguous in the source, and axis j, contiguous in the target, for every place o on the third axis."
+        """Turn axis i, contiguous in the source, and axis j, contiguous in the target, for every
+        place o on the third axis.
+        """
         o = 3 - i - j
         steps = (target_steps[o], target_steps[i]), (source_steps[o], source_steps[j])
-        _each(lambda piece: _turn(target, to, steps[0], source, at, steps[1], (self.count[i], self.count[j]), *piece),
-              _pieces(self.count[o], 1 + (1 << 17) // (self.count[i] * self.count[j])))
+        _each(
+            lambda piece: _turn(
+                target, to, steps[0], source, at, steps[1], (self.count[i], self.count[j]), *piece
+            ),
+            _pieces(self.count[o], 1 + (1 << 17) // (self.count[i] * self.count[j])),
+        )
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-036
-KEPT = 1 << 24  # bytes of a room that is kept for the next call: on a small volume, fresh memory from the system costs as much as the arithmetic
+# bytes of a room that is kept for the next call: on a small volume, fresh memory from the system
+# costs as much as the arithmetic
+KEPT = 1 << 24
 _spare = []  # two rooms at the most
+
 
 @contextmanager
 def _room(size: int, dtype, zeros: bool = False):
-    "Numbers, undefined or zeros, that begin with a cache line: registers are read fastest from there."
+    """Numbers, undefined or zeros, that begin with a cache line: registers are read fastest from
+    there.
+    """
     count = size * np.dtype(dtype).itemsize
-    try: room = _spare.pop()
-    except IndexError: room = np.empty(0, np.uint8)
+    try:
+        room = _spare.pop()
+    except IndexError:
+        room = np.empty(0, np.uint8)
     fresh = len(room) < count + 64
-    if fresh: room = (np.zeros if zeros else np.empty)(count + 64, np.uint8)
+    if fresh:
+        room = (np.zeros if zeros else np.empty)(count + 64, np.uint8)
     start = -room.ctypes.data % 64
-    numbers = room[start:start + count].view(dtype)
-    if zeros and not fresh: numbers.fill(0)
+    numbers = room[start : start + count].view(dtype)
+    if zeros and not fresh:
+        numbers.fill(0)
     yield numbers
-    if len(room) <= KEPT and len(_spare) < 2: _spare.append(room)
+    if len(room) <= KEPT and len(_spare) < 2:
+        _spare.append(room)
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-037
 def _columns(parameters: ColumnParameters, item: int):
-    "For one batch item: values and slices of all columns in a row; and for each axis b the marching axes m that go with it and their columns."
-    values, axes, slices = (getattr(parameters, n)[item if len(parameters.values) > 1 else 0].flatten(0, 1).numpy() for n in ("values", "axes", "slices"))
+    """For one batch item: values and slices of all columns in a row; and for each axis b the
+    marching axes m that go with it and their columns.
+    """
+    values, axes, slices = (
+        getattr(parameters, n)[item if len(parameters.values) > 1 else 0].flatten(0, 1).numpy()
+        for n in ("values", "axes", "slices")
+    )
     groups, codes = {}, axes[:, 0] * 3 + axes[:, 2]
-    order = np.argsort(values[:, 0], kind="stable")  # by where their lines lie: who comes next reads the next row of voxels
-    for code in np.unique(codes).tolist(): groups.setdefault(code % 3, []).append((code // 3, order[codes[order] == code]))
+    # by where their lines lie: who comes next reads the next row of voxels
+    order = np.argsort(values[:, 0], kind="stable")
+    for code in np.unique(codes).tolist():
+        groups.setdefault(code % 3, []).append((code // 3, order[codes[order] == code]))
     return values, slices, groups
+
 
 def _weighted(image: np.ndarray, values: np.ndarray, members: np.ndarray) -> np.ndarray:
     "The image (V, R, C) by columns, times the step length, with zeros behind each: flat."
@@ -416,6 +690,7 @@ def _weighted(image: np.ndarray, values: np.ndarray, members: np.ndarray) -> np.
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-039
 WIDTH = 16  # columns that a thread takes at a time: neighbours read the same voxels
+
 
 def forward(volume: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     "As `joseph.forward`, for a volume on the CPU."
@@ -428,56 +703,118 @@ def forward(volume: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
             with _room(layout.size, source.dtype) as planes:
                 layout.turn_in(source, planes)
                 for m, members in groups_b:
-                    _each(lambda piece: _forward(target, planes, layout.box(m), values, slices, members[slice(*piece)]), _pieces(len(members), WIDTH))
+                    _each(
+                        lambda piece: _forward(
+                            target, planes, layout.box(m), values, slices, members[slice(*piece)]
+                        ),
+                        _pieces(len(members), WIDTH),
+                    )
     return torch.from_numpy(image)
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-040
 def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     "As `joseph.adjoint`, for an image on the CPU."
     image = image.contiguous().numpy()
-    volume, rows = np.empty((len(image), *parameters.volume_shape), image.dtype), image.shape[-2]
+    volume = np.empty((len(image), *parameters.volume_shape), image.dtype)
+    rows = image.shape[-2]
     for item, (source, target) in enumerate(zip(image, volume)):
         values, slices, groups = _columns(parameters, item)
         for i, (b, groups_b) in enumerate(groups.items()):
             layout = _Layout(parameters.volume_shape, b, outer=int(b == 0))
             with _room(layout.size, target.dtype, zeros=True) as planes:
-                if i: layout.turn_in(target, planes)
+                if i:
+                    layout.turn_in(target, planes)
                 for m, members in groups_b:
-                    weighted, box = _weighted(source, values, members), layout.box(m)
-                    _each(lambda piece: _adjoint(planes, box, weighted, rows, values, slices, members, *piece), _pieces(box[0]))
+                    weighted = _weighted(source, values, members)
+                    box = layout.box(m)
+                    _each(
+                        lambda piece: _adjoint(
+                            planes, box, weighted, rows, values, slices, members, *piece
+                        ),
+                        _pieces(box[0]),
+                    )
                 layout.turn_out(planes, target)
     return torch.from_numpy(volume)
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-041
-def gradient(volume: torch.Tensor, image: torch.Tensor, parameters: ColumnParameters, projection: torch.Tensor | None = None, with_adjoint: bool = True):
-    "As `joseph.gradient`, on the CPU. It turns the volume by halves, so that with the gradient to the volume it needs room for one and a half."
-    if projection is None: projection = forward(volume, parameters)
+def gradient(
+    volume: torch.Tensor,
+    image: torch.Tensor,
+    parameters: ColumnParameters,
+    projection: torch.Tensor | None = None,
+    with_adjoint: bool = True,
+):
+    """As `joseph.gradient`, on the CPU.
+
+    It turns the volume by halves, so that with the gradient to the volume it needs room for one and
+    a half.
+    """
+    if projection is None:
+        projection = forward(volume, parameters)
     volume, image, projection = (t.contiguous().numpy() for t in (volume, image, projection))
     slope = np.zeros((len(parameters.values), math.prod(parameters.values.shape[1:3]), len(VALUES)))
     result = np.empty_like(volume) if with_adjoint else None
     for item in range(len(volume)):
         values, slices, groups = _columns(parameters, item)
         total = slope[item if len(slope) > 1 else 0]
-        _each(lambda piece: _length_slope(total, image[item], projection[item], values, *piece), _pieces(len(values), 64))
+        _each(
+            lambda piece: _length_slope(total, image[item], projection[item], values, *piece),
+            _pieces(len(values), 64),
+        )
         for i, (b, groups_b) in enumerate(groups.items()):
             layout = _Layout(parameters.volume_shape, b, outer=int(b == 0))
             with _room(layout.size if with_adjoint else 0, volume.dtype, zeros=True) as back:
-                if with_adjoint and i: layout.turn_in(result[item], back)
+                if with_adjoint and i:
+                    layout.turn_in(result[item], back)
                 for m, members in groups_b:
                     weighted = _weighted(image[item], values, members)
-                    total[members, :8] += _gradient_of_group(volume[item], back, layout.box(m), b, m, image.shape[-2], weighted, values, slices, members)
-                if with_adjoint: layout.turn_out(back, result[item])
-    return torch.from_numpy(slope).view_as(parameters.values), torch.from_numpy(result) if with_adjoint else None
+                    total[members, :8] += _gradient_of_group(
+                        volume[item],
+                        back,
+                        layout.box(m),
+                        b,
+                        m,
+                        image.shape[-2],
+                        weighted,
+                        values,
+                        slices,
+                        members,
+                    )
+                if with_adjoint:
+                    layout.turn_out(back, result[item])
+    return torch.from_numpy(slope).view_as(parameters.values), (
+        torch.from_numpy(result) if with_adjoint else None
+    )
 
 # %% ../../nbs/physics/05_joseph_cpu.ipynb #cell-042
-def _gradient_of_group(volume, back, back_box, b, m, rows, weighted, values, slices, members) -> np.ndarray:
-    "`_gradient` for the columns that march along m, half of the slices at a time; adds the adjoint to `back`, unless it is empty."
+def _gradient_of_group(
+    volume, back, back_box, b, m, rows, weighted, values, slices, members
+) -> np.ndarray:
+    """`_gradient` for the columns that march along m, half of the slices at a time; adds the
+    adjoint to `back`, unless it is empty.
+    """
     n, sums = volume.shape[m], 0
     for first, stop in _pieces(n, (n + 1) // 2):
-        layout, pieces = _Layout(volume.shape, b, m, first, stop), _pieces(stop, 8, first)
+        layout = _Layout(volume.shape, b, m, first, stop)
+        pieces = _pieces(stop, 8, first)
         with _room(layout.size, volume.dtype) as planes:
             layout.turn_in(volume, planes)
             shares = np.zeros((len(pieces), len(members), 8))
-            _each(lambda i: _gradient(shares[i], back, back_box, planes, layout.box(m), weighted, rows, values, slices, members, *pieces[i]), range(len(pieces)))
+            _each(
+                lambda i: _gradient(
+                    shares[i],
+                    back,
+                    back_box,
+                    planes,
+                    layout.box(m),
+                    weighted,
+                    rows,
+                    values,
+                    slices,
+                    members,
+                    *pieces[i],
+                ),
+                range(len(pieces)),
+            )
         sums = sums + shares.sum(0)
     return sums

@@ -18,42 +18,69 @@ from .joseph import MINIMUM_W, VALUES, ColumnParameters
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-008
 PARAMETERS = tl.constexpr(len(VALUES))
 
-@triton.jit
-def _by_axis(axis, of_z, of_y, of_x): return tl.where(axis == 0, of_z, tl.where(axis == 1, of_y, of_x))
 
 @triton.jit
-def _size_and_stride(axis, D, H, W): return _by_axis(axis, D, H, W), _by_axis(axis, H * W, W, 1)
+def _by_axis(axis, of_z, of_y, of_x):
+    return tl.where(axis == 0, of_z, tl.where(axis == 1, of_y, of_x))
+
+
+@triton.jit
+def _size_and_stride(axis, D, H, W):
+    return _by_axis(axis, D, H, W), _by_axis(axis, H * W, W, 1)
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-010
 @triton.jit
 def _line(values, column, real):
     "line_offset, line_drift, line_shear of detector columns (flat index into the parameters)"
     at = values + column * PARAMETERS
-    return tl.load(at, mask=real, other=0.0), tl.load(at + 1, mask=real, other=0.0), tl.load(at + 2, mask=real, other=0.0)
+    return (
+        tl.load(at, mask=real, other=0.0),
+        tl.load(at + 1, mask=real, other=0.0),
+        tl.load(at + 2, mask=real, other=0.0),
+    )
+
 
 @triton.jit
 def _pixels(values, column, real):
-    "the other eight: row_offset, row_step, row_drift, row_step_drift, perspective, length_0, length_1, length_2"
+    """the other eight: row_offset, row_step, row_drift, row_step_drift, perspective, length_0,
+    length_1, length_2
+    """
     at = values + column * PARAMETERS
-    return (tl.load(at + 3, mask=real, other=0.0), tl.load(at + 4, mask=real, other=0.0), tl.load(at + 5, mask=real, other=0.0),
-            tl.load(at + 6, mask=real, other=0.0), tl.load(at + 7, mask=real, other=0.0), tl.load(at + 8, mask=real, other=0.0),
-            tl.load(at + 9, mask=real, other=0.0), tl.load(at + 10, mask=real, other=0.0))
+    return (
+        tl.load(at + 3, mask=real, other=0.0),
+        tl.load(at + 4, mask=real, other=0.0),
+        tl.load(at + 5, mask=real, other=0.0),
+        tl.load(at + 6, mask=real, other=0.0),
+        tl.load(at + 7, mask=real, other=0.0),
+        tl.load(at + 8, mask=real, other=0.0),
+        tl.load(at + 9, mask=real, other=0.0),
+        tl.load(at + 10, mask=real, other=0.0),
+    )
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-011
 @triton.jit
 def _ray(pixels, rho, MINIMUM_W: tl.constexpr):
-    "start, slope and length of the rays in rows ρ; then 1/w and the squared length, for the derivatives"
-    row_offset, row_step, row_drift, row_step_drift, perspective, length_0, length_1, length_2 = pixels
-    w, square = 1 + perspective * rho, length_0 + rho * (length_1 + rho * length_2)
+    """start, slope and length of the rays in rows ρ; then 1/w and the squared length, for the
+    derivatives
+    """
+    row_offset, row_step, row_drift, row_step_drift, perspective, length_0, length_1, length_2 = (
+        pixels
+    )
+    w = 1 + perspective * rho
+    square = length_0 + rho * (length_1 + rho * length_2)
     usable = (w >= MINIMUM_W) & (square > 0)
-    square, shrink = tl.where(usable, square, 1.0), 1 / tl.where(usable, w, 1.0)
-    start, slope = (row_offset + row_step * rho) * shrink, (row_drift + row_step_drift * rho) * shrink
+    square = tl.where(usable, square, 1.0)
+    shrink = 1 / tl.where(usable, w, 1.0)
+    start = (row_offset + row_step * rho) * shrink
+    slope = (row_drift + row_step_drift * rho) * shrink
     return start, slope, tl.where(usable, tl.sqrt(square) * shrink, 0.0), shrink, square
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-013
 @triton.jit
 def _across(volume, here, b, line, drift_kappa, shear, n_a, n_b, stride_a, stride_b):
-    "the volume on the line at whole b, and its derivative along a; `here` is true where the slice counts"
+    """the volume on the line at whole b, and its derivative along a; `here` is true where the slice
+    counts
+    """
     across = line + drift_kappa + shear * b
     a = tl.floor(across)
     here = here & (b >= 0) & (b < n_b)
@@ -64,7 +91,23 @@ def _across(volume, here, b, line, drift_kappa, shear, n_a, n_b, stride_a, strid
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-015
 @triton.jit
-def _forward_kernel(volume, values, axes, slices, image, shared, V, R, C, D, H, W, MINIMUM_W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _forward_kernel(
+    volume,
+    values,
+    axes,
+    slices,
+    image,
+    shared,
+    V,
+    R,
+    C,
+    D,
+    H,
+    W,
+    MINIMUM_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     tile, view = tl.program_id(0), tl.program_id(1)  # view counts through the batch
     row = (tile // tl.cdiv(C, COLUMNS)) * ROWS + tl.arange(0, ROWS)[:, None]
     pixel_column = (tile % tl.cdiv(C, COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -73,48 +116,89 @@ def _forward_kernel(volume, values, axes, slices, image, shared, V, R, C, D, H, 
     n_m, stride_m = _size_and_stride(tl.load(axes + column * 3, mask=real, other=0), D, H, W)
     n_a, stride_a = _size_and_stride(tl.load(axes + column * 3 + 1, mask=real, other=0), D, H, W)
     n_b, stride_b = _size_and_stride(tl.load(axes + column * 3 + 2, mask=real, other=0), D, H, W)
-    first, stop = tl.load(slices + column * 2, mask=real, other=2**30).to(tl.int32), tl.load(slices + column * 2 + 1, mask=real, other=0).to(tl.int32)
+    first = tl.load(slices + column * 2, mask=real, other=2**30).to(tl.int32)
+    stop = tl.load(slices + column * 2 + 1, mask=real, other=0).to(tl.int32)
     line, drift, shear = _line(values, column, real)
     middle = (n_m - 1) * 0.5
-    start, slope, length, _, _ = _ray(_pixels(values, column, real), (row - (R - 1) * 0.5).to(line.dtype), MINIMUM_W)
+    start, slope, length, _, _ = _ray(
+        _pixels(values, column, real), (row - (R - 1) * 0.5).to(line.dtype), MINIMUM_W
+    )
     volume += (view // V).to(tl.int64) * D * H * W
 
     total = tl.zeros([ROWS, COLUMNS], line.dtype)
     for k in range(tl.min(first), tl.max(stop)):
-        here, kappa = (first <= k) & (k < stop), (k - middle).to(line.dtype)
+        here = (first <= k) & (k < stop)
+        kappa = (k - middle).to(line.dtype)
         position = start + kappa * slope
         b = tl.floor(position)
-        near, _ = _across(volume + k * stride_m, here, b, line, drift * kappa, shear, n_a, n_b, stride_a, stride_b)
-        far, _ = _across(volume + k * stride_m, here, b + 1, line, drift * kappa, shear, n_a, n_b, stride_a, stride_b)
+        near, _ = _across(
+            volume + k * stride_m, here, b, line, drift * kappa, shear, n_a, n_b, stride_a, stride_b
+        )
+        far, _ = _across(
+            volume + k * stride_m,
+            here,
+            b + 1,
+            line,
+            drift * kappa,
+            shear,
+            n_a,
+            n_b,
+            stride_a,
+            stride_b,
+        )
         total += near + (position - b) * (far - near)
-    tl.store(image + (view.to(tl.int64) * R + row) * C + pixel_column, total * length, mask=real & (row < R))
+    tl.store(
+        image + (view.to(tl.int64) * R + row) * C + pixel_column,
+        total * length,
+        mask=real & (row < R),
+    )
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-017
 def _arguments(volume_like, parameters: ColumnParameters) -> tuple:
-    "What every kernel takes: values in the volume's precision, axes, slices, whether the batch shares them, and the sizes."
+    """What every kernel takes: values in the volume's precision, axes, slices, whether the batch
+    shares them, and the sizes.
+    """
     if not volume_like.is_cuda and isinstance(_forward_kernel, triton.runtime.JITFunction):
-        raise ValueError("backend triton: expected a tensor on a CUDA GPU, got one on the CPU; move it there, or leave the choice of backend to `project`")
+        raise ValueError(
+            "backend triton: expected a tensor on a CUDA GPU, got one on the CPU; move it there, or"
+            " leave the choice of backend to `project`"
+        )
     shared = int(parameters.values.shape[0] == 1)
     rows, columns = parameters.detector_shape
-    return ((parameters.values.to(volume_like.dtype).contiguous(), parameters.axes.contiguous(), parameters.slices.contiguous()), shared,
-            (parameters.views, rows, columns, *parameters.volume_shape))
+    return (
+        (
+            parameters.values.to(volume_like.dtype).contiguous(),
+            parameters.axes.contiguous(),
+            parameters.slices.contiguous(),
+        ),
+        shared,
+        (parameters.views, rows, columns, *parameters.volume_shape),
+    )
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-018
 def forward(volume: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
-    "Line integrals, as `ct_nb.physics.joseph.forward`: volume (B, D, H, W) float32 or float64 on a GPU -> (B, V, R, C)."
+    """Line integrals, as `ct_nb.physics.joseph.forward`: volume (B, D, H, W) float32 or float64 on
+    a GPU -> (B, V, R, C).
+    """
     columns, shared, sizes = _arguments(volume, parameters)
     V, R, C = sizes[:3]
     image = torch.empty(len(volume), V, R, C, dtype=volume.dtype, device=volume.device)
     if image.numel():
         grid = (triton.cdiv(R, 8) * triton.cdiv(C, 16), len(volume) * V)
-        with torch.cuda.device_of(volume): _forward_kernel[grid](volume.contiguous(), *columns, image, shared, *sizes, MINIMUM_W, ROWS=8, COLUMNS=16)
+        with torch.cuda.device_of(volume):
+            _forward_kernel[grid](
+                volume.contiguous(), *columns, image, shared, *sizes, MINIMUM_W, ROWS=8, COLUMNS=16
+            )
     return image
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-020
 @triton.jit
 def _row_of(target, start_0, start_1, perspective, outside):
-    "the ρ at which b(ρ) = (start_0 + start_1·ρ) / (1 + perspective·ρ) reaches `target` with 1 + perspective·ρ > 0; `outside` where it does not"
-    steepness, divisor = start_1 - start_0 * perspective, start_1 - target * perspective
+    """the ρ at which b(ρ) = (start_0 + start_1·ρ) / (1 + perspective·ρ) reaches `target` with 1 +
+    perspective·ρ > 0; `outside` where it does not
+    """
+    steepness = start_1 - start_0 * perspective
+    divisor = start_1 - target * perspective
     reached = steepness * divisor > 0
     rho = (target - start_0) / tl.where(reached, divisor, 1.0)
     return tl.where(reached, rho, tl.where(steepness > 0, outside, -outside))
@@ -122,10 +206,18 @@ def _row_of(target, start_0, start_1, perspective, outside):
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-021
 @triton.jit
 def _gather_rows(image, pixels, b, kappa, R, MINIMUM_W: tl.constexpr):
-    "S_c(k, b) for whole numbers b (1, N): the image's column (R contiguous values) spread over b with the rays' weights"
-    row_offset, row_step, row_drift, row_step_drift, perspective = pixels[0], pixels[1], pixels[2], pixels[3], pixels[4]
-    start_0, start_1 = row_offset + kappa * row_drift, row_step + kappa * row_step_drift
-    one, two = _row_of(b - 1, start_0, start_1, perspective, -1e6), _row_of(b + 1, start_0, start_1, perspective, 1e6)
+    """S_c(k, b) for whole numbers b (1, N): the image's column (R contiguous values) spread over b
+    with the rays' weights
+    """
+    row_offset = pixels[0]
+    row_step = pixels[1]
+    row_drift = pixels[2]
+    row_step_drift = pixels[3]
+    perspective = pixels[4]
+    start_0 = row_offset + kappa * row_drift
+    start_1 = row_step + kappa * row_step_drift
+    one = _row_of(b - 1, start_0, start_1, perspective, -1e6)
+    two = _row_of(b + 1, start_0, start_1, perspective, 1e6)
     middle = (R - 1) * 0.5
     low = tl.clamp(tl.floor(tl.minimum(one, two) + middle), 0.0, R * 1.0).to(tl.int32)
     high = tl.clamp(tl.ceil(tl.maximum(one, two) + middle), -1.0, R - 1.0).to(tl.int32)
@@ -139,16 +231,39 @@ def _gather_rows(image, pixels, b, kappa, R, MINIMUM_W: tl.constexpr):
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-023
 @triton.jit
-def _adjoint_kernel(image, values, axes, slices, volume, shared, V, R, C, D, H, W, add, MINIMUM_W: tl.constexpr, M: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-                    TILE_A: tl.constexpr, TILE_B: tl.constexpr, SEARCH: tl.constexpr):
+def _adjoint_kernel(
+    image,
+    values,
+    axes,
+    slices,
+    volume,
+    shared,
+    V,
+    R,
+    C,
+    D,
+    H,
+    W,
+    add,
+    MINIMUM_W: tl.constexpr,
+    M: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    TILE_A: tl.constexpr,
+    TILE_B: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
     n_m, stride_m = _size_and_stride(M, D, H, W)
     n_a, stride_a = _size_and_stride(A, D, H, W)
     n_b, stride_b = _size_and_stride(B, D, H, W)
     tiles_b, batch = tl.cdiv(n_b, TILE_B), tl.program_id(1)
-    k, tile = tl.program_id(0) // (tl.cdiv(n_a, TILE_A) * tiles_b), tl.program_id(0) % (tl.cdiv(n_a, TILE_A) * tiles_b)
-    first_a, first_b = (tile // tiles_b) * TILE_A, (tile % tiles_b) * TILE_B
+    k = tl.program_id(0) // (tl.cdiv(n_a, TILE_A) * tiles_b)
+    tile = tl.program_id(0) % (tl.cdiv(n_a, TILE_A) * tiles_b)
+    first_a = (tile // tiles_b) * TILE_A
+    first_b = (tile % tiles_b) * TILE_B
     T = volume.dtype.element_ty
-    a, b = first_a + tl.arange(0, TILE_A)[:, None], first_b + tl.arange(0, TILE_B)[None, :]
+    a = first_a + tl.arange(0, TILE_A)[:, None]
+    b = first_b + tl.arange(0, TILE_B)[None, :]
     kappa = (k - (n_m - 1) * 0.5).to(T)
     total = tl.zeros([TILE_A, TILE_B], T)
     for view in range(V):
@@ -157,52 +272,111 @@ def _adjoint_kernel(image, values, axes, slices, volume, shared, V, R, C, D, H, 
         for start in range(0, C, SEARCH):
             column = start + tl.arange(0, SEARCH)
             at, real = begin + column, column < C
-            mine = (tl.load(axes + at * 3, mask=real, other=3) == M) & (tl.load(axes + at * 3 + 1, mask=real, other=3) == A)
-            mine = mine & (tl.load(slices + at * 2, mask=real, other=2**30) <= k) & (k < tl.load(slices + at * 2 + 1, mask=real, other=0))
+            mine = (tl.load(axes + at * 3, mask=real, other=3) == M) & (
+                tl.load(axes + at * 3 + 1, mask=real, other=3) == A
+            )
+            mine = (
+                mine
+                & (tl.load(slices + at * 2, mask=real, other=2**30) <= k)
+                & (k < tl.load(slices + at * 2 + 1, mask=real, other=0))
+            )
             line, drift, shear = _line(values, at, real)
             one = line + drift * kappa + shear * first_b
             two = one + shear * (TILE_B - 1)
-            mine = mine & (tl.maximum(one, two) > first_a - 2) & (tl.minimum(one, two) < first_a + TILE_A + 1)
-            for near in range(tl.min(tl.where(mine, column, C)), tl.max(tl.where(mine, column + 1, 0))):
+            mine = (
+                mine
+                & (tl.maximum(one, two) > first_a - 2)
+                & (tl.minimum(one, two) < first_a + TILE_A + 1)
+            )
+            for near in range(
+                tl.min(tl.where(mine, column, C)), tl.max(tl.where(mine, column + 1, 0))
+            ):
                 here = begin + near
-                counts = (tl.load(axes + here * 3) == M) & (tl.load(axes + here * 3 + 1) == A) & (tl.load(slices + here * 2) <= k) & (k < tl.load(slices + here * 2 + 1))
+                counts = (
+                    (tl.load(axes + here * 3) == M)
+                    & (tl.load(axes + here * 3 + 1) == A)
+                    & (tl.load(slices + here * 2) <= k)
+                    & (k < tl.load(slices + here * 2 + 1))
+                )
                 line_0, drift_0, shear_0 = _line(values, here, counts)
                 across = line_0 + drift_0 * kappa + shear_0 * b.to(T)
                 hat = tl.where(counts, tl.maximum(1 - tl.abs(across - a.to(T)), 0.0), 0.0)
-                total += hat * _gather_rows(rays + near * R, _pixels(values, here, counts), b.to(T), kappa, R, MINIMUM_W)
+                total += hat * _gather_rows(
+                    rays + near * R, _pixels(values, here, counts), b.to(T), kappa, R, MINIMUM_W
+                )
     inside = (a < n_a) & (b < n_b)
     at = volume + batch.to(tl.int64) * D * H * W + k * stride_m + a * stride_a + b * stride_b
-    if add > 0: total += tl.load(at, mask=inside, other=0.0)
+    if add > 0:
+        total += tl.load(at, mask=inside, other=0.0)
     tl.store(at, total, mask=inside)
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-025
 _orders = WeakTensorKeyDictionary()  # axes -> (version, the orders that occur in them)
+
 
 def _axis_orders(axes: torch.Tensor) -> list[tuple[int, int, int]]:
     "The orders (m, a, b) of the axes that occur among the columns."
     key = axes if axes._base is None else axes._base
     if _orders.get(key, (None,))[0] != key._version:
         present = set((axes[..., 0] * 3 + axes[..., 1]).unique().tolist())
-        _orders[key] = key._version, [order for order in permutations(range(3)) if order[0] * 3 + order[1] in present]
+        _orders[key] = key._version, [
+            order for order in permutations(range(3)) if order[0] * 3 + order[1] in present
+        ]
     return _orders[key][1]
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-026
 def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
-    "The transpose of `forward`: image (B, V, R, C) -> (B, D, H, W). No atomics: two calls give equal bits."
+    """The transpose of `forward`: image (B, V, R, C) -> (B, D, H, W).
+
+    No atomics: two calls give equal bits.
+    """
     columns, shared, sizes = _arguments(image, parameters)
     D, H, W = sizes[3:]
     volume = torch.empty(len(image), D, H, W, dtype=image.dtype, device=image.device)
-    by_column = image.transpose(-1, -2).contiguous()  # the rows of a column side by side, as they are read
+    # the rows of a column side by side, as they are read
+    by_column = image.transpose(-1, -2).contiguous()
     for turn, (m, a, b) in enumerate(_axis_orders(parameters.axes)):
         n_m, n_a, n_b = (sizes[3:][axis] for axis in (m, a, b))
         grid = (n_m * triton.cdiv(n_a, 16) * triton.cdiv(n_b, 32), len(image))
         with torch.cuda.device_of(volume):
-            _adjoint_kernel[grid](by_column, *columns, volume, shared, *sizes, min(turn, 1), MINIMUM_W, M=m, A=a, B=b, TILE_A=16, TILE_B=32, SEARCH=256, num_warps=1)
+            _adjoint_kernel[grid](
+                by_column,
+                *columns,
+                volume,
+                shared,
+                *sizes,
+                min(turn, 1),
+                MINIMUM_W,
+                M=m,
+                A=a,
+                B=b,
+                TILE_A=16,
+                TILE_B=32,
+                SEARCH=256,
+                num_warps=1,
+            )
     return volume
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-028
 @triton.jit
-def _slope_kernel(volume, values, axes, slices, image, slope, shared, V, R, C, D, H, W, MINIMUM_W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _slope_kernel(
+    volume,
+    values,
+    axes,
+    slices,
+    image,
+    slope,
+    shared,
+    V,
+    R,
+    C,
+    D,
+    H,
+    W,
+    MINIMUM_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     tile, view = tl.program_id(0), tl.program_id(1)
     row = (tile // tl.cdiv(C, COLUMNS)) * ROWS + tl.arange(0, ROWS)[:, None]
     pixel_column = (tile % tl.cdiv(C, COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -211,22 +385,46 @@ def _slope_kernel(volume, values, axes, slices, image, slope, shared, V, R, C, D
     n_m, stride_m = _size_and_stride(tl.load(axes + column * 3, mask=real, other=0), D, H, W)
     n_a, stride_a = _size_and_stride(tl.load(axes + column * 3 + 1, mask=real, other=0), D, H, W)
     n_b, stride_b = _size_and_stride(tl.load(axes + column * 3 + 2, mask=real, other=0), D, H, W)
-    first, stop = tl.load(slices + column * 2, mask=real, other=2**30).to(tl.int32), tl.load(slices + column * 2 + 1, mask=real, other=0).to(tl.int32)
+    first = tl.load(slices + column * 2, mask=real, other=2**30).to(tl.int32)
+    stop = tl.load(slices + column * 2 + 1, mask=real, other=0).to(tl.int32)
     line, drift, shear = _line(values, column, real)
-    middle, rho = (n_m - 1) * 0.5, (row - (R - 1) * 0.5).to(line.dtype)
+    middle = (n_m - 1) * 0.5
+    rho = (row - (R - 1) * 0.5).to(line.dtype)
     start, step, length, shrink, square = _ray(_pixels(values, column, real), rho, MINIMUM_W)
     volume += (view // V).to(tl.int64) * D * H * W
-    weight = length * tl.load(image + (view.to(tl.int64) * R + row) * C + pixel_column, mask=real & (row < R), other=0.0)
+    weight = length * tl.load(
+        image + (view.to(tl.int64) * R + row) * C + pixel_column, mask=real & (row < R), other=0.0
+    )
 
     none = tl.zeros([ROWS, COLUMNS], line.dtype)
-    total, along_a, along_a_kappa, along_a_b, along_b, along_b_kappa = none, none, none, none, none, none
+    total = none
+    along_a = none
+    along_a_kappa = none
+    along_a_b = none
+    along_b = none
+    along_b_kappa = none
     for k in range(tl.min(first), tl.max(stop)):
-        here, kappa = (first <= k) & (k < stop), (k - middle).to(line.dtype)
+        here = (first <= k) & (k < stop)
+        kappa = (k - middle).to(line.dtype)
         position = start + kappa * step
         b = tl.floor(position)
-        near, near_a = _across(volume + k * stride_m, here, b, line, drift * kappa, shear, n_a, n_b, stride_a, stride_b)
-        far, far_a = _across(volume + k * stride_m, here, b + 1, line, drift * kappa, shear, n_a, n_b, stride_a, stride_b)
-        near_a, far_a = near_a * (b + 1 - position), far_a * (position - b)
+        near, near_a = _across(
+            volume + k * stride_m, here, b, line, drift * kappa, shear, n_a, n_b, stride_a, stride_b
+        )
+        far, far_a = _across(
+            volume + k * stride_m,
+            here,
+            b + 1,
+            line,
+            drift * kappa,
+            shear,
+            n_a,
+            n_b,
+            stride_a,
+            stride_b,
+        )
+        near_a = near_a * (b + 1 - position)
+        far_a = far_a * (position - b)
         total += near + (position - b) * (far - near)
         along_a += near_a + far_a
         along_a_kappa += kappa * (near_a + far_a)
@@ -234,9 +432,15 @@ def _slope_kernel(volume, values, axes, slices, image, slope, shared, V, R, C, D
         along_b += far - near
         along_b_kappa += kappa * (far - near)
 
-    total, along_b, along_b_kappa = total * weight, along_b * weight * shrink, along_b_kappa * weight * shrink
+    total = total * weight
+    along_b = along_b * weight * shrink
+    along_b_kappa = along_b_kappa * weight * shrink
     by_length = total / (2 * square)
-    at = slope + ((view.to(tl.int64) * tl.cdiv(R, ROWS) + tile // tl.cdiv(C, COLUMNS)) * C + pixel_column) * PARAMETERS
+    at = (
+        slope
+        + ((view.to(tl.int64) * tl.cdiv(R, ROWS) + tile // tl.cdiv(C, COLUMNS)) * C + pixel_column)
+        * PARAMETERS
+    )
     tl.store(at, tl.sum(along_a * weight, 0)[None, :], mask=real)
     tl.store(at + 1, tl.sum(along_a_kappa * weight, 0)[None, :], mask=real)
     tl.store(at + 2, tl.sum(along_a_b * weight, 0)[None, :], mask=real)
@@ -244,21 +448,49 @@ def _slope_kernel(volume, values, axes, slices, image, slope, shared, V, R, C, D
     tl.store(at + 4, tl.sum(along_b * rho, 0)[None, :], mask=real)
     tl.store(at + 5, tl.sum(along_b_kappa, 0)[None, :], mask=real)
     tl.store(at + 6, tl.sum(along_b_kappa * rho, 0)[None, :], mask=real)
-    tl.store(at + 7, tl.sum(-rho * (start * along_b + step * along_b_kappa + total * shrink), 0)[None, :], mask=real)
+    tl.store(
+        at + 7,
+        tl.sum(-rho * (start * along_b + step * along_b_kappa + total * shrink), 0)[None, :],
+        mask=real,
+    )
     tl.store(at + 8, tl.sum(by_length, 0)[None, :], mask=real)
     tl.store(at + 9, tl.sum(by_length * rho, 0)[None, :], mask=real)
     tl.store(at + 10, tl.sum(by_length * rho * rho, 0)[None, :], mask=real)
 
 # %% ../../nbs/physics/06_joseph_cuda.ipynb #cell-029
-def gradient(volume: torch.Tensor, image: torch.Tensor, parameters: ColumnParameters, projection: torch.Tensor | None = None, with_adjoint: bool = True):
-    """The derivative of ⟨image, forward(volume)⟩ with respect to `parameters.values` (float64, in their shape), and adjoint(image), its derivative with
-    respect to the volume (or None). `projection` is not needed: the sums that the derivative takes yield it on the way."""
+def gradient(
+    volume: torch.Tensor,
+    image: torch.Tensor,
+    parameters: ColumnParameters,
+    projection: torch.Tensor | None = None,
+    with_adjoint: bool = True,
+):
+    """The derivative of ⟨image, forward(volume)⟩ with respect to `parameters.values` (float64, in
+    their shape), and adjoint(image), its derivative with
+    respect to the volume (or None). `projection` is not needed: the sums that the derivative takes
+    yield it on the way.
+    """
     columns, shared, sizes = _arguments(volume, parameters)
     V, R, C = sizes[:3]
     patches = triton.cdiv(R, 8)
-    slope = torch.empty(len(volume), V, patches, C, len(VALUES), dtype=volume.dtype, device=volume.device)
+    slope = torch.empty(
+        len(volume), V, patches, C, len(VALUES), dtype=volume.dtype, device=volume.device
+    )
     if slope.numel():
         grid = (patches * triton.cdiv(C, 16), len(volume) * V)
-        with torch.cuda.device_of(volume): _slope_kernel[grid](volume.contiguous(), *columns, image.contiguous(), slope, shared, *sizes, MINIMUM_W, ROWS=8, COLUMNS=16)
+        with torch.cuda.device_of(volume):
+            _slope_kernel[grid](
+                volume.contiguous(),
+                *columns,
+                image.contiguous(),
+                slope,
+                shared,
+                *sizes,
+                MINIMUM_W,
+                ROWS=8,
+                COLUMNS=16,
+            )
     slope = slope.sum(2, dtype=torch.float64)
-    return slope.sum(0, keepdim=True) if shared else slope, adjoint(image, parameters) if with_adjoint else None
+    return slope.sum(0, keepdim=True) if shared else slope, (
+        adjoint(image, parameters) if with_adjoint else None
+    )

@@ -19,121 +19,205 @@ from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, models, register_model
 
 # %% ../../nbs/physics/04a_lanes.ipynb #cell-004
-_WORD = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.int32: ir.IntType(32), types.boolean: ir.IntType(1)}
+_WORD = {
+    types.float32: ir.FloatType(),
+    types.float64: ir.DoubleType(),
+    types.int32: ir.IntType(32),
+    types.boolean: ir.IntType(1),
+}
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
+
 class Lanes(types.Type):
-    "A vector of `count` numbers of one kind: 64 bytes of float32 or float64, and as many int32 or booleans as go with them."
+    """A vector of `count` numbers of one kind: 64 bytes of float32 or float64, and as many int32 or
+    booleans as go with them.
+    """
+
     def __init__(self, kind, count):
         self.kind, self.count = kind, count
         self.llvm = ir.VectorType(_WORD[kind], count)
         super().__init__(name=f"Lanes({kind} x {count})")
 
+
 @register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
-    def __init__(self, manager, kind): super().__init__(manager, kind, kind.llvm)
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, kind.llvm)
 
 # %% ../../nbs/physics/04a_lanes.ipynb #cell-005
-def _lanes(array) -> Lanes: return Lanes(array.dtype, 512 // array.dtype.bitwidth)
+def _lanes(array) -> Lanes:
+    return Lanes(array.dtype, 512 // array.dtype.bitwidth)
 
-def _constant(vector, numbers): return ir.Constant(vector, list(numbers) if hasattr(numbers, "__iter__") else [numbers] * vector.count)
+
+def _constant(vector, numbers):
+    return ir.Constant(
+        vector, list(numbers) if hasattr(numbers, "__iter__") else [numbers] * vector.count
+    )
+
 
 def _splat(builder, number, vector):
     "The vector that repeats a number."
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, _I32(0))
     return builder.shuffle_vector(one, one, _constant(ir.VectorType(_I32, vector.count), 0))
 
+
 def _pointer(context, builder, array, value, index):
     "To array[index]; no test of bounds."
     return builder.gep(context.make_array(array)(context, builder, value).data, [index])
+
 
 def _get(builder, pointer, kind: Lanes):
     value = builder.load(builder.bitcast(pointer, kind.llvm.as_pointer()))
     value.align = kind.kind.bitwidth // 8
     return value
 
+
 def _put(builder, value, pointer, kind: Lanes):
-    builder.store(value, builder.bitcast(pointer, kind.llvm.as_pointer())).align = kind.kind.bitwidth // 8
+    builder.store(value, builder.bitcast(pointer, kind.llvm.as_pointer())).align = (
+        kind.kind.bitwidth // 8
+    )
 
 # %% ../../nbs/physics/04a_lanes.ipynb #cell-006
 @intrinsic
 def ramp(typing, array):
     "0, 1, 2, … in the dtype of `array`: as many as fill a register."
     kind = _lanes(array)
-    return kind(array), lambda context, builder, sig, args: _constant(kind.llvm, map(float, range(kind.count)))
+    return kind(array), lambda context, builder, sig, args: _constant(
+        kind.llvm, map(float, range(kind.count))
+    )
+
 
 @intrinsic
 def fill(typing, array, number):
     "A register full of one number, in the dtype of `array`."
     kind = _lanes(array)
-    return kind(array, kind.kind), lambda context, builder, sig, args: _splat(builder, args[1], kind.llvm)
+    return kind(array, kind.kind), lambda context, builder, sig, args: _splat(
+        builder, args[1], kind.llvm
+    )
+
 
 @intrinsic
 def load(typing, array, index):
-    "array[index], array[index + 1], …: no test of bounds, arrays need `PADDING` numbers of room behind the last."
+    """array[index], array[index + 1], …: no test of bounds, arrays need `PADDING` numbers of room
+    behind the last.
+    """
     kind = _lanes(array)
-    return kind(array, types.intp), lambda context, builder, sig, args: _get(builder, _pointer(context, builder, array, *args), kind)
+    return kind(array, types.intp), lambda context, builder, sig, args: _get(
+        builder, _pointer(context, builder, array, *args), kind
+    )
+
 
 @intrinsic
 def store(typing, array, index, lanes):
     "array[index], array[index + 1], … = lanes; no test of bounds."
+
     def generate(context, builder, sig, args):
         _put(builder, args[2], _pointer(context, builder, array, *args[:2]), lanes)
         return context.get_dummy_value()
+
     return types.void(array, types.intp, lanes), generate
 
 # %% ../../nbs/physics/04a_lanes.ipynb #cell-007
 @intrinsic
 def add(typing, array, index, lanes, count):
-    "array[index] += lanes[0], array[index + 1] += lanes[1], …: the first `count` of them, and no number behind is touched, not even to write it back."
+    """array[index] += lanes[0], array[index + 1] += lanes[1], …: the first `count` of them, and no
+    number behind is touched, not even to write it back.
+    """
+
     def generate(context, builder, sig, args):
         pointer = _pointer(context, builder, array, *args[:2])
-        with builder.if_else(builder.icmp_signed(">=", args[3], _I64(lanes.count)), likely=True) as (whole, rest):
-            with whole: _put(builder, builder.fadd(_get(builder, pointer, lanes), args[2]), pointer, lanes)
+        with builder.if_else(
+            builder.icmp_signed(">=", args[3], _I64(lanes.count)), likely=True
+        ) as (whole, rest):
+            with whole:
+                _put(builder, builder.fadd(_get(builder, pointer, lanes), args[2]), pointer, lanes)
             with rest, cgutils.for_range(builder, args[3]) as loop:
                 one = builder.gep(pointer, [loop.index])
-                builder.store(builder.fadd(builder.load(one), builder.extract_element(args[2], loop.index)), one)
+                builder.store(
+                    builder.fadd(builder.load(one), builder.extract_element(args[2], loop.index)),
+                    one,
+                )
         return context.get_dummy_value()
+
     return types.void(array, types.intp, lanes, types.intp), generate
 
 # %% ../../nbs/physics/04a_lanes.ipynb #cell-009
 def _operator(operation, generate, result=lambda lanes: lanes):
     "Teach numba an operator between lanes, or lanes and a number."
+
     @infer_global(operation)
     class Template(AbstractTemplate):
         def generic(self, args, kwargs):
             lanes = next((a for a in args if isinstance(a, Lanes)), None)
-            if lanes is None or not all(a == lanes or isinstance(a, types.Number) for a in args): return None
+            if lanes is None or not all(a == lanes or isinstance(a, types.Number) for a in args):
+                return None
             return signature(result(lanes), *(a if a == lanes else lanes.kind for a in args))
 
     def lower(context, builder, sig, args):
         kind = next(a for a in sig.args if isinstance(a, Lanes))
-        return generate(builder, kind, *(v if isinstance(a, Lanes) else _splat(builder, v, kind.llvm) for a, v in zip(sig.args, args)))
-    for left, right in ((Lanes, Lanes), (Lanes, types.Number), (types.Number, Lanes)): lower_builtin(operation, left, right)(lower)
+        return generate(
+            builder,
+            kind,
+            *(
+                v if isinstance(a, Lanes) else _splat(builder, v, kind.llvm)
+                for a, v in zip(sig.args, args)
+            ),
+        )
 
-for _operation, _name in ((operator.add, "add"), (operator.sub, "sub"), (operator.mul, "mul"), (operator.truediv, "div")):
-    _operator(_operation, lambda builder, kind, x, y, name=_name:
-              getattr(builder, name)(x, y) if kind.kind == types.int32 else getattr(builder, "f" + name)(x, y, flags=("contract",)))
+    for left, right in ((Lanes, Lanes), (Lanes, types.Number), (types.Number, Lanes)):
+        lower_builtin(operation, left, right)(lower)
+
+
+for _operation, _name in (
+    (operator.add, "add"),
+    (operator.sub, "sub"),
+    (operator.mul, "mul"),
+    (operator.truediv, "div"),
+):
+    _operator(
+        _operation,
+        lambda builder, kind, x, y, name=_name: (
+            getattr(builder, name)(x, y)
+            if kind.kind == types.int32
+            else getattr(builder, "f" + name)(x, y, flags=("contract",))
+        ),
+    )
 for _operation, _name in ((operator.gt, ">"), (operator.lt, "<"), (operator.ge, ">=")):
-    _operator(_operation, lambda builder, kind, x, y, name=_name: builder.fcmp_ordered(name, x, y), lambda lanes: Lanes(types.boolean, lanes.count))
+    _operator(
+        _operation,
+        lambda builder, kind, x, y, name=_name: builder.fcmp_ordered(name, x, y),
+        lambda lanes: Lanes(types.boolean, lanes.count),
+    )
 
 # %% ../../nbs/physics/04a_lanes.ipynb #cell-010
 @intrinsic
 def where(typing, mask, yes, no):
     "Lane by lane: yes where the mask is set, else no; one of the two may be a number."
     lanes = yes if isinstance(yes, Lanes) else no
+
     def generate(context, builder, sig, args):
-        return builder.select(args[0], *(v if isinstance(a, Lanes) else _splat(builder, v, lanes.llvm) for a, v in zip(sig.args[1:], args[1:])))
+        return builder.select(
+            args[0],
+            *(
+                v if isinstance(a, Lanes) else _splat(builder, v, lanes.llvm)
+                for a, v in zip(sig.args[1:], args[1:])
+            ),
+        )
+
     return lanes(mask, *(a if isinstance(a, Lanes) else lanes.kind for a in (yes, no))), generate
+
 
 @intrinsic
 def clamp(typing, lanes, low, high):
     "Lane by lane the nearest number in [low, high]; NaN becomes low."
+
     def generate(context, builder, sig, args):
         low, high = (_splat(builder, v, lanes.llvm) for v in args[1:])
         above = builder.select(builder.fcmp_ordered(">", args[0], low), args[0], low)
         return builder.select(builder.fcmp_ordered("<", above, high), above, high)
+
     return lanes(lanes, lanes.kind, lanes.kind), generate
+
 
 @intrinsic
 def truncate(typing, lanes):
@@ -141,105 +225,213 @@ def truncate(typing, lanes):
     kind = Lanes(types.int32, lanes.count)
     return kind(lanes), lambda context, builder, sig, args: builder.fptosi(args[0], kind.llvm)
 
+
 @intrinsic
 def like(typing, integers, lanes):
     "int32 lanes as numbers of the kind of `lanes`."
-    return lanes(integers, lanes), lambda context, builder, sig, args: builder.sitofp(args[0], lanes.llvm)
+    return lanes(integers, lanes), lambda context, builder, sig, args: builder.sitofp(
+        args[0], lanes.llvm
+    )
 
 # %% ../../nbs/physics/04a_lanes.ipynb #cell-012
 def _call(builder, name: str, lanes: Lanes, result, *args, **options):
     "LLVM's function of that name for such lanes."
     kind = ir.FunctionType(result, [a.type for a in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{lanes.count}f{lanes.kind.bitwidth}"), args, **options)
+    return builder.call(
+        cgutils.get_or_insert_function(
+            builder.module, kind, f"{name}.v{lanes.count}f{lanes.kind.bitwidth}"
+        ),
+        args,
+        **options,
+    )
+
 
 @intrinsic
 def hat(typing, lanes):
     "max(0, 1 − |x|): the weight that linear interpolation gives at distance x."
+
     def generate(context, builder, sig, args):
-        height = builder.fsub(_constant(lanes.llvm, 1.0), _call(builder, "llvm.fabs", lanes, lanes.llvm, *args))
-        return builder.select(builder.fcmp_ordered(">", height, _constant(lanes.llvm, 0.0)), height, _constant(lanes.llvm, 0.0))
+        height = builder.fsub(
+            _constant(lanes.llvm, 1.0), _call(builder, "llvm.fabs", lanes, lanes.llvm, *args)
+        )
+        return builder.select(
+            builder.fcmp_ordered(">", height, _constant(lanes.llvm, 0.0)),
+            height,
+            _constant(lanes.llvm, 0.0),
+        )
+
     return lanes(lanes), generate
+
 
 @intrinsic
 def total(typing, lanes):
     "The sum of the lanes."
     number = lanes.llvm.element
     return lanes.kind(lanes), lambda context, builder, sig, args: _call(
-        builder, "llvm.vector.reduce.fadd", lanes, number, ir.Constant(number, 0.0), *args, fastmath=("reassoc",))
+        builder,
+        "llvm.vector.reduce.fadd",
+        lanes,
+        number,
+        ir.Constant(number, 0.0),
+        *args,
+        fastmath=("reassoc",),
+    )
 
 # %% ../../nbs/physics/04a_lanes.ipynb #cell-014
-WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")  # does what numba compiles for look up tables in registers?
-PADDING = 80  # numbers of room that a table needs behind its last one: `pair` may read four registers and one number on
+# does what numba compiles for look up tables in registers?
+WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+# numbers of room that a table needs behind its last one: `pair` may read four registers and one
+# number on
+PADDING = 80
+
 
 @intrinsic
 def pair(typing, table, begin, index):
     """(table[begin + index], table[begin + index + 1]) for int32 lanes.
 
-    Indices that lie close together, as those of neighbouring rays do, are looked up in registers where the machine can; others are gathered."""
+    Indices that lie close together, as those of neighbouring rays do, are looked up in registers
+    where the machine can; others are gathered.
+    """
     kind = _lanes(table)
+
     def generate(context, builder, sig, args):
         results = [cgutils.alloca_once(builder, kind.llvm) for _ in range(2)]
-        pointer, index = _pointer(context, builder, table, *args[:2]), args[2]
+        pointer = _pointer(context, builder, table, *args[:2])
+        index = args[2]
         ends = [builder.extract_element(index, _I32(i)) for i in (0, kind.count - 1)]
         base = builder.select(builder.icmp_signed("<", *ends), *ends)
         near = builder.gep(pointer, [builder.sext(base, _I64)])
-        _choose(builder, kind, near, builder.sub(index, _splat(builder, base, index.type)), results, [2, 4] if WIDE else [])
+        _choose(
+            builder,
+            kind,
+            near,
+            builder.sub(index, _splat(builder, base, index.type)),
+            results,
+            [2, 4] if WIDE else [],
+        )
         return context.make_tuple(builder, sig.return_type, [builder.load(r) for r in results])
+
     return types.UniTuple(kind, 2)(table, types.intp, index), generate
 
 # %% ../../nbs/physics/04a_lanes.ipynb #cell-015
 def _choose(builder, kind, pointer, index, results, registers):
-    "The first of `registers` that reaches every index does the look-up; if none does, lane by lane."
-    if not registers: return _gather(builder, kind, pointer, index, results)
+    """The first of `registers` that reaches every index does the look-up; if none does, lane by
+    lane.
+    """
+    if not registers:
+        return _gather(builder, kind, pointer, index, results)
     inside = builder.icmp_unsigned("<", index, _constant(index.type, registers[0] * kind.count))
-    all_inside = builder.icmp_unsigned("==", builder.bitcast(inside, ir.IntType(kind.count)), ir.IntType(kind.count)(-1))
+    all_inside = builder.icmp_unsigned(
+        "==", builder.bitcast(inside, ir.IntType(kind.count)), ir.IntType(kind.count)(-1)
+    )
     with builder.if_else(all_inside, likely=True) as (near, far):
-        with near: _look(builder, kind, pointer, index, results, registers[0])
-        with far: _choose(builder, kind, pointer, index, results, registers[1:])
+        with near:
+            _look(builder, kind, pointer, index, results, registers[0])
+        with far:
+            _choose(builder, kind, pointer, index, results, registers[1:])
+
 
 def _look(builder, kind, pointer, index, results, registers):
-    "Load so many registers of the table, pick each lane's number among them (`vpermi2ps`); then the same one number further on."
+    """Load so many registers of the table, pick each lane's number among them (`vpermi2ps`); then
+    the same one number further on.
+    """
     letter, double = ("pd", True) if kind.kind == types.float64 else ("ps", False)
     which = builder.zext(index, ir.VectorType(_I64, kind.count)) if double else index
-    permute = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind.llvm, (kind.llvm, which.type, kind.llvm)),
-                                             f"llvm.x86.avx512.vpermi2var.{letter}.512")
+    permute = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(kind.llvm, (kind.llvm, which.type, kind.llvm)),
+        f"llvm.x86.avx512.vpermi2var.{letter}.512",
+    )
     for further, result in enumerate(results):
-        parts = [_get(builder, builder.gep(pointer, [_I64(i * kind.count + further)]), kind) for i in range(registers)]
-        picked = [builder.call(permute, [parts[i], which, parts[i + 1]]) for i in range(0, registers, 2)]
+        parts = [
+            _get(builder, builder.gep(pointer, [_I64(i * kind.count + further)]), kind)
+            for i in range(registers)
+        ]
+        picked = [
+            builder.call(permute, [parts[i], which, parts[i + 1]]) for i in range(0, registers, 2)
+        ]
         second = builder.icmp_unsigned(">=", index, _constant(index.type, 2 * kind.count))
-        builder.store(picked[0] if registers == 2 else builder.select(second, *picked[::-1]), result)
+        builder.store(
+            picked[0] if registers == 2 else builder.select(second, *picked[::-1]), result
+        )
+
 
 def _gather(builder, kind, pointer, index, results):
-    "Lane by lane: a function of its own, or LLVM computes 16 addresses ahead of time for a case that is rare."
+    """Lane by lane: a function of its own, or LLVM computes 16 addresses ahead of time for a case
+    that is rare.
+    """
     name = f"lanes_gather_{kind.llvm.element}_{kind.count}"
     function = builder.module.globals.get(name)
     if function is None:
-        function = ir.Function(builder.module, ir.FunctionType(kind.llvm, (pointer.type, index.type)), name)
+        function = ir.Function(
+            builder.module, ir.FunctionType(kind.llvm, (pointer.type, index.type)), name
+        )
         function.linkage = "internal"
-        if WIDE: function.attributes.add("noinline")
+        if WIDE:
+            function.attributes.add("noinline")
         inner = ir.IRBuilder(function.append_basic_block())
         lanes = ir.Constant(kind.llvm, ir.Undefined)
         for i in range(kind.count):
             at = inner.sext(inner.extract_element(function.args[1], _I32(i)), _I64)
-            lanes = inner.insert_element(lanes, inner.load(inner.gep(function.args[0], [at])), _I32(i))
+            lanes = inner.insert_element(
+                lanes, inner.load(inner.gep(function.args[0], [at])), _I32(i)
+            )
         inner.ret(lanes)
-    for further, result in enumerate(results): builder.store(builder.call(function, [builder.gep(pointer, [_I64(further)]), index]), result)
+    for further, result in enumerate(results):
+        builder.store(
+            builder.call(function, [builder.gep(pointer, [_I64(further)]), index]), result
+        )
 
 # %% ../../nbs/physics/04a_lanes.ipynb #cell-017
 @intrinsic
 def transpose(typing, target, to, step, source, at, stride):
-    "target[to + i·step + j] = source[at + j·stride + i] for a square of i and j, a register a side."
+    """target[to + i·step + j] = source[at + j·stride + i] for a square of i and j, a register a
+    side.
+    """
     kind = _lanes(source)
+
     def generate(context, builder, sig, args):
-        rows = [_get(builder, _pointer(context, builder, source, args[3], builder.add(args[4], builder.mul(args[5], _I64(j)))), kind) for j in range(kind.count)]
+        rows = [
+            _get(
+                builder,
+                _pointer(
+                    context,
+                    builder,
+                    source,
+                    args[3],
+                    builder.add(args[4], builder.mul(args[5], _I64(j))),
+                ),
+                kind,
+            )
+            for j in range(kind.count)
+        ]
         d = 1
         while d < kind.count:  # rows i and i + d exchange blocks of d numbers
             for i in (i for i in range(kind.count) if not i & d):
-                order = ([lane if not lane & d else kind.count + lane - d for lane in range(kind.count)],
-                         [lane + d if not lane & d else kind.count + lane for lane in range(kind.count)])
-                rows[i], rows[i + d] = (builder.shuffle_vector(rows[i], rows[i + d], _constant(ir.VectorType(_I32, kind.count), o)) for o in order)
+                order = (
+                    [lane if not lane & d else kind.count + lane - d for lane in range(kind.count)],
+                    [lane + d if not lane & d else kind.count + lane for lane in range(kind.count)],
+                )
+                rows[i], rows[i + d] = (
+                    builder.shuffle_vector(
+                        rows[i], rows[i + d], _constant(ir.VectorType(_I32, kind.count), o)
+                    )
+                    for o in order
+                )
             d *= 2
         for i, row in enumerate(rows):
-            _put(builder, row, _pointer(context, builder, target, args[0], builder.add(args[1], builder.mul(args[2], _I64(i)))), kind)
+            _put(
+                builder,
+                row,
+                _pointer(
+                    context,
+                    builder,
+                    target,
+                    args[0],
+                    builder.add(args[1], builder.mul(args[2], _I64(i))),
+                ),
+                kind,
+            )
         return context.get_dummy_value()
+
     return types.void(target, types.intp, types.intp, source, types.intp, types.intp), generate

@@ -11,33 +11,72 @@ __all__ = ['OTHER_HU', 'PAINTERS', 'lesion_hu', 'paint_lump', 'paint_spicules', 
 import numpy as np
 
 from .anatomy import cage, diaphragm, lobe_at, lungs
-from .phantom_lesions import ANATOMY_KINDS, LINE_KINDS, LUNG_KINDS, Lesion, catheter_line, coronary_line, length_of, lump
+from ct_nb.physics.phantom_lesions import (
+    ANATOMY_KINDS,
+    LINE_KINDS,
+    LUNG_KINDS,
+    Lesion,
+    catheter_line,
+    coronary_line,
+    length_of,
+    lump,
+)
 from .shapes import Canvas, Tubes, paint_tubes, tube_coverage
 from .skeleton import rib_line
 
 # %% ../../nbs/physics/09g_lesion_painting.ipynb #cell-005
-OTHER_HU = {"lytic metastasis": (35, 60), "sclerotic metastasis": (550, 800), "liver cyst": (-2, 12), "thyroid nodule": (35, 60),
-            "enlarged lymph node": (30, 50), "pleural effusion": (2, 16), "pericardial effusion": (4, 18), "rib fracture": (280, 420),
-            "coronary calcification": (500, 900), "central venous catheter": (1700, 1900)}
+OTHER_HU = {
+    "lytic metastasis": (35, 60),
+    "sclerotic metastasis": (550, 800),
+    "liver cyst": (-2, 12),
+    "thyroid nodule": (35, 60),
+    "enlarged lymph node": (30, 50),
+    "pleural effusion": (2, 16),
+    "pericardial effusion": (4, 18),
+    "rib fracture": (280, 420),
+    "coronary calcification": (500, 900),
+    "central venous catheter": (1700, 1900),
+}
+
 
 def lesion_hu(patient, lesion: Lesion) -> float:
     "HU of a lesion, drawn from the range of its kind."
     low, high = LUNG_KINDS[lesion.kind][1] if lesion.kind in LUNG_KINDS else OTHER_HU[lesion.kind]
     enhanced = 30 * patient.contrast if lesion.kind == "enlarged lymph node" else 0.0
-    return float(np.random.default_rng([patient.seed, 22, lesion.mask_id]).uniform(low, high)) + enhanced
+    return (
+        float(np.random.default_rng([patient.seed, 22, lesion.mask_id]).uniform(low, high))
+        + enhanced
+    )
+
 
 def paint_lump(canvas: Canvas, patient, lesion: Lesion, share, pump):
     "Nodules, masses, consolidation, metastases, cysts and nodes (which are taller than wide)."
-    radius, center = lesion.reach_mm or lesion.diameter_mm / 2, np.array(lesion.center_mm)
+    radius = lesion.reach_mm or lesion.diameter_mm / 2
+    center = np.array(lesion.center_mm)
     tall = np.float32(1.35 if lesion.kind == "enlarged lymph node" else 1.0)
     where, (x, y, z) = canvas.box(center - 1.6 * radius, center + 1.6 * radius)
-    distance = lump(patient, center, radius, lesion.mask_id, lesion.kind, x, y, center[2] + (z - center[2]) / tall)
+    distance = lump(
+        patient,
+        center,
+        radius,
+        lesion.mask_id,
+        lesion.kind,
+        x,
+        y,
+        center[2] + (z - center[2]) / tall,
+    )
     cover = canvas.coverage(distance)
     if lesion.kind == "consolidation":  # a soft edge, and lobe and pleura as borders
-        cover = np.clip(0.5 - distance / max(8.0, canvas.spacing_mm), 0, 1) * share[where] * (lobe_at(patient, x, y, z) == lesion.region)
+        cover = (
+            np.clip(0.5 - distance / max(8.0, canvas.spacing_mm), 0, 1)
+            * share[where]
+            * (lobe_at(patient, x, y, z) == lesion.region)
+        )
     canvas.paint(where, cover, lesion_hu(patient, lesion))
-    if lesion.kind in ("mass", "solid nodule") and lesion.diameter_mm > 15: paint_spicules(canvas, patient, lesion)
+    if lesion.kind in ("mass", "solid nodule") and lesion.diameter_mm > 15:
+        paint_spicules(canvas, patient, lesion)
     return where, cover
+
 
 def paint_spicules(canvas: Canvas, patient, lesion: Lesion):
     "Fine strands from a lump into the lung about it."
@@ -46,19 +85,32 @@ def paint_spicules(canvas: Canvas, patient, lesion: Lesion):
     out /= np.linalg.norm(out, axis=1, keepdims=True)
     tips = lesion.center_mm + out * lesion.diameter_mm / 2 * rng.uniform(1.25, 1.6, (14, 1))
     tips = tips[lungs(patient, *tips.T) < -3]
-    if len(tips) == 0: return
+    if len(tips) == 0:
+        return
     roots = np.broadcast_to(lesion.center_mm, tips.shape)
-    paint_tubes(canvas, Tubes(roots, tips, np.full(len(tips), 1.3), np.full(len(tips), 0.4)), lesion_hu(patient, lesion))
+    paint_tubes(
+        canvas,
+        Tubes(roots, tips, np.full(len(tips), 1.3), np.full(len(tips), 0.4)),
+        lesion_hu(patient, lesion),
+    )
 
 # %% ../../nbs/physics/09g_lesion_painting.ipynb #cell-006
 def paint_emphysema(canvas: Canvas, patient, lesion: Lesion, share, pump):
     "A cluster of bullae, the largest of the stated diameter."
     rng = np.random.default_rng([patient.seed, 21, lesion.mask_id])
-    radius, count = lesion.diameter_mm / 2, int(rng.integers(5, 10))
-    centers = np.concatenate([[lesion.center_mm], lesion.center_mm + rng.normal(0, 1.1 * radius, (count, 3))])
+    radius = lesion.diameter_mm / 2
+    count = int(rng.integers(5, 10))
+    centers = np.concatenate(
+        [[lesion.center_mm], lesion.center_mm + rng.normal(0, 1.1 * radius, (count, 3))]
+    )
     radii = np.concatenate([[radius], radius * rng.uniform(0.3, 0.7, count)])
     where, (x, y, z) = canvas.box(centers.min(0) - radius, centers.max(0) + radius)
-    ball = lambda c, r: np.sqrt((x - np.float32(c[0])) ** 2 + (y - np.float32(c[1])) ** 2 + (z - np.float32(c[2])) ** 2) - np.float32(r)
+
+    def ball(c, r):
+        return np.sqrt(
+            (x - np.float32(c[0])) ** 2 + (y - np.float32(c[1])) ** 2 + (z - np.float32(c[2])) ** 2
+        ) - np.float32(r)
+
     distance = np.minimum.reduce([ball(c, r) for c, r in zip(centers, radii)])
     cover = canvas.coverage(distance) * share[where] * (lobe_at(patient, x, y, z) == lesion.region)
     canvas.paint(where, cover, lesion_hu(patient, lesion))
@@ -67,23 +119,38 @@ def paint_emphysema(canvas: Canvas, patient, lesion: Lesion, share, pump):
 # %% ../../nbs/physics/09g_lesion_painting.ipynb #cell-008
 def paint_pleural_effusion(canvas: Canvas, patient, lesion: Lesion, share, pump):
     "A crescent of fluid along the back of one side of the chest."
-    side, depth = (1 if lesion.side == "left" else -1), np.float32(lesion.diameter_mm)
+    side = 1 if lesion.side == "left" else -1
+    depth = np.float32(lesion.diameter_mm)
     low, high = patient.at([(0, -20, -175), (140, 120, 60)])
     where, (x, y, z) = canvas.box(*np.sort([low * (side, 1, 1), high * (side, 1, 1)], axis=0))
-    ramp = lambda t: np.clip(t, 0, 1) ** 2 * (3 - 2 * np.clip(t, 0, 1))
+
+    def ramp(t):
+        return np.clip(t, 0, 1) ** 2 * (3 - 2 * np.clip(t, 0, 1))
+
     top = np.float32(patient.shift_z - 25 + 1.8 * depth)
     layer = depth * ramp((y - 5) / np.float32(60)) * ramp((top - z) / np.float32(70))
-    cover = canvas.coverage(-(cage(patient, x, y, z) + layer)) * share[where] * (layer > 0.5) * (x * side > 0)
+    cover = (
+        canvas.coverage(-(cage(patient, x, y, z) + layer))
+        * share[where]
+        * (layer > 0.5)
+        * (x * side > 0)
+    )
     canvas.paint(where, cover, lesion_hu(patient, lesion))
     return where, cover
+
 
 def paint_pericardial_effusion(canvas: Canvas, patient, lesion: Lesion, share, pump):
     "A shell of fluid about the heart, above the diaphragm."
     where, distance = pump
-    x, y, z = canvas.x[..., where[2]], canvas.y[:, where[1]], canvas.z[where[0]]
-    cover = canvas.coverage(distance - np.float32(patient.pericardial_mm)) - canvas.coverage(distance)
+    x = canvas.x[..., where[2]]
+    y = canvas.y[:, where[1]]
+    z = canvas.z[where[0]]
+    cover = canvas.coverage(distance - np.float32(patient.pericardial_mm)) - canvas.coverage(
+        distance
+    )
     cover *= canvas.coverage(np.maximum(-diaphragm(patient, x, y, z), cage(patient, x, y, z) + 1))
-    vessels, taken = np.zeros(canvas.grid.shape, np.float32), tube_coverage(canvas, patient.around)
+    vessels = np.zeros(canvas.grid.shape, np.float32)
+    taken = tube_coverage(canvas, patient.around)
     vessels[taken[0]] = taken[1]
     cover *= 1 - vessels[where]
     canvas.paint(where, cover, lesion_hu(patient, lesion))
@@ -92,25 +159,31 @@ def paint_pericardial_effusion(canvas: Canvas, patient, lesion: Lesion, share, p
 # %% ../../nbs/physics/09g_lesion_painting.ipynb #cell-010
 def paint_rib_fracture(canvas: Canvas, patient, lesion: Lesion, share, pump):
     "Callus about the rib, and the line of the fracture across it."
-    number, side = int("".join(c for c in lesion.place if c.isdigit())) - 1, 1 if lesion.side == "left" else -1
+    number = int("".join(c for c in lesion.place if c.isdigit())) - 1
+    side = 1 if lesion.side == "left" else -1
     _, line = rib_line(patient, number, side)
     at = int(np.argmin(np.linalg.norm(line - lesion.center_mm, axis=1)))
     along = line[min(at + 1, len(line) - 1)] - line[max(at - 1, 0)]
     along = (along / np.linalg.norm(along)).astype(np.float32)
     radius = lesion.diameter_mm / 2
-    where, (x, y, z) = canvas.box(np.subtract(lesion.center_mm, radius), np.add(lesion.center_mm, radius))
+    where, (x, y, z) = canvas.box(
+        np.subtract(lesion.center_mm, radius), np.add(lesion.center_mm, radius)
+    )
     dx, dy, dz = (a - np.float32(c) for a, c in zip((x, y, z), lesion.center_mm))
     cover = canvas.coverage(np.sqrt(dx * dx + dy * dy + dz * dz) - np.float32(radius))
     canvas.paint(where, cover, np.maximum(canvas.hu[where], np.float32(lesion_hu(patient, lesion))))
-    canvas.paint(where, cover * canvas.slab(dx * along[0] + dy * along[1] + dz * along[2], 0.9), 60.0)
+    canvas.paint(
+        where, cover * canvas.slab(dx * along[0] + dy * along[1] + dz * along[2], 0.9), 60.0
+    )
     return where, cover
+
 
 def paint_line(canvas: Canvas, patient, lesion: Lesion, share, pump):
     "Calcium along the coronary artery, or a catheter in its vein."
     foreign = lesion.kind == "central venous catheter"
     line = catheter_line(patient) if foreign else coronary_line(patient)[1:]
     ends = [length_of(line[:n]) for n in range(2, len(line) + 1)]
-    line = line[:2 + int(np.argmin(np.abs(np.array(ends) - lesion.diameter_mm)))]
+    line = line[: 2 + int(np.argmin(np.abs(np.array(ends) - lesion.diameter_mm)))]
     where, cover = tube_coverage(canvas, Tubes.along(line, 1.1 if foreign else 1.4))
     canvas.paint(where, cover, lesion_hu(patient, lesion))
     return where, cover
@@ -119,27 +192,46 @@ def paint_line(canvas: Canvas, patient, lesion: Lesion, share, pump):
 def mark_heart(canvas: Canvas, patient, lesion: Lesion, share, pump):
     return (slice(None),) * 3, (canvas.regions == 7).astype(np.float32)
 
+
 def mark_ascending_aorta(canvas: Canvas, patient, lesion: Lesion, share, pump):
     whole = patient.vessels["aorta"]
     part = slice(0, int(np.argmax(whole.end[:, 2])) - 2)
-    where, cover = tube_coverage(canvas, Tubes(whole.start[part], whole.end[part], whole.start_radius[part], whole.end_radius[part]))
+    where, cover = tube_coverage(
+        canvas,
+        Tubes(whole.start[part], whole.end[part], whole.start_radius[part], whole.end_radius[part]),
+    )
     return where, cover * (canvas.regions[where] == 8)
 
 # %% ../../nbs/physics/09g_lesion_painting.ipynb #cell-014
-PAINTERS = {"emphysema": paint_emphysema, "pleural effusion": paint_pleural_effusion, "pericardial effusion": paint_pericardial_effusion,
-            "rib fracture": paint_rib_fracture, "coronary calcification": paint_line, "central venous catheter": paint_line,
-            "cardiomegaly": mark_heart, "aortic aneurysm": mark_ascending_aorta}
+PAINTERS = {
+    "emphysema": paint_emphysema,
+    "pleural effusion": paint_pleural_effusion,
+    "pericardial effusion": paint_pericardial_effusion,
+    "rib fracture": paint_rib_fracture,
+    "coronary calcification": paint_line,
+    "central venous catheter": paint_line,
+    "cardiomegaly": mark_heart,
+    "aortic aneurysm": mark_ascending_aorta,
+}
+
 
 def before_vessels(lesion: Lesion) -> bool:
     "Is the lesion painted before the vessels and airways that run through it?"
     return lesion.kind in ("consolidation", "emphysema", "pericardial effusion")
 
+
 def paint_lesion(canvas: Canvas, patient, lesion: Lesion, mask, share, pump):
-    "Paint one lesion and mark it in `mask` (D, H, W) uint8, given the share of lung in each voxel and the heart (slices, signed distance)."
+    """Paint one lesion and mark it in `mask` (D, H, W) uint8, given the share of lung in each voxel
+    and the heart (slices, signed distance).
+    """
     where, cover = PAINTERS.get(lesion.kind, paint_lump)(canvas, patient, lesion, share, pump)
-    if cover.size == 0 or cover.max() <= 0.02: return
-    filled = cover > min(0.5, 0.4 * cover.max() if lesion.kind in LINE_KINDS else 0.999 * cover.max())
-    if lesion.kind in ANATOMY_KINDS: filled &= mask[where] == 0
+    if cover.size == 0 or cover.max() <= 0.02:
+        return
+    filled = cover > min(
+        0.5, 0.4 * cover.max() if lesion.kind in LINE_KINDS else 0.999 * cover.max()
+    )
+    if lesion.kind in ANATOMY_KINDS:
+        filled &= mask[where] == 0
     mask[where][filled] = lesion.mask_id
     regions = canvas.regions[where]
     replaces = lesion.region <= 5 or lesion.kind in ("rib fracture", "pericardial effusion")

@@ -15,51 +15,102 @@ from .geometry import ConeBeam, patch_to
 
 # %% ../../nbs/physics/03a_motion.ipynb #cell-005
 def rotation_matrix(vector_deg: torch.Tensor) -> torch.Tensor:
-    "Rotation matrices (…, 3, 3) from rotation vectors (…, 3): axis times angle in degrees, right-handed. Differentiable at zero."
+    """Rotation matrices (…, 3, 3) from rotation vectors (…, 3): axis times angle in degrees,
+    right-handed. Differentiable at zero.
+    """
     x, y, z = torch.deg2rad(vector_deg).unbind(-1)
     zero = torch.zeros_like(x)
-    return torch.linalg.matrix_exp(torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3)))
+    return torch.linalg.matrix_exp(
+        torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    )
 
-def _turned(rotation, vector): return (rotation @ vector[..., None])[..., 0]
+
+def _turned(rotation, vector):
+    return (rotation @ vector[..., None])[..., 0]
 
 # %% ../../nbs/physics/03a_motion.ipynb #cell-008
 @patch_to(ConeBeam)
 def moved(self, shift_mm) -> ConeBeam:
-    "Source and detector shifted together by `shift_mm`, (3,) or (*batch, V, 3), LPS; the grid stays."
+    """Source and detector shifted together by `shift_mm`, (3,) or (*batch, V, 3), LPS; the grid
+    stays.
+    """
     shift = torch.as_tensor(shift_mm, dtype=self.dtype, device=self.device)
-    return replace(self, source_mm=self.source_mm + shift, detector_center_mm=self.detector_center_mm + shift)
+    return replace(
+        self, source_mm=self.source_mm + shift, detector_center_mm=self.detector_center_mm + shift
+    )
+
 
 @patch_to(ConeBeam)
 def rotated(self, rotation_deg, center_mm=None) -> ConeBeam:
-    """Source and detector turned together about `center_mm` (LPS, the grid's centre unless given); the grid stays.
+    """Source and detector turned together about `center_mm` (LPS, the grid's centre unless given);
+    the grid stays.
 
-    `rotation_deg` is (3,) or (*batch, V, 3): axis times angle in degrees, right-handed about LPS axes; (0, 0, −10) adds 10 to the azimuth."""
+    `rotation_deg` is (3,) or (*batch, V, 3): axis times angle in degrees, right-handed about LPS
+    axes; (0, 0, −10) adds 10 to the azimuth.
+    """
     turn = rotation_matrix(torch.as_tensor(rotation_deg, dtype=self.dtype, device=self.device))
-    center = torch.as_tensor(np.array(self.grid.center_mm) if center_mm is None else center_mm, dtype=self.dtype, device=self.device)
-    return replace(self, source_mm=center + _turned(turn, self.source_mm - center),
-                   detector_center_mm=center + _turned(turn, self.detector_center_mm - center),
-                   column_step_mm=_turned(turn, self.column_step_mm), row_step_mm=_turned(turn, self.row_step_mm))
+    center = torch.as_tensor(
+        np.array(self.grid.center_mm) if center_mm is None else center_mm,
+        dtype=self.dtype,
+        device=self.device,
+    )
+    return replace(
+        self,
+        source_mm=center + _turned(turn, self.source_mm - center),
+        detector_center_mm=center + _turned(turn, self.detector_center_mm - center),
+        column_step_mm=_turned(turn, self.column_step_mm),
+        row_step_mm=_turned(turn, self.row_step_mm),
+    )
 
 # %% ../../nbs/physics/03a_motion.ipynb #cell-011
 @patch_to(ConeBeam)
 def perturbed(self, view: int, rotation_deg=(0.0, 0.0, 0.0), shift_mm=(0.0, 0.0, 0.0)) -> ConeBeam:
-    "One view miscalibrated by a known amount: rotation vector in degrees about the grid's centre, then shift in mm, both (3,) in LPS."
+    """One view miscalibrated by a known amount: rotation vector in degrees about the grid's centre,
+    then shift in mm, both (3,) in LPS.
+    """
     chosen = torch.zeros(self.views, 1, dtype=self.dtype, device=self.device)
     chosen[view] = 1.0
-    vector = lambda v: chosen * torch.as_tensor(v, dtype=self.dtype, device=self.device)
+
+    def vector(v):
+        return chosen * torch.as_tensor(v, dtype=self.dtype, device=self.device)
+
     return self.rotated(vector(rotation_deg)).moved(vector(shift_mm))
 
 # %% ../../nbs/physics/03a_motion.ipynb #cell-014
 @patch_to(ConeBeam)
-def jitter(self, generator: torch.Generator, rotation_deg=0.0, shift_mm=0.0, detector_rotation_deg=0.0, detector_shift_mm=0.0) -> ConeBeam:
-    """Random pose errors, independent for every view: normal with these standard deviations on each of the three axes.
+def jitter(
+    self,
+    generator: torch.Generator,
+    rotation_deg=0.0,
+    shift_mm=0.0,
+    detector_rotation_deg=0.0,
+    detector_shift_mm=0.0,
+) -> ConeBeam:
+    """Random pose errors, independent for every view: normal with these standard deviations on each
+    of the three axes.
 
-    `rotation_deg`, `shift_mm` move source and detector rigidly about the grid's centre (gantry error, or a patient who moved);
-    `detector_rotation_deg`, `detector_shift_mm` move the detector alone about its own centre (a sagging or badly placed plate).
-    The same generator state gives the same errors in any dtype and on any device; every call draws the same count of numbers."""
-    normal = lambda: torch.randn(self.source_mm.shape, generator=generator, dtype=torch.float64, device=generator.device)
-    draw = lambda deviation: (deviation * normal()).to(self.source_mm)
+    `rotation_deg`, `shift_mm` move source and detector rigidly about the grid's centre (gantry
+    error, or a patient who moved);
+    `detector_rotation_deg`, `detector_shift_mm` move the detector alone about its own centre (a
+    sagging or badly placed plate).
+    The same generator state gives the same errors in any dtype and on any device; every call draws
+    the same count of numbers.
+    """
+
+    def normal():
+        return torch.randn(
+            self.source_mm.shape, generator=generator, dtype=torch.float64, device=generator.device
+        )
+
+    def draw(deviation):
+        return (deviation * normal()).to(self.source_mm)
+
     rigid = self.rotated(draw(rotation_deg)).moved(draw(shift_mm))
-    turn, shift = rotation_matrix(draw(detector_rotation_deg)), draw(detector_shift_mm)
-    return replace(rigid, detector_center_mm=rigid.detector_center_mm + shift,
-                   column_step_mm=_turned(turn, rigid.column_step_mm), row_step_mm=_turned(turn, rigid.row_step_mm))
+    turn = rotation_matrix(draw(detector_rotation_deg))
+    shift = draw(detector_shift_mm)
+    return replace(
+        rigid,
+        detector_center_mm=rigid.detector_center_mm + shift,
+        column_step_mm=_turned(turn, rigid.column_step_mm),
+        row_step_mm=_turned(turn, rigid.row_step_mm),
+    )

@@ -15,18 +15,34 @@ from .anatomy import REGIONS, Anatomy, diaphragm
 from .lesion_painting import before_vessels, paint_lesion
 from .phantom_lesions import LESION_KINDS, Lesion, plan_lesions
 from .phantom_report import Report, write_report
-from .shapes import Canvas, Tubes, paint_ellipsoid, paint_pipe, paint_tubes, value_noise
+from ct_nb.physics.shapes import (
+    Canvas,
+    Tubes,
+    paint_ellipsoid,
+    paint_pipe,
+    paint_tubes,
+    value_noise,
+)
 from .skeleton import paint_ribs, paint_shoulders, paint_spine, paint_sternum
-from .soft_tissue import blood_hu, paint_abdomen, paint_back, paint_heart, paint_lungs, paint_torso
+from ct_nb.physics.soft_tissue import (
+    blood_hu,
+    paint_abdomen,
+    paint_back,
+    paint_heart,
+    paint_lungs,
+    paint_torso,
+)
 from .vessels import lung_trees
 from .volume import Grid, Volume
 
 # %% ../../nbs/physics/09_phantom.ipynb #cell-005
 PHANTOM_VERSION = "1.0"
 
+
 @dataclass(frozen=True, eq=False)
 class Phantom:
     "A synthetic chest CT with everything known about it; arrays are (D, H, W) on `volume.grid`."
+
     volume: Volume
     regions: np.ndarray  # uint8, 0 background, 1 to 20 as in REGIONS
     lesions: list[Lesion]  # those that the cube shows
@@ -36,53 +52,88 @@ class Phantom:
 
 # %% ../../nbs/physics/09_phantom.ipynb #cell-007
 def phantom(seed: int, size: int = 64, side_mm: float = 320.0) -> Phantom:
-    """The chest of a seed on the cube of `size`³ voxels, `side_mm` a side, about the middle of the chest. The same seed is the same patient
-    at every size. A smaller cube shows less of the patient, voxel for voxel the middle of a larger one; thyroid, kidneys and bowel may lie outside even of 320 mm."""
+    """The chest of a seed on the cube of `size`³ voxels, `side_mm` a side, about the middle of the
+    chest. The same seed is the same patient
+    at every size. A smaller cube shows less of the patient, voxel for voxel the middle of a larger
+    one; thyroid, kidneys and bowel may lie outside even of 320 mm.
+    """
     check_request(seed, size, side_mm)
-    patient, canvas = Anatomy(seed), Canvas(Grid.cube(size, side_mm))
-    lesions, mask = plan_lesions(patient), np.zeros(canvas.grid.shape, np.uint8)
-    ribs, dome = paint_torso(canvas, patient), diaphragm(patient, canvas.x, canvas.y, canvas.z)
+    patient = Anatomy(seed)
+    canvas = Canvas(Grid.cube(size, side_mm))
+    lesions = plan_lesions(patient)
+    mask = np.zeros(canvas.grid.shape, np.uint8)
+    ribs = paint_torso(canvas, patient)
+    dome = diaphragm(patient, canvas.x, canvas.y, canvas.z)
     share, pump = paint_lungs(canvas, patient, ribs, dome)
-    for lesion in filter(before_vessels, lesions): paint_lesion(canvas, patient, lesion, mask, share, pump)
+    for lesion in filter(before_vessels, lesions):
+        paint_lesion(canvas, patient, lesion, mask, share, pump)
     paint_abdomen(canvas, patient, ribs, dome, share)
     paint_heart(canvas, patient, *pump)
     paint_vessels(canvas, patient)
-    for paint in (paint_back, paint_spine, paint_ribs, paint_sternum, paint_shoulders): paint(canvas, patient)
+    for paint in (paint_back, paint_spine, paint_ribs, paint_sternum, paint_shoulders):
+        paint(canvas, patient)
     for lesion in lesions:
-        if not before_vessels(lesion): paint_lesion(canvas, patient, lesion, mask, share, pump)
+        if not before_vessels(lesion):
+            paint_lesion(canvas, patient, lesion, mask, share, pump)
     paint_noise(canvas, patient)
     lesions = [l for l in lesions if (mask == l.mask_id).any()]
     report = write_report(patient, lesions, canvas.regions)
-    return Phantom(Volume(canvas.hu, canvas.grid.affine), canvas.regions, lesions, mask, report, int(seed))
+    return Phantom(
+        Volume(canvas.hu, canvas.grid.affine), canvas.regions, lesions, mask, report, int(seed)
+    )
+
 
 def check_request(seed, size, side_mm):
     "Raise ValueError when there is no such phantom."
     if not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"phantom: seed must be a whole number, 0 or more, got {seed!r}; try seed=0")
+        raise ValueError(
+            f"phantom: seed must be a whole number, 0 or more, got {seed!r}; try seed=0"
+        )
     if not isinstance(size, Integral) or size < 8:
-        raise ValueError(f"phantom: size must be a whole number of voxels, 8 or more, got {size!r}; try size=64")
-    if not 0 < side_mm < np.inf: raise ValueError(f"phantom: side_mm must be a positive number, got {side_mm!r}; try side_mm=320.0")
+        raise ValueError(
+            f"phantom: size must be a whole number of voxels, 8 or more, got {size!r}; try size=64"
+        )
+    if not 0 < side_mm < np.inf:
+        raise ValueError(
+            f"phantom: side_mm must be a positive number, got {side_mm!r}; try side_mm=320.0"
+        )
 
 # %% ../../nbs/physics/09_phantom.ipynb #cell-008
 def paint_vessels(canvas: Canvas, patient):
-    "Bronchi, the vessels of the lungs, the great vessels, the windpipe and the thyroid in front of it."
+    """Bronchi, the vessels of the lungs, the great vessels, the windpipe and the thyroid in front
+    of it.
+    """
     arteries, pulmonary_veins, bronchi = lung_trees(patient)
     vessels = patient.vessels
     paint_pipe(canvas, bronchi.grown(1.0), 1.0, 20.0, -970.0)
     paint_tubes(canvas, Tubes.join([arteries, pulmonary_veins]), blood_hu(patient, 1.1), 9)
     paint_tubes(canvas, vessels["esophagus"], patient.hu["esophagus"], 11)
-    for name, gain, region in (("veins", 0.8, 10), ("arteries", 1.0, 10), ("pulmonary trunk", 1.2, 9), ("aorta", 1.0, 8)):
+    for name, gain, region in (
+        ("veins", 0.8, 10),
+        ("arteries", 1.0, 10),
+        ("pulmonary trunk", 1.2, 9),
+        ("aorta", 1.0, 8),
+    ):
         paint_tubes(canvas, vessels[name], blood_hu(patient, gain), region)
     paint_pipe(canvas, patient.windpipe.grown(1.3), 1.3, 40.0, -985.0, 6)
     for side in (-1, 1):
         lobe_radii = np.array([9, 11, 22]) * patient.scale
-        paint_ellipsoid(canvas, patient.spine_at(150, side * 17, -32), lobe_radii, patient.hu["thyroid"], 12)
+        paint_ellipsoid(
+            canvas, patient.spine_at(150, side * 17, -32), lobe_radii, patient.hu["thyroid"], 12
+        )
 
 # %% ../../nbs/physics/09_phantom.ipynb #cell-009
 def paint_noise(canvas: Canvas, patient):
-    "Grain: octaves of smooth noise, those that the voxels can carry, so coarse voxels hold the same coarse grain as fine ones."
+    """Grain: octaves of smooth noise, those that the voxels can carry, so coarse voxels hold the
+    same coarse grain as fine ones.
+    """
     for where, (x, y, z) in canvas.slabs():
-        for octave, (wavelength_mm, sd) in enumerate(((20.0, 3.0), (5.0, 6.0), (2.5, 8.0), (1.25, 10.0))):
-            if wavelength_mm < canvas.spacing_mm * 0.999: break
-            canvas.hu[where] += np.float32(sd) * value_noise(x, y, z, patient.seed * 16 + 8 + octave, wavelength_mm)
+        for octave, (wavelength_mm, sd) in enumerate(
+            ((20.0, 3.0), (5.0, 6.0), (2.5, 8.0), (1.25, 10.0))
+        ):
+            if wavelength_mm < canvas.spacing_mm * 0.999:
+                break
+            canvas.hu[where] += np.float32(sd) * value_noise(
+                x, y, z, patient.seed * 16 + 8 + octave, wavelength_mm
+            )
     np.maximum(canvas.hu, -1024, out=canvas.hu)

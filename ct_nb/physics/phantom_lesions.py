@@ -14,7 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .anatomy import REGIONS, cage, chambers, diaphragm, fissures, heart, lobe_at, lungs, width_of
+from ct_nb.physics.anatomy import (
+    REGIONS,
+    cage,
+    chambers,
+    diaphragm,
+    fissures,
+    heart,
+    lobe_at,
+    lungs,
+    width_of,
+)
 from .shapes import curve
 from .skeleton import RIB_BONE, rib_line, vertebra_z
 from .soft_tissue import liver
@@ -23,8 +33,12 @@ from .vessels import aorta, lay_vessels
 # %% ../../nbs/physics/09f_phantom_lesions.ipynb #cell-004
 @dataclass(frozen=True)
 class Lesion:
-    """One finding. `diameter_mm` is what a reader would measure: of a lump the diameter of the ball of its volume, of a node its short axis,
-    of fluid the greatest depth, of the heart its width, of the aorta its calibre, of a calcified or foreign line its length."""
+    """One finding. `diameter_mm` is what a reader would measure: of a lump the diameter of the ball
+    of its volume, of a node its short axis,
+    of fluid the greatest depth, of the heart its width, of the aorta its calibre, of a calcified or
+    foreign line its length.
+    """
+
     kind: str  # a key of LESION_KINDS
     region: int  # number in REGIONS that the report files it under
     center_mm: tuple[float, float, float]  # LPS
@@ -36,175 +50,395 @@ class Lesion:
 
 # %% ../../nbs/physics/09f_phantom_lesions.ipynb #cell-005
 LESION_KINDS = {  # kind: (how often it is drawn, may there be several)
-    "solid nodule": (5, True), "ground-glass nodule": (3, True), "mass": (2, False), "calcified granuloma": (2, True),
-    "consolidation": (2.5, False), "emphysema": (2, False), "pleural effusion": (4, True), "pericardial effusion": (1.5, False),
-    "cardiomegaly": (2, False), "coronary calcification": (2, False), "aortic aneurysm": (1.2, False), "enlarged lymph node": (2, False),
-    "rib fracture": (1.5, False), "lytic metastasis": (1, False), "sclerotic metastasis": (1, False), "liver cyst": (1.5, False),
-    "thyroid nodule": (1, False), "central venous catheter": (1.2, False)}
+    "solid nodule": (5, True),
+    "ground-glass nodule": (3, True),
+    "mass": (2, False),
+    "calcified granuloma": (2, True),
+    "consolidation": (2.5, False),
+    "emphysema": (2, False),
+    "pleural effusion": (4, True),
+    "pericardial effusion": (1.5, False),
+    "cardiomegaly": (2, False),
+    "coronary calcification": (2, False),
+    "aortic aneurysm": (1.2, False),
+    "enlarged lymph node": (2, False),
+    "rib fracture": (1.5, False),
+    "lytic metastasis": (1, False),
+    "sclerotic metastasis": (1, False),
+    "liver cyst": (1.5, False),
+    "thyroid nodule": (1, False),
+    "central venous catheter": (1.2, False),
+}
 LUNG_KINDS = {  # kind: diameters (mm), HU
-    "solid nodule": ((6, 29), (15, 60)), "ground-glass nodule": ((8, 28), (-660, -480)), "mass": ((32, 58), (15, 55)),
-    "calcified granuloma": ((5, 10), (300, 900)), "consolidation": ((40, 75), (10, 45)), "emphysema": ((12, 34), (-995, -970))}
-ANATOMY_KINDS = ("cardiomegaly", "pericardial effusion", "aortic aneurysm")  # planned first: the others must keep clear of what they move
+    "solid nodule": ((6, 29), (15, 60)),
+    "ground-glass nodule": ((8, 28), (-660, -480)),
+    "mass": ((32, 58), (15, 55)),
+    "calcified granuloma": ((5, 10), (300, 900)),
+    "consolidation": ((40, 75), (10, 45)),
+    "emphysema": ((12, 34), (-995, -970)),
+}
+# planned first: the others must keep clear of what they move
+ANATOMY_KINDS = ("cardiomegaly", "pericardial effusion", "aortic aneurysm")
 LINE_KINDS = ("coronary calcification", "central venous catheter")
 
 # %% ../../nbs/physics/09f_phantom_lesions.ipynb #cell-007
 def clearance(patient, number, points):
-    "Room, mm, about points (n, 3) inside a lobe: to the pleura, the fissures, the heart and the great vessels."
+    """Room, mm, about points (n, 3) inside a lobe: to the pleura, the fissures, the heart and the
+    great vessels.
+    """
     x, y, z = points.T
     left, right, horizontal = fissures(patient, x, y, z)
-    fissure = np.abs(left) if number < 3 else np.minimum(np.abs(right), np.abs(horizontal) if number in (3, 4) else np.inf)
-    return np.minimum.reduce([-lungs(patient, x, y, z), 0.68 * fissure, heart(patient, x, y, z) - 5, patient.around.distance(points)])
+    fissure = (
+        np.abs(left)
+        if number < 3
+        else np.minimum(np.abs(right), np.abs(horizontal) if number in (3, 4) else np.inf)
+    )
+    return np.minimum.reduce(
+        [
+            -lungs(patient, x, y, z),
+            0.68 * fissure,
+            heart(patient, x, y, z) - 5,
+            patient.around.distance(points),
+        ]
+    )
+
 
 def in_lung(patient, kind, mask_id, rng):
     "A lump in one lobe, or None where there is no room."
     low, high = LUNG_KINDS[kind][0]
     diameter = float(np.round(low + (high - low) * rng.random() ** 1.5))
-    number = int(rng.choice([1, 3])) if kind == "emphysema" else int(rng.choice([1, 2, 3, 4, 5], p=[0.24, 0.22, 0.24, 0.1, 0.2]))
+    number = (
+        int(rng.choice([1, 3]))
+        if kind == "emphysema"
+        else int(rng.choice([1, 2, 3, 4, 5], p=[0.24, 0.22, 0.24, 0.1, 0.2]))
+    )
     points = rng.uniform(*patient.at([(-125, -95, -135), (125, 90, 130)]), (500, 3))
     points = points[lobe_at(patient, *points.T) == number]
     need = (0.62 if kind in ("consolidation", "emphysema", "mass") else 1.0) * diameter / 2 + 2
     fits = points[clearance(patient, number, points) > need]
-    if len(fits) == 0: return None
+    if len(fits) == 0:
+        return None
     center, reach = fits[0], 0.0
-    if kind == "consolidation": reach, diameter = diameter / 2, cut_diameter(patient, number, center, diameter / 2, mask_id)
-    return Lesion(kind, number, tuple(center.tolist()), diameter, mask_id, "left" if number < 3 else "right", REGIONS[number][0], reach)
+    if kind == "consolidation":
+        reach = diameter / 2
+        diameter = cut_diameter(patient, number, center, diameter / 2, mask_id)
+    return Lesion(
+        kind,
+        number,
+        tuple(center.tolist()),
+        diameter,
+        mask_id,
+        "left" if number < 3 else "right",
+        REGIONS[number][0],
+        reach,
+    )
 
 # %% ../../nbs/physics/09f_phantom_lesions.ipynb #cell-009
-WAVE_HEIGHT = {"solid nodule": 0.08, "ground-glass nodule": 0.1, "mass": 0.14, "consolidation": 0.16, "lytic metastasis": 0.12,
-               "sclerotic metastasis": 0.12}
+WAVE_HEIGHT = {
+    "solid nodule": 0.08,
+    "ground-glass nodule": 0.1,
+    "mass": 0.14,
+    "consolidation": 0.16,
+    "lytic metastasis": 0.12,
+    "sclerotic metastasis": 0.12,
+}
+
 
 def lump(patient, center, radius, mask_id, kind, x, y, z):
-    "Signed distance, mm, to a wavy ball with the volume of a ball of `radius`; the waves belong to the seed and the lesion."
-    rng, height = np.random.default_rng([patient.seed, 21, mask_id]), np.float32(0.8 * WAVE_HEIGHT.get(kind, 0.0))
-    waves, phases = rng.normal(0, 2.2, (3, 3)).astype(np.float32), rng.uniform(0, 2 * np.pi, 3).astype(np.float32)
-    swell = lambda u, v, w: 1 + height * sum(np.sin(k[0] * u + k[1] * v + k[2] * w + p) for k, p in zip(waves, phases))
-    i = np.arange(400) + 0.5  # evenly spread directions (a Fibonacci spiral), to know the volume that the waves would give
+    """Signed distance, mm, to a wavy ball with the volume of a ball of `radius`; the waves belong
+    to the seed and the lesion.
+    """
+    rng = np.random.default_rng([patient.seed, 21, mask_id])
+    height = np.float32(0.8 * WAVE_HEIGHT.get(kind, 0.0))
+    waves = rng.normal(0, 2.2, (3, 3)).astype(np.float32)
+    phases = rng.uniform(0, 2 * np.pi, 3).astype(np.float32)
+
+    def swell(u, v, w):
+        return 1 + height * sum(
+            np.sin(k[0] * u + k[1] * v + k[2] * w + p) for k, p in zip(waves, phases)
+        )
+
+    # evenly spread directions (a Fibonacci spiral), to know the volume that the waves would give
+    i = np.arange(400) + 0.5
     up, turn = 1 - i / 200, i * np.pi * (1 + 5**0.5)
     ring = np.sqrt(1 - up * up)
-    even = np.float32(radius / np.cbrt(np.mean(swell(ring * np.cos(turn), ring * np.sin(turn), up) ** 3)))
-    dx, dy, dz = x - np.float32(center[0]), y - np.float32(center[1]), z - np.float32(center[2])
+    even = np.float32(
+        radius / np.cbrt(np.mean(swell(ring * np.cos(turn), ring * np.sin(turn), up) ** 3))
+    )
+    dx = x - np.float32(center[0])
+    dy = y - np.float32(center[1])
+    dz = z - np.float32(center[2])
     away = np.sqrt(dx * dx + dy * dy + dz * dz) + np.float32(1e-3)
     return away - even * (swell(dx / away, dy / away, dz / away) if height else 1)
+
 
 def cut_diameter(patient, number, center, radius, mask_id) -> float:
     "Diameter, whole mm, of the ball with the volume that lobe, pleura and heart leave of a lump."
     axis = (np.arange(26) + 0.5) * 0.1 - 1.3
-    x, y, z = (c + radius * a.ravel() for c, a in zip(center, np.meshgrid(axis, axis, axis, indexing="ij")))
+    x, y, z = (
+        c + radius * a.ravel() for c, a in zip(center, np.meshgrid(axis, axis, axis, indexing="ij"))
+    )
     near = lump(patient, center, radius, mask_id, "consolidation", x, y, z) < 0
-    x, y, z = x[near], y[near], z[near]
-    left = (lungs(patient, x, y, z) < 0) & (lobe_at(patient, x, y, z) == number) & (heart(patient, x, y, z) > 5)
+    x = x[near]
+    y = y[near]
+    z = z[near]
+    left = (
+        (lungs(patient, x, y, z) < 0)
+        & (lobe_at(patient, x, y, z) == number)
+        & (heart(patient, x, y, z) > 5)
+    )
     return float(np.round(np.cbrt(left.sum() * (0.1 * radius) ** 3 * 6 / np.pi)))
 
 # %% ../../nbs/physics/09f_phantom_lesions.ipynb #cell-011
 def pleural_effusion(patient, kind, mask_id, rng):
-    side, depth = int(rng.choice([-1, 1])), float(np.round(rng.uniform(8, 42)))
+    side = int(rng.choice([-1, 1]))
+    depth = float(np.round(rng.uniform(8, 42)))
     center = patient.at([(side * 70, 62, -95)])[0]
-    return Lesion(kind, 2 if side > 0 else 5, tuple(center.tolist()), depth, mask_id, side_name(side), "pleural space")
+    return Lesion(
+        kind,
+        2 if side > 0 else 5,
+        tuple(center.tolist()),
+        depth,
+        mask_id,
+        side_name(side),
+        "pleural space",
+    )
+
 
 def pericardial_effusion(patient, kind, mask_id, rng):
     patient.pericardial_mm = float(np.round(rng.uniform(7, 20)))
-    return Lesion(kind, 7, tuple(chambers(patient)["left ventricle"][0].tolist()), patient.pericardial_mm, mask_id, "", "pericardium")
+    return Lesion(
+        kind,
+        7,
+        tuple(chambers(patient)["left ventricle"][0].tolist()),
+        patient.pericardial_mm,
+        mask_id,
+        "",
+        "pericardium",
+    )
+
 
 def cardiomegaly(patient, kind, mask_id, rng):
     patient.heart_ratio = float(np.round(rng.uniform(0.53, 0.6), 2))
     parts = chambers(patient)
-    return Lesion(kind, 7, tuple(parts["right ventricle"][0].tolist()), float(np.round(width_of(parts.values()))), mask_id, "", "heart")
+    return Lesion(
+        kind,
+        7,
+        tuple(parts["right ventricle"][0].tolist()),
+        float(np.round(width_of(parts.values()))),
+        mask_id,
+        "",
+        "heart",
+    )
+
 
 def aortic_aneurysm(patient, kind, mask_id, rng):
     patient.aorta_mm = float(np.round(rng.uniform(45, 56)))
-    return Lesion(kind, 8, tuple(aorta(patient).start[6].tolist()), patient.aorta_mm, mask_id, "", "ascending aorta")
+    return Lesion(
+        kind,
+        8,
+        tuple(aorta(patient).start[6].tolist()),
+        patient.aorta_mm,
+        mask_id,
+        "",
+        "ascending aorta",
+    )
 
-def side_name(side) -> str: return "left" if side > 0 else "right"
+
+def side_name(side) -> str:
+    return "left" if side > 0 else "right"
 
 # %% ../../nbs/physics/09f_phantom_lesions.ipynb #cell-013
-NODE_STATIONS = {"right paratracheal": (-20, -6, 62), "subcarinal": (4, 6, 16), "aortopulmonary window": (36, -6, 48),
-                 "right hilar": (-54, -2, 22), "left hilar": (60, 4, 38), "prevascular": (10, -46, 62)}
+NODE_STATIONS = {
+    "right paratracheal": (-20, -6, 62),
+    "subcarinal": (4, 6, 16),
+    "aortopulmonary window": (36, -6, 48),
+    "right hilar": (-54, -2, 22),
+    "left hilar": (60, 4, 38),
+    "prevascular": (10, -46, 62),
+}
+
 
 def lymph_node(patient, kind, mask_id, rng):
     station = str(rng.choice(list(NODE_STATIONS)))
     center = patient.at([NODE_STATIONS[station]])[0] + rng.normal(0, 1.5, 3)
     side = station.split()[0] if station.startswith(("left", "right")) else ""
-    return Lesion(kind, 10, tuple(center.tolist()), float(rng.integers(13, 29)), mask_id, side, station)
+    return Lesion(
+        kind, 10, tuple(center.tolist()), float(rng.integers(13, 29)), mask_id, side, station
+    )
+
 
 def ordinal(n: int) -> str:
     return f"{n}{'th' if 10 <= n % 100 <= 20 else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
 
+
 def rib_fracture(patient, kind, mask_id, rng):
-    number, side = int(rng.integers(2, 9)), int(rng.choice([-1, 1]))
+    number = int(rng.integers(2, 9))
+    side = int(rng.choice([-1, 1]))
     share, line = rib_line(patient, number, side)
     center = line[np.argmin(np.abs(share - rng.uniform(0.2, RIB_BONE[number] - 0.06)))]
     place = f"{side_name(side)} {ordinal(number + 1)} rib"
-    return Lesion(kind, 14, tuple(center.tolist()), float(rng.integers(14, 21)), mask_id, side_name(side), place)
+    return Lesion(
+        kind,
+        14,
+        tuple(center.tolist()),
+        float(rng.integers(14, 21)),
+        mask_id,
+        side_name(side),
+        place,
+    )
+
 
 def metastasis(patient, kind, mask_id, rng):
     number = int(rng.integers(1, 11))
     z = float(vertebra_z(patient, number))
     center = np.array([patient.spine_x(z), patient.spine_y(z), z], float) + rng.normal(0, 1.5, 3)
-    return Lesion(kind, 13, tuple(center.tolist()), float(rng.integers(9, 16)), mask_id, "", f"T{number + 1}")
+    return Lesion(
+        kind, 13, tuple(center.tolist()), float(rng.integers(9, 16)), mask_id, "", f"T{number + 1}"
+    )
 
 # %% ../../nbs/physics/09f_phantom_lesions.ipynb #cell-015
 def liver_cyst(patient, kind, mask_id, rng):
     points = rng.uniform(*patient.at([(-110, -80, -150), (30, 60, -80)]), (300, 3))
     x, y, z = points.T
-    room = -np.maximum.reduce([liver(patient, x, y, z), diaphragm(patient, x, y, z) + 6, cage(patient, x, y, z) + 6])
+    room = -np.maximum.reduce(
+        [liver(patient, x, y, z), diaphragm(patient, x, y, z) + 6, cage(patient, x, y, z) + 6]
+    )
     size = float(rng.integers(10, 40))
     fits = points[(room > size / 2 + 1) & (z > -150 + size / 2)]
-    return Lesion(kind, 16, tuple(fits[0].tolist()), size, mask_id, "", "liver") if len(fits) else None
+    return (
+        Lesion(kind, 16, tuple(fits[0].tolist()), size, mask_id, "", "liver") if len(fits) else None
+    )
+
 
 def thyroid_nodule(patient, kind, mask_id, rng):
     side = int(rng.choice([-1, 1]))
     center = patient.spine_at(146, side * 17, -32)
-    if center[2] > 150: return None  # the gland lies above the usual field of view
-    return Lesion(kind, 12, tuple(center.tolist()), float(rng.integers(8, 14)), mask_id, side_name(side), f"{side_name(side)} thyroid lobe")
+    if center[2] > 150:
+        return None  # the gland lies above the usual field of view
+    return Lesion(
+        kind,
+        12,
+        tuple(center.tolist()),
+        float(rng.integers(8, 14)),
+        mask_id,
+        side_name(side),
+        f"{side_name(side)} thyroid lobe",
+    )
+
 
 def coronary_line(patient):
-    "Points (12, 3) mm of the anterior descending artery, on the heart between the ventricles from the root of the aorta to the apex."
+    """Points (12, 3) mm of the anterior descending artery, on the heart between the ventricles from
+    the root of the aorta to the apex.
+    """
     left, right = (chambers(patient)[n][0] for n in ("left ventricle", "right ventricle"))
-    start, end = (left + right) / 2 + (4, -8, 34), (left * 2 + right) / 3 + (34, -40, -20)
+    start = (left + right) / 2 + (4, -8, 34)
+    end = (left * 2 + right) / 3 + (34, -40, -20)
     line = start + (end - start) * np.linspace(0, 1, 12)[:, None]
     for _ in range(30):  # walk every point forward and left until it lies 2 mm outside the muscle
-        line += np.array([0.45, -0.85, 0.25]) * np.clip(2 - heart(patient, *line.T), -6, 6)[:, None] * 0.5
+        line += (
+            np.array([0.45, -0.85, 0.25])
+            * np.clip(2 - heart(patient, *line.T), -6, 6)[:, None]
+            * 0.5
+        )
     return line
 
-def catheter_line(patient):
-    "Points (n, 3) mm from below the right clavicle through the brachiocephalic vein into the superior vena cava."
-    return curve(patient.at([(-92, -34, 112), (-66, -30, 120), (-46, -16, 112), (-38, -24, 88), (-36, -27, 62), (-38, -25, 30)]), 5)
 
-def length_of(line) -> float: return float(np.linalg.norm(np.diff(line, axis=0), axis=1).sum())
+def catheter_line(patient):
+    """Points (n, 3) mm from below the right clavicle through the brachiocephalic vein into the
+    superior vena cava.
+    """
+    return curve(
+        patient.at(
+            [
+                (-92, -34, 112),
+                (-66, -30, 120),
+                (-46, -16, 112),
+                (-38, -24, 88),
+                (-36, -27, 62),
+                (-38, -25, 30),
+            ]
+        ),
+        5,
+    )
+
+
+def length_of(line) -> float:
+    return float(np.linalg.norm(np.diff(line, axis=0), axis=1).sum())
+
 
 def coronary_calcification(patient, kind, mask_id, rng):
-    line = coronary_line(patient)[1:int(rng.integers(4, 9))]
+    line = coronary_line(patient)[1 : int(rng.integers(4, 9))]
     place = "left anterior descending artery"
-    return Lesion(kind, 7, tuple(line[len(line) // 2].tolist()), float(np.round(length_of(line))), mask_id, "", place)
+    return Lesion(
+        kind,
+        7,
+        tuple(line[len(line) // 2].tolist()),
+        float(np.round(length_of(line))),
+        mask_id,
+        "",
+        place,
+    )
+
 
 def catheter(patient, kind, mask_id, rng):
     line = catheter_line(patient)
-    return Lesion(kind, 10, tuple(line[-1].tolist()), float(np.round(length_of(line))), mask_id, "right", "superior vena cava")
+    return Lesion(
+        kind,
+        10,
+        tuple(line[-1].tolist()),
+        float(np.round(length_of(line))),
+        mask_id,
+        "right",
+        "superior vena cava",
+    )
 
 # %% ../../nbs/physics/09f_phantom_lesions.ipynb #cell-017
-PLANNERS = {**{k: in_lung for k in LUNG_KINDS}, "pleural effusion": pleural_effusion, "pericardial effusion": pericardial_effusion,
-            "cardiomegaly": cardiomegaly, "coronary calcification": coronary_calcification, "aortic aneurysm": aortic_aneurysm,
-            "enlarged lymph node": lymph_node, "rib fracture": rib_fracture, "lytic metastasis": metastasis, "sclerotic metastasis": metastasis,
-            "liver cyst": liver_cyst, "thyroid nodule": thyroid_nodule, "central venous catheter": catheter}
+PLANNERS = {
+    **{k: in_lung for k in LUNG_KINDS},
+    "pleural effusion": pleural_effusion,
+    "pericardial effusion": pericardial_effusion,
+    "cardiomegaly": cardiomegaly,
+    "coronary calcification": coronary_calcification,
+    "aortic aneurysm": aortic_aneurysm,
+    "enlarged lymph node": lymph_node,
+    "rib fracture": rib_fracture,
+    "lytic metastasis": metastasis,
+    "sclerotic metastasis": metastasis,
+    "liver cyst": liver_cyst,
+    "thyroid nodule": thyroid_nodule,
+    "central venous catheter": catheter,
+}
+
 
 def draw_kinds(rng) -> list[str]:
     "0 to 5 kinds; one patient in five is healthy."
-    names, weight = list(LESION_KINDS), np.array([often for often, _ in LESION_KINDS.values()], float)
+    names = list(LESION_KINDS)
+    weight = np.array([often for often, _ in LESION_KINDS.values()], float)
     kinds = []
     for _ in range(rng.choice(6, p=[0.2, 0.25, 0.22, 0.16, 0.11, 0.06])):
         kinds.append(names[rng.choice(len(names), p=weight / weight.sum())])
-        if not LESION_KINDS[kinds[-1]][1]: weight[names.index(kinds[-1])] = 0
+        if not LESION_KINDS[kinds[-1]][1]:
+            weight[names.index(kinds[-1])] = 0
     return kinds
+
 
 def clash(one: Lesion, other: Lesion) -> bool:
     "Do two lesions touch, or say the same thing twice?"
-    if one.kind == other.kind == "pleural effusion": return one.side == other.side
-    if {one.kind, other.kind} & {*ANATOMY_KINDS, *LINE_KINDS}: return False
+    if one.kind == other.kind == "pleural effusion":
+        return one.side == other.side
+    if {one.kind, other.kind} & {*ANATOMY_KINDS, *LINE_KINDS}:
+        return False
     size = sum(max(l.reach_mm * 2, l.diameter_mm) for l in (one, other))
     return bool(np.linalg.norm(np.subtract(other.center_mm, one.center_mm)) < 0.75 * size)
 
+
 def plan_lesions(patient) -> list[Lesion]:
-    "The lesions of a patient. Some change the patient: heart, aorta, pericardium, density of the lungs. A lesion without room is left out."
+    """The lesions of a patient.
+
+    Some change the patient: heart, aorta, pericardium, density of the lungs. A lesion without room
+    is left out.
+    """
     rng, lesions = np.random.default_rng([patient.seed, 20]), []
     lay_vessels(patient)
     for kind in sorted(draw_kinds(rng), key=lambda k: k not in ANATOMY_KINDS):
@@ -212,7 +446,9 @@ def plan_lesions(patient) -> list[Lesion]:
             lesion = PLANNERS[kind](patient, kind, len(lesions) + 1, rng)
             if lesion is not None and not any(clash(lesion, other) for other in lesions):
                 lesions.append(lesion)
-                if kind == "emphysema": patient.hu["lung"] -= 15
+                if kind == "emphysema":
+                    patient.hu["lung"] -= 15
                 break
-        if kind in ANATOMY_KINDS: lay_vessels(patient)
+        if kind in ANATOMY_KINDS:
+            lay_vessels(patient)
     return lesions

@@ -18,49 +18,102 @@ from .phantom_lesions import LESION_KINDS, Lesion
 # %% ../../nbs/physics/10_phantom_report.ipynb #cell-004
 COT_STAGES = ("task", "observation", "measurement", "reasoning", "conclusion")
 
+
 @dataclass(frozen=True)
 class Report:
     "A report on one volume."
+
     technique: str
     findings: dict[int, str]  # region number -> what is said of it; all 20 regions
     impression: str
     cot_steps: list[str]  # each opens with its stage, one of COT_STAGES: "Observation: ..."
-    step_regions: list[tuple[int, ...]]  # the regions that each step speaks of; empty for the whole chest
+    # the regions that each step speaks of; empty for the whole chest
+    step_regions: list[tuple[int, ...]]
     labels: dict[str, bool]  # kind of lesion -> is there one
 
     @property
     def text(self) -> str:
         "The whole report."
-        return f"TECHNIQUE: {self.technique}\nFINDINGS: {' '.join(self.findings.values())}\nIMPRESSION: {self.impression}"
+        return (
+            f"TECHNIQUE: {self.technique}\nFINDINGS:"
+            f" {' '.join(self.findings.values())}\nIMPRESSION: {self.impression}"
+        )
 
 # %% ../../nbs/physics/10_phantom_report.ipynb #cell-006
 SENTENCES = {
-    "solid nodule": ("Solid nodule of {mm} mm in the {place}.", "There is {a} {mm} mm solid nodule in the {place}.",
-                     "A solid nodule measuring {mm} mm is seen in the {place}."),
-    "ground-glass nodule": ("Ground-glass nodule of {mm} mm in the {place}.", "There is {a} {mm} mm ground-glass nodule in the {place}.",
-                            "A ground-glass nodule measuring {mm} mm is seen in the {place}."),
-    "mass": ("Spiculated mass of {mm} mm in the {place}.", "There is {a} {mm} mm spiculated mass in the {place}.",
-             "The {place} contains a spiculated mass measuring {mm} mm."),
-    "calcified granuloma": ("Calcified granuloma of {mm} mm in the {place}.", "A calcified granuloma measuring {mm} mm lies in the {place}."),
-    "consolidation": ("Consolidation of {mm} mm with air bronchograms in the {place}.", "The {place} shows consolidation measuring {mm} mm."),
-    "emphysema": ("Bullous emphysema in the {place}, the largest bulla measuring {mm} mm.",
-                  "There is bullous emphysema in the {place} with bullae up to {mm} mm."),
-    "pleural effusion": ("{Amount} {side} pleural effusion, {mm} mm deep.", "There is a {amount} {side} pleural effusion with a depth of {mm} mm."),
-    "pericardial effusion": ("Pericardial effusion of {mm} mm.", "There is a pericardial effusion up to {mm} mm thick."),
-    "cardiomegaly": ("Cardiomegaly with a cardiothoracic ratio of {ratio}, heart {mm} mm wide.",
-                     "The heart is enlarged: cardiomegaly, {mm} mm wide, cardiothoracic ratio {ratio}."),
-    "coronary calcification": ("Coronary calcification of the {place} over {mm} mm.",
-                               "There is coronary calcification along {mm} mm of the {place}."),
-    "aortic aneurysm": ("Aortic aneurysm of the ascending part, {mm} mm.", "There is an aortic aneurysm: the ascending part measures {mm} mm."),
-    "enlarged lymph node": ("Enlarged lymph node, {place}, short axis {mm} mm.",
-                            "There is an enlarged lymph node ({place}) with a short axis of {mm} mm."),
-    "rib fracture": ("Healing rib fracture of the {place} with callus of {mm} mm.", "There is a healing rib fracture, {place}, callus {mm} mm."),
-    "lytic metastasis": ("Lytic metastasis of {mm} mm in {place}.", "The body of {place} holds a lytic metastasis measuring {mm} mm."),
-    "sclerotic metastasis": ("Sclerotic metastasis of {mm} mm in {place}.", "The body of {place} holds a sclerotic metastasis measuring {mm} mm."),
+    "solid nodule": (
+        "Solid nodule of {mm} mm in the {place}.",
+        "There is {a} {mm} mm solid nodule in the {place}.",
+        "A solid nodule measuring {mm} mm is seen in the {place}.",
+    ),
+    "ground-glass nodule": (
+        "Ground-glass nodule of {mm} mm in the {place}.",
+        "There is {a} {mm} mm ground-glass nodule in the {place}.",
+        "A ground-glass nodule measuring {mm} mm is seen in the {place}.",
+    ),
+    "mass": (
+        "Spiculated mass of {mm} mm in the {place}.",
+        "There is {a} {mm} mm spiculated mass in the {place}.",
+        "The {place} contains a spiculated mass measuring {mm} mm.",
+    ),
+    "calcified granuloma": (
+        "Calcified granuloma of {mm} mm in the {place}.",
+        "A calcified granuloma measuring {mm} mm lies in the {place}.",
+    ),
+    "consolidation": (
+        "Consolidation of {mm} mm with air bronchograms in the {place}.",
+        "The {place} shows consolidation measuring {mm} mm.",
+    ),
+    "emphysema": (
+        "Bullous emphysema in the {place}, the largest bulla measuring {mm} mm.",
+        "There is bullous emphysema in the {place} with bullae up to {mm} mm.",
+    ),
+    "pleural effusion": (
+        "{Amount} {side} pleural effusion, {mm} mm deep.",
+        "There is a {amount} {side} pleural effusion with a depth of {mm} mm.",
+    ),
+    "pericardial effusion": (
+        "Pericardial effusion of {mm} mm.",
+        "There is a pericardial effusion up to {mm} mm thick.",
+    ),
+    "cardiomegaly": (
+        "Cardiomegaly with a cardiothoracic ratio of {ratio}, heart {mm} mm wide.",
+        "The heart is enlarged: cardiomegaly, {mm} mm wide, cardiothoracic ratio {ratio}.",
+    ),
+    "coronary calcification": (
+        "Coronary calcification of the {place} over {mm} mm.",
+        "There is coronary calcification along {mm} mm of the {place}.",
+    ),
+    "aortic aneurysm": (
+        "Aortic aneurysm of the ascending part, {mm} mm.",
+        "There is an aortic aneurysm: the ascending part measures {mm} mm.",
+    ),
+    "enlarged lymph node": (
+        "Enlarged lymph node, {place}, short axis {mm} mm.",
+        "There is an enlarged lymph node ({place}) with a short axis of {mm} mm.",
+    ),
+    "rib fracture": (
+        "Healing rib fracture of the {place} with callus of {mm} mm.",
+        "There is a healing rib fracture, {place}, callus {mm} mm.",
+    ),
+    "lytic metastasis": (
+        "Lytic metastasis of {mm} mm in {place}.",
+        "The body of {place} holds a lytic metastasis measuring {mm} mm.",
+    ),
+    "sclerotic metastasis": (
+        "Sclerotic metastasis of {mm} mm in {place}.",
+        "The body of {place} holds a sclerotic metastasis measuring {mm} mm.",
+    ),
     "liver cyst": ("Liver cyst of {mm} mm.", "There is {a} {mm} mm liver cyst."),
-    "thyroid nodule": ("Thyroid nodule of {mm} mm in the {place}.", "The {place} contains a thyroid nodule measuring {mm} mm."),
-    "central venous catheter": ("Central venous catheter from the right with its tip in the {place}.",
-                                "A central venous catheter ends in the {place}.")}
+    "thyroid nodule": (
+        "Thyroid nodule of {mm} mm in the {place}.",
+        "The {place} contains a thyroid nodule measuring {mm} mm.",
+    ),
+    "central venous catheter": (
+        "Central venous catheter from the right with its tip in the {place}.",
+        "A central venous catheter ends in the {place}.",
+    ),
+}
 
 # %% ../../nbs/physics/10_phantom_report.ipynb #cell-007
 def present_sentence(rng, patient, lesion: Lesion) -> str:
@@ -69,124 +122,255 @@ def present_sentence(rng, patient, lesion: Lesion) -> str:
     amount = "small" if mm < 15 else "moderate" if mm < 30 else "large"
     article = "an" if mm in (8, 11, 18) or 80 <= mm < 90 else "a"
     return str(rng.choice(SENTENCES[lesion.kind])).format(
-        mm=mm, a=article, place=lesion.place, side=lesion.side, amount=amount, Amount=amount.capitalize(), ratio=f"{patient.heart_ratio:.2f}")
+        mm=mm,
+        a=article,
+        place=lesion.place,
+        side=lesion.side,
+        amount=amount,
+        Amount=amount.capitalize(),
+        ratio=f"{patient.heart_ratio:.2f}",
+    )
 
 # %% ../../nbs/physics/10_phantom_report.ipynb #cell-009
 LUNG_ABSENT = (
-    (("solid nodule", "ground-glass nodule", "mass", "calcified granuloma"),
-     ("No nodule or mass in the {name}.", "The {name} has no nodule or mass.")),
+    (
+        ("solid nodule", "ground-glass nodule", "mass", "calcified granuloma"),
+        ("No nodule or mass in the {name}.", "The {name} has no nodule or mass."),
+    ),
     (("consolidation",), ("No consolidation in the {name}.", "The {name} has no consolidation.")),
-    (("emphysema",), ("No emphysema in the {name}.",)))
+    (("emphysema",), ("No emphysema in the {name}.",)),
+)
 ABSENT = {  # region -> pairs: kinds that must all be absent, and ways to say so
     **{n: LUNG_ABSENT for n in range(1, 6)},
-    7: ((("cardiomegaly",), ("No cardiomegaly, cardiothoracic ratio {ratio}.", "The heart is not enlarged, cardiothoracic ratio {ratio}.")),
-        (("pericardial effusion",), ("No pericardial effusion.", "There is no pericardial effusion.")),
-        (("coronary calcification",), ("No coronary calcification.",))),
-    8: ((("aortic aneurysm",), ("No aortic aneurysm, ascending aorta {aorta} mm.",
-                                "The aorta is of normal calibre, {aorta} mm in its ascending part.")),),
-    10: ((("enlarged lymph node",), ("No enlarged lymph node.", "There is no enlarged mediastinal or hilar lymph node.")),
-         (("central venous catheter",), ("No central venous catheter.",))),
+    7: (
+        (
+            ("cardiomegaly",),
+            (
+                "No cardiomegaly, cardiothoracic ratio {ratio}.",
+                "The heart is not enlarged, cardiothoracic ratio {ratio}.",
+            ),
+        ),
+        (
+            ("pericardial effusion",),
+            ("No pericardial effusion.", "There is no pericardial effusion."),
+        ),
+        (("coronary calcification",), ("No coronary calcification.",)),
+    ),
+    8: (
+        (
+            ("aortic aneurysm",),
+            (
+                "No aortic aneurysm, ascending aorta {aorta} mm.",
+                "The aorta is of normal calibre, {aorta} mm in its ascending part.",
+            ),
+        ),
+    ),
+    10: (
+        (
+            ("enlarged lymph node",),
+            ("No enlarged lymph node.", "There is no enlarged mediastinal or hilar lymph node."),
+        ),
+        (("central venous catheter",), ("No central venous catheter.",)),
+    ),
     12: ((("thyroid nodule",), ("No thyroid nodule.", "There is no thyroid nodule.")),),
-    13: ((("lytic metastasis",), ("No lytic metastasis.", "There is no lytic metastasis in the spine.")),
-         (("sclerotic metastasis",), ("No sclerotic metastasis.", "There is no sclerotic metastasis in the spine."))),
+    13: (
+        (
+            ("lytic metastasis",),
+            ("No lytic metastasis.", "There is no lytic metastasis in the spine."),
+        ),
+        (
+            ("sclerotic metastasis",),
+            ("No sclerotic metastasis.", "There is no sclerotic metastasis in the spine."),
+        ),
+    ),
     14: ((("rib fracture",), ("No rib fracture.", "There is no rib fracture.")),),
-    16: ((("liver cyst",), ("No liver cyst.", "There is no liver cyst.")),)}
+    16: ((("liver cyst",), ("No liver cyst.", "There is no liver cyst.")),),
+}
 
 # %% ../../nbs/physics/10_phantom_report.ipynb #cell-010
 PLAIN = {  # regions in which the phantom is always healthy
     6: ("The trachea and main bronchi are patent.", "Trachea and main bronchi are open."),
-    9: ("The pulmonary vessels are normal.", "Pulmonary vessels of normal calibre."), 11: ("The esophagus is normal.", "Normal esophagus."),
-    15: ("Clavicles and scapulae are intact.", "The shoulder girdle is normal."), 17: ("The spleen is normal.", "Normal spleen."),
-    18: ("The kidneys are normal as far as seen.",), 19: ("Stomach and bowel are normal as far as seen.", "Gas in the stomach, otherwise normal."),
-    20: ("The muscles of the back are symmetric.", "Normal muscles of the back.")}
+    9: ("The pulmonary vessels are normal.", "Pulmonary vessels of normal calibre."),
+    11: ("The esophagus is normal.", "Normal esophagus."),
+    15: ("Clavicles and scapulae are intact.", "The shoulder girdle is normal."),
+    17: ("The spleen is normal.", "Normal spleen."),
+    18: ("The kidneys are normal as far as seen.",),
+    19: ("Stomach and bowel are normal as far as seen.", "Gas in the stomach, otherwise normal."),
+    20: ("The muscles of the back are symmetric.", "Normal muscles of the back."),
+}
 EFFUSION_SIDE = {2: "left", 5: "right"}  # the lower lobe that speaks for each pleural space
 
+
 def region_finding(rng, patient, region: int, lesions: list[Lesion], seen: bool) -> str:
-    "All sentences on one region: what is there, then what is not; or that it is not in the field of view."
-    name, here = REGIONS[region][0], [l for l in lesions if l.region == region]
-    if not seen and not here: return f"Not in the field of view: {name}."
-    kinds, facts = {l.kind for l in here}, dict(name=name, ratio=f"{patient.heart_ratio:.2f}", aorta=round(patient.aorta_mm))
+    """All sentences on one region: what is there, then what is not; or that it is not in the field
+    of view.
+    """
+    name = REGIONS[region][0]
+    here = [l for l in lesions if l.region == region]
+    if not seen and not here:
+        return f"Not in the field of view: {name}."
+    kinds = {l.kind for l in here}
+    facts = dict(name=name, ratio=f"{patient.heart_ratio:.2f}", aorta=round(patient.aorta_mm))
     said = [present_sentence(rng, patient, l) for l in here]
     for absent, ways in ABSENT.get(region, ()):
-        if not kinds & set(absent): said.append(str(rng.choice(ways)).format(**facts))
+        if not kinds & set(absent):
+            said.append(str(rng.choice(ways)).format(**facts))
     if region in EFFUSION_SIDE and "pleural effusion" not in kinds:
-        said.append(str(rng.choice(("No {side} pleural effusion.", "There is no {side} pleural effusion."))).format(side=EFFUSION_SIDE[region]))
+        said.append(
+            str(
+                rng.choice(("No {side} pleural effusion.", "There is no {side} pleural effusion."))
+            ).format(side=EFFUSION_SIDE[region])
+        )
     return " ".join(said or [str(rng.choice(PLAIN[region]))])
 
 # %% ../../nbs/physics/10_phantom_report.ipynb #cell-012
-IMPORTANCE = ("mass", "aortic aneurysm", "lytic metastasis", "sclerotic metastasis", "consolidation", "pleural effusion", "pericardial effusion",
-              "solid nodule", "ground-glass nodule", "enlarged lymph node", "cardiomegaly", "rib fracture", "emphysema", "coronary calcification",
-              "thyroid nodule", "calcified granuloma", "liver cyst", "central venous catheter")
+IMPORTANCE = (
+    "mass",
+    "aortic aneurysm",
+    "lytic metastasis",
+    "sclerotic metastasis",
+    "consolidation",
+    "pleural effusion",
+    "pericardial effusion",
+    "solid nodule",
+    "ground-glass nodule",
+    "enlarged lymph node",
+    "cardiomegaly",
+    "rib fracture",
+    "emphysema",
+    "coronary calcification",
+    "thyroid nodule",
+    "calcified granuloma",
+    "liver cyst",
+    "central venous catheter",
+)
 NORMAL = ("No acute abnormality of the chest.", "Normal chest CT.", "No significant finding.")
+
 
 def write_impression(rng, patient, lesions: list[Lesion]) -> str:
     "The findings, most important first, then two things that matter by their absence."
     order = sorted(lesions, key=lambda l: IMPORTANCE.index(l.kind))
     said = [present_sentence(rng, patient, l) for l in order] or [str(rng.choice(NORMAL))]
     kinds = {l.kind for l in lesions}
-    missing = [k for k in ("pleural effusion", "consolidation", "mass", "pericardial effusion") if k not in kinds]
+    missing = [
+        k
+        for k in ("pleural effusion", "consolidation", "mass", "pericardial effusion")
+        if k not in kinds
+    ]
     return " ".join(said + [f"No {k}." for k in missing[:2]])
 
 # %% ../../nbs/physics/10_phantom_report.ipynb #cell-014
 LOOKS = {
-    "solid nodule": "a rounded soft-tissue lesion", "ground-glass nodule": "a hazy rounded lesion in which vessels stay visible",
-    "mass": "a large lesion with strands into the lung", "calcified granuloma": "a small dense lesion",
-    "consolidation": "dense lung with air-filled bronchi", "emphysema": "air spaces darker than lung",
-    "pleural effusion": "a crescent of fluid along the back of the chest", "pericardial effusion": "a layer of fluid about the heart",
-    "cardiomegaly": "a heart wider than half the chest", "coronary calcification": "a dense line on the surface of the heart",
-    "aortic aneurysm": "a wide ascending part", "enlarged lymph node": "a lump in the fat between the vessels",
-    "rib fracture": "a knot of callus with a line across it", "lytic metastasis": "a hole in the bone",
+    "solid nodule": "a rounded soft-tissue lesion",
+    "ground-glass nodule": "a hazy rounded lesion in which vessels stay visible",
+    "mass": "a large lesion with strands into the lung",
+    "calcified granuloma": "a small dense lesion",
+    "consolidation": "dense lung with air-filled bronchi",
+    "emphysema": "air spaces darker than lung",
+    "pleural effusion": "a crescent of fluid along the back of the chest",
+    "pericardial effusion": "a layer of fluid about the heart",
+    "cardiomegaly": "a heart wider than half the chest",
+    "coronary calcification": "a dense line on the surface of the heart",
+    "aortic aneurysm": "a wide ascending part",
+    "enlarged lymph node": "a lump in the fat between the vessels",
+    "rib fracture": "a knot of callus with a line across it",
+    "lytic metastasis": "a hole in the bone",
     "sclerotic metastasis": "a dense spot in the bone",
-    "liver cyst": "a round lesion of water density", "thyroid nodule": "a lesion darker than the gland",
-    "central venous catheter": "a metal-dense line in the vein"}
+    "liver cyst": "a round lesion of water density",
+    "thyroid nodule": "a lesion darker than the gland",
+    "central venous catheter": "a metal-dense line in the vein",
+}
 
 # %% ../../nbs/physics/10_phantom_report.ipynb #cell-015
 REASONS = {
-    "solid nodule": "solid tissue up to 30 mm in the lung is a nodule, and its size decides about follow-up",
+    "solid nodule": (
+        "solid tissue up to 30 mm in the lung is a nodule, and its size decides about follow-up"
+    ),
     "ground-glass nodule": "density between lung and soft tissue is ground glass",
     "mass": "a lesion over 30 mm is a mass, and spicules suggest cancer",
     "calcified granuloma": "calcium throughout a small nodule means an old granuloma",
-    "consolidation": "alveoli without air around open bronchi mean consolidation", "emphysema": "air without lung tissue means bullae",
+    "consolidation": "alveoli without air around open bronchi mean consolidation",
+    "emphysema": "air without lung tissue means bullae",
     "pleural effusion": "fluid that sinks to the back of the pleural space is an effusion",
     "pericardial effusion": "fluid between heart and pericardium is an effusion",
     "cardiomegaly": "a cardiothoracic ratio over 0.50 means an enlarged heart",
     "coronary calcification": "calcium along a coronary artery means coronary disease",
     "aortic aneurysm": "an ascending aorta of 45 mm or more is an aneurysm",
-    "enlarged lymph node": "a short axis over 10 mm makes a node enlarged", "rib fracture": "callus means that the fracture is healing",
+    "enlarged lymph node": "a short axis over 10 mm makes a node enlarged",
+    "rib fracture": "callus means that the fracture is healing",
     "lytic metastasis": "bone replaced by soft tissue suggests a lytic metastasis",
     "sclerotic metastasis": "a dense focus in marrow suggests a sclerotic metastasis",
-    "liver cyst": "water density without a wall means a cyst", "thyroid nodule": "a focal lesion in the gland is a nodule",
-    "central venous catheter": "the tip belongs in the superior vena cava"}
+    "liver cyst": "water density without a wall means a cyst",
+    "thyroid nodule": "a focal lesion in the gland is a nodule",
+    "central venous catheter": "the tip belongs in the superior vena cava",
+}
 
 # %% ../../nbs/physics/10_phantom_report.ipynb #cell-016
 def measurement(patient, lesion: Lesion) -> str:
     "Size of a lesion, and its place about the middle of the chest."
-    size = {"cardiomegaly": f"cardiothoracic ratio {patient.heart_ratio:.2f}, width {lesion.diameter_mm:.0f} mm",
-            "central venous catheter": f"visible over {lesion.diameter_mm:.0f} mm"}.get(lesion.kind, f"{lesion.diameter_mm:.0f} mm")
-    directions = zip(lesion.center_mm, (("left of", "right of"), ("behind", "in front of"), ("above", "below")))
-    return f"{size}; " + ", ".join(f"{abs(mm):.0f} mm {words[mm < 0]}" for mm, words in directions) + " the centre"
+    size = {
+        "cardiomegaly": (
+            f"cardiothoracic ratio {patient.heart_ratio:.2f}, width {lesion.diameter_mm:.0f} mm"
+        ),
+        "central venous catheter": f"visible over {lesion.diameter_mm:.0f} mm",
+    }.get(lesion.kind, f"{lesion.diameter_mm:.0f} mm")
+    directions = zip(
+        lesion.center_mm, (("left of", "right of"), ("behind", "in front of"), ("above", "below"))
+    )
+    return (
+        f"{size}; "
+        + ", ".join(f"{abs(mm):.0f} mm {words[mm < 0]}" for mm, words in directions)
+        + " the centre"
+    )
 
-LOOKED_FOR = ("mass", "consolidation", "pleural effusion", "pericardial effusion", "enlarged lymph node", "rib fracture")
+
+LOOKED_FOR = (
+    "mass",
+    "consolidation",
+    "pleural effusion",
+    "pericardial effusion",
+    "enlarged lymph node",
+    "rib fracture",
+)
+
 
 def write_steps(rng, patient, lesions: list[Lesion], technique: str, impression: str):
     "The steps, and the regions that each speaks of."
-    steps, regions = [f"Task: {rng.choice(('read', 'report', 'describe'))} this {technique[0].lower()}{technique[1:]}"], [()]
+    steps = [
+        f"Task: {rng.choice(('read', 'report', 'describe'))} this"
+        f" {technique[0].lower()}{technique[1:]}"
+    ]
+    regions = [()]
     for l in lesions:
-        steps += [f"Observation: {REGIONS[l.region][0]}: {LOOKS[l.kind]}.", f"Measurement: {measurement(patient, l)}.",
-                  f"Reasoning: {REASONS[l.kind]}."]
+        steps += [
+            f"Observation: {REGIONS[l.region][0]}: {LOOKS[l.kind]}.",
+            f"Measurement: {measurement(patient, l)}.",
+            f"Reasoning: {REASONS[l.kind]}.",
+        ]
         regions += [(l.region,)] * 3
     kinds = {l.kind for l in lesions}
-    steps += ["Observation: " + ", ".join(f"no {k}" for k in LOOKED_FOR if k not in kinds) + ".", f"Conclusion: {impression}"]
+    steps += [
+        "Observation: " + ", ".join(f"no {k}" for k in LOOKED_FOR if k not in kinds) + ".",
+        f"Conclusion: {impression}",
+    ]
     return steps, regions + [(), tuple(sorted({l.region for l in lesions}))]
 
 # %% ../../nbs/physics/10_phantom_report.ipynb #cell-017
 def write_report(patient, lesions: list[Lesion], regions: np.ndarray) -> Report:
-    "The report that is true of a phantom: `lesions` are those its cube shows, `regions` its region map (D, H, W)."
+    """The report that is true of a phantom: `lesions` are those its cube shows, `regions` its
+    region map (D, H, W).
+    """
     rng = np.random.default_rng([patient.seed, 30])
     person = f"{patient.age}-year-old {'man' if patient.male else 'woman'}"
-    technique = f"{'Contrast-enhanced' if patient.contrast else 'Unenhanced'} chest CT of a {person}, supine, arms raised."
-    present, kinds = np.bincount(regions.ravel(), minlength=21) > 0, {l.kind for l in lesions}
+    technique = (
+        f"{'Contrast-enhanced' if patient.contrast else 'Unenhanced'} chest CT of a {person},"
+        " supine, arms raised."
+    )
+    present = np.bincount(regions.ravel(), minlength=21) > 0
+    kinds = {l.kind for l in lesions}
     findings = {n: region_finding(rng, patient, n, lesions, bool(present[n])) for n in REGIONS}
     impression = write_impression(rng, patient, lesions)
     steps, step_regions = write_steps(rng, patient, lesions, technique, impression)
-    return Report(technique, findings, impression, steps, step_regions, {k: k in kinds for k in LESION_KINDS})
+    return Report(
+        technique, findings, impression, steps, step_regions, {k: k in kinds for k in LESION_KINDS}
+    )

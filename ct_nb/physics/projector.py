@@ -18,45 +18,76 @@ from .geometry import ConeBeam
 from .joseph import ColumnParameters, column_parameters
 
 # %% ../../nbs/physics/07_projector.ipynb #cell-004
-_known = weakref.WeakKeyDictionary()  # geometry -> (versions of its tensors, parameters): an iterative solver asks for the same ones again and again
+# geometry -> (versions of its tensors, parameters): an iterative solver asks for the same ones
+# again and again
+_known = weakref.WeakKeyDictionary()
+
 
 def _parameters(geometry: ConeBeam, device) -> ColumnParameters:
-    "`column_parameters`, with a batch axis, on a device; remembered for a geometry that needs no gradient."
-    tensors = geometry.source_mm, geometry.detector_center_mm, geometry.column_step_mm, geometry.row_step_mm
+    """`column_parameters`, with a batch axis, on a device; remembered for a geometry that needs no
+    gradient.
+    """
+    tensors = (
+        geometry.source_mm,
+        geometry.detector_center_mm,
+        geometry.column_step_mm,
+        geometry.row_step_mm,
+    )
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     key = (device, *((id(t), None if t.is_inference() else t._version) for t in tensors))
-    if not differentiable and geometry in _known and _known[geometry][0] == key: return _known[geometry][1]
+    if not differentiable and geometry in _known and _known[geometry][0] == key:
+        return _known[geometry][1]
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
         batch = len(geometry.batch_shape)
-        parameters = column_parameters(geometry).map(lambda t: (t.flatten(0, batch - 1) if batch else t[None]).to(device))
-    if not differentiable: _known[geometry] = key, parameters
+        parameters = column_parameters(geometry).map(
+            lambda t: (t.flatten(0, batch - 1) if batch else t[None]).to(device)
+        )
+    if not differentiable:
+        _known[geometry] = key, parameters
     return parameters
 
 # %% ../../nbs/physics/07_projector.ipynb #cell-005
-_MODULES = {"torch": "ct_nb.physics.joseph", "numba": "ct_nb.physics.joseph_cpu", "triton": "ct_nb.physics.joseph_cuda"}
+_MODULES = {
+    "torch": "ct_nb.physics.joseph",
+    "numba": "ct_nb.physics.joseph_cpu",
+    "triton": "ct_nb.physics.joseph_cuda",
+}
 _told = set()
+
 
 def _backend(name: str | None, device: torch.device):
     "The module that computes: the named one, or the fastest that this machine has for the device."
     if name is not None:
-        if name not in _MODULES: raise ValueError(f"backend: expected one of {', '.join(_MODULES)}, got {name!r}")
+        if name not in _MODULES:
+            raise ValueError(f"backend: expected one of {', '.join(_MODULES)}, got {name!r}")
         return importlib.import_module(_MODULES[name])
     name = {"cpu": "numba", "cuda": "triton"}.get(device.type, "torch")
     try:
         return importlib.import_module(_MODULES[name])
     except ImportError as error:
-        if name not in _told: warnings.warn(f"{name} cannot be imported ({error}); the projector falls back to plain torch, which is many times slower")
+        if name not in _told:
+            warnings.warn(
+                f"{name} cannot be imported ({error}); the projector falls back to plain torch,"
+                " which is many times slower"
+            )
         _told.add(name)
         return joseph
 
 # %% ../../nbs/physics/07_projector.ipynb #cell-007
 def _slope_with_graph(volume, image, values, parameters):
-    "The gradient of ⟨image, A volume⟩ to `values` for those who differentiate once more: by the reference, which autograd can follow."
-    return torch.autograd.grad((image * joseph.forward(volume, replace(parameters, values=values))).sum(), values, create_graph=True)[0]
+    """The gradient of ⟨image, A volume⟩ to `values` for those who differentiate once more: by the
+    reference, which autograd can follow.
+    """
+    return torch.autograd.grad(
+        (image * joseph.forward(volume, replace(parameters, values=values))).sum(),
+        values,
+        create_graph=True,
+    )[0]
 
 # %% ../../nbs/physics/07_projector.ipynb #cell-009
 class _Project(torch.autograd.Function):
     "volume (B, D, H, W), values -> image (B, V, R, C)"
+
     @staticmethod
     def forward(ctx, volume, values, parameters, backend):
         image = backend.forward(volume, parameters)
@@ -66,16 +97,34 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, image_gradient):
-        (volume, values, image), parameters, backend = ctx.saved_tensors, ctx.parameters, ctx.backend
+        volume, values, image = ctx.saved_tensors
+        parameters = ctx.parameters
+        backend = ctx.backend
         if ctx.needs_input_grad[1] and not torch.is_grad_enabled():
-            slope, volume_gradient = backend.gradient(volume, image_gradient, parameters, image, ctx.needs_input_grad[0])
+            slope, volume_gradient = backend.gradient(
+                volume, image_gradient, parameters, image, ctx.needs_input_grad[0]
+            )
             return volume_gradient, slope, None, None
-        slope = _slope_with_graph(volume, image_gradient, values, parameters) if ctx.needs_input_grad[1] else None
-        return _Backproject.apply(image_gradient, values, parameters, backend) if ctx.needs_input_grad[0] else None, slope, None, None
+        slope = (
+            _slope_with_graph(volume, image_gradient, values, parameters)
+            if ctx.needs_input_grad[1]
+            else None
+        )
+        return (
+            (
+                _Backproject.apply(image_gradient, values, parameters, backend)
+                if ctx.needs_input_grad[0]
+                else None
+            ),
+            slope,
+            None,
+            None,
+        )
 
 # %% ../../nbs/physics/07_projector.ipynb #cell-010
 class _Backproject(torch.autograd.Function):
     "image (B, V, R, C), values -> volume (B, D, H, W)"
+
     @staticmethod
     def forward(ctx, image, values, parameters, backend):
         ctx.save_for_backward(image, values)
@@ -84,43 +133,75 @@ class _Backproject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, volume_gradient):
-        (image, values), parameters, backend, slope = ctx.saved_tensors, ctx.parameters, ctx.backend, None
+        image, values = ctx.saved_tensors
+        parameters = ctx.parameters
+        backend = ctx.backend
+        slope = None
         image_gradient = _Project.apply(volume_gradient, values, parameters, backend)
         if ctx.needs_input_grad[1]:
-            if torch.is_grad_enabled(): slope = _slope_with_graph(volume_gradient, image, values, parameters)
-            else: slope = backend.gradient(volume_gradient, image, parameters, image_gradient, False)[0]
+            if torch.is_grad_enabled():
+                slope = _slope_with_graph(volume_gradient, image, values, parameters)
+            else:
+                slope = backend.gradient(volume_gradient, image, parameters, image_gradient, False)[
+                    0
+                ]
         return image_gradient, slope, None, None
 
 # %% ../../nbs/physics/07_projector.ipynb #cell-012
 def _check(name: str, tensor, geometry, last: tuple, words: str):
     "Everything that can be wrong with the arguments, in one sentence each."
-    if not isinstance(geometry, ConeBeam): raise TypeError(f"geometry: expected a ConeBeam, got {type(geometry).__name__}")
-    if not isinstance(tensor, torch.Tensor): raise TypeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}; wrap it in torch.as_tensor")
-    if not tensor.is_floating_point(): raise TypeError(f"{name}: expected floating point values, got {tensor.dtype}; call .float() on it")
+    if not isinstance(geometry, ConeBeam):
+        raise TypeError(f"geometry: expected a ConeBeam, got {type(geometry).__name__}")
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"{name}: expected a torch tensor, got {type(tensor).__name__}; wrap it in"
+            " torch.as_tensor"
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{name}: expected floating point values, got {tensor.dtype}; call .float() on it"
+        )
     n = len(last)
     if tuple(tensor.shape[-n:]) != last or tensor.ndim < n:
-        raise ValueError(f"{name}: expected shape (*batch, {', '.join(map(str, last))}) = (*batch, {words}) of the geometry, got {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{name}: expected shape (*batch, {', '.join(map(str, last))}) = (*batch, {words}) of"
+            f" the geometry, got {tuple(tensor.shape)}"
+        )
     if geometry.batch_shape not in ((), tuple(tensor.shape[:-n])):
-        raise ValueError(f"{name}: its batch shape {tuple(tensor.shape[:-n])} must equal the geometry's {geometry.batch_shape}, or the geometry must have none")
+        raise ValueError(
+            f"{name}: its batch shape {tuple(tensor.shape[:-n])} must equal the geometry's"
+            f" {geometry.batch_shape}, or the geometry must have none"
+        )
 
 # %% ../../nbs/physics/07_projector.ipynb #cell-013
 def _apply(function, tensor, geometry, backend):
     "Flatten the batch, compute in float32 or float64, and give back the dtype that came."
     batch, last = tensor.shape[:-3], tensor.shape[-3:]
     parameters = _parameters(geometry, tensor.device)
-    computed = tensor.reshape(-1, *last).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    result = function.apply(computed, parameters.values, parameters.map(torch.Tensor.detach), _backend(backend, tensor.device))
+    computed = tensor.reshape(-1, *last).to(
+        torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    )
+    result = function.apply(
+        computed,
+        parameters.values,
+        parameters.map(torch.Tensor.detach),
+        _backend(backend, tensor.device),
+    )
     return result.view(*batch, *result.shape[1:]).to(tensor.dtype)
 
 # %% ../../nbs/physics/07_projector.ipynb #cell-014
 def project(
     mu: torch.Tensor,  # (*batch, D, H, W) attenuation on `geometry.grid`, mm⁻¹
     geometry: ConeBeam,  # batch shape () for one geometry shared by all, or that of `mu`
-    backend: str | None = None,  # "torch", "numba" or "triton"; by default the fastest at hand for the device of `mu`
+    # "torch", "numba" or "triton"; by default the fastest at hand for the device of `mu`
+    backend: str | None = None,
 ) -> torch.Tensor:  # (*batch, V, R, C) line integrals ∫μ dl, dimensionless
-    """Line integrals of a volume by Joseph's method (Joseph 1982, IEEE Trans. Med. Imaging 1:192), differentiable to `mu` and to the geometry's tensors.
+    """Line integrals of a volume by Joseph's method (Joseph 1982, IEEE Trans.
 
-    float32 and float64 are computed as they come, half and bfloat16 in float32 and cast back. Rays that miss the grid are 0.
+    Med. Imaging 1:192), differentiable to `mu` and to the geometry's tensors.
+
+    float32 and float64 are computed as they come, half and bfloat16 in float32 and cast back. Rays
+    that miss the grid are 0.
     Raises ValueError or TypeError, one sentence, for a wrong shape or type.
     """
     _check("mu", mu, geometry, tuple(geometry.grid.shape), "D, H, W")
@@ -132,6 +213,9 @@ def backproject(
     geometry: ConeBeam,  # batch shape () or that of `image`
     backend: str | None = None,  # as in `project`
 ) -> torch.Tensor:  # (*batch, D, H, W)
-    "The transpose of `project`: ⟨project(mu), image⟩ = ⟨mu, backproject(image)⟩ to rounding. Differentiable to `image` and to the geometry's tensors."
+    """The transpose of `project`: ⟨project(mu), image⟩ = ⟨mu, backproject(image)⟩ to rounding.
+
+    Differentiable to `image` and to the geometry's tensors.
+    """
     _check("image", image, geometry, (geometry.views, *geometry.detector_shape), "V, R, C")
     return _apply(_Backproject, image, geometry, backend)

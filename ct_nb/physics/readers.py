@@ -16,87 +16,148 @@ from .volume import AFFINE_NOTE, AIR_HU, FLIP_XY, Grid, Volume
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-006
 class CTReadError(ValueError):
-    "A file that cannot be read as a CT: one sentence that names the file, what is wrong with it and what to do."
+    """A file that cannot be read as a CT: one sentence that names the file, what is wrong with it
+    and what to do.
+    """
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-008
 def air_and_tissue(hu: np.ndarray) -> tuple[float, float, float]:
-    "Shares of (a sample of) the voxels: air and lung (-1100 to -700 HU), soft tissue (-150 to 250), below -1200 without being one padding value."
+    """Shares of (a sample of) the voxels: air and lung (-1100 to -700 HU), soft tissue (-150 to
+    250), below -1200 without being one padding value.
+    """
     sample = hu.ravel()[:: max(1, hu.size // 1_000_000)]
     body, low = sample[sample >= -1200], sample[sample < -1200]
-    if body.size == 0: return 0.0, 0.0, 1.0
+    if body.size == 0:
+        return 0.0, 0.0, 1.0
     counts = np.unique(low, return_counts=True)[1]
     below = (low.size - counts.max(initial=0)) / sample.size
-    return float(((body > -1100) & (body < -700)).mean()), float(((body > -150) & (body < 250)).mean()), float(below)
+    return (
+        float(((body > -1100) & (body < -700)).mean()),
+        float(((body > -150) & (body < 250)).mean()),
+        float(below),
+    )
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-009
 def check_hounsfield(hu: np.ndarray, name="volume") -> None:
-    "Raise `CTReadError` unless these numbers, any shape, are HU: air near -1000 and soft tissue near 0 are both there."
+    """Raise `CTReadError` unless these numbers, any shape, are HU: air near -1000 and soft tissue
+    near 0 are both there.
+    """
     air, tissue, below = air_and_tissue(hu)
     low, high = (float(v) for v in np.percentile(hu, [1, 99.9]))
-    advice = "convert the scan again from its DICOM files, applying the rescale slope and intercept once"
-    if air >= 0.005 and tissue >= 0.01 and below <= 0.05: return
-    if hu.min() >= 0 and hu.max() <= 255: problem = f"is a picture, not a CT: its values run from {hu.min():g} to {hu.max():g}, not in HU"
-    elif below > 0.05 or (air >= 0.005 and low < -1200): problem = f"is not in HU: its air lies near {low:.0f}, not -1000, it looks rescaled twice"
-    elif air < 0.005: problem = f"is not in HU: no air near -1000, the values run from {low:.0f} to {high:.0f}"
-    else: problem = f"is not the CT of a body: no soft tissue near 0 HU, the values run from {low:.0f} to {high:.0f}"
+    advice = (
+        "convert the scan again from its DICOM files, applying the rescale slope and intercept once"
+    )
+    if air >= 0.005 and tissue >= 0.01 and below <= 0.05:
+        return
+    if hu.min() >= 0 and hu.max() <= 255:
+        problem = (
+            f"is a picture, not a CT: its values run from {hu.min():g} to {hu.max():g}, not in HU"
+        )
+    elif below > 0.05 or (air >= 0.005 and low < -1200):
+        problem = f"is not in HU: its air lies near {low:.0f}, not -1000, it looks rescaled twice"
+    elif air < 0.005:
+        problem = f"is not in HU: no air near -1000, the values run from {low:.0f} to {high:.0f}"
+    else:
+        problem = (
+            f"is not the CT of a body: no soft tissue near 0 HU, the values run from {low:.0f} to"
+            f" {high:.0f}"
+        )
     raise CTReadError(f"{name}: {problem}; {advice}")
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-013
 MAX_VOXELS = 2**30  # 1024³
 
+
 def _check_shape(name, shape) -> None:
     "`shape`: the counts a header claims, in any order."
     if len(shape) != 3:
-        raise CTReadError(f"{name}: has {len(shape)} dimensions {tuple(shape)}, a CT has 3; "
-                          "save one volume (one time point, one channel) per file")
+        raise CTReadError(
+            f"{name}: has {len(shape)} dimensions {tuple(shape)}, a CT has 3; "
+            "save one volume (one time point, one channel) per file"
+        )
     if min(shape) < 2:
-        raise CTReadError(f"{name}: is {' × '.join(map(str, shape))} voxels, a volume needs at least two along each axis; "
-                          "give the whole series")
+        raise CTReadError(
+            f"{name}: is {' × '.join(map(str, shape))} voxels, a volume needs at least two along"
+            " each axis; give the whole series"
+        )
     if np.prod(shape, dtype=float) > MAX_VOXELS:
-        raise CTReadError(f"{name}: its header claims {' × '.join(map(str, shape))} voxels, more than the 1024³ that are read; "
-                          "the header is damaged, or crop the scan")
+        raise CTReadError(
+            f"{name}: its header claims {' × '.join(map(str, shape))} voxels, more than the 1024³"
+            " that are read; the header is damaged, or crop the scan"
+        )
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-014
 def _volume(name, hu, affine, notes) -> Volume:
     _check_shape(name, hu.shape)
     if hu.dtype.kind not in "iuf":
-        raise CTReadError(f"{name}: holds {hu.dtype} values, a CT holds one real number per voxel; convert it to HU")
+        raise CTReadError(
+            f"{name}: holds {hu.dtype} values, a CT holds one real number per voxel; convert it"
+            " to HU"
+        )
     hu = hu.astype(np.float32)
     if not np.isfinite(hu).all():
-        raise CTReadError(f"{name}: {np.count_nonzero(~np.isfinite(hu))} voxels are NaN or infinite; "
-                          "replace them by a number (-1024 outside the field of view)")
-    try: return Volume(hu, affine, notes)
-    except ValueError as error: raise CTReadError(f"{name}: {error}") from None
+        raise CTReadError(
+            f"{name}: {np.count_nonzero(~np.isfinite(hu))} voxels are NaN or infinite; "
+            "replace them by a number (-1024 outside the field of view)"
+        )
+    try:
+        return Volume(hu, affine, notes)
+    except ValueError as error:
+        raise CTReadError(f"{name}: {error}") from None
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-016
 def _read_nifti(path) -> Volume:
     import nibabel
+
     try:
-        with nibabel.openers.Opener(str(path)) as file: start = file.read(540)
-        kind = nibabel.Nifti2Header if start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nibabel.Nifti1Header
+        with nibabel.openers.Opener(str(path)) as file:
+            start = file.read(540)
+        kind = (
+            nibabel.Nifti2Header
+            if start[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
+            else nibabel.Nifti1Header
+        )
         raw = kind(start[: kind.template_dtype.itemsize], check=False)
         if raw["magic"].item()[:2] not in (b"n+", b"ni"):
-            raise CTReadError(f"{path}: is not a NIfTI file although it is named like one; check what it is")
+            raise CTReadError(
+                f"{path}: is not a NIfTI file although it is named like one; check what it is"
+            )
         spacing = raw["pixdim"][1:4]
         if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-            raise CTReadError(f"{path}: its voxel spacing is {_mm(spacing)}, it must be above 0; correct the header (pixdim)")
+            raise CTReadError(
+                f"{path}: its voxel spacing is {_mm(spacing)}, it must be above 0; correct the"
+                " header (pixdim)"
+            )
         image = nibabel.load(path)
         shape = image.shape
-        while len(shape) > 3 and shape[-1] == 1: shape = shape[:-1]
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
         _check_shape(path, shape)
         claimed = np.prod(shape, dtype=float) * image.get_data_dtype().itemsize
-        if claimed > Path(path).stat().st_size * (1032 if str(path).lower().endswith(".gz") else 1):  # deflate packs 1032 to 1 at best
-            raise CTReadError(f"{path}: is cut short, its {Path(path).stat().st_size} bytes cannot hold {' × '.join(map(str, shape))} voxels; "
-                              "copy or download it again")
+        # deflate packs 1032 to 1 at best
+        if claimed > Path(path).stat().st_size * (1032 if str(path).lower().endswith(".gz") else 1):
+            raise CTReadError(
+                f"{path}: is cut short, its {Path(path).stat().st_size} bytes cannot hold"
+                f" {' × '.join(map(str, shape))} voxels; copy or download it again"
+            )
         hu = np.asarray(image.dataobj).reshape(shape, order="F")
         affine, notes = _nifti_affine(image.header)
-    except CTReadError: raise
+    except CTReadError:
+        raise
     except Exception as error:  # damaged bytes lead anywhere in nibabel, zlib and numpy
-        raise CTReadError(f"{path}: is damaged, cut short or not NIfTI ({_first_line(error)}); copy or download it again") from None
+        raise CTReadError(
+            f"{path}: is damaged, cut short or not NIfTI ({_first_line(error)}); copy or download"
+            " it again"
+        ) from None
     return _volume(path, hu.transpose(2, 1, 0), affine, notes)
 
-def _mm(values) -> str: return " × ".join(f"{v:g}" for v in values) + " mm"
-def _first_line(error) -> str: return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .;")[:160]
+
+def _mm(values) -> str:
+    return " × ".join(f"{v:g}" for v in values) + " mm"
+
+
+def _first_line(error) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .;")[:160]
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-017
 def _nifti_affine(header) -> tuple[np.ndarray, list[str]]:
@@ -104,57 +165,91 @@ def _nifti_affine(header) -> tuple[np.ndarray, list[str]]:
     notes, affine = [], FLIP_XY @ header.get_best_affine()
     sform, sform_code = header.get_sform(coded=True)
     qform, qform_code = header.get_qform(coded=True)
-    if not (sform_code or qform_code): notes.append("the header has no orientation; indices are taken to run to the left, front and head")
-    elif sform_code and qform_code and not np.allclose(sform, qform, atol=0.01): notes.append("the header's sform and qform differ; the sform is used")
+    if not (sform_code or qform_code):
+        notes.append(
+            "the header has no orientation; indices are taken to run to the left, front and head"
+        )
+    elif sform_code and qform_code and not np.allclose(sform, qform, atol=0.01):
+        notes.append("the header's sform and qform differ; the sform is used")
     scale = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
-    if scale != 1: notes.append(f"the header's unit is the {header.get_xyzt_units()[0]}; turned into mm")
+    if scale != 1:
+        notes.append(f"the header's unit is the {header.get_xyzt_units()[0]}; turned into mm")
     affine[:3] *= scale
     for extension in header.extensions:
         text = extension.get_content() if extension.get_code() == 6 else b""
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        if not text.startswith(AFFINE_NOTE): continue
-        exact = np.array(re.findall(r"[-+\d.eE]+", text[len(AFFINE_NOTE):])[:16], dtype=np.float64)
-        if exact.size == 16 and np.allclose(exact.reshape(4, 4), affine, rtol=1e-6, atol=1e-6): affine = exact.reshape(4, 4)
+        if not text.startswith(AFFINE_NOTE):
+            continue
+        exact = np.array(re.findall(r"[-+\d.eE]+", text[len(AFFINE_NOTE) :])[:16], dtype=np.float64)
+        if exact.size == 16 and np.allclose(exact.reshape(4, 4), affine, rtol=1e-6, atol=1e-6):
+            affine = exact.reshape(4, 4)
     return affine, notes
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-019
 def _read_itk(path) -> Volume:
     import SimpleITK
-    name, reader = Path(path).name.lower(), SimpleITK.ImageFileReader()
-    _check_itk_header(path, "space directions|spacings" if name.endswith(".nrrd") else "ElementSpacing|ElementSize")
+
+    name = Path(path).name.lower()
+    reader = SimpleITK.ImageFileReader()
+    _check_itk_header(
+        path,
+        "space directions|spacings" if name.endswith(".nrrd") else "ElementSpacing|ElementSize",
+    )
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
         shape = reader.GetSize()
-        while len(shape) > 3 and shape[-1] == 1: shape = shape[:-1]
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
         _check_shape(path, shape)
         if reader.GetNumberOfComponents() != 1:
-            raise CTReadError(f"{path}: has {reader.GetNumberOfComponents()} values per voxel, a CT has one; convert it to HU")
+            raise CTReadError(
+                f"{path}: has {reader.GetNumberOfComponents()} values per voxel, a CT has one;"
+                " convert it to HU"
+            )
         image = reader.Execute()
     except RuntimeError as error:
-        raise CTReadError(f"{path}: is damaged, cut short or not what its name says ({_itk_reason(error)}); "
-                          "copy or download it again") from None
+        raise CTReadError(
+            f"{path}: is damaged, cut short or not what its name says ({_itk_reason(error)}); "
+            "copy or download it again"
+        ) from None
     size = image.GetDimension()
     affine = np.eye(4)
-    affine[:3, :3] = (np.array(image.GetDirection()).reshape(size, size) * image.GetSpacing())[:3, :3]
+    affine[:3, :3] = (np.array(image.GetDirection()).reshape(size, size) * image.GetSpacing())[
+        :3, :3
+    ]
     affine[:3, 3] = image.GetOrigin()[:3]
     return _volume(path, SimpleITK.GetArrayFromImage(image).reshape(shape[::-1]), affine, [])
 
+
 def _itk_reason(error) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"^.*ERROR: |\(0x[0-9a-f]+\)", "", lines[-1] if len(lines) > 1 else lines[0])[:160].rstrip(" .:;|")
+    return re.sub(r"^.*ERROR: |\(0x[0-9a-f]+\)", "", lines[-1] if len(lines) > 1 else lines[0])[
+        :160
+    ].rstrip(" .:;|")
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-020
 def _check_itk_header(path, fields: str) -> None:
     "The text header of a NRRD or MetaImage must give a spacing, and no negative or zero one."
     end = b"\n\n" if "spacings" in fields else b"ElementDataFile"
-    with open(path, "rb") as file: text = file.read(65536).split(end)[0].decode("latin-1")
+    with open(path, "rb") as file:
+        text = file.read(65536).split(end)[0].decode("latin-1")
     found = re.search(rf"^\s*(?:{fields})\s*[:=]\s*(.*)$", text, re.MULTILINE)
-    if not re.match(r"NRRD|[\s\S]*NDims", text): raise CTReadError(f"{path}: is empty or not what its name says; check what it is")
-    if found is None: raise CTReadError(f"{path}: its header gives no voxel spacing; add the spacing in mm ({fields.split('|')[0]})")
-    if "(" in found[1]: return  # directions carry signs by right, and ITK itself refuses lengths of zero
+    if not re.match(r"NRRD|[\s\S]*NDims", text):
+        raise CTReadError(f"{path}: is empty or not what its name says; check what it is")
+    if found is None:
+        raise CTReadError(
+            f"{path}: its header gives no voxel spacing; add the spacing in mm"
+            f" ({fields.split('|')[0]})"
+        )
+    # directions carry signs by right, and ITK itself refuses lengths of zero
+    if "(" in found[1]:
+        return
     if any(float(v) <= 0 for v in re.findall(r"[-+]?[\d.]+(?:[eE][-+]?\d+)?", found[1])):
-        raise CTReadError(f"{path}: its voxel spacing is {' × '.join(found[1].split())} mm, it must be above 0; correct the header")
+        raise CTReadError(
+            f"{path}: its voxel spacing is {' × '.join(found[1].split())} mm, it must be above 0;"
+            " correct the header"
+        )
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-022
 def _read_npz(path) -> Volume:
@@ -162,69 +257,125 @@ def _read_npz(path) -> Volume:
         with np.load(path, allow_pickle=False) as arrays:
             missing = {"hu", "affine"} - set(arrays.files)
             if missing:
-                raise CTReadError(f"{path}: has no array named {' and '.join(sorted(missing))} (it has {', '.join(arrays.files) or 'none'}); "
-                                  "save hu (D, H, W) and affine (4, 4)")
+                raise CTReadError(
+                    f"{path}: has no array named {' and '.join(sorted(missing))} (it has"
+                    f" {', '.join(arrays.files) or 'none'}); save hu (D, H, W) and affine (4, 4)"
+                )
             if max(i.file_size for i in arrays.zip.infolist()) > 8 * MAX_VOXELS + 4096:
                 raise CTReadError(f"{path}: unpacks to more than 1024³ voxels; crop the scan")
             hu, affine = arrays["hu"], arrays["affine"]
-    except CTReadError: raise
+    except CTReadError:
+        raise
     except Exception as error:  # as above
-        raise CTReadError(f"{path}: is damaged, cut short or not an npz file ({_first_line(error)}); copy or save it again") from None
+        raise CTReadError(
+            f"{path}: is damaged, cut short or not an npz file ({_first_line(error)}); copy or save"
+            " it again"
+        ) from None
     return _volume(path, hu, affine, [])
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-024
-READERS = {".nii.gz": _read_nifti, ".nii": _read_nifti, ".nrrd": _read_itk, ".mha": _read_itk, ".mhd": _read_itk, ".npz": _read_npz}
+READERS = {
+    ".nii.gz": _read_nifti,
+    ".nii": _read_nifti,
+    ".nrrd": _read_itk,
+    ".mha": _read_itk,
+    ".mhd": _read_itk,
+    ".npz": _read_npz,
+}
+
 
 def read_volume(
     path,  # .nii, .nii.gz, .nrrd, .mha, .mhd, .npz, a DICOM folder or a .zip of one
     series: str | None = None,  # SeriesInstanceUID, where a DICOM folder or zip holds several
 ) -> Volume:
-    "The numbers of any supported file on their grid in LPS, as they are stored (DICOM: rescaled to HU). Not readable: `CTReadError`."
+    """The numbers of any supported file on their grid in LPS, as they are stored (DICOM: rescaled
+    to HU). Not readable: `CTReadError`.
+    """
     path = Path(path)
-    if not path.exists(): raise CTReadError(f"{path}: there is no such file or folder; check the path")
-    if not os.access(path, os.R_OK): raise CTReadError(f"{path}: may not be read by you; change its permissions")
+    if not path.exists():
+        raise CTReadError(f"{path}: there is no such file or folder; check the path")
+    if not os.access(path, os.R_OK):
+        raise CTReadError(f"{path}: may not be read by you; change its permissions")
     reader = next((r for suffix, r in READERS.items() if path.name.lower().endswith(suffix)), None)
-    from ct_nb.physics.dicom import read_dicom_folder, read_dicom_zip  # the next chapter, built on this one
-    if path.is_dir(): return read_dicom_folder(path, series)
+    # the next chapter, built on this one
+    from ct_nb.physics.dicom import read_dicom_folder, read_dicom_zip
+
+    if path.is_dir():
+        return read_dicom_folder(path, series)
     if path.suffix.lower() in (".dcm", ".ima"):
-        raise CTReadError(f"{path}: is one DICOM slice, a volume needs the series; give the folder it lies in")
-    if path.stat().st_size == 0: raise CTReadError(f"{path}: is empty (0 bytes); copy or download it again")
-    if path.suffix.lower() == ".zip": return read_dicom_zip(path, series)
+        raise CTReadError(
+            f"{path}: is one DICOM slice, a volume needs the series; give the folder it lies in"
+        )
+    if path.stat().st_size == 0:
+        raise CTReadError(f"{path}: is empty (0 bytes); copy or download it again")
+    if path.suffix.lower() == ".zip":
+        return read_dicom_zip(path, series)
     if reader is None:
-        raise CTReadError(f"{path}: unknown kind of file; a CT is {', '.join(READERS)}, a folder of DICOM files or a .zip of one")
-    if series is not None: raise CTReadError(f"{path}: series={series!r} was asked for, but only DICOM has series; leave it out")
+        raise CTReadError(
+            f"{path}: unknown kind of file; a CT is {', '.join(READERS)}, a folder of DICOM files"
+            " or a .zip of one"
+        )
+    if series is not None:
+        raise CTReadError(
+            f"{path}: series={series!r} was asked for, but only DICOM has series; leave it out"
+        )
     return reader(path)
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-025
 def read_ct(path, series: str | None = None) -> Volume:
-    """A CT in HU: `read_volume`, then the check that these are HU (`check_hounsfield`) and padding below -1024 HU set to air (-1000).
+    """A CT in HU: `read_volume`, then the check that these are HU (`check_hounsfield`) and padding
+    below -1024 HU set to air (-1000).
 
-    Whole numbers stay exact. What was repaired or decided stands in `.notes`. Anything wrong with the file: `CTReadError`, one sentence."""
+    Whole numbers stay exact. What was repaired or decided stands in `.notes`. Anything wrong with
+    the file: `CTReadError`, one sentence.
+    """
     volume = read_volume(path, series)
     check_hounsfield(volume.hu, "; ".join([str(path), *volume.notes]))
     if not 1 <= volume.grid.extent_mm.max() <= 4000:
-        raise CTReadError(f"{path}: is {_mm(volume.grid.extent_mm)} large, no patient is; its voxel spacing is not in mm, correct it")
+        raise CTReadError(
+            f"{path}: is {_mm(volume.grid.extent_mm)} large, no patient is; its voxel spacing is"
+            " not in mm, correct it"
+        )
     padding = volume.hu < -1024
     if padding.any():
-        volume.notes.append(f"{padding.sum()} voxels below -1024 HU (lowest {volume.hu.min():g}) set to air, {AIR_HU:g}")
+        volume.notes.append(
+            f"{padding.sum()} voxels below -1024 HU (lowest {volume.hu.min():g}) set to air,"
+            f" {AIR_HU:g}"
+        )
         volume.hu[padding] = AIR_HU
     return volume
 
 # %% ../../nbs/physics/01_readers.ipynb #cell-027
 def read_labels(path, grid: Grid) -> np.ndarray:
-    """A label map (whole numbers 0 to 255) on `grid`, uint8 (D, H, W): nearest voxel, 0 outside the map.
-    Not labels, or off the grid altogether: `CTReadError`."""
+    """A label map (whole numbers 0 to 255) on `grid`, uint8 (D, H, W): nearest voxel, 0 outside the
+    map.
+    Not labels, or off the grid altogether: `CTReadError`.
+    """
     from scipy.ndimage import affine_transform
+
     labels = read_volume(path)
     values = np.unique(labels.hu)
     if values[0] < 0 or values[-1] > 255 or (values != np.round(values)).any():
-        raise CTReadError(f"{path}: holds values from {values[0]:g} to {values[-1]:g}, a label map holds whole numbers from 0 to 255; "
-                          "is it the CT itself?")
+        raise CTReadError(
+            f"{path}: holds values from {values[0]:g} to {values[-1]:g}, a label map holds whole"
+            " numbers from 0 to 255; is it the CT itself?"
+        )
     step = np.linalg.inv(labels.affine) @ grid.affine
     own, asked = labels.grid.bounds_mm, grid.bounds_mm
     if (own[0] > asked[1]).any() or (asked[0] > own[1]).any():
-        places = f"centre {labels.grid.center_mm.round(1).tolist()} mm, the scan's {grid.center_mm.round(1).tolist()} mm"
-        raise CTReadError(f"{path}: lies elsewhere than its scan ({places}); "
-                          "use the map of this scan")
+        places = (
+            f"centre {labels.grid.center_mm.round(1).tolist()} mm, the scan's"
+            f" {grid.center_mm.round(1).tolist()} mm"
+        )
+        raise CTReadError(
+            f"{path}: lies elsewhere than its scan ({places}); use the map of this scan"
+        )
     matrix, offset = step[2::-1, 2::-1], step[2::-1, 3]  # in array order (z, y, x)
-    return affine_transform(labels.hu.astype(np.uint8), matrix, offset, output_shape=grid.shape, order=0, mode="grid-constant")
+    return affine_transform(
+        labels.hu.astype(np.uint8),
+        matrix,
+        offset,
+        output_shape=grid.shape,
+        order=0,
+        mode="grid-constant",
+    )

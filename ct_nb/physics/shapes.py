@@ -15,23 +15,32 @@ from .volume import AIR_HU, Grid
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-005
 class Profile:
-    "A smooth curve z -> value through knots: linear between them, then averaged with a cosine bell `smooth_mm` wide."
+    """A smooth curve z -> value through knots: linear between them, then averaged with a cosine
+    bell `smooth_mm` wide.
+    """
+
     def __init__(self, z_mm, values, smooth_mm: float = 30.0):
         order = np.argsort(z_mm)
-        z, v = np.asarray(z_mm, float)[order], np.asarray(values, float)[order]
+        z = np.asarray(z_mm, float)[order]
+        v = np.asarray(values, float)[order]
         self.z = np.arange(z[0] - 60, z[-1] + 61, 2.0)
         bell = np.hanning(int(smooth_mm / 2) * 2 + 3)
         pad = len(bell) // 2
         dense = np.interp(np.arange(-pad, len(self.z) + pad) * 2.0 + self.z[0], z, v)
         self.values = np.convolve(dense, bell / bell.sum(), "valid")
 
-    def __call__(self, z): return np.interp(z, self.z, self.values).astype(np.float32)
+    def __call__(self, z):
+        return np.interp(z, self.z, self.values).astype(np.float32)
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-007
 def smooth_min(a, b, width):
-    "The smaller of two distances with the corner rounded over `width` mm (polynomial blend, I. Quilez 2013)."
+    """The smaller of two distances with the corner rounded over `width` mm (polynomial blend, I.
+
+    Quilez 2013).
+    """
     overlap = np.maximum(width - np.abs(a - b), 0)
     return np.minimum(a, b) - overlap * overlap * (0.25 / width)
+
 
 def smooth_max(a, b, width):
     "The larger of two distances, its corner rounded likewise."
@@ -39,13 +48,19 @@ def smooth_max(a, b, width):
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-009
 def ellipsoid(x, y, z, center, radii, axes=None):
-    "Approximate signed distance (mm, negative inside) to an ellipsoid; rows of `axes` (3, 3) are its directions."
-    dx, dy, dz = x - np.float32(center[0]), y - np.float32(center[1]), z - np.float32(center[2])
+    """Approximate signed distance (mm, negative inside) to an ellipsoid; rows of `axes` (3, 3) are
+    its directions.
+    """
+    dx = x - np.float32(center[0])
+    dy = y - np.float32(center[1])
+    dz = z - np.float32(center[2])
     if axes is not None:
         axes = np.asarray(axes, np.float32)
         dx, dy, dz = (r[0] * dx + r[1] * dy + r[2] * dz for r in axes)
     rx, ry, rz = (np.float32(r) for r in radii)
-    dx2, dy2, dz2 = (dx / rx) ** 2, (dy / ry) ** 2, (dz / rz) ** 2
+    dx2 = (dx / rx) ** 2
+    dy2 = (dy / ry) ** 2
+    dz2 = (dz / rz) ** 2
     level = np.sqrt(dx2 + dy2 + dz2)
     slope = np.sqrt(dx2 / rx**2 + dy2 / ry**2 + dz2 / rz**2)
     return level * (level - 1) / np.maximum(slope, np.float32(1e-6))
@@ -60,19 +75,32 @@ def frame(axis, up=(0, 0, 1)):
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-013
 def curve(points, step_mm=6.0):
-    "A Catmull–Rom curve through `points` (n, k), about `step_mm` between samples; columns past the third (radii) are carried along."
+    """A Catmull–Rom curve through `points` (n, k), about `step_mm` between samples; columns past
+    the third (radii) are carried along.
+    """
     p = np.asarray(points, float)
     q = np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
     out = []
     for a, b, c, d in zip(q[:-3], q[1:-2], q[2:-1], q[3:]):
-        t = np.linspace(0, 1, max(int(np.linalg.norm((c - b)[:3]) / step_mm), 1), endpoint=False)[:, None]
-        out.append(0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3))
+        t = np.linspace(0, 1, max(int(np.linalg.norm((c - b)[:3]) / step_mm), 1), endpoint=False)[
+            :, None
+        ]
+        out.append(
+            0.5
+            * (
+                2 * b
+                + (c - a) * t
+                + (2 * a - 5 * b + 4 * c - d) * t**2
+                + (3 * b - a - 3 * c + d) * t**3
+            )
+        )
     return np.concatenate(out + [p[-1:]])
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-014
 @dataclass
 class Tubes:
     "Round cones in a row: `start`, `end` (n, 3) mm and the radii (n,) mm there."
+
     start: np.ndarray
     end: np.ndarray
     start_radius: np.ndarray
@@ -88,58 +116,106 @@ class Tubes:
     @classmethod
     def join(cls, parts) -> "Tubes":
         "Several `Tubes` as one."
-        return cls(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("start", "end", "start_radius", "end_radius")))
+        return cls(
+            *(
+                np.concatenate([getattr(p, n) for p in parts])
+                for n in ("start", "end", "start_radius", "end_radius")
+            )
+        )
 
     def grown(self, by_mm) -> "Tubes":
         "The same tubes `by_mm` thicker in radius, or thinner."
-        return Tubes(self.start, self.end, np.maximum(self.start_radius + by_mm, 0.01), np.maximum(self.end_radius + by_mm, 0.01))
+        return Tubes(
+            self.start,
+            self.end,
+            np.maximum(self.start_radius + by_mm, 0.01),
+            np.maximum(self.end_radius + by_mm, 0.01),
+        )
 
     def distance(self, points) -> np.ndarray:
         "Signed distance of (m, 3) points to the union, mm."
         p, step = np.asarray(points, float), self.end - self.start
         length2 = np.maximum((step * step).sum(1), 1e-9)
-        inner = lambda q: np.einsum("mk,nk->mn", p, q)  # a matrix product here would start the threads of BLAS for nothing
+
+        # a matrix product here would start the threads of BLAS for nothing
+        def inner(q):
+            return np.einsum("mk,nk->mn", p, q)
+
         dot = inner(step) - (self.start * step).sum(1)
         along = np.clip(dot / length2, 0, 1)
         square = (p * p).sum(1)[:, None] + (self.start * self.start).sum(1) - 2 * inner(self.start)
         square -= along * (2 * dot - along * length2)
-        return (np.sqrt(np.maximum(square, 0)) - self.start_radius - along * (self.end_radius - self.start_radius)).min(1)
+        return (
+            np.sqrt(np.maximum(square, 0))
+            - self.start_radius
+            - along * (self.end_radius - self.start_radius)
+        ).min(1)
 
     def cut(self, longest_mm) -> "Tubes":
         "The same tubes in pieces no longer than `longest_mm`."
-        count = np.maximum(np.ceil(np.linalg.norm(self.end - self.start, axis=1) / longest_mm).astype(int), 1)
+        count = np.maximum(
+            np.ceil(np.linalg.norm(self.end - self.start, axis=1) / longest_mm).astype(int), 1
+        )
         which = np.repeat(np.arange(len(count)), count)
         first = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
         t0, t1 = first / count[which], (first + 1) / count[which]
-        step, grow = (self.end - self.start)[which], (self.end_radius - self.start_radius)[which]
-        return Tubes(self.start[which] + t0[:, None] * step, self.start[which] + t1[:, None] * step,
-                     self.start_radius[which] + t0 * grow, self.start_radius[which] + t1 * grow)
+        step = (self.end - self.start)[which]
+        grow = (self.end_radius - self.start_radius)[which]
+        return Tubes(
+            self.start[which] + t0[:, None] * step,
+            self.start[which] + t1[:, None] * step,
+            self.start_radius[which] + t0 * grow,
+            self.start_radius[which] + t1 * grow,
+        )
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-016
 class Canvas:
-    "A cube of voxels being painted: HU, region numbers, and the voxel centres as broadcastable float32 axes in mm."
+    """A cube of voxels being painted: HU, region numbers, and the voxel centres as broadcastable
+    float32 axes in mm.
+    """
+
     def __init__(self, grid: Grid):
         self.grid, self.spacing_mm = grid, float(grid.spacing_mm[0])
         self.origin_mm = np.array(grid.affine[:3, 3])
         depth, height, width = grid.shape
-        axis = lambda n, k: (self.origin_mm[k] + self.spacing_mm * np.arange(n)).astype(np.float32)
-        self.x, self.y, self.z = axis(width, 0)[None, None], axis(height, 1)[None, :, None], axis(depth, 2)[:, None, None]
+
+        def axis(n, k):
+            return (self.origin_mm[k] + self.spacing_mm * np.arange(n)).astype(np.float32)
+
+        self.x = axis(width, 0)[None, None]
+        self.y = axis(height, 1)[None, :, None]
+        self.z = axis(depth, 2)[:, None, None]
         self.hu = np.full(grid.shape, AIR_HU, np.float32)
         self.regions = np.zeros(grid.shape, np.uint8)
 
     def slabs(self, voxels: int = 2**18):
-        "The whole cube in slabs of slices small enough for a processor's cache: slices and axes (x, y, z) of each."
+        """The whole cube in slabs of slices small enough for a processor's cache: slices and axes
+        (x, y, z) of each.
+        """
         step = max(voxels // (self.grid.shape[1] * self.grid.shape[2]), 1)
         for low in range(0, self.grid.shape[0], step):
-            yield (slice(low, low + step), slice(None), slice(None)), (self.x, self.y, self.z[low:low + step])
+            yield (slice(low, low + step), slice(None), slice(None)), (
+                self.x,
+                self.y,
+                self.z[low : low + step],
+            )
 
     def box(self, low_mm, high_mm):
         "Slices of the voxels within a box of mm (a voxel to spare), and their axes (x, y, z)."
-        start = np.floor((np.asarray(low_mm, float) - self.origin_mm) / self.spacing_mm).astype(int) - 1
-        stop = np.ceil((np.asarray(high_mm, float) - self.origin_mm) / self.spacing_mm).astype(int) + 2
+        start = (
+            np.floor((np.asarray(low_mm, float) - self.origin_mm) / self.spacing_mm).astype(int) - 1
+        )
+        stop = (
+            np.ceil((np.asarray(high_mm, float) - self.origin_mm) / self.spacing_mm).astype(int) + 2
+        )
         limit = np.array(self.grid.shape[::-1])
-        (x0, y0, z0), (x1, y1, z1) = np.clip(start, 0, limit), np.clip(stop, 0, limit)
-        return (slice(z0, z1), slice(y0, y1), slice(x0, x1)), (self.x[..., x0:x1], self.y[:, y0:y1], self.z[z0:z1])
+        x0, y0, z0 = np.clip(start, 0, limit)
+        x1, y1, z1 = np.clip(stop, 0, limit)
+        return (slice(z0, z1), slice(y0, y1), slice(x0, x1)), (
+            self.x[..., x0:x1],
+            self.y[:, y0:y1],
+            self.z[z0:z1],
+        )
 
     def coverage(self, distance):
         "Share of a voxel behind a flat face at signed `distance` (mm) from its centre."
@@ -148,24 +224,34 @@ class Canvas:
         return np.clip(cover, 0, 1, out=cover)
 
     def slab(self, distance, half_mm):
-        "Share of a voxel within a sheet `2·half_mm` thick whose middle is at `distance` (mm); right also for a sheet thinner than a voxel."
-        return self.coverage(distance - np.float32(half_mm)) - self.coverage(distance + np.float32(half_mm))
+        """Share of a voxel within a sheet `2·half_mm` thick whose middle is at `distance` (mm);
+        right also for a sheet thinner than a voxel.
+        """
+        return self.coverage(distance - np.float32(half_mm)) - self.coverage(
+            distance + np.float32(half_mm)
+        )
 
     def paint(self, where, coverage, hu, region=None):
-        "Blend `hu` (number or array) over the voxels `where` by `coverage`; a voxel more than half covered takes the region's number."
+        """Blend `hu` (number or array) over the voxels `where` by `coverage`; a voxel more than
+        half covered takes the region's number.
+        """
         patch = self.hu[where]
         change = hu - patch
         change *= coverage
         patch += change
-        if region is not None: self.regions[where][coverage > 0.5] = region
+        if region is not None:
+            self.regions[where][coverage > 0.5] = region
 
     def paint_layers(self, where, coverages, hus, region=None):
-        "Paint shapes that lie one within the other, outermost first: a layer gets what its shape covers and the next one does not."
+        """Paint shapes that lie one within the other, outermost first: a layer gets what its shape
+        covers and the next one does not.
+        """
         patch, inner = self.hu[where], coverages[1:] + [None]
         patch *= 1 - coverages[0]
         for cover, within, hu in zip(coverages, inner, hus):
             patch += (cover if within is None else np.maximum(cover - within, 0)) * hu
-        if region is not None: self.regions[where][coverages[0] > 0.5] = region
+        if region is not None:
+            self.regions[where][coverages[0] > 0.5] = region
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-017
 def paint_ellipsoid(canvas: Canvas, center, radii, hu, region=None, axes=None):
@@ -176,45 +262,71 @@ def paint_ellipsoid(canvas: Canvas, center, radii, hu, region=None, axes=None):
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-021
 def disc_of(radius, spacing_mm):
-    """Radius R and amplitude A of the blurred disc that stands for a disc of `radius` in voxels of `spacing_mm`, such that
-    A·π·(R² + h²/12) = π·r²: a vessel thinner than a voxel weighs what it should."""
+    """Radius R and amplitude A of the blurred disc that stands for a disc of `radius` in voxels of
+    `spacing_mm`, such that
+    A·π·(R² + h²/12) = π·r²: a vessel thinner than a voxel weighs what it should.
+    """
     area, h2 = radius * radius, spacing_mm**2
     return np.sqrt(np.maximum(area - h2 / 12, h2 / 4)), np.minimum(3 * area / h2, 1.0)
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-022
 def _splat(canvas, where, out, tubes, part, first, size, stretch):
-    "Coverage by the tubes `part`, one patch of `size` voxels (x, y, z) each, merged into `out` by maximum."
-    start, step = tubes.start[part] / stretch, (tubes.end[part] - tubes.start[part]) / stretch
+    """Coverage by the tubes `part`, one patch of `size` voxels (x, y, z) each, merged into `out` by
+    maximum.
+    """
+    start = tubes.start[part] / stretch
+    step = (tubes.end[part] - tubes.start[part]) / stretch
     origin = canvas.origin_mm + canvas.spacing_mm * np.array([s.start for s in where[::-1]])
     index = [first[:, k, None] + np.arange(size[k]) for k in range(3)]
-    delta = [((origin[k] + canvas.spacing_mm * index[k]) / stretch[k] - start[:, k, None]).astype(np.float32) for k in range(3)]
-    spread = lambda terms: terms[0][:, None, None, :] + (terms[1][:, None, :, None] + terms[2][:, :, None, None])
-    column = lambda values: np.asarray(values, np.float32)[:, None, None, None]
+    delta = [
+        ((origin[k] + canvas.spacing_mm * index[k]) / stretch[k] - start[:, k, None]).astype(
+            np.float32
+        )
+        for k in range(3)
+    ]
+
+    def spread(terms):
+        return terms[0][:, None, None, :] + (
+            terms[1][:, None, :, None] + terms[2][:, :, None, None]
+        )
+
+    def column(values):
+        return np.asarray(values, np.float32)[:, None, None, None]
+
     length2 = column(np.maximum((step * step).sum(1), 1e-9))
     dot = spread([delta[k] * step[:, k, None].astype(np.float32) for k in range(3)])
     square = spread([d * d for d in delta])
     along = np.clip(dot / length2, 0, 1)
     square -= along * (2 * dot - along * length2)
-    (r0, a0), (r1, a1) = (map(column, disc_of(r[part], canvas.spacing_mm)) for r in (tubes.start_radius, tubes.end_radius))
+    (r0, a0), (r1, a1) = (
+        map(column, disc_of(r[part], canvas.spacing_mm))
+        for r in (tubes.start_radius, tubes.end_radius)
+    )
     gap = np.sqrt(np.maximum(square, 0)) - (r0 + along * (r1 - r0))
     cover = canvas.coverage(gap) * (a0 + along * (a1 - a0))
     inside = cover > 0
     for k, shape in enumerate(((1, 1, -1), (1, -1, 1), (-1, 1, 1))):
         inside &= ((index[k] >= 0) & (index[k] < out.shape[2 - k])).reshape(len(part), *shape)
-    flat = index[0][:, None, None, :] + out.shape[2] * (index[1][:, None, :, None] + out.shape[1] * index[2][:, :, None, None])
+    flat = index[0][:, None, None, :] + out.shape[2] * (
+        index[1][:, None, :, None] + out.shape[1] * index[2][:, :, None, None]
+    )
     np.maximum.at(out.reshape(-1), flat[inside], cover[inside])
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-023
 def tube_coverage(canvas: Canvas, tubes: Tubes, stretch=(1, 1, 1)):
-    """How much of each voxel the union of the tubes fills: slices of their bounding box and a float32 array in it, 0 to 1.
-    `stretch` > 1 makes the cross-section longer along that axis (x, y, z)."""
+    """How much of each voxel the union of the tubes fills: slices of their bounding box and a
+    float32 array in it, 0 to 1.
+    `stretch` > 1 makes the cross-section longer along that axis (x, y, z).
+    """
     h, stretch = canvas.spacing_mm, np.asarray(stretch, float)
     t = tubes.cut(max(4 * h, 8.0))
     reach = np.maximum(t.start_radius, t.end_radius)[:, None] * stretch + 1.1 * h
-    low, high = np.minimum(t.start, t.end) - reach, np.maximum(t.start, t.end) + reach
+    low = np.minimum(t.start, t.end) - reach
+    high = np.maximum(t.start, t.end) + reach
     where, _ = canvas.box(low.min(0), high.max(0))
     out = np.zeros([s.stop - s.start for s in where], np.float32)
-    if out.size == 0: return where, out
+    if out.size == 0:
+        return where, out
     first = np.ceil((low - canvas.origin_mm) / h).astype(int)
     count = np.floor((high - canvas.origin_mm) / h).astype(int) - first + 1
     count = (count + 1) // 2 * 2  # even counts, so that patches of few different sizes are left
@@ -223,7 +335,9 @@ def tube_coverage(canvas: Canvas, tubes: Tubes, stretch=(1, 1, 1)):
     key = count[seen] @ (1, 64, 4096)
     for k in np.unique(key):
         members = seen[key == k]
-        for part in np.array_split(members, max(1, int(len(members) * count[members[0]].prod() / 1e6))):
+        for part in np.array_split(
+            members, max(1, int(len(members) * count[members[0]].prod() / 1e6))
+        ):
             _splat(canvas, where, out, t, part, first[part], count[part[0]], stretch)
     return where, out
 
@@ -233,20 +347,34 @@ def paint_tubes(canvas: Canvas, tubes: Tubes, hu, region=None, stretch=(1, 1, 1)
     where, cover = tube_coverage(canvas, tubes, stretch)
     canvas.paint(where, cover, hu, region)
 
-def paint_pipe(canvas: Canvas, tubes: Tubes, wall_mm, wall_hu, core_hu, region=None, stretch=(1, 1, 1)):
+
+def paint_pipe(
+    canvas: Canvas, tubes: Tubes, wall_mm, wall_hu, core_hu, region=None, stretch=(1, 1, 1)
+):
     "Paint tubes with a wall `wall_mm` thick inside their radius: bones and airways."
     where, outside = tube_coverage(canvas, tubes, stretch)
     within, core = tube_coverage(canvas, tubes.grown(-wall_mm), stretch)
     inside = np.zeros_like(outside)
     inside[tuple(slice(i.start - o.start, i.stop - o.start) for i, o in zip(within, where))] = core
-    canvas.paint_layers(where, [outside, np.minimum(inside, outside)], [np.float32(wall_hu), np.float32(core_hu)], region)
+    canvas.paint_layers(
+        where,
+        [outside, np.minimum(inside, outside)],
+        [np.float32(wall_hu), np.float32(core_hu)],
+        region,
+    )
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-028
 def hashed_normal(i, j, k, seed: int) -> np.ndarray:
-    "A nearly normal number (sum of four uniform ones) for every integer point: SplitMix64 of its coordinates."
+    """A nearly normal number (sum of four uniform ones) for every integer point: SplitMix64 of its
+    coordinates.
+    """
     with np.errstate(over="ignore"):
-        u = (i.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + j.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
-             + k.astype(np.uint64) * np.uint64(0x165667B19E3779F9) + np.uint64(seed * 0x27D4EB2F165667C5 % 2**64))
+        u = (
+            i.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            + j.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
+            + k.astype(np.uint64) * np.uint64(0x165667B19E3779F9)
+            + np.uint64(seed * 0x27D4EB2F165667C5 % 2**64)
+        )
         u = (u ^ (u >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         u = (u ^ (u >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         u ^= u >> np.uint64(31)
@@ -255,19 +383,31 @@ def hashed_normal(i, j, k, seed: int) -> np.ndarray:
 
 # %% ../../nbs/physics/09a_shapes.ipynb #cell-029
 def value_noise(x, y, z, seed: int, wavelength_mm: float) -> np.ndarray:
-    "Smooth noise over three axes (mm): normal numbers of unit variance at lattice points `wavelength_mm` apart, linear between them."
+    """Smooth noise over three axes (mm): normal numbers of unit variance at lattice points
+    `wavelength_mm` apart, linear between them.
+    """
     shape = np.broadcast_shapes(x.shape, y.shape, z.shape)
-    if 0 in shape: return np.zeros(shape, np.float32)  # a box that the cube does not reach
+    if 0 in shape:
+        return np.zeros(shape, np.float32)  # a box that the cube does not reach
     places = [lattice(axis.reshape(-1), wavelength_mm) for axis in (x, y, z)]
     nodes = [np.arange(low[0], low[-1] + 2) for low, _ in places]
-    values = hashed_normal(nodes[0][None, None], nodes[1][None, :, None], nodes[2][:, None, None], seed)
+    values = hashed_normal(
+        nodes[0][None, None], nodes[1][None, :, None], nodes[2][:, None, None], seed
+    )
     for k, (low, share) in enumerate(places):
-        at, share = low - low[0], share.reshape([-1 if axis == 2 - k else 1 for axis in range(3)])
-        values = np.take(values, at, axis=2 - k) * (1 - share) + np.take(values, at + 1, axis=2 - k) * share
+        at = low - low[0]
+        share = share.reshape([-1 if axis == 2 - k else 1 for axis in range(3)])
+        values = (
+            np.take(values, at, axis=2 - k) * (1 - share)
+            + np.take(values, at + 1, axis=2 - k) * share
+        )
     return values
 
+
 def lattice(position_mm, wavelength_mm):
-    "The lattice point below each of the rising positions, and how far it is on the way to the next (0 to 1)."
+    """The lattice point below each of the rising positions, and how far it is on the way to the
+    next (0 to 1).
+    """
     position = position_mm.astype(np.float64) / wavelength_mm
     low = np.floor(position).astype(np.int64)
     return low, (position - low).astype(np.float32)

@@ -15,22 +15,34 @@ from .shapes import Canvas, Tubes, curve, paint_pipe, paint_tubes, smooth_min
 
 # %% ../../nbs/physics/09e_skeleton.ipynb #cell-004
 def paint_bone(canvas: Canvas, patient, where, outside, inside, region):
-    "Paint a bone given the coverage of its outer surface and of its marrow: what lies between is cortex."
+    """Paint a bone given the coverage of its outer surface and of its marrow: what lies between is
+    cortex.
+    """
     hus = [np.float32(patient.hu["cortex"]), np.float32(patient.hu["marrow"])]
     canvas.paint_layers(where, [outside, np.minimum(inside, outside)], hus, region)
 
+
 def paint_bone_tubes(canvas: Canvas, patient, tubes, cortex_mm, region, stretch=(1, 1, 1)):
     "Paint long bones given as tubes."
-    paint_pipe(canvas, tubes, cortex_mm, patient.hu["cortex"], patient.hu["marrow"], region, stretch)
+    paint_pipe(
+        canvas, tubes, cortex_mm, patient.hu["cortex"], patient.hu["marrow"], region, stretch
+    )
 
 # %% ../../nbs/physics/09e_skeleton.ipynb #cell-006
-PITCH_MM, PITCH_GROWTH, T1_MM = 22.8, 0.028, 134.0  # at height 0, per mm downwards, and the height of T1 in the reference
+# at height 0, per mm downwards, and the height of T1 in the reference
+PITCH_MM = 22.8
+PITCH_GROWTH = 0.028
+T1_MM = 134.0
+
 
 def vertebra_offset(patient, z):
     "Distance, mm, of heights `z` from the middle of the nearest vertebra, and the pitch there, mm."
-    pitch = np.float32(PITCH_MM) - np.float32(PITCH_GROWTH) * (z - patient.shift_z) / patient.scale[2]
+    pitch = (
+        np.float32(PITCH_MM) - np.float32(PITCH_GROWTH) * (z - patient.shift_z) / patient.scale[2]
+    )
     number = np.log(np.maximum(pitch, 8) / (PITCH_MM - PITCH_GROWTH * T1_MM)) / PITCH_GROWTH
     return (np.round(number) - number) * pitch * patient.scale[2], pitch * patient.scale[2]
+
 
 def vertebra_z(patient, number):
     "Height z, mm, of the middle of vertebra `number` (0 is T1, 11 is T12)."
@@ -39,19 +51,30 @@ def vertebra_z(patient, number):
 
 # %% ../../nbs/physics/09e_skeleton.ipynb #cell-010
 def posterior_elements(patient, dx, dy, z, off):
-    "Signed distance to arches and processes, in reference mm, about the column: `dx`, `dy` from its middle, `off` from the nearest vertebra."
+    """Signed distance to arches and processes, in reference mm, about the column: `dx`, `dy` from
+    its middle, `off` from the nearest vertebra.
+    """
     sloped, pitch = vertebra_offset(patient, z + np.float32(0.5) * np.clip(dy - 18, 0, 40))
     side, sloped = np.abs(dx), np.abs(sloped)
-    ring = np.maximum(np.sqrt((dx / np.float32(1.2)) ** 2 + (dy - 21) ** 2) - 12.5, sloped - pitch * np.float32(0.36))
-    spinous = np.maximum(np.maximum(side - 2.6, np.abs(dy - 44) - 17), sloped - pitch * np.float32(0.24))
-    transverse = np.maximum(np.sqrt((dy - 24 - np.float32(0.28) * side) ** 2 + off * off) - 5, side - 31)
+    ring = np.maximum(
+        np.sqrt((dx / np.float32(1.2)) ** 2 + (dy - 21) ** 2) - 12.5,
+        sloped - pitch * np.float32(0.36),
+    )
+    spinous = np.maximum(
+        np.maximum(side - 2.6, np.abs(dy - 44) - 17), sloped - pitch * np.float32(0.24)
+    )
+    transverse = np.maximum(
+        np.sqrt((dy - 24 - np.float32(0.28) * side) ** 2 + off * off) - 5, side - 31
+    )
     return smooth_min(smooth_min(ring, spinous, np.float32(4)), transverse, np.float32(4))
+
 
 def paint_spine(canvas: Canvas, patient):
     "The whole column in one box."
     s, c = np.float32(patient.scale[0]), canvas.coverage
     where, (x, y, z) = canvas.box((-50 * s, -15, -400), (50 * s, 130, 400))
-    dx, dy = (x - patient.spine_x(z)) / s, (y - patient.spine_y(z)) / s
+    dx = (x - patient.spine_x(z)) / s
+    dy = (y - patient.spine_y(z)) / s
     off, pitch = vertebra_offset(patient, z)
     size = 1 + (pitch - np.float32(23)) * np.float32(0.018)
     waist = size * (14.2 - 1.5 * np.cos(2 * np.pi * off / pitch))
@@ -61,24 +84,40 @@ def paint_spine(canvas: Canvas, patient):
     bone = np.maximum(np.minimum(body, posterior_elements(patient, dx, dy, z, off)), -canal)
     canvas.paint(where, c(across - size * 13.6), patient.hu["disc"], 13)
     canvas.paint(where, c(canal), 8.0, 13)
-    canvas.paint(where, c(np.sqrt((dx / np.float32(1.25)) ** 2 + (dy - 20.5) ** 2) - 4.6), patient.hu["cord"], 13)
+    canvas.paint(
+        where,
+        c(np.sqrt((dx / np.float32(1.25)) ** 2 + (dy - 20.5) ** 2) - 4.6),
+        patient.hu["cord"],
+        13,
+    )
     cortex_mm = np.where(dy > 13, np.float32(0.8), np.float32(0.65))
     paint_bone(canvas, patient, where, c(bone * s), c((bone + cortex_mm) * s), 13)
 
 # %% ../../nbs/physics/09e_skeleton.ipynb #cell-012
-RIB_DROP = (20, 34, 48, 60, 70, 78, 84, 86, 82, 70, 50, 34)  # mm from the head of the rib to its lowest point
-RIB_BONE = (.72, .75, .78, .80, .80, .78, .76, .73, .69, .64, .46, .32)  # share of the way to the front that is bone
-RIB_END = (1, 1, 1, 1, 1, 1, 1, .90, .84, .76, 0, 0)  # and where the cartilage ends
+# mm from the head of the rib to its lowest point
+RIB_DROP = (20, 34, 48, 60, 70, 78, 84, 86, 82, 70, 50, 34)
+# share of the way to the front that is bone
+RIB_BONE = (0.72, 0.75, 0.78, 0.80, 0.80, 0.78, 0.76, 0.73, 0.69, 0.64, 0.46, 0.32)
+RIB_END = (1, 1, 1, 1, 1, 1, 1, 0.90, 0.84, 0.76, 0, 0)  # and where the cartilage ends
+
 
 def rib_line(patient, number, side, points=48):
-    "Share of the way to the midline in front (n,) and centreline (n, 3) mm of rib `number` (0 to 11); `side` +1 left, −1 right."
+    """Share of the way to the midline in front (n,) and centreline (n, 3) mm of rib `number` (0 to
+    11); `side` +1 left, −1 right.
+    """
     share, bone = np.linspace(0, 1, points), RIB_BONE[number]
     drop = RIB_DROP[number] * np.sin(np.minimum(share / 0.82, 1) * np.pi / 2) ** 1.35
     rise = np.clip((share - bone) / (1 - bone), 0, 1) ** 1.2 * min(max(number - 1, 0) * 9, 44)
-    own = np.random.default_rng([patient.seed, 12, number, side + 1]).normal(0, 1.6) * np.sin(np.pi * share)
+    own = np.random.default_rng([patient.seed, 12, number, side + 1]).normal(0, 1.6) * np.sin(
+        np.pi * share
+    )
     z = vertebra_z(patient, number - 0.25) + (rise - drop + own) * patient.scale[2]
     line = cage_point(patient, side, np.pi / 2 - (0.24 + share * (np.pi - 0.40)), z, 4.5)
-    head = np.array([patient.spine_x(z[0]), patient.spine_y(z[0]), z[0] + 1], float) + (side * 18 * patient.scale[0], 9 * patient.scale[1], 0)
+    head = np.array([patient.spine_x(z[0]), patient.spine_y(z[0]), z[0] + 1], float) + (
+        side * 18 * patient.scale[0],
+        9 * patient.scale[1],
+        0,
+    )
     neck = np.clip(share / 0.07, 0, 1)[:, None]
     return share, head * (1 - neck) + line * neck
 
@@ -92,14 +131,19 @@ def ribs(patient):
             share, line = rib_line(patient, number, side)
             bone.append(Tubes.along(curve(line[share <= RIB_BONE[number]][::2], 6.0), radius))
             gristle = line[(share >= RIB_BONE[number] - 0.02) & (share <= RIB_END[number])]
-            if len(gristle) > 2: cartilage.append(Tubes.along(gristle[::2], 4.4 * patient.scale[0]))
+            if len(gristle) > 2:
+                cartilage.append(Tubes.along(gristle[::2], 4.4 * patient.scale[0]))
     return Tubes.join(bone), Tubes.join(cartilage)
+
 
 def paint_ribs(canvas: Canvas, patient):
     "Twelve pairs of ribs; their cartilage hardens with age."
     bone, cartilage = ribs(patient)
-    paint_tubes(canvas, cartilage, patient.hu["cartilage"] + max(patient.age - 55, 0) * 3, 14, (1, 1, 1.35))
+    paint_tubes(
+        canvas, cartilage, patient.hu["cartilage"] + max(patient.age - 55, 0) * 3, 14, (1, 1, 1.35)
+    )
     paint_bone_tubes(canvas, patient, bone, 1.05, 14, (1, 1, 1.5))
+
 
 def paint_sternum(canvas: Canvas, patient):
     "Manubrium and body: flat bars in front of the mediastinum."
@@ -113,20 +157,36 @@ def paint_sternum(canvas: Canvas, patient):
 def paint_shoulders(canvas: Canvas, patient):
     "Clavicles, scapulae and the upper ends of the humeri."
     for side in (-1, 1):
-        at = lambda *points: patient.at([(side * x, y, z) for x, y, z in points])
+
+        def at(*points):
+            return patient.at([(side * x, y, z) for x, y, z in points])
+
         top, low, socket = at((70, 74, 108), (104, 82, -20), (134, 24, 112))
-        go = lambda *steps: curve(socket + np.array([(side * x, y, z) for x, y, z in steps], float), 7)
+
+        def go(*steps):
+            return curve(socket + np.array([(side * x, y, z) for x, y, z in steps], float), 7)
+
         clavicle = curve(at((18, -36, 104), (52, -46, 118), (92, -22, 138), (134, 8, 152)), 7)
         acromion = socket + [(side * 8, 22, 24), (side * 6, -8, 36)]
-        ridge = curve(np.array([top * 0.75 + low * 0.25, (top + socket) / 2 + (0, 24, 2), *acromion]), 7)
+        ridge = curve(
+            np.array([top * 0.75 + low * 0.25, (top + socket) / 2 + (0, 24, 2), *acromion]), 7
+        )
         rim = curve(np.array([low, (low + socket) / 2 + (side * 4, 2, 0), socket]), 8)
         coracoid = go((-12, -2, 10), (-14, -22, 18), (-2, -32, 14))
-        rods = Tubes.join([Tubes.along(clavicle, 5.6 * patient.scale[0]), Tubes.along(ridge, 4.4), Tubes.along(coracoid, 5.0),
-                           Tubes.along(rim, np.linspace(3.6, 6.5, len(rim)))])
+        rods = Tubes.join(
+            [
+                Tubes.along(clavicle, 5.6 * patient.scale[0]),
+                Tubes.along(ridge, 4.4),
+                Tubes.along(coracoid, 5.0),
+                Tubes.along(rim, np.linspace(3.6, 6.5, len(rim))),
+            ]
+        )
         paint_scapula(canvas, patient, top, low, socket)
         paint_bone_tubes(canvas, patient, rods, 1.6, 15)
         humerus = go((25, -4, 18), (37, -8, 48), (49, -10, 78), (61, -10, 128))
-        girth = np.interp(np.linalg.norm(humerus - humerus[0], axis=1), (0, 20, 50, 120), (21, 20, 13, 11.5))
+        girth = np.interp(
+            np.linalg.norm(humerus - humerus[0], axis=1), (0, 20, 50, 120), (21, 20, 13, 11.5)
+        )
         paint_bone_tubes(canvas, patient, Tubes.along(humerus, girth * patient.scale[0]), 1.8, 15)
 
 # %% ../../nbs/physics/09e_skeleton.ipynb #cell-016
@@ -134,13 +194,22 @@ def paint_scapula(canvas: Canvas, patient, top, low, socket):
     "The blade: a thin sheet 17 mm outside the cage, cut to the triangle of its three corners (mm)."
     corners = [top, low, socket]
     where, (x, y, z) = canvas.box(np.min(corners, 0) - 25, np.max(corners, 0) + 25)
-    if 0 in canvas.hu[where].shape: return
+    if 0 in canvas.hu[where].shape:
+        return
     depth = cage(patient, x, y, z) - 17
-    within, normal = np.float32(-1e3), np.cross(low - top, socket - top)
+    within = np.float32(-1e3)
+    normal = np.cross(low - top, socket - top)
     for a, b, c in ((top, low, socket), (low, socket, top), (socket, top, low)):
         edge = np.cross(b - a, normal)
         edge *= -np.sign(edge @ (c - a)) / np.linalg.norm(edge)
         e = edge.astype(np.float32)
         within = np.maximum(within, x * e[0] + (y * e[1] + (z * e[2] - np.float32(edge @ a))))
     within = canvas.coverage(within)
-    paint_bone(canvas, patient, where, canvas.slab(depth, 1.7) * within, canvas.slab(depth, 0.6) * within, 15)
+    paint_bone(
+        canvas,
+        patient,
+        where,
+        canvas.slab(depth, 1.7) * within,
+        canvas.slab(depth, 0.6) * within,
+        15,
+    )

@@ -10,49 +10,100 @@ __all__ = ['MUSCLES', 'body_outline', 'muscle_depth', 'shoulder', 'breasts', 'pa
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-003
 import numpy as np
 
-from .anatomy import cage, chambers, fissures, heart, lobe, lungs, spine_block, squircle
-from .shapes import Canvas, ellipsoid, paint_ellipsoid, smooth_max, smooth_min, tube_coverage, value_noise
+from ct_nb.physics.anatomy import (
+    cage,
+    chambers,
+    fissures,
+    heart,
+    lobe,
+    lungs,
+    spine_block,
+    squircle,
+)
+from ct_nb.physics.shapes import (
+    Canvas,
+    ellipsoid,
+    paint_ellipsoid,
+    smooth_max,
+    smooth_min,
+    tube_coverage,
+    value_noise,
+)
 
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-005
 def body_outline(patient, x, y, z):
     "Signed distance to the skin, mm, without breasts."
     fat, muscle = patient.fat_mm - 14, patient.muscle_mm - 15
     heights = (170, 135, 95, 50, 25, 0, -25, -55, -85, -115, -160)
-    along = lambda values, axis: patient.profile(heights, values, axis, 40)(z)
-    a = along((186, 190, 186, 178, 173, 169, 164, 161, 159, 157, 155), 0) + np.float32(0.9 * fat + 0.9 * muscle)
-    front = along((-72, -74, -82, -98, -109, -117, -123, -127, -129, -130, -128), 1) - np.float32(fat + 0.7 * muscle)
-    back = along((100, 110, 118, 123, 125, 125, 123, 120, 116, 111, 102), 1) + np.float32(0.5 * fat + 0.6 * muscle)
+
+    def along(values, axis):
+        return patient.profile(heights, values, axis, 40)(z)
+
+    a = along((186, 190, 186, 178, 173, 169, 164, 161, 159, 157, 155), 0) + np.float32(
+        0.9 * fat + 0.9 * muscle
+    )
+    front = along((-72, -74, -82, -98, -109, -117, -123, -127, -129, -130, -128), 1) - np.float32(
+        fat + 0.7 * muscle
+    )
+    back = along((100, 110, 118, 123, 125, 125, 123, 120, 116, 111, 102), 1) + np.float32(
+        0.5 * fat + 0.6 * muscle
+    )
     b = (back - front) / 2
-    return squircle((x - np.float32(0.3) * patient.spine_x(z)) / a, (y - (back + front) / 2) / b, a, b, 1.0)
+    return squircle(
+        (x - np.float32(0.3) * patient.spine_x(z)) / a, (y - (back + front) / 2) / b, a, b, 1.0
+    )
 
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-009
-MUSCLES = (  # angle about the cage and its spread (degrees; −90 front, 0 side, 90 back), height and its spread, thickness (mm)
-    (-48, 30, 52, 40, 17), (8, 30, -5, 75, 9), (48, 26, 25, 85, 13), (40, 26, 70, 45, 16), (86, 20, -20, 160, 15), (78, 30, 95, 60, 14),
-    (-60, 60, -140, 45, 8))
+# angle about the cage and its spread (degrees; −90 front, 0 side, 90 back), height and its spread,
+# thickness (mm)
+MUSCLES = (
+    (-48, 30, 52, 40, 17),
+    (8, 30, -5, 75, 9),
+    (48, 26, 25, 85, 13),
+    (40, 26, 70, 45, 16),
+    (86, 20, -20, 160, 15),
+    (78, 30, 95, 60, 14),
+    (-60, 60, -140, 45, 8),
+)
+
 
 def muscle_depth(patient, x, y, z):
     "Thickness of muscle over the ribs, mm."
     angle = np.degrees(np.arctan2(y / 90, np.abs(x) / 120)).astype(np.float32)
-    w, total = (z - patient.shift_z) / patient.scale[2], np.float32(0)
+    w = (z - patient.shift_z) / patient.scale[2]
+    total = np.float32(0)
     for angle0, spread, height0, height, depth in MUSCLES:
-        bundle = np.exp(-(((angle - angle0) / spread) ** 2)) * np.float32(depth * patient.muscle_mm / 15)
+        bundle = np.exp(-(((angle - angle0) / spread) ** 2)) * np.float32(
+            depth * patient.muscle_mm / 15
+        )
         total = total + np.exp(-(((w - height0) / height) ** 2)) * bundle
     return total
 
+
 def shoulder(patient, body, z):
-    "Signed distance, mm, to the muscle that fills the body above the armpits, from the distance `body` to the skin."
+    """Signed distance, mm, to the muscle that fills the body above the armpits, from the distance
+    `body` to the skin.
+    """
     return body + np.float32(patient.fat_mm * 0.9 + 3) + np.clip((95 - z) * np.float32(0.8), 0, 60)
 
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-010
 def breasts(patient) -> list:
     "Centre and radii (mm) of each breast and of the gland in it."
-    if not patient.breast_mm: return []
+    if not patient.breast_mm:
+        return []
     out = []
     for side in (-1, 1):
         center = patient.at([(side * 78, 0, -28)])[0]
         center[1] = float(patient.front(center[2])) - 8 - 0.5 * patient.fat_mm
         radii = np.array([66, 20 + 0.75 * patient.breast_mm, 62]) * patient.scale.mean()
-        out.append((center, radii, center - (0, 0.4 * patient.breast_mm, 4), np.array([40, 5 + 0.35 * patient.breast_mm, 36])))
+        out.append(
+            (
+                center,
+                radii,
+                center - (0, 0.4 * patient.breast_mm, 4),
+                np.array([40, 5 + 0.35 * patient.breast_mm, 36]),
+            )
+        )
     return out
 
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-011
@@ -62,28 +113,47 @@ def paint_couch(canvas: Canvas, patient, where, x, y):
     deck = y - np.float32(back_mm - 18) - 22 * (1 - (x / 230) ** 2)
     on = np.abs(x) < 215
     canvas.paint(where, canvas.slab(deck - 8, 8) * on, -940.0)
-    for depth in (16, 44): canvas.paint(where, canvas.slab(deck - np.float32(depth), 1.0) * on, -250.0)
+    for depth in (16, 44):
+        canvas.paint(where, canvas.slab(deck - np.float32(depth), 1.0) * on, -250.0)
 
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-012
 def paint_torso(canvas: Canvas, patient):
     "Couch, skin, fat, breasts and muscle; returns the signed distance to the cage (D, H, W), mm."
-    ribs, glands, c = np.empty(canvas.grid.shape, np.float32), breasts(patient), canvas.coverage
+    ribs = np.empty(canvas.grid.shape, np.float32)
+    glands = breasts(patient)
+    c = canvas.coverage
     for where, (x, y, z) in canvas.slabs():
         paint_couch(canvas, patient, where, x, y)
-        body, ribs[where] = body_outline(patient, x, y, z), cage(patient, x, y, z)
+        body = body_outline(patient, x, y, z)
+        ribs[where] = cage(patient, x, y, z)
         for center, radii, _, _ in glands:
-            if np.abs(z - center[2]).min() < radii[2] + 30: body = smooth_min(body, ellipsoid(x, y, z, center, radii), np.float32(30))
-        canvas.paint_layers(where, [c(body), c(body + 1.3)], [patient.hu["skin"], patient.hu["fat"]])
-        meat = smooth_min(ribs[where] - 10 - muscle_depth(patient, x, y, z), shoulder(patient, body, z), np.float32(8))
+            if np.abs(z - center[2]).min() < radii[2] + 30:
+                body = smooth_min(body, ellipsoid(x, y, z, center, radii), np.float32(30))
+        canvas.paint_layers(
+            where, [c(body), c(body + 1.3)], [patient.hu["skin"], patient.hu["fat"]]
+        )
+        meat = smooth_min(
+            ribs[where] - 10 - muscle_depth(patient, x, y, z),
+            shoulder(patient, body, z),
+            np.float32(8),
+        )
         meat = c(np.maximum(meat, body + np.float32(3 + 0.35 * patient.fat_mm)))
         between_ribs = np.float32(0.85) * c(ribs[where] - 10)
-        canvas.paint(where, meat * np.maximum(lean(patient, x, y, z), between_ribs), patient.hu["muscle"])
-    for _, _, center, radii in glands: paint_ellipsoid(canvas, center, radii, patient.hu["gland"])
+        canvas.paint(
+            where, meat * np.maximum(lean(patient, x, y, z), between_ribs), patient.hu["muscle"]
+        )
+    for _, _, center, radii in glands:
+        paint_ellipsoid(canvas, center, radii, patient.hu["gland"])
     return ribs
 
+
 def lean(patient, x, y, z):
-    "Share of muscle against fat where muscle is, 0.5 to 1: fat lies in sheets, where a noise changes its sign."
-    noise = value_noise(x, y, z, patient.seed * 16 + 1, 30.0) + np.float32(0.5) * value_noise(x, y, z, patient.seed * 16 + 4, 11.0)
+    """Share of muscle against fat where muscle is, 0.5 to 1: fat lies in sheets, where a noise
+    changes its sign.
+    """
+    noise = value_noise(x, y, z, patient.seed * 16 + 1, 30.0) + np.float32(0.5) * value_noise(
+        x, y, z, patient.seed * 16 + 4, 11.0
+    )
     return np.float32(0.5) + np.float32(0.5) * np.clip(np.abs(noise) * 4, 0, 1)
 
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-013
@@ -91,53 +161,83 @@ def paint_back(canvas: Canvas, patient):
     "The erector muscles beside the spinous processes (region 20)."
     s = np.float32(patient.scale[0])
     where, (x, y, z) = canvas.box((-60 * s, 20, -400), (60 * s, 125, 400))
-    side, behind = np.abs(x - patient.spine_x(z)) - 25 * s, y - patient.spine_y(z) - 42 * s
-    canvas.paint(where, canvas.coverage(np.sqrt((side / np.float32(1.6)) ** 2 + behind**2) - 12.5 * s), patient.hu["muscle"], 20)
+    side = np.abs(x - patient.spine_x(z)) - 25 * s
+    behind = y - patient.spine_y(z) - 42 * s
+    canvas.paint(
+        where,
+        canvas.coverage(np.sqrt((side / np.float32(1.6)) ** 2 + behind**2) - 12.5 * s),
+        patient.hu["muscle"],
+        20,
+    )
 
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-015
 def paint_lungs(canvas: Canvas, patient, ribs, dome):
-    """Fat inside the cage, then the lungs with their lobes, given the signed distances to cage and diaphragm (mm). Returns how much of each
-    voxel is lung (D, H, W), and the heart: slices of its box and its signed distance there."""
+    """Fat inside the cage, then the lungs with their lobes, given the signed distances to cage and
+    diaphragm (mm). Returns how much of each
+    voxel is lung (D, H, W), and the heart: slices of its box and its signed distance there.
+    """
     middle = chambers(patient)["right ventricle"][0]
     around, axes = canvas.box(middle - 110, middle + 110)
-    pump = smooth_max(heart(patient, *axes), ribs[around] + 3, np.float32(8))  # the wall of the chest flattens a large heart
+    # the wall of the chest flattens a large heart
+    pump = smooth_max(heart(patient, *axes), ribs[around] + 3, np.float32(8))
     share = np.empty(canvas.grid.shape, np.float32)
-    for where, (x, y, z) in canvas.slabs(): share[where] = lungs(patient, x, y, z, ribs[where], dome[where])
-    share[around] = smooth_max(share[around], np.float32(4.5 + patient.pericardial_mm) - pump, np.float32(8))
-    for where, _ in canvas.slabs(): share[where] = canvas.coverage(share[where])
+    for where, (x, y, z) in canvas.slabs():
+        share[where] = lungs(patient, x, y, z, ribs[where], dome[where])
+    share[around] = smooth_max(
+        share[around], np.float32(4.5 + patient.pericardial_mm) - pump, np.float32(8)
+    )
+    for where, _ in canvas.slabs():
+        share[where] = canvas.coverage(share[where])
     near, cover = tube_coverage(canvas, patient.around)
     share[near] *= 1 - cover
-    for where, axes in canvas.slabs(): paint_parenchyma(canvas, patient, where, *axes, share[where], ribs[where])
+    for where, axes in canvas.slabs():
+        paint_parenchyma(canvas, patient, where, *axes, share[where], ribs[where])
     return share, (around, pump)
 
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-016
 def paint_parenchyma(canvas: Canvas, patient, where, x, y, z, share, ribs):
     "Fat, lung tissue and the seams between the lobes, in one slab."
-    tissue = np.float32(10) * value_noise(x, y, z, patient.seed * 16 + 2, 12.0) + (np.float32(patient.hu["lung"]) + np.float32(0.42) * y)
+    tissue = np.float32(10) * value_noise(x, y, z, patient.seed * 16 + 2, 12.0) + (
+        np.float32(patient.hu["lung"]) + np.float32(0.42) * y
+    )
     cavity = canvas.coverage(smooth_max(ribs, z - np.float32(patient.apex[2] + 6), np.float32(10)))
     canvas.paint_layers(where, [np.maximum(cavity, share), share], [cavity_fat(patient), tissue])
     filled = share > 0.5
-    if not filled.any(): return
+    if not filled.any():
+        return
     left, right, horizontal = fissures(patient, x, y, z)
     canvas.regions[where][filled] = lobe(x, left, right, horizontal)[filled]
     seam = np.where(x > 0, left, right) * np.float32(0.7)
     canvas.paint(where, canvas.slab(seam, 0.12) * share, -300.0)
 
-def cavity_fat(patient): return np.float32(patient.hu["fat"] + 10)  # strands of vessels and nodes make it denser than the fat of the wall
+
+# strands of vessels and nodes make it denser than the fat of the wall
+def cavity_fat(patient):
+    return np.float32(patient.hu["fat"] + 10)
 
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-018
 def paint_heart(canvas: Canvas, patient, where, pump):
     "The heart, given the slices of its box and its signed distance there."
     canvas.paint(where, canvas.coverage(pump), patient.hu["myocardium"], 7)
-    fill = {"left ventricle": (0.85, 10), "right ventricle": (1.05, 4.5), "right atrium": (1.1, 3.5), "left atrium": (0.95, 3.5)}
+    fill = {
+        "left ventricle": (0.85, 10),
+        "right ventricle": (1.05, 4.5),
+        "right atrium": (1.1, 3.5),
+        "left atrium": (0.95, 3.5),
+    }
     for name, (center, radii, axes) in chambers(patient).items():
         gain, wall_mm = fill[name]
         box, _ = canvas.box(center - radii.max(), center + radii.max())
         part = tuple(slice(max(p.start, w.start), min(p.stop, w.stop)) for p, w in zip(box, where))
-        x, y, z = canvas.x[..., part[2]], canvas.y[:, part[1]], canvas.z[part[0]]
+        x = canvas.x[..., part[2]]
+        y = canvas.y[:, part[1]]
+        z = canvas.z[part[0]]
         here = pump[tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, where))]
-        cover = canvas.coverage(np.maximum(ellipsoid(x, y, z, center, radii - wall_mm, axes), here + 2))
+        cover = canvas.coverage(
+            np.maximum(ellipsoid(x, y, z, center, radii - wall_mm, axes), here + 2)
+        )
         canvas.paint(part, cover, blood_hu(patient, gain), 7)
+
 
 def blood_hu(patient, gain=1.0) -> float:
     "HU of blood that carries `gain` times the contrast of the aorta."
@@ -145,21 +245,35 @@ def blood_hu(patient, gain=1.0) -> float:
 
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-020
 def paint_abdomen(canvas: Canvas, patient, ribs, dome, share):
-    "Everything under the diaphragm, given the signed distances to cage and diaphragm (mm) and the share of lung in each voxel."
+    """Everything under the diaphragm, given the signed distances to cage and diaphragm (mm) and the
+    share of lung in each voxel.
+    """
     where, (x, y, z) = canvas.box((-200, -200, -400), (200, 200, patient.dome_tops.max() + 12))
-    ribs, dome, hu, c = ribs[where], dome[where], patient.hu, canvas.coverage
+    ribs = ribs[where]
+    dome = dome[where]
+    hu = patient.hu
+    c = canvas.coverage
     inside = np.maximum(ribs + 4, dome + 3)
-    room = np.minimum(c(np.maximum(ribs, dome)), 1 - share[where])  # the lung has had its part of the voxels that the diaphragm cuts
-    canvas.hu[where] += room * (hu["muscle"] + c(inside) * np.float32(hu["fat"] - hu["muscle"]) - cavity_fat(patient))
-    organ = lambda distance, value, region: canvas.paint(where, c(np.maximum(inside, distance)), value, region)
-    egg = lambda center, radii: ellipsoid(x, y, z, patient.at([center])[0], np.array(radii) * patient.scale)
+    # the lung has had its part of the voxels that the diaphragm cuts
+    room = np.minimum(c(np.maximum(ribs, dome)), 1 - share[where])
+    canvas.hu[where] += room * (
+        hu["muscle"] + c(inside) * np.float32(hu["fat"] - hu["muscle"]) - cavity_fat(patient)
+    )
+
+    def organ(distance, value, region):
+        return canvas.paint(where, c(np.maximum(inside, distance)), value, region)
+
+    def egg(center, radii):
+        return ellipsoid(x, y, z, patient.at([center])[0], np.array(radii) * patient.scale)
+
     bumps = 3 * value_noise(x, y, z, patient.seed * 16 + 3, 26.0)
     paint_bowel(patient, organ, egg, bumps)
     for side, low in ((1, -158), (-1, -170)):
         organ(egg((side * 56, 50, low), (27, 26, 54)) + 0.3 * bumps, hu["kidney"], 18)
         organ(egg((side * 50, 48, low), (11, 12, 34)), hu["fat"], 0)
     organ(egg((16, -22, -150), (70, 13, 16)) + bumps, hu["pancreas"], 17)
-    stomach, gas_level = egg((58, -14, -112), (40, 50, 46)) + 1.5 * bumps, patient.at([(0, -46, 0)])[0, 1]
+    stomach = egg((58, -14, -112), (40, 50, 46)) + 1.5 * bumps
+    gas_level = patient.at([(0, -46, 0)])[0, 1]
     organ(stomach, hu["muscle"], 19)
     organ(stomach + 4, 20.0, 19)
     organ(np.maximum(stomach + 4.5, y - gas_level), -960.0, 19)
@@ -169,13 +283,29 @@ def paint_abdomen(canvas: Canvas, patient, ribs, dome, share):
 # %% ../../nbs/physics/09c_soft_tissue.ipynb #cell-021
 def paint_bowel(patient, organ, egg, bumps):
     "Loops of bowel, gas in the front of each."
-    loops = ((98, -44, -136), (24, 26, 26)), ((20, -70, -158), (90, 20, 20)), ((60, 10, -165), (40, 34, 26)), ((-5, -15, -172), (40, 30, 22))
+    loops = (
+        ((98, -44, -136), (24, 26, 26)),
+        ((20, -70, -158), (90, 20, 20)),
+        ((60, 10, -165), (40, 34, 26)),
+        ((-5, -15, -172), (40, 30, 22)),
+    )
     for center, radii in loops:
         organ(egg(center, radii) + 2 * bumps, patient.hu["muscle"] - 15, 19)
-        organ(egg(np.add(center, (0, -0.3 * radii[1], 4)), np.multiply(radii, (0.5, 0.4, 0.5))) + 2 * bumps, -850.0, 19)
+        organ(
+            egg(np.add(center, (0, -0.3 * radii[1], 4)), np.multiply(radii, (0.5, 0.4, 0.5)))
+            + 2 * bumps,
+            -850.0,
+            19,
+        )
+
 
 def liver(patient, x, y, z):
-    "Signed distance to the liver, mm, where the abdomen allows it: up to the left lobe on one side, to its lower edge below."
+    """Signed distance to the liver, mm, where the abdomen allows it: up to the left lobe on one
+    side, to its lower edge below.
+    """
     w = (z - patient.shift_z) / patient.scale[2]
-    left, below = np.float32(0.82) * x + np.float32(0.55) * (y + 30) - 26, np.float32(0.42) * x - np.float32(0.9) * (w + 138)
-    return smooth_max(smooth_max(left, below, np.float32(24)), 8 - spine_block(patient, x, y, z), np.float32(10))
+    left = np.float32(0.82) * x + np.float32(0.55) * (y + 30) - 26
+    below = np.float32(0.42) * x - np.float32(0.9) * (w + 138)
+    return smooth_max(
+        smooth_max(left, below, np.float32(24)), 8 - spine_block(patient, x, y, z), np.float32(10)
+    )

@@ -14,29 +14,43 @@ from .geometry import ConeBeam
 from .projector import backproject, project
 
 # %% ../../nbs/physics/08_solvers.ipynb #cell-005
-def _dot(a, b): return (a.flatten(-3)[..., None, :] @ b.flatten(-3)[..., :, None]).double()[..., None]
+def _dot(a, b):
+    return (a.flatten(-3)[..., None, :] @ b.flatten(-3)[..., :, None]).double()[..., None]
 
 # %% ../../nbs/physics/08_solvers.ipynb #cell-007
 def _solve(image, geometry, iterations, tolerance, damping, spread=None):
-    "(z, x): conjugate residuals for (A W Aᵀ + damping) z = image and x = W Aᵀ z, W = diag(spread²); every batch element has its own step lengths."
+    """(z, x): conjugate residuals for (A W Aᵀ + damping) z = image and x = W Aᵀ z, W =
+    diag(spread²); every batch element has its own step lengths.
+    """
     weighted = (lambda x: x) if spread is None else (lambda x: x * spread.square())
-    transpose = lambda r: backproject(r, geometry)
+
+    def transpose(r):
+        return backproject(r, geometry)
+
     z, r = torch.zeros_like(image), image.clone()
     s = transpose(r)
-    p, q, v = r.clone(), project(weighted(s), geometry) + damping * r, weighted(s)
+    p = r.clone()
+    q = project(weighted(s), geometry) + damping * r
+    v = weighted(s)
     x = torch.zeros_like(v)
-    energy = _dot(s, v) + damping * _dot(r, r)  # rᵀ(AWAᵀ + damping)r, the squared size of what is left to explain
-    goal = energy * tolerance ** 2
+    # rᵀ(AWAᵀ + damping)r, the squared size of what is left to explain
+    energy = _dot(s, v) + damping * _dot(r, r)
+    goal = energy * tolerance**2
     for _ in range(iterations):
         active = energy > goal
-        if not active.any(): break
+        if not active.any():
+            break
         alpha = torch.where(active, energy / _dot(q, q).clamp_min(1e-300), 0.0).to(image.dtype)
-        z, x, r = z + alpha * p, x + alpha * v, r - alpha * q
+        z = z + alpha * p
+        x = x + alpha * v
+        r = r - alpha * q
         s = transpose(r)
         w = weighted(s)
         new = _dot(s, w) + damping * _dot(r, r)
         beta = torch.where(active, new / energy.clamp_min(1e-300), 0.0).to(image.dtype)
-        p, v, q = r + beta * p, w + beta * v, project(w, geometry) + damping * r + beta * q
+        p = r + beta * p
+        v = w + beta * v
+        q = project(w, geometry) + damping * r + beta * q
         energy = torch.where(active, new, energy)
     return z, x
 
@@ -45,10 +59,16 @@ def _check(geometry: ConeBeam, image=None, mu=None):
     if image is not None:
         expected = (geometry.views, *geometry.detector_shape)
         if tuple(image.shape[-3:]) != expected:
-            raise ValueError(f"image: the geometry describes X-rays of shape (views, rows, columns) = {expected}, got {tuple(image.shape[-3:])}; "
-                             "give the X-rays and the geometry they were taken with")
+            raise ValueError(
+                "image: the geometry describes X-rays of shape (views, rows, columns) ="
+                f" {expected}, got {tuple(image.shape[-3:])}; give the X-rays and the geometry they"
+                " were taken with"
+            )
     if mu is not None and tuple(mu.shape[-3:]) != tuple(geometry.grid.shape):
-        raise ValueError(f"mu: the geometry's grid is (D, H, W) = {tuple(geometry.grid.shape)}, got {tuple(mu.shape[-3:])}; use `geometry.on(grid)`")
+        raise ValueError(
+            f"mu: the geometry's grid is (D, H, W) = {tuple(geometry.grid.shape)}, got"
+            f" {tuple(mu.shape[-3:])}; use `geometry.on(grid)`"
+        )
 
 # %% ../../nbs/physics/08_solvers.ipynb #cell-010
 @torch.no_grad()
@@ -58,9 +78,12 @@ def minimum_norm(
     iterations: int = 30,  # at most; a batch element stops when it has converged
     tolerance: float = 1e-4,  # on ‖Aᵀ(y − Ax)‖ relative to its start
     damping: float = 0.0,  # mm², (noise of a line integral / scatter of a voxel in mm⁻¹)²
-    spread: torch.Tensor | None = None,  # (*batch, D, H, W) relative scatter of each voxel about the prior; None: the same everywhere
+    # (*batch, D, H, W) relative scatter of each voxel about the prior; None: the same everywhere
+    spread: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    "A⁺y in mm⁻¹, (*batch, D, H, W): of the volumes that explain the X-rays best, the one of least norm. Values may be negative."
+    """A⁺y in mm⁻¹, (*batch, D, H, W): of the volumes that explain the X-rays best, the one of least
+    norm. Values may be negative.
+    """
     _check(geometry, image=image)
     return _solve(image, geometry, iterations, tolerance, damping, spread)[1]
 
@@ -77,6 +100,7 @@ def range_component(
     _check(geometry, mu=mu)
     return _solve(project(mu, geometry), geometry, iterations, tolerance, damping)[1]
 
+
 @torch.no_grad()
 def null_component(
     mu: torch.Tensor,  # (*batch, D, H, W) on the geometry's grid
@@ -85,7 +109,9 @@ def null_component(
     tolerance: float = 1e-4,
     damping: float = 0.0,  # mm²
 ) -> torch.Tensor:
-    "(I − A⁺A)μ, (*batch, D, H, W): the part that no X-ray of this geometry sees; its projections vanish."
+    """(I − A⁺A)μ, (*batch, D, H, W): the part that no X-ray of this geometry sees; its projections
+    vanish.
+    """
     return mu - range_component(mu, geometry, iterations, tolerance, damping)
 
 # %% ../../nbs/physics/08_solvers.ipynb #cell-022
@@ -95,42 +121,76 @@ def sirt(
     geometry: ConeBeam,
     iterations: int = 50,
     nonnegative: bool = True,  # clip to μ ≥ 0 after each iteration
-    initial: torch.Tensor | None = None,  # (*batch, D, H, W) starting volume, mm⁻¹; None: empty space
+    # (*batch, D, H, W) starting volume, mm⁻¹; None: empty space
+    initial: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    "SIRT, mm⁻¹, (*batch, D, H, W): minimises the residual weighted by ray length, starting from `initial` (Gregor & Benson 2008)."
+    """SIRT, mm⁻¹, (*batch, D, H, W): minimises the residual weighted by ray length, starting from
+    `initial` (Gregor & Benson 2008).
+    """
     _check(geometry, image=image, mu=initial)
-    inverse = lambda total: torch.where(total > 1e-6 * total.amax(), 1 / total.clamp_min(1e-30), 0.0)  # rays and voxels that never meet stay as they are
+
+    # rays and voxels that never meet stay as they are
+    def inverse(total):
+        return torch.where(total > 1e-6 * total.amax(), 1 / total.clamp_min(1e-30), 0.0)
+
     volume_shape = (*image.shape[:-3], *geometry.grid.shape)
     rays = inverse(project(image.new_ones(volume_shape), geometry))
     voxels = inverse(backproject(torch.ones_like(image), geometry))
     x = image.new_zeros(volume_shape) if initial is None else initial.clone()
     for _ in range(iterations):
         x = x + voxels * backproject(rays * (image - project(x, geometry)), geometry)
-        if nonnegative: x = x.clamp_min(0)
+        if nonnegative:
+            x = x.clamp_min(0)
     return x
 
 # %% ../../nbs/physics/08_solvers.ipynb #cell-025
 def _circular_orbit(geometry: ConeBeam):
-    "(R, S, column mm, row mm) of an even full circle of views with upright detectors; ValueError otherwise."
+    """(R, S, column mm, row mm) of an even full circle of views with upright detectors; ValueError
+    otherwise.
+    """
     g = geometry.to(torch.float64)
     center = g.source_mm.mean(-2, keepdim=True)
-    radius, ray = g.source_mm - center, g.detector_center_mm - g.source_mm
+    radius = g.source_mm - center
+    ray = g.detector_center_mm - g.source_mm
     R, S, pu, pv = (t.norm(dim=-1) for t in (radius, ray, g.column_step_mm, g.row_step_mm))
-    axis = torch.linalg.cross(radius[..., :1, :], radius[..., 1:2, :]) if g.views > 2 else torch.zeros_like(center)
+    axis = (
+        torch.linalg.cross(radius[..., :1, :], radius[..., 1:2, :])
+        if g.views > 2
+        else torch.zeros_like(center)
+    )
     axis = axis / axis.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    angle = torch.atan2((torch.linalg.cross(radius[..., :1, :].expand_as(radius), radius) * axis).sum(-1), (radius[..., :1, :] * radius).sum(-1))
+    angle = torch.atan2(
+        (torch.linalg.cross(radius[..., :1, :].expand_as(radius), radius) * axis).sum(-1),
+        (radius[..., :1, :] * radius).sum(-1),
+    )
     gap = angle.remainder(2 * math.pi).sort(-1).values.diff(dim=-1) * g.views / (2 * math.pi)
-    along = lambda a, b: (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp_min(1e-12)
-    checks = [R / R[..., :1] - 1, S / S[..., :1] - 1, gap - 1, along(radius, axis), along(ray, radius) + 1, along(g.column_step_mm, axis),
-              along(g.column_step_mm, ray), along(g.row_step_mm, axis).abs() - 1]
+
+    def along(a, b):
+        return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp_min(1e-12)
+
+    checks = [
+        R / R[..., :1] - 1,
+        S / S[..., :1] - 1,
+        gap - 1,
+        along(radius, axis),
+        along(ray, radius) + 1,
+        along(g.column_step_mm, axis),
+        along(g.column_step_mm, ray),
+        along(g.row_step_mm, axis).abs() - 1,
+    ]
     if g.views < 3 or max(float(c.abs().max()) for c in checks) > 1e-3:
-        raise ValueError(f"geometry: FDK needs at least 3 views spaced evenly over a full circle about one axis with the detector upright, got {g.views} views "
-                         "that are not; use `sirt` or `minimum_norm`")
+        raise ValueError(
+            "geometry: FDK needs at least 3 views spaced evenly over a full circle about one axis"
+            f" with the detector upright, got {g.views} views that are not; use `sirt` or"
+            " `minimum_norm`"
+        )
     return (t[..., :1, None, None] for t in (R[..., 0:1], S[..., 0:1], pu[..., 0:1], pv[..., 0:1]))
 
 # %% ../../nbs/physics/08_solvers.ipynb #cell-027
 def _ramp(image, spacing):
-    "Rows (last axis) convolved with the band-limited ramp; `spacing` in mm broadcasts against the image."
+    """Rows (last axis) convolved with the band-limited ramp; `spacing` in mm broadcasts against the
+    image.
+    """
     n = image.shape[-1]
     k = torch.arange(-n, n, dtype=torch.float64, device=image.device)
     kernel = torch.where(k % 2 == 1, -1 / (k * math.pi).square().clamp_min(1e-9), 0.0)
@@ -144,15 +204,22 @@ def fdk(
     image: torch.Tensor,  # (*batch, V, R, C) line integrals ∫μ dl
     geometry: ConeBeam,  # an even, full, circular orbit
 ) -> torch.Tensor:
-    "Filtered back-projection for a circular cone-beam orbit, mm⁻¹, (*batch, D, H, W) (Feldkamp, Davis & Kress 1984). ValueError for any other orbit."
+    """Filtered back-projection for a circular cone-beam orbit, mm⁻¹, (*batch, D, H, W) (Feldkamp,
+    Davis & Kress 1984). ValueError for any other orbit.
+    """
     _check(geometry, image=image)
     R, S, pixel_u, pixel_v = (t.to(image) for t in _circular_orbit(geometry))
     rows, columns = geometry.detector_shape
-    v = (torch.arange(rows, dtype=image.dtype, device=image.device)[:, None] + 0.5 - rows / 2) * pixel_v
-    u = (torch.arange(columns, dtype=image.dtype, device=image.device) + 0.5 - columns / 2) * pixel_u
+    v = (
+        torch.arange(rows, dtype=image.dtype, device=image.device)[:, None] + 0.5 - rows / 2
+    ) * pixel_v
+    u = (
+        torch.arange(columns, dtype=image.dtype, device=image.device) + 0.5 - columns / 2
+    ) * pixel_u
     cosine = S / (S.square() + u.square() + v.square()).sqrt()
     filtered = cosine * _ramp(image * cosine, pixel_u * R / S)
-    voxel = abs(float(torch.linalg.det(torch.as_tensor(geometry.grid.affine[:3, :3].copy()))))  # mm³
+    # mm³
+    voxel = abs(float(torch.linalg.det(torch.as_tensor(geometry.grid.affine[:3, :3].copy()))))
     scale = math.pi / geometry.views * (R / S).square() * pixel_u * pixel_v / voxel
     return backproject(scale * filtered, geometry)
 
@@ -160,7 +227,9 @@ def fdk(
 class _MakeConsistent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mu, image, spread, geometry, iterations, tolerance, damping):
-        z, step = _solve(image - project(mu, geometry), geometry, iterations, tolerance, damping, spread)
+        z, step = _solve(
+            image - project(mu, geometry), geometry, iterations, tolerance, damping, spread
+        )
         ctx.settings = geometry, iterations, tolerance, damping
         ctx.save_for_backward(*((spread, backproject(z, geometry)) if spread is not None else ()))
         return mu + step
@@ -173,7 +242,15 @@ class _MakeConsistent(torch.autograd.Function):
         weighted = gradient if spread is None else gradient * spread.square()
         q, _ = _solve(project(weighted, geometry), geometry, iterations, tolerance, damping, spread)
         to_mu = gradient - backproject(q, geometry)
-        return to_mu, q, 2 * spread * lifted * to_mu if ctx.needs_input_grad[2] else None, None, None, None, None
+        return (
+            to_mu,
+            q,
+            2 * spread * lifted * to_mu if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 # %% ../../nbs/physics/08_solvers.ipynb #cell-033
 def make_consistent(
@@ -183,9 +260,13 @@ def make_consistent(
     iterations: int = 30,
     tolerance: float = 1e-4,  # on ‖Aᵀ(y − Aμ')‖ relative to the guess's
     damping: float = 0.0,  # mm²; 0 asks for equality
-    spread: torch.Tensor | None = None,  # (*batch, D, H, W) where the guess may be changed most; None: the same everywhere
+    # (*batch, D, H, W) where the guess may be changed most; None: the same everywhere
+    spread: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """μ + A⁺(y − Aμ), (*batch, D, H, W): the volume nearest to `mu` with these X-rays. Differentiable with respect to `mu`, `image` and `spread`
-    (the derivatives of the converged solution), not to the geometry."""
+    """μ + A⁺(y − Aμ), (*batch, D, H, W): the volume nearest to `mu` with these X-rays.
+
+    Differentiable with respect to `mu`, `image` and `spread`
+    (the derivatives of the converged solution), not to the geometry.
+    """
     _check(geometry, image=image, mu=mu)
     return _MakeConsistent.apply(mu, image, spread, geometry, iterations, tolerance, damping)

@@ -14,43 +14,115 @@ from .shapes import Tubes, curve
 
 # %% ../../nbs/physics/09d_vessels.ipynb #cell-004
 def tube(patient, points, radii, scale=None) -> Tubes:
-    "A smooth tube through `points` (n, 3) mm with radii (n,), which grow with the patient unless `scale` is given."
+    """A smooth tube through `points` (n, 3) mm with radii (n,), which grow with the patient unless
+    `scale` is given.
+    """
     line = curve(np.column_stack([points, radii]))
     return Tubes.along(line[:, :3], line[:, 3] * (patient.scale[0] if scale is None else scale))
 
+
 def near_heart(patient):
-    "A function (points, pull) that places reference points and moves them with the heart of the patient, each by its share `pull`."
+    """A function (points, pull) that places reference points and moves them with the heart of the
+    patient, each by its share `pull`.
+    """
     moved = chambers(patient)["right ventricle"][0] - patient.at([(18, -64, -56)])[0]
     return lambda points, pull: patient.at(points) + np.outer(pull, moved)
 
 # %% ../../nbs/physics/09d_vessels.ipynb #cell-006
 def aorta(patient) -> Tubes:
     "The whole aorta: root, ascending part, arch, descending part."
-    rise = near_heart(patient)([(0, -32, -16), (-14, -38, 8), (-20, -40, 32), (-12, -30, 54), (6, -8, 64), (22, 12, 58)], [1, .8, .5, .2, 0, 0])
-    beside = ((38, 26, -12), (10, 25, -18), (-30, 22, -23), (-75, 15, -28), (-115, 6, -32), (-190, 3, -33))
-    usual = np.array([15, 16.5, 16.2, 14.5, 13.5, 13, 12.5, 12, 12, 11.5, 11, 10]) * patient.scale[0]
+    rise = near_heart(patient)(
+        [(0, -32, -16), (-14, -38, 8), (-20, -40, 32), (-12, -30, 54), (6, -8, 64), (22, 12, 58)],
+        [1, 0.8, 0.5, 0.2, 0, 0],
+    )
+    beside = (
+        (38, 26, -12),
+        (10, 25, -18),
+        (-30, 22, -23),
+        (-75, 15, -28),
+        (-115, 6, -32),
+        (-190, 3, -33),
+    )
+    usual = (
+        np.array([15, 16.5, 16.2, 14.5, 13.5, 13, 12.5, 12, 12, 11.5, 11, 10]) * patient.scale[0]
+    )
     ascending = np.array([0.9, 1, 1, 0.8, 0.3, 0, 0, 0, 0, 0, 0, 0])
-    return tube(patient, [*rise, *(patient.spine_at(*p) for p in beside)], usual + ascending * (patient.aorta_mm / 2 - usual), scale=1.0)
+    return tube(
+        patient,
+        [*rise, *(patient.spine_at(*p) for p in beside)],
+        usual + ascending * (patient.aorta_mm / 2 - usual),
+        scale=1.0,
+    )
 
 # %% ../../nbs/physics/09d_vessels.ipynb #cell-007
 def veins(patient) -> Tubes:
     "Superior vena cava with both brachiocephalic veins, inferior vena cava, azygos."
     near, at = near_heart(patient), patient.at
     spine = [patient.spine_at(*p) for p in ((-120, -8, -22), (-40, -10, -23), (30, -12, -22))]
-    return Tubes.join([
-        tube(patient, near([(-36, -22, -14), (-38, -22, 12), (-37, -26, 42), (-35, -28, 70)], [1, .6, .2, 0]), (11, 10.5, 10, 9.5)),
-        tube(patient, at([(-35, -28, 70), (-39, -24, 92), (-46, -16, 120), (-50, -12, 165)]), (8.5, 8, 7.5, 6)),
-        tube(patient, at([(-34, -30, 71), (-14, -42, 80), (14, -42, 90), (40, -24, 116), (48, -14, 165)]), (7.5, 7, 7, 7, 6)),
-        tube(patient, near([(-34, -8, -52), (-30, 0, -80), (-26, 6, -112), (-24, 8, -190)], [1, .4, 0, 0]), (13, 13, 12, 12)),
-        tube(patient, [*spine, *at([(-20, 14, 52), (-34, -14, 50)])], (3, 3.4, 3.8, 4.2, 4.6))])
+    return Tubes.join(
+        [
+            tube(
+                patient,
+                near(
+                    [(-36, -22, -14), (-38, -22, 12), (-37, -26, 42), (-35, -28, 70)],
+                    [1, 0.6, 0.2, 0],
+                ),
+                (11, 10.5, 10, 9.5),
+            ),
+            tube(
+                patient,
+                at([(-35, -28, 70), (-39, -24, 92), (-46, -16, 120), (-50, -12, 165)]),
+                (8.5, 8, 7.5, 6),
+            ),
+            tube(
+                patient,
+                at([(-34, -30, 71), (-14, -42, 80), (14, -42, 90), (40, -24, 116), (48, -14, 165)]),
+                (7.5, 7, 7, 7, 6),
+            ),
+            tube(
+                patient,
+                near(
+                    [(-34, -8, -52), (-30, 0, -80), (-26, 6, -112), (-24, 8, -190)], [1, 0.4, 0, 0]
+                ),
+                (13, 13, 12, 12),
+            ),
+            tube(patient, [*spine, *at([(-20, 14, 52), (-34, -14, 50)])], (3, 3.4, 3.8, 4.2, 4.6)),
+        ]
+    )
+
 
 def arch_branches(patient) -> Tubes:
     "Brachiocephalic trunk, right subclavian, left carotid and left subclavian artery."
-    return Tubes.join([tube(patient, patient.at(points), radii) for points, radii in (
-        ([(-4, -26, 64), (-14, -18, 86), (-26, -8, 110), (-28, -2, 170)], (7, 6.5, 5, 3.6)),
-        ([(-20, -12, 98), (-38, -2, 120), (-70, -6, 132), (-105, -4, 128), (-150, 0, 140)], (5, 5, 4.5, 4, 4)),
-        ([(10, -10, 66), (16, -8, 88), (24, -6, 113), (28, -2, 170)], (4.5, 4, 3.6, 3.4)),
-        ([(18, 4, 64), (28, 8, 88), (40, 6, 116), (70, -2, 132), (105, -4, 128), (150, 0, 140)], (5.5, 5, 4.6, 4.5, 4, 4)))])
+    return Tubes.join(
+        [
+            tube(patient, patient.at(points), radii)
+            for points, radii in (
+                ([(-4, -26, 64), (-14, -18, 86), (-26, -8, 110), (-28, -2, 170)], (7, 6.5, 5, 3.6)),
+                (
+                    [
+                        (-20, -12, 98),
+                        (-38, -2, 120),
+                        (-70, -6, 132),
+                        (-105, -4, 128),
+                        (-150, 0, 140),
+                    ],
+                    (5, 5, 4.5, 4, 4),
+                ),
+                ([(10, -10, 66), (16, -8, 88), (24, -6, 113), (28, -2, 170)], (4.5, 4, 3.6, 3.4)),
+                (
+                    [
+                        (18, 4, 64),
+                        (28, 8, 88),
+                        (40, 6, 116),
+                        (70, -2, 132),
+                        (105, -4, 128),
+                        (150, 0, 140),
+                    ],
+                    (5.5, 5, 4.6, 4.5, 4, 4),
+                ),
+            )
+        ]
+    )
 
 # %% ../../nbs/physics/09d_vessels.ipynb #cell-009
 def pulmonary_trunk(patient) -> Tubes:
@@ -58,39 +130,75 @@ def pulmonary_trunk(patient) -> Tubes:
     near = near_heart(patient)
     left = [(18, -58, -18), (24, -54, 4), (28, -38, 22), (38, -12, 31), (52, 8, 25), (60, 20, 4)]
     right = [(28, -34, 22), (6, -16, 20), (-20, -12, 18), (-42, -8, 12), (-56, 2, -6)]
-    return Tubes.join([tube(patient, near(left, [1, 1, .7, .5, .3, .3]), (15, 14.5, 14, 12, 10.5, 8)),
-                       tube(patient, near(right, [.7, .6, .5, .4, .3]), (11.5, 11.5, 11.5, 10, 8))])
+    return Tubes.join(
+        [
+            tube(patient, near(left, [1, 1, 0.7, 0.5, 0.3, 0.3]), (15, 14.5, 14, 12, 10.5, 8)),
+            tube(patient, near(right, [0.7, 0.6, 0.5, 0.4, 0.3]), (11.5, 11.5, 11.5, 10, 8)),
+        ]
+    )
+
 
 def esophagus(patient) -> Tubes:
     "From the neck to the stomach, behind the trachea and the left atrium."
     beside = ((175, 3, -19), (100, 6, -21), (50, 4, -23), (0, 6, -27), (-45, 11, -36))
-    return tube(patient, [*(patient.spine_at(*p) for p in beside), *patient.at([(24, -6, -92), (38, -14, -104)])], (6.5, 7, 7.5, 7.5, 8, 8, 9))
+    return tube(
+        patient,
+        [*(patient.spine_at(*p) for p in beside), *patient.at([(24, -6, -92), (38, -14, -104)])],
+        (6.5, 7, 7.5, 7.5, 8, 8, 9),
+    )
+
 
 def airways(patient) -> Tubes:
     "Trachea and main bronchi, lumen only."
     carina = patient.spine_at(40, 0, -36)
-    right, left = patient.at([(-16, 13, 28), (-32, 17, 15), (-46, 18, -2)]), patient.at([(18, 12, 26), (36, 14, 12), (50, 16, -2)])
-    trachea = [patient.spine_at(175, 0, -30), patient.spine_at(120, 0, -32), patient.spine_at(80, 1, -34), carina]
-    return Tubes.join([tube(patient, trachea, (8.8, 8.8, 8.8, 8.6)), tube(patient, [carina, *right], (7.6, 6.8, 5.8, 4.2)),
-                       tube(patient, [carina, *left], (7, 6, 5.4, 4.2))])
+    right = patient.at([(-16, 13, 28), (-32, 17, 15), (-46, 18, -2)])
+    left = patient.at([(18, 12, 26), (36, 14, 12), (50, 16, -2)])
+    trachea = [
+        patient.spine_at(175, 0, -30),
+        patient.spine_at(120, 0, -32),
+        patient.spine_at(80, 1, -34),
+        carina,
+    ]
+    return Tubes.join(
+        [
+            tube(patient, trachea, (8.8, 8.8, 8.8, 8.6)),
+            tube(patient, [carina, *right], (7.6, 6.8, 5.8, 4.2)),
+            tube(patient, [carina, *left], (7, 6, 5.4, 4.2)),
+        ]
+    )
 
 # %% ../../nbs/physics/09d_vessels.ipynb #cell-010
 def lay_vessels(patient):
-    "Keep with the patient the great `vessels` by name, the `windpipe`, and `around`: what both take from the lungs, 2 mm about them."
-    patient.vessels = {"aorta": aorta(patient), "veins": veins(patient), "arteries": arch_branches(patient),
-                       "pulmonary trunk": pulmonary_trunk(patient), "esophagus": esophagus(patient)}
+    """Keep with the patient the great `vessels` by name, the `windpipe`, and `around`: what both
+    take from the lungs, 2 mm about them.
+    """
+    patient.vessels = {
+        "aorta": aorta(patient),
+        "veins": veins(patient),
+        "arteries": arch_branches(patient),
+        "pulmonary trunk": pulmonary_trunk(patient),
+        "esophagus": esophagus(patient),
+    }
     patient.windpipe = airways(patient)
-    patient.around = Tubes.join([patient.vessels[n] for n in ("aorta", "veins", "arteries", "pulmonary trunk")] + [patient.windpipe]).grown(2.0)
+    patient.around = Tubes.join(
+        [patient.vessels[n] for n in ("aorta", "veins", "arteries", "pulmonary trunk")]
+        + [patient.windpipe]
+    ).grown(2.0)
 
 # %% ../../nbs/physics/09d_vessels.ipynb #cell-012
 TREE_POWER = 2.6
 
+
 def grow_tree(root, targets, tip_mm, reach_mm=11.0) -> Tubes:
-    "A vessel tree from the line `root` (n, 3) mm to every one of `targets` (m, 3); radius `tip_mm` at its ends, nodes about `reach_mm` apart."
+    """A vessel tree from the line `root` (n, 3) mm to every one of `targets` (m, 3); radius
+    `tip_mm` at its ends, nodes about `reach_mm` apart.
+    """
     hub, count = np.asarray(root[-1], float), len(root)
     nodes, heading = np.empty((2, count + 24 * len(targets), 3))
     detour = np.empty(len(nodes))
-    nodes[:count], heading[:count], detour[:count] = root, root[-1] - root[-2], 1e3
+    nodes[:count] = root
+    heading[:count] = root[-1] - root[-2]
+    detour[:count] = 1e3
     detour[count - 1] = 0
     parent = list(range(-1, count - 1))
     for target in targets[np.argsort(np.linalg.norm(targets - hub, axis=1))]:
@@ -108,41 +216,64 @@ def grow_tree(root, targets, tip_mm, reach_mm=11.0) -> Tubes:
         count += steps
     return tree_tubes(nodes[:count], np.array(parent), tip_mm)
 
+
 def tree_tubes(nodes, parent, tip_mm) -> Tubes:
     "Tubes from every node (n, 3) to its parent (n,), an earlier one; radii from the tips upwards."
     flow = np.zeros(len(nodes))
     flow[np.setdiff1d(np.arange(len(nodes)), parent)] = tip_mm**TREE_POWER
-    for i in range(len(nodes) - 1, 0, -1): flow[parent[i]] += flow[i]
+    for i in range(len(nodes) - 1, 0, -1):
+        flow[parent[i]] += flow[i]
     radius = flow ** (1 / TREE_POWER)
-    return Tubes(nodes[parent[1:]], nodes[1:], np.minimum(radius[parent[1:]], 1.35 * radius[1:]), radius[1:])
+    return Tubes(
+        nodes[parent[1:]], nodes[1:], np.minimum(radius[parent[1:]], 1.35 * radius[1:]), radius[1:]
+    )
 
 # %% ../../nbs/physics/09d_vessels.ipynb #cell-014
 def lung_points(patient, rng, side, count=3000) -> np.ndarray:
-    "Random points (n, 3) mm at least 4 mm inside one lung, clear of the heart and of the great vessels."
+    """Random points (n, 3) mm at least 4 mm inside one lung, clear of the heart and of the great
+    vessels.
+    """
     low, high = patient.at([(min(side * 135, 0), -105, -155), (max(side * 135, 0), 95, 135)])
     points = rng.uniform(low, high, (count, 3))
     x, y, z = points.T
     points = points[np.maximum(lungs(patient, x, y, z), 6 - heart(patient, x, y, z)) < -4]
     return points[patient.around.distance(points) > 3]
 
+
 def at_most(tubes: Tubes, radius) -> Tubes:
-    return Tubes(tubes.start, tubes.end, np.minimum(tubes.start_radius, radius), np.minimum(tubes.end_radius, radius))
+    return Tubes(
+        tubes.start,
+        tubes.end,
+        np.minimum(tubes.start_radius, radius),
+        np.minimum(tubes.end_radius, radius),
+    )
 
 # %% ../../nbs/physics/09d_vessels.ipynb #cell-016
 def lung_trees(patient):
     "Arteries, veins and bronchi (lumen) of both lungs, three `Tubes`; needs `lay_vessels`."
-    rng, trunk, parts = np.random.default_rng([patient.seed, 11]), patient.vessels["pulmonary trunk"], ([], [], [])
+    rng = np.random.default_rng([patient.seed, 11])
+    trunk = patient.vessels["pulmonary trunk"]
+    parts = ([], [], [])
     atrium, radii, _ = chambers(patient)["left atrium"]
     for side in (-1, 1):
         points = lung_points(patient, rng, side)
-        hub = trunk.end[np.argmin(np.linalg.norm(trunk.end - patient.at([(side * 57, 10, 0)])[0], axis=1))]
+        hub = trunk.end[
+            np.argmin(np.linalg.norm(trunk.end - patient.at([(side * 57, 10, 0)])[0], axis=1))
+        ]
         half = len(points) * 4 // 7
-        artery = at_most(grow_tree(np.array([hub, hub + (side * 2, 1, -8)]), points[:half], 0.9), 7.5)
-        vein = grow_tree(np.array([atrium, atrium + radii * (side * 0.8, 0.1, 0), hub + (side * 1, -12, -20)]), points[half:], 0.9)
+        artery = at_most(
+            grow_tree(np.array([hub, hub + (side * 2, 1, -8)]), points[:half], 0.9), 7.5
+        )
+        vein = grow_tree(
+            np.array([atrium, atrium + radii * (side * 0.8, 0.1, 0), hub + (side * 1, -12, -20)]),
+            points[half:],
+            0.9,
+        )
         wide = artery.end_radius > 2.1
         radius = artery.end_radius[wide]
         lumen = 0.75 * np.minimum(radius, 4.2)
         aside = np.array([-side * 0.3, 0.7, 0.65]) * (lumen + radius + 0.8)[:, None]
         bronchus = Tubes(artery.start[wide] + aside, artery.end[wide] + aside, lumen, lumen)
-        for part, tubes in zip(parts, (artery, at_most(vein, 6.5), bronchus)): part.append(tubes)
+        for part, tubes in zip(parts, (artery, at_most(vein, 6.5), bronchus)):
+            part.append(tubes)
     return tuple(Tubes.join(part) for part in parts)

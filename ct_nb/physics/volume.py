@@ -9,7 +9,7 @@ __all__ = ['AIR_HU', 'WINDOWS', 'WATER_KEV', 'WATER_PER_CM', 'FLIP_XY', 'AFFINE_
 # %% ../../nbs/physics/00_volume.ipynb #cell-003
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,10 @@ AIR_HU = -1000.0  # vacuum and air; nothing physical lies below
 # %% ../../nbs/physics/00_volume.ipynb #cell-006
 @dataclass(frozen=True, eq=False)
 class Grid:
-    "A box of voxels in the patient's LPS frame: `shape` (D, H, W) and the affine from voxel index (x, y, z) to mm."
+    """A box of voxels in the patient's LPS frame: `shape` (D, H, W) and the affine from voxel index
+    (x, y, z) to mm.
+    """
+
     shape: tuple[int, int, int]  # voxels along (z, y, x)
     affine: np.ndarray  # (4, 4) float64, voxel-centre index (x, y, z, 1) -> LPS mm
 
@@ -30,19 +33,30 @@ class Grid:
         shape = tuple(int(n) for n in self.shape)
         affine = np.array(self.affine, dtype=np.float64)
         if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"Grid: shape must be three positive counts (D, H, W), got {self.shape}; give the voxels along z, y and x")
+            raise ValueError(
+                f"Grid: shape must be three positive counts (D, H, W), got {self.shape}; give the"
+                " voxels along z, y and x"
+            )
         if affine.shape != (4, 4):
-            raise ValueError(f"Grid: the affine must be 4×4, got shape {affine.shape}; give the map from voxel index (x, y, z, 1) to mm")
+            raise ValueError(
+                f"Grid: the affine must be 4×4, got shape {affine.shape}; give the map from voxel"
+                " index (x, y, z, 1) to mm"
+            )
         if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
             raise ValueError("Grid: the affine is singular or not finite; check the voxel spacing")
         if not np.allclose(affine[3], [0, 0, 0, 1]):
-            raise ValueError(f"Grid: the affine's last row must be 0, 0, 0, 1, got {affine[3].tolist()}; is it transposed?")
+            raise ValueError(
+                f"Grid: the affine's last row must be 0, 0, 0, 1, got {affine[3].tolist()}; is it"
+                " transposed?"
+            )
         affine.setflags(write=False)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "affine", affine)
 
     @classmethod
-    def cube(cls, size: int, side_mm: float = 320.0, center_mm: Sequence[float] = (0.0, 0.0, 0.0)) -> "Grid":
+    def cube(
+        cls, size: int, side_mm: float = 320.0, center_mm: Sequence[float] = (0.0, 0.0, 0.0)
+    ) -> "Grid":
         "The canonical reconstruction cube: `size`³ voxels, `side_mm` a side, axes along LPS."
         spacing = side_mm / size
         affine = np.diag([spacing, spacing, spacing, 1.0])
@@ -50,20 +64,30 @@ class Grid:
         return cls((size, size, size), affine)
 
     @property
-    def spacing_mm(self) -> np.ndarray: return np.linalg.norm(self.affine[:3, :3], axis=0)  # along index (x, y, z)
+    # along index (x, y, z)
+    def spacing_mm(self) -> np.ndarray:
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
     @property
-    def extent_mm(self) -> np.ndarray: return self.spacing_mm * np.array(self.shape[::-1])
+    def extent_mm(self) -> np.ndarray:
+        return self.spacing_mm * np.array(self.shape[::-1])
+
     @property
-    def center_mm(self) -> np.ndarray: return self.affine[:3, :3] @ ((np.array(self.shape[::-1]) - 1) / 2) + self.affine[:3, 3]
+    def center_mm(self) -> np.ndarray:
+        return self.affine[:3, :3] @ ((np.array(self.shape[::-1]) - 1) / 2) + self.affine[:3, 3]
 
     @property
     def bounds_mm(self) -> np.ndarray:
-        "The LPS box around all voxels, half a voxel beyond the outermost centres: (2, 3), lowest and highest corner."
+        """The LPS box around all voxels, half a voxel beyond the outermost centres: (2, 3), lowest
+        and highest corner.
+        """
         ends = [(-0.5, n - 0.5) for n in self.shape[::-1]]
         corners = self.index_to_mm(np.stack(np.meshgrid(*ends), axis=-1).reshape(-1, 3))
         return np.stack([corners.min(axis=0), corners.max(axis=0)])
 
-    def index_to_mm(self, index_xyz): return np.asarray(index_xyz) @ self.affine[:3, :3].T + self.affine[:3, 3]
+    def index_to_mm(self, index_xyz):
+        return np.asarray(index_xyz) @ self.affine[:3, :3].T + self.affine[:3, 3]
+
     def mm_to_index(self, points_mm):
         inverse = np.linalg.inv(self.affine)
         return np.asarray(points_mm) @ inverse[:3, :3].T + inverse[:3, 3]
@@ -76,7 +100,9 @@ class Grid:
         return (index @ affine[:3, :3].T + affine[:3, 3]).to(dtype=dtype, device=device)
 
     def resized(self, shape) -> "Grid":
-        "The same box cut into another number of voxels; `shape` is (D, H, W) or one count for all three."
+        """The same box cut into another number of voxels; `shape` is (D, H, W) or one count for all
+        three.
+        """
         shape = (shape,) * 3 if isinstance(shape, int) else tuple(shape)
         ratio = np.array(self.shape[::-1]) / np.array(shape[::-1])
         affine = self.affine.copy()
@@ -84,13 +110,21 @@ class Grid:
         affine[:3, 3] = self.affine[:3, 3] + self.affine[:3, :3] @ ((ratio - 1) / 2)
         return Grid(shape, affine)
 
-    def __eq__(self, other): return isinstance(other, Grid) and self.shape == other.shape and np.allclose(self.affine, other.affine, atol=1e-6)
-    def __hash__(self): return hash(self.shape)
+    def __eq__(self, other):
+        return (
+            isinstance(other, Grid)
+            and self.shape == other.shape
+            and np.allclose(self.affine, other.affine, atol=1e-6)
+        )
+
+    def __hash__(self):
+        return hash(self.shape)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-010
 @dataclass(frozen=True)
 class Window:
     "A named range of Hounsfield units and the two maps between it and the network's [-1, 1]."
+
     name: str
     low_hu: float
     high_hu: float
@@ -105,62 +139,118 @@ class Window:
         return (value + 1.0) * ((self.high_hu - self.low_hu) / 2.0) + self.low_hu
 
     @property
-    def width_hu(self) -> float: return self.high_hu - self.low_hu
+    def width_hu(self) -> float:
+        return self.high_hu - self.low_hu
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-011
-WINDOWS = {w.name: w for w in (
-    Window("full", -1024, 3071), Window("chest", -1024, 1024), Window("soft_tissue", -200, 200),
-    Window("lung", -1350, 150), Window("bone", -500, 1300), Window("mediastinum", -125, 225), Window("x2ct", -1000, 1500))}
+WINDOWS = {
+    w.name: w
+    for w in (
+        Window("full", -1024, 3071),
+        Window("chest", -1024, 1024),
+        Window("soft_tissue", -200, 200),
+        Window("lung", -1350, 150),
+        Window("bone", -500, 1300),
+        Window("mediastinum", -125, 225),
+        Window("x2ct", -1000, 1500),
+    )
+}
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-012
 def get_window(window: "str | Window") -> Window:
     "The window of that name, or the window itself."
-    if isinstance(window, Window): return window
-    if window not in WINDOWS: raise ValueError(f"window: there is none named {window!r}; choose one of {', '.join(WINDOWS)}")
+    if isinstance(window, Window):
+        return window
+    if window not in WINDOWS:
+        raise ValueError(
+            f"window: there is none named {window!r}; choose one of {', '.join(WINDOWS)}"
+        )
     return WINDOWS[window]
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-015
-WATER_KEV = np.array([10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 500], dtype=np.float64)
-WATER_PER_CM = np.array([5.329, 1.673, 0.8096, 0.3756, 0.2683, 0.2269, 0.2059, 0.1837, 0.1707, 0.1505, 0.1370, 0.1186, 0.1061, 0.09687])
+WATER_KEV = np.array(
+    [10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 500], dtype=np.float64
+)
+WATER_PER_CM = np.array(
+    [
+        5.329,
+        1.673,
+        0.8096,
+        0.3756,
+        0.2683,
+        0.2269,
+        0.2059,
+        0.1837,
+        0.1707,
+        0.1505,
+        0.1370,
+        0.1186,
+        0.1061,
+        0.09687,
+    ]
+)
+
 
 def mu_water_per_mm(energy_kev: float) -> float:
     """Linear attenuation of water (1 g/cm³) in mm⁻¹ at a photon energy of 10 to 500 keV.
 
-    Log-log interpolation of NIST's table (Hubbell and Seltzer, NISTIR 5632, 1995, "Water, Liquid"). Outside the table: `ValueError`."""
+    Log-log interpolation of NIST's table (Hubbell and Seltzer, NISTIR 5632, 1995, "Water, Liquid").
+    Outside the table: `ValueError`.
+    """
     if not WATER_KEV[0] <= energy_kev <= WATER_KEV[-1]:
-        raise ValueError(f"energy_kev: must lie between 10 and 500 keV, where the table of water is, got {energy_kev}; "
-                         "diagnostic X-rays have 30 to 120")
-    return float(np.exp(np.interp(np.log(energy_kev), np.log(WATER_KEV), np.log(WATER_PER_CM))) / 10)
+        raise ValueError(
+            "energy_kev: must lie between 10 and 500 keV, where the table of water is, got"
+            f" {energy_kev}; diagnostic X-rays have 30 to 120"
+        )
+    return float(
+        np.exp(np.interp(np.log(energy_kev), np.log(WATER_KEV), np.log(WATER_PER_CM))) / 10
+    )
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-016
 def hu_to_mu(
     hu,  # number, array or tensor, HU
     energy_kev: float = 60.0,  # of the monochromatic beam, 10 to 500 keV
 ):
-    "Linear attenuation in mm⁻¹: μ = μ_water(E) · (1 + HU/1000), clamped at 0 (no gradient below -1000 HU)."
-    if not torch.is_tensor(hu): hu = np.asarray(hu)
+    """Linear attenuation in mm⁻¹: μ = μ_water(E) · (1 + HU/1000), clamped at 0 (no gradient below
+    -1000 HU).
+    """
+    if not torch.is_tensor(hu):
+        hu = np.asarray(hu)
     return (1.0 + hu / 1000.0).clip(0) * mu_water_per_mm(energy_kev)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-017
 def mu_to_hu(mu, energy_kev: float = 60.0):
-    "HU from attenuation in mm⁻¹ (number, array or tensor): the inverse of `hu_to_mu` from -1000 HU upwards."
+    """HU from attenuation in mm⁻¹ (number, array or tensor): the inverse of `hu_to_mu` from -1000
+    HU upwards.
+    """
     return (mu / mu_water_per_mm(energy_kev) - 1.0) * 1000.0
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-020
-def _average_weights(centers: np.ndarray, width: float, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """How one axis of `count` voxels is averaged over targets `width` voxels wide at index `centers`: weights (targets, count), rows summing
-    to 1 (or 0 outside), and the share of each target that lies on the axis at all. Up to width 1 this is linear interpolation."""
+def _average_weights(
+    centers: np.ndarray, width: float, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How one axis of `count` voxels is averaged over targets `width` voxels wide at index
+    `centers`: weights (targets, count), rows summing
+    to 1 (or 0 outside), and the share of each target that lies on the axis at all. Up to width 1
+    this is linear interpolation.
+    """
     reach = max(width, 1.0) / 2
     edges = np.arange(count + 1) - 0.5
-    weights = np.diff(np.clip(edges, (centers - reach)[:, None], (centers + reach)[:, None]), axis=1)
+    weights = np.diff(
+        np.clip(edges, (centers - reach)[:, None], (centers + reach)[:, None]), axis=1
+    )
     total = weights.sum(axis=1, keepdims=True)
     weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-    inside = np.clip(centers + width / 2, -0.5, count - 0.5) - np.clip(centers - width / 2, -0.5, count - 0.5)
+    inside = np.clip(centers + width / 2, -0.5, count - 0.5) - np.clip(
+        centers - width / 2, -0.5, count - 0.5
+    )
     return weights.astype(np.float32), (inside / width).astype(np.float32)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-021
 def _axis_order(step: np.ndarray, shape) -> list[int] | None:
-    "Which source axis runs along each target axis, or None when the grids are oblique to each other (by 0.001 voxel over the target)."
+    """Which source axis runs along each target axis, or None when the grids are oblique to each
+    other (by 0.001 voxel over the target).
+    """
     order = np.abs(step).argmax(axis=0)
     rest = np.abs(step) * np.array(shape)
     rest[order, range(3)] = 0
@@ -168,76 +258,111 @@ def _axis_order(step: np.ndarray, shape) -> list[int] | None:
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-022
 def resample(hu: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
-    """HU (D, H, W) from one grid onto another, float32. A target voxel is the mean over its own box where the target is coarser (mass is kept),
-    trilinear where it is finer, and air outside the source's box. Any affines; oblique grids are smoothed first, then sampled."""
+    """HU (D, H, W) from one grid onto another, float32.
+
+    A target voxel is the mean over its own box where the target is coarser (mass is kept),
+    trilinear where it is finer, and air outside the source's box. Any affines; oblique grids are
+    smoothed first, then sampled.
+    """
     step = np.linalg.inv(source.affine) @ target.affine
-    matrix, offset = step[2::-1, 2::-1], step[2::-1, 3]  # target index -> source index, in array order (z, y, x)
+    # target index -> source index, in array order (z, y, x)
+    matrix, offset = step[2::-1, 2::-1], step[2::-1, 3]
     order = _axis_order(matrix, target.shape)
-    if order is None: return _resample_oblique(hu, matrix, offset, target.shape)
-    result, inside = np.asarray(hu, dtype=np.float32).transpose(order), np.ones(target.shape, dtype=np.float32)
+    if order is None:
+        return _resample_oblique(hu, matrix, offset, target.shape)
+    result = np.asarray(hu, dtype=np.float32).transpose(order)
+    inside = np.ones(target.shape, dtype=np.float32)
     for axis in range(3):
         scale, count = matrix[order[axis], axis], target.shape[axis]
-        weights, share = _average_weights(scale * np.arange(count) + offset[order[axis]], abs(scale), result.shape[axis])
+        weights, share = _average_weights(
+            scale * np.arange(count) + offset[order[axis]], abs(scale), result.shape[axis]
+        )
         inside *= share.reshape([-1 if a == axis else 1 for a in range(3)])
         result = np.moveaxis(np.tensordot(weights, result, axes=(1, axis)), 0, axis)
     return result * inside + np.float32(AIR_HU) * (1 - inside)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-024
 def _resample_oblique(hu, matrix, offset, shape) -> np.ndarray:
-    "`resample` for any affine: a box as wide as the target's voxel along each source axis (same variance), then trilinear sampling."
+    """`resample` for any affine: a box as wide as the target's voxel along each source axis (same
+    variance), then trilinear sampling.
+    """
     from scipy.ndimage import affine_transform, correlate1d
+
     inside = np.ones(shape, dtype=np.float32)
     smooth = np.asarray(hu, dtype=np.float32)
     for axis in range(3):
         width, count = np.linalg.norm(matrix[axis]), hu.shape[axis]
         reach = int(np.ceil(width / 2))
-        if width > 1: smooth = correlate1d(smooth, _average_weights(np.array([reach]), width, 2 * reach + 1)[0][0], axis=axis, mode="nearest")
+        if width > 1:
+            smooth = correlate1d(
+                smooth,
+                _average_weights(np.array([reach]), width, 2 * reach + 1)[0][0],
+                axis=axis,
+                mode="nearest",
+            )
         z, y, x = (matrix[axis, a] * np.arange(shape[a]) for a in range(3))
         center = (offset[axis] + z[:, None, None] + y[:, None] + x).astype(np.float32)
-        inside *= (np.clip(center + width / 2, -0.5, count - 0.5) - np.clip(center - width / 2, -0.5, count - 0.5)) / np.float32(width)
+        inside *= (
+            np.clip(center + width / 2, -0.5, count - 0.5)
+            - np.clip(center - width / 2, -0.5, count - 0.5)
+        ) / np.float32(width)
     result = affine_transform(smooth, matrix, offset, output_shape=shape, order=1, mode="nearest")
     return result * inside + np.float32(AIR_HU) * (1 - inside)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-029
 def find_body(volume, spacing_mm: float = 5.0) -> tuple[np.ndarray, Grid]:
-    """The patient without couch and clothes: a boolean mask (D, H, W) on a coarse grid along LPS, and that grid. No body: `ValueError`.
+    """The patient without couch and clothes: a boolean mask (D, H, W) on a coarse grid along LPS,
+    and that grid. No body: `ValueError`.
 
-    Tissue above -300 HU, opened to drop sheets (couch tops, blankets), filled slice by slice (lungs), opened again to cut tubes; of that
-    the largest piece."""
+    Tissue above -300 HU, opened to drop sheets (couch tops, blankets), filled slice by slice
+    (lungs), opened again to cut tubes; of that
+    the largest piece.
+    """
     from scipy.ndimage import binary_fill_holes, binary_opening, generate_binary_structure, label
+
     low, high = volume.grid.bounds_mm
     count = np.maximum(np.ceil((high - low) / spacing_mm - 1e-6), 1).astype(int)
     affine = np.diag([*(high - low) / count, 1.0])
     affine[:3, 3] = low + (high - low) / count / 2
     grid = Grid(tuple(count[::-1]), affine)
-    tissue = np.pad(volume.resample_onto(grid).hu > -300, 2, mode="edge")  # a body cut by the field of view goes on beyond it
+    # a body cut by the field of view goes on beyond it
+    tissue = np.pad(volume.resample_onto(grid).hu > -300, 2, mode="edge")
     cross = generate_binary_structure(3, 1)
     solid = np.stack([binary_fill_holes(s) for s in binary_opening(tissue, cross)])
     parts, number = label(binary_opening(solid, cross, iterations=2)[2:-2, 2:-2, 2:-2])
     if number == 0:
-        raise ValueError(f"volume: no body in it (nothing larger than {4 * spacing_mm:g} mm above -300 HU); is it a CT of a patient in HU?")
+        raise ValueError(
+            f"volume: no body in it (nothing larger than {4 * spacing_mm:g} mm above -300 HU); is"
+            " it a CT of a patient in HU?"
+        )
     return parts == 1 + np.bincount(parts.ravel())[1:].argmax(), grid
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-030
 def _middle_mm(mask: np.ndarray, grid: Grid) -> np.ndarray:
-    ends = [np.flatnonzero(mask.any(axis=axes))[[0, -1]] for axes in ((0, 1), (0, 2), (1, 2))]  # along x, y, z
+    # along x, y, z
+    ends = [np.flatnonzero(mask.any(axis=axes))[[0, -1]] for axes in ((0, 1), (0, 2), (1, 2))]
     return np.round(grid.index_to_mm([e.mean() for e in ends])) + 0.0  # no -0
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-032
 @dataclass(eq=False)
 class Volume:
     "A CT: Hounsfield units on a grid."
+
     hu: np.ndarray  # (D, H, W) float32
     affine: np.ndarray  # (4, 4) voxel index (x, y, z) -> LPS mm
     notes: list[str] = field(default_factory=list)  # what reading it had to repair or decide
 
     def __post_init__(self):
         self.hu = np.ascontiguousarray(self.hu, dtype=np.float32)
-        if self.hu.ndim != 3: raise ValueError(f"Volume: hu must be (D, H, W), got shape {self.hu.shape}; give one volume")
+        if self.hu.ndim != 3:
+            raise ValueError(
+                f"Volume: hu must be (D, H, W), got shape {self.hu.shape}; give one volume"
+            )
         self.affine = Grid(self.hu.shape, self.affine).affine
 
     @property
-    def grid(self) -> Grid: return Grid(self.hu.shape, self.affine)
+    def grid(self) -> Grid:
+        return Grid(self.hu.shape, self.affine)
 
     def tensor(self, device=None) -> torch.Tensor:
         "HU as a float32 tensor (D, H, W)."
@@ -248,19 +373,28 @@ class Volume:
         return get_window(window).to_network(self.hu)
 
     def resample_onto(self, grid: Grid) -> "Volume":
-        "This CT on another grid: means where that is coarser, trilinear where it is finer, air (-1000 HU) outside. See `resample`."
+        """This CT on another grid: means where that is coarser, trilinear where it is finer, air
+        (-1000 HU) outside. See `resample`.
+        """
         return Volume(resample(self.hu, self.grid, grid), grid.affine, list(self.notes))
 
     @property
     def body_center_mm(self) -> np.ndarray:
-        "Middle of the body's extent in LPS mm, to the nearest millimetre, couch left out. No body: `ValueError`."
+        """Middle of the body's extent in LPS mm, to the nearest millimetre, couch left out.
+
+        No body: `ValueError`.
+        """
         return _middle_mm(*find_body(self))
 
     def to_grid(self, size: int, side_mm: float = 320.0) -> "Volume":
-        """The canonical cube: `size`³ voxels, `side_mm` a side, axes along LPS, centred on the body. Values are floored at -1000 HU first.
+        """The canonical cube: `size`³ voxels, `side_mm` a side, axes along LPS, centred on the
+        body. Values are floored at -1000 HU first.
 
-        The cube's affine says where it lies in the patient, so `cube.resample_onto(original.grid)` overlays the input.
-        A note says what share of the body lies outside the cube. No body in the volume: `ValueError`."""
+        The cube's affine says where it lies in the patient, so `cube.resample_onto(original.grid)`
+        overlays the input.
+        A note says what share of the body lies outside the cube. No body in the volume:
+        `ValueError`.
+        """
         mask, coarse = find_body(self)
         center = _middle_mm(mask, coarse)
         points = coarse.index_to_mm(np.argwhere(mask)[:, ::-1])
@@ -270,45 +404,73 @@ class Volume:
         return Volume(resample(np.maximum(self.hu, AIR_HU), self.grid, grid), grid.affine, notes)
 
     def save(self, path) -> None:
-        """Write as .nii.gz, .nii, .nrrd, .mha or .npz, by the name's ending: int16 where all values are whole, else float32.
+        """Write as .nii.gz, .nii, .nrrd, .mha or .npz, by the name's ending: int16 where all values
+        are whole, else float32.
 
-        The file is complete or not there (`ct_nb.files.atomic_write`). Another ending: `ValueError`; a place that cannot be written: `OSError`."""
+        The file is complete or not there (`ct_nb.files.atomic_write`). Another ending:
+        `ValueError`; a place that cannot be written: `OSError`.
+        """
         save_volume(self, path)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-034
 FLIP_XY = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm <-> LPS mm, its own inverse
-AFFINE_NOTE = "ct_nb LPS affine: "  # NIfTI-1 keeps float32; the exact numbers travel in a comment extension
+# NIfTI-1 keeps float32; the exact numbers travel in a comment extension
+AFFINE_NOTE = "ct_nb LPS affine: "
+
 
 def save_volume(volume: Volume, path) -> None:
     "`Volume.save`."
     path = Path(path)
     hu = volume.hu
-    if (hu == np.round(hu)).all() and np.abs(hu).max() < 32768: hu = hu.astype(np.int16)
-    writers = {".nii.gz": _write_nifti, ".nii": _write_nifti, ".nrrd": _write_itk, ".mha": _write_itk, ".npz": _write_npz}
+    if (hu == np.round(hu)).all() and np.abs(hu).max() < 32768:
+        hu = hu.astype(np.int16)
+    writers = {
+        ".nii.gz": _write_nifti,
+        ".nii": _write_nifti,
+        ".nrrd": _write_itk,
+        ".mha": _write_itk,
+        ".npz": _write_npz,
+    }
     writer = next((w for suffix, w in writers.items() if path.name.lower().endswith(suffix)), None)
-    if writer is None: raise ValueError(f"{path}: unknown kind of file; choose a name that ends in {', '.join(writers)}")
-    with atomic_write(path) as temporary: writer(temporary, hu, volume.affine)
+    if writer is None:
+        raise ValueError(
+            f"{path}: unknown kind of file; choose a name that ends in {', '.join(writers)}"
+        )
+    with atomic_write(path) as temporary:
+        writer(temporary, hu, volume.affine)
 
-def _write_npz(path, hu, affine): np.savez_compressed(path, hu=hu, affine=affine)
+
+def _write_npz(path, hu, affine):
+    np.savez_compressed(path, hu=hu, affine=affine)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-035
 def _write_nifti(path, hu, affine):
     import nibabel, json
+
     image = nibabel.Nifti1Image(hu.transpose(2, 1, 0), FLIP_XY @ affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(FLIP_XY @ affine, 1)
     direction = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    if np.allclose(direction.T @ direction, np.eye(3), atol=1e-6): image.set_qform(FLIP_XY @ affine, 1)  # a quaternion cannot hold shear
-    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", (AFFINE_NOTE + json.dumps(affine.tolist())).encode()))
+    # a quaternion cannot hold shear
+    if np.allclose(direction.T @ direction, np.eye(3), atol=1e-6):
+        image.set_qform(FLIP_XY @ affine, 1)
+    image.header.extensions.append(
+        nibabel.nifti1.Nifti1Extension(
+            "comment", (AFFINE_NOTE + json.dumps(affine.tolist())).encode()
+        )
+    )
     nibabel.save(image, path)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-036
 def _write_itk(path, hu, affine):
     import SimpleITK
+
     image = SimpleITK.GetImageFromArray(hu)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     image.SetSpacing(spacing.tolist())
     image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
     image.SetOrigin(affine[:3, 3].tolist())
-    try: SimpleITK.WriteImage(image, str(path), useCompression=True)
-    except RuntimeError as error: raise OSError(str(error).strip().splitlines()[-1]) from None
+    try:
+        SimpleITK.WriteImage(image, str(path), useCompression=True)
+    except RuntimeError as error:
+        raise OSError(str(error).strip().splitlines()[-1]) from None

@@ -28,13 +28,16 @@ from ..physics.volume import Grid, Volume, hu_to_mu
 @dataclass
 class Answers:
     "What is known about one patient; all volumes are on one grid."
+
     truth: Volume
     xrays: np.ndarray  # (V, R, C) line integrals
     geometry: ConeBeam  # in the patient's frame
     energy_kev: float = 60.0  # of the X-rays
     volumes: dict[str, Volume] = field(default_factory=dict)  # by who says so, in the order to show
     samples: list[Volume] = field(default_factory=list)  # of the cascade
-    missing: list[str] = field(default_factory=list)  # a sentence for each that is not there, with the command that makes it
+    # a sentence for each that is not there, with the command that makes it
+    missing: list[str] = field(default_factory=list)
+
 
 def take_xrays(
     volume: Volume,  # of a patient
@@ -43,16 +46,35 @@ def take_xrays(
     detector_shape: tuple[int, int] = (256, 256),
     energy_kev: float = 60.0,
 ) -> Answers:
-    "AP and lateral X-rays of a scan, without noise, and nothing said about them yet. ValueError for a scan without a body."
+    """AP and lateral X-rays of a scan, without noise, and nothing said about them yet.
+
+    ValueError for a scan without a body.
+    """
     fine = volume.to_grid(render_size)
-    geometry = ConeBeam.biplanar(grid=fine.grid, detector_shape=detector_shape, pixel_mm=512 / detector_shape[1])
+    geometry = ConeBeam.biplanar(
+        grid=fine.grid, detector_shape=detector_shape, pixel_mm=512 / detector_shape[1]
+    )
     xrays = project(hu_to_mu(fine.tensor(), energy_kev), geometry.to(torch.float32)).numpy()
-    return Answers(fine.resample_onto(Grid.cube(size, center_mm=fine.grid.center_mm)), xrays, geometry, energy_kev)
+    return Answers(
+        fine.resample_onto(Grid.cube(size, center_mm=fine.grid.center_mm)),
+        xrays,
+        geometry,
+        energy_kev,
+    )
 
 # %% ../../nbs/view/06e_answers.ipynb #cell-007
 def kept_folder(run: Path, asked: Answers, *parts) -> Path:
-    "Where a run keeps its answers to these X-rays: decided by them, their geometry, the weights, and whatever else is given (JSON, arrays)."
-    return Path(run) / "explored" / content_digest(asked.xrays, asked.geometry.to_json(), files_digest([Path(run) / WEIGHTS_FILE]), *parts)[:16]
+    """Where a run keeps its answers to these X-rays: decided by them, their geometry, the weights,
+    and whatever else is given (JSON, arrays).
+    """
+    return (
+        Path(run)
+        / "explored"
+        / content_digest(
+            asked.xrays, asked.geometry.to_json(), files_digest([Path(run) / WEIGHTS_FILE]), *parts
+        )[:16]
+    )
+
 
 def _kept(path: Path, truth: Volume, find) -> Volume:
     "The volume in a file, on the truth's grid; found and written first where there is none."
@@ -65,70 +87,137 @@ def _kept(path: Path, truth: Volume, find) -> Volume:
 # %% ../../nbs/view/06e_answers.ipynb #cell-009
 TRAINED = {  # run folder: what it is, and the command that makes it
     "drr2ct": ("a trained system A", "make demo"),
-    "refinement": ("a trained refiner", "papermill nbs/train_refinement.ipynb runs/train_refinement.ipynb"),
-    "cascade": ("a trained cascade", "papermill nbs/train_cascade.ipynb runs/train_cascade.ipynb")}
+    "refinement": (
+        "a trained refiner",
+        "papermill nbs/train_refinement.ipynb runs/train_refinement.ipynb",
+    ),
+    "cascade": ("a trained cascade", "papermill nbs/train_cascade.ipynb runs/train_cascade.ipynb"),
+}
+
 
 def _trained(asked: Answers, runs: Path, name: str) -> Path | None:
     run = Path(runs) / name
-    if (run / WEIGHTS_FILE).is_file() and (run / CONFIG_FILE).is_file(): return run
-    asked.missing.append("There is no {0} in {1}; `{2}` makes it.".format(TRAINED[name][0].removeprefix("a "), run, TRAINED[name][1]))
+    if (run / WEIGHTS_FILE).is_file() and (run / CONFIG_FILE).is_file():
+        return run
+    asked.missing.append(
+        "There is no {} in {}; `{}` makes it.".format(
+            TRAINED[name][0].removeprefix("a "), run, TRAINED[name][1]
+        )
+    )
     return None
 
-def _unusable(run: Path, error: Exception) -> str: return "{0} cannot answer: {1}; `{2}` makes it anew.".format(run, str(error).rstrip("."), TRAINED[run.name][1])
+
+def _unusable(run: Path, error: Exception) -> str:
+    return "{} cannot answer: {}; `{}` makes it anew.".format(
+        run, str(error).rstrip("."), TRAINED[run.name][1]
+    )
+
 
 def ask_floors(asked: Answers) -> None:
     "Minimum norm and SIRT, of X-rays averaged to at most 128 × 128 pixels."
     pixels = tuple(min(128, n) for n in asked.geometry.detector_shape)
     geometry = asked.geometry.on(asked.truth.grid).rebinned(pixels).to(torch.float32)
     images = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(asked.xrays), pixels)
-    for name, floor in (("minimum norm", MinimumNorm(energy_kev=asked.energy_kev)), ("SIRT", SIRT(energy_kev=asked.energy_kev))):
+    for name, floor in (
+        ("minimum norm", MinimumNorm(energy_kev=asked.energy_kev)),
+        ("SIRT", SIRT(energy_kev=asked.energy_kev)),
+    ):
         asked.volumes[name] = Volume(floor.predict(images, geometry).numpy(), asked.truth.affine)
 
+
 def ask_coarse(asked: Answers, runs: Path) -> None:
-    "System A, and the refiner on what it says; each where it is trained. What a refiner cannot take is said."
+    """System A, and the refiner on what it says; each where it is trained.
+
+    What a refiner cannot take is said.
+    """
     run = _trained(asked, runs, "drr2ct")
     refiner = _trained(asked, runs, "refinement")
-    if run is None: return
+    if run is None:
+        return
     expected = read_config(run).get("residual")
     place = kept_folder(run, asked) / "answer.nii.gz"
-    try: asked.volumes["coarse"] = _kept(place, asked.truth, lambda: reconstruct(asked.xrays, asked.geometry, load_drr2ct(run), expected_residual=expected).volume)
+    try:
+        asked.volumes["coarse"] = _kept(
+            place,
+            asked.truth,
+            lambda: reconstruct(
+                asked.xrays, asked.geometry, load_drr2ct(run), expected_residual=expected
+            ).volume,
+        )
     except ValueError as error:  # of another version, say
         asked.missing.append(_unusable(run, error))
         return
-    if refiner is None: return
+    if refiner is None:
+        return
+
     def refined():
         model = read_config(run)["network"]
-        coarse = Reconstruction(read_volume(place), [], np.zeros(0), asked.xrays, asked.geometry, window=model["window"], energy_kev=model["energy_kev"])
+        coarse = Reconstruction(
+            read_volume(place),
+            [],
+            np.zeros(0),
+            asked.xrays,
+            asked.geometry,
+            window=model["window"],
+            energy_kev=model["energy_kev"],
+        )
         return refine_reconstruction(coarse, load_refiner(refiner)).volume
-    try: asked.volumes["refined"] = _kept(kept_folder(refiner, asked, files_digest([run / WEIGHTS_FILE])) / "answer.nii.gz", asked.truth, refined)
-    except ValueError as error: asked.missing.append(f"The refiner in {refiner} does not fit: {error}.")
+
+    try:
+        asked.volumes["refined"] = _kept(
+            kept_folder(refiner, asked, files_digest([run / WEIGHTS_FILE])) / "answer.nii.gz",
+            asked.truth,
+            refined,
+        )
+    except ValueError as error:
+        asked.missing.append(f"The refiner in {refiner} does not fit: {error}.")
 
 # %% ../../nbs/view/06e_answers.ipynb #cell-011
 def ask_cascade(asked: Answers, runs: Path, samples: int = 0) -> None:
-    "Samples of the cascade: `samples` of them are drawn where fewer are kept, and all that are kept are shown. ValueError for a negative number."
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0: raise ValueError(f"samples: must be a whole number from 0 up, got {samples!r}")
+    """Samples of the cascade: `samples` of them are drawn where fewer are kept, and all that are
+    kept are shown. ValueError for a negative number.
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+        raise ValueError(f"samples: must be a whole number from 0 up, got {samples!r}")
     run = _trained(asked, runs, "cascade")
-    if run is None: return
+    if run is None:
+        return
     folder = kept_folder(run, asked)
     if len(list(folder.glob("sample_*.nii.gz"))) < samples:
-        try: drawn = reconstruct_sampled(asked.xrays, asked.geometry, load_cascade(run), samples=samples).samples
+        try:
+            drawn = reconstruct_sampled(
+                asked.xrays, asked.geometry, load_cascade(run), samples=samples
+            ).samples
         except ValueError as error:
             asked.missing.append(_unusable(run, error))
             return
-        for number, volume in enumerate(drawn): _kept(folder / f"sample_{number:03d}.nii.gz", asked.truth, lambda: volume)
-    asked.samples = [_kept(path, asked.truth, None) for path in sorted(folder.glob("sample_*.nii.gz"))]
+        for number, volume in enumerate(drawn):
+            _kept(folder / f"sample_{number:03d}.nii.gz", asked.truth, lambda: volume)
+    asked.samples = [
+        _kept(path, asked.truth, None) for path in sorted(folder.glob("sample_*.nii.gz"))
+    ]
     if not asked.samples:
-        asked.missing.append(f"No samples of this patient are kept in {run}; `papermill nbs/explore_reconstruction.ipynb runs/explore_reconstruction.ipynb -p samples 8` draws eight, in about fifteen seconds each on a free core.")
+        asked.missing.append(
+            f"No samples of this patient are kept in {run}; `papermill"
+            " nbs/explore_reconstruction.ipynb runs/explore_reconstruction.ipynb -p samples 8`"
+            " draws eight, in about fifteen seconds each on a free core."
+        )
+
 
 def answers(
     volume: Volume,  # CT of a patient
     runs: Path,  # the folder with the trained runs drr2ct, refinement and cascade, where they exist
     samples: int = 0,  # of the cascade, to have at least
 ) -> Answers:
-    "X-rays of a CT, and what floors and trained runs make of them. ValueError for a scan without a body."
+    """X-rays of a CT, and what floors and trained runs make of them.
+
+    ValueError for a scan without a body.
+    """
     config = Path(runs) / "drr2ct" / CONFIG_FILE
     network = read_config(config.parent)["network"] if config.is_file() else {}
-    asked = take_xrays(volume, size=network.get("size", 64), energy_kev=network.get("energy_kev", 60.0))
+    asked = take_xrays(
+        volume, size=network.get("size", 64), energy_kev=network.get("energy_kev", 60.0)
+    )
     ask_floors(asked)
     ask_coarse(asked, runs)
     ask_cascade(asked, runs, samples)

@@ -17,12 +17,22 @@ from ..style import MUTED, style
 from .figures import PLANES, draw_plane, plane, scale_bar
 
 # %% ../../nbs/view/05_attention_figure.ipynb #cell-005
-def attention_volume(attention, grid: tuple[int, int, int], shape: tuple[int, int, int]) -> np.ndarray:
-    "Attention (N,) of the patches of a grid → (D, H, W) float32, in multiples of even attention. Other sizes: ValueError."
+def attention_volume(
+    attention, grid: tuple[int, int, int], shape: tuple[int, int, int]
+) -> np.ndarray:
+    """Attention (N,) of the patches of a grid → (D, H, W) float32, in multiples of even attention.
+
+    Other sizes: ValueError.
+    """
     attention = torch.as_tensor(attention).detach().float().cpu()
-    if attention.ndim != 1 or attention.numel() != torch.Size(grid).numel(): raise ValueError(f"attention: expected ({torch.Size(grid).numel()},) for the grid {tuple(grid)}, got {tuple(attention.shape)}; choose one step")
+    if attention.ndim != 1 or attention.numel() != torch.Size(grid).numel():
+        raise ValueError(
+            f"attention: expected ({torch.Size(grid).numel()},) for the grid {tuple(grid)}, got"
+            f" {tuple(attention.shape)}; choose one step"
+        )
     times = attention.view(1, 1, *grid) * attention.numel() / attention.sum().clamp_min(1e-12)
     return F.interpolate(times, size=shape, mode="trilinear", align_corners=False)[0, 0].numpy()
+
 
 def strongest_mm(attention, grid: tuple[int, int, int], scan: Volume) -> np.ndarray:
     "Middle, LPS mm, of the patch that is looked at most."
@@ -33,6 +43,7 @@ def strongest_mm(attention, grid: tuple[int, int, int], scan: Volume) -> np.ndar
 # %% ../../nbs/view/05_attention_figure.ipynb #cell-008
 OUTLINE = "#3ddc97"  # seen on grey and on flames
 
+
 def attention_figure(
     scan: Volume,  # along LPS, as `prepare_scan` and the phantom make them
     looks: dict,  # text → attention (N,)
@@ -40,46 +51,116 @@ def attention_figure(
     truth: dict | None = None,  # text → mask (D, H, W) of what it speaks of
     at_mm=None,  # LPS mm that the planes go through; the strongest patch of each text unless given
     window="chest",  # a Window or its name
-    highest: float | None = None,  # multiples of even attention at which the colours end; the most that is reached unless given
+    # multiples of even attention at which the colours end; the most that is reached unless given
+    highest: float | None = None,
 ):
-    "A row of axial, coronal and sagittal planes for each text, under the text; a matplotlib Figure. Nothing to draw, or a mask of another shape: ValueError."
+    """A row of axial, coronal and sagittal planes for each text, under the text; a matplotlib
+    Figure. Nothing to draw, or a mask of another shape: ValueError.
+    """
     import matplotlib.pyplot as plt
-    if not looks: raise ValueError("looks: there is no text to draw; give text → attention")
-    truth, window, shape = truth or {}, get_window(window), scan.grid.shape
+
+    if not looks:
+        raise ValueError("looks: there is no text to draw; give text → attention")
+    truth = truth or {}
+    window = get_window(window)
+    shape = scan.grid.shape
     for text, mask in truth.items():
-        if np.shape(mask) != shape: raise ValueError(f"truth: the mask of {text[:40]!r} has the shape {tuple(np.shape(mask))}, the scan {tuple(shape)}")
+        if np.shape(mask) != shape:
+            raise ValueError(
+                f"truth: the mask of {text[:40]!r} has the shape {tuple(np.shape(mask))}, the scan"
+                f" {tuple(shape)}"
+            )
     x, y, z = scan.grid.extent_mm
     with style():
         lines = max(len(textwrap.wrap(text, 96)) for text in looks)
-        figure, axes = plt.subplots(len(looks), 3, figsize=(7.8, (0.42 + 0.17 * lines + 2.2 * max(y, z) / x) * len(looks)), squeeze=False, width_ratios=[x, x, y])
-        figure.get_layout_engine().set(h_pad=0.04 + 0.09 * lines, rect=(0, 0, 1, 1 - 0.12 * lines / figure.get_figheight()))
-        fields = {text: attention_volume(attention, grid, shape) for text, attention in looks.items()}
-        highest = max(4.0, *(float(field.max()) for field in fields.values())) if highest is None else highest
+        figure, axes = plt.subplots(
+            len(looks),
+            3,
+            figsize=(7.8, (0.42 + 0.17 * lines + 2.2 * max(y, z) / x) * len(looks)),
+            squeeze=False,
+            width_ratios=[x, x, y],
+        )
+        figure.get_layout_engine().set(
+            h_pad=0.04 + 0.09 * lines, rect=(0, 0, 1, 1 - 0.12 * lines / figure.get_figheight())
+        )
+        fields = {
+            text: attention_volume(attention, grid, shape) for text, attention in looks.items()
+        }
+        highest = (
+            max(4.0, *(float(field.max()) for field in fields.values()))
+            if highest is None
+            else highest
+        )
         for row, (text, attention) in zip(axes, looks.items()):
             heat = Volume(fields[text], scan.affine)
             point = strongest_mm(attention, grid, scan) if at_mm is None else at_mm
             for axis, name, letter in zip(row, PLANES, "zyx"):
-                _, position = draw_plane(axis, scan, name, point, vmin=window.low_hu, vmax=window.high_hu)
+                _, position = draw_plane(
+                    axis, scan, name, point, vmin=window.low_hu, vmax=window.high_hu
+                )
                 image, extent, _ = plane(heat, name, point)
                 opaque = 0.6 * np.clip((image - 1) / (0.3 * highest), 0, 1)
-                shown = axis.imshow(image, extent=extent, aspect="equal", cmap="magma", vmin=1, vmax=highest, alpha=opaque, interpolation="bilinear")
+                shown = axis.imshow(
+                    image,
+                    extent=extent,
+                    aspect="equal",
+                    cmap="magma",
+                    vmin=1,
+                    vmax=highest,
+                    alpha=opaque,
+                    interpolation="bilinear",
+                )
                 if text in truth:
                     mask = np.asarray(truth[text], np.float32)
                     outline, extent, _ = plane(Volume(mask, scan.affine), name, point)
                     here = outline.any()
                     if not here:  # not in this plane: its shadow
-                        outline, extent, _ = plane(Volume(np.broadcast_to(mask.max(PLANES.index(name), keepdims=True), shape), scan.affine), name, point)
-                    if outline.any(): axis.contour(np.linspace(*_centres(extent[:2], outline.shape[1])), np.linspace(*_centres(extent[3:1:-1], outline.shape[0])), outline, levels=[0.5], colors=[OUTLINE], linewidths=1.3, linestyles="-" if here else ":")
+                        outline, extent, _ = plane(
+                            Volume(
+                                np.broadcast_to(mask.max(PLANES.index(name), keepdims=True), shape),
+                                scan.affine,
+                            ),
+                            name,
+                            point,
+                        )
+                    if outline.any():
+                        axis.contour(
+                            np.linspace(*_centres(extent[:2], outline.shape[1])),
+                            np.linspace(*_centres(extent[3:1:-1], outline.shape[0])),
+                            outline,
+                            levels=[0.5],
+                            colors=[OUTLINE],
+                            linewidths=1.3,
+                            linestyles="-" if here else ":",
+                        )
                 axis.set_xlabel(f"{name}, {letter} = {position:.0f} mm", color=MUTED, fontsize=8)
             scale_bar(row[0])
-            row[0].text(0, 1.03, "\n".join(textwrap.wrap(text, 96)), transform=row[0].transAxes, va="bottom", fontsize=9, in_layout=False)  # a title would push the columns apart
-        bar = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(1, highest), "magma"), ax=axes, shrink=min(0.9, 1.8 / len(looks)), aspect=24, pad=0.015)
+            # a title would push the columns apart
+            row[0].text(
+                0,
+                1.03,
+                "\n".join(textwrap.wrap(text, 96)),
+                transform=row[0].transAxes,
+                va="bottom",
+                fontsize=9,
+                in_layout=False,
+            )
+        bar = figure.colorbar(
+            plt.cm.ScalarMappable(plt.Normalize(1, highest), "magma"),
+            ax=axes,
+            shrink=min(0.9, 1.8 / len(looks)),
+            aspect=24,
+            pad=0.015,
+        )
         bar.set_label("times even attention")
         bar.outline.set_visible(False)
-        figure.draw_without_rendering()  # the columns have their places; from here on the texts count as part of the picture
+        # the columns have their places; from here on the texts count as part of the picture
+        figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        for row in axes: row[0].texts[-1].set_in_layout(True)
+        for row in axes:
+            row[0].texts[-1].set_in_layout(True)
     return figure
+
 
 def _centres(ends, count: int) -> tuple[float, float, int]:
     "Middle of the first and of the last of `count` pixels between two ends."
@@ -89,18 +170,41 @@ def _centres(ends, count: int) -> tuple[float, float, int]:
 
 # %% ../../nbs/view/05_attention_figure.ipynb #cell-014
 def recall_figure(recalls: dict):
-    "Recall among the first k with 95 % intervals and chance, both ways; of a dict question → list of `ct_nb.learn.retrieval.Recall`. A matplotlib Figure."
+    """Recall among the first k with 95 % intervals and chance, both ways; of a dict question → list
+    of `ct_nb.learn.retrieval.Recall`. A matplotlib Figure.
+    """
     import matplotlib.pyplot as plt
-    if not recalls or not all(recalls.values()): raise ValueError("recalls: there is nothing to draw; give what `recalls` returns")
+
+    if not recalls or not all(recalls.values()):
+        raise ValueError("recalls: there is nothing to draw; give what `recalls` returns")
     with style():
-        figure, axes = plt.subplots(1, len(recalls), figsize=(1.2 + 2.3 * len(recalls), 2.9), sharey=True, squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(recalls), figsize=(1.2 + 2.3 * len(recalls), 2.9), sharey=True, squeeze=False
+        )
         for axis, (name, found) in zip(axes[0], recalls.items()):
             for direction in dict.fromkeys(r.direction for r in found):
                 line = [r for r in found if r.direction == direction]
                 mean = np.array([r.recall.mean for r in line])
-                bars = np.nan_to_num([[m - r.recall.low for m, r in zip(mean, line)], [r.recall.high - m for m, r in zip(mean, line)]]).clip(0)
-                axis.errorbar([r.k * (1.07 if direction.startswith("text") else 1) for r in line], mean, bars, fmt="o-", ms=4, mec="white", capsize=2, label=direction)  # beside each other, not on top
-            axis.plot([r.k for r in line], [r.chance for r in line], ":", color=MUTED, label="chance")
+                bars = np.nan_to_num(
+                    [
+                        [m - r.recall.low for m, r in zip(mean, line)],
+                        [r.recall.high - m for m, r in zip(mean, line)],
+                    ]
+                ).clip(0)
+                # beside each other, not on top
+                axis.errorbar(
+                    [r.k * (1.07 if direction.startswith("text") else 1) for r in line],
+                    mean,
+                    bars,
+                    fmt="o-",
+                    ms=4,
+                    mec="white",
+                    capsize=2,
+                    label=direction,
+                )
+            axis.plot(
+                [r.k for r in line], [r.chance for r in line], ":", color=MUTED, label="chance"
+            )
             axis.set(xscale="log", xlabel=f"k of {line[0].candidates}", ylim=(0, 1.03))
             axis.set_xticks([r.k for r in line], [str(r.k) for r in line]), axis.minorticks_off()
             axis.set_title("\n".join(textwrap.wrap(name, 22)), loc="left")
@@ -108,17 +212,37 @@ def recall_figure(recalls: dict):
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
 
+
 def labels_figure(labels: dict):
     "AUROC of each label; of a dict way of asking → {label: AUROC or NaN}. A matplotlib Figure."
     import matplotlib.pyplot as plt
-    names = [n for n in dict.fromkeys(n for found in labels.values() for n in found) if any(np.isfinite(found.get(n) or np.nan) for found in labels.values())]
-    if not names: raise ValueError("labels: no label could be judged")
-    value = lambda found, name: np.nan if found.get(name) is None else found[name]
+
+    names = [
+        n
+        for n in dict.fromkeys(n for found in labels.values() for n in found)
+        if any(np.isfinite(found.get(n) or np.nan) for found in labels.values())
+    ]
+    if not names:
+        raise ValueError("labels: no label could be judged")
+
+    def value(found, name):
+        return np.nan if found.get(name) is None else found[name]
+
     names.sort(key=lambda n: np.nanmean([value(found, n) for found in labels.values()]))
     with style():
         figure, axis = plt.subplots(figsize=(5.6, 0.9 + 0.24 * len(names)))
-        for name, found in labels.items(): axis.plot([value(found, n) for n in names], range(len(names)), "o", ms=5, mec="white", label=name)
+        for name, found in labels.items():
+            axis.plot(
+                [value(found, n) for n in names],
+                range(len(names)),
+                "o",
+                ms=5,
+                mec="white",
+                label=name,
+            )
         axis.axvline(0.5, color=MUTED, lw=0.9, ls=(0, (4, 3)))
-        axis.set_yticks(range(len(names)), names), axis.set(xlim=(min(0.3, axis.get_xlim()[0]), 1.01), xlabel="AUROC; dashed: guessing")
+        axis.set_yticks(range(len(names)), names), axis.set(
+            xlim=(min(0.3, axis.get_xlim()[0]), 1.01), xlabel="AUROC; dashed: guessing"
+        )
         axis.grid(axis="y"), axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -140,77 +140,144 @@ SHEET = """
 
 # %% ../../nbs/view/06_explore.ipynb #cell-008
 class Picture(anywidget.AnyWidget):
-    """An image that tells where it is pointed at. Observe `click` and `hover` ([u, v, …] in pixels, centres at +0.5) and `wheel` (notches, forward counts up).
+    """An image that tells where it is pointed at.
 
-    In the page: an element of class `ct-nb-picture` with `data-ct-nb` (the name), `data-frame` (digest of the pixels drawn), `data-marks` (how many) and `data-drawn` (how often)."""
+    Observe `click` and `hover` ([u, v, …] in pixels, centres at +0.5) and `wheel` (notches, forward
+    counts up).
+
+    In the page: an element of class `ct-nb-picture` with `data-ct-nb` (the name), `data-frame`
+    (digest of the pixels drawn), `data-marks` (how many) and `data-drawn` (how often).
+    """
+
     _esm, _css = SCRIPT, SHEET
     name = traitlets.Unicode().tag(sync=True)  # by which a page finds it
     title = traitlets.Unicode().tag(sync=True)
     frame = traitlets.Dict({"rows": 0, "columns": 0, "pixels": b"", "digest": ""}).tag(sync=True)
-    pixel_mm = traitlets.List([1.0, 1.0]).tag(sync=True)  # width and height of a pixel; only their ratio matters without a scale bar
-    letters = traitlets.List(["", "", "", ""]).tag(sync=True)  # at the left, right, upper and lower edge
+    # width and height of a pixel; only their ratio matters without a scale bar
+    pixel_mm = traitlets.List([1.0, 1.0]).tag(sync=True)
+    # at the left, right, upper and lower edge
+    letters = traitlets.List(["", "", "", ""]).tag(sync=True)
     marks = traitlets.List().tag(sync=True)  # of `line`, `dot` and `words`, drawn in this order
     ink = traitlets.Unicode(BRIGHT).tag(sync=True)  # of letters and scale bar
     scale_bar_mm = traitlets.Float(0.0).tag(sync=True)  # 0: none
     width = traitlets.Int(300).tag(sync=True)  # on the page, in its pixels
     hover = traitlets.List().tag(sync=True)  # [u, v]; empty when the pointer has left
-    click = traitlets.List().tag(sync=True)  # [u, v, number of the press]; goes on while the button is held
+    # [u, v, number of the press]; goes on while the button is held
+    click = traitlets.List().tag(sync=True)
     wheel = traitlets.Int(0).tag(sync=True)
 
     def draw(self, pixels: np.ndarray) -> None:
         "Show uint8 (rows, columns) or (rows, columns, 3). ValueError for anything else."
         pixels = np.ascontiguousarray(pixels)
-        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
-            raise ValueError(f"pixels: expected uint8 (rows, columns) or (rows, columns, 3), got {pixels.dtype} {pixels.shape}; see `grey` and `colors`")
+        if (
+            pixels.dtype != np.uint8
+            or pixels.ndim not in (2, 3)
+            or pixels.shape[2:] not in ((), (3,))
+        ):
+            raise ValueError(
+                f"pixels: expected uint8 (rows, columns) or (rows, columns, 3), got {pixels.dtype}"
+                f" {pixels.shape}; see `grey` and `colors`"
+            )
         data = pixels.tobytes()
-        self.frame = {"rows": pixels.shape[0], "columns": pixels.shape[1], "pixels": data, "digest": f"{zlib.crc32(data):08x}"}
+        self.frame = {
+            "rows": pixels.shape[0],
+            "columns": pixels.shape[1],
+            "pixels": data,
+            "digest": f"{zlib.crc32(data):08x}",
+        }
 
     @property
     def pixels(self) -> np.ndarray:
         "What it shows, uint8 (rows, columns) or (rows, columns, 3)."
-        image = np.frombuffer(self.frame["pixels"], np.uint8).reshape(self.frame["rows"], self.frame["columns"], -1)
+        image = np.frombuffer(self.frame["pixels"], np.uint8).reshape(
+            self.frame["rows"], self.frame["columns"], -1
+        )
         return image[..., 0] if image.shape[-1] == 1 else image
 
 # %% ../../nbs/view/06_explore.ipynb #cell-009
 def line(points, color: str, width: float = 1.5, dash: tuple = ()) -> dict:
     "A mark along points (N, 2), pixels (u, v)."
-    return {"line": np.asarray(points, dtype=float).round(3).tolist(), "color": color, "width": width, "dash": list(dash)}
+    return {
+        "line": np.asarray(points, dtype=float).round(3).tolist(),
+        "color": color,
+        "width": width,
+        "dash": list(dash),
+    }
+
 
 def dot(at, color: str, radius: float = 5.0) -> dict:
     "A mark at (u, v), `radius` in pixels of the page."
     return {"dot": np.asarray(at, dtype=float).round(3).tolist(), "color": color, "radius": radius}
 
+
 def words(at, text: str, color: str, align: str = "center") -> dict:
     "Lettering at (u, v); `align` is left, center or right."
-    return {"words": text, "at": np.asarray(at, dtype=float).round(3).tolist(), "color": color, "align": align}
+    return {
+        "words": text,
+        "at": np.asarray(at, dtype=float).round(3).tolist(),
+        "color": color,
+        "align": align,
+    }
 
 # %% ../../nbs/view/06_explore.ipynb #cell-011
 def grey(values: np.ndarray, window="chest") -> np.ndarray:
-    "uint8 of the same shape: black at and below the window's lower end, white at and above its upper one. `window`: a Window, its name, or (low, high)."
-    low, high = window if isinstance(window, tuple) else ((w := get_window(window)).low_hu, w.high_hu)
-    return ((np.asarray(values, np.float32) - low) * (255.0 / (high - low)) + 0.5).clip(0, 255).astype(np.uint8)
+    """uint8 of the same shape: black at and below the window's lower end, white at and above its
+    upper one. `window`: a Window, its name, or (low, high).
+    """
+    low, high = (
+        window if isinstance(window, tuple) else ((w := get_window(window)).low_hu, w.high_hu)
+    )
+    return (
+        ((np.asarray(values, np.float32) - low) * (255.0 / (high - low)) + 0.5)
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
+
 
 @lru_cache
 def _table(name: str) -> np.ndarray:
     import matplotlib
+
     return (matplotlib.colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+
 
 def colors(values: np.ndarray, low: float, high: float, cmap: str = "berlin") -> np.ndarray:
     "uint8 (…, 3): values from `low` to `high` through a colour map of matplotlib."
     return _table(cmap)[grey(values, (low, high))]
 
+
 def color_scale(low: float, high: float, cmap: str, label: str) -> str:
     "HTML of a colour map from `low` to `high`, with what it means."
     stops = ", ".join("rgb({}, {}, {})".format(*color) for color in _table(cmap)[::51])
-    return f'{label} &nbsp;{low:g} <span style="display:inline-block; width:9em; height:0.8em; background:linear-gradient(to right, {stops})"></span> {high:g}'
+    return (
+        f'{label} &nbsp;{low:g} <span style="display:inline-block; width:9em; height:0.8em;'
+        f' background:linear-gradient(to right, {stops})"></span> {high:g}'
+    )
 
-LABEL_COLORS = np.array([[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [213, 94, 0], [204, 121, 167], [0, 114, 178]], np.uint8)  # Okabe & Ito 2008
+
+# Okabe & Ito 2008
+LABEL_COLORS = np.array(
+    [
+        [230, 159, 0],
+        [86, 180, 233],
+        [0, 158, 115],
+        [240, 228, 66],
+        [213, 94, 0],
+        [204, 121, 167],
+        [0, 114, 178],
+    ],
+    np.uint8,
+)
+
 
 def label_colors(labels: np.ndarray) -> np.ndarray:
-    "uint8 (…, 3): seven colours that colour-blind readers tell apart, then the same in paler rounds."
+    """uint8 (…, 3): seven colours that colour-blind readers tell apart, then the same in paler
+    rounds.
+    """
     place = np.maximum(labels.astype(np.int64) - 1, 0)
     paler = (place // 7 % 3)[..., None] * 0.3
     return (LABEL_COLORS[place % 7] * (1 - paler) + 255 * paler).astype(np.uint8)
+
 
 def overlay(pixels: np.ndarray, labels: np.ndarray, opacity: float) -> np.ndarray:
     "uint8 (R, C, 3): labels (R, C), 0 for none, over grey (R, C)."
@@ -221,26 +288,59 @@ def overlay(pixels: np.ndarray, labels: np.ndarray, opacity: float) -> np.ndarra
 # %% ../../nbs/view/06_explore.ipynb #cell-017
 def draw_picture(axis, picture: Picture) -> None:
     "A picture with its title, marks, letters and scale bar on an axis of matplotlib."
-    size = np.array(picture.pixel_mm) * (picture.frame["columns"], picture.frame["rows"])  # of the picture, mm
-    axis.imshow(picture.pixels, vmin=0, vmax=255, extent=(0, size[0], size[1], 0), interpolation="nearest")
+    # of the picture, mm
+    size = np.array(picture.pixel_mm) * (picture.frame["columns"], picture.frame["rows"])
+    axis.imshow(
+        picture.pixels, vmin=0, vmax=255, extent=(0, size[0], size[1], 0), interpolation="nearest"
+    )
     for mark in picture.marks:
-        if "line" in mark: axis.plot(*np.transpose(mark["line"] * np.array(picture.pixel_mm)), color=mark["color"], lw=mark["width"], ls=(0, tuple(mark["dash"])) if mark["dash"] else "-")
-        if "dot" in mark: axis.plot(*np.multiply(mark["dot"], picture.pixel_mm), "o", color=mark["color"], ms=1.2 * mark["radius"], mec="white", mew=0.8)
-        if "words" in mark: axis.text(*np.multiply(mark["at"], picture.pixel_mm), mark["words"], color=mark["color"], fontsize=7, ha=mark["align"], va="center")
+        if "line" in mark:
+            axis.plot(
+                *np.transpose(mark["line"] * np.array(picture.pixel_mm)),
+                color=mark["color"],
+                lw=mark["width"],
+                ls=(0, tuple(mark["dash"])) if mark["dash"] else "-",
+            )
+        if "dot" in mark:
+            axis.plot(
+                *np.multiply(mark["dot"], picture.pixel_mm),
+                "o",
+                color=mark["color"],
+                ms=1.2 * mark["radius"],
+                mec="white",
+                mew=0.8,
+            )
+        if "words" in mark:
+            axis.text(
+                *np.multiply(mark["at"], picture.pixel_mm),
+                mark["words"],
+                color=mark["color"],
+                fontsize=7,
+                ha=mark["align"],
+                va="center",
+            )
     axis.set(xlim=(0, size[0]), ylim=(size[1], 0), xticks=[], yticks=[], title=picture.title)
     axis.spines[:].set_visible(False)
     orientation_marks(axis, picture.letters)
-    if picture.scale_bar_mm: scale_bar(axis, picture.scale_bar_mm)
+    if picture.scale_bar_mm:
+        scale_bar(axis, picture.scale_bar_mm)
 
 # %% ../../nbs/view/06_explore.ipynb #cell-020
 class ScanShelf:
-    "Scans by name, `shelf[name]`, each loaded by its function when it is asked for; meanwhile the one after it is loaded aside. What a function raises is raised where its scan is asked for."
-    def __init__(self, scans: dict[str, Callable]): self.scans, self._aside, self._kept = scans, ThreadPoolExecutor(1, "scan"), {}
+    """Scans by name, `shelf[name]`, each loaded by its function when it is asked for; meanwhile the
+    one after it is loaded aside. What a function raises is raised where its scan is asked for.
+    """
+
+    def __init__(self, scans: dict[str, Callable]):
+        self.scans = scans
+        self._aside = ThreadPoolExecutor(1, "scan")
+        self._kept = {}
 
     def __getitem__(self, name: str):
         names = list(self.scans)
         after = names[(names.index(name) + 1) % len(names)]
-        wanted, ahead = self._kept.get(name) or self._aside.submit(self.scans[name]), self._kept.get(after)
+        wanted = self._kept.get(name) or self._aside.submit(self.scans[name])
+        ahead = self._kept.get(after)
         self._kept = {name: wanted}
         found = wanted.result()
         self._kept[after] = ahead or self._aside.submit(self.scans[after])
@@ -250,12 +350,18 @@ class ScanShelf:
 def attended() -> bool:
     "Whether this cell runs in a notebook that a person has open: one that could answer a question."
     from IPython import get_ipython
+
     return bool(getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False))
 
+
 def show(explorer, interactive: bool | None = None):
-    "The explorer where somebody can use it, otherwise its figure; `interactive` decides where it is given."
-    if attended() if interactive is None else interactive: return explorer
+    """The explorer where somebody can use it, otherwise its figure; `interactive` decides where it
+    is given.
+    """
+    if attended() if interactive is None else interactive:
+        return explorer
     import matplotlib.pyplot as plt
+
     figure = explorer.static()
     plt.close(figure)  # or a notebook draws it twice: as what is open, and as the value of its cell
     return figure

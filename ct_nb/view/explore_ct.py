@@ -18,61 +18,127 @@ from .slice_picture import SlicePicture, upright, value_at
 def window_menu(window="chest") -> Dropdown:
     "A menu of all named windows, and of the given one (a Window or its name), which is chosen."
     chosen = get_window(window)
-    return Dropdown(options=[(w.name.replace("_", " ") or "own", w) for w in {**WINDOWS, chosen.name: chosen}.values()], value=chosen, description="window", layout=Layout(width="220px"))
+    return Dropdown(
+        options=[
+            (w.name.replace("_", " ") or "own", w)
+            for w in {**WINDOWS, chosen.name: chosen}.values()
+        ],
+        value=chosen,
+        description="window",
+        layout=Layout(width="220px"),
+    )
+
 
 def slice_slider(count: int, value: int, description: str) -> IntSlider:
     "A slider over slices 0 to count − 1."
-    return IntSlider(value, 0, count - 1, description=description, continuous_update=True, layout=Layout(width="300px"))
+    return IntSlider(
+        value,
+        0,
+        count - 1,
+        description=description,
+        continuous_update=True,
+        layout=Layout(width="300px"),
+    )
+
 
 def follow_wheel(picture, slider) -> None:
     "Let the wheel and the arrow keys over a picture move a slider."
-    def turn(change): slider.value = int(np.clip(slider.value + change["new"] - change["old"], slider.min, slider.max))
+
+    def turn(change):
+        slider.value = int(
+            np.clip(slider.value + change["new"] - change["old"], slider.min, slider.max)
+        )
+
     picture.observe(turn, "wheel")
 
 # %% ../../nbs/view/06b_explore_ct.ipynb #cell-006
 class VolumeViewer(VBox):
-    """Three linked planes of a CT, with window, mask and the numbers under the pointer. ValueError for a mask of another shape, or a window that does not exist.
+    """Three linked planes of a CT, with window, mask and the numbers under the pointer.
 
-    `sliders` and `pictures` go by the names of the planes; `window`, `opacity` and `readout` are widgets; `go_to` moves the planes; `static` is a figure of what is shown."""
+    ValueError for a mask of another shape, or a window that does not exist.
+
+    `sliders` and `pictures` go by the names of the planes; `window`, `opacity` and `readout` are
+    widgets; `go_to` moves the planes; `static` is a figure of what is shown.
+    """
+
     def __init__(
         self,
         volume: Volume,
-        mask: np.ndarray | None = None,  # (D, H, W) whole numbers or bool on the volume's grid, 0 for nothing
+        # (D, H, W) whole numbers or bool on the volume's grid, 0 for nothing
+        mask: np.ndarray | None = None,
         names: dict[int, str] | None = None,  # of the mask's numbers
         window="chest",  # a Window or its name
         at_mm=None,  # LPS mm, where the planes cross; the middle unless given
         width: int = 300,  # of the axial plane on the page, in its pixels
     ):
         self.volume, *masks = upright(volume, *([] if mask is None else [np.asarray(mask)]))
-        self.mask, self.names = masks[0].astype(np.int32) if masks else None, names or {}
+        self.mask = masks[0].astype(np.int32) if masks else None
+        self.names = names or {}
         grid = self.volume.grid
         self.window = window_menu(window)
-        self.opacity = FloatSlider(0.4, min=0, max=1, step=0.05, description="mask", layout=Layout(width="260px"))
+        self.opacity = FloatSlider(
+            0.4, min=0, max=1, step=0.05, description="mask", layout=Layout(width="260px")
+        )
         self.readout = HTML()
-        middle = np.round(grid.mm_to_index(grid.center_mm if at_mm is None else at_mm)).astype(int).clip(0, np.array(grid.shape[::-1]) - 1)
-        widths = [width, width, round(width * grid.extent_mm[1] / grid.extent_mm[0])]  # one scale for all three
+        middle = (
+            np.round(grid.mm_to_index(grid.center_mm if at_mm is None else at_mm))
+            .astype(int)
+            .clip(0, np.array(grid.shape[::-1]) - 1)
+        )
+        # one scale for all three
+        widths = [width, width, round(width * grid.extent_mm[1] / grid.extent_mm[0])]
         arrays = [self.volume.hu] if self.mask is None else [self.volume.hu, self.mask]
-        self.pictures = {kind: SlicePicture(grid, arrays, kind, self._paint, width=w) for kind, w in zip(PLANES, widths)}
-        self.sliders = {kind: slice_slider(picture.count, int(middle[picture.normal]), kind) for kind, picture in self.pictures.items()}
+        self.pictures = {
+            kind: SlicePicture(grid, arrays, kind, self._paint, width=w)
+            for kind, w in zip(PLANES, widths)
+        }
+        self.sliders = {
+            kind: slice_slider(picture.count, int(middle[picture.normal]), kind)
+            for kind, picture in self.pictures.items()
+        }
         for kind, picture in self.pictures.items():
             follow_wheel(picture, self.sliders[kind])
-            picture.observe(lambda change, picture=picture: change["new"] and self.go_to(picture.to_mm(*change["new"][:2])), "click")
-            picture.observe(lambda change, picture=picture: self._tell(picture.to_mm(*change["new"]) if change["new"] else self.at_mm), "hover")
+            picture.observe(
+                lambda change, picture=picture: change["new"]
+                and self.go_to(picture.to_mm(*change["new"][:2])),
+                "click",
+            )
+            picture.observe(
+                lambda change, picture=picture: self._tell(
+                    picture.to_mm(*change["new"]) if change["new"] else self.at_mm
+                ),
+                "hover",
+            )
             self.sliders[kind].observe(lambda change: self._place(), "value")
-        for control in (self.window, self.opacity): control.observe(lambda change: self._place(again=True), "value")
+        for control in (self.window, self.opacity):
+            control.observe(lambda change: self._place(again=True), "value")
         self._place(again=True)
-        super().__init__([HBox([self.window, *([] if self.mask is None else [self.opacity])]), self.readout,
-                          HBox([VBox([picture, self.sliders[kind]]) for kind, picture in self.pictures.items()], layout=Layout(flex_flow="row wrap"))])
+        super().__init__(
+            [
+                HBox([self.window, *([] if self.mask is None else [self.opacity])]),
+                self.readout,
+                HBox(
+                    [
+                        VBox([picture, self.sliders[kind]])
+                        for kind, picture in self.pictures.items()
+                    ],
+                    layout=Layout(flex_flow="row wrap"),
+                ),
+            ]
+        )
 
     @property
     def at_mm(self) -> np.ndarray:
         "Where the planes cross, LPS mm: the centre of a voxel."
-        return self.volume.grid.index_to_mm([self.sliders[kind].value for kind in ("sagittal", "coronal", "axial")])
+        return self.volume.grid.index_to_mm(
+            [self.sliders[kind].value for kind in ("sagittal", "coronal", "axial")]
+        )
 
     def go_to(self, point_mm) -> None:
         "Let the planes cross in the voxel that holds a point, LPS mm, or in the nearest one."
         index = np.floor(self.volume.grid.mm_to_index(point_mm) + 0.5).astype(int)
-        for kind, picture in self.pictures.items(): self.sliders[kind].value = int(np.clip(index[picture.normal], 0, picture.count - 1))
+        for kind, picture in self.pictures.items():
+            self.sliders[kind].value = int(np.clip(index[picture.normal], 0, picture.count - 1))
 
     def _paint(self, hu, labels=None):
         pixels = grey(hu, self.window.value)
@@ -80,30 +146,52 @@ class VolumeViewer(VBox):
 
     def _place(self, again: bool = False):
         for kind, picture in self.pictures.items():
-            if again or picture.index != self.sliders[kind].value: picture.place(self.sliders[kind].value)
-            picture.title, picture.marks = f"{kind}, {'xyz'[picture.normal]} = {picture.at_mm:.1f} mm", picture.crosshair(self.at_mm)
+            if again or picture.index != self.sliders[kind].value:
+                picture.place(self.sliders[kind].value)
+            picture.title, picture.marks = (
+                f"{kind}, {'xyz'[picture.normal]} = {picture.at_mm:.1f} mm",
+                picture.crosshair(self.at_mm),
+            )
         self._tell(self.at_mm)
 
     def _tell(self, point_mm):
         grid = self.volume.grid
         label = 0 if self.mask is None else int(value_at(grid, self.mask, point_mm, 0))
         value = value_at(grid, self.volume.hu, point_mm, None)
-        self.readout.value = "x {:.1f}, y {:.1f}, z {:.1f} mm: ".format(*point_mm) + ("outside the scan" if value is None else f"<b>{value:.0f} HU</b>") + \
-            (f", {self.names.get(label, f'label {label}').replace('_', ' ')}" if label else "")
+        self.readout.value = (
+            "x {:.1f}, y {:.1f}, z {:.1f} mm: ".format(*point_mm)
+            + ("outside the scan" if value is None else f"<b>{value:.0f} HU</b>")
+            + (f", {self.names.get(label, f'label {label}').replace('_', ' ')}" if label else "")
+        )
 
     def static(self):
         "What is shown, as a matplotlib Figure."
         figure = slices_figure(self.volume, self.window.value, self.at_mm)
-        if self.mask is None: return figure
+        if self.mask is None:
+            return figure
         from matplotlib.patches import Patch
+
         shown = np.zeros(int(self.mask.max()) + 1, np.int64)
         for axis, (kind, picture) in zip(figure.axes, self.pictures.items()):
             axis.images[0].set_data(picture.pixels)
-            shown += np.bincount(self.mask.take(picture.index, axis=2 - picture.normal).ravel(), minlength=len(shown))
+            shown += np.bincount(
+                self.mask.take(picture.index, axis=2 - picture.normal).ravel(), minlength=len(shown)
+            )
         shown[0] = 0
-        largest = sorted(number for number in np.argsort(-shown, kind="stable")[:20] if shown[number])  # more than twenty names are no legend
-        patches = [Patch(color=label_colors(np.array(number)) / 255, label=self.names.get(int(number), f"label {number}").replace("_", " ")) for number in largest]
+        # more than twenty names are no legend
+        largest = sorted(
+            number for number in np.argsort(-shown, kind="stable")[:20] if shown[number]
+        )
+        patches = [
+            Patch(
+                color=label_colors(np.array(number)) / 255,
+                label=self.names.get(int(number), f"label {number}").replace("_", " "),
+            )
+            for number in largest
+        ]
         if patches:
             figure.set_figheight(figure.get_figheight() + 0.16 * -(-len(patches) // 5))
-            figure.legend(handles=patches, loc="outside lower left", ncols=5, fontsize=7, frameon=False)
+            figure.legend(
+                handles=patches, loc="outside lower left", ncols=5, fontsize=7, frameon=False
+            )
         return figure

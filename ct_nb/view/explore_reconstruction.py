@@ -23,10 +23,15 @@ from .slice_picture import AXES, SlicePicture, upright, value_at
 
 # %% ../../nbs/view/06f_explore_reconstruction.ipynb #cell-005
 class XrayComparison(VBox):
-    "For each view the measured X-ray, that of a volume, and their difference. `shown` is the menu of volumes; `pictures` are three a view."
+    """For each view the measured X-ray, that of a volume, and their difference.
+
+    `shown` is the menu of volumes; `pictures` are three a view.
+    """
+
     def __init__(
         self,
-        volumes: dict[str, np.ndarray],  # name → HU (D, H, W) on the grid; looked up when it is shown
+        # name → HU (D, H, W) on the grid; looked up when it is shown
+        volumes: dict[str, np.ndarray],
         grid: Grid,
         xrays: np.ndarray,  # (V, R, C) line integrals
         geometry: ConeBeam,  # of these, in the grid's frame
@@ -34,35 +39,93 @@ class XrayComparison(VBox):
         first: str | None = None,  # the volume to show first
         width: int = 165,  # of a picture on the page
     ):
-        self.volumes, self.xrays, self.geometry, self.energy_kev = volumes, torch.as_tensor(xrays).float(), geometry.on(grid).to(torch.float32), energy_kev
-        self.shown = Dropdown(options=list(volumes), value=first or next(iter(volumes)), description="X-rays of")
-        pitch = [float(step.norm(dim=-1).mean()) for step in (geometry.column_step_mm, geometry.row_step_mm)]
-        self.pictures = [[Picture(name=f"view {view} {what}", width=width, pixel_mm=pitch, scale_bar_mm=100.0 * (what == "measured")) for what in ("measured", "projected", "difference")] for view in range(geometry.views)]
-        self.top, self.aspect = float(self.xrays.max()), geometry.detector_shape[0] * pitch[1] / (geometry.detector_shape[1] * pitch[0])  # white; height over width
+        self.volumes = volumes
+        self.xrays = torch.as_tensor(xrays).float()
+        self.geometry = geometry.on(grid).to(torch.float32)
+        self.energy_kev = energy_kev
+        self.shown = Dropdown(
+            options=list(volumes), value=first or next(iter(volumes)), description="X-rays of"
+        )
+        pitch = [
+            float(step.norm(dim=-1).mean())
+            for step in (geometry.column_step_mm, geometry.row_step_mm)
+        ]
+        self.pictures = [
+            [
+                Picture(
+                    name=f"view {view} {what}",
+                    width=width,
+                    pixel_mm=pitch,
+                    scale_bar_mm=100.0 * (what == "measured"),
+                )
+                for what in ("measured", "projected", "difference")
+            ]
+            for view in range(geometry.views)
+        ]
+        # white; height over width
+        self.top = float(self.xrays.max())
+        self.aspect = (
+            geometry.detector_shape[0] * pitch[1] / (geometry.detector_shape[1] * pitch[0])
+        )
         for view, three in enumerate(self.pictures):
-            for picture in three: picture.letters = list(xray_ends(geometry, view))
+            for picture in three:
+                picture.letters = list(xray_ends(geometry, view))
             three[0].draw(grey(self.xrays[view].numpy(), (0.0, self.top)))
             three[0].title = view_name(geometry, view)
         self.shown.observe(lambda change: self.update(), "value")
         self.update()
-        super().__init__([self.shown, HBox([picture for view in self.pictures for picture in view], layout=Layout(flex_flow="row wrap")),
-                          HTML(color_scale(-round(0.1 * self.top, 2), round(0.1 * self.top, 2), "berlin", "difference of line integrals"))])
+        super().__init__(
+            [
+                self.shown,
+                HBox(
+                    [picture for view in self.pictures for picture in view],
+                    layout=Layout(flex_flow="row wrap"),
+                ),
+                HTML(
+                    color_scale(
+                        -round(0.1 * self.top, 2),
+                        round(0.1 * self.top, 2),
+                        "berlin",
+                        "difference of line integrals",
+                    )
+                ),
+            ]
+        )
 
     def update(self) -> None:
         "Project the volume that is chosen, and show it."
-        self.residuals, projected = view_residuals(torch.from_numpy(np.ascontiguousarray(self.volumes[self.shown.value])).float(), self.xrays, self.geometry, self.energy_kev)
-        for residual, image, given, (_, of_volume, difference) in zip(self.residuals, projected.numpy(), self.xrays.numpy(), self.pictures):
+        self.residuals, projected = view_residuals(
+            torch.from_numpy(np.ascontiguousarray(self.volumes[self.shown.value])).float(),
+            self.xrays,
+            self.geometry,
+            self.energy_kev,
+        )
+        for residual, image, given, (_, of_volume, difference) in zip(
+            self.residuals, projected.numpy(), self.xrays.numpy(), self.pictures
+        ):
             of_volume.draw(grey(image, (0.0, self.top)))
             difference.draw(colors(image - given, -0.1 * self.top, 0.1 * self.top))
-            of_volume.title, difference.title = f"of {self.shown.value}", f"residual {residual:.1%}"
+            of_volume.title = f"of {self.shown.value}"
+            difference.title = f"residual {residual:.1%}"
 
 # %% ../../nbs/view/06f_explore_reconstruction.ipynb #cell-007
-TRUTH, MEAN, SAMPLE, SPREAD = "CT", "mean of samples", "one sample", "standard deviation"
+TRUTH = "CT"
+MEAN = "mean of samples"
+SAMPLE = "one sample"
+SPREAD = "standard deviation"
+
 
 class ReconstructionExplorer(VBox):
-    """Volumes that answer one patient, with errors and X-rays. ValueError for nothing to show, different grids, a name that is taken, or X-rays without their geometry.
+    """Volumes that answer one patient, with errors and X-rays.
 
-    `pictures` and `errors` are slices by the names of the columns; `plane`, `slider`, `window`, `sample` and `readout` are widgets; `xrays` is the `XrayComparison` or None; `static` is a figure."""
+    ValueError for nothing to show, different grids, a name that is taken, or X-rays without their
+    geometry.
+
+    `pictures` and `errors` are slices by the names of the columns; `plane`, `slider`, `window`,
+    `sample` and `readout` are widgets; `xrays` is the `XrayComparison` or None; `static` is a
+    figure.
+    """
+
     def __init__(
         self,
         volumes: dict[str, Volume],
@@ -75,143 +138,342 @@ class ReconstructionExplorer(VBox):
         width: int = 190,  # of a picture on the page, in its pixels
     ):
         self._check(volumes, truth, samples, xrays, geometry)
-        straight = lambda volume: upright(volume)[0]
-        self.grid = straight(next(iter([*volumes.values(), *samples, *([] if truth is None else [truth])]))).grid
-        self.truth, self.samples = None if truth is None else straight(truth).hu, [straight(volume).hu for volume in samples]
-        self.volumes = {**({} if truth is None else {TRUTH: self.truth}), **{name: straight(volume).hu for name, volume in volumes.items()}}
+
+        def straight(volume):
+            return upright(volume)[0]
+
+        self.grid = straight(
+            next(iter([*volumes.values(), *samples, *([] if truth is None else [truth])]))
+        ).grid
+        self.truth = None if truth is None else straight(truth).hu
+        self.samples = [straight(volume).hu for volume in samples]
+        self.volumes = {
+            **({} if truth is None else {TRUTH: self.truth}),
+            **{name: straight(volume).hu for name, volume in volumes.items()},
+        }
         self.spread = None
         if len(self.samples) > 1:
             summary = summarise(torch.from_numpy(np.ascontiguousarray(hu)) for hu in self.samples)
-            self.volumes[MEAN], self.spread = summary.mean.numpy(), summary.standard_deviation.numpy()
-        if self.samples: self.volumes[SAMPLE] = self.samples[0]
-        self._most = 1.0 if self.spread is None else max(1.0, *(float(np.percentile(np.abs(x), 99.5)) for x in ([self.spread] if truth is None else [self.spread, self.volumes[MEAN] - self.truth])))
-        self.plane, self.window, self.readout, self.point_mm = ToggleButtons(options=PLANES, style={"button_width": "70px"}), window_menu(window), HTML("&nbsp;"), None
+            self.volumes[MEAN] = summary.mean.numpy()
+            self.spread = summary.standard_deviation.numpy()
+        if self.samples:
+            self.volumes[SAMPLE] = self.samples[0]
+        self._most = (
+            1.0
+            if self.spread is None
+            else max(
+                1.0,
+                *(
+                    float(np.percentile(np.abs(x), 99.5))
+                    for x in (
+                        [self.spread]
+                        if truth is None
+                        else [self.spread, self.volumes[MEAN] - self.truth]
+                    )
+                ),
+            )
+        )
+        self.plane = ToggleButtons(options=PLANES, style={"button_width": "70px"})
+        self.window = window_menu(window)
+        self.readout = HTML("&nbsp;")
+        self.point_mm = None
         self.slider = slice_slider(self.grid.shape[0], self.grid.shape[0] // 2, "slice")
-        self.sample = Dropdown(options=[(f"sample {number}", number) for number in range(len(self.samples))], layout=Layout(width="120px"))
+        self.sample = Dropdown(
+            options=[(f"sample {number}", number) for number in range(len(self.samples))],
+            layout=Layout(width="120px"),
+        )
         self._columns(width)
         answers = [name for name in self.volumes if name != TRUTH] or [TRUTH]
-        self.xrays = None if xrays is None else XrayComparison(self.volumes, self.grid, xrays, geometry, energy_kev, answers[-1])
-        for control, react in ((self.plane, self._turn), (self.slider, self._place), (self.window, self._repaint), (self.sample, self._choose)):
+        self.xrays = (
+            None
+            if xrays is None
+            else XrayComparison(self.volumes, self.grid, xrays, geometry, energy_kev, answers[-1])
+        )
+        for control, react in (
+            (self.plane, self._turn),
+            (self.slider, self._place),
+            (self.window, self._repaint),
+            (self.sample, self._choose),
+        ):
             control.observe(lambda change, react=react: react(), "value")
         self._place()
         row = Layout(flex_flow="row wrap")
-        super().__init__([HBox([self.plane, self.slider, self.window, *([self.sample] if len(self.samples) > 1 else [])], layout=row), self.readout,
-                          HBox([VBox([picture, *([self.errors[name]] if name in self.errors else [])]) for name, picture in self.pictures.items()], layout=row), HTML(" &nbsp; ".join(self._scales())),
-                          *([] if self.xrays is None else [self.xrays])])
+        super().__init__(
+            [
+                HBox(
+                    [
+                        self.plane,
+                        self.slider,
+                        self.window,
+                        *([self.sample] if len(self.samples) > 1 else []),
+                    ],
+                    layout=row,
+                ),
+                self.readout,
+                HBox(
+                    [
+                        VBox([picture, *([self.errors[name]] if name in self.errors else [])])
+                        for name, picture in self.pictures.items()
+                    ],
+                    layout=row,
+                ),
+                HTML(" &nbsp; ".join(self._scales())),
+                *([] if self.xrays is None else [self.xrays]),
+            ]
+        )
 
     @staticmethod
     def _check(volumes, truth, samples, xrays, geometry):
         named = {**volumes, **{f"sample {number}": volume for number, volume in enumerate(samples)}}
         taken = [name for name in volumes if name in (TRUTH, MEAN, SAMPLE, SPREAD)]
-        if taken: raise ValueError(f"volumes: the name {taken[0]!r} belongs to a column of the explorer; choose another")
-        if not named: raise ValueError("volumes: there is nothing to show; give at least one volume, or samples")
+        if taken:
+            raise ValueError(
+                f"volumes: the name {taken[0]!r} belongs to a column of the explorer; choose"
+                " another"
+            )
+        if not named:
+            raise ValueError(
+                "volumes: there is nothing to show; give at least one volume, or samples"
+            )
         first = next(iter(named.values())).grid if truth is None else truth.grid
         for name, volume in named.items():
-            if volume.grid != first: raise ValueError(f"volumes: {name!r} is on another grid than the {'first' if truth is None else 'truth'}; resample it with .resample_onto")
-        if (xrays is None) != (geometry is None): raise ValueError("xrays: X-rays and their geometry belong together; give both or neither")
+            if volume.grid != first:
+                raise ValueError(
+                    f"volumes: {name!r} is on another grid than the"
+                    f" {'first' if truth is None else 'truth'}; resample it with .resample_onto"
+                )
+        if (xrays is None) != (geometry is None):
+            raise ValueError(
+                "xrays: X-rays and their geometry belong together; give both or neither"
+            )
 
     def _columns(self, width):
-        paint = lambda hu: grey(hu, self.window.value)
-        error = lambda hu, truth: colors(hu - truth, -ERROR_HU, ERROR_HU)
-        self.pictures = {name: SlicePicture(self.grid, hu, paint=paint, name=name, width=width, scale_bar_mm=50.0 * (place == 0)) for place, (name, hu) in enumerate(self.volumes.items())}
-        judged = {} if self.truth is None else {name: hu for name, hu in self.volumes.items() if name != TRUTH}
-        self.errors = {name: SlicePicture(self.grid, [hu, self.truth], paint=error, name=f"error of {name}", width=width, scale_bar_mm=50.0 * (place == 0)) for place, (name, hu) in enumerate(judged.items())}
+        def paint(hu):
+            return grey(hu, self.window.value)
+
+        def error(hu, truth):
+            return colors(hu - truth, -ERROR_HU, ERROR_HU)
+
+        self.pictures = {
+            name: SlicePicture(
+                self.grid, hu, paint=paint, name=name, width=width, scale_bar_mm=50.0 * (place == 0)
+            )
+            for place, (name, hu) in enumerate(self.volumes.items())
+        }
+        judged = (
+            {}
+            if self.truth is None
+            else {name: hu for name, hu in self.volumes.items() if name != TRUTH}
+        )
+        self.errors = {
+            name: SlicePicture(
+                self.grid,
+                [hu, self.truth],
+                paint=error,
+                name=f"error of {name}",
+                width=width,
+                scale_bar_mm=50.0 * (place == 0),
+            )
+            for place, (name, hu) in enumerate(judged.items())
+        }
         if self.spread is not None:
-            heat = lambda *hu: colors(np.abs(hu[0] - hu[1] if len(hu) > 1 else hu[0]), 0.0, self._most, "magma")
-            self.pictures[SPREAD] = SlicePicture(self.grid, self.spread, paint=heat, name=SPREAD, width=width, scale_bar_mm=0.0)
-            if self.truth is not None: self.errors[SPREAD] = SlicePicture(self.grid, [self.volumes[MEAN], self.truth], paint=heat, name=f"error of {MEAN}, size", width=width, scale_bar_mm=0.0)
+
+            def heat(*hu):
+                return colors(
+                    np.abs(hu[0] - hu[1] if len(hu) > 1 else hu[0]), 0.0, self._most, "magma"
+                )
+
+            self.pictures[SPREAD] = SlicePicture(
+                self.grid, self.spread, paint=heat, name=SPREAD, width=width, scale_bar_mm=0.0
+            )
+            if self.truth is not None:
+                self.errors[SPREAD] = SlicePicture(
+                    self.grid,
+                    [self.volumes[MEAN], self.truth],
+                    paint=heat,
+                    name=f"error of {MEAN}, size",
+                    width=width,
+                    scale_bar_mm=0.0,
+                )
         for picture in self._all:
             follow_wheel(picture, self.slider)
-            picture.observe(lambda change, picture=picture: change["new"] and self._point(picture.to_mm(*change["new"][:2])), "click")
-            picture.observe(lambda change, picture=picture: self._tell(picture.to_mm(*change["new"]) if change["new"] else self.point_mm), "hover")
-        for name in self.volumes: self._title(name)
+            picture.observe(
+                lambda change, picture=picture: change["new"]
+                and self._point(picture.to_mm(*change["new"][:2])),
+                "click",
+            )
+            picture.observe(
+                lambda change, picture=picture: self._tell(
+                    picture.to_mm(*change["new"]) if change["new"] else self.point_mm
+                ),
+                "hover",
+            )
+        for name in self.volumes:
+            self._title(name)
         if self.spread is not None:
             self.pictures[SPREAD].title = f"{SPREAD}, {len(self.samples)} samples"
-            if self.truth is not None: self.errors[SPREAD].title = "|mean − CT|"
+            if self.truth is not None:
+                self.errors[SPREAD].title = "|mean − CT|"
 
     @property
-    def _all(self) -> list[SlicePicture]: return [*self.pictures.values(), *self.errors.values()]
+    def _all(self) -> list[SlicePicture]:
+        return [*self.pictures.values(), *self.errors.values()]
 
     def _title(self, name):
         hu = self.volumes[name]
-        self.pictures[name].title = name if self.truth is None or name == TRUTH else f"{name}, {psnr(hu, self.truth):.1f} dB"
-        if name in self.errors: self.errors[name].title = f"{name} − CT"
+        self.pictures[name].title = (
+            name
+            if self.truth is None or name == TRUTH
+            else f"{name}, {psnr(hu, self.truth):.1f} dB"
+        )
+        if name in self.errors:
+            self.errors[name].title = f"{name} − CT"
 
     def _scales(self) -> list[str]:
         "What the colours mean, HTML."
-        errors = [color_scale(-ERROR_HU, ERROR_HU, "berlin", "error, HU")] if self.truth is not None else []
-        return errors + ([color_scale(0, round(self._most), "magma", "standard deviation and size of the error, HU")] if self.spread is not None else [])
+        errors = (
+            [color_scale(-ERROR_HU, ERROR_HU, "berlin", "error, HU")]
+            if self.truth is not None
+            else []
+        )
+        return errors + (
+            [
+                color_scale(
+                    0, round(self._most), "magma", "standard deviation and size of the error, HU"
+                )
+            ]
+            if self.spread is not None
+            else []
+        )
 
     def _turn(self):
         "Another plane: through the chosen point, or the middle."
         normal = AXES[self.plane.value][2]
-        index = self.grid.mm_to_index(self.grid.center_mm if self.point_mm is None else self.point_mm)[normal]
+        index = self.grid.mm_to_index(
+            self.grid.center_mm if self.point_mm is None else self.point_mm
+        )[normal]
         self.slider.max = self.grid.shape[2 - normal] - 1
         self.slider.value = int(np.clip(np.floor(index + 0.5), 0, self.slider.max))
         self._place()
 
     def _place(self):
         for picture in self._all:
-            if (picture.index, picture.plane) != (self.slider.value, self.plane.value): picture.place(self.slider.value, self.plane.value)
+            if (picture.index, picture.plane) != (self.slider.value, self.plane.value):
+                picture.place(self.slider.value, self.plane.value)
         self._point(self.point_mm)
 
     def _repaint(self):
-        for name in self.volumes: self.pictures[name].redraw()
+        for name in self.volumes:
+            self.pictures[name].redraw()
 
     def _choose(self):
         "Another sample."
         self.volumes[SAMPLE] = self.samples[self.sample.value]
-        for picture in [self.pictures[SAMPLE], *([self.errors[SAMPLE]] if self.truth is not None else [])]:
+        for picture in [
+            self.pictures[SAMPLE],
+            *([self.errors[SAMPLE]] if self.truth is not None else []),
+        ]:
             picture.arrays[0] = self.volumes[SAMPLE]
             picture.redraw()
         self._title(SAMPLE)
         if self.xrays is not None:
             self.xrays.volumes[SAMPLE] = self.volumes[SAMPLE]
-            if self.xrays.shown.value == SAMPLE: self.xrays.update()
+            if self.xrays.shown.value == SAMPLE:
+                self.xrays.update()
 
     def _point(self, point_mm):
         "Mark a point in all pictures; None: none."
         self.point_mm = point_mm
-        for picture in self._all: picture.marks = [] if point_mm is None else picture.crosshair(point_mm)
+        for picture in self._all:
+            picture.marks = [] if point_mm is None else picture.crosshair(point_mm)
         self._tell(point_mm)
 
     def _tell(self, point_mm):
-        if point_mm is None: self.readout.value = "Point at a place to read its Hounsfield units in all volumes."; return
+        if point_mm is None:
+            self.readout.value = "Point at a place to read its Hounsfield units in all volumes."
+            return
         arrays = self.volumes if self.spread is None else {**self.volumes, SPREAD: self.spread}
-        self.readout.value = "x {:.1f}, y {:.1f}, z {:.1f} mm: ".format(*point_mm) + ", ".join(f"{name} <b>{value_at(self.grid, hu, point_mm):.0f}</b>" for name, hu in arrays.items()) + " HU"
+        self.readout.value = (
+            "x {:.1f}, y {:.1f}, z {:.1f} mm: ".format(*point_mm)
+            + ", ".join(
+                f"{name} <b>{value_at(self.grid, hu, point_mm):.0f}</b>"
+                for name, hu in arrays.items()
+            )
+            + " HU"
+        )
 
     def static(self):
         "What is shown, as a matplotlib Figure."
         import matplotlib.pyplot as plt
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
+
         def bar(part, axes, scale, cmap, label):
-            one = part.colorbar(ScalarMappable(Normalize(*scale), cmap), ax=axes, fraction=0.012, aspect=30, pad=0.01)
+            one = part.colorbar(
+                ScalarMappable(Normalize(*scale), cmap),
+                ax=axes,
+                fraction=0.012,
+                aspect=30,
+                pad=0.01,
+            )
             one.set_label(label, fontsize=7.5)
             one.ax.tick_params(labelsize=7)
             one.outline.set_visible(False)
-        panels = [] if self.xrays is None else [picture for view in self.xrays.pictures for picture in view]
+
+        panels = (
+            []
+            if self.xrays is None
+            else [picture for view in self.xrays.pictures for picture in view]
+        )
         aspect = self.pictures[next(iter(self.pictures))]
-        tall = aspect.frame["rows"] * aspect.pixel_mm[1] / (aspect.frame["columns"] * aspect.pixel_mm[0])
-        count, lines = max(len(self.pictures), 3), 1 + bool(self.errors)
+        tall = (
+            aspect.frame["rows"]
+            * aspect.pixel_mm[1]
+            / (aspect.frame["columns"] * aspect.pixel_mm[0])
+        )
+        count = max(len(self.pictures), 3)
+        lines = 1 + bool(self.errors)
         across = len(panels) if count > 5 else 3
         with style():
-            upper, lower = lines * (1.75 * tall + 0.25), (len(panels) // across * (count * 1.75 / across * self.xrays.aspect + 0.3) if panels else 0.0)
+            upper = lines * (1.75 * tall + 0.25)
+            lower = (
+                len(panels) // across * (count * 1.75 / across * self.xrays.aspect + 0.3)
+                if panels
+                else 0.0
+            )
             figure = plt.figure(figsize=(count * 1.75 + 0.6, upper + lower))
-            above, *below = figure.subfigures(1 + bool(panels), 1, squeeze=False, height_ratios=[upper, lower][:1 + bool(panels)])[:, 0]
+            above, *below = figure.subfigures(
+                1 + bool(panels), 1, squeeze=False, height_ratios=[upper, lower][: 1 + bool(panels)]
+            )[:, 0]
             axes = above.subplots(lines, count, squeeze=False)
-            for axis in axes.flat: axis.set_axis_off()
+            for axis in axes.flat:
+                axis.set_axis_off()
             for name, axis in zip(self.pictures, axes[0]):
-                for one, where in ((self.pictures[name], axis), *([(self.errors[name], axes[1, list(self.pictures).index(name)])] if name in self.errors else [])):
+                for one, where in (
+                    (self.pictures[name], axis),
+                    *(
+                        [(self.errors[name], axes[1, list(self.pictures).index(name)])]
+                        if name in self.errors
+                        else []
+                    ),
+                ):
                     where.set_axis_on()
                     draw_picture(where, one)
                     where.title.set_fontsize(7.5)
-            for scale, cmap, label in [((-ERROR_HU, ERROR_HU), "berlin", "error, HU")] * bool(self.errors) + [((0, self._most), "magma", "standard deviation, HU")] * (self.spread is not None):
+            for scale, cmap, label in [((-ERROR_HU, ERROR_HU), "berlin", "error, HU")] * bool(
+                self.errors
+            ) + [((0, self._most), "magma", "standard deviation, HU")] * (self.spread is not None):
                 bar(above, axes, scale, cmap, label)
             for figure_below in below:
                 line = figure_below.subplots(len(panels) // across, across, squeeze=False)
                 for axis, picture in zip(line.flat, panels):
                     draw_picture(axis, picture)
                     axis.title.set_fontsize(7.5)
-                bar(figure_below, line, (-0.1 * self.xrays.top, 0.1 * self.xrays.top), "berlin", "difference")
+                bar(
+                    figure_below,
+                    line,
+                    (-0.1 * self.xrays.top, 0.1 * self.xrays.top),
+                    "berlin",
+                    "difference",
+                )
         return figure

@@ -28,42 +28,68 @@ from ..nets.slab_consistency import back_projection_matrix, interpolation_matrix
 from ..physics.phantom import phantom
 from ..physics.volume import Volume
 from ..style import MODEL, MUTED, TRUTH, style
-from .explore import Picture, ScanShelf, color_scale, colors, draw_picture, grey, line, words
+from ct_nb.view.explore import (
+    Picture,
+    ScanShelf,
+    color_scale,
+    colors,
+    draw_picture,
+    grey,
+    line,
+    words,
+)
 from .explore_ct import follow_wheel, slice_slider, window_menu
 from .figures import BRIGHT, ENDS
 from .slice_picture import upright
 
 # %% ../../nbs/view/07a_explore_slices.ipynb #cell-005
 def open_thin_scans(
-    data: str,  # "phantom", or what `open_stacks` takes: a folder of thin CTs, "pe:FOLDER", "rplhr:FOLDER"
+    # "phantom", or what `open_stacks` takes: a folder of thin CTs, "pe:FOLDER", "rplhr:FOLDER"
+    data: str,
     seeds=(1001, 1002, 1003),  # which phantoms
     size: int = 160,  # voxels a side of the phantoms
     side_mm: float = 240.0,
     most: int = 50,  # scans of a folder
 ) -> dict[str, Callable[[], Volume]]:
     "Name → what loads the scan, in HU, its axes along x, y, z."
-    if data == "phantom": return {f"phantom-{seed:05d}": lambda seed=seed: phantom(seed, size, side_mm).volume for seed in seeds}
+    if data == "phantom":
+        return {
+            f"phantom-{seed:05d}": lambda seed=seed: phantom(seed, size, side_mm).volume
+            for seed in seeds
+        }
     source = open_stacks(data)
 
     def load(number: int) -> Volume:
         stack = ThinStack.of(source[number])
         rows, columns = stack.pixel_mm
-        affine = np.diag([columns, rows, stack.thin_axis.spacing_mm, 1.0]) if stack.affine is None else stack.affine
+        affine = (
+            np.diag([columns, rows, stack.thin_axis.spacing_mm, 1.0])
+            if stack.affine is None
+            else stack.affine
+        )
         return upright(Volume(np.asarray(stack.thin), affine))[0]
-    return {name: lambda number=number: load(number) for number, name in enumerate(source.ids[:most])}
+
+    return {
+        name: lambda number=number: load(number) for number, name in enumerate(source.ids[:most])
+    }
 
 # %% ../../nbs/view/07a_explore_slices.ipynb #cell-007
 FLOORS = ("linear", "cubic", "back-projection")
 
+
 @dataclass(eq=False)
 class ThickCut:
-    "What thick slices over a thin axis are, and how the floors undo them, in matrices (D, K); the thin axis is the part that they cover."
+    """What thick slices over a thin axis are, and how the floors undo them, in matrices (D, K); the
+    thin axis is the part that they cover.
+    """
+
     thin_axis: SliceAxis  # D slices
     thick_axis: SliceAxis  # K slices
     profile: SliceProfile
     first: int  # of the thin slices, counted in the scan's
     mean: np.ndarray  # (K, D)
-    back: dict[str, np.ndarray]  # floor → (D, K); "thick": each thin slice shows the thick one that it lies in
+    # floor → (D, K); "thick": each thin slice shows the thick one that it lies in
+    back: dict[str, np.ndarray]
 
     @classmethod
     def over(cls, axis: SliceAxis, spacing_mm: float, shape: str = "rectangular") -> "ThickCut":
@@ -72,41 +98,88 @@ class ThickCut:
         thick = fit_slabs(axis, spacing_mm, profile)
         first, last = touched(axis, thick, profile)
         thin = axis.part(first, last)
-        back = {name: interpolation_matrix(thick, thin, kind).numpy() for name, kind in (("thick", "nearest"), ("linear", "linear"), ("cubic", "cubic"))}
-        return cls(thin, thick, profile, first, slab_matrix(thin, thick, profile), back | {"back-projection": back_projection_matrix(thick, thin, profile).numpy()})
+        back = {
+            name: interpolation_matrix(thick, thin, kind).numpy()
+            for name, kind in (("thick", "nearest"), ("linear", "linear"), ("cubic", "cubic"))
+        }
+        return cls(
+            thin,
+            thick,
+            profile,
+            first,
+            slab_matrix(thin, thick, profile),
+            back | {"back-projection": back_projection_matrix(thick, thin, profile).numpy()},
+        )
 
     def figures(self, answer: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-        "Of an answer (D, W) and the truth, HU: mean absolute error, response along the truth's steepest edges along z (1: as steep), and how far its means are from the thick slices at most."
-        edges = z_edges(torch.from_numpy(answer)[:, None].float(), torch.from_numpy(truth)[:, None].float())
-        return {"error_hu": float(np.abs(answer - truth).mean()), "edge": edges.response, "reaveraged_hu": float(np.abs(self.mean @ (answer - truth)).max())}
+        """Of an answer (D, W) and the truth, HU: mean absolute error, response along the truth's
+        steepest edges along z (1: as steep), and how far its means are from the thick slices at
+        most.
+        """
+        edges = z_edges(
+            torch.from_numpy(answer)[:, None].float(), torch.from_numpy(truth)[:, None].float()
+        )
+        return {
+            "error_hu": float(np.abs(answer - truth).mean()),
+            "edge": edges.response,
+            "reaveraged_hu": float(np.abs(self.mean @ (answer - truth)).max()),
+        }
 
 # %% ../../nbs/view/07a_explore_slices.ipynb #cell-010
 TRAIN = "papermill nbs/train_slices.ipynb runs/train_slices.ipynb"
 BAND = 16  # rows that a network is asked for at once
 
+
 class Networks:
-    "The trained networks of a run of `train_slices`, by name in `thinners`; none where there is no run in the folder. `says` tells in a sentence what there is."
+    """The trained networks of a run of `train_slices`, by name in `thinners`; none where there is
+    no run in the folder. `says` tells in a sentence what there is.
+    """
+
     def __init__(self, weights=None, steps: int = 10):
-        self.thinners, self.seen, self.reach, self.training_cases = {}, None, BAND, set()
+        self.thinners = {}
+        self.seen = None
+        self.reach = BAND
+        self.training_cases = set()
         if weights is None or not (Path(weights) / WEIGHTS_FILE).is_file():
-            self.says = f"There are no trained networks{'' if weights is None else f' in {Path(weights).name}'}; `{TRAIN}` trains them. Until then there are the floors."
+            self.says = (
+                "There are no trained"
+                f" networks{'' if weights is None else f' in {Path(weights).name}'}; `{TRAIN}`"
+                " trains them. Until then there are the floors."
+            )
             return
         slices = load_slices(weights)
-        self.seen, self.training_cases = slices.about.get("seen"), set(slices.about.get("training", {}).get("cases", ()))
+        self.seen = slices.about.get("seen")
+        self.training_cases = set(slices.about.get("training", {}).get("cases", ()))
         if slices.regressor is not None:
             self.thinners["regressor"] = RegressorThinner(slices.regressor)
-            self.reach = -(-slices.regressor.config.fold * slices.regressor.config.network.halo // BAND) * BAND
-        if slices.diffusion is not None: self.thinners["diffusion, one draw"] = DiffusionThinner(slices.diffusion, steps=steps)
-        self.says = f"The networks of {Path(weights).name} learnt from {len(self.training_cases)} scans of {slices.about.get('data')}."
+            self.reach = (
+                -(-slices.regressor.config.fold * slices.regressor.config.network.halo // BAND)
+                * BAND
+            )
+        if slices.diffusion is not None:
+            self.thinners["diffusion, one draw"] = DiffusionThinner(slices.diffusion, steps=steps)
+        self.says = (
+            f"The networks of {Path(weights).name} learnt from {len(self.training_cases)} scans of"
+            f" {slices.about.get('data')}."
+        )
 
     def notes(self, cut: ThickCut) -> list[str]:
         "In what these slices differ from those that were learnt from."
-        return check_seen(cut.thick_axis, cut.profile, cut.thin_axis.spacing_mm, self.seen, anyway=True) if self.thinners else []
+        return (
+            check_seen(
+                cut.thick_axis, cut.profile, cut.thin_axis.spacing_mm, self.seen, anyway=True
+            )
+            if self.thinners
+            else []
+        )
 
     def band(self, name: str, hu: np.ndarray, cut: ThickCut, number: int, axis: int) -> np.ndarray:
-        "Answer (D, BAND or less, W) or (D, H, BAND or less) to the band `number` of a scan (D, H, W), HU, along its `axis` 1 or 2."
+        """Answer (D, BAND or less, W) or (D, H, BAND or less) to the band `number` of a scan (D, H,
+        W), HU, along its `axis` 1 or 2.
+        """
         count = hu.shape[axis]
-        begin, end = max(number * BAND - self.reach, 0), min((number + 1) * BAND + self.reach, count)
+        begin = max(number * BAND - self.reach, 0)
+        end = min((number + 1) * BAND + self.reach, count)
         here = [slice(cut.first, cut.first + cut.thin_axis.count), slice(None), slice(None)]
         here[axis] = slice(begin, end)
         thin = torch.from_numpy(np.ascontiguousarray(hu[tuple(here)], np.float32))
@@ -118,13 +191,21 @@ class Networks:
 REACH_MM, DIFFERENCE_HU = 30.0, 200.0
 DARK, GRID = 24, "#4a525e"  # of the panel with the curves
 
+
 def marked_up(text: str) -> str:
     "A sentence as HTML, what stands between backticks as code."
     return re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(text))
 
+
 class SliceExplorer(VBox):
-    """Thick slices of a thin scan, an answer, the truth and their difference in one cut. `scan`, `cut`, `answer`, `shape` and `window` are menus, `spacing` and `position` sliders, `pictures` go by "thick", "answer", "truth",
-    "difference" and "profile"; `point` puts the finger somewhere, `wait` waits for a network, `static` is a figure of what is shown. No scan: ValueError."""
+    """Thick slices of a thin scan, an answer, the truth and their difference in one cut.
+
+    `scan`, `cut`, `answer`, `shape` and `window` are menus, `spacing` and `position` sliders,
+    `pictures` go by "thick", "answer", "truth",
+    "difference" and "profile"; `point` puts the finger somewhere, `wait` waits for a network,
+    `static` is a figure of what is shown. No scan: ValueError.
+    """
+
     def __init__(
         self,
         scans: dict[str, Callable[[], Volume]],  # name → what loads it, of `open_thin_scans`
@@ -134,48 +215,135 @@ class SliceExplorer(VBox):
         window="chest",  # a Window or its name
         width: int = 235,  # of a picture on the page, in its pixels
     ):
-        if not scans: raise ValueError("scans: there is none to explore; give name → function that loads a Volume")
-        self.networks, self._shelf, self._cuts, self._known = networks or Networks(), ScanShelf(scans), {}, {}
-        self._busy, self._lock, self._moving = None, threading.RLock(), False  # a network's thread draws what it has found
-        if answer not in (*FLOORS, *self.networks.thinners): raise ValueError(f"answer: there is none named {answer!r}; choose one of {', '.join((*FLOORS, *self.networks.thinners))}")
-        menu = lambda options, value, name: Dropdown(options=options, value=value, description=name, layout=Layout(width="260px"))
-        self.scan = menu([(f"{name} (trained on)" if name in self.networks.training_cases else name, name) for name in scans], next(iter(scans)), "scan")
-        self.cut, self.answer = menu(["coronal", "sagittal"], "coronal", "cut"), menu([*FLOORS, *self.networks.thinners], answer, "answer")
-        self.shape, self.window = menu(["rectangular", "gaussian"], "rectangular", "profile"), window_menu(window)
-        self.spacing = FloatSlider(spacing_mm, min=2, max=12, step=0.5, description="thick, mm", layout=Layout(width="330px"))
+        if not scans:
+            raise ValueError(
+                "scans: there is none to explore; give name → function that loads a Volume"
+            )
+        self.networks = networks or Networks()
+        self._shelf = ScanShelf(scans)
+        self._cuts = {}
+        self._known = {}
+        # a network's thread draws what it has found
+        self._busy = None
+        self._lock = threading.RLock()
+        self._moving = False
+        if answer not in (*FLOORS, *self.networks.thinners):
+            raise ValueError(
+                f"answer: there is none named {answer!r}; choose one of"
+                f" {', '.join((*FLOORS, *self.networks.thinners))}"
+            )
+
+        def menu(options, value, name):
+            return Dropdown(
+                options=options, value=value, description=name, layout=Layout(width="260px")
+            )
+
+        self.scan = menu(
+            [
+                (f"{name} (trained on)" if name in self.networks.training_cases else name, name)
+                for name in scans
+            ],
+            next(iter(scans)),
+            "scan",
+        )
+        self.cut, self.answer = menu(["coronal", "sagittal"], "coronal", "cut"), menu(
+            [*FLOORS, *self.networks.thinners], answer, "answer"
+        )
+        self.shape = menu(["rectangular", "gaussian"], "rectangular", "profile")
+        self.window = window_menu(window)
+        self.spacing = FloatSlider(
+            spacing_mm,
+            min=2,
+            max=12,
+            step=0.5,
+            description="thick, mm",
+            layout=Layout(width="330px"),
+        )
         self.position = slice_slider(2, 0, "position")
-        self.readout, self.table, self.note = HTML(), HTML(), HTML()
-        self.pictures = {name: Picture(name=name, width=width, scale_bar_mm=0.0 if name == "profile" else 50.0) for name in ("thick", "answer", "truth", "difference", "profile")}
+        self.readout = HTML()
+        self.table = HTML()
+        self.note = HTML()
+        self.pictures = {
+            name: Picture(name=name, width=width, scale_bar_mm=0.0 if name == "profile" else 50.0)
+            for name in ("thick", "answer", "truth", "difference", "profile")
+        }
         for name in ("thick", "answer", "truth", "difference"):
             follow_wheel(self.pictures[name], self.position)
-            self.pictures[name].observe(lambda change: change["new"] and self.point(*self._mm(*change["new"][:2])), "click")
-            self.pictures[name].observe(lambda change: self._trace(*(self._mm(*change["new"]) if change["new"] else self.finger)), "hover")
+            self.pictures[name].observe(
+                lambda change: change["new"] and self.point(*self._mm(*change["new"][:2])), "click"
+            )
+            self.pictures[name].observe(
+                lambda change: self._trace(
+                    *(self._mm(*change["new"]) if change["new"] else self.finger)
+                ),
+                "hover",
+            )
         self._open()
-        for control, react in ((self.scan, self._open), (self.cut, self._turn), (self.spacing, self._draw), (self.shape, self._draw), (self.answer, self._draw), (self.window, self._draw), (self.position, self._draw)):
+        for control, react in (
+            (self.scan, self._open),
+            (self.cut, self._turn),
+            (self.spacing, self._draw),
+            (self.shape, self._draw),
+            (self.answer, self._draw),
+            (self.window, self._draw),
+            (self.position, self._draw),
+        ):
             control.observe(lambda change, react=react: react(), "value")
-        row = lambda *parts: HBox(parts, layout=Layout(flex_flow="row wrap", align_items="flex-end"))
+
+        def row(*parts):
+            return HBox(parts, layout=Layout(flex_flow="row wrap", align_items="flex-end"))
+
         p = self.pictures
-        super().__init__([row(self.scan, self.cut, self.answer), row(self.spacing, self.position), row(self.shape, self.window), self.readout, row(p["thick"], p["answer"], p["truth"], p["difference"]),
-                          row(p["profile"], VBox([self.table, self.note], layout=Layout(max_width="680px", align_self="flex-start")))])
+        super().__init__(
+            [
+                row(self.scan, self.cut, self.answer),
+                row(self.spacing, self.position),
+                row(self.shape, self.window),
+                self.readout,
+                row(p["thick"], p["answer"], p["truth"], p["difference"]),
+                row(
+                    p["profile"],
+                    VBox(
+                        [self.table, self.note],
+                        layout=Layout(max_width="680px", align_self="flex-start"),
+                    ),
+                ),
+            ]
+        )
 
     def _open(self) -> None:
         "Take up the scan of the menu."
-        self.volume, self._known, self._moving = self._shelf[self.scan.value], {}, True
+        self.volume = self._shelf[self.scan.value]
+        self._known = {}
+        self._moving = True
         self.axis = SliceAxis.along(self.volume.grid)
         self.spacing.max = max(12.0, 4 * self.axis.spacing_mm)
-        self.spacing.min = np.ceil(2.4 * self.axis.spacing_mm) / 2  # a fifth thicker than the thin ones at least
+        # a fifth thicker than the thin ones at least
+        self.spacing.min = np.ceil(2.4 * self.axis.spacing_mm) / 2
         self._turn()
 
     def _turn(self) -> None:
-        "Another direction of cutting: to where most changes along z, the finger on the strongest edge."
+        """Another direction of cutting: to where most changes along z, the finger on the strongest
+        edge.
+        """
         every = max(1, self.volume.hu.shape[2] // 128)
         steps = np.abs(np.diff(self.volume.hu[:, ::every, ::every].astype(np.float32), axis=0))
         steps = steps if self.cut.value == "coronal" else steps.transpose(0, 2, 1)
         inner, sides = len(steps) // 5, steps.shape[1] // 5
-        at = sides + int(np.minimum(steps[inner:-inner or None, sides:-sides or None], 200).sum((0, 2)).argmax())
-        z, x = np.unravel_index(int(steps[inner:-inner or None, at].argmax()), steps[inner:-inner or None, at].shape)
-        self.finger = (float(x * every), float(self.axis.positions_mm[inner + z] + self.axis.spacing_mm / 2))
-        self._moving, count = True, self.volume.hu.shape[self._along]
+        at = sides + int(
+            np.minimum(steps[inner : -inner or None, sides : -sides or None], 200)
+            .sum((0, 2))
+            .argmax()
+        )
+        z, x = np.unravel_index(
+            int(steps[inner : -inner or None, at].argmax()), steps[inner : -inner or None, at].shape
+        )
+        self.finger = (
+            float(x * every),
+            float(self.axis.positions_mm[inner + z] + self.axis.spacing_mm / 2),
+        )
+        self._moving = True
+        count = self.volume.hu.shape[self._along]
         self.position.value = min(self.position.value, count - 1)
         self.position.max = count - 1
         self.position.value = min(at * every, count - 1)
@@ -183,11 +351,15 @@ class SliceExplorer(VBox):
         self._draw()
 
     @property
-    def _along(self) -> int: return 1 if self.cut.value == "coronal" else 2  # the axis of the array that the position counts
+    # the axis of the array that the position counts
+    def _along(self) -> int:
+        return 1 if self.cut.value == "coronal" else 2
 
     def _mm(self, u: float, v: float) -> tuple[float, float]:
         "Column and z in mm of pixel coordinates."
-        return float(np.clip(u - 0.5, 0, self.truth.shape[1] - 1)), float(self.thin.edges_mm[-1] - v * self.thin.spacing_mm)
+        return float(np.clip(u - 0.5, 0, self.truth.shape[1] - 1)), float(
+            self.thin.edges_mm[-1] - v * self.thin.spacing_mm
+        )
 
     def _ask(self, truth: np.ndarray, wait: bool = False) -> np.ndarray | None:
         "The answer (D, W) of the network that is chosen; None while it is at it."
@@ -195,8 +367,13 @@ class SliceExplorer(VBox):
         key = (self.answer.value, self.cut.value, number, self.spacing.value, self.shape.value)
         if key not in self._known:
             job = (key, self.networks, self.volume.hu, self.work, self._along)
-            if wait: self._answer(*job)
-            elif self._busy is None or not self._busy.is_alive() or self._busy is threading.current_thread():
+            if wait:
+                self._answer(*job)
+            elif (
+                self._busy is None
+                or not self._busy.is_alive()
+                or self._busy is threading.current_thread()
+            ):
                 self._busy = threading.Thread(target=self._answer_aside, args=job, daemon=True)
                 self._busy.start()
         band = self._known.get(key)
@@ -204,44 +381,75 @@ class SliceExplorer(VBox):
 
     def _answer(self, key, networks, hu, cut, along) -> None:
         band = networks.band(key[0], hu, cut, key[2], along)
-        if hu is self.volume.hu: self._known = dict([*self._known.items(), (key, band)][-24:])
+        if hu is self.volume.hu:
+            self._known = dict([*self._known.items(), (key, band)][-24:])
 
     def _answer_aside(self, *job) -> None:
-        try: self._answer(*job)
+        try:
+            self._answer(*job)
         except Exception as error:  # nobody else would tell the reader
-            self.note.value, self.answer.value = html.escape(f"{job[0][0]} has no answer: {error}"), "back-projection"
+            self.note.value = html.escape(f"{job[0][0]} has no answer: {error}")
+            self.answer.value = "back-projection"
         self._draw()
 
     def wait(self) -> None:
         "Until no network is at work."
-        while self._busy is not None and self._busy.is_alive(): self._busy.join()
+        while self._busy is not None and self._busy.is_alive():
+            self._busy.join()
 
     def _draw(self, wait: bool = False) -> None:
         "Everything, from the menus and sliders."
-        if self._moving: return
-        with self._lock: self._draw_now(wait)
+        if self._moving:
+            return
+        with self._lock:
+            self._draw_now(wait)
 
     def _draw_now(self, wait: bool) -> None:
         key = (self.scan.value, self.spacing.value, self.shape.value)
-        if key not in self._cuts: self._cuts = dict([*self._cuts.items(), (key, ThickCut.over(self.axis, self.spacing.value, self.shape.value))][-32:])
+        if key not in self._cuts:
+            self._cuts = dict(
+                [
+                    *self._cuts.items(),
+                    (key, ThickCut.over(self.axis, self.spacing.value, self.shape.value)),
+                ][-32:]
+            )
         self.work = work = self._cuts[key]
         self.thin = work.thin_axis
         plane = self.volume.hu.take(self.position.value, axis=self._along)
-        self.truth = plane[work.first:work.first + self.thin.count].astype(float)
+        self.truth = plane[work.first : work.first + self.thin.count].astype(float)
         self.thick = work.mean @ self.truth
         answers = {name: work.back[name] @ self.thick for name in FLOORS}
         name, waits = self.answer.value, ""
         if name in self.networks.thinners:
             found = self._ask(self.truth, wait)
-            if found is None: waits = f"{name} is at it; until then: back-projection"
-            else: answers[name] = found.astype(float)
+            if found is None:
+                waits = f"{name} is at it; until then: back-projection"
+            else:
+                answers[name] = found.astype(float)
         self.shown = answers.get(name, answers["back-projection"])
         window, ends = self.window.value, ENDS[self.cut.value]
-        pixel = [float(self.volume.grid.spacing_mm[0 if self.cut.value == "coronal" else 1]), self.thin.spacing_mm]
-        where = f"{'y' if self.cut.value == 'coronal' else 'x'} = {float(self.volume.grid.affine[2 - self._along, 3] + self.position.value * self.volume.grid.spacing_mm[2 - self._along]):.1f} mm"
-        shown = {"thick": (f"thick slices, {self.spacing.value:g} mm", work.back["thick"] @ self.thick), "answer": (waits or name, self.shown), "truth": (f"thin slices, {self.thin.spacing_mm:.3g} mm", self.truth)}
-        for kind, (title, hu) in shown.items(): self._show(kind, title, grey(hu[::-1], window), pixel, ends)
-        self._show("difference", f"answer − truth, ± {DIFFERENCE_HU:g} HU", colors((self.shown - self.truth)[::-1], -DIFFERENCE_HU, DIFFERENCE_HU), pixel, ends)
+        pixel = [
+            float(self.volume.grid.spacing_mm[0 if self.cut.value == "coronal" else 1]),
+            self.thin.spacing_mm,
+        ]
+        where = (
+            f"{'y' if self.cut.value == 'coronal' else 'x'} ="
+            f" {float(self.volume.grid.affine[2 - self._along, 3] + self.position.value * self.volume.grid.spacing_mm[2 - self._along]):.1f} mm"
+        )
+        shown = {
+            "thick": (f"thick slices, {self.spacing.value:g} mm", work.back["thick"] @ self.thick),
+            "answer": (waits or name, self.shown),
+            "truth": (f"thin slices, {self.thin.spacing_mm:.3g} mm", self.truth),
+        }
+        for kind, (title, hu) in shown.items():
+            self._show(kind, title, grey(hu[::-1], window), pixel, ends)
+        self._show(
+            "difference",
+            f"answer − truth, ± {DIFFERENCE_HU:g} HU",
+            colors((self.shown - self.truth)[::-1], -DIFFERENCE_HU, DIFFERENCE_HU),
+            pixel,
+            ends,
+        )
         self.where = f"{self.cut.value}, {where}"
         self._figures(answers)
         self._trace(*self.finger)
@@ -249,15 +457,28 @@ class SliceExplorer(VBox):
     def _show(self, kind: str, title: str, pixels: np.ndarray, pixel, ends) -> None:
         picture = self.pictures[kind]
         with picture.hold_sync():
-            picture.title, picture.pixel_mm, picture.letters = title, pixel, list(ends)
+            picture.title = title
+            picture.pixel_mm = pixel
+            picture.letters = list(ends)
             picture.draw(pixels)
 
     def _figures(self, answers: dict) -> None:
         rows = {name: self.work.figures(answer, self.truth) for name, answer in answers.items()}
-        body = "".join(f"<tr><td>{'<b>' * (name == self.answer.value)}{html.escape(name)}{'</b>' * (name == self.answer.value)}</td><td>{found['error_hu']:.1f}</td><td>{found['edge']:.2f}</td><td>{found['reaveraged_hu']:.1f}</td></tr>" for name, found in rows.items())
-        says = " ".join([self.networks.says, *(f"Beware: {note}." for note in self.networks.notes(self.work))])
-        self.table.value = ("<style>.ct-nb-figures td, .ct-nb-figures th { padding: 0 12px 0 0; text-align: left; } .ct-nb-figures td { white-space: nowrap; } .ct-nb-figures { font: 12px system-ui, sans-serif; line-height: 1.5; }</style><table class='ct-nb-figures'><tr><th>in this cut</th>"
-            "<th>mean error, HU</th><th>steepest edges along z (truth: 1)</th><th>averaged again, off by at most, HU</th></tr>" + body + f"</table><div style='line-height:1.4;margin-top:6px'>{color_scale(-DIFFERENCE_HU, DIFFERENCE_HU, 'berlin', 'difference, HU')}<br>{marked_up(says)}</div>")
+        body = "".join(
+            f"<tr><td>{'<b>' * (name == self.answer.value)}{html.escape(name)}{'</b>' * (name == self.answer.value)}</td><td>{found['error_hu']:.1f}</td><td>{found['edge']:.2f}</td><td>{found['reaveraged_hu']:.1f}</td></tr>"
+            for name, found in rows.items()
+        )
+        says = " ".join(
+            [self.networks.says, *(f"Beware: {note}." for note in self.networks.notes(self.work))]
+        )
+        self.table.value = (
+            "<style>.ct-nb-figures td, .ct-nb-figures th { padding: 0 12px 0 0; text-align: left; }"
+            " .ct-nb-figures td { white-space: nowrap; } .ct-nb-figures { font: 12px system-ui,"
+            " sans-serif; line-height: 1.5; }</style><table class='ct-nb-figures'><tr><th>in this"
+            " cut</th><th>mean error, HU</th><th>steepest edges along z (truth: 1)</th><th>averaged"
+            " again, off by at most, HU</th></tr>" + body + "</table><div"
+            f" style='line-height:1.4;margin-top:6px'>{color_scale(-DIFFERENCE_HU, DIFFERENCE_HU, 'berlin', 'difference, HU')}<br>{marked_up(says)}</div>"
+        )
 
     def point(self, column: float, z_mm: float) -> None:
         "Put the finger on a column of the cut and a place along z, mm along the slices' normal."
@@ -267,40 +488,90 @@ class SliceExplorer(VBox):
     def _trace(self, column: float, z_mm: float) -> None:
         "The curves along z under the finger, and where it is."
         i = int(np.clip(round(column), 0, self.truth.shape[1] - 1))
-        rows, u, v = len(self.truth), i + 0.5, (self.thin.edges_mm[-1] - z_mm) / self.thin.spacing_mm
+        rows = len(self.truth)
+        u = i + 0.5
+        v = (self.thin.edges_mm[-1] - z_mm) / self.thin.spacing_mm
         reach = REACH_MM / self.thin.spacing_mm
         for name in ("thick", "answer", "truth", "difference"):
-            self.pictures[name].marks = [line([(u, max(v - reach, 0)), (u, min(v + reach, rows))], "#56b4e9", 1.5), line([(u - 3, v), (u + 3, v)], "#56b4e9", 1.5)]
-        k = int(np.clip(np.floor((z_mm - self.thin.edges_mm[0]) / self.thin.spacing_mm), 0, rows - 1))
+            self.pictures[name].marks = [
+                line([(u, max(v - reach, 0)), (u, min(v + reach, rows))], "#56b4e9", 1.5),
+                line([(u - 3, v), (u + 3, v)], "#56b4e9", 1.5),
+            ]
+        k = int(
+            np.clip(np.floor((z_mm - self.thin.edges_mm[0]) / self.thin.spacing_mm), 0, rows - 1)
+        )
         slab = int(np.abs(self.work.thick_axis.positions_mm - z_mm).argmin())
-        self.readout.value = f"{self.where}, z = {z_mm:.1f} mm: thick {self.thick[slab, i]:.0f}, answer <b>{self.shown[k, i]:.0f}</b>, truth <b>{self.truth[k, i]:.0f} HU</b>"
+        self.readout.value = (
+            f"{self.where}, z = {z_mm:.1f} mm: thick {self.thick[slab, i]:.0f}, answer"
+            f" <b>{self.shown[k, i]:.0f}</b>, truth <b>{self.truth[k, i]:.0f} HU</b>"
+        )
         self._curves(i, z_mm)
 
     def _curves(self, i: int, z_mm: float) -> None:
         picture, side = self.pictures["profile"], 200
-        edges, window = self.work.thick_axis.edges_mm, self.window.value
+        edges = self.work.thick_axis.edges_mm
+        window = self.window.value
         stairs = np.stack([np.repeat(self.thick[:, i], 2), np.repeat(edges, 2)[1:-1]], 1)
         thin = self.thin.positions_mm
-        curves = [(stairs, MUTED, 1.5), (np.stack([self.truth[:, i], thin], 1), TRUTH, 2.5), (np.stack([self.shown[:, i], thin], 1), MODEL, 1.8)]
+        curves = [
+            (stairs, MUTED, 1.5),
+            (np.stack([self.truth[:, i], thin], 1), TRUTH, 2.5),
+            (np.stack([self.shown[:, i], thin], 1), MODEL, 1.8),
+        ]
         near = [values[np.abs(values[:, 1] - z_mm) <= REACH_MM] for values, *_ in curves]
-        low, high = min([window.low_hu, *(c[:, 0].min() for c in near if len(c))]), max([min(window.high_hu, 400), *(c[:, 0].max() for c in near if len(c))])
-        place = lambda values: np.stack([18 + (side - 28) * (values[:, 0] - low) / (high - low), side / 2 - (values[:, 1] - z_mm) / REACH_MM * (side / 2 - 14)], 1)
+        low = min([window.low_hu, *(c[:, 0].min() for c in near if len(c))])
+        high = max([min(window.high_hu, 400), *(c[:, 0].max() for c in near if len(c))])
+
+        def place(values):
+            return np.stack(
+                [
+                    18 + (side - 28) * (values[:, 0] - low) / (high - low),
+                    side / 2 - (values[:, 1] - z_mm) / REACH_MM * (side / 2 - 14),
+                ],
+                1,
+            )
+
         ticks = [t for t in (-1000, -500, 0, 500, 1000) if low <= t <= high]
-        marks = [line(place(np.array([[t, z_mm - REACH_MM], [t, z_mm + REACH_MM]])), GRID, 1.0) for t in ticks] + [line([(0, side / 2), (side, side / 2)], GRID, 1.0)]
-        marks += [line(place(values[np.abs(values[:, 1] - z_mm) <= REACH_MM]), color, width) for values, color, width in curves if len(values)]
-        marks += [words((place(np.array([[t, z_mm]]))[0, 0], side - 6), f"{t} HU" if t == 0 else str(t), BRIGHT) for t in ticks]
+        marks = [
+            line(place(np.array([[t, z_mm - REACH_MM], [t, z_mm + REACH_MM]])), GRID, 1.0)
+            for t in ticks
+        ] + [line([(0, side / 2), (side, side / 2)], GRID, 1.0)]
+        marks += [
+            line(place(values[np.abs(values[:, 1] - z_mm) <= REACH_MM]), color, width)
+            for values, color, width in curves
+            if len(values)
+        ]
+        marks += [
+            words(
+                (place(np.array([[t, z_mm]]))[0, 0], side - 6),
+                f"{t} HU" if t == 0 else str(t),
+                BRIGHT,
+            )
+            for t in ticks
+        ]
         with picture.hold_sync():
-            picture.title, picture.letters = f"HU along z under the finger, ± {REACH_MM:g} mm", [""] * 4
-            if not picture.frame["rows"]: picture.draw(np.full((side, side), DARK, np.uint8))
+            picture.title = f"HU along z under the finger, ± {REACH_MM:g} mm"
+            picture.letters = [""] * 4
+            if not picture.frame["rows"]:
+                picture.draw(np.full((side, side), DARK, np.uint8))
             picture.marks = marks
 
     def static(self):
         "What is shown, as a matplotlib Figure; a network that is chosen is waited for."
         import matplotlib.pyplot as plt
+
         self.wait()
         self._draw(wait=True)
         with style():
             figure, axes = plt.subplots(1, 5, figsize=(13.5, 3.1))
-            for axis, picture in zip(axes, self.pictures.values()): draw_picture(axis, picture)
-            figure.suptitle(f"{self.scan.value}, {self.where}; orange: {self.answer.value}, green: thin slices, grey: thick ones", x=0.01, ha="left", fontsize=8.5, color=MUTED)
+            for axis, picture in zip(axes, self.pictures.values()):
+                draw_picture(axis, picture)
+            figure.suptitle(
+                f"{self.scan.value}, {self.where}; orange: {self.answer.value}, green: thin slices,"
+                " grey: thick ones",
+                x=0.01,
+                ha="left",
+                fontsize=8.5,
+                color=MUTED,
+            )
         return figure

@@ -43,33 +43,65 @@ from .slice_picture import SlicePicture, value_at
 @dataclass(eq=False)
 class StepScan:
     "A scan and the steps that are said of it."
+
     name: str
     volume: Volume  # as it is shown, axes along x, y, z
     labels: np.ndarray  # (D, H, W) uint8 on its grid: number of the region, 0 for none
     hu: torch.Tensor  # (d, h, w) float32 as the encoder takes it, over the same box
     regions: torch.Tensor  # (d, h, w) uint8, num_regions + 1 where nobody knows
     steps: tuple[Step, ...]
-    lesions: dict[int, np.ndarray] = field(default_factory=dict)  # number of a step → (D, H, W) bool: the lesion that it is about
+    # number of a step → (D, H, W) bool: the lesion that it is about
+    lesions: dict[int, np.ndarray] = field(default_factory=dict)
+
 
 def phantom_scan(seed: int, config: CTEncoderConfig, painted: int = 128) -> StepScan:
     "A phantom, painted on a cube of `painted` voxels a side."
-    chest, name = phantom(seed, painted, config.side_mm), f"phantom-{seed:05d}"
-    grid, hu, labels = chest.volume.grid, chest.volume.hu, chest.regions
+    chest = phantom(seed, painted, config.side_mm)
+    name = f"phantom-{seed:05d}"
+    grid = chest.volume.grid
+    hu = chest.volume.hu
+    labels = chest.regions
     target = grid.resized(config.size)
-    small = (hu, labels) if grid.shape == target.shape else (resample(hu, grid, target), nearest_labels(labels, grid, target))
-    lesions = {1 + 3 * number + part: chest.lesion_mask == lesion.mask_id for number, lesion in enumerate(chest.lesions) for part in range(3)}
+    small = (
+        (hu, labels)
+        if grid.shape == target.shape
+        else (resample(hu, grid, target), nearest_labels(labels, grid, target))
+    )
+    lesions = {
+        1 + 3 * number + part: chest.lesion_mask == lesion.mask_id
+        for number, lesion in enumerate(chest.lesions)
+        for part in range(3)
+    }
     hu, regions = (torch.from_numpy(np.array(array)) for array in small)
-    return StepScan(name, chest.volume, labels, hu.float(), regions, phantom_report(chest.report, name).steps, lesions)
+    return StepScan(
+        name,
+        chest.volume,
+        labels,
+        hu.float(),
+        regions,
+        phantom_report(chest.report, name).steps,
+        lesions,
+    )
+
 
 def said_steps(report: Report) -> tuple[Step, ...]:
-    "The steps of a report; where it has none, its sentences about regions, or those of its findings."
-    if report.steps: return report.steps
-    if report.regions: return tuple(Step(text, (REGIONS[number][0],), (number,)) for number, text in report.regions)
+    """The steps of a report; where it has none, its sentences about regions, or those of its
+    findings.
+    """
+    if report.steps:
+        return report.steps
+    if report.regions:
+        return tuple(
+            Step(text, (REGIONS[number][0],), (number,)) for number, text in report.regions
+        )
     return tuple(map(own_step, clauses(report.findings or report.impression)))
+
 
 def own_step(text: str) -> Step:
     "A sentence as a step, with the regions that it names."
-    return Step(text, (), tuple(sorted({number for place in find_places(text) for number in place.regions})))
+    return Step(
+        text, (), tuple(sorted({number for place in find_places(text) for number in place.regions}))
+    )
 
 # %% ../../nbs/view/07_explore_steps.ipynb #cell-006
 def open_step_scans(
@@ -81,72 +113,127 @@ def open_step_scans(
     most: int = 50,  # scans of a folder
 ) -> dict[str, Callable[[], StepScan]]:
     "Name → what loads the scan. A folder without a scan that has a report: ValueError."
-    if data == "phantom": return {f"phantom-{seed:05d}": lambda seed=seed: phantom_scan(seed, config, painted) for seed in seeds}
+    if data == "phantom":
+        return {
+            f"phantom-{seed:05d}": lambda seed=seed: phantom_scan(seed, config, painted)
+            for seed in seeds
+        }
     cases, _ = folder_cases(data, config, reports)
     grid = Grid.cube(1, config.side_mm).resized(config.size)
 
     def load(case) -> StepScan:
         item = ScanReports([case], config)[0]
         labels = item["regions"].numpy()
-        return StepScan(case.id, Volume(item["hu"].numpy(), grid.affine), np.where(labels == config.body, 0, labels).astype(np.uint8), item["hu"], item["regions"], said_steps(item["report"]))
-    return {case.id: lambda case=case: load(case) for case in cases[:most] if said_steps(case.report)}
+        return StepScan(
+            case.id,
+            Volume(item["hu"].numpy(), grid.affine),
+            np.where(labels == config.body, 0, labels).astype(np.uint8),
+            item["hu"],
+            item["regions"],
+            said_steps(item["report"]),
+        )
+
+    return {
+        case.id: lambda case=case: load(case) for case in cases[:most] if said_steps(case.report)
+    }
 
 # %% ../../nbs/view/07_explore_steps.ipynb #cell-009
 TRAIN = "papermill nbs/train_ct_encoder.ipynb runs/train_ct_encoder.ipynb"
 
+
 def inside_step(scan: StepScan, steps, config: CTEncoderConfig) -> torch.Tensor:
     "(S, N): share of each patch that lies in the regions of each step."
     overlap = patch_overlaps(scan.regions[None], config.patch, config.num_regions + 2)[..., :-1]
-    return inside_regions(overlap, [step.regions for step in steps], torch.zeros(len(steps), dtype=torch.long))
+    return inside_regions(
+        overlap, [step.regions for step in steps], torch.zeros(len(steps), dtype=torch.long)
+    )
+
 
 class Looks:
-    """Who can be asked where steps look: `ask` maps names to functions (scan, steps) → attention (S, N), rows sum to 1. `says` tells in a sentence what they are worth.
+    """Who can be asked where steps look: `ask` maps names to functions (scan, steps) → attention
+    (S, N), rows sum to 1. `says` tells in a sentence what they are worth.
 
-    `weights`: folder of a run of `train_ct_encoder`; where there are none, an untrained network of `preset` takes their place."""
+    `weights`: folder of a run of `train_ct_encoder`; where there are none, an untrained network of
+    `preset` takes their place.
+    """
+
     def __init__(self, weights=None, preset: str = "cpu"):
         self.trained = weights is not None and (Path(weights) / WEIGHTS_FILE).is_file()
         self.training_cases, self._seen = set(), {}
         if self.trained:
-            self.model, about = load_ct_encoder(weights), read_config(weights, system="ct_encoder")
+            self.model = load_ct_encoder(weights)
+            about = read_config(weights, system="ct_encoder")
             self.training_cases = set(about["training"]["cases"])
-            self.says = f"The encoder of {Path(weights).name} learnt from {len(self.training_cases)} scans of {about['data']}."
+            self.says = (
+                f"The encoder of {Path(weights).name} learnt from {len(self.training_cases)} scans"
+                f" of {about['data']}."
+            )
             networks = {"encoder, scan and region map": True, "encoder, scan alone": False}
         else:
             torch.manual_seed(0)
-            words = WordTokenizer.fit(2 * [name.replace("_", " ") for name, *_ in REGIONS.values()]).words
-            self.model = ScanLanguage(replace(get_ct_encoder_preset(preset).network, words=tuple(words))).eval()
+            words = WordTokenizer.fit(
+                2 * [name.replace("_", " ") for name, *_ in REGIONS.values()]
+            ).words
+            self.model = ScanLanguage(
+                replace(get_ct_encoder_preset(preset).network, words=tuple(words))
+            ).eval()
             where = "" if weights is None else f" in {Path(weights).name}"
-            self.says = f"There is no trained encoder{where}; `{TRAIN}` trains one. Until then: what the region map alone says of a step, and an untrained encoder, which is chance."
+            self.says = (
+                f"There is no trained encoder{where}; `{TRAIN}` trains one. Until then: what the"
+                " region map alone says of a step, and an untrained encoder, which is chance."
+            )
             networks = {"untrained encoder: chance": True}
-        read = {name: lambda scan, steps, told=told: self._read(scan, steps, told) for name, told in networks.items()}
+        read = {
+            name: lambda scan, steps, told=told: self._read(scan, steps, told)
+            for name, told in networks.items()
+        }
         floor = {"region that it names, nothing learnt": self._floor}
         self.ask: dict[str, Callable] = read | floor if self.trained else floor | read
 
     @property
-    def config(self) -> CTEncoderConfig: return self.model.config.encoder
+    def config(self) -> CTEncoderConfig:
+        return self.model.config.encoder
 
     def _floor(self, scan: StepScan, steps) -> torch.Tensor:
         inside = inside_step(scan, steps, self.config)
         total = inside.sum(1, keepdim=True)
-        return torch.where(total > 0, inside / total.clamp_min(1e-9), 1 / inside.shape[1])  # a step that names no region of the scan: even attention
+        # a step that names no region of the scan: even attention
+        return torch.where(total > 0, inside / total.clamp_min(1e-9), 1 / inside.shape[1])
 
     @torch.no_grad()
     def _read(self, scan: StepScan, steps, told: bool) -> torch.Tensor:
         kept = self._seen.get(told)
-        if kept is None or kept[0] is not scan: kept = self._seen[told] = (scan, self.model.encoder(scan.hu[None], scan.regions[None] if told else None))
+        if kept is None or kept[0] is not scan:
+            kept = self._seen[told] = (
+                scan,
+                self.model.encoder(scan.hu[None], scan.regions[None] if told else None),
+            )
         return self.model.look([step.text for step in steps], kept[1])
 
 # %% ../../nbs/view/07_explore_steps.ipynb #cell-012
-def step_figures(attention: torch.Tensor, inside: torch.Tensor, lesion: torch.Tensor | None = None) -> dict[str, float]:
-    "Attention (N,), share (N,) of each patch in the step's regions, share (N,) that is lesion → `inside`, `even`, `correlation` where a region is named, `dice` where a lesion is known."
+def step_figures(
+    attention: torch.Tensor, inside: torch.Tensor, lesion: torch.Tensor | None = None
+) -> dict[str, float]:
+    """Attention (N,), share (N,) of each patch in the step's regions, share (N,) that is lesion →
+    `inside`, `even`, `correlation` where a region is named, `dice` where a lesion is known.
+    """
     found = {}
-    if bool(inside.any()): found |= {"inside": float(attention @ inside), "even": float(inside.mean()), "correlation": float(correlations(attention[None], inside[None]))}
-    if lesion is not None and bool(lesion.any()): found["dice"] = locate(attention, lesion)["dice"]
+    if bool(inside.any()):
+        found |= {
+            "inside": float(attention @ inside),
+            "even": float(inside.mean()),
+            "correlation": float(correlations(attention[None], inside[None])),
+        }
+    if lesion is not None and bool(lesion.any()):
+        found["dice"] = locate(attention, lesion)["dice"]
     return found
+
 
 def patch_shares(mask: np.ndarray, grid: tuple[int, int, int]) -> torch.Tensor:
     "Share (N,) of each patch of a grid that a mask (D, H, W) over the same box fills."
-    return F.adaptive_avg_pool3d(torch.from_numpy(np.asarray(mask, np.float32))[None, None], grid).flatten()
+    return F.adaptive_avg_pool3d(
+        torch.from_numpy(np.asarray(mask, np.float32))[None, None], grid
+    ).flatten()
 
 # %% ../../nbs/view/07_explore_steps.ipynb #cell-015
 REGION_LINE = "#9ecae1"
@@ -154,24 +241,48 @@ SHEET = """<style>.ct-nb-step button, button.ct-nb-step { width: 100%; height: a
 button.ct-nb-step.ct-nb-chosen { border-left-color: #d1495b; background: var(--jp-layout-color2, #eeeeee); }
 .ct-nb-figures { border-collapse: collapse; font: 12px system-ui, sans-serif; line-height: 1.5; } .ct-nb-figures td, .ct-nb-figures th { padding: 0 10px 0 0; text-align: left; }</style>"""
 
-def outline(picture: SlicePicture, mask: np.ndarray, color: str, width: float = 1.5, shadow: bool = True, least: int = 4) -> list[dict]:
-    "Marks about a mask (D, H, W) in the slice that a picture shows; dashed, about its shadow, where the slice does not meet it. Outlines of fewer than `least` points are left out."
+
+def outline(
+    picture: SlicePicture,
+    mask: np.ndarray,
+    color: str,
+    width: float = 1.5,
+    shadow: bool = True,
+    least: int = 4,
+) -> list[dict]:
+    """Marks about a mask (D, H, W) in the slice that a picture shows; dashed, about its shadow,
+    where the slice does not meet it. Outlines of fewer than `least` points are left out.
+    """
     from contourpy import contour_generator
+
     axis = 2 - picture.normal
     cut, dash = mask.take(picture.index, axis), ()
     if not cut.any():
-        if not shadow: return []
+        if not shadow:
+            return []
         cut, dash = mask.any(axis), (4, 3)
-    if picture.plane != "axial": cut = cut[::-1]
-    return [line(points - 0.5, color, width, dash) for points in contour_generator(z=np.pad(cut.astype(float), 1)).lines(0.5) if len(points) >= least]
+    if picture.plane != "axial":
+        cut = cut[::-1]
+    return [
+        line(points - 0.5, color, width, dash)
+        for points in contour_generator(z=np.pad(cut.astype(float), 1)).lines(0.5)
+        if len(points) >= least
+    ]
+
 
 def marked_up(text: str) -> str:
     "A sentence as HTML, what stands between backticks as code."
     return re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(text))
 
+
 class StepExplorer(VBox):
-    """A report's steps, and three planes with the attention of the one that is chosen. `scan` and `look` are menus, `buttons` the steps, `own` takes a sentence, `pictures` and `sliders` go by the names of the planes; `choose` presses a
-    step, `go_to` moves the planes, `static` is a figure of what is shown. No scan: ValueError."""
+    """A report's steps, and three planes with the attention of the one that is chosen.
+
+    `scan` and `look` are menus, `buttons` the steps, `own` takes a sentence, `pictures` and
+    `sliders` go by the names of the planes; `choose` presses a
+    step, `go_to` moves the planes, `static` is a figure of what is shown. No scan: ValueError.
+    """
+
     def __init__(
         self,
         scans: dict[str, Callable[[], StepScan]],  # name → what loads it, of `open_step_scans`
@@ -179,45 +290,122 @@ class StepExplorer(VBox):
         window="chest",  # a Window or its name
         width: int = 270,  # of a plane on the page, in its pixels
     ):
-        if not scans: raise ValueError("scans: there is none to explore; give name → function that loads a StepScan")
-        self.looks, self._shelf, self.buttons = looks, ScanShelf(scans), []
+        if not scans:
+            raise ValueError(
+                "scans: there is none to explore; give name → function that loads a StepScan"
+            )
+        self.looks = looks
+        self._shelf = ScanShelf(scans)
+        self.buttons = []
         wide = Layout(width="330px")
-        self.scan = Dropdown(options=[(f"{name} (it was trained on)" if name in looks.training_cases else name, name) for name in scans], description="scan", layout=wide)
+        self.scan = Dropdown(
+            options=[
+                (f"{name} (it was trained on)" if name in looks.training_cases else name, name)
+                for name in scans
+            ],
+            description="scan",
+            layout=wide,
+        )
         self.look = Dropdown(options=list(looks.ask), description="asked", layout=wide)
         self.window = window_menu(window)
-        self.opacity = FloatSlider(0.6, min=0, max=1, step=0.05, description="attention", layout=Layout(width="260px"))
-        self.own = Text(placeholder="a sentence of your own, and Enter", continuous_update=False, layout=Layout(width="98%"))
-        self.list, self.readout, self.table, self.legend = VBox(layout=Layout(width="100%", max_height="230px", overflow="auto")), HTML(), HTML(), HTML()
+        self.opacity = FloatSlider(
+            0.6, min=0, max=1, step=0.05, description="attention", layout=Layout(width="260px")
+        )
+        self.own = Text(
+            placeholder="a sentence of your own, and Enter",
+            continuous_update=False,
+            layout=Layout(width="98%"),
+        )
+        self.list = VBox(layout=Layout(width="100%", max_height="230px", overflow="auto"))
+        self.readout = HTML()
+        self.table = HTML()
+        self.legend = HTML()
         self.case = self._shelf[self.scan.value]
         self.heat = np.zeros(self.case.volume.hu.shape, np.float32)
-        self.pictures = {kind: SlicePicture(self.case.volume.grid, [self.case.volume.hu, self.heat], kind, grey_first, width=width) for kind in PLANES}
-        self.sliders = {kind: slice_slider(picture.count, picture.index, kind) for kind, picture in self.pictures.items()}
+        self.pictures = {
+            kind: SlicePicture(
+                self.case.volume.grid,
+                [self.case.volume.hu, self.heat],
+                kind,
+                grey_first,
+                width=width,
+            )
+            for kind in PLANES
+        }
+        self.sliders = {
+            kind: slice_slider(picture.count, picture.index, kind)
+            for kind, picture in self.pictures.items()
+        }
         for kind, picture in self.pictures.items():
             picture.paint = self._paint
             self.sliders[kind].layout.width = f"{width}px"
             follow_wheel(picture, self.sliders[kind])
-            picture.observe(lambda change, picture=picture: change["new"] and self.go_to(picture.to_mm(*change["new"][:2])), "click")
-            picture.observe(lambda change, picture=picture: self._tell(picture.to_mm(*change["new"]) if change["new"] else self.at_mm), "hover")
+            picture.observe(
+                lambda change, picture=picture: change["new"]
+                and self.go_to(picture.to_mm(*change["new"][:2])),
+                "click",
+            )
+            picture.observe(
+                lambda change, picture=picture: self._tell(
+                    picture.to_mm(*change["new"]) if change["new"] else self.at_mm
+                ),
+                "hover",
+            )
             self.sliders[kind].observe(lambda change: self._moving or self._place(), "value")
         self._moving = False
         self._open()
         self.scan.observe(lambda change: self._open(), "value")
         self.look.observe(lambda change: self.choose(self.chosen, follow=False), "value")
-        for control in (self.window, self.opacity): control.observe(lambda change: self._place(again=True), "value")
-        self.own.observe(lambda change: change["new"].strip() and self.add(change["new"].strip()), "value")
-        super().__init__([HTML(SHEET), HBox([self.scan, self.look], layout=Layout(flex_flow="row wrap")), self.list, self.own, HBox([self.window, self.opacity], layout=Layout(flex_flow="row wrap")), self.readout,
-                          HBox([VBox([picture, self.sliders[kind]]) for kind, picture in self.pictures.items()], layout=Layout(flex_flow="row wrap")), self.legend, self.table])
+        for control in (self.window, self.opacity):
+            control.observe(lambda change: self._place(again=True), "value")
+        self.own.observe(
+            lambda change: change["new"].strip() and self.add(change["new"].strip()), "value"
+        )
+        super().__init__(
+            [
+                HTML(SHEET),
+                HBox([self.scan, self.look], layout=Layout(flex_flow="row wrap")),
+                self.list,
+                self.own,
+                HBox([self.window, self.opacity], layout=Layout(flex_flow="row wrap")),
+                self.readout,
+                HBox(
+                    [
+                        VBox([picture, self.sliders[kind]])
+                        for kind, picture in self.pictures.items()
+                    ],
+                    layout=Layout(flex_flow="row wrap"),
+                ),
+                self.legend,
+                self.table,
+            ]
+        )
 
     def _open(self) -> None:
-        "Take up the scan of the menu, and the first of its steps that is about a lesion, or names a region."
+        """Take up the scan of the menu, and the first of its steps that is about a lesion, or names
+        a region.
+        """
         self.case = self._shelf[self.scan.value]
         self.steps = list(self.case.steps)
-        for kind, picture in self.pictures.items(): picture.grid = self.case.volume.grid
+        for kind, picture in self.pictures.items():
+            picture.grid = self.case.volume.grid
         self._list()
-        self.choose(min(self.case.lesions, default=next((number for number, step in enumerate(self.steps) if step.regions), 0)))
+        self.choose(
+            min(
+                self.case.lesions,
+                default=next((number for number, step in enumerate(self.steps) if step.regions), 0),
+            )
+        )
 
     def _list(self) -> None:
-        self.buttons = [Button(description=f"{number + 1}.  {step.text}", tooltip=", ".join(REGIONS[n][0].replace("_", " ") for n in step.regions) or "it names no region") for number, step in enumerate(self.steps)]
+        self.buttons = [
+            Button(
+                description=f"{number + 1}.  {step.text}",
+                tooltip=", ".join(REGIONS[n][0].replace("_", " ") for n in step.regions)
+                or "it names no region",
+            )
+            for number, step in enumerate(self.steps)
+        ]
         for number, button in enumerate(self.buttons):
             button.add_class("ct-nb-step")
             button.on_click(lambda _, number=number: self.choose(number))
@@ -233,23 +421,30 @@ class StepExplorer(VBox):
     def choose(self, number: int, follow: bool = True) -> None:
         "Show the attention of a step, counted from 0; the planes `follow` it."
         self.chosen = number
-        for place, button in enumerate(self.buttons): (button.add_class if place == number else button.remove_class)("ct-nb-chosen")
+        for place, button in enumerate(self.buttons):
+            (button.add_class if place == number else button.remove_class)("ct-nb-chosen")
         self.attention = self.looks.ask[self.look.value](self.case, self.steps)
-        mine, grid, volume = self.attention[number], self.looks.config.grid, self.case.volume
+        mine = self.attention[number]
+        grid = self.looks.config.grid
+        volume = self.case.volume
         self.highest = max(4.0, float(self.attention.max()) * len(mine))
         self.heat = attention_volume(mine, grid, volume.hu.shape)
         self.region = np.isin(self.case.labels, self.steps[number].regions)
-        for picture in self.pictures.values(): picture.arrays = [volume.hu, self.heat]
+        for picture in self.pictures.values():
+            picture.arrays = [volume.hu, self.heat]
         if follow:
             midst = F.avg_pool3d(mine.view(1, 1, *grid), 3, 1, 1).flatten()
             self.go_to(strongest_mm(mine + 1e-3 * midst, grid, volume), again=True)
-        else: self._place(again=True)
+        else:
+            self._place(again=True)
         self._judge()
 
     @property
     def at_mm(self) -> np.ndarray:
         "Where the planes cross, LPS mm: the centre of a voxel."
-        return self.case.volume.grid.index_to_mm([self.sliders[kind].value for kind in ("sagittal", "coronal", "axial")])
+        return self.case.volume.grid.index_to_mm(
+            [self.sliders[kind].value for kind in ("sagittal", "coronal", "axial")]
+        )
 
     def go_to(self, point_mm, again: bool = False) -> None:
         "Let the planes cross in the voxel that holds a point, LPS mm, or in the nearest one."
@@ -264,40 +459,103 @@ class StepExplorer(VBox):
     def _paint(self, hu, times):
         base = np.repeat(grey(hu, self.window.value)[..., None], 3, -1)
         opaque = self.opacity.value * np.clip((times - 1) / (0.3 * self.highest), 0, 1)[..., None]
-        return (base + opaque * (colors(times, 1, self.highest, "magma") - base.astype(np.float32)) + 0.5).astype(np.uint8)
+        return (
+            base
+            + opaque * (colors(times, 1, self.highest, "magma") - base.astype(np.float32))
+            + 0.5
+        ).astype(np.uint8)
 
     def _place(self, again: bool = False) -> None:
         lesion = self.case.lesions.get(self.chosen)
         for kind, picture in self.pictures.items():
-            if again or picture.index != self.sliders[kind].value: picture.place(self.sliders[kind].value)
+            if again or picture.index != self.sliders[kind].value:
+                picture.place(self.sliders[kind].value)
             picture.title = f"{kind}, {'xyz'[picture.normal]} = {picture.at_mm:.1f} mm"
-            picture.marks = [*picture.crosshair(self.at_mm), *outline(picture, self.region, REGION_LINE, 1.2, lesion is None, 24), *([] if lesion is None else outline(picture, lesion, OUTLINE))]
+            picture.marks = [
+                *picture.crosshair(self.at_mm),
+                *outline(picture, self.region, REGION_LINE, 1.2, lesion is None, 24),
+                *([] if lesion is None else outline(picture, lesion, OUTLINE)),
+            ]
         self._tell(self.at_mm)
 
     def _tell(self, point_mm) -> None:
         grid = self.case.volume.grid
-        value, label = value_at(grid, self.case.volume.hu, point_mm, None), int(value_at(grid, self.case.labels, point_mm, 0))
-        self.readout.value = "x {:.1f}, y {:.1f}, z {:.1f} mm: ".format(*point_mm) + ("outside the scan" if value is None else
-            f"<b>{float(value_at(grid, self.heat, point_mm, 0)):.1f} × even attention</b>, {value:.0f} HU" + (f", {REGIONS[label][0].replace('_', ' ')}" if label in REGIONS else ""))
+        value = value_at(grid, self.case.volume.hu, point_mm, None)
+        label = int(value_at(grid, self.case.labels, point_mm, 0))
+        self.readout.value = "x {:.1f}, y {:.1f}, z {:.1f} mm: ".format(*point_mm) + (
+            "outside the scan"
+            if value is None
+            else (
+                f"<b>{float(value_at(grid, self.heat, point_mm, 0)):.1f} × even attention</b>,"
+                f" {value:.0f} HU"
+            )
+            + (f", {REGIONS[label][0].replace('_', ' ')}" if label in REGIONS else "")
+        )
 
     def _judge(self) -> None:
         "The figures of everybody who can be asked, and the legend."
-        number, config, lesion = self.chosen, self.looks.config, self.case.lesions.get(self.chosen)
+        number = self.chosen
+        config = self.looks.config
+        lesion = self.case.lesions.get(self.chosen)
         share = None if lesion is None else patch_shares(lesion, config.grid)
         inside = inside_step(self.case, [self.steps[number]], config)[0]
-        rows = {name: step_figures(ask(self.case, [self.steps[number]])[0], inside, share) for name, ask in self.looks.ask.items()}
-        cell = lambda found, key, form: format(found[key], form) if key in found else "–"
-        head = f"<tr><th>asked</th><th>attention in the region named (even: {cell(next(iter(rows.values())), 'even', '.1%')})</th><th>correlation with it</th><th>Dice with the lesion (chance: {'–' if share is None else format(float((share > 0).float().mean()), '.2f')})</th></tr>"
-        self.table.value = f"<table class='ct-nb-figures'>{head}" + "".join(f"<tr><td>{'<b>' * (name == self.look.value)}{html.escape(name)}{'</b>' * (name == self.look.value)}</td><td>{cell(found, 'inside', '.1%')}</td>"
-            f"<td>{cell(found, 'correlation', '.2f')}</td><td>{cell(found, 'dice', '.2f')}</td></tr>" for name, found in rows.items()) + f"</table><div style='line-height:1.4;margin-top:6px'>{marked_up(self.looks.says)}</div>"
-        self.legend.value = f"<span style='color:{OUTLINE}'>▬</span> lesion &nbsp; <span style='color:{REGION_LINE}'>▬</span> region named &nbsp; " + color_scale(1, round(self.highest, 1), "magma", "times even attention")
+        rows = {
+            name: step_figures(ask(self.case, [self.steps[number]])[0], inside, share)
+            for name, ask in self.looks.ask.items()
+        }
+
+        def cell(found, key, form):
+            return format(found[key], form) if key in found else "–"
+
+        head = (
+            "<tr><th>asked</th><th>attention in the region named (even:"
+            f" {cell(next(iter(rows.values())), 'even', '.1%')})</th><th>correlation with"
+            " it</th><th>Dice with the lesion (chance:"
+            f" {'–' if share is None else format(float((share > 0).float().mean()), '.2f')})</th></tr>"
+        )
+        self.table.value = (
+            f"<table class='ct-nb-figures'>{head}"
+            + "".join(
+                f"<tr><td>{'<b>' * (name == self.look.value)}{html.escape(name)}{'</b>' * (name == self.look.value)}</td><td>{cell(found, 'inside', '.1%')}</td>"
+                f"<td>{cell(found, 'correlation', '.2f')}</td><td>{cell(found, 'dice', '.2f')}</td></tr>"
+                for name, found in rows.items()
+            )
+            + "</table><div"
+            f" style='line-height:1.4;margin-top:6px'>{marked_up(self.looks.says)}</div>"
+        )
+        self.legend.value = (
+            f"<span style='color:{OUTLINE}'>▬</span> lesion &nbsp; <span"
+            f" style='color:{REGION_LINE}'>▬</span> region named &nbsp; "
+            + color_scale(1, round(self.highest, 1), "magma", "times even attention")
+        )
 
     def static(self, most: int = 3):
         "The chosen step, and others that look elsewhere, `most` in all, as a matplotlib Figure."
         chosen, grid = [self.chosen], self.looks.config.grid
         for number, step in enumerate(self.steps):
-            if len(chosen) < most and step.regions and not any(torch.allclose(self.attention[number], self.attention[other], atol=1e-6) or step.regions == self.steps[other].regions for other in chosen): chosen.append(number)
-        text = lambda number: f"[{self.look.value}] {self.steps[number].text}"
-        return attention_figure(self.case.volume, {text(n): self.attention[n] for n in chosen}, grid, {text(n): self.case.lesions[n] for n in chosen if n in self.case.lesions}, window=self.window.value, highest=self.highest)
+            if (
+                len(chosen) < most
+                and step.regions
+                and not any(
+                    torch.allclose(self.attention[number], self.attention[other], atol=1e-6)
+                    or step.regions == self.steps[other].regions
+                    for other in chosen
+                )
+            ):
+                chosen.append(number)
 
-def grey_first(hu, *others): return grey(hu)
+        def text(number):
+            return f"[{self.look.value}] {self.steps[number].text}"
+
+        return attention_figure(
+            self.case.volume,
+            {text(n): self.attention[n] for n in chosen},
+            grid,
+            {text(n): self.case.lesions[n] for n in chosen if n in self.case.lesions},
+            window=self.window.value,
+            highest=self.highest,
+        )
+
+
+def grey_first(hu, *others):
+    return grey(hu)

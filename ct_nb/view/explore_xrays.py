@@ -23,36 +23,61 @@ from .slice_picture import value_at
 
 # %% ../../nbs/view/06d_explore_xrays.ipynb #cell-005
 def clipped_line(abc, columns: int, rows: int) -> np.ndarray | None:
-    "Ends (2, 2) of the line a·u + b·v + c = 0 on an image; None where it misses it, or is no line (a = b = 0)."
+    """Ends (2, 2) of the line a·u + b·v + c = 0 on an image; None where it misses it, or is no line
+    (a = b = 0).
+    """
     a, b, c = (float(x) for x in abc)
     ends = []
-    if abs(b) > 1e-12: ends += [(u, -(a * u + c) / b) for u in (0.0, float(columns))]
-    if abs(a) > 1e-12: ends += [(-(b * v + c) / a, v) for v in (0.0, float(rows))]
-    inside = [end for end in ends if -1e-6 <= end[0] <= columns + 1e-6 and -1e-6 <= end[1] <= rows + 1e-6]
-    if len(inside) < 2: return None
+    if abs(b) > 1e-12:
+        ends += [(u, -(a * u + c) / b) for u in (0.0, float(columns))]
+    if abs(a) > 1e-12:
+        ends += [(-(b * v + c) / a, v) for v in (0.0, float(rows))]
+    inside = [
+        end for end in ends if -1e-6 <= end[0] <= columns + 1e-6 and -1e-6 <= end[1] <= rows + 1e-6
+    ]
+    if len(inside) < 2:
+        return None
     inside = np.array(inside)
     far = np.linalg.norm(inside[:, None] - inside[None], axis=-1)
     return inside[list(np.unravel_index(far.argmax(), far.shape))] if far.max() > 1e-6 else None
 
+
 def ray_inside(source: np.ndarray, pixel: np.ndarray, bounds: np.ndarray) -> np.ndarray | None:
-    "Where the ray from source to pixel, (3,) mm, enters and leaves a box (2, 3): (2, 3); None where it misses."
+    """Where the ray from source to pixel, (3,) mm, enters and leaves a box (2, 3): (2, 3); None
+    where it misses.
+    """
     step = np.where(np.abs(pixel - source) < 1e-9, 1e-9, pixel - source)
     times = np.sort((bounds - source) / step, axis=0)
-    enter, leave = max(times[0].max(), 0.0), min(times[1].min(), 1.0)
+    enter = max(times[0].max(), 0.0)
+    leave = min(times[1].min(), 1.0)
     return source + np.array([[enter], [leave]]) * (pixel - source) if enter < leave else None
 
 # %% ../../nbs/view/06d_explore_xrays.ipynb #cell-008
 VIEW_COLORS = ("#56b4e9", "#e69f00")
 CONTROLS = {  # of a view: lowest, highest, step, at first
-    "azimuth, °": (-180.0, 180.0, 1.0, 0.0), "elevation, °": (-60.0, 60.0, 1.0, 0.0), "roll, °": (-90.0, 90.0, 1.0, 0.0), "source, mm": (500.0, 1500.0, 10.0, 1000.0),
-    "detector, mm": (250.0, 900.0, 10.0, 500.0), "aim left, mm": (-150.0, 150.0, 1.0, 0.0), "aim back, mm": (-150.0, 150.0, 1.0, 0.0), "aim head, mm": (-150.0, 150.0, 1.0, 0.0)}
+    "azimuth, °": (-180.0, 180.0, 1.0, 0.0),
+    "elevation, °": (-60.0, 60.0, 1.0, 0.0),
+    "roll, °": (-90.0, 90.0, 1.0, 0.0),
+    "source, mm": (500.0, 1500.0, 10.0, 1000.0),
+    "detector, mm": (250.0, 900.0, 10.0, 500.0),
+    "aim left, mm": (-150.0, 150.0, 1.0, 0.0),
+    "aim back, mm": (-150.0, 150.0, 1.0, 0.0),
+    "aim head, mm": (-150.0, 150.0, 1.0, 0.0),
+}
 DETECTOR, PIXEL_MM = 128, 4.0
 
-class XrayStudio(VBox):
-    """Two X-ray views of a CT whose tubes can be moved, with a sketch of the scene. ValueError for a scan without a body.
 
-    `controls` are, for each of the two views, sliders by the names of `CONTROLS`; `depth` is the slider of the way through the patient; `pictures` are two of X-rays and `sketch` one of the scene.
-    `geometry` and `xrays` are what is shown, `pick` chooses a pixel, `static` is a figure."""
+class XrayStudio(VBox):
+    """Two X-ray views of a CT whose tubes can be moved, with a sketch of the scene.
+
+    ValueError for a scan without a body.
+
+    `controls` are, for each of the two views, sliders by the names of `CONTROLS`; `depth` is the
+    slider of the way through the patient; `pictures` are two of X-rays and `sketch` one of the
+    scene.
+    `geometry` and `xrays` are what is shown, `pick` chooses a pixel, `static` is a figure.
+    """
+
     def __init__(
         self,
         volume: Volume,
@@ -62,38 +87,99 @@ class XrayStudio(VBox):
         width: int = 280,  # of an X-ray on the page, in its pixels
     ):
         self.volume = volume.to_grid(size)
-        self._mu, self._body = hu_to_mu(self.volume.tensor(), energy_kev), Body.of(volume.to_grid(64))
+        self._mu = hu_to_mu(self.volume.tensor(), energy_kev)
+        self._body = Body.of(volume.to_grid(64))
         self.eye, self.picked = Eye(shape=(440, 600)), None
-        self.controls = [{name: FloatSlider(first, min=low, max=high, step=step, description=name, readout_format=".0f", style={"description_width": "100px"}, layout=Layout(width=f"{width}px")) for name, (low, high, step, first) in CONTROLS.items()} for _ in range(2)]
-        for angle, sliders in zip(azimuth_deg, self.controls): sliders["azimuth, °"].value = angle
-        self.depth = FloatSlider(0.5, min=0.0, max=1.0, step=0.01, description="depth", layout=Layout(width="300px"))
-        self.pictures = [Picture(name=f"view {view}", width=width, pixel_mm=[PIXEL_MM] * 2, scale_bar_mm=100.0) for view in range(2)]
-        self.sketch, self.readout = Picture(name="sketch", title="the scene: drag to turn it, wheel to come nearer", width=420), HTML()
+        self.controls = [
+            {
+                name: FloatSlider(
+                    first,
+                    min=low,
+                    max=high,
+                    step=step,
+                    description=name,
+                    readout_format=".0f",
+                    style={"description_width": "100px"},
+                    layout=Layout(width=f"{width}px"),
+                )
+                for name, (low, high, step, first) in CONTROLS.items()
+            }
+            for _ in range(2)
+        ]
+        for angle, sliders in zip(azimuth_deg, self.controls):
+            sliders["azimuth, °"].value = angle
+        self.depth = FloatSlider(
+            0.5, min=0.0, max=1.0, step=0.01, description="depth", layout=Layout(width="300px")
+        )
+        self.pictures = [
+            Picture(name=f"view {view}", width=width, pixel_mm=[PIXEL_MM] * 2, scale_bar_mm=100.0)
+            for view in range(2)
+        ]
+        self.sketch = Picture(
+            name="sketch", title="the scene: drag to turn it, wheel to come nearer", width=420
+        )
+        self.readout = HTML()
         self.xrays = np.zeros((2, DETECTOR, DETECTOR), np.float32)
-        self._top = float(project(self._mu, self.geometry.to(torch.float32)).max())  # white, from now on
+        # white, from now on
+        self._top = float(project(self._mu, self.geometry.to(torch.float32)).max())
         self._arrange([0, 1])
         for view, (sliders, picture) in enumerate(zip(self.controls, self.pictures)):
-            for slider in sliders.values(): slider.observe(lambda change, view=view: self._arrange([view]), "value")
-            picture.observe(lambda change, view=view: change["new"] and self.pick(view, *change["new"][:2]), "click")
+            for slider in sliders.values():
+                slider.observe(lambda change, view=view: self._arrange([view]), "value")
+            picture.observe(
+                lambda change, view=view: change["new"] and self.pick(view, *change["new"][:2]),
+                "click",
+            )
             picture.observe(lambda change, view=view: self._tell(view, change["new"]), "hover")
         self.depth.observe(lambda change: self._mark(), "value")
         self.sketch.observe(self._turn, "click")
         self.sketch.observe(lambda change: self._look(self.eye, change["new"]), "wheel")
-        columns = [VBox([self.pictures[view], HTML(f'<b style="color:{VIEW_COLORS[view]}">■</b> view {view}'), *self.controls[view].values()]) for view in range(2)]
-        super().__init__([HBox([VBox([self.sketch, self.depth, self.readout]), *columns], layout=Layout(flex_flow="row wrap"))])
+        columns = [
+            VBox(
+                [
+                    self.pictures[view],
+                    HTML(f'<b style="color:{VIEW_COLORS[view]}">■</b> view {view}'),
+                    *self.controls[view].values(),
+                ]
+            )
+            for view in range(2)
+        ]
+        super().__init__(
+            [
+                HBox(
+                    [VBox([self.sketch, self.depth, self.readout]), *columns],
+                    layout=Layout(flex_flow="row wrap"),
+                )
+            ]
+        )
 
     @property
     def geometry(self) -> ConeBeam:
         "The two views as they stand."
         numbers = [[sliders[name].value for sliders in self.controls] for name in CONTROLS]
-        azimuth, elevation, roll, source, detector, *shift = (torch.tensor(row, dtype=torch.float64) for row in numbers)
-        return ConeBeam.orbit(azimuth, elevation, roll, grid=self.volume.grid, source_to_isocenter_mm=source, source_to_detector_mm=source + detector, detector_shape=(DETECTOR, DETECTOR),
-                              pixel_mm=PIXEL_MM, isocenter_mm=torch.tensor(np.array(self.volume.grid.center_mm)) + torch.stack(shift, -1))
+        azimuth, elevation, roll, source, detector, *shift = (
+            torch.tensor(row, dtype=torch.float64) for row in numbers
+        )
+        return ConeBeam.orbit(
+            azimuth,
+            elevation,
+            roll,
+            grid=self.volume.grid,
+            source_to_isocenter_mm=source,
+            source_to_detector_mm=source + detector,
+            detector_shape=(DETECTOR, DETECTOR),
+            pixel_mm=PIXEL_MM,
+            isocenter_mm=torch.tensor(np.array(self.volume.grid.center_mm))
+            + torch.stack(shift, -1),
+        )
 
     def _arrange(self, views):
         "Render these views, and all that depends on where their tubes are."
         geometry = self.geometry
-        for view in views: self.xrays[view] = project(self._mu, geometry.select([view]).to(torch.float32))[0].numpy()
+        for view in views:
+            self.xrays[view] = project(self._mu, geometry.select([view]).to(torch.float32))[
+                0
+            ].numpy()
         for view in views:
             self.pictures[view].draw(grey(self.xrays[view], (0.0, self._top)))
             self.pictures[view].title = view_name(geometry, view)
@@ -103,7 +189,7 @@ class XrayStudio(VBox):
     def _look(self, eye: Eye, zoom: int):
         geometry = self.geometry
         self.eye = fitting(eye, geometry)
-        self.eye = replace(self.eye, mm_per_pixel=self.eye.mm_per_pixel * 0.9 ** zoom)
+        self.eye = replace(self.eye, mm_per_pixel=self.eye.mm_per_pixel * 0.9**zoom)
         self.sketch.draw(paint_scene(self.eye, self._body, geometry, self.xrays, self._top))
         self._mark()
 
@@ -112,7 +198,14 @@ class XrayStudio(VBox):
         before, now = change["old"], change["new"]
         if len(before) == 3 and before[2] == now[2]:
             elevation = float(np.clip(self.eye.elevation_deg + 0.5 * (now[1] - before[1]), -89, 89))
-            self._look(replace(self.eye, azimuth_deg=self.eye.azimuth_deg - 0.5 * (now[0] - before[0]), elevation_deg=elevation), self.sketch.wheel)
+            self._look(
+                replace(
+                    self.eye,
+                    azimuth_deg=self.eye.azimuth_deg - 0.5 * (now[0] - before[0]),
+                    elevation_deg=elevation,
+                ),
+                self.sketch.wheel,
+            )
 
     def pick(self, view: int, u: float, v: float) -> None:
         "Choose a pixel (u, v) of a view, centres at +0.5, clipped to the detector."
@@ -121,56 +214,102 @@ class XrayStudio(VBox):
 
     @property
     def ray_mm(self) -> np.ndarray | None:
-        "Where the picked ray enters and leaves the cube, (2, 3) LPS mm; None where nothing is picked or the ray misses it."
-        if self.picked is None: return None
+        """Where the picked ray enters and leaves the cube, (2, 3) LPS mm; None where nothing is
+        picked or the ray misses it.
+        """
+        if self.picked is None:
+            return None
         view, u, v = self.picked
         g = self.geometry
-        pixel = g.detector_center_mm[view] + (u - DETECTOR / 2) * g.column_step_mm[view] + (v - DETECTOR / 2) * g.row_step_mm[view]
+        pixel = (
+            g.detector_center_mm[view]
+            + (u - DETECTOR / 2) * g.column_step_mm[view]
+            + (v - DETECTOR / 2) * g.row_step_mm[view]
+        )
         return ray_inside(g.source_mm[view].numpy(), pixel.numpy(), g.grid.bounds_mm)
 
     @property
     def point_mm(self) -> np.ndarray | None:
         "The point at the chosen depth of the picked ray, LPS mm, or None."
-        return None if (ray := self.ray_mm) is None else ray[0] + self.depth.value * (ray[1] - ray[0])
+        return (
+            None if (ray := self.ray_mm) is None else ray[0] + self.depth.value * (ray[1] - ray[0])
+        )
 
     def epipolar_line(self) -> np.ndarray | None:
-        "The line (a, b, c) of the picked point in the other view, pixels, or None without a point. All zero where both tubes are at one place."
-        return None if self.picked is None else self.geometry.epipolar_lines(self.picked[0], 1 - self.picked[0], torch.tensor(self.picked[1:], dtype=torch.float64)).numpy()
+        """The line (a, b, c) of the picked point in the other view, pixels, or None without a
+        point. All zero where both tubes are at one place.
+        """
+        return (
+            None
+            if self.picked is None
+            else self.geometry.epipolar_lines(
+                self.picked[0],
+                1 - self.picked[0],
+                torch.tensor(self.picked[1:], dtype=torch.float64),
+            ).numpy()
+        )
 
     def _mark(self):
         geometry, marks = self.geometry, [[], []]
         scene = scene_marks(self.eye, geometry, VIEW_COLORS)
         if self.picked is not None:
             view, u, v = self.picked
-            color, ray, point = VIEW_COLORS[view], self.ray_mm, self.point_mm
+            color = VIEW_COLORS[view]
+            ray = self.ray_mm
+            point = self.point_mm
             marks[view].append(dot((u, v), color))
             ends = clipped_line(self.epipolar_line(), DETECTOR, DETECTOR)
-            if ends is not None: marks[1 - view].append(line(ends, color, 1.5, (5, 4)))
+            if ends is not None:
+                marks[1 - view].append(line(ends, color, 1.5, (5, 4)))
             if ray is not None:
-                shadow = lambda points: geometry.project_points(torch.tensor(points))[0][1 - view].numpy()
+
+                def shadow(points):
+                    return geometry.project_points(torch.tensor(points))[0][1 - view].numpy()
+
                 marks[1 - view] += [line(shadow(ray), color, 2.5), dot(shadow(point), color)]
-                scene += [line(self.eye.see(ray)[0], "#ffffff", 2.5), dot(self.eye.see(point)[0], color)]
-        for picture, found in zip([*self.pictures, self.sketch], [*marks, scene]): picture.marks = found
+                scene += [
+                    line(self.eye.see(ray)[0], "#ffffff", 2.5),
+                    dot(self.eye.see(point)[0], color),
+                ]
+        for picture, found in zip([*self.pictures, self.sketch], [*marks, scene]):
+            picture.marks = found
         self._tell(0, [])
 
     def _tell(self, view, at):
         "One sentence on the pixel under the pointer, or on the picked point."
         if at:
             row, column = (int(np.clip(x, 0, DETECTOR - 1)) for x in (at[1], at[0]))
-            self.readout.value = f"view {view}, column {column}, row {row}: ∫μ dl = {self.xrays[view, row, column]:.2f}"
-            if self.picked is not None and self.picked[0] != view and np.any(self.epipolar_line()): self.readout.value += f", {abs(self.epipolar_line() @ [*at[:2], 1]) * PIXEL_MM:.0f} mm beside the line"
-        elif self.picked is None: self.readout.value = "Press in an X-ray: the line in the other one is where that point must lie."
-        elif self.point_mm is None: self.readout.value = "This ray misses the cube that is X-rayed."
+            self.readout.value = (
+                f"view {view}, column {column}, row {row}: ∫μ dl ="
+                f" {self.xrays[view, row, column]:.2f}"
+            )
+            if self.picked is not None and self.picked[0] != view and np.any(self.epipolar_line()):
+                self.readout.value += (
+                    f", {abs(self.epipolar_line() @ [*at[:2], 1]) * PIXEL_MM:.0f} mm beside the"
+                    " line"
+                )
+        elif self.picked is None:
+            self.readout.value = (
+                "Press in an X-ray: the line in the other one is where that point must lie."
+            )
+        elif self.point_mm is None:
+            self.readout.value = "This ray misses the cube that is X-rayed."
         else:
             hu = value_at(self.volume.grid, self.volume.hu, self.point_mm)
-            self.readout.value = "picked in view {}; at this depth x {:.0f}, y {:.0f}, z {:.0f} mm: <b>{:.0f} HU</b>".format(self.picked[0], *self.point_mm, hu)
-            if not np.any(self.epipolar_line()): self.readout.value += "; both tubes are at one place, so there is no line"
+            self.readout.value = "picked in view {}; at this depth x {:.0f}, y {:.0f}, z {:.0f} mm: <b>{:.0f} HU</b>".format(
+                self.picked[0], *self.point_mm, hu
+            )
+            if not np.any(self.epipolar_line()):
+                self.readout.value += "; both tubes are at one place, so there is no line"
 
     def static(self):
         "The scene and both X-rays with what is picked, as a matplotlib Figure."
         import matplotlib.pyplot as plt
+
         with style():
-            figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=[self.eye.shape[1] / self.eye.shape[0], 1, 1])
+            figure, axes = plt.subplots(
+                1, 3, figsize=(12, 3.8), width_ratios=[self.eye.shape[1] / self.eye.shape[0], 1, 1]
+            )
             for axis, picture in zip(axes, (self.sketch, *self.pictures)):
                 draw_picture(axis, picture)
                 axis.title.set_fontsize(9)

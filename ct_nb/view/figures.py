@@ -23,110 +23,235 @@ from ..style import FAINT, MUTED, SERIES, style
 
 # %% ../../nbs/view/00_figures.ipynb #cell-005
 def along_lps(volume: Volume) -> Volume:
-    "The volume with its axes along x (left), y (back) and z (head): itself where that is so, else resampled onto the box around it."
+    """The volume with its axes along x (left), y (back) and z (head): itself where that is so, else
+    resampled onto the box around it.
+    """
     linear = volume.affine[:3, :3]
-    if np.allclose(linear, np.diag(np.diag(linear)), atol=1e-6) and (np.diag(linear) > 0).all(): return volume
-    corners = np.array([[x, y, z] for x in (-0.5, volume.hu.shape[2] - 0.5) for y in (-0.5, volume.hu.shape[1] - 0.5) for z in (-0.5, volume.hu.shape[0] - 0.5)])
+    if np.allclose(linear, np.diag(np.diag(linear)), atol=1e-6) and (np.diag(linear) > 0).all():
+        return volume
+    corners = np.array(
+        [
+            [x, y, z]
+            for x in (-0.5, volume.hu.shape[2] - 0.5)
+            for y in (-0.5, volume.hu.shape[1] - 0.5)
+            for z in (-0.5, volume.hu.shape[0] - 0.5)
+        ]
+    )
     points = volume.grid.index_to_mm(corners)
-    low, high, spacing = points.min(0), points.max(0), volume.grid.spacing_mm
-    step = np.array([spacing[np.argmax(np.abs(row))] for row in linear])  # of the voxel axis nearest to x, y and z
+    low = points.min(0)
+    high = points.max(0)
+    spacing = volume.grid.spacing_mm
+    # of the voxel axis nearest to x, y and z
+    step = np.array([spacing[np.argmax(np.abs(row))] for row in linear])
     count = np.maximum(np.round((high - low) / step), 1).astype(int)
     affine = np.diag([*(high - low) / count, 1.0])
     affine[:3, 3] = low + (high - low) / count / 2
     return volume.resample_onto(Grid(tuple(count[::-1].tolist()), affine))
 
+
 PLANES = ("axial", "coronal", "sagittal")
 
+
 def plane(volume: Volume, name: str, at_mm=None) -> tuple[np.ndarray, tuple, float]:
-    "Image (rows, columns) of a plane through `at_mm` (LPS; the middle unless given), its matplotlib extent in mm and its position; `volume` along LPS."
-    index = np.round(volume.grid.mm_to_index(volume.grid.center_mm if at_mm is None else at_mm)).astype(int)
+    """Image (rows, columns) of a plane through `at_mm` (LPS; the middle unless given), its
+    matplotlib extent in mm and its position; `volume` along LPS.
+    """
+    index = np.round(
+        volume.grid.mm_to_index(volume.grid.center_mm if at_mm is None else at_mm)
+    ).astype(int)
     i, j, k = np.clip(index, 0, np.array(volume.hu.shape[::-1]) - 1)
-    x, y, z = ((volume.grid.index_to_mm([-0.5] * 3)[a], volume.grid.index_to_mm(np.array(volume.hu.shape[::-1]) - 0.5)[a]) for a in range(3))
+    x, y, z = (
+        (
+            volume.grid.index_to_mm([-0.5] * 3)[a],
+            volume.grid.index_to_mm(np.array(volume.hu.shape[::-1]) - 0.5)[a],
+        )
+        for a in range(3)
+    )
     here = volume.grid.index_to_mm([i, j, k])
-    return {"axial": (volume.hu[k], (*x, y[1], y[0]), here[2]), "coronal": (volume.hu[::-1, j], (*x, *z), here[1]),
-            "sagittal": (volume.hu[::-1, :, i], (*y, *z), here[0])}[name]
+    return {
+        "axial": (volume.hu[k], (*x, y[1], y[0]), here[2]),
+        "coronal": (volume.hu[::-1, j], (*x, *z), here[1]),
+        "sagittal": (volume.hu[::-1, :, i], (*y, *z), here[0]),
+    }[name]
 
 # %% ../../nbs/view/00_figures.ipynb #cell-008
-ENDS = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "H", "F"), "sagittal": ("A", "P", "H", "F")}  # left, right, top, bottom of the image
+# left, right, top, bottom of the image
+ENDS = {
+    "axial": ("R", "L", "A", "P"),
+    "coronal": ("R", "L", "H", "F"),
+    "sagittal": ("A", "P", "H", "F"),
+}
 BRIGHT = "#d8dde3"  # lettering on images
-SHADE = dict(facecolor="black", alpha=0.4, linewidth=0, pad=0.8)  # behind it, where the image is bright too
+# behind it, where the image is bright too
+SHADE = dict(facecolor="black", alpha=0.4, linewidth=0, pad=0.8)
+
 
 def orientation_marks(axis, ends) -> None:
-    "Letters at the four ends of an image, of a plane's name, or as given: left, right, top, bottom; an empty one is left out. ValueError for another plane or number."
-    if isinstance(ends, str) and ends not in ENDS: raise ValueError(f"ends: there is no plane named {ends!r}; choose one of {', '.join(PLANES)}, or give four letters")
+    """Letters at the four ends of an image, of a plane's name, or as given: left, right, top,
+    bottom; an empty one is left out. ValueError for another plane or number.
+    """
+    if isinstance(ends, str) and ends not in ENDS:
+        raise ValueError(
+            f"ends: there is no plane named {ends!r}; choose one of {', '.join(PLANES)}, or give"
+            " four letters"
+        )
     letters = ENDS[ends] if isinstance(ends, str) else tuple(ends)
-    if len(letters) != 4: raise ValueError(f"ends: expected letters for left, right, top and bottom, got {len(letters)}")
-    places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom"))
+    if len(letters) != 4:
+        raise ValueError(
+            f"ends: expected letters for left, right, top and bottom, got {len(letters)}"
+        )
+    places = (
+        (0.02, 0.5, "left", "center"),
+        (0.98, 0.5, "right", "center"),
+        (0.5, 0.98, "center", "top"),
+        (0.5, 0.02, "center", "bottom"),
+    )
     for letter, (x, y, across, down) in zip(letters, places):
-        if letter: axis.text(x, y, letter, transform=axis.transAxes, color=BRIGHT, fontsize=7.5, ha=across, va=down, bbox=SHADE)
+        if letter:
+            axis.text(
+                x,
+                y,
+                letter,
+                transform=axis.transAxes,
+                color=BRIGHT,
+                fontsize=7.5,
+                ha=across,
+                va=down,
+                bbox=SHADE,
+            )
+
 
 def scale_bar(axis, length_mm: float = 50.0) -> None:
     "A bar of `length_mm` and its length at the lower right of an axis whose coordinates are mm."
     from matplotlib.patheffects import withStroke
-    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    x, y, step = right - 0.05 * (right - left), bottom + 0.05 * (top - bottom), math.copysign(length_mm, right - left)
+
+    left, right = axis.get_xlim()
+    bottom, top = axis.get_ylim()
+    x = right - 0.05 * (right - left)
+    y = bottom + 0.05 * (top - bottom)
+    step = math.copysign(length_mm, right - left)
     rim = withStroke(linewidth=3.5, foreground="black", alpha=0.4)  # seen on bright images too
-    axis.plot([x - step, x], [y, y], color=BRIGHT, lw=2, solid_capstyle="butt", scalex=False, scaley=False, path_effects=[rim])
-    axis.text(x, y + 0.02 * (top - bottom), f"{length_mm:g} mm", color=BRIGHT, fontsize=7.5, ha="right", va="bottom", bbox=SHADE)
+    axis.plot(
+        [x - step, x],
+        [y, y],
+        color=BRIGHT,
+        lw=2,
+        solid_capstyle="butt",
+        scalex=False,
+        scaley=False,
+        path_effects=[rim],
+    )
+    axis.text(
+        x,
+        y + 0.02 * (top - bottom),
+        f"{length_mm:g} mm",
+        color=BRIGHT,
+        fontsize=7.5,
+        ha="right",
+        va="bottom",
+        bbox=SHADE,
+    )
 
 # %% ../../nbs/view/00_figures.ipynb #cell-012
 def draw_plane(axis, volume: Volume, name: str, at_mm=None, **image):
-    "One plane on a matplotlib axis, with the letters of its ends; keywords go to imshow. Returns what imshow does, and where the plane lies, mm."
+    """One plane on a matplotlib axis, with the letters of its ends; keywords go to imshow.
+
+    Returns what imshow does, and where the plane lies, mm.
+    """
     picture, extent, position = plane(volume, name, at_mm)
     shown = axis.imshow(picture, extent=extent, aspect="equal", **image)
     axis.set_xticks([]), axis.set_yticks([])
     axis.set_facecolor("black")
-    for spine in axis.spines.values(): spine.set_visible(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
     orientation_marks(axis, name)
     return shown, position
 
 # %% ../../nbs/view/00_figures.ipynb #cell-014
 def slices_figure(volumes, window="chest", at_mm=None, title: str | None = None):
-    """Axial, coronal and sagittal slices of a Volume, or a row of them for each entry of a dict name → Volume; through `at_mm` (LPS mm), the middle of the
-    first volume unless given. `window`: a Window or its name. Returns a matplotlib Figure."""
+    """Axial, coronal and sagittal slices of a Volume, or a row of them for each entry of a dict
+    name → Volume; through `at_mm` (LPS mm), the middle of the
+    first volume unless given. `window`: a Window or its name. Returns a matplotlib Figure.
+    """
     import matplotlib.pyplot as plt
-    window, rows = get_window(window), {"": volumes} if isinstance(volumes, Volume) else dict(volumes)
+
+    window = get_window(window)
+    rows = {"": volumes} if isinstance(volumes, Volume) else dict(volumes)
     rows = {name: along_lps(volume) for name, volume in rows.items()}
     first = next(iter(rows.values()))
     at_mm = first.grid.center_mm if at_mm is None else at_mm
     x, y, z = first.grid.extent_mm
     with style():
-        figure, axes = plt.subplots(len(rows), 3, squeeze=False, figsize=(8.4, 0.55 + len(rows) * 8.0 * max(y, z) / (2 * x + y)), width_ratios=[x, x, y])
+        figure, axes = plt.subplots(
+            len(rows),
+            3,
+            squeeze=False,
+            figsize=(8.4, 0.55 + len(rows) * 8.0 * max(y, z) / (2 * x + y)),
+            width_ratios=[x, x, y],
+        )
         for number, (line, (name, volume)) in enumerate(zip(axes, rows.items())):
             for axis, kind, letter in zip(line, PLANES, "zyx"):
-                shown, position = draw_plane(axis, volume, kind, at_mm, vmin=window.low_hu, vmax=window.high_hu)
-                if number == 0: axis.set_title(f"{kind}, {letter} = {position:.0f} mm", color=MUTED)
+                shown, position = draw_plane(
+                    axis, volume, kind, at_mm, vmin=window.low_hu, vmax=window.high_hu
+                )
+                if number == 0:
+                    axis.set_title(f"{kind}, {letter} = {position:.0f} mm", color=MUTED)
             line[0].set_ylabel(name)
             scale_bar(line[0])
-        bar = figure.colorbar(shown, ax=axes, shrink=0.8 if len(rows) == 1 else 0.4, aspect=25, pad=0.01)
+        bar = figure.colorbar(
+            shown, ax=axes, shrink=0.8 if len(rows) == 1 else 0.4, aspect=25, pad=0.01
+        )
         bar.set_label(f"HU, window {window.name}" if window.name else "HU")
         bar.outline.set_visible(False)
-        if title: figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
     return figure
 
 # %% ../../nbs/view/00_figures.ipynb #cell-018
 def view_name(geometry: ConeBeam, view: int) -> str:
-    "What a radiographer calls it: AP, left lateral, PA, right lateral, or the angles where it is none of these (to 2°)."
-    azimuth, elevation = float(geometry.azimuth_deg[view]), float(geometry.elevation_deg[view])
-    angles = f"azimuth {azimuth:.0f}°" + (f", elevation {elevation:.0f}°" if abs(elevation) >= 0.5 else "")
+    """What a radiographer calls it: AP, left lateral, PA, right lateral, or the angles where it is
+    none of these (to 2°).
+    """
+    azimuth = float(geometry.azimuth_deg[view])
+    elevation = float(geometry.elevation_deg[view])
+    angles = f"azimuth {azimuth:.0f}°" + (
+        f", elevation {elevation:.0f}°" if abs(elevation) >= 0.5 else ""
+    )
     for name, center in (("AP", 0), ("left lateral", 90), ("PA", 180), ("right lateral", -90)):
-        if abs((azimuth - center + 180) % 360 - 180) <= 2 and abs(elevation) <= 2: return f"{name}, {angles}"
+        if abs((azimuth - center + 180) % 360 - 180) <= 2 and abs(elevation) <= 2:
+            return f"{name}, {angles}"
     return angles
 
 
 def xray_ends(geometry: ConeBeam, view: int) -> tuple[str, str, str, str]:
-    "Which way of the patient the left, right, top and bottom of an X-ray lie: R or L, A or P, H or F, or two of them for a direction between."
-    across, down = (step[view].detach().cpu().double().numpy() for step in (geometry.column_step_mm, geometry.row_step_mm))
+    """Which way of the patient the left, right, top and bottom of an X-ray lie: R or L, A or P, H
+    or F, or two of them for a direction between.
+    """
+    across, down = (
+        step[view].detach().cpu().double().numpy()
+        for step in (geometry.column_step_mm, geometry.row_step_mm)
+    )
+
     def letters(direction):
         shares = direction / np.linalg.norm(direction)
-        order = [a for a in np.argsort(-np.abs(shares)) if abs(shares[a]) > 0.38][:2]  # sin 22.5°: a sixteenth of a turn off an axis
+        # sin 22.5°: a sixteenth of a turn off an axis
+        order = [a for a in np.argsort(-np.abs(shares)) if abs(shares[a]) > 0.38][:2]
         return "".join("RAF"[a] if shares[a] < 0 else "LPH"[a] for a in order)
+
     return letters(-across), letters(across), letters(-down), letters(down)
 
 
 def draw_xray(axis, image, geometry: ConeBeam, view: int, **look):
-    "One X-ray (R, C), or something else on its detector, on a matplotlib axis in mm on the detector about its middle, with the letters of its ends; keywords go to imshow, whose answer is returned."
-    width, height = (n * float(step[view].norm()) for n, step in zip(geometry.detector_shape[::-1], (geometry.column_step_mm, geometry.row_step_mm)))
+    """One X-ray (R, C), or something else on its detector, on a matplotlib axis in mm on the
+    detector about its middle, with the letters of its ends; keywords go to imshow, whose answer is
+    returned.
+    """
+    width, height = (
+        n * float(step[view].norm())
+        for n, step in zip(
+            geometry.detector_shape[::-1], (geometry.column_step_mm, geometry.row_step_mm)
+        )
+    )
     shown = axis.imshow(image, extent=(-width / 2, width / 2, height / 2, -height / 2), **look)
     axis.spines[:].set_visible(False)
     orientation_marks(axis, xray_ends(geometry, view))
@@ -135,47 +260,91 @@ def draw_xray(axis, image, geometry: ConeBeam, view: int, **look):
 
 def checked_xrays(xrays, geometry: ConeBeam) -> np.ndarray:
     "X-rays as float32 (V, R, C); ValueError where they are not the geometry's."
-    images, expected = torch.as_tensor(xrays).detach().cpu().float().numpy(), (geometry.views, *geometry.detector_shape)
-    if images.shape != expected: raise ValueError(f"xrays: the geometry describes (views, rows, columns) = {expected}, got {images.shape}")
+    images = torch.as_tensor(xrays).detach().cpu().float().numpy()
+    expected = (
+        geometry.views,
+        *geometry.detector_shape,
+    )
+    if images.shape != expected:
+        raise ValueError(
+            f"xrays: the geometry describes (views, rows, columns) = {expected}, got {images.shape}"
+        )
     return images
 
 # %% ../../nbs/view/00_figures.ipynb #cell-022
 def xrays_figure(xrays, geometry: ConeBeam, title: str | None = None):
-    "Line integrals (V, R, C) with detector axes in mm, bone bright, one scale for all views; a matplotlib Figure. ValueError where they are not the geometry's."
+    """Line integrals (V, R, C) with detector axes in mm, bone bright, one scale for all views; a
+    matplotlib Figure. ValueError where they are not the geometry's.
+    """
     import matplotlib.pyplot as plt
+
     images = checked_xrays(xrays, geometry)
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
-    width, height = (n * float(step.norm(dim=-1).mean()) for n, step in zip(geometry.detector_shape[::-1], (geometry.column_step_mm, geometry.row_step_mm)))
+    width, height = (
+        n * float(step.norm(dim=-1).mean())
+        for n, step in zip(
+            geometry.detector_shape[::-1], (geometry.column_step_mm, geometry.row_step_mm)
+        )
+    )
     with style():
         panel = 4.0 if columns < 3 else 2.8
-        figure, axes = plt.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, figsize=(panel * columns + 1.1, panel * rows * height / width + 0.7))
-        for axis in axes.flat[len(images):]: axis.set_visible(False)
+        figure, axes = plt.subplots(
+            rows,
+            columns,
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            figsize=(panel * columns + 1.1, panel * rows * height / width + 0.7),
+        )
+        for axis in axes.flat[len(images) :]:
+            axis.set_visible(False)
         for view, (axis, image) in enumerate(zip(axes.flat, images)):
-            shown = draw_xray(axis, image, geometry, view, vmin=0, vmax=max(float(images.max()), 1e-6))
+            shown = draw_xray(
+                axis, image, geometry, view, vmin=0, vmax=max(float(images.max()), 1e-6)
+            )
             axis.set_title(view_name(geometry, view), loc="left")
             axis.tick_params(length=2)
-            if view % columns == 0: scale_bar(axis)
-        for axis in axes[-1]: axis.set_xlabel("mm on the detector")
+            if view % columns == 0:
+                scale_bar(axis)
+        for axis in axes[-1]:
+            axis.set_xlabel("mm on the detector")
         bar = figure.colorbar(shown, ax=axes, shrink=0.85, aspect=28, pad=0.01)
         bar.set_label("line integral ∫μ dl")
         bar.outline.set_visible(False)
-        if title: figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
     return figure
 
 # %% ../../nbs/view/00_figures.ipynb #cell-025
 ERROR_HU = 600.0
 
-def comparison_figure(xrays, geometry: ConeBeam, truth: Volume, predictions: dict, window="chest", at_mm=None):
-    """X-rays (V, R, C) of this geometry, the truth, each entry of name → Volume on the truth's grid with its PSNR, and the error of the first; three planes through `at_mm`
-    (LPS mm; the middle unless given). A matplotlib Figure."""
+
+def comparison_figure(
+    xrays, geometry: ConeBeam, truth: Volume, predictions: dict, window="chest", at_mm=None
+):
+    """X-rays (V, R, C) of this geometry, the truth, each entry of name → Volume on the truth's grid
+    with its PSNR, and the error of the first; three planes through `at_mm`
+    (LPS mm; the middle unless given). A matplotlib Figure.
+    """
     import matplotlib.pyplot as plt
-    window, images = get_window(window), checked_xrays(xrays, geometry)
+
+    window = get_window(window)
+    images = checked_xrays(xrays, geometry)
     for name, volume in predictions.items():
-        if volume.grid != truth.grid: raise ValueError(f"predictions: {name!r} is on another grid than the truth; resample it with .resample_onto(truth.grid)")
+        if volume.grid != truth.grid:
+            raise ValueError(
+                f"predictions: {name!r} is on another grid than the truth; resample it with"
+                " .resample_onto(truth.grid)"
+            )
     first = next(iter(predictions))
-    rows = {"CT": truth} | {f"{name.replace('_', ' ')}   {psnr(volume.hu, truth.hu):.1f} dB": volume for name, volume in predictions.items()}
-    rows |= {f"{first.replace('_', ' ')} − CT": Volume(predictions[first].hu - truth.hu, truth.affine)}
+    rows = {"CT": truth} | {
+        f"{name.replace('_', ' ')}   {psnr(volume.hu, truth.hu):.1f} dB": volume
+        for name, volume in predictions.items()
+    }
+    rows |= {
+        f"{first.replace('_', ' ')} − CT": Volume(predictions[first].hu - truth.hu, truth.affine)
+    }
     x, y, z = along_lps(truth).grid.extent_mm
     with style():
         figure = plt.figure(figsize=(9.6, 0.3 + len(rows) * 2.08 * max(y, z) / x))
@@ -183,60 +352,141 @@ def comparison_figure(xrays, geometry: ConeBeam, truth: Volume, predictions: dic
         axes = found.subplots(len(rows), 3, squeeze=False, width_ratios=[x, x, y])
         for number, (line, (name, volume)) in enumerate(zip(axes, rows.items())):
             is_error = number == len(rows) - 1
-            look = dict(vmin=-ERROR_HU, vmax=ERROR_HU, cmap="berlin") if is_error else dict(vmin=window.low_hu, vmax=window.high_hu)
+            look = (
+                dict(vmin=-ERROR_HU, vmax=ERROR_HU, cmap="berlin")
+                if is_error
+                else dict(vmin=window.low_hu, vmax=window.high_hu)
+            )
             for axis, kind in zip(line, PLANES):
                 shown, _ = draw_plane(axis, along_lps(volume), kind, at_mm, **look)
-                if number == 0: axis.set_title(kind, color=MUTED)
+                if number == 0:
+                    axis.set_title(kind, color=MUTED)
             line[0].set_ylabel(name)
             scale_bar(line[0])
             if is_error:
-                bar = found.colorbar(shown, ax=list(line), fraction=0.025, aspect=14, pad=0.01, ticks=[-ERROR_HU, 0, ERROR_HU])
+                bar = found.colorbar(
+                    shown,
+                    ax=list(line),
+                    fraction=0.025,
+                    aspect=14,
+                    pad=0.01,
+                    ticks=[-ERROR_HU, 0, ERROR_HU],
+                )
                 bar.set_label("HU")
                 bar.outline.set_visible(False)
         panels = given.subplots(len(rows), 1, squeeze=False)[:, 0]
-        for axis in panels: axis.set_axis_off()
+        for axis in panels:
+            axis.set_axis_off()
         for view, (axis, image) in enumerate(zip(panels, images)):
             draw_xray(axis, image, geometry, view, vmin=0, vmax=float(images.max()))
             scale_bar(axis)
-        panels[0].set_title("given, mm on the detector" if len(images) <= len(rows) else f"{len(rows)} of {len(images)} given", color=MUTED)
+        panels[0].set_title(
+            (
+                "given, mm on the detector"
+                if len(images) <= len(rows)
+                else f"{len(rows)} of {len(images)} given"
+            ),
+            color=MUTED,
+        )
     return figure
 
 # %% ../../nbs/view/00_figures.ipynb #cell-028
 BOOKKEEPING = ("step", "stage", "learning_rate", "seconds_per_step", "gradient_norm")
 
+
 def training_figure(history):
-    "Losses, validation scores and gradient norm over steps, of a `History`, its rows (dicts with `step`), or the path of a `history.jsonl`; a matplotlib Figure."
+    """Losses, validation scores and gradient norm over steps, of a `History`, its rows (dicts with
+    `step`), or the path of a `history.jsonl`; a matplotlib Figure.
+    """
     import matplotlib.pyplot as plt
-    if isinstance(history, (str, Path)): rows = [json.loads(line) for line in Path(history).read_text(encoding="utf-8").splitlines() if line.strip()]
-    else: rows = getattr(history, "rows", history)
-    if not rows: raise ValueError("history: there is nothing in it yet; train for at least one logging interval")
-    series = {name: ([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r]) for name in dict.fromkeys(k for r in rows for k in r)}
-    fitted = [n for n in series if n not in BOOKKEEPING and any("loss" in r and n in r for r in rows)]
+
+    if isinstance(history, (str, Path)):
+        rows = [
+            json.loads(line)
+            for line in Path(history).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
+    else:
+        rows = getattr(history, "rows", history)
+    if not rows:
+        raise ValueError(
+            "history: there is nothing in it yet; train for at least one logging interval"
+        )
+    series = {
+        name: ([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r])
+        for name in dict.fromkeys(k for r in rows for k in r)
+    }
+    fitted = [
+        n for n in series if n not in BOOKKEEPING and any("loss" in r and n in r for r in rows)
+    ]
     judged = [n for n in series if n not in BOOKKEEPING and n not in fitted]
     parts = [n for n in fitted if n != "loss"]
-    stages = [(row["step"], row["stage"]) for before, row in zip([{}, *rows], rows) if row.get("stage") != before.get("stage")]
-    panels = ([("loss", ["loss"])] if "loss" in fitted else []) + ([("its parts", parts)] if parts else []) + [(f"validation {n}", [n]) for n in judged] + ([("gradient norm", ["gradient_norm"])] if "gradient_norm" in series else [])
+    stages = [
+        (row["step"], row["stage"])
+        for before, row in zip([{}, *rows], rows)
+        if row.get("stage") != before.get("stage")
+    ]
+    panels = (
+        ([("loss", ["loss"])] if "loss" in fitted else [])
+        + ([("its parts", parts)] if parts else [])
+        + [(f"validation {n}", [n]) for n in judged]
+        + ([("gradient norm", ["gradient_norm"])] if "gradient_norm" in series else [])
+    )
     columns = min(4, len(panels))
     with style():
-        figure, axes = plt.subplots(math.ceil(len(panels) / columns), columns, squeeze=False, figsize=(3.1 * columns + 0.4, 2.5 * math.ceil(len(panels) / columns)), layout="constrained")
-        for axis in axes.flat[len(panels):]: axis.set_visible(False)
+        figure, axes = plt.subplots(
+            math.ceil(len(panels) / columns),
+            columns,
+            squeeze=False,
+            figsize=(3.1 * columns + 0.4, 2.5 * math.ceil(len(panels) / columns)),
+            layout="constrained",
+        )
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
         for axis, (title, names) in zip(axes.flat, panels):
             for k, name in enumerate(names):  # as many kinds of lines as colours run out
-                axis.plot(*series[name], color=SERIES[k % len(SERIES)], linestyle=("-", "--", ":")[k // len(SERIES) % 3], label=name.replace("_", " "), marker="o" if len(series[name][0]) < 30 else "", ms=3)
+                axis.plot(
+                    *series[name],
+                    color=SERIES[k % len(SERIES)],
+                    linestyle=("-", "--", ":")[k // len(SERIES) % 3],
+                    label=name.replace("_", " "),
+                    marker="o" if len(series[name][0]) < 30 else "",
+                    ms=3,
+                )
             values = [v for n in names for v in series[n][1]]
-            if min(values) > 0 and max(values) > 8 * min(values) and not title.startswith("validation"): axis.set_yscale("log")
-            if len(names) > 4: axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-            elif len(names) > 1: axis.legend(fontsize=7.5)
+            if (
+                min(values) > 0
+                and max(values) > 8 * min(values)
+                and not title.startswith("validation")
+            ):
+                axis.set_yscale("log")
+            if len(names) > 4:
+                axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+            elif len(names) > 1:
+                axis.legend(fontsize=7.5)
             axis.set_title(title, loc="left")
             axis.set_xlabel("step")
             for place, (step, stage) in enumerate(stages if len(stages) > 1 else []):
-                if place: axis.axvline(step, color=FAINT, zorder=0)
-                if axis is axes.flat[0]: axis.text(step, 1.0, f" {stage}", transform=axis.get_xaxis_transform(), fontsize=6.5, va="top", rotation=90)
+                if place:
+                    axis.axvline(step, color=FAINT, zorder=0)
+                if axis is axes.flat[0]:
+                    axis.text(
+                        step,
+                        1.0,
+                        f" {stage}",
+                        transform=axis.get_xaxis_transform(),
+                        fontsize=6.5,
+                        va="top",
+                        rotation=90,
+                    )
             axis.grid(color=FAINT)
     return figure
 
 # %% ../../nbs/view/00_figures.ipynb #cell-031
 def save_figure(figure, path):
-    "Write a figure as PNG (or what the name ends in) at 150 dots an inch, whole or not at all; returns the figure, so that a notebook goes on to show it."
-    with atomic_write(path) as temporary: figure.savefig(temporary, dpi=150, facecolor="white")
+    """Write a figure as PNG (or what the name ends in) at 150 dots an inch, whole or not at all;
+    returns the figure, so that a notebook goes on to show it.
+    """
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, facecolor="white")
     return figure

@@ -29,9 +29,13 @@ def _aligned(volume: Volume, grid: Grid, voxels: int) -> Volume:
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-007
 def surface_net(values: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    "The surface values = threshold: vertices (N, 3) in index coordinates (z, y, x) and faces (M, 4), indices into them; closed at the borders."
+    """The surface values = threshold: vertices (N, 3) in index coordinates (z, y, x) and faces (M,
+    4), indices into them; closed at the borders.
+    """
     f = np.pad(values.astype(np.float64) - threshold, 1, constant_values=-1.0)
-    total, count, crossed = np.zeros(f.shape + (3,)), np.zeros(f.shape), []
+    total = np.zeros(f.shape + (3,))
+    count = np.zeros(f.shape)
+    crossed = []
     for axis in range(3):
         ahead = np.roll(f, -1, axis)
         cross = (f > 0) != (ahead > 0)
@@ -42,187 +46,390 @@ def surface_net(values: np.ndarray, threshold: float) -> tuple[np.ndarray, np.nd
         cells = np.repeat(at[:, None], 4, 1)  # the four cells around this edge, going round
         cells[:, :, across] -= np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
         for corner in range(4):
-            np.add.at(total, tuple(cells[:, corner].T), point); np.add.at(count, tuple(cells[:, corner].T), 1)
+            np.add.at(total, tuple(cells[:, corner].T), point)
+            np.add.at(count, tuple(cells[:, corner].T), 1)
         crossed.append(cells)
     number = np.cumsum(count.ravel() > 0).reshape(f.shape) - 1
     faces = np.concatenate(crossed)
-    return total[count > 0] / count[count > 0][:, None] - 1.0, number[tuple(np.moveaxis(faces, -1, 0))]
+    return (
+        total[count > 0] / count[count > 0][:, None] - 1.0,
+        number[tuple(np.moveaxis(faces, -1, 0))],
+    )
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-009
-LIGHT = np.array([-0.55, -0.65, 0.52])  # from the upper right front of the patient, where the eye is
+# from the upper right front of the patient, where the eye is
+LIGHT = np.array([-0.55, -0.65, 0.52])
+
 
 def _draw_surface(axes, volume: Volume, threshold_hu: float, color: str, alpha: float):
     from matplotlib.colors import to_rgb
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+
     vertices, faces = surface_net(volume.hu, threshold_hu)
-    if not len(faces): return
+    if not len(faces):
+        return
     corners = volume.grid.index_to_mm(vertices[:, ::-1])[faces]
     normal = np.cross(corners[:, 2] - corners[:, 0], corners[:, 3] - corners[:, 1])
     normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-9
     light = 0.30 + 0.70 * np.abs(normal @ LIGHT)
-    colors = np.concatenate([np.clip(light[:, None] * np.array(to_rgb(color)), 0, 1), np.full((len(faces), 1), alpha)], 1)
-    axes.add_collection3d(Poly3DCollection(corners, facecolors=colors, linewidths=0, antialiased=False))
+    colors = np.concatenate(
+        [np.clip(light[:, None] * np.array(to_rgb(color)), 0, 1), np.full((len(faces), 1), alpha)],
+        1,
+    )
+    axes.add_collection3d(
+        Poly3DCollection(corners, facecolors=colors, linewidths=0, antialiased=False)
+    )
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-011
 def _corners(geometry: ConeBeam) -> np.ndarray:
     "Outer corners of the detectors, (V, 4, 3) mm, going round."
     rows, columns = geometry.detector_shape
-    around = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=geometry.dtype, device=geometry.device) / 2
-    across, down = columns * geometry.column_step_mm[:, None], rows * geometry.row_step_mm[:, None]
-    return (geometry.detector_center_mm[:, None] + around[:, :1] * across + around[:, 1:] * down).cpu().numpy()
+    around = (
+        torch.tensor(
+            [[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=geometry.dtype, device=geometry.device
+        )
+        / 2
+    )
+    across = columns * geometry.column_step_mm[:, None]
+    down = rows * geometry.row_step_mm[:, None]
+    return (
+        (geometry.detector_center_mm[:, None] + around[:, :1] * across + around[:, 1:] * down)
+        .cpu()
+        .numpy()
+    )
+
 
 def _halo():  # a white rim that keeps a label legible on lines
     from matplotlib.patheffects import withStroke
+
     return [withStroke(linewidth=2.5, foreground="white")]
+
 
 def _hang_xray(axes, corners, image, cells=112):
     "The image as a textured rectangle: (rows, columns) line integrals, bright where dense."
     rows, columns = (min(cells, n) for n in image.shape)
-    image = torch.nn.functional.adaptive_avg_pool2d(torch.as_tensor(image)[None].float(), (rows, columns))[0].numpy()
+    image = torch.nn.functional.adaptive_avg_pool2d(
+        torch.as_tensor(image)[None].float(), (rows, columns)
+    )[0].numpy()
     low, high = np.percentile(image, [1, 99.5])
     gray = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
-    u, v = np.linspace(0, 1, columns + 1)[None, :, None], np.linspace(0, 1, rows + 1)[:, None, None]
-    x, y, z = np.moveaxis(corners[0] + u * (corners[1] - corners[0]) + v * (corners[3] - corners[0]), -1, 0)
-    axes.plot_surface(x, y, z, facecolors=np.stack([gray] * 3 + [np.ones_like(gray)], -1), rstride=1, cstride=1, shade=False, linewidth=0,
-                      antialiased=False)
+    u = np.linspace(0, 1, columns + 1)[None, :, None]
+    v = np.linspace(0, 1, rows + 1)[:, None, None]
+    x, y, z = np.moveaxis(
+        corners[0] + u * (corners[1] - corners[0]) + v * (corners[3] - corners[0]), -1, 0
+    )
+    axes.plot_surface(
+        x,
+        y,
+        z,
+        facecolors=np.stack([gray] * 3 + [np.ones_like(gray)], -1),
+        rstride=1,
+        cstride=1,
+        shade=False,
+        linewidth=0,
+        antialiased=False,
+    )
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-012
 def _draw_view(axes, source, corners, center, color, name, image):
     from mpl_toolkits.mplot3d.art3d import Line3DCollection, Poly3DCollection
-    if image is not None: _hang_xray(axes, corners, image)
-    else: axes.add_collection3d(Poly3DCollection([corners], facecolor=color, alpha=0.25, linewidth=0))
+
+    if image is not None:
+        _hang_xray(axes, corners, image)
+    else:
+        axes.add_collection3d(Poly3DCollection([corners], facecolor=color, alpha=0.25, linewidth=0))
     axes.plot(*np.concatenate([corners, corners[:1]]).T, color=color, lw=2)
     sides = [[source, corners[k], corners[(k + 1) % 4]] for k in range(4)]
     axes.add_collection3d(Poly3DCollection(sides, facecolor=color, alpha=0.035, linewidth=0))
-    axes.add_collection3d(Line3DCollection([[source, corner] for corner in corners], color=color, lw=0.8, alpha=0.7))
+    axes.add_collection3d(
+        Line3DCollection([[source, corner] for corner in corners], color=color, lw=0.8, alpha=0.7)
+    )
     axes.plot(*np.stack([source, center]).T, color=color, lw=1.4, ls=(0, (6, 3)))
     axes.scatter(*source, color=color, s=70, edgecolor="white", linewidth=1, depthshade=False)
-    axes.text(*(source + [0, 0, 55]), name, color=color, ha="center", fontsize=10, fontweight="bold", path_effects=_halo(), zorder=1e6)
+    axes.text(
+        *(source + [0, 0, 55]),
+        name,
+        color=color,
+        ha="center",
+        fontsize=10,
+        fontweight="bold",
+        path_effects=_halo(),
+        zorder=1e6,
+    )
+
 
 def _draw_box(axes, grid: Grid):
     ends = np.array([[-0.5, n - 0.5] for n in grid.shape[::-1]])
-    corner = lambda bits: grid.index_to_mm([ends[a, b] for a, b in enumerate(bits)])
+
+    def corner(bits):
+        return grid.index_to_mm([ends[a, b] for a, b in enumerate(bits)])
+
     for bits in np.ndindex(2, 2, 2):
         for axis in range(3):
-            if bits[axis] == 0: axes.plot(*np.stack([corner(bits), corner(bits[:axis] + (1,) + bits[axis + 1:])]).T, color="0.35", lw=0.8)
+            if bits[axis] == 0:
+                axes.plot(
+                    *np.stack([corner(bits), corner(bits[:axis] + (1,) + bits[axis + 1 :])]).T,
+                    color="0.35",
+                    lw=0.8,
+                )
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-013
 def _draw_scene(axes, geometry, body, images, names):
     from matplotlib.ticker import MultipleLocator
-    sources, centers = geometry.source_mm.cpu().numpy(), geometry.detector_center_mm.cpu().numpy()
+
+    sources = geometry.source_mm.cpu().numpy()
+    centers = geometry.detector_center_mm.cpu().numpy()
     for v, corners in enumerate(_corners(geometry)):
-        _draw_view(axes, sources[v], corners, centers[v], SERIES[v % len(SERIES)], names[v], None if images is None else images[v])
+        _draw_view(
+            axes,
+            sources[v],
+            corners,
+            centers[v],
+            SERIES[v % len(SERIES)],
+            names[v],
+            None if images is None else images[v],
+        )
     _draw_box(axes, geometry.grid)
     if body is not None:
         _draw_surface(axes, body, BONE_HU, "#f3e9d2", 1.0)
         _draw_surface(axes, body, SKIN_HU, "#d9a184", 0.05)
-    everything = np.concatenate([sources, _corners(geometry).reshape(-1, 3), geometry.grid.bounds_mm])
+    everything = np.concatenate(
+        [sources, _corners(geometry).reshape(-1, 3), geometry.grid.bounds_mm]
+    )
     low, high = everything.min(0), everything.max(0)
     margin = 0.03 * (high - low).max()
-    axes.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin), zlim=(low[2] - margin, high[2] + margin))
+    axes.set(
+        xlim=(low[0] - margin, high[0] + margin),
+        ylim=(low[1] - margin, high[1] + margin),
+        zlim=(low[2] - margin, high[2] + margin),
+    )
     axes.set_box_aspect(high - low + 2 * margin)
     axes.set_proj_type("persp", focal_length=0.6)
-    axes.view_init(elev=21, azim=-120)  # from the upper right front of the patient: sources near, detectors far
+    # from the upper right front of the patient: sources near, detectors far
+    axes.view_init(elev=21, azim=-120)
     axes.set(xlabel="Left, mm", ylabel="Posterior, mm", zlabel="Head, mm")
     axes.grid(False)
-    for axis in (axes.xaxis, axes.yaxis, axes.zaxis): axis.pane.set(facecolor="white", edgecolor="0.85")
-    for axis, step in ((axes.xaxis, 500), (axes.yaxis, 500), (axes.zaxis, 200)): axis.set_major_locator(MultipleLocator(step))
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.pane.set(facecolor="white", edgecolor="0.85")
+    for axis, step in ((axes.xaxis, 500), (axes.yaxis, 500), (axes.zaxis, 200)):
+        axis.set_major_locator(MultipleLocator(step))
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-014
 def _fit(axes, room):
-    "Scale and shift the 3D panel until its box fills `room` (left, bottom, right, top): mplot3d leaves wide margins that depend on the scene."
+    """Scale and shift the 3D panel until its box fills `room` (left, bottom, right, top): mplot3d
+    leaves wide margins that depend on the scene.
+    """
     from mpl_toolkits.mplot3d.proj3d import proj_transform
-    corners = np.array(np.meshgrid(axes.get_xlim(), axes.get_ylim(), axes.get_zlim())).reshape(3, -1)
+
+    corners = np.array(np.meshgrid(axes.get_xlim(), axes.get_ylim(), axes.get_zlim())).reshape(
+        3, -1
+    )
     axes.apply_aspect()
     x, y, _ = proj_transform(*corners, axes.get_proj())
-    seen = axes.figure.transFigure.inverted().transform(axes.transData.transform(np.stack([x, y], -1)))
-    low, high, room = seen.min(0), seen.max(0), np.array(room).reshape(2, 2)
+    seen = axes.figure.transFigure.inverted().transform(
+        axes.transData.transform(np.stack([x, y], -1))
+    )
+    low = seen.min(0)
+    high = seen.max(0)
+    room = np.array(room).reshape(2, 2)
     scale = ((room[1] - room[0]) / (high - low)).min()
     box = axes.get_position(original=False)
     corner = np.array([box.x0, box.y0])
-    axes.set_position((*(room.mean(0) + scale * (corner - (low + high) / 2)), scale * box.width, scale * box.height))
+    axes.set_position(
+        (
+            *(room.mean(0) + scale * (corner - (low + high) / 2)),
+            scale * box.width,
+            scale * box.height,
+        )
+    )
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-016
 def _draw_flat(panel, geometry, body, names, across, down, title):
-    "One panel: LPS axes `across` and `down` (0 x, 1 y, 2 z) of the scene, with the CT's middle slice behind."
+    """One panel: LPS axes `across` and `down` (0 x, 1 y, 2 z) of the scene, with the CT's middle
+    slice behind.
+    """
     from matplotlib.ticker import MultipleLocator
-    low, high = geometry.grid.bounds_mm[:, across], geometry.grid.bounds_mm[:, down]
+
+    low = geometry.grid.bounds_mm[:, across]
+    high = geometry.grid.bounds_mm[:, down]
     normal = 3 - across - down
     if body is not None:
         middle = np.take(body.hu, body.hu.shape[2 - normal] // 2, axis=2 - normal)
-        panel.imshow(middle, vmin=WINDOWS["chest"].low_hu, vmax=WINDOWS["chest"].high_hu, extent=(*low, high[1], high[0]), aspect="equal", zorder=0)
-        for axis, ends, level in ((across, low, high.mean()), (down, high, low.mean())):  # letters where the patient ends, not where the panel does
+        panel.imshow(
+            middle,
+            vmin=WINDOWS["chest"].low_hu,
+            vmax=WINDOWS["chest"].high_hu,
+            extent=(*low, high[1], high[0]),
+            aspect="equal",
+            zorder=0,
+        )
+        # letters where the patient ends, not where the panel does
+        for axis, ends, level in ((across, low, high.mean()), (down, high, low.mean())):
             for end, letter, inward in zip(ends, ("RL", "AP", "FH")[axis], (1, -1)):
                 place = (end, level) if axis == across else (level, end)
-                panel.annotate(letter, place, xytext=(5 * inward, 0) if axis == across else (0, 5 * inward * (1 if down == 2 else -1)), textcoords="offset points", color=BRIGHT, fontsize=6.5, ha="center", va="center")
-    panel.plot([low[0], low[1], low[1], low[0], low[0]], [high[0], high[0], high[1], high[1], high[0]], color="0.35", lw=0.8)
-    flat = lambda points: points[..., [across, down]]
+                panel.annotate(
+                    letter,
+                    place,
+                    xytext=(
+                        (5 * inward, 0)
+                        if axis == across
+                        else (0, 5 * inward * (1 if down == 2 else -1))
+                    ),
+                    textcoords="offset points",
+                    color=BRIGHT,
+                    fontsize=6.5,
+                    ha="center",
+                    va="center",
+                )
+    panel.plot(
+        [low[0], low[1], low[1], low[0], low[0]],
+        [high[0], high[0], high[1], high[1], high[0]],
+        color="0.35",
+        lw=0.8,
+    )
+
+    def flat(points):
+        return points[..., [across, down]]
+
     in_plane = 1 - geometry.central_ray[:, normal].abs().cpu().numpy()
     for v, corners in enumerate(_corners(geometry)):
-        if in_plane[v] < 0.3: continue
-        _draw_flat_view(panel, flat(geometry.source_mm[v].cpu().numpy()), flat(corners), flat(geometry.detector_center_mm[v].cpu().numpy()),
-                        _lengths(geometry, v) if geometry.views <= 4 else None, SERIES[v % len(SERIES)], names[v])
+        if in_plane[v] < 0.3:
+            continue
+        _draw_flat_view(
+            panel,
+            flat(geometry.source_mm[v].cpu().numpy()),
+            flat(corners),
+            flat(geometry.detector_center_mm[v].cpu().numpy()),
+            _lengths(geometry, v) if geometry.views <= 4 else None,
+            SERIES[v % len(SERIES)],
+            names[v],
+        )
     panel.set_title(title, loc="left", fontsize=10, color="0.3")
     panel.set(aspect="equal")
     panel.margins(0.12)
     panel.autoscale_view()
-    if panel.yaxis_inverted() != (down == 1): panel.invert_yaxis()  # the back is drawn below, the head on top
-    for axis in (panel.xaxis, panel.yaxis): axis.set_major_locator(MultipleLocator(500 if np.ptp(panel.get_xlim()) > 900 else 100))
-    for side in ("top", "right"): panel.spines[side].set_visible(False)
+    # the back is drawn below, the head on top
+    if panel.yaxis_inverted() != (down == 1):
+        panel.invert_yaxis()
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(MultipleLocator(500 if np.ptp(panel.get_xlim()) > 900 else 100))
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+
 
 def _lengths(geometry, v) -> tuple[float, float]:
-    "From the source to the point of the central ray beside the grid's centre, and to the detector, mm."
-    to_center = torch.tensor(np.array(geometry.grid.center_mm), dtype=geometry.dtype, device=geometry.device) - geometry.source_mm[v]
+    """From the source to the point of the central ray beside the grid's centre, and to the
+    detector, mm.
+    """
+    to_center = (
+        torch.tensor(
+            np.array(geometry.grid.center_mm), dtype=geometry.dtype, device=geometry.device
+        )
+        - geometry.source_mm[v]
+    )
     return float(to_center @ geometry.central_ray[v]), float(geometry.source_to_detector_mm[v])
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-017
 def _draw_flat_view(panel, source, corners, center, lengths, color, name):
     from matplotlib.patches import Polygon
     from scipy.spatial import ConvexHull, QhullError
+
     fan = np.concatenate([source[None], corners])
-    try: panel.add_patch(Polygon(fan[ConvexHull(fan).vertices], color=color, alpha=0.10, lw=0))
-    except QhullError: pass  # source and plate in one line
+    try:
+        panel.add_patch(Polygon(fan[ConvexHull(fan).vertices], color=color, alpha=0.10, lw=0))
+    except QhullError:
+        pass  # source and plate in one line
     panel.add_patch(Polygon(corners, closed=True, fill=False, color=color, lw=2.5))
     panel.plot(*np.stack([source, center]).T, color=color, lw=1.2, ls=(0, (6, 3)))
     panel.plot(*source, "o", color=color, ms=7, mec="white")
-    panel.annotate(name, source, xytext=(0, 9), textcoords="offset points", ha="center", color=color, fontsize=9, fontweight="bold",
-                   path_effects=_halo())
-    if lengths is None: return
+    panel.annotate(
+        name,
+        source,
+        xytext=(0, 9),
+        textcoords="offset points",
+        ha="center",
+        color=color,
+        fontsize=9,
+        fontweight="bold",
+        path_effects=_halo(),
+    )
+    if lengths is None:
+        return
     direction = (center - source) / (np.linalg.norm(center - source) + 1e-9)
-    shown = direction if abs(direction[0]) > 1e-3 and direction[0] > 0 else -direction if direction[0] < -1e-3 else np.array([0.0, 1.0])
+    shown = (
+        direction
+        if abs(direction[0]) > 1e-3 and direction[0] > 0
+        else -direction if direction[0] < -1e-3 else np.array([0.0, 1.0])
+    )
     angle = np.rad2deg(np.arctan2(shown[1], shown[0]))
     middle = lengths[0] / lengths[1]
-    for place, length in ((middle * 0.4, lengths[0]), ((1 + middle) / 2 + 0.08, lengths[1] - lengths[0])):
-        panel.text(*(source + place * (center - source)), f"{length:.0f}", color=color, fontsize=9, ha="center", va="center", rotation=angle,
-                   rotation_mode="anchor", transform_rotates_text=True, bbox=dict(boxstyle="round,pad=0.2", fc="white", ec="none"))
+    for place, length in (
+        (middle * 0.4, lengths[0]),
+        ((1 + middle) / 2 + 0.08, lengths[1] - lengths[0]),
+    ):
+        panel.text(
+            *(source + place * (center - source)),
+            f"{length:.0f}",
+            color=color,
+            fontsize=9,
+            ha="center",
+            va="center",
+            rotation=angle,
+            rotation_mode="anchor",
+            transform_rotates_text=True,
+            bbox=dict(boxstyle="round,pad=0.2", fc="white", ec="none"),
+        )
 
 # %% ../../nbs/view/01_geometry_figure.ipynb #cell-019
 def geometry_figure(
     geometry: ConeBeam,  # one scan, any number of views
     volume: Volume | None = None,  # the patient; resampled onto the geometry's grid
-    xrays=None,  # (V, R, C) line integrals of any resolution; projected from the volume unless given
+    # (V, R, C) line integrals of any resolution; projected from the volume unless given
+    xrays=None,
     names=None,  # one a view; the azimuth unless given
 ):
-    "Source, detectors, rays, grid and patient to scale: one panel to turn by hand, one from the feet, one from the side. A matplotlib figure."
+    """Source, detectors, rays, grid and patient to scale: one panel to turn by hand, one from the
+    feet, one from the side. A matplotlib figure.
+    """
     import matplotlib.pyplot as plt
+
     if geometry.batch_shape:
-        raise ValueError(f"geometry_figure: draws one scan and this geometry is a batch {geometry.batch_shape}; pass geometry[b]")
+        raise ValueError(
+            f"geometry_figure: draws one scan and this geometry is a batch {geometry.batch_shape};"
+            " pass geometry[b]"
+        )
     geometry = geometry.detach().to("cpu", torch.float64)
-    body = None if volume is None else _aligned(volume, geometry.grid, min(72, max(geometry.grid.shape)))
+    body = (
+        None
+        if volume is None
+        else _aligned(volume, geometry.grid, min(72, max(geometry.grid.shape)))
+    )
     if xrays is None and body is not None:
         fine = _aligned(volume, geometry.grid, min(128, max(geometry.grid.shape)))
-        pixels = [max(1, round(n * min(1, 128 / max(geometry.detector_shape)))) for n in geometry.detector_shape]
-        xrays = project(hu_to_mu(fine.tensor()), geometry.on(fine.grid).rebinned(pixels).to(torch.float32))
+        pixels = [
+            max(1, round(n * min(1, 128 / max(geometry.detector_shape))))
+            for n in geometry.detector_shape
+        ]
+        xrays = project(
+            hu_to_mu(fine.tensor()), geometry.on(fine.grid).rebinned(pixels).to(torch.float32)
+        )
     if xrays is not None and len(xrays) != geometry.views:
-        raise ValueError(f"geometry_figure: xrays holds {len(xrays)} images for {geometry.views} views; give one for each")
+        raise ValueError(
+            f"geometry_figure: xrays holds {len(xrays)} images for {geometry.views} views; give one"
+            " for each"
+        )
     images = None if xrays is None else torch.as_tensor(xrays).detach().cpu()
-    names = names or [f"{a:.0f}°" + (f" / {e:.0f}°" if abs(e) > 0.5 else "") for a, e in zip(geometry.azimuth_deg, geometry.elevation_deg)]
+    names = names or [
+        f"{a:.0f}°" + (f" / {e:.0f}°" if abs(e) > 0.5 else "")
+        for a, e in zip(geometry.azimuth_deg, geometry.elevation_deg)
+    ]
     with style():
         figure = plt.figure(figsize=(13, 6.2), layout="none")  # the panels have their places
         scene = figure.add_axes((0.1, 0.1, 0.5, 0.8), projection="3d")
         _draw_scene(scene, geometry, body, images, names)
         _fit(scene, (0.05, 0.08, 0.63, 0.96))
-        above, side = figure.add_axes((0.71, 0.46, 0.28, 0.49)), figure.add_axes((0.71, 0.10, 0.28, 0.24))
+        above = figure.add_axes((0.71, 0.46, 0.28, 0.49))
+        side = figure.add_axes((0.71, 0.10, 0.28, 0.24))
         _draw_flat(above, geometry, body, names, 0, 1, "from the feet")
         above.set(xlabel="Left, mm", ylabel="Posterior, mm")
         _draw_flat(side, geometry, body, names, 1, 2, "from the patient's left")

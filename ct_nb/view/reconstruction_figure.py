@@ -25,51 +25,114 @@ from .figures import PLANES, along_lps, draw_plane, draw_xray, scale_bar, view_n
 # %% ../../nbs/view/02_reconstruction_figure.ipynb #cell-004
 SHOWN_VIEWS = 4  # at most, in the preview
 
+
 def reconstruction_figure(
     found: Reconstruction,  # with its X-rays and geometry
     window=None,  # a Window or its name; the network's own unless given
 ):
-    "Planes, spread, X-rays, reprojections and differences of one reconstruction; a matplotlib Figure."
+    """Planes, spread, X-rays, reprojections and differences of one reconstruction; a matplotlib
+    Figure.
+    """
     import matplotlib.pyplot as plt
-    window, volume, shown_views = get_window(window or found.window), along_lps(found.volume), min(len(found.xrays), SHOWN_VIEWS)
+
+    window = get_window(window or found.window)
+    volume = along_lps(found.volume)
+    shown_views = min(len(found.xrays), SHOWN_VIEWS)
     x, y, z = volume.grid.extent_mm
     rows = [("HU", volume, dict(vmin=window.low_hu, vmax=window.high_hu))]
     if found.spread is not None:
-        rows.append(("spread, HU", along_lps(found.spread), dict(vmin=0, vmax=max(float(np.percentile(found.spread.hu, 99.9)), 1e-3), cmap="magma")))
+        rows.append(
+            (
+                "spread, HU",
+                along_lps(found.spread),
+                dict(
+                    vmin=0,
+                    vmax=max(float(np.percentile(found.spread.hu, 99.9)), 1e-3),
+                    cmap="magma",
+                ),
+            )
+        )
     difference = found.reprojection - found.xrays
-    top, most = float(found.xrays.max()), max(float(np.percentile(np.abs(difference), 99.8)), 1e-3)
-    width, height = (n * float(step.norm(dim=-1).mean()) for n, step in zip(found.geometry.detector_shape[::-1], (found.geometry.column_step_mm, found.geometry.row_step_mm)))
+    top = float(found.xrays.max())
+    most = max(float(np.percentile(np.abs(difference), 99.8)), 1e-3)
+    width, height = (
+        n * float(step.norm(dim=-1).mean())
+        for n, step in zip(
+            found.geometry.detector_shape[::-1],
+            (found.geometry.column_step_mm, found.geometry.row_step_mm),
+        )
+    )
     with style():
-        upper, lower = len(rows) * 8.2 * max(y, z) / (2 * x + y) + 0.45, shown_views * 2.45 * height / width + 0.3 + 0.22 * shown_views
+        upper = len(rows) * 8.2 * max(y, z) / (2 * x + y) + 0.45
+        lower = shown_views * 2.45 * height / width + 0.3 + 0.22 * shown_views
         figure = plt.figure(figsize=(9.0, upper + lower))
         above, below = figure.subfigures(2, 1, height_ratios=[upper, lower])
         axes = above.subplots(len(rows), 3, squeeze=False, width_ratios=[x, x, y])
         for number, (line, (name, what, look)) in enumerate(zip(axes, rows)):
             for axis, kind, letter in zip(line, PLANES, "zyx"):
                 image, position = draw_plane(axis, what, kind, **look)
-                if number == 0: axis.set_title(f"{kind}, {letter} = {position:.0f} mm", color=MUTED)
+                if number == 0:
+                    axis.set_title(f"{kind}, {letter} = {position:.0f} mm", color=MUTED)
             scale_bar(line[0])
             bar = above.colorbar(image, ax=list(line), shrink=0.8, aspect=22, pad=0.01)
-            bar.set_label(f"HU, window {window.name}" if number == 0 and window.name else f"standard deviation over {len(found.samples)} samples, HU" if number else "HU")
+            bar.set_label(
+                f"HU, window {window.name}"
+                if number == 0 and window.name
+                else f"standard deviation over {len(found.samples)} samples, HU" if number else "HU"
+            )
             bar.outline.set_visible(False)
-        above.suptitle("reconstruction" + (found.how and f", {found.how}"), x=0.01, ha="left", fontsize=10.5)
+        above.suptitle(
+            "reconstruction" + (found.how and f", {found.how}"), x=0.01, ha="left", fontsize=10.5
+        )
         panels = below.subplots(shown_views, 3, squeeze=False)
         for view, line in enumerate(panels[:shown_views]):
-            for axis, title, image, look in ((line[0], "given", found.xrays[view], dict(vmin=0, vmax=top)), (line[1], "of the reconstruction", found.reprojection[view], dict(vmin=0, vmax=top)),
-                                             (line[2], "difference", difference[view], dict(vmin=-most, vmax=most, cmap="berlin"))):
+            for axis, title, image, look in (
+                (line[0], "given", found.xrays[view], dict(vmin=0, vmax=top)),
+                (
+                    line[1],
+                    "of the reconstruction",
+                    found.reprojection[view],
+                    dict(vmin=0, vmax=top),
+                ),
+                (
+                    line[2],
+                    "difference",
+                    difference[view],
+                    dict(vmin=-most, vmax=most, cmap="berlin"),
+                ),
+            ):
                 draw_xray(axis, image, found.geometry, view, **look)
                 axis.set_xticks([]), axis.set_yticks([])
-                if view == 0: axis.set_title(title, color=MUTED)
+                if view == 0:
+                    axis.set_title(title, color=MUTED)
             scale_bar(line[0])
             against = found.limit is not None and found.residual_consistent[view] > found.limit
             name = view_name(found.geometry, view)
-            line[0].set_ylabel(name.replace(", ", "\n") if name.startswith("azimuth") else name.split(",")[0])
-            line[2].set_xlabel(f"residual {found.residual[view]:.3f}" + (": contradicts" if against else ""), color=MODEL if against else MUTED)
+            line[0].set_ylabel(
+                name.replace(", ", "\n") if name.startswith("azimuth") else name.split(",")[0]
+            )
+            line[2].set_xlabel(
+                f"residual {found.residual[view]:.3f}" + (": contradicts" if against else ""),
+                color=MODEL if against else MUTED,
+            )
         for place, label in ((1, "∫μ dl"), (2, "Δ∫μ dl")):
-            bar = below.colorbar(panels[0][place].images[0], ax=list(panels[:, place]), shrink=0.8, aspect=22 * shown_views / 2, pad=0.01)
+            bar = below.colorbar(
+                panels[0][place].images[0],
+                ax=list(panels[:, place]),
+                shrink=0.8,
+                aspect=22 * shown_views / 2,
+                pad=0.01,
+            )
             bar.set_label(label)
             bar.outline.set_visible(False)
-        if len(found.xrays) > shown_views: below.supxlabel(f"{shown_views} of {len(found.xrays)} X-rays are shown", x=0.01, ha="left", fontsize=8.5, color=MUTED)
+        if len(found.xrays) > shown_views:
+            below.supxlabel(
+                f"{shown_views} of {len(found.xrays)} X-rays are shown",
+                x=0.01,
+                ha="left",
+                fontsize=8.5,
+                color=MUTED,
+            )
     return figure
 
 # %% ../../nbs/view/02_reconstruction_figure.ipynb #cell-006
@@ -79,29 +142,84 @@ def report(
 ) -> dict:
     "What `<name>_report.json` holds."
     grid = found.volume.grid
-    layer = {"with_consistency": found.residual_consistent, "without_consistency": found.residual_unconstrained, "reached_by_the_layer": found.residual_layer, "solver_tolerance": found.tolerance}
-    per_view = [{"view": view, "name": view_name(found.geometry, view), "residual": found.residual[view], **{name: values[view] for name, values in layer.items() if values},
-                 "contradicts": None if found.limit is None else found.residual_consistent[view] > found.limit} for view in range(len(found.residual))]
+    layer = {
+        "with_consistency": found.residual_consistent,
+        "without_consistency": found.residual_unconstrained,
+        "reached_by_the_layer": found.residual_layer,
+        "solver_tolerance": found.tolerance,
+    }
+    per_view = [
+        {
+            "view": view,
+            "name": view_name(found.geometry, view),
+            "residual": found.residual[view],
+            **{name: values[view] for name, values in layer.items() if values},
+            "contradicts": (
+                None if found.limit is None else found.residual_consistent[view] > found.limit
+            ),
+        }
+        for view in range(len(found.residual))
+    ]
     judged = found.contradictions is not None
-    sentence = ("; ".join(found.contradictions) or f"no view's residual is beyond what noise explains ({found.limit:.3f})") if judged else \
-        "not judged: the run's config.json does not say what residual noise explains"
-    return {"residual": per_view, "consistency": found.consistent, "how": found.how,
-            "contradiction": {"found": bool(found.contradictions) if judged else None, "limit": found.limit, "sentence": sentence},
-            "window": {"name": found.window, "low_hu": get_window(found.window).low_hu, "high_hu": get_window(found.window).high_hu}, "energy_kev": found.energy_kev,
-            "grid": {"shape_zyx": list(grid.shape), "spacing_mm_xyz": grid.spacing_mm, "affine_index_xyz_to_lps_mm": grid.affine},
-            "samples": {"count": len(found.samples), "seed": found.seed, "mean_spread_hu": None if found.spread is None else float(found.spread.hu.mean()),
-                        "meaning": found.spread_means} if found.samples else None,
-            "notes": found.notes, "versions": versions(), **(about or {})}
+    sentence = (
+        (
+            "; ".join(found.contradictions)
+            or f"no view's residual is beyond what noise explains ({found.limit:.3f})"
+        )
+        if judged
+        else "not judged: the run's config.json does not say what residual noise explains"
+    )
+    return {
+        "residual": per_view,
+        "consistency": found.consistent,
+        "how": found.how,
+        "contradiction": {
+            "found": bool(found.contradictions) if judged else None,
+            "limit": found.limit,
+            "sentence": sentence,
+        },
+        "window": {
+            "name": found.window,
+            "low_hu": get_window(found.window).low_hu,
+            "high_hu": get_window(found.window).high_hu,
+        },
+        "energy_kev": found.energy_kev,
+        "grid": {
+            "shape_zyx": list(grid.shape),
+            "spacing_mm_xyz": grid.spacing_mm,
+            "affine_index_xyz_to_lps_mm": grid.affine,
+        },
+        "samples": (
+            {
+                "count": len(found.samples),
+                "seed": found.seed,
+                "mean_spread_hu": None if found.spread is None else float(found.spread.hu.mean()),
+                "meaning": found.spread_means,
+            }
+            if found.samples
+            else None
+        ),
+        "notes": found.notes,
+        "versions": versions(),
+        **(about or {}),
+    }
 
 # %% ../../nbs/view/02_reconstruction_figure.ipynb #cell-008
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".npz")  # that `Volume.save` writes
 
+
 def _parts(out) -> tuple[Path, str, str]:
     "Folder, name and ending of the CT to write; ValueError for another ending."
     out = Path(out)
-    ending = next((e for e in ENDINGS if out.name.lower().endswith(e) and len(out.name) > len(e)), None)
-    if ending is None: raise ValueError(f"{out}: unknown kind of file; choose a name that ends in {', '.join(ENDINGS)}")
-    return out.parent, out.name[:-len(ending)], out.name[-len(ending):]
+    ending = next(
+        (e for e in ENDINGS if out.name.lower().endswith(e) and len(out.name) > len(e)), None
+    )
+    if ending is None:
+        raise ValueError(
+            f"{out}: unknown kind of file; choose a name that ends in {', '.join(ENDINGS)}"
+        )
+    return out.parent, out.name[: -len(ending)], out.name[-len(ending) :]
+
 
 def save_reconstruction(
     found: Reconstruction,
@@ -109,46 +227,99 @@ def save_reconstruction(
     about: dict | None = None,  # more entries of the report
     window=None,  # of the preview
 ) -> list[Path]:
-    "Write the CT, its samples and their spread, the preview and the report; returns the paths, the CT first. `OSError` with one sentence for a place that cannot be written."
+    """Write the CT, its samples and their spread, the preview and the report; returns the paths,
+    the CT first. `OSError` with one sentence for a place that cannot be written.
+    """
     import matplotlib.pyplot as plt
+
     folder, name, ending = _parts(out)
-    volumes = {Path(out): found.volume} | {folder / f"{name}_sample_{number}{ending}": volume for number, volume in enumerate(found.samples, 1)}
-    if found.spread is not None: volumes[folder / f"{name}_spread{ending}"] = found.spread
-    for path, volume in volumes.items(): volume.save(path)
-    preview, written = folder / f"{name}_preview.png", folder / f"{name}_report.json"
+    volumes = {Path(out): found.volume} | {
+        folder / f"{name}_sample_{number}{ending}": volume
+        for number, volume in enumerate(found.samples, 1)
+    }
+    if found.spread is not None:
+        volumes[folder / f"{name}_spread{ending}"] = found.spread
+    for path, volume in volumes.items():
+        volume.save(path)
+    preview = folder / f"{name}_preview.png"
+    written = folder / f"{name}_report.json"
     figure = reconstruction_figure(found, window)
-    with atomic_write(preview) as temporary: figure.savefig(temporary, dpi=150, facecolor="white", format="png")
+    with atomic_write(preview) as temporary:
+        figure.savefig(temporary, dpi=150, facecolor="white", format="png")
     plt.close(figure)
-    write_json(written, report(found, {"files": [path.name for path in (*volumes, preview)], **(about or {})}))
+    write_json(
+        written,
+        report(found, {"files": [path.name for path in (*volumes, preview)], **(about or {})}),
+    )
     return [*volumes, preview, written]
 
 # %% ../../nbs/view/02_reconstruction_figure.ipynb #cell-010
 def reconstruct_files(
-    xrays,  # files in the order of the geometry's views (PNG, npz, NIfTI, DICOM), or a folder that ct_nb_drr wrote
+    # files in the order of the geometry's views (PNG, npz, NIfTI, DICOM), or a folder that
+    # ct_nb_drr wrote
+    xrays,
     geometry,  # geometry.json of these X-rays, or a ConeBeam
     weights,  # folder of a training run of system A, or of a cascade
     out,  # the CT to write; None: no files are written
-    samples: int = 0,  # answers to draw; beside the one that is given, or, for a cascade, to take the mean of (0: 8)
+    # answers to draw; beside the one that is given, or, for a cascade, to take the mean of (0: 8)
+    samples: int = 0,
     consistency: bool = True,  # move the answer onto the X-rays
     seed: int = 0,  # of the draws
     guidance: str = "soft",  # of a cascade's samples: up to the noise of the X-rays, or "exact"
-    refine=None,  # folder of a training run of the refiner, which sharpens the answer; None: the answer as it is
+    # folder of a training run of the refiner, which sharpens the answer; None: the answer as it is
+    refine=None,
     **told,  # kind, i0, inverted, white, scale: what the pixels are, see `read_radiographs`
 ) -> Reconstruction:
-    "Read X-rays, reconstruct, write everything. `ValueError` or `OSError` with one sentence for what cannot be done."
-    if out is not None: _parts(out)
-    config, notes = read_config(weights, system=("drr2ct", "cascade")), []
+    """Read X-rays, reconstruct, write everything.
+
+    `ValueError` or `OSError` with one sentence for what cannot be done.
+    """
+    if out is not None:
+        _parts(out)
+    config = read_config(weights, system=("drr2ct", "cascade"))
+    notes = []
     views = geometry if isinstance(geometry, ConeBeam) else ConeBeam.load(geometry)
     images = read_radiographs(xrays, views, notes=notes, **told)
-    if config["system"] == "cascade": found = reconstruct_sampled(images, views, load_cascade(weights), samples=samples or SAMPLES, guidance=guidance if consistency else "off", seed=seed)
-    else: found = reconstruct(images, views, load_drr2ct(weights), samples=samples, consistency=consistency, seed=seed, expected_residual=config.get("residual"))
-    if refine is not None: found = refine_reconstruction(found, load_refiner(refine), coarse=weights)
+    if config["system"] == "cascade":
+        found = reconstruct_sampled(
+            images,
+            views,
+            load_cascade(weights),
+            samples=samples or SAMPLES,
+            guidance=guidance if consistency else "off",
+            seed=seed,
+        )
+    else:
+        found = reconstruct(
+            images,
+            views,
+            load_drr2ct(weights),
+            samples=samples,
+            consistency=consistency,
+            seed=seed,
+            expected_residual=config.get("residual"),
+        )
+    if refine is not None:
+        found = refine_reconstruction(found, load_refiner(refine), coarse=weights)
     found.notes = [*notes, *found.notes]
     files = [xrays] if isinstance(xrays, (str, Path)) else list(xrays)
     training = config.get("training") or {}
-    about = {"xrays": {"files": [Path(file).name for file in files], "told": {name: value for name, value in told.items() if value is not None}, "read_as": notes},
-             "refined_by": None if refine is None else Path(refine).resolve().name,
-             "weights": {"run": Path(weights).resolve().name, "system": config["system"], "preset": config.get("preset"), "training_fingerprint": training.get("fingerprint"),
-                         "residual": config.get("residual"), "versions": config.get("versions")}}
-    if out is not None: save_reconstruction(found, out, about)
+    about = {
+        "xrays": {
+            "files": [Path(file).name for file in files],
+            "told": {name: value for name, value in told.items() if value is not None},
+            "read_as": notes,
+        },
+        "refined_by": None if refine is None else Path(refine).resolve().name,
+        "weights": {
+            "run": Path(weights).resolve().name,
+            "system": config["system"],
+            "preset": config.get("preset"),
+            "training_fingerprint": training.get("fingerprint"),
+            "residual": config.get("residual"),
+            "versions": config.get("versions"),
+        },
+    }
+    if out is not None:
+        save_reconstruction(found, out, about)
     return found

@@ -15,7 +15,15 @@ from ..learn.metrics import psnr
 from ..physics.readers import read_volume
 from ..physics.volume import Volume, get_window
 from ..style import FAINT, FLOOR, MODEL, MUTED, SERIES, TRUTH, style
-from .figures import ERROR_HU, PLANES, along_lps, draw_plane, save_figure, scale_bar, training_figure
+from ct_nb.view.figures import (
+    ERROR_HU,
+    PLANES,
+    along_lps,
+    draw_plane,
+    save_figure,
+    scale_bar,
+    training_figure,
+)
 
 # %% ../../nbs/view/04_refinement_figure.ipynb #cell-005
 def refinement_figure(
@@ -26,50 +34,106 @@ def refinement_figure(
     at_mm=None,  # LPS mm, where the planes cross; the middle unless given
     error_hu: float = ERROR_HU / 2,  # of the difference maps' scale
 ):
-    "Three planes of coarse, refined and true CT, and the differences of the first two from the third; a matplotlib Figure. ValueError for different grids."
+    """Three planes of coarse, refined and true CT, and the differences of the first two from the
+    third; a matplotlib Figure. ValueError for different grids.
+    """
     import matplotlib.pyplot as plt
+
     for name, volume in (("coarse", coarse), ("refined", refined)):
-        if volume.grid != truth.grid: raise ValueError(f"{name}: it is on another grid than the truth; resample it with .resample_onto(truth.grid)")
+        if volume.grid != truth.grid:
+            raise ValueError(
+                f"{name}: it is on another grid than the truth; resample it with"
+                " .resample_onto(truth.grid)"
+            )
     window = get_window(window)
-    difference = lambda volume: Volume(volume.hu - truth.hu, truth.affine)
-    titles = [f"{name}, {psnr(volume.hu, truth.hu):.2f} dB" for name, volume in (("coarse", coarse), ("refined", refined))]
-    columns = [(titles[0], coarse), (titles[1], refined), ("CT", truth), ("coarse − CT", difference(coarse)), ("refined − CT", difference(refined))]
+
+    def difference(volume):
+        return Volume(volume.hu - truth.hu, truth.affine)
+
+    titles = [
+        f"{name}, {psnr(volume.hu, truth.hu):.2f} dB"
+        for name, volume in (("coarse", coarse), ("refined", refined))
+    ]
+    columns = [
+        (titles[0], coarse),
+        (titles[1], refined),
+        ("CT", truth),
+        ("coarse − CT", difference(coarse)),
+        ("refined − CT", difference(refined)),
+    ]
     columns = [(title, along_lps(volume)) for title, volume in columns]
-    grey, error = dict(vmin=window.low_hu, vmax=window.high_hu), dict(vmin=-error_hu, vmax=error_hu, cmap="berlin")
+    grey = dict(vmin=window.low_hu, vmax=window.high_hu)
+    error = dict(vmin=-error_hu, vmax=error_hu, cmap="berlin")
     x, y, z = columns[0][1].grid.extent_mm
     heights = {"axial": y, "coronal": z, "sagittal": z}
     with style():
-        figure, axes = plt.subplots(3, 5, figsize=(10.4, 0.45 + 1.86 * sum(heights.values()) / x), height_ratios=[heights[kind] for kind in PLANES])
+        figure, axes = plt.subplots(
+            3,
+            5,
+            figsize=(10.4, 0.45 + 1.86 * sum(heights.values()) / x),
+            height_ratios=[heights[kind] for kind in PLANES],
+        )
         for line, kind in zip(axes, PLANES):
             for number, (axis, (title, volume)) in enumerate(zip(line, columns)):
                 image, _ = draw_plane(axis, volume, kind, at_mm, **(grey if number < 3 else error))
-                if kind == "axial": axis.set_title(title)
+                if kind == "axial":
+                    axis.set_title(title)
             line[0].set_ylabel(kind, color=MUTED)
             scale_bar(line[0])
-        for place, label in ((2, f"HU, window {window.name}" if window.name else "HU"), (4, "difference, HU")):
-            bar = figure.colorbar(axes[0, place].images[0], ax=list(axes[:, place]), shrink=0.6, aspect=30, pad=0.02)
+        for place, label in (
+            (2, f"HU, window {window.name}" if window.name else "HU"),
+            (4, "difference, HU"),
+        ):
+            bar = figure.colorbar(
+                axes[0, place].images[0], ax=list(axes[:, place]), shrink=0.6, aspect=30, pad=0.02
+            )
             bar.set_label(label)
             bar.outline.set_visible(False)
     return figure
 
 # %% ../../nbs/view/04_refinement_figure.ipynb #cell-010
 def spectrum_figure(
-    found: dict,  # "frequency_per_mm" and "truth", lists, and "power" and "correlation", name → list: `RefinementRun.spectra`, or that entry of `refinement.json` or of a case's `metrics.json`
+    # "frequency_per_mm" and "truth", lists, and "power" and "correlation", name → list:
+    # `RefinementRun.spectra`, or that entry of `refinement.json` or of a case's `metrics.json`
+    found: dict,
     names: tuple[str, ...] | None = None,  # which to draw; all unless given
 ):
-    "Radially averaged power and correlation with the truth over frequency; a matplotlib Figure. ValueError for a name that is not there."
+    """Radially averaged power and correlation with the truth over frequency; a matplotlib Figure.
+
+    ValueError for a name that is not there.
+    """
     import matplotlib.pyplot as plt
+
     names = tuple(found["power"]) if names is None else names
     unknown = [name for name in names if name not in found["power"]]
-    if unknown: raise ValueError(f"names: there is no spectrum of {unknown[0]!r}; there are {', '.join(found['power'])}")
+    if unknown:
+        raise ValueError(
+            f"names: there is no spectrum of {unknown[0]!r}; there are {', '.join(found['power'])}"
+        )
     others = iter(colour for colour in SERIES if colour not in (MODEL, FLOOR, TRUTH))
-    looks = {"refined": dict(color=MODEL, lw=2.2, zorder=4), "coarse": dict(color=FLOOR, lw=2.0, zorder=3)}
+    looks = {
+        "refined": dict(color=MODEL, lw=2.2, zorder=4),
+        "coarse": dict(color=FLOOR, lw=2.0, zorder=3),
+    }
     with style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.2))
-        left.semilogy(found["frequency_per_mm"], found["truth"], color=TRUTH, label="CT", lw=2.2, ls=(0, (4, 2)), zorder=5)
+        left.semilogy(
+            found["frequency_per_mm"],
+            found["truth"],
+            color=TRUTH,
+            label="CT",
+            lw=2.2,
+            ls=(0, (4, 2)),
+            zorder=5,
+        )
         for name in names:
             look = looks.get(name) or dict(color=next(others, MUTED), lw=1.2, zorder=2)
-            left.semilogy(found["frequency_per_mm"], found["power"][name], label=name.replace("_", " "), **look)
+            left.semilogy(
+                found["frequency_per_mm"],
+                found["power"][name],
+                label=name.replace("_", " "),
+                **look,
+            )
             right.plot(found["frequency_per_mm"], found["correlation"][name], **look)
         left.set_title("power, HU² mm³", loc="left")
         right.set_title("correlation with the CT", loc="left")
@@ -82,16 +146,38 @@ def spectrum_figure(
 
 # %% ../../nbs/view/04_refinement_figure.ipynb #cell-014
 def draw_run(out) -> list[Path]:
-    "Draw `training.png`, `spectra.png`, and of each case `comparison.png` and `spectrum.png` from the files of a judged run in the folder `out`; returns their paths, the run's first. ValueError for a folder without them."
+    """Draw `training.png`, `spectra.png`, and of each case `comparison.png` and `spectrum.png` from
+    the files of a judged run in the folder `out`; returns their paths, the run's first. ValueError
+    for a folder without them.
+    """
     import matplotlib.pyplot as plt
+
     out = Path(out)
-    if not (out / "refinement.json").is_file(): raise ValueError(f"out: {out} holds no refinement.json, so it is no run of a refiner that was judged; name the folder that the run wrote")
-    read = lambda path: json.loads(path.read_text(encoding="utf-8"))
-    drawings = {out / "training.png": lambda: training_figure(out / "history.jsonl"), out / "spectra.png": lambda: spectrum_figure(read(out / "refinement.json")["spectra"])}
+    if not (out / "refinement.json").is_file():
+        raise ValueError(
+            f"out: {out} holds no refinement.json, so it is no run of a refiner that was judged;"
+            " name the folder that the run wrote"
+        )
+
+    def read(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    drawings = {
+        out / "training.png": lambda: training_figure(out / "history.jsonl"),
+        out / "spectra.png": lambda: spectrum_figure(read(out / "refinement.json")["spectra"]),
+    }
     for case in sorted(path.parent for path in out.glob("cases/*/metrics.json")):
-        drawings[case / "comparison.png"] = lambda case=case: refinement_figure(*(read_volume(case / f"{name}.nii.gz") for name in ("coarse", "refined", "ground_truth")))
-        drawings[case / "spectrum.png"] = lambda case=case: spectrum_figure(read(case / "metrics.json")["spectra"])
-    for path, draw in drawings.items(): plt.close(save_figure(draw(), path))
+        drawings[case / "comparison.png"] = lambda case=case: refinement_figure(
+            *(
+                read_volume(case / f"{name}.nii.gz")
+                for name in ("coarse", "refined", "ground_truth")
+            )
+        )
+        drawings[case / "spectrum.png"] = lambda case=case: spectrum_figure(
+            read(case / "metrics.json")["spectra"]
+        )
+    for path, draw in drawings.items():
+        plt.close(save_figure(draw(), path))
     return list(drawings)
 
 # %% ../../nbs/view/04_refinement_figure.ipynb #cell-016

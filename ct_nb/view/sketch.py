@@ -20,7 +20,12 @@ from .geometry_figure import BONE_HU, SKIN_HU, surface_net
 # %% ../../nbs/view/06c_sketch.ipynb #cell-005
 @dataclass(frozen=True)
 class Eye:
-    "From where a scene is looked at. It maps LPS mm to pixels (u, v) of a picture of `shape`, and to depth in mm, which grows towards the eye."
+    """From where a scene is looked at.
+
+    It maps LPS mm to pixels (u, v) of a picture of `shape`, and to depth in mm, which grows towards
+    the eye.
+    """
+
     azimuth_deg: float = -35.0  # 0: from the front; 90: from the patient's left
     elevation_deg: float = 22.0  # above the horizon
     shape: tuple[int, int] = (400, 560)  # rows and columns
@@ -39,12 +44,22 @@ class Eye:
         "(…, 2) pixels and (…) depth of points (…, 3)."
         seen = (np.asarray(points_mm, dtype=float) - self.center_mm) @ self.axes.T
         rows, columns = self.shape
-        return np.stack([columns / 2 + seen[..., 0] / self.mm_per_pixel, rows / 2 - seen[..., 1] / self.mm_per_pixel], -1), seen[..., 2]
+        return (
+            np.stack(
+                [
+                    columns / 2 + seen[..., 0] / self.mm_per_pixel,
+                    rows / 2 - seen[..., 1] / self.mm_per_pixel,
+                ],
+                -1,
+            ),
+            seen[..., 2],
+        )
 
 # %% ../../nbs/view/06c_sketch.ipynb #cell-008
 @dataclass(frozen=True, eq=False)
 class Body:
     "Points and unit normals, (N, 3) each, of bone and skin of a volume on an upright grid."
+
     bone: tuple[np.ndarray, np.ndarray]
     skin: tuple[np.ndarray, np.ndarray]
     pitch_mm: float  # between neighbouring points, about
@@ -52,48 +67,76 @@ class Body:
     @classmethod
     def of(cls, volume: Volume) -> "Body":
         from scipy.ndimage import gaussian_filter
+
         slope = np.stack(np.gradient(gaussian_filter(volume.hu, 1.0))[::-1], -1)
+
         def surface(threshold):
             vertices, _ = surface_net(volume.hu, threshold)
-            vertices = vertices[((vertices >= 0) & (vertices <= np.array(volume.hu.shape) - 1)).all(1)]  # open where the scan ends
+            # open where the scan ends
+            vertices = vertices[
+                ((vertices >= 0) & (vertices <= np.array(volume.hu.shape) - 1)).all(1)
+            ]
             index = np.clip(np.round(vertices).astype(int), 0, np.array(volume.hu.shape) - 1)
             normal = -slope[tuple(index.T)]
-            return volume.grid.index_to_mm(vertices[:, ::-1]), normal / (np.linalg.norm(normal, axis=1, keepdims=True) + 1e-6)
+            return volume.grid.index_to_mm(vertices[:, ::-1]), normal / (
+                np.linalg.norm(normal, axis=1, keepdims=True) + 1e-6
+            )
+
         return cls(surface(BONE_HU), surface(SKIN_HU), float(volume.grid.spacing_mm.max()))
 
-GROUND, BONE, SKIN = np.array([22.0, 26, 32]), np.array([243.0, 233, 210]), np.array([150.0, 165, 185])
+
+GROUND = np.array([22.0, 26, 32])
+BONE = np.array([243.0, 233, 210])
+SKIN = np.array([150.0, 165, 185])
+
 
 def _splat(eye, points, shades, picture, depth, size):
-    "Write colours (N, channels) of points into picture and depth where they are nearest, as squares of `size` pixels."
+    """Write colours (N, channels) of points into picture and depth where they are nearest, as
+    squares of `size` pixels.
+    """
     place, near = eye.see(points)
     order = np.argsort(near)
-    place, near, shades = np.floor(place[order] - (size - 1) / 2).astype(int), near[order], shades[order]
+    place = np.floor(place[order] - (size - 1) / 2).astype(int)
+    near = near[order]
+    shades = shades[order]
     for down in range(size):
         for across in range(size):
             u, v = place[:, 0] + across, place[:, 1] + down
             inside = (u >= 0) & (v >= 0) & (u < eye.shape[1]) & (v < eye.shape[0])
             u, v = u[inside], v[inside]
             ahead = near[inside] >= depth[v, u]
-            picture[v[ahead], u[ahead]], depth[v[ahead], u[ahead]] = shades[inside][ahead], near[inside][ahead]
+            picture[v[ahead], u[ahead]] = shades[inside][ahead]
+            depth[v[ahead], u[ahead]] = near[inside][ahead]
 
 # %% ../../nbs/view/06c_sketch.ipynb #cell-010
 def _hang(eye, center, column, row, image, top, picture, depth):
     "Paint an X-ray (R, C), white at `top`, on its plate, where nothing is nearer."
     rows, columns = image.shape
-    (c, across, down), (d, d_across, d_down) = (np.array(part) for part in zip(*(eye.see(point) for point in (center, center + column, center + row))))
+    (c, across, down), (d, d_across, d_down) = (
+        np.array(part)
+        for part in zip(*(eye.see(point) for point in (center, center + column, center + row)))
+    )
     matrix = np.stack([across - c, down - c], -1)
-    if abs(np.linalg.det(matrix)) < 1e-9 + 0.02 * np.linalg.norm(column) * np.linalg.norm(row) / eye.mm_per_pixel ** 2: return  # seen from its edge
+    # seen from its edge
+    if (
+        abs(np.linalg.det(matrix))
+        < 1e-9 + 0.02 * np.linalg.norm(column) * np.linalg.norm(row) / eye.mm_per_pixel**2
+    ):
+        return
     ends = c + np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * (columns / 2, rows / 2) @ matrix.T
-    (left, upper), (right, lower) = np.floor(ends.min(0)).clip(0).astype(int), np.ceil(ends.max(0)).astype(int)
-    v, u = np.mgrid[upper:min(lower, eye.shape[0]), left:min(right, eye.shape[1])]
+    left, upper = np.floor(ends.min(0)).clip(0).astype(int)
+    right, lower = np.ceil(ends.max(0)).astype(int)
+    v, u = np.mgrid[upper : min(lower, eye.shape[0]), left : min(right, eye.shape[1])]
     picture, depth = (array[upper:lower, left:right] for array in (picture, depth))
     inverse = np.linalg.inv(matrix)
     s, t = (inverse[k, 0] * (u + 0.5 - c[0]) + inverse[k, 1] * (v + 0.5 - c[1]) for k in (0, 1))
     near = d + s * (d_across - d) + t * (d_down - d)
-    i, j = np.floor(t + rows / 2).astype(int), np.floor(s + columns / 2).astype(int)
+    i = np.floor(t + rows / 2).astype(int)
+    j = np.floor(s + columns / 2).astype(int)
     here = (i >= 0) & (j >= 0) & (i < rows) & (j < columns) & (near > depth)
     picture[here] = (np.clip(image[i[here], j[here]] / top, 0, 1) * 255)[:, None]
     depth[here] = near[here]
+
 
 def paint_scene(
     eye: Eye,
@@ -103,17 +146,31 @@ def paint_scene(
     top: float,  # the line integral that is white
 ) -> np.ndarray:
     "The body and the X-rays on their plates, uint8 (rows, columns, 3)."
-    picture, depth = np.tile(GROUND, (*eye.shape, 1)), np.full(eye.shape, -np.inf)
-    vectors = (v.numpy() for v in (geometry.detector_center_mm, geometry.column_step_mm, geometry.row_step_mm))
-    for center, column, row, image in zip(*vectors, xrays): _hang(eye, center, column, row, image, top, picture, depth)
+    picture = np.tile(GROUND, (*eye.shape, 1))
+    depth = np.full(eye.shape, -np.inf)
+    vectors = (
+        v.numpy()
+        for v in (geometry.detector_center_mm, geometry.column_step_mm, geometry.row_step_mm)
+    )
+    for center, column, row, image in zip(*vectors, xrays):
+        _hang(eye, center, column, row, image, top, picture, depth)
     right, up, toward = eye.axes
     light = (toward + 0.5 * up - 0.4 * right) / np.linalg.norm(toward + 0.5 * up - 0.4 * right)
     points, normals = body.bone
     size = max(2, math.ceil(1.3 * body.pitch_mm / eye.mm_per_pixel))
-    _splat(eye, points, BONE * (0.25 + 0.75 * np.clip(normals @ light, 0, 1))[:, None], picture, depth, size)
+    _splat(
+        eye,
+        points,
+        BONE * (0.25 + 0.75 * np.clip(normals @ light, 0, 1))[:, None],
+        picture,
+        depth,
+        size,
+    )
     glass = np.zeros((*eye.shape, 1))
     points, normals = body.skin
-    _splat(eye, points, (1 - np.abs(normals @ toward))[:, None] ** 2 * 0.8 + 0.06, glass, depth, size)
+    _splat(
+        eye, points, (1 - np.abs(normals @ toward))[:, None] ** 2 * 0.8 + 0.06, glass, depth, size
+    )
     return (picture + glass * (SKIN - picture)).clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/view/06c_sketch.ipynb #cell-012
@@ -121,27 +178,64 @@ def corners_mm(geometry: ConeBeam) -> np.ndarray:
     "Outer corners of the detectors, (V, 4, 3), going round."
     rows, columns = geometry.detector_shape
     around = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=geometry.dtype) / 2
-    return (geometry.detector_center_mm[:, None] + around[:, :1] * columns * geometry.column_step_mm[:, None] + around[:, 1:] * rows * geometry.row_step_mm[:, None]).numpy()
+    return (
+        geometry.detector_center_mm[:, None]
+        + around[:, :1] * columns * geometry.column_step_mm[:, None]
+        + around[:, 1:] * rows * geometry.row_step_mm[:, None]
+    ).numpy()
+
 
 def scene_marks(eye: Eye, geometry: ConeBeam, view_colors) -> list[dict]:
     "Marks of sources, pyramids of rays, plates and the volume's box."
-    see = lambda points: eye.see(points)[0]
+
+    def see(points):
+        return eye.see(points)[0]
+
     marks = [line(see(edge), "#7a828e", 0.8) for edge in _box_edges(geometry.grid)]
-    for source, center, corners, color in zip(geometry.source_mm.numpy(), geometry.detector_center_mm.numpy(), corners_mm(geometry), view_colors):
+    for source, center, corners, color in zip(
+        geometry.source_mm.numpy(),
+        geometry.detector_center_mm.numpy(),
+        corners_mm(geometry),
+        view_colors,
+    ):
         marks += [line(see([source, corner]), color, 0.8) for corner in corners]
-        marks += [line(see([source, center]), color, 1.2, (6, 4)), line(see([*corners, corners[0]]), color, 2.0), dot(see(source), color, 6.0)]
+        marks += [
+            line(see([source, center]), color, 1.2, (6, 4)),
+            line(see([*corners, corners[0]]), color, 2.0),
+            dot(see(source), color, 6.0),
+        ]
     return marks
+
 
 def _box_edges(grid: Grid) -> np.ndarray:
     "The twelve edges of a grid's box, (12, 2, 3) mm."
     low, high = grid.bounds_mm
-    corner = lambda bits: np.where(bits, high, low)
-    return np.array([(corner(bits), corner(np.array(bits) | np.eye(3, dtype=int)[axis])) for axis in range(3) for bits in np.ndindex(2, 2, 2) if not bits[axis]])
+
+    def corner(bits):
+        return np.where(bits, high, low)
+
+    return np.array(
+        [
+            (corner(bits), corner(np.array(bits) | np.eye(3, dtype=int)[axis]))
+            for axis in range(3)
+            for bits in np.ndindex(2, 2, 2)
+            if not bits[axis]
+        ]
+    )
+
 
 def fitting(eye: Eye, geometry: ConeBeam) -> Eye:
     "The same direction, from where all of the geometry is seen."
-    points = np.concatenate([geometry.source_mm.numpy(), corners_mm(geometry).reshape(-1, 3), geometry.grid.bounds_mm])
+    points = np.concatenate(
+        [geometry.source_mm.numpy(), corners_mm(geometry).reshape(-1, 3), geometry.grid.bounds_mm]
+    )
     seen = (points - points.mean(0)) @ eye.axes.T
     low, high = seen.min(0), seen.max(0)
     scale = max((high[0] - low[0]) / eye.shape[1], (high[1] - low[1]) / eye.shape[0]) * 1.06
-    return Eye(eye.azimuth_deg, eye.elevation_deg, eye.shape, scale, tuple(points.mean(0) + (low + high) / 2 @ eye.axes))
+    return Eye(
+        eye.azimuth_deg,
+        eye.elevation_deg,
+        eye.shape,
+        scale,
+        tuple(points.mean(0) + (low + high) / 2 @ eye.axes),
+    )

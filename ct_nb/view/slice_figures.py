@@ -17,23 +17,44 @@ from .figures import draw_plane, scale_bar
 from .slice_picture import upright
 
 # %% ../../nbs/view/08_slice_figures.ipynb #cell-006
-SHOWN = ("linear", "back_projection", "regressor_consistent", "diffusion_sample", "diffusion_mean", "ceiling_residual")
-ERROR_HU, DETAIL_MM, CHANGE_LIMIT_HU = 200.0, 50.0, 200.0
+SHOWN = (
+    "linear",
+    "back_projection",
+    "regressor_consistent",
+    "diffusion_sample",
+    "diffusion_mean",
+    "ceiling_residual",
+)
+ERROR_HU = 200.0
+DETAIL_MM = 50.0
+CHANGE_LIMIT_HU = 200.0
 LOOK = dict(cmap="berlin", vmin=-ERROR_HU, vmax=ERROR_HU)  # of errors
+
 
 def _bar(axis) -> None:
     "A scale bar that takes no more than half of the axis."
     width = abs(np.subtract(*axis.get_xlim()))
     scale_bar(axis, next((mm for mm in (50.0, 20.0, 10.0, 5.0) if mm <= width / 2), 2.0))
 
+
 def _legend(figure, axes, shown, label: str) -> None:
     bar = figure.colorbar(shown, ax=list(axes), shrink=0.8, aspect=16, pad=0.01)
     bar.set_label(label), bar.outline.set_visible(False)
 
+
 def _liveliest(hu: np.ndarray, rows: int, columns: int) -> tuple[int, int]:
     "First row and column of the part of (z, x) in which most happens along z."
-    change = np.pad(np.abs(np.diff(hu, axis=0)).clip(max=CHANGE_LIMIT_HU), ((1, 1), (1, 0))).cumsum(0).cumsum(1)
-    sums = change[rows:, columns:] - change[:-rows, columns:] - change[rows:, :-columns] + change[:-rows, :-columns]
+    change = (
+        np.pad(np.abs(np.diff(hu, axis=0)).clip(max=CHANGE_LIMIT_HU), ((1, 1), (1, 0)))
+        .cumsum(0)
+        .cumsum(1)
+    )
+    sums = (
+        change[rows:, columns:]
+        - change[:-rows, columns:]
+        - change[rows:, :-columns]
+        + change[:-rows, :-columns]
+    )
     return tuple(int(n) for n in np.unravel_index(sums.argmax(), sums.shape))
 
 # %% ../../nbs/view/08_slice_figures.ipynb #cell-007
@@ -42,36 +63,65 @@ def slices_cut_figure(
     answers: Mapping,  # name → (D, H, W) HU; those in SHOWN are drawn
     window="chest",  # a Window or its name
 ):
-    "A coronal cut of thick slices, answers and truth; below, a detail and the errors. A matplotlib Figure."
+    """A coronal cut of thick slices, answers and truth; below, a detail and the errors.
+
+    A matplotlib Figure.
+    """
     import matplotlib.pyplot as plt
+
     window, rows_mm, columns_mm = get_window(window), *item["pixel_mm"]
-    affine = np.diag([columns_mm, rows_mm, item["thin_axis"].spacing_mm, 1.0]) if item["affine"] is None else item["affine"]
-    made = {"thick": (item["thick"], thin_frame(affine, item["thin_axis"], item["thick_axis"])), **{name: (answers[name], affine) for name in SHOWN if name in answers}, "truth": (item["thin"], affine)}
+    affine = (
+        np.diag([columns_mm, rows_mm, item["thin_axis"].spacing_mm, 1.0])
+        if item["affine"] is None
+        else item["affine"]
+    )
+    made = {
+        "thick": (item["thick"], thin_frame(affine, item["thin_axis"], item["thick_axis"])),
+        **{name: (answers[name], affine) for name in SHOWN if name in answers},
+        "truth": (item["thin"], affine),
+    }
     volumes = {name: upright(Volume(np.asarray(hu), at))[0] for name, (hu, at) in made.items()}
     truth = volumes["truth"]
     row = int(np.abs(np.diff(truth.hu, axis=0)).clip(max=CHANGE_LIMIT_HU).sum((0, 2)).argmax())
     at_mm = truth.grid.index_to_mm([truth.hu.shape[2] // 2, row, truth.hu.shape[0] // 2])
-    (dx, _, dz), (depth, _, width) = truth.grid.spacing_mm, truth.hu.shape
+    dx, _, dz = truth.grid.spacing_mm
+    depth, _, width = truth.hu.shape
     side = max(min(depth, round(DETAIL_MM / dz)), 1), max(min(width, round(DETAIL_MM / dx)), 1)
     z, x = _liveliest(truth.hu[:, row], *side)
-    low, high = truth.grid.index_to_mm([x - 0.5, row, z - 0.5]), truth.grid.index_to_mm([x + side[1] - 0.5, row, z + side[0] - 0.5])
-    grey, tall = dict(vmin=window.low_hu, vmax=window.high_hu), depth * dz / (width * dx)
+    low = truth.grid.index_to_mm([x - 0.5, row, z - 0.5])
+    high = truth.grid.index_to_mm([x + side[1] - 0.5, row, z + side[0] - 0.5])
+    grey = dict(vmin=window.low_hu, vmax=window.high_hu)
+    tall = depth * dz / (width * dx)
     with style():
-        figure, axes = plt.subplots(3, len(volumes), figsize=(1.9 * len(volumes) + 0.9, 0.6 + 1.9 * (2 * tall + side[0] * dz / (side[1] * dx))), squeeze=False, height_ratios=[tall, side[0] * dz / (side[1] * dx), tall])
+        figure, axes = plt.subplots(
+            3,
+            len(volumes),
+            figsize=(
+                1.9 * len(volumes) + 0.9,
+                0.6 + 1.9 * (2 * tall + side[0] * dz / (side[1] * dx)),
+            ),
+            squeeze=False,
+            height_ratios=[tall, side[0] * dz / (side[1] * dx), tall],
+        )
         for column, (name, volume) in zip(axes.T, volumes.items()):
             whole, _ = draw_plane(column[0], volume, "coronal", at_mm, **grey)
             draw_plane(column[1], volume, "coronal", at_mm, **grey)
             column[1].set(xlim=(low[0], high[0]), ylim=(low[2], high[2]))
             column[0].set_title(name.replace("_", " "), color=MUTED)
-            if name in ("thick", "truth"): column[2].set_visible(False)
+            if name in ("thick", "truth"):
+                column[2].set_visible(False)
             else:
                 wrong = Volume(volume.hu - truth.hu, truth.affine)
                 error, _ = draw_plane(column[2], wrong, "coronal", at_mm, **LOOK)
-                column[2].set_title(f"error, mean {np.abs(wrong.hu[:, row]).mean():.0f} HU", color=MUTED)
-        for axis in (*axes[:2, 0], *axes[2, 1:2]): _bar(axis)
+                column[2].set_title(
+                    f"error, mean {np.abs(wrong.hu[:, row]).mean():.0f} HU", color=MUTED
+                )
+        for axis in (*axes[:2, 0], *axes[2, 1:2]):
+            _bar(axis)
         axes[0, 0].set_ylabel(f"y = {at_mm[1]:.0f} mm"), axes[1, 0].set_ylabel("detail")
         _legend(figure, axes[0], whole, "HU" + (f", {window.name}" if window.name else ""))
-        if len(volumes) > 2: _legend(figure, axes[2], error, "error, HU")
+        if len(volumes) > 2:
+            _legend(figure, axes[2], error, "error, HU")
     return figure
 
 # %% ../../nbs/view/08_slice_figures.ipynb #cell-012
@@ -81,25 +131,45 @@ def latent_figure(
     at_mm=None,  # LPS mm that the axial plane goes through; the middle unless given
     window="chest",  # a Window or its name
 ):
-    "An axial slice of a CT, what is made of it, and the errors; a matplotlib Figure. ValueError for another shape."
+    """An axial slice of a CT, what is made of it, and the errors; a matplotlib Figure.
+
+    ValueError for another shape.
+    """
     import matplotlib.pyplot as plt
+
     for name, hu in found.items():
-        if tuple(hu.shape) != truth.hu.shape: raise ValueError(f"found: {name!r} has the shape {tuple(hu.shape)}, the truth {truth.hu.shape}")
-    window, made = get_window(window), {"CT": truth, **{name: Volume(np.asarray(hu), truth.affine) for name, hu in found.items()}}
+        if tuple(hu.shape) != truth.hu.shape:
+            raise ValueError(
+                f"found: {name!r} has the shape {tuple(hu.shape)}, the truth {truth.hu.shape}"
+            )
+    window = get_window(window)
+    made = {
+        "CT": truth,
+        **{name: Volume(np.asarray(hu), truth.affine) for name, hu in found.items()},
+    }
     volumes = {name: upright(volume)[0] for name, volume in made.items()}
     x, y, _ = volumes["CT"].grid.extent_mm
     with style():
-        figure, axes = plt.subplots(2, len(volumes), squeeze=False, figsize=(2.4 * len(volumes) + 0.9, 0.5 + 4.8 * y / x))
+        figure, axes = plt.subplots(
+            2, len(volumes), squeeze=False, figsize=(2.4 * len(volumes) + 0.9, 0.5 + 4.8 * y / x)
+        )
         for column, (name, volume) in zip(axes.T, volumes.items()):
-            shown, position = draw_plane(column[0], volume, "axial", at_mm, vmin=window.low_hu, vmax=window.high_hu)
+            shown, position = draw_plane(
+                column[0], volume, "axial", at_mm, vmin=window.low_hu, vmax=window.high_hu
+            )
             column[0].set_title(name.replace("_", " "), color=MUTED)
-            if name == "CT": column[1].set_visible(False)
+            if name == "CT":
+                column[1].set_visible(False)
             else:
                 wrong = Volume(volume.hu - volumes["CT"].hu, volume.affine)
                 error, _ = draw_plane(column[1], wrong, "axial", at_mm, **LOOK)
-                column[1].set_title(f"error, mean {np.abs(error.get_array()).mean():.0f} HU", color=MUTED)
+                column[1].set_title(
+                    f"error, mean {np.abs(error.get_array()).mean():.0f} HU", color=MUTED
+                )
         axes[0, 0].set_ylabel(f"z = {position:.0f} mm")
-        for axis in (axes[0, 0], *axes[1, 1:2]): _bar(axis)
+        for axis in (axes[0, 0], *axes[1, 1:2]):
+            _bar(axis)
         _legend(figure, axes[0], shown, "HU" + (f", {window.name}" if window.name else ""))
-        if found: _legend(figure, axes[1], error, "error, HU")
+        if found:
+            _legend(figure, axes[1], error, "error, HU")
     return figure

@@ -14,13 +14,23 @@ from .figures import ENDS, PLANES, along_lps
 
 # %% ../../nbs/view/06a_slice_picture.ipynb #cell-005
 def upright(volume: Volume, *labels: np.ndarray) -> tuple:
-    """The volume with axes along x (left), y (back), z (head), and arrays of its shape with it; a view of the same numbers unless it is oblique, which is resampled.
-    ValueError for labels of another shape."""
+    """The volume with axes along x (left), y (back), z (head), and arrays of its shape with it; a
+    view of the same numbers unless it is oblique, which is resampled.
+    ValueError for labels of another shape.
+    """
     for array in labels:
-        if array.shape != volume.hu.shape: raise ValueError(f"labels: expected the volume's shape {volume.hu.shape}, got {array.shape}; resample them onto the volume's grid")
-    linear, shape = volume.affine[:3, :3], np.array(volume.hu.shape[::-1])
+        if array.shape != volume.hu.shape:
+            raise ValueError(
+                f"labels: expected the volume's shape {volume.hu.shape}, got {array.shape};"
+                " resample them onto the volume's grid"
+            )
+    linear = volume.affine[:3, :3]
+    shape = np.array(volume.hu.shape[::-1])
     axes = np.abs(linear).argmax(1)  # the index axis that runs along x, y and z
-    if sorted(axes) == [0, 1, 2] and np.abs(linear).sum() - np.abs(linear[range(3), axes]).sum() < 1e-6:
+    if (
+        sorted(axes) == [0, 1, 2]
+        and np.abs(linear).sum() - np.abs(linear[range(3), axes]).sum() < 1e-6
+    ):
         backward = linear[range(3), axes] < 0
         order = tuple(2 - axes[::-1])
         flip = tuple(slice(None, None, -1 if b else 1) for b in backward[::-1])
@@ -28,38 +38,75 @@ def upright(volume: Volume, *labels: np.ndarray) -> tuple:
         start[axes] = np.where(backward, shape[axes] - 1, 0)
         affine = np.diag([*np.abs(linear[range(3), axes]), 1.0])
         affine[:3, 3] = volume.grid.index_to_mm(start)
-        turn = lambda array: array.transpose(order)[flip]
-        return Volume(turn(volume.hu), affine, list(volume.notes)), *(turn(array) for array in labels)
+
+        def turn(array):
+            return array.transpose(order)[flip]
+
+        return Volume(turn(volume.hu), affine, list(volume.notes)), *(
+            turn(array) for array in labels
+        )
     from ct_nb.data.sources import nearest_labels
+
     straight = along_lps(volume)
     return straight, *(nearest_labels(array, volume.grid, straight.grid) for array in labels)
 
 # %% ../../nbs/view/06a_slice_picture.ipynb #cell-008
-AXES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # LPS axes along columns, along rows, and of the normal; rows along z run from the head down
+# LPS axes along columns, along rows, and of the normal; rows along z run from the head down
+AXES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}
+
 
 class SlicePicture(Picture):
-    "A plane of arrays (D, H, W) on an upright grid: `paint` gets their cuts, (R, C) each, and returns what `draw` takes. ValueError for a grid that is not upright, or arrays that do not fit it."
-    def __init__(self, grid: Grid, arrays, plane: str = "axial", paint=grey, index: int | None = None, **traits):
+    """A plane of arrays (D, H, W) on an upright grid: `paint` gets their cuts, (R, C) each, and
+    returns what `draw` takes. ValueError for a grid that is not upright, or arrays that do not fit
+    it.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        arrays,
+        plane: str = "axial",
+        paint=grey,
+        index: int | None = None,
+        **traits,
+    ):
         arrays = [arrays] if isinstance(arrays, np.ndarray) else list(arrays)
-        if plane not in AXES: raise ValueError(f"plane: there is none named {plane!r}; choose one of {', '.join(PLANES)}")
-        if not np.allclose(grid.affine[:3, :3], np.diag(grid.spacing_mm)): raise ValueError("grid: its axes do not run along left, back and head; give what `upright` returns")
+        if plane not in AXES:
+            raise ValueError(
+                f"plane: there is none named {plane!r}; choose one of {', '.join(PLANES)}"
+            )
+        if not np.allclose(grid.affine[:3, :3], np.diag(grid.spacing_mm)):
+            raise ValueError(
+                "grid: its axes do not run along left, back and head; give what `upright` returns"
+            )
         wrong = [array.shape for array in arrays if array.shape != grid.shape]
-        if wrong or not arrays: raise ValueError(f"arrays: expected arrays of the grid's shape {grid.shape}, got {wrong[0] if wrong else 'none'}")
-        self.grid, self.arrays, self.paint = grid, arrays, paint
+        if wrong or not arrays:
+            raise ValueError(
+                f"arrays: expected arrays of the grid's shape {grid.shape}, got"
+                f" {wrong[0] if wrong else 'none'}"
+            )
+        self.grid = grid
+        self.arrays = arrays
+        self.paint = paint
         super().__init__(**{"name": plane, "scale_bar_mm": 50.0, **traits})
         self.plane = plane
         self.place(self.count // 2 if index is None else index)
 
     @property
-    def normal(self) -> int: return AXES[self.plane][2]
+    def normal(self) -> int:
+        return AXES[self.plane][2]
+
     @property
     def count(self) -> int:
         "How many slices there are."
         return self.grid.shape[2 - self.normal]
+
     @property
     def at_mm(self) -> float:
         "Where the slice lies along its normal, LPS mm."
-        return float(self.grid.affine[self.normal, 3] + self.index * self.grid.spacing_mm[self.normal])
+        return float(
+            self.grid.affine[self.normal, 3] + self.index * self.grid.spacing_mm[self.normal]
+        )
 
     def place(self, index: int, plane: str | None = None) -> None:
         "Show the slice of this index, the nearest there is; in another plane where one is named."
@@ -67,7 +114,10 @@ class SlicePicture(Picture):
         across, down, _ = AXES[self.plane]
         self.index = int(np.clip(index, 0, self.count - 1))
         with self.hold_sync():
-            self.letters, self.pixel_mm = list(ENDS[self.plane]), [float(self.grid.spacing_mm[across]), float(self.grid.spacing_mm[down])]
+            self.letters, self.pixel_mm = list(ENDS[self.plane]), [
+                float(self.grid.spacing_mm[across]),
+                float(self.grid.spacing_mm[down]),
+            ]
             self.redraw()
 
     def redraw(self) -> None:
@@ -79,24 +129,44 @@ class SlicePicture(Picture):
         "The point of the patient, LPS mm, that pixel coordinates show."
         across, down, _ = AXES[self.plane]
         index = np.full(3, float(self.index))
-        index[across], index[down] = u - 0.5, v - 0.5 if down == 1 else self.grid.shape[2 - down] - 0.5 - v
+        index[across] = u - 0.5
+        index[down] = v - 0.5 if down == 1 else self.grid.shape[2 - down] - 0.5 - v
         return self.grid.index_to_mm(index)
 
     def to_pixel(self, point_mm) -> np.ndarray:
         "Where a point, or its shadow on the plane, is shown: (u, v), also of points (N, 3)."
         across, down, _ = AXES[self.plane]
         index = self.grid.mm_to_index(point_mm)
-        return np.stack([index[..., across] + 0.5, index[..., down] + 0.5 if down == 1 else self.grid.shape[2 - down] - 0.5 - index[..., down]], -1)
+        return np.stack(
+            [
+                index[..., across] + 0.5,
+                (
+                    index[..., down] + 0.5
+                    if down == 1
+                    else self.grid.shape[2 - down] - 0.5 - index[..., down]
+                ),
+            ],
+            -1,
+        )
 
     def crosshair(self, point_mm, color: str = "#56b4e9") -> list[dict]:
         "Two lines with a gap about a point, as marks."
-        (u, v), rows, columns = self.to_pixel(point_mm), self.frame["rows"], self.frame["columns"]
+        u, v = self.to_pixel(point_mm)
+        rows = self.frame["rows"]
+        columns = self.frame["columns"]
         gap = 0.02 * columns
-        ends = (((0, v), (u - gap, v)), ((u + gap, v), (columns, v)), ((u, 0), (u, v - gap * self.pixel_mm[0] / self.pixel_mm[1])), ((u, v + gap * self.pixel_mm[0] / self.pixel_mm[1]), (u, rows)))
+        ends = (
+            ((0, v), (u - gap, v)),
+            ((u + gap, v), (columns, v)),
+            ((u, 0), (u, v - gap * self.pixel_mm[0] / self.pixel_mm[1])),
+            ((u, v + gap * self.pixel_mm[0] / self.pixel_mm[1]), (u, rows)),
+        )
         return [line(pair, color, 1.0) for pair in ends]
 
 # %% ../../nbs/view/06a_slice_picture.ipynb #cell-009
 def value_at(grid: Grid, array: np.ndarray, point_mm, outside=AIR_HU):
     "The array's number in the voxel that holds a point, LPS mm; `outside` beyond the grid."
     index = np.floor(grid.mm_to_index(point_mm) + 0.5).astype(int)
-    return array[tuple(index[::-1])] if ((index >= 0) & (index < grid.shape[::-1])).all() else outside
+    return (
+        array[tuple(index[::-1])] if ((index >= 0) & (index < grid.shape[::-1])).all() else outside
+    )

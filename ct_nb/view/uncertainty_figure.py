@@ -23,42 +23,84 @@ def uncertainty_figure(
     window="chest",  # a Window or its name
     at_mm=None,  # LPS mm that the planes go through; the middle unless given
 ):
-    "Axial and coronal planes of truth, mean, one sample, error of the mean, standard deviation and hallucination map; a matplotlib Figure. ValueError for volumes of other shapes."
+    """Axial and coronal planes of truth, mean, one sample, error of the mean, standard deviation
+    and hallucination map; a matplotlib Figure. ValueError for volumes of other shapes.
+    """
     import matplotlib.pyplot as plt
+
     window, shape = get_window(window), truth.grid.shape
-    arrays = {"CT": truth.hu, f"mean of {summary.samples}": summary.mean, "one sample": sample, "error of the mean": None, "standard deviation": summary.standard_deviation,
-              "of it in the null space": hallucination.standard_deviation}
+    arrays = {
+        "CT": truth.hu,
+        f"mean of {summary.samples}": summary.mean,
+        "one sample": sample,
+        "error of the mean": None,
+        "standard deviation": summary.standard_deviation,
+        "of it in the null space": hallucination.standard_deviation,
+    }
     for name, what in arrays.items():
-        if what is not None and tuple(np.shape(what)) != shape: raise ValueError(f"{name}: expected the truth's shape {shape}, got {tuple(np.shape(what))}; choose one case of a batch")
-    arrays = {name: None if what is None else torch.as_tensor(what).detach().float().cpu().numpy() for name, what in arrays.items()}
+        if what is not None and tuple(np.shape(what)) != shape:
+            raise ValueError(
+                f"{name}: expected the truth's shape {shape}, got {tuple(np.shape(what))}; choose"
+                " one case of a batch"
+            )
+    arrays = {
+        name: None if what is None else torch.as_tensor(what).detach().float().cpu().numpy()
+        for name, what in arrays.items()
+    }
     arrays["error of the mean"] = np.abs(arrays[f"mean of {summary.samples}"] - arrays["CT"])
     volumes = [(name, along_lps(Volume(what, truth.affine))) for name, what in arrays.items()]
     most = max(float(np.percentile(what, 99.5)) for what in list(arrays.values())[3:])
-    groups = ((volumes[:3], slice(0, 3), dict(vmin=window.low_hu, vmax=window.high_hu), f"HU, window {window.name}" if window.name else "HU"),
-              (volumes[3:], slice(3, 6), dict(vmin=0, vmax=max(most, 1e-3), cmap="magma"), "HU"))
+    groups = (
+        (
+            volumes[:3],
+            slice(0, 3),
+            dict(vmin=window.low_hu, vmax=window.high_hu),
+            f"HU, window {window.name}" if window.name else "HU",
+        ),
+        (volumes[3:], slice(3, 6), dict(vmin=0, vmax=max(most, 1e-3), cmap="magma"), "HU"),
+    )
     x, y, z = volumes[0][1].grid.extent_mm
     with style():
-        figure, axes = plt.subplots(2, 6, figsize=(11.4, 0.45 + 1.68 * (y + z) / x), height_ratios=[y, z])
+        figure, axes = plt.subplots(
+            2, 6, figsize=(11.4, 0.45 + 1.68 * (y + z) / x), height_ratios=[y, z]
+        )
         for group, columns, look, label in groups:
             for (name, volume), column in zip(group, axes[:, columns].T):
                 for axis, kind, letter in zip(column, ("axial", "coronal"), "zy"):
                     shown, position = draw_plane(axis, volume, kind, at_mm, **look)
-                    if name == "CT": axis.set_ylabel(f"{kind}, {letter} = {position:.0f} mm", color=MUTED)
+                    if name == "CT":
+                        axis.set_ylabel(f"{kind}, {letter} = {position:.0f} mm", color=MUTED)
                 column[0].set_title(name)
             bar = figure.colorbar(shown, ax=axes[:, columns], shrink=0.8, aspect=22, pad=0.01)
             bar.set_label(label)
             bar.outline.set_visible(False)
-        for line in axes: scale_bar(line[0])
-        calibrated = "" if summary.scale == 1 else f"; standard deviation calibrated, × {summary.scale:.2f}"
-        figure.suptitle(f"{float(hallucination.share):.0%} of what the samples put into the null space is disputed among them{calibrated}", x=0.01, ha="left", fontsize=8.5, color=MUTED)
+        for line in axes:
+            scale_bar(line[0])
+        calibrated = (
+            "" if summary.scale == 1 else f"; standard deviation calibrated, × {summary.scale:.2f}"
+        )
+        figure.suptitle(
+            f"{float(hallucination.share):.0%} of what the samples put into the null space is"
+            f" disputed among them{calibrated}",
+            x=0.01,
+            ha="left",
+            fontsize=8.5,
+            color=MUTED,
+        )
     return figure
 
 # %% ../../nbs/view/03_uncertainty_figure.ipynb #cell-010
 def reliability_figure(found):
-    "Observed against promised coverage with 95 % intervals over patients, and widths; of a list of `Reliability`, or a dict name → list. A matplotlib Figure. ValueError for nothing to draw."
+    """Observed against promised coverage with 95 % intervals over patients, and widths; of a list
+    of `Reliability`, or a dict name → list. A matplotlib Figure. ValueError for nothing to draw.
+    """
     import matplotlib.pyplot as plt
-    models: dict[str, list[Reliability]] = dict(found) if isinstance(found, dict) else {"": list(found)}
-    if not models or not all(models.values()): raise ValueError("found: there is no level to draw; give what `reliability` returns")
+
+    models: dict[str, list[Reliability]] = (
+        dict(found) if isinstance(found, dict) else {"": list(found)}
+    )
+    if not models or not all(models.values()):
+        raise ValueError("found: there is no level to draw; give what `reliability` returns")
     colours = [MODEL] if len(models) == 1 else SERIES * len(models)
     patients = sorted({level.coverage.patients for levels in models.values() for level in levels})
     with style():
@@ -66,17 +108,46 @@ def reliability_figure(found):
         left.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
         for number, ((name, levels), colour) in enumerate(zip(models.items(), colours)):
             shift = 0.008 * (number - (len(models) - 1) / 2)  # bars beside each other, not on top
-            for axis, intervals in ((left, [level.coverage for level in levels]), (right, [level.width_hu for level in levels])):
-                place, means = [level.level + shift for level in levels], [interval.mean for interval in intervals]
-                bars = np.nan_to_num([[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]])
-                axis.errorbar(place, means, yerr=bars.clip(0), color=colour, marker="o", ms=4.5, mec="white", capsize=2.5, lw=1.6, elinewidth=1.2, label=name.replace("_", " ") or None, zorder=3)
+            for axis, intervals in (
+                (left, [level.coverage for level in levels]),
+                (right, [level.width_hu for level in levels]),
+            ):
+                place = [level.level + shift for level in levels]
+                means = [interval.mean for interval in intervals]
+                bars = np.nan_to_num(
+                    [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
+                )
+                axis.errorbar(
+                    place,
+                    means,
+                    yerr=bars.clip(0),
+                    color=colour,
+                    marker="o",
+                    ms=4.5,
+                    mec="white",
+                    capsize=2.5,
+                    lw=1.6,
+                    elinewidth=1.2,
+                    label=name.replace("_", " ") or None,
+                    zorder=3,
+                )
         left.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="promised", ylabel="observed")
         left.set_title("share of truth in the intervals", loc="left")
-        left.text(0.96, 0.06, "overconfident", color=MUTED, fontsize=8, ha="right"), left.text(0.04, 0.92, "underconfident", color=MUTED, fontsize=8)
+        left.text(0.96, 0.06, "overconfident", color=MUTED, fontsize=8, ha="right"), left.text(
+            0.04, 0.92, "underconfident", color=MUTED, fontsize=8
+        )
         right.set(ylim=(0, None), xlabel="promised")
         right.set_title("mean width, HU", loc="left")
-        for axis in (left, right): axis.grid(color=FAINT)
-        if len(models) > 1: right.legend(loc="upper left")
+        for axis in (left, right):
+            axis.grid(color=FAINT)
+        if len(models) > 1:
+            right.legend(loc="upper left")
         count = f"{patients[0]}" if len(patients) == 1 else f"{patients[0]} to {patients[-1]}"
-        figure.suptitle(f"{count} patient{'s' * (patients[-1] != 1)}; bars are 95 % intervals over patients", fontsize=8.5, color=MUTED, x=0.01, ha="left")
+        figure.suptitle(
+            f"{count} patient{'s' * (patients[-1] != 1)}; bars are 95 % intervals over patients",
+            fontsize=8.5,
+            color=MUTED,
+            x=0.01,
+            ha="left",
+        )
     return figure

@@ -1,4 +1,5 @@
 """Every explorer as a reader meets it: opened, run, played with."""
+
 import lab
 
 
@@ -11,7 +12,9 @@ def opened(reader, name: str, folder: str = "fresh") -> lab.OpenNotebook:
 
 
 def check_change(notebook: lab.OpenNotebook, name: str, act, new_pixels: bool = True) -> None:
-    "The picture of this name looks different soon after `act`; `new_pixels`: because other pixels were sent, not other marks."
+    """The picture of this name looks different soon after `act`; `new_pixels`: because other pixels
+    were sent, not other marks.
+    """
     before = notebook.frame(name)
     assert notebook.seconds_to_change(notebook.picture(name), act) < lab.CLICK_S
     assert (notebook.frame(name) != before) == new_pixels, name
@@ -19,9 +22,11 @@ def check_change(notebook: lab.OpenNotebook, name: str, act, new_pixels: bool = 
 
 def press(notebook: lab.OpenNotebook, name: str, x: float, y: float):
     "A press at a share of the picture's width and height."
+
     def act():
         box = notebook.picture(name).bounding_box()
         notebook.picture(name).click(position={"x": x * box["width"], "y": y * box["height"]})
+
     return act
 
 
@@ -29,6 +34,7 @@ def turn(notebook: lab.OpenNotebook, name: str, notches: int = 3):
     def act():
         notebook.picture(name).hover()
         notebook.page.mouse.wheel(0, -100 * notches)
+
     return act
 
 
@@ -51,12 +57,18 @@ def test_xrays(reader):
     notebook = opened(reader, "explore_xrays")
     notebook.save("explore_xrays")
     check_change(notebook, "view 0", lambda: notebook.slider("azimuth, °").press("PageUp"))
-    check_change(notebook, "view 1", press(notebook, "view 0", 0.3, 0.4), new_pixels=False)  # its epipolar line
+    # its epipolar line
+    check_change(notebook, "view 1", press(notebook, "view 0", 0.3, 0.4), new_pixels=False)
     check_change(notebook, "view 1", lambda: notebook.slider("source, mm", 1).press("PageDown"))
+
     def drag():
         box = notebook.picture("sketch").bounding_box()
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        notebook.page.mouse.move(x, y), notebook.page.mouse.down(), notebook.page.mouse.move(x + 60, y, steps=3), notebook.page.mouse.up()
+        x = box["x"] + box["width"] / 2
+        y = box["y"] + box["height"] / 2
+        notebook.page.mouse.move(x, y), notebook.page.mouse.down(), notebook.page.mouse.move(
+            x + 60, y, steps=3
+        ), notebook.page.mouse.up()
+
     check_change(notebook, "sketch", drag)
 
 
@@ -64,10 +76,16 @@ def test_reconstruction(reader):
     notebook = opened(reader, "explore_reconstruction")
     notebook.save("explore_reconstruction")
     check_change(notebook, "CT", lambda: notebook.slider("slice").press("PageUp"))
-    check_change(notebook, "CT", lambda: notebook.page.get_by_role("button", name="coronal").click())
-    check_change(notebook, "minimum norm", press(notebook, "CT", 0.6, 0.4), new_pixels=False)  # the place is marked in all
-    notebook.menu("X-rays of").select_option(label="CT")  # whose X-rays are those of the floors to less than a grey level
-    notebook.page.locator('[data-ct-nb="view 0 projected"] .ct-nb-title').get_by_text("of CT", exact=True).wait_for()
+    check_change(
+        notebook, "CT", lambda: notebook.page.get_by_role("button", name="coronal").click()
+    )
+    # the place is marked in all
+    check_change(notebook, "minimum norm", press(notebook, "CT", 0.6, 0.4), new_pixels=False)
+    # whose X-rays are those of the floors to less than a grey level
+    notebook.menu("X-rays of").select_option(label="CT")
+    notebook.page.locator('[data-ct-nb="view 0 projected"] .ct-nb-title').get_by_text(
+        "of CT", exact=True
+    ).wait_for()
     check_change(notebook, "CT", lambda: notebook.menu("window").select_option(label="lung"))
 
 
@@ -75,17 +93,33 @@ def test_steps(reader):
     notebook = opened(reader, "explore_steps")
     page = notebook.page
     notebook.save("explore_steps")
-    check_change(notebook, "axial", page.locator("button.ct-nb-step", has_text="right middle lobe").first.click)
-    assert page.locator("button.ct-nb-chosen").count() == 1 and "right middle lobe" in page.locator("button.ct-nb-chosen").inner_text()
+    check_change(
+        notebook,
+        "axial",
+        page.locator("button.ct-nb-step", has_text="right middle lobe").first.click,
+    )
+    assert (
+        page.locator("button.ct-nb-chosen").count() == 1
+        and "right middle lobe" in page.locator("button.ct-nb-chosen").inner_text()
+    )
     check_change(notebook, "coronal", press(notebook, "axial", 0.35, 0.5))
-    check_change(notebook, "axial", lambda: notebook.menu("asked").select_option(label="untrained encoder: chance"))
-    assert "papermill nbs/train_ct_encoder.ipynb" in page.locator(".jp-OutputArea-output", has_text="no trained encoder").last.inner_text()
+    check_change(
+        notebook,
+        "axial",
+        lambda: notebook.menu("asked").select_option(label="untrained encoder: chance"),
+    )
+    assert (
+        "papermill nbs/train_ct_encoder.ipynb"
+        in page.locator(".jp-OutputArea-output", has_text="no trained encoder").last.inner_text()
+    )
     own = page.get_by_placeholder("a sentence of your own")
     notebook.menu("asked").select_option(label="region that it names, nothing learnt")
     own.fill("There is fluid around the heart.")
     check_change(notebook, "sagittal", lambda: own.press("Enter"))
     assert "around the heart" in page.locator("button.ct-nb-chosen").inner_text()
-    check_change(notebook, "axial", lambda: notebook.menu("scan").select_option(label="phantom-02002"))
+    check_change(
+        notebook, "axial", lambda: notebook.menu("scan").select_option(label="phantom-02002")
+    )
     notebook.save("explore_steps_later")
 
 
@@ -95,10 +129,20 @@ def test_slices(reader):
     check_change(notebook, "thick", lambda: notebook.slider("thick, mm").press("PageUp"))
     check_change(notebook, "answer", lambda: notebook.menu("answer").select_option(label="linear"))
     check_change(notebook, "truth", turn(notebook, "truth"))
-    check_change(notebook, "profile", lambda: notebook.picture("truth").hover(position={"x": 90, "y": 150}), new_pixels=False)
-    check_change(notebook, "thick", press(notebook, "difference", 0.7, 0.3), new_pixels=False)  # the finger
-    check_change(notebook, "difference", lambda: notebook.menu("cut").select_option(label="sagittal"))
-    check_change(notebook, "thick", lambda: notebook.menu("scan").select_option(label="phantom-01002"))
+    check_change(
+        notebook,
+        "profile",
+        lambda: notebook.picture("truth").hover(position={"x": 90, "y": 150}),
+        new_pixels=False,
+    )
+    # the finger
+    check_change(notebook, "thick", press(notebook, "difference", 0.7, 0.3), new_pixels=False)
+    check_change(
+        notebook, "difference", lambda: notebook.menu("cut").select_option(label="sagittal")
+    )
+    check_change(
+        notebook, "thick", lambda: notebook.menu("scan").select_option(label="phantom-01002")
+    )
     notebook.save("explore_slices_later")
 
 
@@ -107,36 +151,71 @@ def test_steps_with_weights(reader):
     for name in ("region that it names, nothing learnt", "encoder, scan alone"):
         check_change(notebook, "axial", lambda: notebook.menu("asked").select_option(label=name))
     assert notebook.menu("scan").locator("option", has_text="trained on").count() == 1
-    assert "papermill" not in notebook.page.locator(".widget-html-content", has_text="correlation").inner_text()
+    assert (
+        "papermill"
+        not in notebook.page.locator(".widget-html-content", has_text="correlation").inner_text()
+    )
 
 
 def test_slices_with_weights(reader):
     notebook = opened(reader, "explore_slices", "trained")
     for name in ("regressor", "linear", "diffusion, one draw"):
         check_change(notebook, "answer", lambda: notebook.menu("answer").select_option(label=name))
-        notebook.page.locator('[data-ct-nb="answer"] .ct-nb-title').get_by_text(name, exact=True).wait_for()  # a network's start stands in its place until it answers
+        # a network's start stands in its place until it answers
+        notebook.page.locator('[data-ct-nb="answer"] .ct-nb-title').get_by_text(
+            name, exact=True
+        ).wait_for()
     notebook.slider("thick, mm").press("End")
     notebook.settle()
-    assert "nobody tested this" in notebook.page.locator(".widget-html-content", has_text="averaged again").inner_text()
+    assert (
+        "nobody tested this"
+        in notebook.page.locator(".widget-html-content", has_text="averaged again").inner_text()
+    )
     notebook.check()
 
 
 def test_reconstruction_with_weights(reader):
-    "Coarse, refined, samples and their spread beside the truth: a sample, a slice and a window that are chosen are shown, in residual maps too."
+    """Coarse, refined, samples and their spread beside the truth: a sample, a slice and a window
+    that are chosen are shown, in residual maps too.
+    """
     notebook = opened(reader, "explore_reconstruction", "trained")
     notebook.save("explore_reconstruction_trained")
-    assert "papermill" not in notebook.page.locator(".jp-OutputArea-output", has_text="shown:").first.inner_text(), "nothing is missing"
-    before = {name: notebook.frame(name) for name in ("error of one sample", "error of coarse", "mean of samples")}
-    check_change(notebook, "one sample", lambda: notebook.page.locator(".widget-dropdown select").filter(has=notebook.page.locator("option", has_text="sample 1")).select_option(label="sample 1"))
-    assert [notebook.frame(name) != digest for name, digest in before.items()] == [True, False, False], "its own error, and nobody else's"
-    for name in ("standard deviation", "error of refined", "error of mean of samples, size"): check_change(notebook, name, lambda: notebook.slider("slice").press("PageUp"))
-    check_change(notebook, "error of coarse", lambda: notebook.page.get_by_role("button", name="sagittal").click())
+    assert (
+        "papermill"
+        not in notebook.page.locator(".jp-OutputArea-output", has_text="shown:").first.inner_text()
+    ), "nothing is missing"
+    before = {
+        name: notebook.frame(name)
+        for name in ("error of one sample", "error of coarse", "mean of samples")
+    }
+    check_change(
+        notebook,
+        "one sample",
+        lambda: notebook.page.locator(".widget-dropdown select")
+        .filter(has=notebook.page.locator("option", has_text="sample 1"))
+        .select_option(label="sample 1"),
+    )
+    assert [notebook.frame(name) != digest for name, digest in before.items()] == [
+        True,
+        False,
+        False,
+    ], "its own error, and nobody else's"
+    for name in ("standard deviation", "error of refined", "error of mean of samples, size"):
+        check_change(notebook, name, lambda: notebook.slider("slice").press("PageUp"))
+    check_change(
+        notebook,
+        "error of coarse",
+        lambda: notebook.page.get_by_role("button", name="sagittal").click(),
+    )
     spread = notebook.frame("standard deviation")
     check_change(notebook, "refined", lambda: notebook.menu("window").select_option(label="lung"))
     assert notebook.frame("standard deviation") == spread, "a window is for Hounsfield units"
     before = notebook.frame("view 0 difference")
-    notebook.menu("X-rays of").select_option(label="coarse")  # all of them explain the X-rays, to less than the eye sees
-    notebook.page.locator('[data-ct-nb="view 0 projected"] .ct-nb-title').get_by_text("of coarse", exact=True).wait_for()
+    # all of them explain the X-rays, to less than the eye sees
+    notebook.menu("X-rays of").select_option(label="coarse")
+    notebook.page.locator('[data-ct-nb="view 0 projected"] .ct-nb-title').get_by_text(
+        "of coarse", exact=True
+    ).wait_for()
     notebook.settle()
     assert notebook.frame("view 0 difference") != before
     notebook.save("explore_reconstruction_trained_later")

@@ -1,4 +1,5 @@
 """InfoNCE of a network's tokens under data-parallel training: writes loss and gradients of each process."""
+
 import sys
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from ct_nb.learn.consistency_losses import cross_view_infonce
 class Tokens(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.views, self.latents = torch.nn.Linear(5, 4), torch.nn.Linear(7, 4)
+        self.views = torch.nn.Linear(5, 4)
+        self.latents = torch.nn.Linear(7, 4)
 
-    def forward(self, a, b): return self.views(a), self.latents(b)
+    def forward(self, a, b):
+        return self.views(a), self.latents(b)
 
 
 def network():
@@ -22,16 +25,23 @@ def network():
 
 def loss_of(model, cases: slice):
     generator = torch.Generator().manual_seed(1)
-    a, b = torch.randn(6, 2, 5, generator=generator), torch.randn(6, 7, generator=generator)
-    return cross_view_infonce(*model(a[cases], b[cases]), 0.2, torch.tensor([0, 1, 2, 0, 3, 4])[cases])
+    a = torch.randn(6, 2, 5, generator=generator)
+    b = torch.randn(6, 7, generator=generator)
+    return cross_view_infonce(
+        *model(a[cases], b[cases]), 0.2, torch.tensor([0, 1, 2, 0, 3, 4])[cases]
+    )
 
 
 if __name__ == "__main__":
     import torch.distributed as dist
+
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = torch.nn.parallel.DistributedDataParallel(network())
     loss = loss_of(model, slice(3 * rank, 3 * rank + 3))
     loss.backward()
-    torch.save({"loss": loss.detach(), "gradients": [p.grad for p in model.parameters()]}, Path(sys.argv[1]) / f"{rank}.pt")
+    torch.save(
+        {"loss": loss.detach(), "gradients": [p.grad for p in model.parameters()]},
+        Path(sys.argv[1]) / f"{rank}.pt",
+    )
     dist.destroy_process_group()

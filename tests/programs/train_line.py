@@ -1,4 +1,5 @@
 """A small training run for the tests of the trainer: `train_line.py OUT [resume] [kill-in-save | small-disk]`; prints a digest of the weights."""
+
 import os
 import resource
 import signal
@@ -12,7 +13,8 @@ from ct_nb.learn.trainer import Trainer, TrainerConfig
 
 
 class Points(Dataset):
-    def __len__(self): return 12
+    def __len__(self):
+        return 12
 
     def at(self, epoch, index):
         generator = torch.Generator().manual_seed(1000 * epoch + index)
@@ -21,7 +23,11 @@ class Points(Dataset):
 
 
 def collate(cases):
-    return {"id": [c["id"] for c in cases], "x": torch.stack([c["x"] for c in cases]), "y": torch.stack([c["y"] for c in cases])}
+    return {
+        "id": [c["id"] for c in cases],
+        "x": torch.stack([c["x"] for c in cases]),
+        "y": torch.stack([c["y"] for c in cases]),
+    }
 
 
 def step(model, batch, number):
@@ -32,15 +38,24 @@ def step(model, batch, number):
 def main(out, *words):
     torch.manual_seed(5)
     model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
-    config = TrainerConfig(steps=30, batch_size=4, learning_rate=0.01, checkpoint_every=10, validate_every=0, log_every=10,
-                           shard_optimizer="zero" in words, accumulation=2 if "zero" in words else 1)
+    config = TrainerConfig(
+        steps=30,
+        batch_size=4,
+        learning_rate=0.01,
+        checkpoint_every=10,
+        validate_every=0,
+        log_every=10,
+        shard_optimizer="zero" in words,
+        accumulation=2 if "zero" in words else 1,
+    )
     trainer = Trainer(model, step, Points(), config, out, collate)
     if "kill-in-save" in words:
         whole, calls = torch.save, []
 
         def half(state, path):
             calls.append(path)
-            if len(calls) < 2: return whole(state, path)
+            if len(calls) < 2:
+                return whole(state, path)
             whole(state, path)
             os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -56,4 +71,5 @@ def main(out, *words):
         torch.save(flat, os.path.join(out, "final.pt"))
 
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
