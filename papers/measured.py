@@ -166,7 +166,7 @@ def _case(run: Path) -> tuple:
     "X-rays, their geometry, the CT, and its folder, of the first case that a run was judged on."
     import numpy as np
     from ct_nb.physics.geometry import ConeBeam
-    from ct_nb.physics.readers import read_volume
+    from ct_nb.data.read import read_volume
 
     name = re.sub(r"[^\w.-]+", "_", _json(run / "config.json")["validation"]["cases"][0])
     folder = run / "cases" / name
@@ -182,8 +182,8 @@ def comparison(run: Path):
     """X-rays, CT, reconstruction, best floor and error, from the NIfTI of a run of system A; a
     matplotlib Figure.
     """
-    from ct_nb.physics.readers import read_volume
-    from ct_nb.view.figures import comparison_figure
+    from ct_nb.data.read import read_volume
+    from ct_nb.viewer.figures import comparison_figure
 
     xrays, geometry, truth, folder = _case(run)
     floor = _json(run / "metrics.json")["gain_over_best_floor"]["psnr"]["floor"]
@@ -203,10 +203,10 @@ def samples(run: Path):
     matplotlib Figure.
     """
     import torch
-    from ct_nb.learn.sampled_reconstruction import reconstruct_sampled
-    from ct_nb.learn.train_cascade import load_cascade
-    from ct_nb.learn.uncertainty import hallucination_map, summarise
-    from ct_nb.view.uncertainty_figure import uncertainty_figure
+    from ct_nb.cascade.sample import reconstruct_sampled
+    from ct_nb.cascade.train import load_cascade
+    from ct_nb.evaluation.uncertainty import hallucination_map, summarise
+    from ct_nb.cascade.figures import uncertainty_figure
 
     xrays, geometry, truth, _ = _case(run)
     config = _json(run / "config.json")
@@ -477,7 +477,7 @@ def put(text: str, name: str, new: str) -> str:
 
 def phantoms_today() -> str:
     "Fingerprint of what `make demo` trains on, as this version makes it."
-    from ct_nb.learn.train import DRR2CTRun
+    from ct_nb.drr2ct.train import DRR2CTRun
 
     return DRR2CTRun("cpu").open().fitted.source.fingerprint()
 

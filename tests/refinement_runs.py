@@ -6,10 +6,10 @@ from functools import lru_cache
 import pytest
 import torch
 
-from ct_nb.data.sources import phantoms
-from ct_nb.learn.checkpoints import save_weights
-from ct_nb.learn.train import DRR2CTRun, get_preset
-from ct_nb.nets.drr2ct import DRR2CT
+from ct_nb.data.open import phantom_source
+from ct_nb.training.checkpoints import save_weights
+from ct_nb.drr2ct.train import DRR2CTRun, get_preset
+from ct_nb.drr2ct.network import DRR2CT
 
 NETWORK = replace(get_preset("smoke").network, size=16, latent_size=8, prior_modes=4)
 
@@ -24,7 +24,7 @@ def cache(tmp_path_factory):
 
 @lru_cache
 def volumes(count=6, size=16):
-    return torch.stack([phantoms(count, size)[i].volume.tensor().float() for i in range(count)])
+    return torch.stack([phantom_source(count, size)[i].volume.tensor().float() for i in range(count)])
 
 
 def save_coarse(folder, training=None, **changes):

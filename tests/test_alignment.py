@@ -9,23 +9,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import multiprocessing
 
-from ct_nb.learn import alignment, gradient_caching
-from ct_nb.learn.alignment import (
-    Alignment,
-    Keys,
-    Pairs,
-    StepAttention,
-    Steps,
-    Temperature,
-    anchor_loss,
-    info_nce,
-    inside_regions,
-    row_losses,
-    same,
-    step_nce,
-    text_keys,
-)
-from ct_nb.learn.gradient_caching import cached_backward
+from ct_nb.ct_encoder import contrastive as alignment
+from ct_nb.training import gradient_cache as gradient_caching
+from ct_nb.ct_encoder.contrastive import Alignment, Keys, Pairs, StepAttention, Steps, Temperature, anchor_loss, info_nce, inside_regions, row_losses, same, step_nce, text_keys
+from ct_nb.training.gradient_cache import cached_backward
 
 
 def random(seed, *shape):

@@ -7,33 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ct_nb.learn.train_cascade import (
-    CASCADE_PRESETS,
-    V_LEARNING_RATE,
-    CascadeRun,
-    Sampler,
-    checklist,
-    load_cascade,
-)
-from ct_nb.learn.trainer import TrainingStopped
-from ct_nb.nets.cascade import (
-    SMALLEST_SCALE,
-    Cascade,
-    CascadeConfig,
-    CascadeStage,
-    ErrorScale,
-    StageConfig,
-    blended,
-    patch_starts,
-    patch_weights,
-    physics_error,
-    resized,
-    roughness,
-)
-from ct_nb.nets.denoiser import DenoiserConfig
-from ct_nb.nets.diffusion import DiffusionConfig
+from ct_nb.cascade.train import CASCADE_PRESETS, V_LEARNING_RATE, CascadeRun, Sampler, checklist, load_cascade
+from ct_nb.training.trainer import TrainingStopped
+from ct_nb.cascade.network import SMALLEST_SCALE, Cascade, CascadeConfig, CascadeStage, ErrorScale, StageConfig, physics_error, resized, roughness
+from ct_nb.layers.tiling import blended, patch_starts, patch_weights
+from ct_nb.cascade.denoiser import DenoiserConfig
+from ct_nb.layers.diffusion import DiffusionConfig
 from ct_nb.physics.geometry import ConeBeam
-from ct_nb.physics.phantom import phantom
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
 
@@ -266,7 +247,7 @@ def test_exact_guidance_agrees_with_the_xrays(cascade):
 
 
 def test_weights_come_back(cascade, tmp_path):
-    from ct_nb.learn.checkpoints import save_weights
+    from ct_nb.training.checkpoints import save_weights
 
     save_weights(tmp_path, cascade, {"system": "cascade", "network": cascade.config.to_dict()})
     _, xrays, geometry = scene((1,), 32)
@@ -325,7 +306,7 @@ def test_the_error_scale_begins_with_one_number_and_finds_where_errors_are():
 
 
 def test_the_two_losses_do_not_move_each_others_networks(cascade, monkeypatch):
-    import ct_nb.nets.cascade as module
+    import ct_nb.cascade.network as module
 
     hu, xrays, geometry = scene()
     stage, moved = cascade.stages[0], {}
@@ -409,8 +390,8 @@ def test_a_collapsed_output_stops_the_run():
 
 
 def test_a_coarse_model_that_knows_the_judged_cases_is_refused(tmp_path):
-    from ct_nb.learn.checkpoints import save_weights
-    from ct_nb.nets.drr2ct import DRR2CT, DRR2CTConfig
+    from ct_nb.training.checkpoints import save_weights
+    from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
 
     model = DRR2CT(DRR2CTConfig.preset("smoke"))
     judged = CascadeRun("smoke").open().validation.ids
@@ -441,7 +422,7 @@ def test_a_coarse_model_that_knows_the_judged_cases_is_refused(tmp_path):
 
 
 def test_pieces_of_a_batch_draw_their_own_noise(cascade):
-    from ct_nb.learn.train_cascade import _Learner
+    from ct_nb.cascade.train import _Learner
 
     hu, xrays, geometry = scene()
     learner = _Learner(cascade, 0, 0)

@@ -6,20 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.nets import cot
-from ct_nb.nets.cot import (
-    CoTDecoder,
-    Memory,
-    RegionSegmentation,
-    claims,
-    decode,
-    generate,
-    label_shares,
-    region_dice,
-    segmentation_loss,
-)
-from ct_nb.nets.regions import patch_overlaps
-from ct_nb.nets.text import WordTokenizer
+from ct_nb.ct_encoder import report_decoder as cot
+from ct_nb.ct_encoder.report_decoder import CoTDecoder, Memory, RegionSegmentation, claims, decode, generate, label_shares, region_dice, segmentation_loss
+from ct_nb.ct_encoder.region_attention import patch_overlaps
+from ct_nb.ct_encoder.text_encoders import WordTokenizer
 
 TEXTS = [
     "Observation: right middle lobe: a large lesion.",

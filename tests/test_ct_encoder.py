@@ -9,19 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import ct_nb.nets.ct_encoder as module
-from ct_nb.nets.ct_encoder import (
-    CTEncoder,
-    CTEncoderConfig,
-    EncoderBlock,
-    FeaturePyramid,
-    Positions,
-    body_box,
-    patch_embedding,
-    prepare_scan,
-)
-from ct_nb.physics.phantom import phantom
-from ct_nb.physics.readers import CTReadError, read_ct
+import ct_nb.ct_encoder.encoder as module
+from ct_nb.ct_encoder.encoder import CTEncoder, CTEncoderConfig, EncoderBlock, FeaturePyramid, Positions, body_box, patch_embedding, prepare_scan
+from ct_nb.phantom.chest import phantom
+from ct_nb.data.hounsfield import CTReadError
+from ct_nb.data.read import read_ct
 from ct_nb.physics.volume import Grid, Volume
 
 SMOKE = CTEncoderConfig.preset("smoke")
@@ -346,7 +338,7 @@ def test_autocast():
 
 
 def test_config_round_trip_and_weights(tmp_path):
-    from ct_nb.learn.checkpoints import load_weights, save_weights
+    from ct_nb.training.checkpoints import load_weights, save_weights
     import json
 
     model = seeded(window="lung").eval()

@@ -6,15 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ct_nb.nets import diffusion as module
-from ct_nb.nets.diffusion import (
-    PREDICTIONS,
-    SAMPLERS,
-    Diffusion,
-    DiffusionConfig,
-    cosine_alphas_cumprod,
-    respaced,
-)
+from ct_nb.layers import diffusion as module
+from ct_nb.layers.diffusion import PREDICTIONS, SAMPLERS, Diffusion, DiffusionConfig, cosine_alphas_cumprod, respaced
 
 # (weight, mean, standard deviation) of each mode
 ONE = ((1.0, 0.3, 0.2),)

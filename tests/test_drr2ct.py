@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ct_nb.nets.drr2ct import DRR2CT, DRR2CTConfig
-from ct_nb.nets.guidance import XrayGuidance
+from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
+from ct_nb.cascade.guidance import XrayGuidance
 from ct_nb.physics.geometry import ConeBeam
-from ct_nb.physics.phantom import phantom
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import Grid, hu_to_mu
 

@@ -5,17 +5,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ct_nb.learn.embeddings import (
-    WHOLE,
-    EmbeddingIndex,
-    embed_scan,
-    embed_scans,
-    open_index,
-    search_scans,
-)
-from ct_nb.learn.train_ct_encoder import CTEncoderRun, load_ct_encoder
-from ct_nb.physics.anatomy import REGIONS
-from ct_nb.physics.phantom import phantom
+from ct_nb.ct_encoder.index import WHOLE, EmbeddingIndex, embed_scan, embed_scans, open_index, search_scans
+from ct_nb.ct_encoder.train import CTEncoderRun, load_ct_encoder
+from ct_nb.core.regions import REGIONS
+from ct_nb.phantom.chest import phantom
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +177,7 @@ def test_real_scans_pass_through_and_labels_become_rows(run, real_ct):
 
 
 def test_the_commands_from_scans_to_hits(index, run, tmp_path, monkeypatch, capsys):
-    from ct_nb.console import embed, retrieve
+    from ct_nb.app.cli import embed, retrieve
 
     monkeypatch.chdir(run.out.parent)
     folder = str(next(iter(index[0].files)).rsplit("/", 1)[0])

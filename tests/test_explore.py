@@ -17,13 +17,14 @@ import matplotlib.pyplot as plt
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
-from ct_nb.view import explore, slice_picture
-from ct_nb.view.explore import Picture, attended, colors, draw_picture, grey, line, overlay, show
-from ct_nb.view.explore_ct import VolumeViewer
-from ct_nb.view.explore_reconstruction import ReconstructionExplorer, XrayComparison
-from ct_nb.view.explore_xrays import DETECTOR, XrayStudio, clipped_line, ray_inside
-from ct_nb.view.sketch import Body, Eye, corners_mm, fitting, paint_scene
-from ct_nb.view.slice_picture import SlicePicture, upright, value_at
+from ct_nb.viewer import canvas as explore
+from ct_nb.viewer import slice_canvas as slice_picture
+from ct_nb.viewer.canvas import Picture, attended, colors, draw_picture, grey, line, overlay, show
+from ct_nb.viewer.ct_viewer import VolumeViewer
+from ct_nb.app.reconstruction_explorer import ReconstructionExplorer, XrayComparison
+from ct_nb.viewer.xray_viewer import DETECTOR, XrayStudio, clipped_line, ray_inside
+from ct_nb.viewer.scene3d import Body, Eye, corners_mm, fitting, paint_scene
+from ct_nb.viewer.slice_canvas import SlicePicture, upright, value_at
 
 PLANES = ("axial", "coronal", "sagittal")
 
@@ -49,7 +50,7 @@ def uneven():
 
 @pytest.fixture(scope="module")
 def chest():
-    from ct_nb.physics.phantom import phantom
+    from ct_nb.phantom.chest import phantom
 
     return phantom(3, 32)
 
@@ -606,7 +607,7 @@ def test_papermill_gets_figures_of_all_explorers(tmp_path, monkeypatch):
     """
     import nbformat
     import papermill
-    from ct_nb.physics.phantom import phantom
+    from ct_nb.phantom.chest import phantom
 
     # a kernel draws into its notebook only with its own backend
     monkeypatch.delenv("MPLBACKEND", raising=False)
@@ -659,8 +660,8 @@ def test_papermill_gets_figures_of_all_explorers(tmp_path, monkeypatch):
 
 def test_a_run_that_cannot_answer_is_named_and_the_rest_goes_on(tmp_path):
     "Weights of another version, or a folder of another system, in the place of a trained run."
-    from ct_nb.physics.phantom import phantom
-    from ct_nb.view.answers import answers
+    from ct_nb.phantom.chest import phantom
+    from ct_nb.app.compare import answers
 
     for name in ("drr2ct", "cascade"):
         (tmp_path / name).mkdir()

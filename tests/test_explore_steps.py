@@ -8,36 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.data.reports import Report, Step
-from ct_nb.data.slabs import SliceAxis, SliceProfile, slab_matrix, thicken
-from ct_nb.learn.checkpoints import save_weights
-from ct_nb.learn.scan_language import ScanLanguage
-from ct_nb.learn.train_ct_encoder import get_ct_encoder_preset
-from ct_nb.learn.train_slices import Slices
-from ct_nb.nets.slices import (
-    SliceDiffusion,
-    SliceDiffusionConfig,
-    SliceRegressor,
-    SliceRegressorConfig,
-)
-from ct_nb.nets.vae import SliceVAE
-from ct_nb.physics.phantom import phantom
+from ct_nb.ct_encoder.reports import Report, Step
+from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slab_matrix, thicken
+from ct_nb.training.checkpoints import save_weights
+from ct_nb.ct_encoder.model import ScanLanguage
+from ct_nb.ct_encoder.train import get_ct_encoder_preset
+from ct_nb.slices.train import Slices
+from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
+from ct_nb.slices.vae import SliceVAE
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Grid, Volume
-from ct_nb.view import explore_slices, explore_steps
-from ct_nb.view.explore_slices import FLOORS, Networks, SliceExplorer, ThickCut, open_thin_scans
-from ct_nb.view.explore_steps import (
-    Looks,
-    StepExplorer,
-    inside_step,
-    open_step_scans,
-    outline,
-    own_step,
-    patch_shares,
-    phantom_scan,
-    said_steps,
-    step_figures,
-)
-from ct_nb.view.slice_picture import SlicePicture
+from ct_nb.slices import explorer as explore_slices
+from ct_nb.ct_encoder import explorer as explore_steps
+from ct_nb.slices.explorer import FLOORS, Networks, SliceExplorer, ThickCut, open_thin_scans
+from ct_nb.ct_encoder.explorer import Looks, StepExplorer, inside_step, open_step_scans, outline, own_step, patch_shares, phantom_scan, said_steps, step_figures
+from ct_nb.viewer.slice_canvas import SlicePicture
 
 SMOKE = get_ct_encoder_preset("smoke").network
 

@@ -20,20 +20,8 @@ import matplotlib.pyplot as plt
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
-from ct_nb.style import FLOOR, MODEL, SERIES, TRUTH
-from ct_nb.view.figures import (
-    along_lps,
-    comparison_figure,
-    orientation_marks,
-    plane,
-    save_figure,
-    scale_bar,
-    slices_figure,
-    training_figure,
-    view_name,
-    xray_ends,
-    xrays_figure,
-)
+from ct_nb.core.plot_style import FLOOR, MODEL, SERIES, TRUTH
+from ct_nb.viewer.figures import along_lps, comparison_figure, orientation_marks, plane, save_figure, scale_bar, slices_figure, training_figure, view_name, xray_ends, xrays_figure
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +193,7 @@ def test_a_figure_that_shows_and_forgets_is_found():
 
 
 def thorax() -> Volume:
-    from ct_nb.physics.phantom import phantom
+    from ct_nb.phantom.chest import phantom
 
     return phantom(3, 16).volume
 
@@ -230,7 +218,7 @@ def found_reconstruction():
 
 
 def uncertain():
-    from ct_nb.learn.uncertainty import hallucination_map, summarise
+    from ct_nb.evaluation.uncertainty import hallucination_map, summarise
 
     volume = thorax()
     samples = volume.tensor() + 60 * torch.randn(
@@ -247,8 +235,8 @@ def uncertain():
 
 
 def levels():
-    from ct_nb.learn.masks import body_mask
-    from ct_nb.learn.uncertainty import reliability, summarise, uncertainty_rows
+    from ct_nb.evaluation.segmentation_metrics import body_mask
+    from ct_nb.evaluation.uncertainty import reliability, summarise, uncertainty_rows
 
     volume = thorax()
     draws = torch.randn((5, 16, 16, 16), generator=torch.Generator().manual_seed(1))
@@ -269,7 +257,7 @@ def levels():
 
 
 def recalls():
-    from ct_nb.learn.retrieval import retrieval
+    from ct_nb.ct_encoder.retrieval import retrieval
 
     scans = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
     return {"impression": retrieval(scans, scans + 0.5)}
@@ -289,7 +277,7 @@ def call(name: str, *arguments, **settings):
 
 
 def scores():
-    from ct_nb.learn.scoreboard import MAIN, Scoreboard
+    from ct_nb.evaluation.scoreboard import MAIN, Scoreboard
 
     return Scoreboard(
         [
@@ -306,7 +294,7 @@ def scores():
 
 
 def conditions():
-    from ct_nb.learn.robustness import Robustness
+    from ct_nb.drr2ct.robustness import Robustness
 
     return Robustness(
         [
@@ -332,8 +320,8 @@ def seen_by(geometry: ConeBeam):
 
 
 def slab_item():
-    from ct_nb.data.slab_archives import open_stacks
-    from ct_nb.data.slabs import SlabPairs, SlabRange
+    from ct_nb.slices.open import open_stacks
+    from ct_nb.slices.slice_profile import SlabPairs, SlabRange
 
     return SlabPairs(open_stacks("phantom:1", size=24, side_mm=192.0), SlabRange((24.0, 24.0)))[0]
 

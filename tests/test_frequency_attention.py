@@ -5,17 +5,9 @@ import math
 import pytest
 import torch
 
-import ct_nb.nets.frequency_attention as module
-from ct_nb.nets.frequency_attention import (
-    FrequencyAttention,
-    HighPass,
-    band_power,
-    bands,
-    frequencies,
-    laplacian,
-    multiplicity,
-    radial_frequency,
-)
+import ct_nb.refine.frequency_attention as module
+from ct_nb.refine.frequency_attention import FrequencyAttention, HighPass, laplacian
+from ct_nb.physics.fourier import band_power, bands, frequencies, multiplicity, radial_frequency
 
 AXES = (-3, -2, -1)
 

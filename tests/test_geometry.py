@@ -833,7 +833,7 @@ def plt():
 
 
 def test_figure_of_any_geometry(plt):
-    from ct_nb.view.geometry_figure import geometry_figure
+    from ct_nb.viewer.geometry_figure import geometry_figure
     from ct_nb.physics.volume import Volume
 
     oblique = Grid(
@@ -865,7 +865,7 @@ def test_figure_of_any_geometry(plt):
 
 def test_xray_hangs_on_its_detector_as_its_pixels_lie(plt):
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection
-    from ct_nb.view.geometry_figure import geometry_figure
+    from ct_nb.viewer.geometry_figure import geometry_figure
 
     g = ConeBeam.orbit([25.0], [10.0], [15.0], detector_shape=(4, 6), pixel_mm=50.0)
     image = torch.zeros(1, 4, 6)

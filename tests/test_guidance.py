@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ct_nb.data.noise import XrayNoise, add_xray_noise
-from ct_nb.learn.reconstruction import view_residuals
-from ct_nb.nets.guidance import MODES, XrayGuidance, ray_variance, weighted_step
-from ct_nb.nets.prior import binned
+from ct_nb.physics.xray_noise import XrayNoise, add_xray_noise
+from ct_nb.evaluation.inference import view_residuals
+from ct_nb.cascade.guidance import MODES, XrayGuidance, ray_variance, weighted_step
+from ct_nb.physics.detector import binned
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import backproject, project
 from ct_nb.physics.solvers import make_consistent

@@ -8,18 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.data.reports import Report, Step
-from ct_nb.learn import language_scores
-from ct_nb.learn.alignment import inside_regions
-from ct_nb.learn.language_scores import judge_language, label_names, look_at
-from ct_nb.learn.scan_language import label_regions, place_prompts, reasoning
-from ct_nb.learn.scan_reports import Finding, ScanCase, ScanReports
-from ct_nb.nets.cot import decode, label_shares
-from ct_nb.nets.ct_encoder import CTEncoderConfig, Encoding
-from ct_nb.nets.regions import patch_overlaps
-from ct_nb.nets.text import WordTokenizer
-from ct_nb.physics.anatomy import REGIONS
-from ct_nb.physics.phantom import phantom
+from ct_nb.ct_encoder.reports import Report, Step
+from ct_nb.ct_encoder import evaluation as language_scores
+from ct_nb.ct_encoder.contrastive import inside_regions
+from ct_nb.ct_encoder.evaluation import judge_language, label_names, look_at
+from ct_nb.ct_encoder.model import label_regions, place_prompts, reasoning
+from ct_nb.ct_encoder.dataset import Finding, ScanCase, ScanReports
+from ct_nb.ct_encoder.report_decoder import decode, label_shares
+from ct_nb.ct_encoder.encoder import CTEncoderConfig, Encoding
+from ct_nb.ct_encoder.region_attention import patch_overlaps
+from ct_nb.ct_encoder.text_encoders import WordTokenizer
+from ct_nb.core.regions import REGIONS
+from ct_nb.phantom.chest import phantom
 
 # three batches of eight; regions on every map
 CONFIG = CTEncoderConfig.preset("smoke")

@@ -7,22 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.nets.blocks import keep_variance
-from ct_nb.nets.bottleneck import (
-    LOG_VARIANCE_RANGE,
-    Latent,
-    LatentTrunk,
-    SwinBlock3d,
-    VariationalBottleneck,
-    WindowAttention3d,
-    from_windows,
-    to_windows,
-)
-from ct_nb.nets.decoders import DECODERS, UNetDecoder, make_decoder
-from ct_nb.nets.diffusion_decoder import DiffusionDecoder
-from ct_nb.nets.implicit import ImplicitDecoder, box_points, voxel_points
-from ct_nb.nets.latent import LatentGrid
-from ct_nb.nets.volumization import Volumization, confident_moments, octaves, ray_samples, splat
+from ct_nb.layers.blocks import keep_variance
+from ct_nb.layers.latent import LOG_VARIANCE_RANGE, Latent, VariationalBottleneck
+from ct_nb.drr2ct.latent_trunk import LatentTrunk, SwinBlock3d, WindowAttention3d, from_windows, to_windows
+from ct_nb.drr2ct.decoder import DECODERS, UNetDecoder, make_decoder
+from ct_nb.drr2ct.diffusion_decoder import DiffusionDecoder
+from ct_nb.drr2ct.implicit import ImplicitDecoder, box_points, voxel_points
+from ct_nb.drr2ct.feature_grid import LatentGrid
+from ct_nb.drr2ct.ray_marching import Volumization, confident_moments, octaves, ray_samples, splat
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid
 

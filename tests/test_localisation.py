@@ -4,20 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.learn.alignment import text_keys
-from ct_nb.learn.localisation import (
-    centre_prior,
-    correlations,
-    localisation,
-    locate,
-    preprocessing_check,
-    random_location,
-    region_text_accuracy,
-    step_patch_correlation,
-    top_patches,
-)
-from ct_nb.nets.ct_encoder import CTEncoderConfig
-from ct_nb.physics.phantom import phantom
+from ct_nb.ct_encoder.contrastive import text_keys
+from ct_nb.ct_encoder.grounding import centre_prior, correlations, localisation, locate, preprocessing_check, random_location, region_text_accuracy, step_patch_correlation, top_patches
+from ct_nb.ct_encoder.encoder import CTEncoderConfig
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Volume
 
 

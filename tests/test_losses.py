@@ -10,23 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.learn.adversary import (
-    Adversary,
-    PatchDiscriminator3d,
-    adaptive_weight,
-    discriminator_hinge,
-    generator_hinge,
-)
-from ct_nb.learn.consistency_losses import (
-    cross_view_infonce,
-    distillation_error,
-    drr_cycle_error,
-    mask_patches,
-    masked_error,
-    mixup,
-    third_view,
-)
-from ct_nb.learn.losses import LossWeights, kl_weight, reconstruction_loss, weighted_sum, windowed
+from ct_nb.training.adversarial import Adversary, PatchDiscriminator3d, adaptive_weight, discriminator_hinge, generator_hinge
+from ct_nb.training.projection_losses import cross_view_infonce, distillation_error, drr_cycle_error, mask_patches, masked_error, mixup, third_view
+from ct_nb.training.losses import LossWeights, kl_weight, reconstruction_loss, weighted_sum, windowed
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
@@ -656,7 +642,7 @@ def test_a_critic_learns_and_can_be_saved(tmp_path):
 
 
 def test_structure_equals_a_convolution_and_keeps_its_precision():
-    from ct_nb.learn.losses import _gaussian_blur, structure_error
+    from ct_nb.training.losses import _gaussian_blur, structure_error
 
     x = torch.randn(2, 14, 16, 18, generator=seeded(0), dtype=torch.float64)
     taps = torch.arange(11.0, dtype=torch.float64) - 5

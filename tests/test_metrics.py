@@ -8,24 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.learn.lpips import CHANNELS, LPIPS
-from ct_nb.learn.masks import body_mask, dice, hd95_mm, mask_metrics, threshold_masks
-from ct_nb.learn.metrics import (
-    CHEST,
-    X2CT,
-    as_pair,
-    bias_hu,
-    by_patient,
-    legacy_x2ct_psnr,
-    mae_hu,
-    mean_sd,
-    paired_interval,
-    psnr,
-    psnr_x2ct_honest,
-    ssim,
-    ssim_map,
-    tissue_errors,
-)
+from ct_nb.evaluation.lpips import CHANNELS, LPIPS
+from ct_nb.evaluation.segmentation_metrics import body_mask, dice, hd95_mm, mask_metrics, threshold_masks
+from ct_nb.evaluation.metrics import CHEST, X2CT, as_pair, bias_hu, by_patient, legacy_x2ct_psnr, mae_hu, mean_sd, paired_interval, psnr, psnr_x2ct_honest, ssim, ssim_map, tissue_errors
 from ct_nb.physics.volume import Grid
 
 
@@ -312,7 +297,7 @@ def test_lpips_refuses_other_files_by_name(tmp_path):
 
 def test_metrics_import_without_monai():
     code = (
-        "import sys; sys.modules['monai'] = None; import ct_nb.learn.metrics as m, numpy as np; v ="
+        "import sys; sys.modules['monai'] = None; import ct_nb.evaluation.metrics as m, numpy as np; v ="
         " np.zeros((12,)*3); print(m.psnr(v + 1, v), m.ssim(v, v))"
     )
     assert subprocess.run(

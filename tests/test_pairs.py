@@ -11,17 +11,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ct_nb.data.augment import FOLDING_LIMIT, VolumeAugmentation, augment, elastic_displacement
-from ct_nb.data.noise import (
-    PoseNoise,
-    XrayNoise,
-    add_xray_noise,
-    cut_out,
-    move_detector,
-    perturb_pose,
-)
-from ct_nb.data.pairs import XrayPairs, collate, stream, take_xrays, xray_statistics
-from ct_nb.data.sources import CTSource
+from ct_nb.data.augmentation import FOLDING_LIMIT, VolumeAugmentation, augment, elastic_displacement
+from ct_nb.physics.xray_noise import PoseNoise, XrayNoise, add_xray_noise, cut_out, move_detector, perturb_pose
+from ct_nb.data.xray_pairs import XrayPairs, collate, xray_statistics
+from ct_nb.core.seeding import stream
+from ct_nb.physics.drr import take_xrays
+from ct_nb.data.cases import CTSource
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
 
@@ -330,7 +325,7 @@ def test_cached_equals_rendered(source, tmp_path, monkeypatch):
             same(a, b)
             for a, b in zip(plain, XrayPairs(source, 16, geometry=VIEWS, cache_dir=tmp_path))
         )
-    monkeypatch.setattr("ct_nb.data.pairs.project", lambda *a: pytest.fail("rendered again"))
+    monkeypatch.setattr("ct_nb.data.xray_pairs.project", lambda *a: pytest.fail("rendered again"))
     noisy = XrayPairs(source, 16, geometry=VIEWS, cache_dir=tmp_path, noise=XrayNoise.radiograph())
     assert torch.equal(noisy[0]["hu"], plain[0]["hu"]) and not torch.equal(
         noisy.at(0, 0)["xrays"], noisy.at(1, 0)["xrays"]

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 
-from ct_nb.physics.anatomy import REGIONS, Anatomy, thorax_width
-from ct_nb.physics.phantom import PHANTOM_VERSION, phantom
-from ct_nb.physics.phantom_lesions import LESION_KINDS, LINE_KINDS, plan_lesions
-from ct_nb.physics.phantom_report import COT_STAGES
+from ct_nb.core.regions import REGIONS
+from ct_nb.phantom.anatomy import Anatomy, thorax_width
+from ct_nb.phantom.chest import PHANTOM_VERSION, phantom
+from ct_nb.phantom.lesions import LESION_KINDS, LINE_KINDS, plan_lesions
+from ct_nb.phantom.report import COT_STAGES
 
 REAL = Path(os.environ.get("CT_NB_REAL_CT", Path(__file__).resolve().parents[2] / "shared" / "ct"))
 EIGHTHS = {  # seed: mean HU of each eighth of the cube
@@ -75,7 +76,7 @@ def shadow(hu, axis):
 def test_same_bits_in_this_process_and_in_another(small):
     assert digest(phantom(3, 64)) == digest(small[3])
     code = (
-        "import hashlib; from ct_nb.physics.phantom import phantom; p = phantom(3, 64);"
+        "import hashlib; from ct_nb.phantom.chest import phantom; p = phantom(3, 64);"
         " print(hashlib.sha256(p.volume.hu.tobytes() + p.regions.tobytes() +"
         " p.lesion_mask.tobytes() + repr(p.report).encode()).hexdigest())"
     )
@@ -529,7 +530,7 @@ def test_speed(size, limit):
 )
 def test_xrays_look_like_those_of_real_chests(small):
     "Two real chests have X-rays that correlate by 0.5 to 0.9; so do a phantom and a real one."
-    from ct_nb.physics.readers import read_ct
+    from ct_nb.data.read import read_ct
     from ct_nb.physics.volume import Grid
 
     for name, least in (("lidc-0001", 0.5), ("lidc-0002", 0.6)):

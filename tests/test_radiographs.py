@@ -7,16 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.data.radiographs import (
-    Radiograph,
-    RadiographError,
-    find_air,
-    open_radiographs,
-    read_radiograph,
-    read_radiographs,
-    to_line_integrals,
-    write_radiographs,
-)
+from ct_nb.data.radiographs import Radiograph, RadiographError, find_air, open_radiographs, read_radiograph, read_radiographs, to_line_integrals, write_radiographs
 from ct_nb.physics.geometry import ConeBeam
 
 GEOMETRY = ConeBeam.biplanar(detector_shape=(20, 30), pixel_mm=10.0)
@@ -350,7 +341,7 @@ def test_dark_pixels_are_finite_and_the_maximum_can_be_told():
 @pytest.fixture(scope="module")
 def chest():
     "The X-rays of a phantom from the front and the side, with air beside it."
-    from ct_nb.physics.phantom import phantom
+    from ct_nb.phantom.chest import phantom
     from ct_nb.physics.projector import project
     from ct_nb.physics.volume import hu_to_mu
 

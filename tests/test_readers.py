@@ -10,7 +10,8 @@ import SimpleITK
 from scipy.spatial.transform import Rotation
 
 from ct_files import affine_of, body, change, dicom_slice, write_series
-from ct_nb.physics.readers import CTReadError, read_ct, read_labels, read_volume
+from ct_nb.data.hounsfield import CTReadError
+from ct_nb.data.read import read_ct, read_labels, read_volume
 from ct_nb.physics.volume import AIR_HU, FLIP_XY, Grid, Volume
 
 FORMATS = [".nii.gz", ".nii", ".nrrd", ".mha", ".npz"]

@@ -257,8 +257,8 @@ def test_reconstruct_and_evaluate_recipes(trained, tmp_path):
 def test_console_from_ct_to_ct(trained, tmp_path):
     out, _ = trained
     from ct_nb.physics.geometry import ConeBeam
-    from ct_nb.physics.phantom import phantom
-    from ct_nb.physics.readers import read_ct
+    from ct_nb.phantom.chest import phantom
+    from ct_nb.data.read import read_ct
     from ct_nb.physics.volume import Grid, Volume
 
     Volume(phantom(11, 64).volume.hu, Grid.cube(64, center_mm=(12, -30, 250)).affine).save(
@@ -313,7 +313,7 @@ def test_console_errors_are_one_sentence(words, sentence, tmp_path):
 
 def test_console_wrong_count_and_wrong_weights(trained, tmp_path):
     out, _ = trained
-    from ct_nb.learn.checkpoints import save_weights
+    from ct_nb.training.checkpoints import save_weights
     from ct_nb.physics.geometry import ConeBeam
     import torch
 

@@ -1,4 +1,4 @@
-"""X-ray files in, a CT with its report out. What a reader should see stands in nbs/learn/06_reconstruction.ipynb and nbs/view/02_reconstruction_figure.ipynb."""
+"""X-ray files in, a CT with its report out. What a reader should see stands in nbs/drr2ct/08_predict.ipynb and nbs/app/00_reconstruct_files.ipynb."""
 
 import json
 import os
@@ -10,28 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.data.noise import XrayNoise, add_xray_noise, move_detector
+from ct_nb.physics.xray_noise import XrayNoise, add_xray_noise, move_detector
 from ct_nb.data.radiographs import RadiographError, write_radiographs
-from ct_nb.learn.checkpoints import WeightsError, save_weights
-from ct_nb.learn.reconstruction import (
-    ModelPredictor,
-    fit_detector,
-    load_drr2ct,
-    reconstruct,
-    residual_limit,
-    view_residuals,
-)
-from ct_nb.nets.drr2ct import DRR2CT, DRR2CTConfig
+from ct_nb.training.checkpoints import WeightsError, save_weights
+from ct_nb.drr2ct.predict import ModelPredictor, load_drr2ct, reconstruct
+from ct_nb.evaluation.inference import fit_detector, residual_limit, view_residuals
+from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
 from ct_nb.physics.geometry import ConeBeam
-from ct_nb.physics.phantom import phantom
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics.projector import project
-from ct_nb.physics.readers import read_ct
+from ct_nb.data.read import read_ct
 from ct_nb.physics.volume import Grid, Volume, hu_to_mu
-from ct_nb.view.reconstruction_figure import (
-    reconstruct_files,
-    reconstruction_figure,
-    save_reconstruction,
-)
+from ct_nb.app.reconstruct_files import reconstruct_files, reconstruction_figure, save_reconstruction
 
 CENTER = np.array([20.0, -35.0, 150.0])
 LIMIT = {"median": 0.03, "limit": 0.08}
@@ -377,9 +367,9 @@ def test_command_with_samples_without_consistency(run, tmp_path):
 # ---------------------------------------------------------------- samples of a cascade
 @pytest.fixture(scope="module")
 def cascade_run(tmp_path_factory):
-    from ct_nb.nets.cascade import Cascade, CascadeConfig, StageConfig
-    from ct_nb.nets.denoiser import DenoiserConfig
-    from ct_nb.nets.diffusion import DiffusionConfig
+    from ct_nb.cascade.network import Cascade, CascadeConfig, StageConfig
+    from ct_nb.cascade.denoiser import DenoiserConfig
+    from ct_nb.layers.diffusion import DiffusionConfig
 
     folder = tmp_path_factory.mktemp("cascade")
     torch.manual_seed(0)
@@ -467,8 +457,8 @@ def test_weights_of_a_third_system_are_refused(tmp_path):
 
 # ---------------------------------------------------------------- a refiner behind it
 def test_an_untrained_refiner_leaves_the_answer_and_says_that_it_was_there(run, tmp_path):
-    from ct_nb.learn.refinement import RefinementModel
-    from ct_nb.nets.refine import RefinerConfig
+    from ct_nb.refine.pipeline import RefinementModel
+    from ct_nb.refine.network import RefinerConfig
 
     torch.manual_seed(0)
     model = RefinementModel(RefinerConfig(size=32, channels=(6, 12), prior_features=4, hidden=16))

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.nets import refine
-from ct_nb.nets.cascade import patch_starts
-from ct_nb.nets.refine import SEEN_CHANNELS, Refiner, RefinerConfig
+from ct_nb.refine import network as refine
+from ct_nb.layers.tiling import patch_starts
+from ct_nb.refine.network import SEEN_CHANNELS, Refiner, RefinerConfig
 from ct_nb.physics.geometry import ConeBeam
-from ct_nb.physics.phantom import phantom
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from ct_nb.learn.refinement_board import REFINEMENT_MAIN, RefinementBoard
-from ct_nb.learn.scoreboard import board_content
-from ct_nb.learn.sharpness import SHARPNESS_METRICS
+from ct_nb.refine.evaluation import REFINEMENT_MAIN, RefinementBoard
+from ct_nb.evaluation.scoreboard import board_content
+from ct_nb.evaluation.sharpness import SHARPNESS_METRICS
 
 PREDICTORS = ("refined", "coarse", "unsharp_mask", "consistency_alone")
 

@@ -7,19 +7,19 @@ import sys
 import pytest
 import torch
 
-from ct_nb.data.sources import open_source
-from ct_nb.files import write_json
-from ct_nb.learn import coarse as coarse_module
-from ct_nb.learn.baselines import SIRT
-from ct_nb.learn.checkpoints import save_weights
-from ct_nb.learn.coarse import coarse_code, imported_files, known_cases, known_patients, open_coarse
-from ct_nb.learn.train import DRR2CTRun
-from ct_nb.learn.train_cascade import Sampler
-from ct_nb.learn.train_refinement import RefinementRun
-from ct_nb.nets.cascade import Cascade, CascadeConfig, StageConfig
-from ct_nb.nets.denoiser import DenoiserConfig
-from ct_nb.nets.diffusion import DiffusionConfig
-from ct_nb.physics.phantom import phantom
+from ct_nb.data.open import open_source
+from ct_nb.core.files import write_json
+from ct_nb.refine import coarse_inputs as coarse_module
+from ct_nb.evaluation.baselines import SIRT
+from ct_nb.training.checkpoints import save_weights
+from ct_nb.refine.coarse_inputs import coarse_code, imported_files, known_cases, known_patients, open_coarse
+from ct_nb.drr2ct.train import DRR2CTRun
+from ct_nb.cascade.train import Sampler
+from ct_nb.refine.train import RefinementRun
+from ct_nb.cascade.network import Cascade, CascadeConfig, StageConfig
+from ct_nb.cascade.denoiser import DenoiserConfig
+from ct_nb.layers.diffusion import DiffusionConfig
+from ct_nb.phantom.chest import phantom
 from refinement_runs import NETWORK, cache, save_coarse, volumes  # noqa: F401 (cache is a fixture)
 
 # patients
@@ -241,7 +241,7 @@ def test_a_cascade_tells_the_system_a_that_it_started_from(tmp_path):
 
 def test_every_network_that_answers_decides_what_is_kept():
     program = (
-        "import sys, ct_nb.nets.drr2ct, ct_nb.nets.cascade; print(*(name for name in sys.modules if"
+        "import sys, ct_nb.drr2ct.network, ct_nb.cascade.network; print(*(name for name in sys.modules if"
         " name.startswith('ct_nb.')))"
     )
     loaded = subprocess.run(

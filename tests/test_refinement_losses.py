@@ -7,16 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.learn.refinement_losses import (
-    RandomFeatures,
-    RefinementWeights,
-    frequency_error,
-    frequency_weight,
-    laplacian_error,
-    pasted,
-    perceptual_error,
-    refinement_loss,
-)
+from ct_nb.refine.losses import RandomFeatures, RefinementWeights, frequency_error, frequency_weight, laplacian_error, pasted, perceptual_error, refinement_loss
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu

@@ -6,29 +6,16 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-import ct_nb.nets.regions as module
+import ct_nb.ct_encoder.region_attention as module
 from ct_nb.data.folders import name_cases
-from ct_nb.data.label_maps import name_region, total_doubt
-from ct_nb.learn.scan_reports import scan_and_regions
-from ct_nb.nets.ct_encoder import CTEncoderConfig
-from ct_nb.nets.regions import (
-    FORMS,
-    HU_EDGES,
-    RegionAttention,
-    RegionContents,
-    RegionPooling,
-    box_largest,
-    box_smallest,
-    merge_total,
-    multiplicative_attention,
-    overlap_means,
-    patch_overlaps,
-    prior_attention,
-    region_histograms,
-)
-from ct_nb.physics.anatomy import REGIONS
-from ct_nb.physics.phantom import phantom
-from ct_nb.physics.readers import CTReadError
+from ct_nb.ct_encoder.label_maps import name_region, total_doubt
+from ct_nb.ct_encoder.dataset import scan_and_regions
+from ct_nb.ct_encoder.encoder import CTEncoderConfig
+from ct_nb.ct_encoder.region_attention import FORMS, RegionAttention, RegionPooling, merge_total, multiplicative_attention, overlap_means, patch_overlaps, prior_attention
+from ct_nb.ct_encoder.region_histograms import HU_EDGES, RegionContents, box_largest, box_smallest, region_histograms
+from ct_nb.core.regions import REGIONS
+from ct_nb.phantom.chest import phantom
+from ct_nb.data.hounsfield import CTReadError
 from ct_nb.physics.volume import Volume
 
 

@@ -7,37 +7,12 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from ct_nb.data import reports as vocabulary
+from ct_nb.ct_encoder import reports as vocabulary
 from ct_files import write_stored
-from ct_nb.data.report_readers import (
-    ct_rate_hu,
-    ct_rate_name,
-    ct_rate_path,
-    ct_rate_reports,
-    ct_rate_rescale,
-    ct_rate_root,
-    given,
-    is_conversations,
-    make_step,
-    omniabnorm_reports,
-    phantom_report,
-    radgenome_reports,
-    read_ct_rate,
-    read_records,
-    split_steps,
-)
-from ct_nb.data.reports import (
-    CT_RATE_LABELS,
-    FINDINGS,
-    Report,
-    clauses,
-    find_mentions,
-    finding_states,
-    is_normal,
-    region_texts,
-)
-from ct_nb.physics.phantom import phantom
-from ct_nb.physics.readers import CTReadError
+from ct_nb.ct_encoder.report_readers import ct_rate_hu, ct_rate_name, ct_rate_path, ct_rate_reports, ct_rate_rescale, ct_rate_root, given, is_conversations, make_step, omniabnorm_reports, phantom_report, radgenome_reports, read_ct_rate, read_records, split_steps
+from ct_nb.ct_encoder.reports import CT_RATE_LABELS, FINDINGS, Report, clauses, find_mentions, finding_states, is_normal, region_texts
+from ct_nb.phantom.chest import phantom
+from ct_nb.data.hounsfield import CTReadError
 
 PAGE = {  # a clause of free text: (region, negated) of each mention
     "Trachea and both main bronchi are open.": {(6, False)},

@@ -7,21 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.learn.retrieval import (
-    auroc,
-    bootstrap,
-    chance_recall,
-    crg,
-    label_scores,
-    linear_probe,
-    polarity,
-    prompt_pairs,
-    prompt_scores,
-    ranks,
-    retrieval,
-    share_interval,
-    text_overlap,
-)
+from ct_nb.ct_encoder.retrieval import auroc, bootstrap, chance_recall, crg, label_scores, linear_probe, polarity, prompt_pairs, prompt_scores, ranks, retrieval, share_interval, text_overlap
 
 
 def random(seed, *shape):

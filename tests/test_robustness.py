@@ -6,20 +6,10 @@ import json
 import pytest
 import torch
 
-from ct_nb.data.pairs import XrayPairs
-from ct_nb.data.sources import phantoms
-from ct_nb.learn.baselines import SIRT
-from ct_nb.learn.robustness import (
-    CONDITIONS,
-    REFERENCE,
-    Condition,
-    Robustness,
-    applied,
-    rendered,
-    residuals,
-    robustness,
-    told,
-)
+from ct_nb.data.xray_pairs import XrayPairs
+from ct_nb.data.open import phantom_source
+from ct_nb.evaluation.baselines import SIRT
+from ct_nb.drr2ct.robustness import CONDITIONS, REFERENCE, Condition, Robustness, applied, rendered, residuals, robustness, told
 from ct_nb.physics.geometry import ConeBeam, GeometryError
 from ct_nb.physics.volume import Grid
 
@@ -27,7 +17,7 @@ from ct_nb.physics.volume import Grid
 @pytest.fixture(scope="module")
 def pairs():
     return XrayPairs(
-        phantoms(2, 32),
+        phantom_source(2, 32),
         16,
         geometry=ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(32, 32), pixel_mm=16),
     )
@@ -126,7 +116,7 @@ def test_the_model_gets_what_is_told_and_the_residual_uses_it(pairs):
 
 def test_noise_is_no_contradiction(pairs):
     # rendered from the target's own grid: only noise is left
-    fine = XrayPairs(phantoms(1, 16), 16, geometry=pairs.geometry)
+    fine = XrayPairs(phantom_source(1, 16), 16, geometry=pairs.geometry)
     board = robustness(
         Remembers(fine[0]["hu"]),
         fine,

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.learn.baselines import AtlasConsistent, MeanAtlas, NearestNeighbour, fit_baselines
-from ct_nb.learn.metrics import drr_error, held_out_drr_error, null_space_error
-from ct_nb.learn.score import evaluate_volumes
-from ct_nb.learn.scoreboard import Scoreboard, evaluate, held_out_views
+from ct_nb.evaluation.baselines import AtlasConsistent, MeanAtlas, NearestNeighbour, fit_baselines
+from ct_nb.evaluation.metrics import drr_error, held_out_drr_error, null_space_error
+from ct_nb.evaluation.case_metrics import evaluate_volumes
+from ct_nb.evaluation.scoreboard import Scoreboard, evaluate, held_out_views
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import Grid, Volume, hu_to_mu

@@ -6,22 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.learn.baselines import AtlasConsistent
-from ct_nb.learn.sharpness import (
-    SHARPNESS_METRICS,
-    ConsistencyAlone,
-    Unrefined,
-    UnsharpMask,
-    _parts,
-    edges,
-    gaussian_high_pass,
-    null_space_added,
-    sharpness_scores,
-    spectra,
-    spectrum_error_db,
-)
+from ct_nb.evaluation.baselines import AtlasConsistent
+from ct_nb.evaluation.sharpness import SHARPNESS_METRICS, _parts, edges, null_space_added, sharpness_scores, spectra, spectrum_error_db
+from ct_nb.refine.baselines import ConsistencyAlone, Unrefined, UnsharpMask, gaussian_high_pass
 from ct_nb.physics.geometry import ConeBeam
-from ct_nb.physics.phantom import phantom
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics.projector import project
 from ct_nb.physics.solvers import range_component
 from ct_nb.physics.volume import Grid, hu_to_mu, mu_to_hu

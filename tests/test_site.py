@@ -501,21 +501,21 @@ def test_every_exported_symbol_is_described_on_its_page(site):
     assert not any(
         twice.values()
     ), f"one anchor stands twice: { {page: parts for page, parts in twice.items() if parts} }"
-    geometry = pages["physics/03_geometry.ipynb"]
+    geometry = pages["physics/01_geometry.ipynb"]
     assert (
         "### ConeBeam.orbit {#api-ConeBeam.orbit}" in geometry
         and "| `detector_shape` | `tuple[int, int]` |" in geometry
     )
     assert (
         "| `length_mm` |" not in geometry
-        and "scale_bar(axis, length_mm: float = 50.0) -> None" in pages["view/00_figures.ipynb"]
+        and "scale_bar(axis, length_mm: float = 50.0) -> None" in pages["viewer/00_figures.ipynb"]
     )
 
 
 def test_api_blocks_come_from_docstrings_and_comments():
-    from ct_nb.nets.drr2ct import DRR2CTConfig
+    from ct_nb.drr2ct.network import DRR2CTConfig
     from ct_nb.physics.geometry import ConeBeam
-    from ct_nb.view.refinement_figure import refinement_figure
+    from ct_nb.refine.figures import refinement_figure
 
     block = build_site.api(refinement_figure, "refinement_figure")
     assert (
@@ -541,17 +541,17 @@ def test_words_become_links_only_where_they_are_names():
     }
     text = links(
         "`ConeBeam.orbit()`, `plane`, `ct_nb.physics.geometry.ConeBeam`, `ConeBeam.views`,"
-        " `forward`, [see](../physics/03_geometry.ipynb), `nbs/index.ipynb`,"
+        " `forward`, [see](../physics/01_geometry.ipynb), `nbs/index.ipynb`,"
         " `nbs/gone.ipynb`\n```\n`ConeBeam`\n```\n## `ConeBeam`",
-        "nbs/view/00_figures.ipynb",
-        {"plane": "ct_nb.view.figures.plane"},
+        "nbs/viewer/00_figures.ipynb",
+        {"plane": "ct_nb.viewer.figures.plane"},
     )
     assert (
         text == "[`ConeBeam.orbit()`](../physics/geometry.html#api-ConeBeam.orbit),"
         " [`plane`](figures.html#api-plane),"
         " [`ct_nb.physics.geometry.ConeBeam`](../physics/geometry.html#api-ConeBeam),"
         " [`ConeBeam.views`](../physics/geometry.html#api-ConeBeam), `forward`,"
-        " [see](../physics/03_geometry.ipynb), [`nbs/index.ipynb`](../index.ipynb),"
+        " [see](../physics/01_geometry.ipynb), [`nbs/index.ipynb`](../index.ipynb),"
         " `nbs/gone.ipynb`\n```\n`ConeBeam`\n```\n## `ConeBeam`"
     )
     assert (
@@ -604,7 +604,7 @@ def test_what_reads_a_run_comes_after_what_leaves_it():
         "train_drr2ct.ipynb",
         "train_slices.ipynb",
         "train_ct_encoder.ipynb",
-        "physics/03_geometry.ipynb",
+        "physics/01_geometry.ipynb",
     } <= set(first)
     assert (
         {"train_refinement.ipynb", "reconstruct.ipynb", "evaluate.ipynb"} <= set(then)

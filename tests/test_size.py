@@ -6,17 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ct_nb.learn.size import (
-    PARTS,
-    buffer_bytes,
-    count_activations,
-    measure,
-    outlined,
-    parameter_counts,
-    scene,
-    size_table,
-)
-from ct_nb.nets.drr2ct import DRR2CT, DRR2CTConfig
+from ct_nb.drr2ct.model_size import PARTS, buffer_bytes, count_activations, measure, outlined, parameter_counts, scene, size_table
+from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = DRR2CTConfig.preset("smoke")
@@ -70,7 +61,7 @@ def test_recompute_keeps_only_what_blocks_are_given():
 
 
 def test_counting_leaves_the_network_as_it_was():
-    import ct_nb.nets.drr2ct
+    import ct_nb.drr2ct.network
     from ct_nb.physics.projector import project
 
     with torch.device("meta"):
@@ -80,7 +71,7 @@ def test_counting_leaves_the_network_as_it_was():
         raise RuntimeError
     with outlined(model):
         count_activations(model, *scene(SMOKE))
-    assert ct_nb.nets.drr2ct.project is project and finders == [
+    assert ct_nb.drr2ct.network.project is project and finders == [
         a.find for a in model.views.epipolar.values()
     ]
     assert model.training and not any(
@@ -129,7 +120,7 @@ def test_paper_takes_a_real_step_at_a_small_size():
 def test_accelerate_reads_the_configuration_that_ships():
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from ct_nb.learn.train import get_preset
+    from ct_nb.drr2ct.train import get_preset
 
     path = str(ROOT / "launch" / "paper.yaml")
     config = load_config_from_file(path)
@@ -141,7 +132,7 @@ def test_accelerate_reads_the_configuration_that_ships():
     )
     args, _, _ = _validate_launch_command(
         launch_command_parser().parse_args(
-            ["--config_file", path, "-m", "ct_nb.learn.train", "--preset", "paper"]
+            ["--config_file", path, "-m", "ct_nb.drr2ct.train", "--preset", "paper"]
         )
     )
     assert args.multi_gpu and args.num_processes == 3

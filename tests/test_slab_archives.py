@@ -18,34 +18,14 @@ import torch
 from ct_files import body
 from ct_files import series_members as series
 from ct_files import zipped
-from ct_nb.data.rplhr import rplhr, rplhr_scores, rplhr_ssim
-from ct_nb.data.slab_archives import (
-    SIDES,
-    StackCase,
-    StackSource,
-    agreement_hu,
-    find_series,
-    open_stacks,
-    pair_stack,
-    pe_archive,
-    read_pair,
-    side_counts,
-    split_patients,
-    split_stacks,
-    stack_sides,
-    thin_folder,
-)
-from ct_nb.data.slab_preparation import main, prepare_stacks, prepared_stacks, read_stack
-from ct_nb.data.slabs import (
-    SlabPairs,
-    SliceAxis,
-    SliceProfile,
-    ThinStack,
-    from_unit,
-    slab_matrix,
-    thicken,
-)
-from ct_nb.physics.readers import CTReadError
+from ct_nb.slices.rplhr_ct import rplhr, rplhr_scores, rplhr_ssim
+from ct_nb.slices.paired_stacks import SIDES, StackCase, StackSource, agreement_hu, pair_stack, side_counts, split_patients, split_stacks, stack_sides
+from ct_nb.slices.pe_archive import find_series, pe_archive, read_pair
+from ct_nb.slices.open import open_stacks
+from ct_nb.slices.thin_folder import thin_folder
+from ct_nb.slices.prepared import main, prepare_stacks, prepared_stacks, read_stack
+from ct_nb.slices.slice_profile import SlabPairs, SliceAxis, SliceProfile, ThinStack, from_unit, slab_matrix, thicken
+from ct_nb.data.hounsfield import CTReadError
 from ct_nb.physics.volume import Volume, Window
 
 THIN = body((60, 32, 40))
@@ -562,7 +542,7 @@ def test_preparing_reports_goes_on_and_resumes(archive, tmp_path, good, monkeypa
 
     (archive / "APE" / "0003.zip").write_bytes(good.read_bytes())  # the download is completed
     os.truncate(out / "APE_0002" / "thin.npy", 1000)  # a crash tore a file
-    monkeypatch.setattr("ct_nb.data.slab_archives.read_ct", read_once := Counting())
+    monkeypatch.setattr("ct_nb.slices.paired_stacks.read_ct", read_once := Counting())
     again = statuses(prepare_stacks(pe_archive(archive), out, workers=0))
     assert (
         again
@@ -589,7 +569,7 @@ class Counting:
     count = 0
 
     def __call__(self, *args):
-        from ct_nb.physics.readers import read_ct
+        from ct_nb.data.read import read_ct
 
         self.count += 1
         return read_ct(*args)
@@ -713,7 +693,7 @@ def test_from_the_shell(archive, tmp_path):
         [
             sys.executable,
             "-m",
-            "ct_nb.data.slab_preparation",
+            "ct_nb.slices.prepared",
             f"pe:{archive}",
             "--out",
             str(tmp_path / "out"),

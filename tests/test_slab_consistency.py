@@ -4,17 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.data.slabs import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
-from ct_nb.nets import slab_consistency as module
-from ct_nb.nets.slab_consistency import (
-    along_z,
-    back_projection,
-    back_projection_matrix,
-    interpolate_slabs,
-    interpolation_matrix,
-    make_consistent_slabs,
-    smooth_spread,
-)
+from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
+from ct_nb.slices import consistency as module
+from ct_nb.slices.consistency import along_z, back_projection, back_projection_matrix, interpolate_slabs, interpolation_matrix, make_consistent_slabs, smooth_spread
 
 THICK = SliceAxis(-13.0, 5.0, 8)
 

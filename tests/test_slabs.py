@@ -6,22 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.data.slabs import (
-    SlabPairs,
-    SlabRange,
-    SliceAxis,
-    SliceProfile,
-    ThinStack,
-    collate_slabs,
-    fit_slabs,
-    from_unit,
-    slab_matrix,
-    thicken,
-    thin_axis,
-    to_unit,
-    touched,
-)
-from ct_nb.physics.readers import read_ct
+from ct_nb.slices.slice_profile import SlabPairs, SlabRange, SliceAxis, SliceProfile, ThinStack, collate_slabs, fit_slabs, from_unit, slab_matrix, thicken, thin_axis, to_unit, touched
+from ct_nb.data.read import read_ct
 from ct_nb.physics.volume import Grid, get_window
 
 PROFILES = [

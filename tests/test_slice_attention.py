@@ -7,8 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ct_nb.nets.biased_attention import biased_attention
-from ct_nb.nets.slice_attention import SliceAttention, slice_attention, slice_biases
+from ct_nb.layers.relative_bias import biased_attention
+from ct_nb.ct_encoder.slice_attention import SliceAttention, slice_attention, slice_biases
 
 
 def random(seed, *shape, dtype=torch.float64):

@@ -7,26 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.data.slab_archives import StackCase, StackSource, open_stacks
-from ct_nb.data.slabs import (
-    SlabPairs,
-    SlabRange,
-    SliceAxis,
-    SliceProfile,
-    ThinStack,
-    slab_matrix,
-    thicken,
-)
-from ct_nb.data.slice_crops import (
-    KeptStacks,
-    SliceCrops,
-    change_along_z,
-    thinned_less,
-    turned_in_plane,
-    turned_over,
-    usable,
-)
-from ct_nb.learn.train_vae import ThinCrops
+from ct_nb.slices.paired_stacks import StackCase, StackSource
+from ct_nb.slices.open import open_stacks
+from ct_nb.slices.slice_profile import SlabPairs, SlabRange, SliceAxis, SliceProfile, ThinStack, slab_matrix, thicken
+from ct_nb.slices.crops import KeptStacks, SliceCrops, change_along_z, thinned_less, turned_in_plane, turned_over, usable
+from ct_nb.slices.vae_train import ThinCrops
 
 
 @pytest.fixture(scope="module")

@@ -8,30 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-import ct_nb.learn.slice_scores as scores
-from ct_nb.data.slabs import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
-from ct_nb.learn.metrics import CHEST, psnr, ssim
-from ct_nb.learn.score import METRICS
-from ct_nb.learn.scoreboard import Scoreboard, judge
-from ct_nb.learn.slice_scores import (
-    BackProjection,
-    CEILINGS,
-    Interpolation,
-    SLICE_MAIN,
-    SLICE_METRICS,
-    SliceBoard,
-    evaluate_slices,
-    reach,
-    slice_floors,
-    slice_noise,
-    slice_scores,
-    step_scores,
-    vae_ceilings,
-    z_edges,
-)
-from ct_nb.learn.vae_scores import volume_ssim
-from ct_nb.learn.vae_scores import scores as vae_figures
-from ct_nb.nets.vae import SliceVAE, SliceVAEConfig
+import ct_nb.slices.metrics as scores
+from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
+from ct_nb.evaluation.metrics import CHEST, psnr, ssim
+from ct_nb.evaluation.case_metrics import METRICS
+from ct_nb.evaluation.scoreboard import Scoreboard, judge
+from ct_nb.slices.metrics import BackProjection, CEILINGS, Interpolation, SLICE_MAIN, SLICE_METRICS, SliceBoard, evaluate_slices, reach, slice_floors, slice_noise, slice_scores, step_scores, vae_ceilings, z_edges
+from ct_nb.slices.vae_metrics import volume_ssim
+from ct_nb.slices.vae_metrics import scores as vae_figures
+from ct_nb.slices.vae import SliceVAE, SliceVAEConfig
 
 THICK, PROFILE = SliceAxis(2.5, 5.0, 6), SliceProfile(5.0)
 THIN = thin_axis(THICK, 1.0)

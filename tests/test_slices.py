@@ -6,19 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.data.slabs import SliceAxis, SliceProfile, collate_slabs, slab_matrix, thicken, thin_axis
-from ct_nb.nets import slices as module
-from ct_nb.nets.diffusion import DiffusionConfig
-from ct_nb.nets.slab_consistency import back_projection, interpolate_slabs
-from ct_nb.nets.slice_network import NEIGHBOURS, SliceNetwork, SliceNetworkConfig, slice_places
-from ct_nb.nets.slices import (
-    SliceDiffusion,
-    SliceDiffusionConfig,
-    SliceRegressor,
-    SliceRegressorConfig,
-    around,
-)
-from ct_nb.nets.vae import SliceVAE
+from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, collate_slabs, slab_matrix, thicken, thin_axis
+from ct_nb.slices import models as module
+from ct_nb.layers.diffusion import DiffusionConfig
+from ct_nb.slices.consistency import back_projection, interpolate_slabs
+from ct_nb.slices.network import NEIGHBOURS, SliceNetwork, SliceNetworkConfig, slice_places
+from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig, around
+from ct_nb.slices.vae import SliceVAE
 
 THICK, PROFILE = SliceAxis(4.0, 5.0, 3), SliceProfile(5.0)
 THIN = thin_axis(THICK, 1.25)

@@ -6,14 +6,7 @@ import torch
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import backproject, project
-from ct_nb.physics.solvers import (
-    fdk,
-    make_consistent,
-    minimum_norm,
-    null_component,
-    range_component,
-    sirt,
-)
+from ct_nb.physics.solvers import fdk, make_consistent, minimum_norm, null_component, range_component, sirt
 from ct_nb.physics.volume import Grid
 
 TINY = ConeBeam.orbit(

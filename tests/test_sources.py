@@ -15,9 +15,11 @@ import pytest
 from ct_nb.data.cache import DiskCache, content_digest, default_cache_dir, files_digest
 from ct_nb.data.folders import find_cases, name_cases, read_folder
 from ct_nb.data.prepare import main, prepare
-from ct_nb.data.sources import CTSource, open_source
-from ct_nb.data.thorax import ThoraxRule, measure_thorax
+from ct_nb.data.cases import CTSource
+from ct_nb.data.open import open_source
+from ct_nb.data.thorax_check import ThoraxRule, measure_thorax
 from ct_nb.physics.volume import Grid, Volume
+from ct_nb.data.open import phantom_source
 
 RADIUS = np.linalg.norm(Grid.cube(32, 320.0).centers_mm().numpy(), axis=-1)
 
@@ -309,7 +311,7 @@ def test_mixed_sources(folder):
     with pytest.raises(ValueError, match="'phantom-00001' is in two of the sources"):
         open_source(f"phantom:2+{folder}", 16)
     with pytest.raises(ValueError, match="do not mix"):
-        CTSource.phantoms(1, 16) + read_folder(folder, 32)
+        phantom_source(1, 16) + read_folder(folder, 32)
 
 
 def test_a_path_with_a_plus(folder):
@@ -343,7 +345,7 @@ def test_prepared_reads_with_numpy_alone(folder, tmp_path):
         " 'matplotlib'): sys.modules[name] = None\n"
     )
     program = (
-        blocked + f"from ct_nb.data.sources import open_source\ns = open_source({str(out)!r}, 16,"
+        blocked + f"from ct_nb.data.cases import open_source\ns = open_source({str(out)!r}, 16,"
         " thorax_only=False)\nprint(s.ids, s.patients, int(s[0].labels.sum()),"
         " int(s[1].volume.hu.sum()))"
     )
@@ -400,7 +402,7 @@ def test_reopening_reads_nothing(folder, tmp_path, monkeypatch):
     cache = DiskCache(tmp_path / "cache")
     first = read_folder(folder, 16, cache=cache)
     monkeypatch.setattr(
-        "ct_nb.physics.readers.read_ct", lambda path: pytest.fail(f"{path} was read again")
+        "ct_nb.data.read.read_ct", lambda path: pytest.fail(f"{path} was read again")
     )
     again = read_folder(folder, 16, cache=DiskCache(tmp_path / "cache"))
     assert (

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ct_nb.learn.reconstruction import load_drr2ct
-from ct_nb.learn.stages import STAGES, Learner, get_stages
-from ct_nb.learn.train import DRR2CTRun, get_preset
+from ct_nb.drr2ct.predict import load_drr2ct
+from ct_nb.drr2ct.objective import STAGES, Learner, get_stages
+from ct_nb.drr2ct.train import DRR2CTRun, get_preset
 
 SMOKE = get_preset("smoke")
 TINY = replace(
@@ -124,7 +124,7 @@ def test_out_of_memory_lowers_batch_then_lists_then_latent_channels(tmp_path, mo
             raise torch.cuda.OutOfMemoryError("simulated")
         return forward(self, batch, step)
 
-    import ct_nb.learn.train as train
+    import ct_nb.drr2ct.train as train
 
     monkeypatch.setattr(train, "FEWEST_LATENT_CHANNELS", 8)
     monkeypatch.setattr(Learner, "forward", hungry)
@@ -154,7 +154,7 @@ def test_accelerate_launches_two_processes(tmp_path):
         "--dynamo_backend",
         "no",
         "-m",
-        "ct_nb.learn.train",
+        "ct_nb.drr2ct.train",
         "--preset",
         "smoke",
         "--stage",

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.nets import text as towers
-from ct_nb.nets.text import FolderText, TinyText, WordTokenizer, masked_mean, minilm, negation_gap
+from ct_nb.ct_encoder import text_encoders as towers
+from ct_nb.ct_encoder.text_encoders import FolderText, TinyText, WordTokenizer, masked_mean, minilm, negation_gap
 
 TEXTS = [
     "No pleural effusion.",

@@ -12,26 +12,14 @@ from ct_files import body, pair_members, write_series, zipped
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ct_nb.data.slabs import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
-from ct_nb.learn.checkpoints import WeightsError, save_weights
-from ct_nb.learn.thin_scans import header_width, thin_file, thin_frame, thin_volume
-from ct_nb.learn.thinning import (
-    DiffusionThinner,
-    RegressorThinner,
-    check_scan,
-    check_seen,
-    in_portions,
-    portions,
-)
-from ct_nb.learn.train_slices import Slices
-from ct_nb.nets.slab_consistency import interpolate_slabs
-from ct_nb.nets.slices import (
-    SliceDiffusion,
-    SliceDiffusionConfig,
-    SliceRegressor,
-    SliceRegressorConfig,
-)
-from ct_nb.physics.readers import read_volume
+from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
+from ct_nb.training.checkpoints import WeightsError, save_weights
+from ct_nb.slices.thin_ct_files import header_width, thin_file, thin_frame, thin_volume
+from ct_nb.slices.inference import DiffusionThinner, RegressorThinner, check_scan, check_seen, in_portions, portions
+from ct_nb.slices.train import Slices
+from ct_nb.slices.consistency import interpolate_slabs
+from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
+from ct_nb.data.read import read_volume
 from ct_nb.physics.volume import Volume
 
 SEEN = {"thick_mm": [4.0, 6.0], "width": [0.8, 1.2], "thin_mm": [1.0, 1.9]}
@@ -291,7 +279,7 @@ def test_features_do_not_grow_with_the_scan_and_only_the_slices_do(
     kind, regressor, diffusion, monkeypatch
 ):
     # as it is to a scan of ordinary size
-    monkeypatch.setattr("ct_nb.nets.slab_consistency.VOXELS_AT_ONCE", 2**14)
+    monkeypatch.setattr("ct_nb.slices.consistency.VOXELS_AT_ONCE", 2**14)
     make = lambda gib, **more: (
         RegressorThinner(regressor, memory_gib=gib, **more)
         if kind == "regressor"
@@ -547,7 +535,7 @@ def test_settings_without_sense_are_refused_before_a_scan_is_read(scan, run, tmp
     out, was = tmp_path / "out" / "x.nii.gz", path.read_bytes()
     go = lambda **more: thin_file(**dict(path=path, out=out, weights=run, progress=False) | more)
     read = []
-    monkeypatch.setattr("ct_nb.learn.thin_scans.read_ct", lambda *given: read.append(given))
+    monkeypatch.setattr("ct_nb.slices.thin_ct_files.read_ct", lambda *given: read.append(given))
     for value in (0.0, -1.0, float("nan"), float("inf")):
         assert "memory_gib: must be a number above 0" in sentence(lambda: go(memory_gib=value))
     for value in (-3.0, float("nan"), float("inf")):
@@ -613,7 +601,7 @@ def test_the_file_is_named_where_a_model_has_not_seen_such_slices(run, tmp_path)
 def test_the_command_thins_a_named_series_and_shows_progress(
     two_series, run, tmp_path, monkeypatch, capsys
 ):
-    from ct_nb.console import thin
+    from ct_nb.app.cli import thin
 
     monkeypatch.chdir(tmp_path)
     thin(
@@ -653,7 +641,7 @@ def test_the_command_thins_a_named_series_and_shows_progress(
     ],
 )
 def test_the_command_ends_with_one_sentence(scan, run, tmp_path, monkeypatch, given, words):
-    from ct_nb.console import thin
+    from ct_nb.app.cli import thin
 
     monkeypatch.chdir(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())

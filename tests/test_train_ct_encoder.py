@@ -14,47 +14,22 @@ import torch
 
 from ct_files import write_stored, write_table
 from ct_nb.data.cache import DiskCache
-from ct_nb.data.pairs import stream
-from ct_nb.data.reports import CT_RATE_LABELS, Report, Step
-from ct_nb.learn import scan_reports
-from ct_nb.learn.alignment import same, text_keys
-from ct_nb.learn.checkpoints import WeightsError
-from ct_nb.learn.gradient_caching import cached_backward
-from ct_nb.learn.scan_language import (
-    ScanLanguage,
-    ScanLanguageConfig,
-    all_texts,
-    claim_loss,
-    draw_regions,
-    label_regions,
-    reasoning,
-    region_claims,
-    region_sayings,
-    scan_claims,
-    step_scope,
-)
-from ct_nb.learn.scan_reports import (
-    ScanReports,
-    collate_scans,
-    folder_cases,
-    open_scans,
-    phantom_cases,
-    read_reports,
-    shifted,
-)
-from ct_nb.learn.trainer import Trainer, TrainerConfig, _pieces
-from ct_nb.learn.train_ct_encoder import (
-    CT_ENCODER_PRESETS,
-    CTEncoderRun,
-    get_ct_encoder_preset,
-    load_ct_encoder,
-)
-from ct_nb.nets.cot import claims
-from ct_nb.nets.ct_encoder import CTEncoderConfig
-from ct_nb.nets.slice_attention import slice_attention, slice_biases
-from ct_nb.nets.text import WordTokenizer
-from ct_nb.physics.anatomy import REGIONS
-from ct_nb.physics.phantom import phantom
+from ct_nb.core.seeding import stream
+from ct_nb.ct_encoder.reports import CT_RATE_LABELS, Report, Step
+from ct_nb.ct_encoder import dataset as scan_reports
+from ct_nb.ct_encoder.contrastive import same, text_keys
+from ct_nb.training.checkpoints import WeightsError
+from ct_nb.training.gradient_cache import cached_backward
+from ct_nb.ct_encoder.model import ScanLanguage, ScanLanguageConfig, all_texts, claim_loss, draw_regions, label_regions, reasoning, region_claims, region_sayings, scan_claims, step_scope
+from ct_nb.ct_encoder.dataset import ScanReports, collate_scans, folder_cases, open_scans, phantom_cases, read_reports, shifted
+from ct_nb.training.trainer import Trainer, TrainerConfig, _pieces
+from ct_nb.ct_encoder.train import CT_ENCODER_PRESETS, CTEncoderRun, get_ct_encoder_preset, load_ct_encoder
+from ct_nb.ct_encoder.report_decoder import claims
+from ct_nb.ct_encoder.encoder import CTEncoderConfig
+from ct_nb.ct_encoder.slice_attention import slice_attention, slice_biases
+from ct_nb.ct_encoder.text_encoders import WordTokenizer
+from ct_nb.core.regions import REGIONS
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Volume
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1012,7 +987,7 @@ def test_a_frozen_tower_is_no_part_of_the_weights(data, model, tmp_path):
 
 def test_the_bench_measures_the_networks_that_are_trained(tmp_path, monkeypatch):
     import nbformat
-    from ct_nb.nets import ct_encoder
+    from ct_nb.ct_encoder import encoder as ct_encoder
 
     preset = CT_ENCODER_PRESETS["smoke"]
     embedded = []

@@ -11,44 +11,28 @@ import pytest
 import torch
 from torch import nn
 
-from ct_nb.data.pairs import XrayPairs
+from ct_nb.data.xray_pairs import XrayPairs
 from ct_nb.data.radiographs import write_radiographs
-from ct_nb.data.sources import phantoms
-from ct_nb.files import write_json
-from ct_nb.learn import train_refinement
-from ct_nb.learn.checkpoints import WeightsError, save_weights
-from ct_nb.learn.coarse import (
-    CoarsePairs,
-    FrozenCoarse,
-    known_cases,
-    open_coarse,
-    unseen_phantoms,
-    weights_digest,
-)
-from ct_nb.learn.reconstruction import reconstruct, view_residuals
-from ct_nb.learn.refinement import (
-    ConsistencySettings,
-    RefinementModel,
-    load_refiner,
-    refine_reconstruction,
-)
-from ct_nb.learn.refinement_losses import RefinementWeights
-from ct_nb.learn.sharpness import SHARPNESS_METRICS, gaussian_high_pass
-from ct_nb.learn.train import Mixture
-from ct_nb.learn.train_refinement import (
-    REFINEMENT_PRESETS,
-    RefinementLearner,
-    RefinementRun,
-    case_folders,
-    collate_coarse,
-)
-from ct_nb.nets.prior import binned
-from ct_nb.nets.refine import Refiner, RefinerConfig
-from ct_nb.physics.phantom import phantom
+from ct_nb.data.open import phantom_source
+from ct_nb.core.files import write_json
+from ct_nb.refine import train as train_refinement
+from ct_nb.training.checkpoints import WeightsError, save_weights
+from ct_nb.refine.coarse_inputs import CoarsePairs, FrozenCoarse, known_cases, open_coarse, unseen_phantoms, weights_digest
+from ct_nb.drr2ct.predict import reconstruct
+from ct_nb.evaluation.inference import view_residuals
+from ct_nb.refine.pipeline import ConsistencySettings, RefinementModel, load_refiner, refine_reconstruction
+from ct_nb.refine.losses import RefinementWeights
+from ct_nb.evaluation.sharpness import SHARPNESS_METRICS
+from ct_nb.refine.baselines import gaussian_high_pass
+from ct_nb.data.cohort import Mixture
+from ct_nb.refine.train import REFINEMENT_PRESETS, RefinementLearner, RefinementRun, case_folders, collate_coarse
+from ct_nb.physics.detector import binned
+from ct_nb.refine.network import Refiner, RefinerConfig
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics.solvers import make_consistent
 from ct_nb.physics.volume import Grid, Volume, hu_to_mu, mu_to_hu
-from ct_nb.view.reconstruction_figure import reconstruct_files, report
-from ct_nb.view.refinement_figure import draw_run
+from ct_nb.app.reconstruct_files import reconstruct_files, report
+from ct_nb.refine.figures import draw_run
 from refinement_runs import NETWORK, cache, save_coarse  # noqa: F401 (cache is a fixture)
 
 
@@ -169,7 +153,7 @@ def test_the_command_says_how_to_draw_them(run, monkeypatch, capsys):
     *before, told = capsys.readouterr().out.splitlines()
     assert (
         before == ["described", "a table", "a gain"]
-        and told == f"the pictures: python -m ct_nb.view.refinement_figure {run.out}"
+        and told == f"the pictures: python -m ct_nb.refine.figures {run.out}"
     )
     (run.out / "spectra.png").unlink(missing_ok=True)
     subprocess.run(
@@ -329,7 +313,7 @@ def test_pairs_are_kept_under_the_weights_and_the_case(coarse, tmp_path):
             asked.append(item["id"])
             return super().answer(item)
 
-    data = Mixture((XrayPairs(phantoms(2, 32), size=16), 1))
+    data = Mixture((XrayPairs(phantom_source(2, 32), size=16), 1))
     make = lambda: CoarsePairs(data, Counting(coarse), 1, tmp_path / "kept")
     first = [make()[place]["coarse"] for place in range(2)]
     assert asked == ["phantom-00000", "phantom-00001"]

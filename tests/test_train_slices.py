@@ -9,37 +9,21 @@ import pytest
 import torch
 from ct_files import body, pair_members, zipped
 
-import ct_nb.learn.train_slices as training
-import ct_nb.learn.train_vae as vae_training
-from ct_nb.data.rplhr import rplhr, rplhr_scores
-from ct_nb.data.slab_archives import open_stacks
-from ct_nb.data.slab_preparation import prepare_stacks
-from ct_nb.data.slabs import (
-    SlabPairs,
-    SlabRange,
-    SliceAxis,
-    SliceProfile,
-    collate_slabs,
-    slab_matrix,
-    thicken,
-    to_unit,
-)
-from ct_nb.data.slice_crops import KeptStacks, SliceCrops, thinned_less
-from ct_nb.learn.checkpoints import WeightsError
-from ct_nb.learn.thin_scans import thin_file
-from ct_nb.learn.train_slices import (
-    SLICES_PRESETS,
-    Slices,
-    SlicesRun,
-    _Learner,
-    get_slices_preset,
-    load_slices,
-)
-from ct_nb.learn.train_vae import VAERun
-from ct_nb.nets.slices import SliceDiffusion, SliceRegressor
+import ct_nb.slices.train as training
+import ct_nb.slices.vae_train as vae_training
+from ct_nb.slices.rplhr_ct import rplhr, rplhr_scores
+from ct_nb.slices.open import open_stacks
+from ct_nb.slices.prepared import prepare_stacks
+from ct_nb.slices.slice_profile import SlabPairs, SlabRange, SliceAxis, SliceProfile, collate_slabs, slab_matrix, thicken, to_unit
+from ct_nb.slices.crops import KeptStacks, SliceCrops, thinned_less
+from ct_nb.training.checkpoints import WeightsError
+from ct_nb.slices.thin_ct_files import thin_file
+from ct_nb.slices.train import SLICES_PRESETS, Slices, SlicesRun, _Learner, get_slices_preset, load_slices
+from ct_nb.slices.vae_train import VAERun
+from ct_nb.slices.models import SliceDiffusion, SliceRegressor
 from ct_nb.physics.volume import Volume
-from ct_nb.view.figures import training_figure
-from ct_nb.view.slice_figures import slices_cut_figure
+from ct_nb.viewer.figures import training_figure
+from ct_nb.slices.figures import slices_cut_figure
 
 
 @pytest.fixture(scope="module")

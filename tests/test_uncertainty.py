@@ -7,25 +7,13 @@ import pytest
 import torch
 from scipy.stats import norm, t as student
 
-import ct_nb.learn.uncertainty as uncertainty
-from ct_nb.learn.uncertainty import (
-    LEVELS,
-    Calibration,
-    Summary,
-    calibrate,
-    coverage,
-    hallucination_map,
-    prediction_factor,
-    range_coverage,
-    reliability,
-    summarise,
-    uncertainty_rows,
-)
-from ct_nb.nets.guidance import XrayGuidance
+import ct_nb.evaluation.uncertainty as uncertainty
+from ct_nb.evaluation.uncertainty import LEVELS, Calibration, Summary, calibrate, coverage, hallucination_map, prediction_factor, range_coverage, reliability, summarise, uncertainty_rows
+from ct_nb.cascade.guidance import XrayGuidance
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, Volume, hu_to_mu
-from ct_nb.view.uncertainty_figure import reliability_figure, uncertainty_figure
+from ct_nb.cascade.figures import reliability_figure, uncertainty_figure
 
 FULL = WINDOWS["full"]
 TINY = ConeBeam.orbit(
@@ -581,7 +569,7 @@ def test_pictures_draw_what_they_are_given(tmp_path):
     ],
 )
 def test_settings_of_samples_are_checked_first(setting, sentence):
-    from ct_nb.learn.sampled_reconstruction import reconstruct_sampled
+    from ct_nb.cascade.sample import reconstruct_sampled
 
     with pytest.raises(ValueError, match=sentence):
         reconstruct_sampled(None, None, None, **setting)

@@ -11,21 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-import ct_nb.nets.vae_tiles as tiles
-from ct_nb.learn.checkpoints import WeightsError
-from ct_nb.learn.train_vae import (
-    VAE_PRESETS,
-    VAELearner,
-    VAERun,
-    ThinCrops,
-    collate_crops,
-    load_vae,
-)
-from ct_nb.learn.vae_scores import block_means, scores, slice_ssim, vae_floors
-from ct_nb.nets.bottleneck import Latent
-from ct_nb.nets.vae import SliceVAE, SliceVAEConfig, Straight, fold, padded, unfold
-from ct_nb.nets.vae_tiles import cuts, decode_tiled, encode_tiled, plan_tiles, tile_bytes
-from ct_nb.physics.phantom import phantom
+import ct_nb.slices.vae_tiles as tiles
+from ct_nb.training.checkpoints import WeightsError
+from ct_nb.slices.vae_train import VAE_PRESETS, VAELearner, VAERun, ThinCrops, collate_crops, load_vae
+from ct_nb.slices.vae_metrics import block_means, scores, slice_ssim, vae_floors
+from ct_nb.layers.latent import Latent
+from ct_nb.slices.vae import SliceVAE, SliceVAEConfig, Straight, fold, padded, unfold
+from ct_nb.slices.vae_tiles import cuts, decode_tiled, encode_tiled, plan_tiles, tile_bytes
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import WINDOWS
 
 CONFIGS = (
@@ -209,8 +202,8 @@ def test_the_plan_keeps_its_memory():
 
 PEAK = """
 import re, torch
-from ct_nb.nets.vae import SliceVAE, SliceVAEConfig
-from ct_nb.nets.vae_tiles import decode_tiled, encode_tiled, tile_bytes
+from ct_nb.slices.vae import SliceVAE, SliceVAEConfig
+from ct_nb.slices.vae_tiles import decode_tiled, encode_tiled, tile_bytes
 torch.set_num_threads(1)
 config = SliceVAEConfig(fold=2, channels=(32, 32, 32), blocks=1)
 vae = SliceVAE(config).eval()
@@ -386,7 +379,7 @@ def test_a_run_leaves_weights_scale_and_scores(run):
     )
     assert {"absolute", "squared", "structure", "kl", "critic", "adversary"} <= set(run.history[-1])
     with pytest.raises(WeightsError, match="'slice_vae', but 'drr2ct'"):
-        from ct_nb.learn.reconstruction import load_drr2ct
+        from ct_nb.drr2ct.predict import load_drr2ct
 
         load_drr2ct(run.out)
     # two sides where an archive does not say more

@@ -9,17 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from ct_nb.nets.epipolar import EpipolarAttention, EpipolarNeighbours, squares
-from ct_nb.nets.views import (
-    ViewBlock,
-    ViewPyramid,
-    WindowAttention,
-    camera_tokens,
-    head_count,
-    positions,
-    strongest,
-    window_labels,
-)
+from ct_nb.drr2ct.epipolar_attention import EpipolarAttention, EpipolarNeighbours, squares
+from ct_nb.drr2ct.view_encoder import ViewBlock, ViewPyramid, WindowAttention, head_count, positions, strongest, window_labels
+from ct_nb.layers.camera import camera_tokens
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import Grid

@@ -9,16 +9,15 @@ __all__ = ['KINDS', 'READERS', 'RadiographError', 'Radiograph', 'Air', 'find_air
 # %% ../../nbs/data/04_radiographs.ipynb #cell-003
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.ndimage import median_filter
-
-from ..files import atomic_write
+from ..core.files import atomic_write
 from ..physics.geometry import ConeBeam
+from scipy.ndimage import median_filter
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-004
 KINDS = ("line_integrals", "intensity", "log_intensity")  # what the numbers of a radiograph can be

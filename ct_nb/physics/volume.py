@@ -7,14 +7,13 @@ __all__ = ['AIR_HU', 'WINDOWS', 'WATER_KEV', 'WATER_PER_CM', 'FLIP_XY', 'AFFINE_
            'mu_water_per_mm', 'hu_to_mu', 'mu_to_hu', 'resample', 'find_body', 'Volume', 'save_volume']
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-003
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from collections.abc import Sequence
 
 import numpy as np
 import torch
-
-from ..files import atomic_write
+from ..core.files import atomic_write
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-005
 AIR_HU = -1000.0  # vacuum and air; nothing physical lies below
@@ -407,7 +406,7 @@ class Volume:
         """Write as .nii.gz, .nii, .nrrd, .mha or .npz, by the name's ending: int16 where all values
         are whole, else float32.
 
-        The file is complete or not there (`ct_nb.files.atomic_write`). Another ending:
+        The file is complete or not there (`ct_nb.core.files.atomic_write`). Another ending:
         `ValueError`; a place that cannot be written: `OSError`.
         """
         save_volume(self, path)
@@ -445,7 +444,9 @@ def _write_npz(path, hu, affine):
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-035
 def _write_nifti(path, hu, affine):
-    import nibabel, json
+    import json
+
+    import nibabel
 
     image = nibabel.Nifti1Image(hu.transpose(2, 1, 0), FLIP_XY @ affine)
     image.header.set_xyzt_units("mm")

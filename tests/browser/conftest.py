@@ -55,17 +55,12 @@ def save_untrained(runs: Path) -> None:
     trained: what is tested is the page.
     """
     from dataclasses import replace
-    from ct_nb.learn.checkpoints import save_weights
-    from ct_nb.learn.scan_language import ScanLanguage
-    from ct_nb.learn.train_ct_encoder import get_ct_encoder_preset
-    from ct_nb.learn.train_slices import Slices
-    from ct_nb.nets.slices import (
-        SliceDiffusion,
-        SliceDiffusionConfig,
-        SliceRegressor,
-        SliceRegressorConfig,
-    )
-    from ct_nb.nets.vae import SliceVAE
+    from ct_nb.training.checkpoints import save_weights
+    from ct_nb.ct_encoder.model import ScanLanguage
+    from ct_nb.ct_encoder.train import get_ct_encoder_preset
+    from ct_nb.slices.train import Slices
+    from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
+    from ct_nb.slices.vae import SliceVAE
 
     torch.manual_seed(0)
     language = ScanLanguage(replace(get_ct_encoder_preset("smoke").network, words=("lobe", "lung")))
@@ -105,15 +100,15 @@ def save_untrained_reconstruction(runs: Path) -> None:
     """System A with a refiner and a cascade, all at 32³, and two samples of the explorer's patient,
     which it finds kept.
     """
-    from ct_nb.learn.checkpoints import save_weights
-    from ct_nb.learn.refinement import RefinementModel
-    from ct_nb.nets.cascade import Cascade, CascadeConfig, StageConfig
-    from ct_nb.nets.denoiser import DenoiserConfig
-    from ct_nb.nets.diffusion import DiffusionConfig
-    from ct_nb.nets.drr2ct import DRR2CT, DRR2CTConfig
-    from ct_nb.nets.refine import RefinerConfig
-    from ct_nb.physics.phantom import phantom
-    from ct_nb.view.answers import answers
+    from ct_nb.training.checkpoints import save_weights
+    from ct_nb.refine.pipeline import RefinementModel
+    from ct_nb.cascade.network import Cascade, CascadeConfig, StageConfig
+    from ct_nb.cascade.denoiser import DenoiserConfig
+    from ct_nb.layers.diffusion import DiffusionConfig
+    from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
+    from ct_nb.refine.network import RefinerConfig
+    from ct_nb.phantom.chest import phantom
+    from ct_nb.app.compare import answers
 
     others = torch.stack([phantom(seed, 32).volume.tensor() for seed in range(20, 26)])
     coarse = DRR2CT(DRR2CTConfig.preset("smoke"))

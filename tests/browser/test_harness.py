@@ -87,7 +87,7 @@ def test_everything_that_breaks_is_said(written):
 
 def test_a_notebook_without_a_picture_is_seen(written):
     blank = (
-        "import numpy; from ct_nb.view.explore import Picture; p = Picture(name='blank',"
+        "import numpy; from ct_nb.viewer.canvas import Picture; p = Picture(name='blank',"
         " letters=['R', 'L', 'A', 'P'], scale_bar_mm=50.0); p.draw(numpy.zeros((200, 200),"
         " 'uint8')); p"
     )

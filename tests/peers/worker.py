@@ -150,7 +150,7 @@ class CtNb(TorchPeer):
 
     def forget(self):
         "What is kept between calls counts, too."
-        from ct_nb.physics import joseph_cpu
+        from ct_nb.physics import joseph_numba as joseph_cpu
 
         joseph_cpu._spare.clear()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ct_nb.learn.consistency_losses import cross_view_infonce
+from ct_nb.training.projection_losses import cross_view_infonce
 
 
 class Tokens(torch.nn.Module):

@@ -19,7 +19,8 @@ if MODE == "interpret":
 import numpy as np
 import torch
 
-from ct_nb.physics import joseph, joseph_cuda
+from ct_nb.physics import joseph_reference as joseph
+from ct_nb.physics import joseph_triton as joseph_cuda
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import backproject, project
 from ct_nb.physics.volume import Grid

@@ -8,8 +8,8 @@ import sys
 import torch
 from torch.utils.data import Dataset
 
-from ct_nb.learn import trainer as trainer_module
-from ct_nb.learn.trainer import Trainer, TrainerConfig
+from ct_nb.training import trainer as trainer_module
+from ct_nb.training.trainer import Trainer, TrainerConfig
 
 
 class Points(Dataset):
