@@ -172,7 +172,7 @@ def _case(run: Path) -> tuple:
     folder = run / "cases" / name
     return (
         np.load(folder / "xrays.npz")["line_integrals"],
-        ConeBeam.load(folder / "geometry.json"),
+        load_geometry(folder / "geometry.json"),
         read_volume(folder / "truth.nii.gz"),
         folder,
     )

@@ -11,7 +11,7 @@ from ct_nb.cascade.train import CASCADE_PRESETS, V_LEARNING_RATE, CascadeRun, Sa
 from ct_nb.training.trainer import TrainingStopped
 from ct_nb.cascade.network import SMALLEST_SCALE, Cascade, CascadeConfig, CascadeStage, ErrorScale, StageConfig, physics_error, resized, roughness
 from ct_nb.layers.tiling import blended, patch_starts, patch_weights
-from ct_nb.cascade.denoiser import DenoiserConfig
+from ct_nb.layers.denoiser import DenoiserConfig
 from ct_nb.layers.diffusion import DiffusionConfig
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.phantom.chest import phantom

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ct_nb.layers.relative_bias as attention_module
-import ct_nb.cascade.denoiser as denoiser_module
+import ct_nb.layers.denoiser as denoiser_module
 from ct_nb.layers.relative_bias import BiasedAttention, TokenBlock, biased_attention, fold, relative_biases, spread
 from ct_nb.layers.blocks import ResidualBlock
 from ct_nb.layers.depth_prior import DEPTH_PRIOR_CHANNELS, DepthPrior, patch_shadows
-from ct_nb.cascade.denoiser import Condition, Denoiser, DenoiserConfig
+from ct_nb.layers.denoiser import Condition, Denoiser, DenoiserConfig
 from ct_nb.layers.embeddings import Place, overlaps, regrid, time_waves, token_grid, waves
 from ct_nb.layers.lifting import lift, shadows
 from ct_nb.physics.geometry import ConeBeam

@@ -11,6 +11,7 @@ from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import backproject, project
 from ct_nb.physics.solvers import make_consistent
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
+from ct_nb.physics.pose_errors import jitter_pose
 
 TINY = ConeBeam.orbit(
     [0.0, 70.0], [0.0, 20.0], grid=Grid.cube(6), detector_shape=(7, 7), pixel_mm=80.0
@@ -336,7 +337,7 @@ def test_explains_is_the_residual_of_each_view():
 
 def test_a_batch_is_its_patients_and_one_patient_serves_many_samples():
     guess, _, clean = chests(PAIR, batch=3)
-    turned = ConeBeam.stack([PAIR, PAIR.jitter(torch.Generator().manual_seed(0), 5.0, 5.0), PAIR])
+    turned = ConeBeam.stack([PAIR, jitter_pose(PAIR, torch.Generator().manual_seed(0), 5.0, 5.0), PAIR])
     for mode in ("soft", "exact"):
         together = XrayGuidance(clean, turned, mode=mode, noise=0.05)(guess)
         for b in range(3):

@@ -16,6 +16,8 @@ from ct_nb.training.losses import LossWeights, kl_weight, reconstruction_loss, w
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
+from ct_nb.physics.pose_errors import rotate
+from ct_nb.physics.pose_errors import translate
 
 CHEST = WINDOWS["chest"]
 PROGRAM = Path(__file__).parent / "programs" / "gather_tokens.py"
@@ -31,9 +33,9 @@ def scene(batch=2, size=16, pixels=24, dtype=torch.float32):
     """
     geometry = ConeBeam.stack(
         [
-            ConeBeam.biplanar(
+            rotate(ConeBeam.biplanar(
                 grid=Grid.cube(size), detector_shape=(pixels, pixels), pixel_mm=500 / pixels
-            ).rotated([0.0, 0.0, 7.0 * b])
+            ), [0.0, 0.0, 7.0 * b])
             for b in range(batch)
         ]
     ).to(dtype)
@@ -476,7 +478,7 @@ def test_mixup_leaves_alone_what_it_does_not_mix():
 
 def test_mixup_refuses_different_poses_and_wrong_settings():
     hu, xrays, geometry = one_pose(2)
-    moved = ConeBeam.stack([geometry[0], geometry[1].moved([0.0, 0.0, 0.5])])
+    moved = ConeBeam.stack([geometry[0], translate(geometry[1], [0.0, 0.0, 0.5])])
     with pytest.raises(ValueError, match="case 1 were taken from another pose"):
         mixup(hu, xrays, geometry=moved)
     with pytest.raises(ValueError, match="alpha"):

@@ -19,6 +19,7 @@ from ct_nb.physics.drr import take_xrays
 from ct_nb.data.cases import CTSource
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
+from ct_nb.physics.pose_errors import translate
 
 POINTS = Grid.cube(32, 320.0).centers_mm()
 VIEWS = ConeBeam.biplanar(detector_shape=(24, 24), pixel_mm=20.0)
@@ -340,7 +341,7 @@ def test_whatever_changes_has_another_name(source, tmp_path):
         lambda: XrayPairs(source.subset([0]), 16, geometry=VIEWS, cache_dir=tmp_path),
         lambda: XrayPairs(lighter, 16, geometry=VIEWS, cache_dir=tmp_path),
         lambda: XrayPairs(
-            source.subset([0]), 16, geometry=VIEWS.moved((0, 0, 0.1)), cache_dir=tmp_path
+            source.subset([0]), 16, geometry=translate(VIEWS, (0, 0, 0.1)), cache_dir=tmp_path
         ),
         lambda: XrayPairs(
             source.subset([0]), 16, geometry=VIEWS, energy_kev=61.0, cache_dir=tmp_path

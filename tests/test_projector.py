@@ -8,6 +8,7 @@ from ct_nb.physics.projector import backproject, project
 from ct_nb.physics.volume import Grid
 
 import numpy as np
+from ct_nb.physics.pose_errors import translate
 
 BACKENDS = ("torch", "numba")
 
@@ -125,10 +126,10 @@ def test_hard_rays_are_finite(backend):
     """
     box = grid((8, 8, 8), (10.0, 10.0, 10.0))
     hard = {
-        "misses": views(box=box).moved([2000.0, 0.0, 0.0]),
-        "grazes": views(box=box).moved([40.0, 40.0, 40.0]),
+        "misses": translate(views(box=box), [2000.0, 0.0, 0.0]),
+        "grazes": translate(views(box=box), [40.0, 40.0, 40.0]),
         "in a plane": (
-            views(box=box, detector_shape=(9, 9), azimuth_deg=[0.0]).moved([5.0, 0.0, 5.0])
+            translate(views(box=box, detector_shape=(9, 9), azimuth_deg=[0.0]), [5.0, 0.0, 5.0])
         ),
         "source inside": views(box=box, source_to_isocenter_mm=10.0, source_to_detector_mm=200.0),
         "detector in front": views(

@@ -22,6 +22,8 @@ from ct_nb.physics.projector import project
 from ct_nb.data.read import read_ct
 from ct_nb.physics.volume import Grid, Volume, hu_to_mu
 from ct_nb.app.reconstruct_files import reconstruct_files, reconstruction_figure, save_reconstruction
+from ct_nb.physics.geometry_io import save_geometry
+from ct_nb.physics.pose_errors import translate
 
 CENTER = np.array([20.0, -35.0, 150.0])
 LIMIT = {"median": 0.03, "limit": 0.08}
@@ -76,7 +78,7 @@ def save_counts(path, line_integrals, top=40000):
 # ---------------------------------------------------------------- the call
 def test_the_answer_is_the_predictors_and_lies_in_the_patient(network):
     found = reconstruct(XRAYS, VIEWS, network)
-    moved = VIEWS.moved(-torch.as_tensor(CENTER)).on(Grid.cube(32))
+    moved = translate(VIEWS, -torch.as_tensor(CENTER)).on(Grid.cube(32))
     assert np.array_equal(found.volume.hu, ModelPredictor(network).predict(XRAYS, moved).numpy())
     assert (
         np.allclose(found.volume.grid.center_mm, CENTER)
@@ -190,7 +192,7 @@ def test_files_and_report(run, tmp_path):
     files = [
         save_counts(tmp_path / f"{name}.png", image) for name, image in zip(("ap", "lat"), XRAYS)
     ]
-    VIEWS.save(tmp_path / "biplanar.json")
+    save_geometry(VIEWS, tmp_path / "biplanar.json")
     found = reconstruct_files(
         files, tmp_path / "biplanar.json", run, tmp_path / "out" / "ct.nii.gz", samples=2
     )
@@ -323,7 +325,7 @@ def command(*words, cwd, expect=0):
 def test_command_with_samples_without_consistency(run, tmp_path):
     for name, image in zip(("ap", "lat"), XRAYS):
         save_counts(tmp_path / f"{name}.png", image)
-    VIEWS.save(tmp_path / "biplanar.json")
+    save_geometry(VIEWS, tmp_path / "biplanar.json")
     text = command(
         "ap.png",
         "lat.png",
@@ -368,7 +370,7 @@ def test_command_with_samples_without_consistency(run, tmp_path):
 @pytest.fixture(scope="module")
 def cascade_run(tmp_path_factory):
     from ct_nb.cascade.network import Cascade, CascadeConfig, StageConfig
-    from ct_nb.cascade.denoiser import DenoiserConfig
+    from ct_nb.layers.denoiser import DenoiserConfig
     from ct_nb.layers.diffusion import DiffusionConfig
 
     folder = tmp_path_factory.mktemp("cascade")

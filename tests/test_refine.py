@@ -13,6 +13,7 @@ from ct_nb.physics.geometry import ConeBeam
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
+from ct_nb.physics.pose_errors import rotate
 
 SMOKE = RefinerConfig.preset("smoke")
 
@@ -134,7 +135,7 @@ def test_x_rays_count_by_scale_and_pose(chests):
         for other in (
             net(soft, xrays.flip(0), geometry),
             net(soft, 1.1 * xrays, geometry),
-            net(soft, xrays, geometry.rotated([0.0, 0.0, 15.0])),
+            net(soft, xrays, rotate(geometry, [0.0, 0.0, 15.0])),
         ):
             assert (other - own).abs().mean() > 0.5
         step = lambda hu: net.seen(hu, xrays, geometry)[:, 2].abs().mean().item()

@@ -17,7 +17,7 @@ from ct_nb.drr2ct.train import DRR2CTRun
 from ct_nb.cascade.train import Sampler
 from ct_nb.refine.train import RefinementRun
 from ct_nb.cascade.network import Cascade, CascadeConfig, StageConfig
-from ct_nb.cascade.denoiser import DenoiserConfig
+from ct_nb.layers.denoiser import DenoiserConfig
 from ct_nb.layers.diffusion import DiffusionConfig
 from ct_nb.phantom.chest import phantom
 from refinement_runs import NETWORK, cache, save_coarse, volumes  # noqa: F401 (cache is a fixture)

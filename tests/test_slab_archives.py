@@ -693,7 +693,7 @@ def test_from_the_shell(archive, tmp_path):
         [
             sys.executable,
             "-m",
-            "ct_nb.slices.prepared",
+            "ct_nb.slices.prepare",
             f"pe:{archive}",
             "--out",
             str(tmp_path / "out"),

@@ -34,6 +34,7 @@ from ct_nb.physics.volume import Grid, Volume, hu_to_mu, mu_to_hu
 from ct_nb.app.reconstruct_files import reconstruct_files, report
 from ct_nb.refine.figures import draw_run
 from refinement_runs import NETWORK, cache, save_coarse  # noqa: F401 (cache is a fixture)
+from ct_nb.physics.pose_errors import translate
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +418,7 @@ def found(coarse, run):
     centre = np.array([12.0, -8.0, 40.0])
     return reconstruct(
         item["xrays"],
-        item["geometry"].moved(torch.from_numpy(centre)).on(Grid.cube(16, 320.0, centre)),
+        translate(item["geometry"], torch.from_numpy(centre)).on(Grid.cube(16, 320.0, centre)),
         open_coarse(coarse).model,
         samples=2,
     )

@@ -15,6 +15,7 @@ from ct_nb.layers.camera import camera_tokens
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import Grid
+from ct_nb.physics.epipolar import nearest_on_epipolar_line
 
 SMALL = dict(channels=(16, 32, 48, 64), lifted=(4, 8, 12), depths=(2, 1, 1, 1))
 
@@ -430,7 +431,7 @@ def test_lists_are_those_of_the_geometry_in_the_order_of_the_views():
     assert lists.shape == (2, 3, 16, 2, 5) and lists.dtype == torch.int64
     for i in range(3):
         for o, j in enumerate(j for j in range(3) if j != i):
-            assert torch.equal(lists[:, i, :, o], where.epipolar_nearest(i, j, (4, 4), 5))
+            assert torch.equal(lists[:, i, :, o], nearest_on_epipolar_line(where, i, j, (4, 4), 5))
 
 
 def test_no_other_view_no_neighbours_and_never_more_than_there_are():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ..cascade.sample import reconstruct_sampled
 from ..cascade.train import load_cascade
 from ..data.cache import content_digest, files_digest
@@ -19,6 +20,7 @@ from ..drr2ct.predict import load_drr2ct, reconstruct
 from ..evaluation.baselines import SIRT, MinimumNorm
 from ..evaluation.inference import Reconstruction
 from ..physics.geometry import ConeBeam
+from ..physics.geometry_io import geometry_to_json
 from ..physics.projector import project
 from ..physics.volume import Grid, Volume, hu_to_mu
 from ..refine.pipeline import load_refiner, refine_reconstruction
@@ -71,7 +73,10 @@ def kept_folder(run: Path, asked: Answers, *parts) -> Path:
         Path(run)
         / "explored"
         / content_digest(
-            asked.xrays, asked.geometry.to_json(), files_digest([Path(run) / WEIGHTS_FILE]), *parts
+            asked.xrays,
+            geometry_to_json(asked.geometry),
+            files_digest([Path(run) / WEIGHTS_FILE]),
+            *parts,
         )[:16]
     )
 

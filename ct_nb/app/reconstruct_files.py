@@ -9,6 +9,7 @@ __all__ = ['SHOWN_VIEWS', 'ENDINGS', 'reconstruction_figure', 'report', 'save_re
 from pathlib import Path
 
 import numpy as np
+
 from ..cascade.sample import SAMPLES, reconstruct_sampled
 from ..cascade.train import load_cascade
 from ..core.files import atomic_write, write_json
@@ -17,6 +18,7 @@ from ..data.radiographs import read_radiographs
 from ..drr2ct.predict import load_drr2ct, reconstruct
 from ..evaluation.inference import Reconstruction
 from ..physics.geometry import ConeBeam
+from ..physics.geometry_io import load_geometry
 from ..physics.volume import get_window
 from ..refine.pipeline import load_refiner, refine_reconstruction
 from ..training.checkpoints import read_config, versions
@@ -278,7 +280,7 @@ def reconstruct_files(
         _parts(out)
     config = read_config(weights, system=("drr2ct", "cascade"))
     notes = []
-    views = geometry if isinstance(geometry, ConeBeam) else ConeBeam.load(geometry)
+    views = geometry if isinstance(geometry, ConeBeam) else load_geometry(geometry)
     images = read_radiographs(xrays, views, notes=notes, **told)
     if config["system"] == "cascade":
         found = reconstruct_sampled(

@@ -8,6 +8,8 @@ __all__ = ['TRUTH', 'MEAN', 'SAMPLE', 'SPREAD', 'XrayComparison', 'Reconstructio
 # %% ../../nbs/app/02_reconstruction_explorer.ipynb #cell-002
 import numpy as np
 import torch
+from ipywidgets import HTML, Dropdown, HBox, Layout, ToggleButtons, VBox
+
 from ..core.plot_style import style
 from ..evaluation.inference import view_residuals
 from ..evaluation.metrics import psnr
@@ -18,7 +20,6 @@ from ..viewer.canvas import Picture, color_scale, colors, draw_picture, grey
 from ..viewer.ct_viewer import follow_wheel, slice_slider, window_menu
 from ..viewer.figures import ERROR_HU, PLANES, view_name, xray_ends
 from ..viewer.slice_canvas import AXES, SlicePicture, upright, value_at
-from ipywidgets import HTML, Dropdown, HBox, Layout, ToggleButtons, VBox
 
 # %% ../../nbs/app/02_reconstruction_explorer.ipynb #cell-006
 class XrayComparison(VBox):

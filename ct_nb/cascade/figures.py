@@ -8,6 +8,7 @@ __all__ = ['uncertainty_figure', 'reliability_figure']
 # %% ../../nbs/cascade/05_figures.ipynb #cell-002
 import numpy as np
 import torch
+
 from ..core.plot_style import FAINT, MODEL, MUTED, SERIES, style
 from ..evaluation.uncertainty import Hallucination, Reliability, Summary
 from ..physics.volume import Volume, get_window

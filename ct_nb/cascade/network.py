@@ -14,7 +14,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from .denoiser import Condition, Denoiser, DenoiserConfig
+from ..layers.denoiser import Condition, Denoiser, DenoiserConfig
+from torch import nn
+
 from .guidance import XrayGuidance
 from ..core.config import Settings
 from ..drr2ct.network import DRR2CT, DRR2CTConfig
@@ -26,7 +28,6 @@ from ..physics.detector import fitting_geometry
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.volume import WINDOWS, Window, hu_to_mu
-from torch import nn
 
 # %% ../../nbs/cascade/02_network.ipynb #cell-005
 @dataclass(frozen=True)

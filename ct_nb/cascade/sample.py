@@ -8,6 +8,7 @@ __all__ = ['SAMPLES', 'reconstruct_sampled']
 # %% ../../nbs/cascade/04_sample.ipynb #cell-002
 import numpy as np
 import torch
+
 from .network import Cascade
 from .train import Sampler
 from ..evaluation.inference import Reconstruction, placed_scan, view_residuals

@@ -14,7 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from .denoiser import DenoiserConfig
+from ..layers.denoiser import DenoiserConfig
+from fastcore.basics import patch
+from fastcore.script import Param, call_parse
+from torch import nn
+
 from .network import Cascade, CascadeConfig, StageConfig, resized
 from ..core.files import write_json
 from ..core.seeding import stream
@@ -30,6 +34,7 @@ from ..evaluation.scoreboard import Scoreboard, evaluate
 from ..evaluation.uncertainty import summarise, uncertainty_rows
 from ..layers.diffusion import DiffusionConfig
 from ..physics.geometry import ConeBeam
+from ..physics.geometry_io import geometry_to_json
 from ct_nb.training.checkpoints import (
     STATE_FILE,
     WEIGHTS_FILE,
@@ -38,9 +43,6 @@ from ct_nb.training.checkpoints import (
     save_weights,
 )
 from ..training.trainer import Trainer, TrainerConfig, TrainingStopped
-from fastcore.basics import patch
-from fastcore.script import Param, call_parse
-from torch import nn
 
 # %% ../../nbs/cascade/03_train.ipynb #cell-004
 V_LEARNING_RATE = 5e-5
@@ -439,7 +441,7 @@ class Sampler:
         self, xrays: torch.Tensor, geometry: ConeBeam, count: int, guidance: str = "soft"
     ) -> torch.Tensor:
         "(count, N, N, N) HU, vacuum at the lowest."
-        scan = content_digest(xrays.float().cpu().numpy(), geometry.to_json())
+        scan = content_digest(xrays.float().cpu().numpy(), geometry_to_json(geometry))
         if scan != self._last:
             self._last, self._drawn = scan, {}
         device = next(self.cascade.parameters()).device

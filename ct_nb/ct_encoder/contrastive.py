@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from .reports import is_normal
 from torch import nn
+
+from .reports import is_normal
 
 # %% ../../nbs/ct_encoder/09_contrastive.ipynb #cell-005
 def row_losses(scores: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+import ct_nb
 from ..core.regions import REGIONS
 from ..core.seeding import stream
 from .encoder import CTEncoderConfig, prepare_scan
@@ -43,9 +46,6 @@ from ..data.folders import Found, case_files, find_cases, name_cases, read_label
 from ..data.hounsfield import CTReadError
 from ..data.read import read_ct, read_labels
 from ..physics.volume import Grid, Volume, resample
-from torch.utils.data import Dataset
-
-import ct_nb
 
 # %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-005
 @dataclass(frozen=True)

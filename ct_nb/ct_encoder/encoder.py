@@ -15,6 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
 from ..core.config import Settings
 from .region_attention import FORMS, RegionAttention, RegionPooling, patch_overlaps
 from .region_histograms import RegionContents
@@ -22,8 +25,6 @@ from .slice_attention import SliceAttention
 from ..data.hounsfield import CTReadError, check_hounsfield
 from ..layers.blocks import ChannelNorm, ResidualBlock, channels_inner, keep_variance
 from ..physics.volume import AIR_HU, WINDOWS, Grid, Volume, Window, find_body, resample
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/ct_encoder/05_encoder.ipynb #cell-005
 @dataclass(frozen=True)

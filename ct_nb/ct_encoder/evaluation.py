@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from ..core.files import atomic_write, write_json
 from ..core.regions import REGIONS
 from .contrastive import inside_regions, same, text_keys

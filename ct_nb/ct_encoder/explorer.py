@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ipywidgets import HTML, Button, Dropdown, FloatSlider, HBox, Layout, Text, VBox
+
 from ..core.regions import REGIONS
 from .contrastive import inside_regions
 from .dataset import ScanReports, folder_cases
@@ -36,7 +38,6 @@ from ..viewer.canvas import ScanShelf, color_scale, colors, grey, line
 from ..viewer.ct_viewer import follow_wheel, slice_slider, window_menu
 from ..viewer.figures import PLANES
 from ..viewer.slice_canvas import SlicePicture, value_at
-from ipywidgets import HTML, Button, Dropdown, FloatSlider, HBox, Layout, Text, VBox
 
 # %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-005
 @dataclass(eq=False)

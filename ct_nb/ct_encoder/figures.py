@@ -11,6 +11,7 @@ import textwrap
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from ..core.plot_style import MUTED, style
 from ..physics.volume import Volume, get_window
 from ..viewer.figures import PLANES, draw_plane, plane, scale_bar

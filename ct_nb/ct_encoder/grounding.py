@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from .contrastive import Keys, same
 from .encoder import CTEncoderConfig, prepare_scan
 from .region_attention import patch_overlaps

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
+
 from ..core.files import atomic_write
 from ..core.regions import REGIONS
 from .dataset import scan_and_regions
@@ -22,7 +24,6 @@ from .train import load_ct_encoder
 from ..data.cache import files_digest
 from ..data.folders import find_cases, name_cases
 from ..training.checkpoints import WEIGHTS_FILE
-from tqdm.auto import tqdm
 
 # %% ../../nbs/ct_encoder/15_index.ipynb #cell-005
 WHOLE = "scan"  # what a row is about that is not about a region

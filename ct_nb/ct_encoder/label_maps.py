@@ -9,6 +9,7 @@ __all__ = ['TOTAL_LUNGS', 'TOTAL_GAS', 'TOTAL_BONES', 'name_region', 'total_doub
 import re
 
 import numpy as np
+
 from ..core.regions import REGIONS
 from .reports import find_places
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from ..core.config import Settings
 from ..core.regions import REGIONS
 from ..core.seeding import stream
@@ -40,7 +42,6 @@ from ct_nb.ct_encoder.report_decoder import (
 )
 from .reports import Report, Step, find_places, is_normal
 from .text_encoders import FolderText, TextTower, TinyText, WordTokenizer, minilm
-from torch import nn
 
 # %% ../../nbs/ct_encoder/10_model.ipynb #cell-005
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")

@@ -10,8 +10,9 @@ __all__ = ['TOTAL_LABELS', 'FORMS', 'LOUDEST', 'merge_total', 'patch_overlaps', 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.regions import REGIONS
 from torch import nn
+
+from ..core.regions import REGIONS
 
 # %% ../../nbs/ct_encoder/03_region_attention.ipynb #cell-005
 TOTAL_LABELS = 117  # of TotalSegmentator 2, task `total`

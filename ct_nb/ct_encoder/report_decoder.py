@@ -12,9 +12,10 @@ import re
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from .region_attention import patch_overlaps
 from .text_encoders import WordTokenizer
-from torch import nn
 
 # %% ../../nbs/ct_encoder/07_report_decoder.ipynb #cell-005
 _TOUCHES_LEFT = set(".,;:)%'+-/")

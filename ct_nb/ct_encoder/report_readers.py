@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
 from ..core.regions import REGIONS
 from ct_nb.ct_encoder.reports import (
     CT_RATE_LABELS,

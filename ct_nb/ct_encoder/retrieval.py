@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from ..evaluation.metrics import Interval, paired_interval
 
 # %% ../../nbs/ct_encoder/11_retrieval.ipynb #cell-005

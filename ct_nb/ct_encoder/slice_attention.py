@@ -7,8 +7,9 @@ __all__ = ['slice_biases', 'slice_attention', 'SliceAttention']
 
 # %% ../../nbs/ct_encoder/04_slice_attention.ipynb #cell-002
 import torch
-from ..layers.relative_bias import biased_attention, relative_biases
 from torch import nn
+
+from ..layers.relative_bias import biased_attention, relative_biases
 
 # %% ../../nbs/ct_encoder/04_slice_attention.ipynb #cell-005
 def slice_biases(table: torch.Tensor, slices: int) -> torch.Tensor:

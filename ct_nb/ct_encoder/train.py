@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
+from fastcore.script import Param, call_parse
+
 from .dataset import collate_scans, open_scans
 from .encoder import CTEncoderConfig
 from .evaluation import LanguageScores, judge_language
@@ -22,8 +25,6 @@ from ..data.cache import DiskCache, default_cache_dir
 from ..data.cases import CTSource
 from ..training.checkpoints import load_weights, read_config, save_weights
 from ..training.trainer import Trainer, TrainerConfig
-from fastcore.basics import patch
-from fastcore.script import Param, call_parse
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-005
 @dataclass(frozen=True)

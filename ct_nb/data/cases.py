@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from fastcore.basics import patch
+
 from .cache import MemoryCache, content_digest
-from ..physics.geometry import patch_to
 from ..physics.volume import Grid, Volume
 
 # %% ../../nbs/data/05_cases.ipynb #cell-005
@@ -158,7 +159,7 @@ class CTSource(Sequence):
         )
 
 # %% ../../nbs/data/05_cases.ipynb #cell-015
-@patch_to(CTSource)
+@patch
 def __add__(first: CTSource, second: CTSource) -> CTSource:
     "The cases of both."
     if (first.size, first.side_mm) != (second.size, second.side_mm):
@@ -241,9 +242,9 @@ def _number(patient: str, seed: int) -> float:
     )
 
 
-@patch_to(CTSource)
+@patch
 def split(
-    self,
+    self: CTSource,
     # share of the patients, in (0, 1), or the names of the patients
     validation: float | Sequence = 0.2,
     seed: int = 0,

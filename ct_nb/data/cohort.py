@@ -10,8 +10,9 @@ import os
 import time
 
 import torch
-from .xray_pairs import XrayPairs
 from torch.utils.data import DataLoader, Dataset
+
+from .xray_pairs import XrayPairs
 
 # %% ../../nbs/data/10_cohort.ipynb #cell-004
 class Mixture(Dataset):

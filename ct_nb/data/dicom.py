@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+
 from .hounsfield import CTReadError, _check_shape, air_and_tissue
 from .readers import _first_line
 from ..physics.volume import AIR_HU, Volume

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from .cache import MemoryCache, code_digest, content_digest, files_digest
 from .cases import Case, CTSource, block_mean, block_mode, sample_arrays
 from .thorax_check import ThoraxMeasure, ThoraxRule, measure_thorax

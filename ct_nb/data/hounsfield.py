@@ -7,6 +7,7 @@ __all__ = ['MAX_VOXELS', 'CTReadError', 'air_and_tissue', 'check_hounsfield']
 
 # %% ../../nbs/data/00_hounsfield.ipynb #cell-002
 import numpy as np
+
 from ..physics.volume import Volume
 
 # %% ../../nbs/data/00_hounsfield.ipynb #cell-004

@@ -11,11 +11,10 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import ct_nb
 from .cache import DiskCache, code_digest, content_digest
 from .cases import Case, CTSource, sample_arrays
 from .folders import read_folder
-
-import ct_nb
 
 # %% ../../nbs/data/09_open.ipynb #cell-005
 def phantom_source(

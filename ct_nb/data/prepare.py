@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from fastcore.script import call_parse
+
 from .cases import CTSource, sample_arrays
 from .open import open_source
-from fastcore.script import call_parse
 
 # %% ../../nbs/data/11_prepare.ipynb #cell-005
 def prepare(

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import median_filter
+
 from ..core.files import atomic_write
 from ..physics.geometry import ConeBeam
-from scipy.ndimage import median_filter
+from ..physics.geometry_io import geometry_to_json
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-004
 KINDS = ("line_integrals", "intensity", "log_intensity")  # what the numbers of a radiograph can be
@@ -687,13 +689,15 @@ def write_radiographs(
         raise RadiographError(
             f"write_radiographs: names must be {len(images)} different ones, got {names}"
         )
-    content = json.loads(geometry.to_json())
+    content = json.loads(geometry_to_json(geometry))
     content["images"] = [
         {"file": f"{name}.png", **_write_png(folder / f"{name}.png", image)}
         for name, image in zip(names, images)
     ]
     with atomic_write(folder / "xrays.npz") as temporary:
-        np.savez_compressed(temporary, line_integrals=images, geometry=np.array(geometry.to_json()))
+        np.savez_compressed(
+            temporary, line_integrals=images, geometry=np.array(geometry_to_json(geometry))
+        )
     with atomic_write(folder / "geometry.json") as temporary:
         temporary.write_text(
             json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+
 from .hounsfield import CTReadError, check_hounsfield
 from .readers import _mm, _read_itk, _read_nifti, _read_npz
 from ..physics.volume import AIR_HU, Grid, Volume

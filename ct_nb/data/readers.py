@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+
 from .hounsfield import MAX_VOXELS, CTReadError, _check_shape, _volume
 from ..physics.volume import AFFINE_NOTE, FLIP_XY, Volume
 

@@ -9,6 +9,7 @@ __all__ = ['LUNG_HU', 'SMALLEST_PIECE_LITRES', 'find_lungs', 'ThoraxMeasure', 'm
 from dataclasses import dataclass
 
 import numpy as np
+
 from ..physics.volume import Grid, Volume, find_body
 
 # %% ../../nbs/data/05b_thorax_check.ipynb #cell-005

@@ -11,12 +11,15 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from fastcore.basics import patch
+
 from ..core.seeding import stream
 from .augmentation import VolumeAugmentation, augment
 from .cache import DiskCache, code_digest, content_digest
 from .cases import CTSource, Sample, block_mean, block_mode
 from ..physics.drr import take_xrays
-from ..physics.geometry import ConeBeam, patch_to
+from ..physics.geometry import ConeBeam
+from ..physics.geometry_io import geometry_to_json
 from ..physics.volume import Grid
 from ..physics.xray_noise import PoseNoise, XrayNoise, add_xray_noise, cut_out, perturb_pose
 
@@ -85,8 +88,10 @@ class XrayPairs(torch.utils.data.Dataset):
         return self.at(0, index)
 
 # %% ../../nbs/data/08_xray_pairs.ipynb #cell-007
-@patch_to(XrayPairs)
-def _cube(self, index: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None, Sample]:
+@patch
+def _cube(
+    self: XrayPairs, index: int, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, Sample]:
     "HU and labels of a case at the size that is rendered."
     sample = self.source.load(index, keep)
     factor = self.source.size // self.render_size
@@ -97,8 +102,8 @@ def _cube(self, index: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor | No
     )
 
 
-@patch_to(XrayPairs)
-def _arrays(self, hu, labels, geometry, sample: Sample) -> dict:
+@patch
+def _arrays(self: XrayPairs, hu, labels, geometry, sample: Sample) -> dict:
     "Target, X-rays from `geometry`, affine and labels, from a cube at the size that is rendered."
     factor = self.render_size // self.size
     affine = torch.from_numpy(sample.volume.grid.resized(self.size).affine.copy())
@@ -110,8 +115,8 @@ def _arrays(self, hu, labels, geometry, sample: Sample) -> dict:
     return arrays if labels is None else arrays | {"labels": block_mode(labels, factor)}
 
 # %% ../../nbs/data/08_xray_pairs.ipynb #cell-008
-@patch_to(XrayPairs)
-def _clean(self, index: int) -> dict:
+@patch
+def _clean(self: XrayPairs, index: int) -> dict:
     """The arrays as they are without augmentation, pose and noise; from the cache where there is
     one.
     """
@@ -127,7 +132,7 @@ def _clean(self, index: int) -> dict:
         "pair",
         self.source.cases[index].digest,
         [self.size, self.render_size, self.energy_kev],
-        self.geometry.to_json(),
+        geometry_to_json(self.geometry),
         self._code,
     )
     return {
@@ -136,8 +141,8 @@ def _clean(self, index: int) -> dict:
     }
 
 
-@patch_to(XrayPairs)
-def _changed(self, index: int, key: tuple) -> tuple[dict, ConeBeam]:
+@patch
+def _changed(self: XrayPairs, index: int, key: tuple) -> tuple[dict, ConeBeam]:
     "The arrays with augmentation and pose noise, and the geometry that is recorded."
     hu, labels, sample = self._cube(index, keep=True)
     if self.augmentation != VolumeAugmentation():
@@ -153,8 +158,8 @@ def _changed(self, index: int, key: tuple) -> tuple[dict, ConeBeam]:
     return self._arrays(hu, labels, true, sample), recorded
 
 # %% ../../nbs/data/08_xray_pairs.ipynb #cell-009
-@patch_to(XrayPairs)
-def at(self, epoch: int, index: int) -> dict:
+@patch
+def at(self: XrayPairs, epoch: int, index: int) -> dict:
     "The item of a case in an epoch: each epoch draws its own augmentation, pose and noise."
     index = range(len(self))[index]
     key, geometry = (self.seed, epoch, index), self.geometry

@@ -8,10 +8,11 @@ __all__ = ['DECODERS', 'Decoder', 'make_decoder', 'UNetDecoder']
 # %% ../../nbs/drr2ct/05_decoder.ipynb #cell-002
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from ..layers.blocks import ResidualBlock, channels_inner, group_norm
 from ..layers.camera import CAMERA_FEATURES, MeanCamera
 from ..physics.geometry import ConeBeam
-from torch import nn
 
 # %% ../../nbs/drr2ct/05_decoder.ipynb #cell-005
 DECODERS = {}  # name → class, filled where the classes are defined

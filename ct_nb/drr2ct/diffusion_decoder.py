@@ -10,14 +10,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from ..cascade.denoiser import Condition, Denoiser, DenoiserConfig
+from ..layers.denoiser import Condition, Denoiser, DenoiserConfig
+from torch import nn
+
 from .decoder import Decoder
 from ..layers.depth_prior import DEPTH_PRIOR_CHANNELS
 from ..layers.diffusion import Diffusion, DiffusionConfig
 from ..layers.embeddings import token_grid
 from ..layers.relative_bias import TokenBlock
 from ..physics.geometry import ConeBeam
-from torch import nn
 
 # %% ../../nbs/drr2ct/05b_diffusion_decoder.ipynb #cell-005
 RESIDUAL_SCALE = 0.15  # usual size of what the prior lacks, in units of half the window

@@ -10,9 +10,11 @@ from collections import OrderedDict
 from functools import lru_cache
 
 import torch
-from ..layers.blocks import keep_variance
-from ..physics.geometry import VECTORS, ConeBeam
 from torch import nn
+
+from ..layers.blocks import keep_variance
+from ..physics.epipolar import nearest_on_epipolar_line
+from ..physics.geometry import VECTORS, ConeBeam
 
 # %% ../../nbs/drr2ct/00_epipolar_attention.ipynb #cell-009
 class EpipolarNeighbours:
@@ -73,8 +75,8 @@ class EpipolarNeighbours:
         )
         for i in views:
             for o, j in enumerate([j for j in views if j != i]):
-                nearest[:, i, :, o] = geometry.epipolar_nearest(
-                    i, j, token_shape, nearest.shape[-1]
+                nearest[:, i, :, o] = nearest_on_epipolar_line(
+                    geometry, i, j, token_shape, nearest.shape[-1]
                 )
         return [one.clone() for one in nearest]
 

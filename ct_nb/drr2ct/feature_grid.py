@@ -8,11 +8,12 @@ __all__ = ['ViewFusion', 'LatentGrid']
 # %% ../../nbs/drr2ct/02_feature_grid.ipynb #cell-002
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from ..layers.blocks import ResidualBlock, channels_inner
 from ..layers.camera import CAMERA_NUMBERS, camera_tokens
 from ..layers.lifting import Shadows, lift, shadows
 from ..physics.geometry import ConeBeam
-from torch import nn
 
 # %% ../../nbs/drr2ct/02_feature_grid.ipynb #cell-005
 class ViewFusion(nn.Module):

@@ -11,12 +11,13 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
 from .decoder import Decoder
 from ..layers.camera import CAMERA_FEATURES, MeanCamera
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/drr2ct/05a_implicit.ipynb #cell-005
 def voxel_points(size: int, dtype=torch.float32, device=None) -> torch.Tensor:

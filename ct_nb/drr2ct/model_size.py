@@ -11,14 +11,15 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
-import ct_nb.drr2ct.network
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import ct_nb.drr2ct.network
 from .epipolar_attention import EpipolarAttention
 from .network import DRR2CT, DRR2CTConfig
 from ..physics.geometry import VECTORS, ConeBeam
 from ..physics.volume import Grid
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/drr2ct/11_model_size.ipynb #cell-004
 PARTS = ("views", "epipolar", "grid", "volumization", "trunk", "bottleneck", "decoder", "joints")

@@ -10,6 +10,8 @@ import zlib
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+
 from .epipolar_attention import EpipolarAttention, EpipolarNeighbours
 from .network import DRR2CT
 from ..training.adversarial import Adversary
@@ -23,7 +25,6 @@ from ct_nb.training.projection_losses import (
     mixup,
     third_view,
 )
-from torch import nn
 
 # %% ../../nbs/drr2ct/07_objective.ipynb #cell-004
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from .network import DRR2CT, DRR2CTConfig
 from ct_nb.evaluation.inference import (
     Reconstruction,

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..physics.geometry import ConeBeam
 from torch import nn
+
+from ..physics.geometry import ConeBeam
 
 # %% ../../nbs/drr2ct/03_ray_marching.ipynb #cell-005
 RAY_NUMBERS = 6

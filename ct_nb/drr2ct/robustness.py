@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from ..core.files import atomic_write, write_json
 from ..core.plot_style import FAINT, FLOOR, INK, MODEL, MUTED, style
 from ..core.seeding import stream
@@ -26,6 +27,7 @@ from ..evaluation.metrics import mean_sd, psnr, ssim
 from ..physics.detector import binned
 from ..physics.drr import take_xrays
 from ..physics.geometry import ConeBeam
+from ..physics.pose_errors import miscalibrate_view
 from ..physics.xray_noise import XrayNoise, add_xray_noise, cut_out, move_detector
 
 # %% ../../nbs/drr2ct/10_robustness.ipynb #cell-004
@@ -107,8 +109,10 @@ def told(geometry: ConeBeam, condition: Condition) -> ConeBeam:
     if not condition.is_miscalibrated:
         return geometry
     column = geometry.column_step_mm[-1] / geometry.column_step_mm[-1].norm()
-    moved = geometry.perturbed(geometry.views - 1, (0.0, 0.0, -condition.turn_deg)).perturbed(
-        geometry.views - 1, (condition.tilt_deg * column).tolist()
+    moved = miscalibrate_view(
+        miscalibrate_view(geometry, geometry.views - 1, (0.0, 0.0, -condition.turn_deg)),
+        geometry.views - 1,
+        (condition.tilt_deg * column).tolist(),
     )
     last = torch.zeros(geometry.views, dtype=geometry.dtype)
     last[-1] = 1.0

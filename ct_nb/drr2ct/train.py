@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from fastcore.script import Param, call_parse
+
 from ..core.files import atomic_write
 from ..data.augmentation import VolumeAugmentation
 from ..data.cache import default_cache_dir
@@ -29,7 +31,6 @@ from ..evaluation.scoreboard import Scoreboard, evaluate
 from ..physics.xray_noise import PoseNoise, XrayNoise
 from ..training.checkpoints import STATE_FILE, WEIGHTS_FILE, read_config, save_weights
 from ..training.trainer import Trainer, TrainerConfig
-from fastcore.script import Param, call_parse
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-004
 @dataclass(frozen=True)

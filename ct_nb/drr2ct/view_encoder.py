@@ -12,12 +12,13 @@ from math import pi
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
 from .epipolar_attention import EpipolarAttention, require_views
 from ..layers.blocks import keep_variance
 from ..layers.camera import CAMERA_NUMBERS, camera_tokens
 from ..physics.geometry import ConeBeam
-from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 # %% ../../nbs/drr2ct/01_view_encoder.ipynb #cell-005
 def positions(rows: int, columns: int, channels: int, like: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+
 from ..physics.geometry import ConeBeam
 from ..physics.volume import AIR_HU, hu_to_mu, mu_to_hu
 

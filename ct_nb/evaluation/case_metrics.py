@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from ct_nb.evaluation.metrics import (
     TISSUE_BANDS_HU,
     bias_hu,

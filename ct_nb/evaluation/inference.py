@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
 from ..physics.detector import binned
 from ..physics.geometry import ConeBeam
+from ..physics.pose_errors import translate
 from ..physics.projector import project
 from ..physics.volume import Grid, Volume, hu_to_mu
 from ..training.checkpoints import read_config
@@ -189,7 +191,7 @@ def placed_scan(
                 *given, *geometry.detector_shape
             )
         )
-    moved = geometry.moved(-torch.as_tensor(geometry.grid.center_mm.copy())).on(
+    moved = translate(geometry, -torch.as_tensor(geometry.grid.center_mm.copy())).on(
         Grid.cube(size, side_mm)
     )
     moved.require_hits()

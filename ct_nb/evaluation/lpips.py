@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
 from .metrics import CHEST, as_pair
 from ..physics.volume import Window
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from ..physics.volume import WINDOWS, Window, hu_to_mu
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #cell-005

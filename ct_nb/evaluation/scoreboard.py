@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+
 from ..core.files import atomic_write, write_json
 from ..core.plot_style import FAINT, FLOOR, INK, MODEL, MUTED, style
 from .case_metrics import METRICS, volume_scores
@@ -30,6 +31,8 @@ from ct_nb.evaluation.metrics import (
 )
 from .segmentation_metrics import threshold_masks
 from ..physics.geometry import ConeBeam
+from ..physics.geometry_io import save_geometry
+from ..physics.pose_errors import translate
 from ..physics.volume import Grid, Volume
 from ..training.checkpoints import versions
 
@@ -473,8 +476,9 @@ def evaluate(
     """Judge predictors on cases; ValueError for no cases, twice the same name, or a prediction that
     cannot be judged.
     """
-    from ct_nb.evaluation.lpips import LPIPS
     from tqdm.auto import tqdm
+
+    from ct_nb.evaluation.lpips import LPIPS
 
     names = [p.name for p in predictors]
     if len(set(names)) < len(names) or not names:
@@ -529,6 +533,5 @@ def save_case(folder, item: dict, volumes: dict) -> None:
         np.savez_compressed(path, line_integrals=np.asarray(item["xrays"], dtype=np.float32))
     # of the cube in the patient's frame, where the volumes are
     center = Grid(item["geometry"].grid.shape, affine).center_mm
-    item["geometry"].moved(center - item["geometry"].grid.center_mm).on(
-        Grid(item["geometry"].grid.shape, affine)
-    ).save(folder / "geometry.json")
+    placed = translate(item["geometry"], center - item["geometry"].grid.center_mm)
+    save_geometry(placed.on(Grid(placed.grid.shape, affine)), folder / "geometry.json")

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+
 from ..physics.volume import Grid
 
 # %% ../../nbs/evaluation/01_segmentation_metrics.ipynb #cell-005

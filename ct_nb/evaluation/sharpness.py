@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
 from .case_metrics import Metric
 from .metrics import CHEST, as_pair
 from ..physics.fourier import multiplicity, radial_frequency

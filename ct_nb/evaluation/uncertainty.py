@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+
 from .metrics import CHEST, Interval, paired_interval
 from ..physics.geometry import ConeBeam
 from ..physics.solvers import null_component

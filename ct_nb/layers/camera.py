@@ -8,8 +8,9 @@ __all__ = ['CAMERA_NUMBERS', 'CAMERA_FEATURES', 'camera_tokens', 'MeanCamera']
 # %% ../../nbs/layers/01_camera.ipynb #cell-002
 import torch
 import torch.nn.functional as F
-from ..physics.geometry import ConeBeam
 from torch import nn
+
+from ..physics.geometry import ConeBeam
 
 # %% ../../nbs/layers/01_camera.ipynb #cell-004
 CAMERA_NUMBERS = 12

@@ -10,6 +10,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
 from .blocks import ResidualBlock, keep_variance
 from .camera import CAMERA_NUMBERS, camera_tokens
 from .embeddings import WAVES, waves
@@ -17,8 +20,6 @@ from .lifting import Shadows, lift, shadows
 from ..physics.detector import binned, fitting_geometry
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/layers/02a_depth_prior.ipynb #cell-005
 DEPTH_PRIOR_CHANNELS = 16

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
+
 from ..core.config import Settings
-from fastcore.basics import patch_to
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-005
 PREDICTIONS = ("v", "epsilon", "x0")
@@ -128,7 +129,7 @@ class Diffusion:
         )
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-012
-@patch_to(Diffusion)
+@patch
 def _scales(self: Diffusion, step, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """a and s of `step`, shaped to multiply x, float32 or better: in half precision a² + s² would
     miss 1 by half a percent.
@@ -144,7 +145,7 @@ def _scales(self: Diffusion, step, x: torch.Tensor) -> tuple[torch.Tensor, torch
     return tuple(self._tables[key][:, step].reshape(2, -1, *[1] * (x.ndim - 1)))
 
 
-@patch_to(Diffusion)
+@patch
 def noised(self: Diffusion, x0: torch.Tensor, noise: torch.Tensor, step) -> torch.Tensor:
     "x_t of volumes (B, …) in [-1, 1] and standard normal noise of the same shape."
     _check_shape("noise", noise, x0.shape)
@@ -152,7 +153,7 @@ def noised(self: Diffusion, x0: torch.Tensor, noise: torch.Tensor, step) -> torc
     return (a * x0 + s * noise).to(x0.dtype)
 
 
-@patch_to(Diffusion)
+@patch
 def target(self: Diffusion, x0: torch.Tensor, noise: torch.Tensor, step) -> torch.Tensor:
     "What the network should return for `noised(x0, noise, step)`."
     _check_shape("noise", noise, x0.shape)
@@ -162,7 +163,7 @@ def target(self: Diffusion, x0: torch.Tensor, noise: torch.Tensor, step) -> torc
     return (a * noise - s * x0).to(x0.dtype)
 
 
-@patch_to(Diffusion)
+@patch
 def to_x0(self: Diffusion, output: torch.Tensor, x_t: torch.Tensor, step) -> torch.Tensor:
     "The network's `output` for x_t → the volume it means, not clamped."
     _check_shape("output", output, x_t.shape)
@@ -174,7 +175,7 @@ def to_x0(self: Diffusion, output: torch.Tensor, x_t: torch.Tensor, step) -> tor
     )
 
 
-@patch_to(Diffusion)
+@patch
 def to_noise(self: Diffusion, x0: torch.Tensor, x_t: torch.Tensor, step) -> torch.Tensor:
     "The noise that x_t holds if the volume is x0: (x_t − a·x0)/s."
     _check_shape("x0", x0, x_t.shape)
@@ -182,7 +183,7 @@ def to_noise(self: Diffusion, x0: torch.Tensor, x_t: torch.Tensor, step) -> torc
     return ((x_t - a * x0) / s).to(x_t.dtype)
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-015
-@patch_to(Diffusion)
+@patch
 def weight(self: Diffusion, step) -> torch.Tensor:
     """Min-SNR weight of the squared error of the network's output; the last step weighs 1.
 
@@ -198,7 +199,7 @@ def weight(self: Diffusion, step) -> torch.Tensor:
     return table.to(step.device, torch.get_default_dtype())[step]
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-020
-@patch_to(Diffusion)
+@patch
 def drop(
     self: Diffusion, condition: torch.Tensor, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,7 +216,7 @@ def drop(
     return condition.masked_fill(dropped.view(-1, *[1] * (condition.ndim - 1)), 0), dropped
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-023
-@patch_to(Diffusion)
+@patch
 def sampling_steps(self: Diffusion, steps: int, last: int | None = None) -> list[int]:
     """The `steps` training steps that a sampler visits, from `last` (default: the noisiest) down,
     evenly spaced over those below it; Lin et al. 2024.
@@ -268,7 +269,7 @@ def _finite(name: str, x: torch.Tensor, shape: tuple[int, ...], where: str) -> t
     return x
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-031
-@patch_to(Diffusion)
+@patch
 def _begin(
     self: Diffusion, shape: tuple[int, ...], steps: int, noise, start, generator, device
 ) -> tuple[torch.Tensor, list[int]]:
@@ -291,7 +292,7 @@ def _begin(
     return self.noised(x0.to(noise), noise, visited[0]), visited
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-032
-@patch_to(Diffusion)
+@patch
 @torch.no_grad()
 def sample(
     self: Diffusion,

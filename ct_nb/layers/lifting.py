@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
 from ..physics.geometry import ConeBeam
 
 # %% ../../nbs/layers/02_lifting.ipynb #cell-004

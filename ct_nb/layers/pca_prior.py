@@ -7,11 +7,12 @@ __all__ = ['principal_modes', 'LinearPrior']
 
 # %% ../../nbs/layers/06_pca_prior.ipynb #cell-002
 import torch
+from torch import nn
+
 from ..physics.detector import binned
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.volume import hu_to_mu
-from torch import nn
 
 # %% ../../nbs/layers/06_pca_prior.ipynb #cell-004
 def principal_modes(volumes_hu: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

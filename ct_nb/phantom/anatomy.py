@@ -9,6 +9,7 @@ __all__ = ['TISSUE_HU', 'CAGE_CORNER', 'CHAMBERS', 'Anatomy', 'lay_cage', 'lay_s
 
 # %% ../../nbs/phantom/01_anatomy.ipynb #cell-003
 import numpy as np
+
 from .shapes import Profile, ellipsoid, frame, smooth_max, smooth_min
 
 # %% ../../nbs/phantom/01_anatomy.ipynb #cell-005

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
+
 from .anatomy import Anatomy, diaphragm
 from .lesion_painting import before_vessels, paint_lesion
 from .lesions import Lesion, plan_lesions

@@ -9,6 +9,7 @@ __all__ = ['OTHER_HU', 'PAINTERS', 'lesion_hu', 'paint_lump', 'paint_spicules', 
 
 # %% ../../nbs/phantom/06_lesion_painting.ipynb #cell-003
 import numpy as np
+
 from .anatomy import cage, diaphragm, lobe_at, lungs
 from ct_nb.phantom.lesions import (
     ANATOMY_KINDS,

@@ -13,6 +13,7 @@ __all__ = ['LESION_KINDS', 'LUNG_KINDS', 'ANATOMY_KINDS', 'LINE_KINDS', 'WAVE_HE
 from dataclasses import dataclass
 
 import numpy as np
+
 from ..core.regions import REGIONS
 from ct_nb.phantom.anatomy import (
     cage,

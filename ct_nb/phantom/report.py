@@ -11,6 +11,7 @@ __all__ = ['COT_STAGES', 'SENTENCES', 'LUNG_ABSENT', 'ABSENT', 'PLAIN', 'EFFUSIO
 from dataclasses import dataclass
 
 import numpy as np
+
 from ..core.regions import REGIONS
 from .lesions import LESION_KINDS, Lesion
 

@@ -10,6 +10,7 @@ __all__ = ['Profile', 'smooth_min', 'smooth_max', 'ellipsoid', 'frame', 'curve',
 from dataclasses import dataclass
 
 import numpy as np
+
 from ..physics.volume import AIR_HU, Grid
 
 # %% ../../nbs/phantom/00_shapes.ipynb #cell-005

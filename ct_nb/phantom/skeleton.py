@@ -9,6 +9,7 @@ __all__ = ['PITCH_MM', 'PITCH_GROWTH', 'T1_MM', 'RIB_DROP', 'RIB_BONE', 'RIB_END
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-003
 import numpy as np
+
 from .anatomy import cage, cage_point
 from .shapes import Canvas, Tubes, curve, paint_pipe, paint_tubes, smooth_min
 

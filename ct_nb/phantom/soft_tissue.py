@@ -9,6 +9,7 @@ __all__ = ['MUSCLES', 'body_outline', 'muscle_depth', 'shoulder', 'breasts', 'pa
 
 # %% ../../nbs/phantom/02_soft_tissue.ipynb #cell-003
 import numpy as np
+
 from ct_nb.phantom.anatomy import (
     cage,
     chambers,

@@ -8,6 +8,7 @@ __all__ = ['TREE_POWER', 'tube', 'near_heart', 'aorta', 'veins', 'arch_branches'
 
 # %% ../../nbs/phantom/03_vessels.ipynb #cell-003
 import numpy as np
+
 from .anatomy import chambers, heart, lungs
 from .shapes import Tubes, curve
 

@@ -8,6 +8,7 @@ __all__ = ['require_fit', 'fitting_geometry', 'binned']
 # %% ../../nbs/physics/01d_detector.ipynb #cell-002
 import torch
 import torch.nn.functional as F
+
 from .geometry import ConeBeam
 
 # %% ../../nbs/physics/01d_detector.ipynb #cell-004

@@ -7,6 +7,7 @@ __all__ = ['take_xrays']
 
 # %% ../../nbs/physics/08_drr.ipynb #cell-002
 import torch
+
 from .geometry import ConeBeam
 from .projector import project
 from .volume import hu_to_mu

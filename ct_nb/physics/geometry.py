@@ -12,6 +12,8 @@ from functools import reduce
 
 import numpy as np
 import torch
+from fastcore.basics import patch
+
 from .volume import Grid
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-004
@@ -181,9 +183,9 @@ class ConeBeam:
         )
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-010
-@patch_to(ConeBeam, cls_method=True)
+@patch(cls_method=True)
 def orbit(
-    cls,
+    cls: ConeBeam,
     azimuth_deg,
     elevation_deg=0.0,
     roll_deg=0.0,
@@ -248,26 +250,26 @@ def _upright(azimuth, normal):  # columns along the horizon, rows towards the fe
     return column, torch.linalg.cross(normal, column)
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-011
-@patch_to(ConeBeam, cls_method=True)
-def biplanar(cls, **kwargs) -> ConeBeam:
+@patch(cls_method=True)
+def biplanar(cls: ConeBeam, **kwargs) -> ConeBeam:
     "The AP and the lateral view: `orbit([0, 90], ...)`."
     return cls.orbit([0.0, 90.0], **kwargs)
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-013
-@patch_to(ConeBeam, as_prop=True)
-def source_to_detector_mm(self) -> torch.Tensor:
+@patch(as_prop=True)
+def source_to_detector_mm(self: ConeBeam) -> torch.Tensor:
     "Length of the central ray, (*batch, V)."
     return (self.detector_center_mm - self.source_mm).norm(dim=-1)
 
 
-@patch_to(ConeBeam, as_prop=True)
-def central_ray(self) -> torch.Tensor:
+@patch(as_prop=True)
+def central_ray(self: ConeBeam) -> torch.Tensor:
     "Unit vector from the source to the detector's centre, (*batch, V, 3)."
     return (self.detector_center_mm - self.source_mm) / self.source_to_detector_mm[..., None]
 
 
-@patch_to(ConeBeam, as_prop=True)
-def azimuth_deg(self) -> torch.Tensor:
+@patch(as_prop=True)
+def azimuth_deg(self: ConeBeam) -> torch.Tensor:
     """Azimuth of the central ray as in `orbit`, (*batch, V), in (−180, 180]; 0 where the ray runs
     along the body axis and has none.
     """
@@ -278,8 +280,8 @@ def azimuth_deg(self) -> torch.Tensor:
     )
 
 
-@patch_to(ConeBeam, as_prop=True)
-def elevation_deg(self) -> torch.Tensor:
+@patch(as_prop=True)
+def elevation_deg(self: ConeBeam) -> torch.Tensor:
     "Elevation of the central ray as in `orbit`, (*batch, V), in [−90, 90]."
     x, y, z = self.central_ray.unbind(-1)
     horizontal = x * x + y * y
@@ -291,8 +293,8 @@ def elevation_deg(self) -> torch.Tensor:
     )
 
 
-@patch_to(ConeBeam, as_prop=True)
-def roll_deg(self) -> torch.Tensor:
+@patch(as_prop=True)
+def roll_deg(self: ConeBeam) -> torch.Tensor:
     "Turn of the detector's columns about the central ray as in `orbit`, (*batch, V)."
     column, row = _upright(torch.deg2rad(self.azimuth_deg), self.central_ray)
     return torch.rad2deg(
@@ -300,8 +302,8 @@ def roll_deg(self) -> torch.Tensor:
     )
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-022
-@patch_to(ConeBeam, cls_method=True)
-def stack(cls, geometries: Sequence[ConeBeam]) -> ConeBeam:
+@patch(cls_method=True)
+def stack(cls: ConeBeam, geometries: Sequence[ConeBeam]) -> ConeBeam:
     """Geometries of single scans as one batch, (B, …); they must share views, detector shape and
     grid.
     """
@@ -327,8 +329,8 @@ def stack(cls, geometries: Sequence[ConeBeam]) -> ConeBeam:
     return replace(first, **{n: torch.stack([getattr(g, n) for g in geometries]) for n in VECTORS})
 
 
-@patch_to(ConeBeam)
-def __getitem__(self, index) -> ConeBeam:
+@patch
+def __getitem__(self: ConeBeam, index) -> ConeBeam:
     "One scan of a batch, the inverse of `stack`; views are chosen with `select`."
     if not self.batch_shape:
         raise GeometryError(
@@ -337,8 +339,8 @@ def __getitem__(self, index) -> ConeBeam:
     return self._map(lambda t: t[index])
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-025
-@patch_to(ConeBeam)
-def token_uv(self, token_shape=None) -> torch.Tensor:
+@patch
+def token_uv(self: ConeBeam, token_shape=None) -> torch.Tensor:
     """Centres of a (rows, columns) subdivision of the detector in image coordinates (u, v): (R',
     C', 2), pixels.
     """
@@ -352,8 +354,8 @@ def token_uv(self, token_shape=None) -> torch.Tensor:
     return torch.stack(torch.meshgrid(v, u, indexing="ij")[::-1], -1)
 
 
-@patch_to(ConeBeam)
-def pixel_centers_mm(self, token_shape=None) -> torch.Tensor:
+@patch
+def pixel_centers_mm(self: ConeBeam, token_shape=None) -> torch.Tensor:
     """(*batch, V, R, C, 3) LPS mm; of the tokens' centres where `token_shape` (rows, columns) is
     given.
     """
@@ -372,15 +374,15 @@ def pixel_centers_mm(self, token_shape=None) -> torch.Tensor:
     )
 
 
-@patch_to(ConeBeam)
-def ray_directions(self, token_shape=None) -> torch.Tensor:
+@patch
+def ray_directions(self: ConeBeam, token_shape=None) -> torch.Tensor:
     "Unit vectors from the source to every pixel (or token): (*batch, V, R, C, 3)."
     ray = self.pixel_centers_mm(token_shape) - self.source_mm[..., None, None, :]
     return ray / ray.norm(dim=-1, keepdim=True)
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-028
-@patch_to(ConeBeam)
-def plucker(self, token_shape=None) -> torch.Tensor:
+@patch
+def plucker(self: ConeBeam, token_shape=None) -> torch.Tensor:
     """Plücker coordinates of the rays: (*batch, V, R', C', 6) = unit direction, then moment about
     the grid's centre in mm.
     """
@@ -390,8 +392,8 @@ def plucker(self, token_shape=None) -> torch.Tensor:
     return torch.cat([direction, torch.linalg.cross(origin, direction)], -1)
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-031
-@patch_to(ConeBeam)
-def matrices(self) -> torch.Tensor:
+@patch
+def matrices(self: ConeBeam) -> torch.Tensor:
     """Projection matrices P, (*batch, V, 3, 4): LPS mm (x, y, z, 1) → (w·u, w·v, w), pixel centres
     at +0.5, w the depth in mm.
     """
@@ -407,8 +409,8 @@ def matrices(self) -> torch.Tensor:
     return torch.cat([left, -left @ self.source_mm[..., None]], -1)
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-032
-@patch_to(ConeBeam)
-def project_points(self, points_mm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@patch
+def project_points(self: ConeBeam, points_mm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Image coordinates (u, v) in pixels, (*batch, V, *points, 2), and depth in mm, (*batch, V,
     *points), of points in LPS mm.
 
@@ -439,9 +441,9 @@ def project_points(self, points_mm: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return uv.reshape(*uv.shape[:-2], *shape, 2), depth.reshape(*depth.shape[:-1], *shape)
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-036
-@patch_to(ConeBeam, cls_method=True)
+@patch(cls_method=True)
 def from_matrices(
-    cls,
+    cls: ConeBeam,
     matrices,
     *,
     source_to_detector_mm=None,
@@ -499,8 +501,8 @@ def from_matrices(
     return cls(source, source + ray, column, row, detector_shape, grid)
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-039
-@patch_to(ConeBeam)
-def missing_rays(self) -> torch.Tensor:
+@patch
+def missing_rays(self: ConeBeam) -> torch.Tensor:
     """Fraction of each view's rays, from source to pixel centre, that do not touch the grid's box:
     (*batch, V), 0 to 1.
     """
@@ -521,8 +523,8 @@ def missing_rays(self) -> torch.Tensor:
     return (enter.clamp(min=0.0) > leave.clamp(max=1.0)).to(torch.float64).mean((-1, -2))
 
 
-@patch_to(ConeBeam)
-def require_hits(self) -> ConeBeam:
+@patch
+def require_hits(self: ConeBeam) -> ConeBeam:
     "This geometry, or a GeometryError when some view has no ray that meets the grid."
     blind = (self.missing_rays() >= 1.0).nonzero()
     if len(blind):

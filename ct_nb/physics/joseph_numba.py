@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import numba
 import numpy as np
 import torch
+
 from .joseph_reference import MINIMUM_W, VALUES, ColumnParameters
 from ct_nb.physics.simd import (
     PADDING,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+
 from .geometry import ConeBeam
 
 # %% ../../nbs/physics/02_joseph_reference.ipynb #cell-004

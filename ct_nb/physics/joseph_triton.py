@@ -11,8 +11,9 @@ from itertools import permutations
 import torch
 import triton
 import triton.language as tl
-from .joseph_reference import MINIMUM_W, VALUES, ColumnParameters
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .joseph_reference import MINIMUM_W, VALUES, ColumnParameters
 
 # %% ../../nbs/physics/04_joseph_triton.ipynb #cell-008
 PARAMETERS = tl.constexpr(len(VALUES))

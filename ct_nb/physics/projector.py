@@ -12,6 +12,7 @@ import weakref
 from dataclasses import replace
 
 import torch
+
 from . import joseph_reference as joseph
 from .geometry import ConeBeam
 from .joseph_reference import ColumnParameters, column_parameters

@@ -9,6 +9,7 @@ __all__ = ['minimum_norm', 'range_component', 'null_component', 'sirt', 'fdk', '
 import math
 
 import torch
+
 from .geometry import ConeBeam
 from .projector import backproject, project
 

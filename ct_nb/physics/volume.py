@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ..core.files import atomic_write
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-005

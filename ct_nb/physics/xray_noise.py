@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+
 from .geometry import ConeBeam
+from .pose_errors import jitter_pose
 
 # %% ../../nbs/physics/07_xray_noise.ipynb #cell-005
 def _check_widths(config, **limits):
@@ -182,7 +184,7 @@ def perturb_pose(
     generator: torch.Generator,
 ) -> tuple[ConeBeam, ConeBeam]:
     "The geometry that the X-rays are taken with, and the one that is recorded."
-    recorded = geometry.jitter(generator, pose.jitter_rotation_deg, pose.jitter_shift_mm)
+    recorded = jitter_pose(geometry, generator, pose.jitter_rotation_deg, pose.jitter_shift_mm)
     shift = torch.randn(
         (3, *geometry.source_mm.shape[:-1]), generator=generator, dtype=torch.float64
     )

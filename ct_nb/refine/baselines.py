@@ -9,6 +9,7 @@ __all__ = ['Unrefined', 'gaussian_high_pass', 'UnsharpMask', 'ConsistencyAlone']
 import math
 
 import torch
+
 from ..evaluation.baselines import AtlasConsistent
 from ..evaluation.metrics import as_pair
 

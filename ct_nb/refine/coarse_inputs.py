@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
+
 from ..cascade.train import SamplePredictor, Sampler, load_cascade
 from ..data.cache import DiskCache, MemoryCache, code_digest, content_digest, files_digest
 from ..data.cases import CTSource
@@ -23,10 +25,9 @@ from ..drr2ct.network import DRR2CTConfig
 from ..drr2ct.predict import ModelPredictor, load_drr2ct
 from ..drr2ct.train import get_preset
 from ..evaluation.baselines import SIRT, MinimumNorm
-from ..physics.geometry import ConeBeam
+from ..physics.geometry_io import geometry_from_json, geometry_to_json
 from ..physics.volume import WINDOWS, Grid
 from ..training.checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_config
-from torch.utils.data import DataLoader, Dataset
 
 # %% ../../nbs/refine/03_coarse_inputs.ipynb #cell-005
 def _phantoms(first: int, count: int) -> set[str]:
@@ -382,14 +383,14 @@ class CoarsePairs(Dataset):
             case.digest,
             numbers,
             [asdict(pairs.noise), asdict(pairs.pose), asdict(pairs.augmentation)],
-            pairs.geometry.to_json(),
+            geometry_to_json(pairs.geometry),
             self._code,
         )
         arrays = self.cache.get(name, lambda: self._arrays(pairs.at(draw, index)))
         item = {
             "id": case.id,
             "patient": case.patient,
-            "geometry": ConeBeam.from_json(str(arrays["geometry"])),
+            "geometry": geometry_from_json(str(arrays["geometry"])),
             "affine": torch.from_numpy(arrays["affine"]),
             "xrays": torch.from_numpy(arrays["xrays"]),
             **{key: torch.from_numpy(arrays[key]).float() for key in ("hu", "coarse")},
@@ -409,7 +410,7 @@ class CoarsePairs(Dataset):
             "coarse": _whole(coarse),
             "xrays": item["xrays"].float().numpy(),
             "affine": np.asarray(item["affine"]),
-            "geometry": np.array(item["geometry"].to_json()),
+            "geometry": np.array(geometry_to_json(item["geometry"])),
         }
 
     def coarse_of(self, xrays: torch.Tensor) -> torch.Tensor:

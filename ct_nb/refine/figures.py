@@ -9,6 +9,8 @@ __all__ = ['refinement_figure', 'spectrum_figure', 'draw_run', 'main']
 import json
 from pathlib import Path
 
+from fastcore.script import call_parse
+
 from ..core.plot_style import FAINT, FLOOR, MODEL, MUTED, SERIES, TRUTH, style
 from ..data.read import read_volume
 from ..evaluation.metrics import psnr
@@ -22,7 +24,6 @@ from ct_nb.viewer.figures import (
     scale_bar,
     training_figure,
 )
-from fastcore.script import call_parse
 
 # %% ../../nbs/refine/07_figures.ipynb #cell-005
 def refinement_figure(

@@ -10,9 +10,10 @@ from math import log
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from ..layers.embeddings import WAVES, waves
 from ..physics.fourier import band_power, bands
-from torch import nn
 
 # %% ../../nbs/refine/00_frequency_attention.ipynb #cell-006
 class FrequencyAttention(nn.Module):

@@ -13,13 +13,14 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from ..physics.fourier import multiplicity
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Window
 from .frequency_attention import laplacian
 from ..training.losses import Term, absolute_error, weighted_sum, windowed
 from ..training.projection_losses import drr_cycle_error
-from torch import nn
 
 # %% ../../nbs/refine/02_losses.ipynb #cell-005
 WAVES_ACROSS_CUBE = 32  # that are normalised radial frequency 1: Nyquist's of 64³

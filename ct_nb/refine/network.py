@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from ..core.config import Settings
 from ..layers.blocks import ChannelNorm, channels_inner, keep_variance
 from ..layers.depth_prior import DEPTH_PRIOR_CHANNELS, DepthPrior
@@ -18,7 +20,6 @@ from ..physics.geometry import ConeBeam
 from ..physics.solvers import sirt
 from ..physics.volume import WINDOWS, Window, get_window, hu_to_mu, mu_water_per_mm
 from .frequency_attention import FrequencyAttention, HighPass, laplacian
-from torch import nn
 
 # %% ../../nbs/refine/01_network.ipynb #cell-005
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ __all__ = ['ConsistencySettings', 'RefinementModel', 'load_refiner', 'refine_rec
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+
 from ..core.config import Settings
 from ..drr2ct.network import DRR2CTConfig
 from ..evaluation.baselines import shrunk_spread
@@ -26,7 +28,6 @@ from ..physics.volume import Grid, Volume, hu_to_mu, mu_to_hu
 from .coarse_inputs import weights_digest
 from .network import Refiner, RefinerConfig
 from ..training.checkpoints import load_weights, read_config
-from torch import nn
 
 # %% ../../nbs/refine/04_pipeline.ipynb #cell-005
 @dataclass(frozen=True)

@@ -15,6 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
+from fastcore.script import Param, call_parse
+from torch import nn
+
 from ..core.files import write_json
 from ..core.seeding import stream
 from ..data.cache import content_digest, default_cache_dir
@@ -36,9 +40,6 @@ from .network import Refiner, RefinerConfig
 from .pipeline import ConsistencySettings, RefinementModel, load_refiner
 from ..training.checkpoints import read_config, save_weights, versions
 from ..training.trainer import Trainer, TrainerConfig
-from fastcore.basics import patch
-from fastcore.script import Param, call_parse
-from torch import nn
 
 # %% ../../nbs/refine/06_train.ipynb #cell-005
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+
 from .slice_profile import SliceAxis, SliceProfile, slab_matrix
 
 # %% ../../nbs/slices/04_consistency.ipynb #cell-005

@@ -13,6 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
+
+import ct_nb
 from ..core.seeding import stream
 from ..data.cache import content_digest, files_digest
 from ct_nb.slices.slice_profile import (
@@ -23,9 +26,6 @@ from ct_nb.slices.slice_profile import (
     slab_matrix,
     thicken,
 )
-from torch.utils.data import Dataset
-
-import ct_nb
 
 # %% ../../nbs/slices/02_crops.ipynb #cell-005
 def _mapped(hu) -> bool:

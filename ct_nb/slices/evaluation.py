@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ..core.files import atomic_write
 from .crops import KeptStacks
 from .inference import DiffusionThinner, RegressorThinner

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ipywidgets import HTML, Dropdown, FloatSlider, HBox, Layout, VBox
+
 from ..core.plot_style import MODEL, MUTED, TRUTH, style
 from ..phantom.chest import phantom
 from ..physics.volume import Volume
@@ -46,7 +48,6 @@ from ct_nb.viewer.canvas import (
 from ..viewer.ct_viewer import follow_wheel, slice_slider, window_menu
 from ..viewer.figures import BRIGHT, ENDS
 from ..viewer.slice_canvas import upright
-from ipywidgets import HTML, Dropdown, FloatSlider, HBox, Layout, VBox
 
 # %% ../../nbs/slices/13_explorer.ipynb #cell-005
 def open_thin_scans(

@@ -9,6 +9,7 @@ __all__ = ['SHOWN', 'ERROR_HU', 'DETAIL_MM', 'CHANGE_LIMIT_HU', 'LOOK', 'slices_
 from collections.abc import Mapping
 
 import numpy as np
+
 from ..core.plot_style import MUTED, style
 from ..physics.volume import Volume, get_window
 from .thin_ct_files import thin_frame

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
 from ..core.seeding import stream
 from ..data.cache import content_digest
 from ..data.hounsfield import MAX_VOXELS

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+
 from ..core.files import atomic_write, write_json
 from ..evaluation.case_metrics import METRICS, Metric
 from ..evaluation.metrics import CHEST, as_pair

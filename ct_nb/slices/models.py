@@ -12,6 +12,8 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from ..core.config import Settings
 from ..layers.diffusion import Diffusion, DiffusionConfig
 from ..physics.volume import Window, get_window
@@ -26,7 +28,6 @@ from ct_nb.slices.network import (
 )
 from .slice_profile import SliceAxis, SliceProfile, slab_matrix
 from .vae import SliceVAE, SliceVAEConfig, fold, unfold
-from torch import nn
 
 # %% ../../nbs/slices/06_models.ipynb #cell-005
 def _measured(thick: torch.Tensor, thick_axis) -> None:

@@ -15,13 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
 from ..core.config import Settings
 from ..layers.blocks import ChannelNorm, channels_inner, keep_variance
 from ..layers.embeddings import TIME_NUMBERS, time_waves
 from .consistency import INTERPOLATIONS, back_projection_matrix, interpolation_matrix
 from .slice_profile import SliceAxis, SliceProfile
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/slices/05_network.ipynb #cell-005
 STARTS = ("back-projection", *INTERPOLATIONS)  # what brings thick slices to thin positions

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from ..data.cases import CTSource, _number
 from ..physics.volume import Grid, Volume, resample
 from .slice_profile import SliceAxis, SliceProfile, ThinStack, slab_matrix, thicken

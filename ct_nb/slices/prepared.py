@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'COLUMNS', 'STACK_BYTES', 'stack_identity', 'write_stack', 'read_about', 'read_stack', 'prepare_stack',
-           'write_report', 'prepare_stacks', 'prepared_stacks', 'main']
+           'write_report', 'prepare_stacks', 'prepared_stacks']
 
 # %% ../../nbs/slices/01c_prepared.ipynb #cell-003
 import contextlib
@@ -21,12 +21,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
 from ..core.files import atomic_write, write_json
 from ..data.cache import content_digest
-from .open import open_stacks
 from .paired_stacks import PE_SHARES, StackCase, StackSource, agreement_hu, stack_sides
 from .slice_profile import SliceAxis, SliceProfile, ThinStack
-from fastcore.script import call_parse
 
 # %% ../../nbs/slices/01c_prepared.ipynb #cell-006
 FORMAT = 1  # of a prepared folder
@@ -355,30 +354,3 @@ def prepared_stacks(out) -> StackSource:
     if not cases:
         raise ValueError(f"{out}: none of its scans could be prepared; its report.csv says why")
     return StackSource(cases)
-
-# %% ../../nbs/slices/01c_prepared.ipynb #cell-014
-@call_parse
-def main(
-    # "pe:FOLDER", "rplhr:FOLDER", "phantom:COUNT", a folder of thin CT, or several joined by "+"
-    data: str,
-    out: str = "slabs",  # folder to make or to go on with
-    workers: int = None,  # processes on this machine; 0: in this one, without Dask
-    scheduler: str = None,  # address of a Dask cluster, tcp://HOST:8786
-    most_spacing_mm: float = 1.5,  # slices farther apart do not count as thin
-):
-    "Turn scans in thin and thick slices into a folder of arrays that training reads crops from."
-    try:
-        lines = prepare_stacks(open_stacks(data, most_spacing_mm), out, workers, scheduler)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ct_nb.slices.prepared: {error}") from None
-    counts = {
-        status: sum(line["status"] == status for line in lines)
-        for status in ("prepared", "kept", "failed")
-    }
-    print(
-        f"{out}: "
-        + ", ".join(f"{count} {status}" for status, count in counts.items())
-        + f"; see {Path(out) / 'report.csv'}"
-    )
-    if counts["failed"] == len(lines):
-        raise SystemExit(1)

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 import torch
+
 from ..data.folders import stem
 from ..data.hounsfield import CTReadError
 from ..data.read import read_volume

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fastcore.basics import patch
+
 from ..core.seeding import stream
-from ..physics.geometry import patch_to
 from ..physics.volume import Grid, Volume, Window, get_window
 
 # %% ../../nbs/slices/00_slice_profile.ipynb #cell-005
@@ -363,8 +364,8 @@ def _integer(most: int, generator) -> int:
     return int(torch.randint(most + 1, (), generator=generator))
 
 
-@patch_to(SlabPairs)
-def _simulated(self, stack: ThinStack, generator) -> tuple[SliceAxis, SliceProfile]:
+@patch
+def _simulated(self: SlabPairs, stack: ThinStack, generator) -> tuple[SliceAxis, SliceProfile]:
     "Thick slices over a thin stack, and their profile."
     spacing, profile, offset = self.slabs.draw(generator)
     step = stack.thin_axis.spacing_mm
@@ -397,8 +398,8 @@ def _simulated(self, stack: ThinStack, generator) -> tuple[SliceAxis, SliceProfi
     )
 
 
-@patch_to(SlabPairs)
-def _measured(self, stack: ThinStack, generator) -> tuple[int, int]:
+@patch
+def _measured(self: SlabPairs, stack: ThinStack, generator) -> tuple[int, int]:
     """First, and the one after the last, of the measured thick slices to use: those that lie over
     the thin stack with their cells and profiles.
     """
@@ -421,8 +422,8 @@ def _measured(self, stack: ThinStack, generator) -> tuple[int, int]:
     return first, first + self.count
 
 # %% ../../nbs/slices/00_slice_profile.ipynb #cell-032
-@patch_to(SlabPairs)
-def at(self, epoch: int, index: int) -> dict:
+@patch
+def at(self: SlabPairs, epoch: int, index: int) -> dict:
     """The item of a case in an epoch.
 
     A case that is too short or too small for the crop: `ValueError`.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ..core.files import write_json
 from ..data.dicom import choose_series, dicom_slices
 from ..data.hounsfield import CTReadError

@@ -13,6 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
+from fastcore.script import Param, call_parse
+from torch import nn
+
 from ..core.seeding import stream
 from ..evaluation.metrics import psnr
 from .crops import SliceCrops, sides_content, usable
@@ -35,9 +39,6 @@ from ct_nb.training.checkpoints import (
     save_weights,
 )
 from ..training.trainer import Trainer, TrainerConfig, TrainingStopped
-from fastcore.basics import patch
-from fastcore.script import Param, call_parse
-from torch import nn
 
 # %% ../../nbs/slices/10_train.ipynb #cell-005
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
 from ..core.config import Settings
 from ..layers.blocks import ChannelNorm, channels_inner, keep_variance
 from ..layers.latent import LOG_VARIANCE_RANGE, Latent
 from ..physics.volume import Window, get_window
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/slices/03_vae.ipynb #cell-005
 REDUCTION = 8  # pixels of a row or a column that share a latent

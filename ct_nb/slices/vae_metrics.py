@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
 from ..core.files import atomic_write, write_json
 from ct_nb.evaluation.metrics import (
     CHEST,

@@ -12,6 +12,7 @@ from itertools import product
 from math import ceil
 
 import torch
+
 from ..layers.latent import Latent
 from .vae import REDUCTION, SliceVAE, SliceVAEConfig
 

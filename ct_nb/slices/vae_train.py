@@ -15,6 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
+from fastcore.script import Param, call_parse
+from torch import nn
+from torch.utils.data import Dataset
+
 from ..core.seeding import stream
 from ..data.cases import CTSource
 from ..evaluation.lpips import LPIPS
@@ -29,10 +34,6 @@ from ..training.adversarial import Adversary
 from ..training.checkpoints import load_weights, read_config, save_weights
 from ..training.losses import LossWeights, reconstruction_loss
 from ..training.trainer import Trainer, TrainerConfig, TrainingStopped
-from fastcore.basics import patch
-from fastcore.script import Param, call_parse
-from torch import nn
-from torch.utils.data import Dataset
 
 # %% ../../nbs/slices/03c_vae_train.ipynb #cell-005
 def check_crop(name: str, shape, crop: tuple[int, int, int]) -> None:

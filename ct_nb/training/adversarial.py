@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ..physics.volume import WINDOWS, Window
-from .losses import windowed
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+
+from ..physics.volume import WINDOWS, Window
+from .losses import windowed
 
 # %% ../../nbs/training/02_adversarial.ipynb #cell-004
 class PatchDiscriminator3d(nn.Module):

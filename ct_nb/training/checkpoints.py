@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ..core.files import atomic_write, write_json
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-004

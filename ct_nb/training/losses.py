@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+
 from ..physics.volume import WINDOWS, Window
 
 # %% ../../nbs/training/00_losses.ipynb #cell-004

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from scipy.special import betaincinv
+
 from ..physics.detector import binned
 from ..physics.geometry import VECTORS, ConeBeam
+from ..physics.pose_errors import rotate
 from ..physics.projector import project
 from ..physics.volume import AIR_HU, hu_to_mu
-from scipy.special import betaincinv
 
 # %% ../../nbs/training/01_projection_losses.ipynb #cell-004
 def _relative_error(
@@ -93,9 +95,9 @@ def third_view(
         * 2
         - 1
     )
-    turned = first.rotated(turn * 180 * first.source_mm.new_tensor([0.0, 0.0, 1.0]))
+    turned = rotate(first, turn * 180 * first.source_mm.new_tensor([0.0, 0.0, 1.0]))
     across = turned.column_step_mm / turned.column_step_mm.norm(dim=-1, keepdim=True)
-    tilted = turned.rotated(tilt * tilt_deg * across)
+    tilted = rotate(turned, tilt * tilt_deg * across)
     drawn = tilted.rebinned(tuple(min(n, most) for n in tilted.detector_shape))
     return project(hu_to_mu(truth_hu.float(), energy_kev), drawn), drawn
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 import anywidget
 import numpy as np
 import traitlets
+
 from ..physics.volume import get_window
 from .figures import BRIGHT, orientation_marks, scale_bar
 

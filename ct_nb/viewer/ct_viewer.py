@@ -7,11 +7,12 @@ __all__ = ['window_menu', 'slice_slider', 'follow_wheel', 'VolumeViewer']
 
 # %% ../../nbs/viewer/04_ct_viewer.ipynb #cell-002
 import numpy as np
+from ipywidgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, Layout, VBox
+
 from ..physics.volume import WINDOWS, Volume, get_window
 from .canvas import grey, label_colors, overlay
 from .figures import PLANES, slices_figure
 from .slice_canvas import SlicePicture, upright, value_at
-from ipywidgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, Layout, VBox
 
 # %% ../../nbs/viewer/04_ct_viewer.ipynb #cell-005
 def window_menu(window="chest") -> Dropdown:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ..core.files import atomic_write
 from ..core.plot_style import FAINT, MUTED, SERIES, style
 from ..evaluation.metrics import psnr

@@ -8,6 +8,7 @@ __all__ = ['BONE_HU', 'SKIN_HU', 'surface_net', 'geometry_figure']
 # %% ../../nbs/viewer/01_geometry_figure.ipynb #cell-003
 import numpy as np
 import torch
+
 from ..core.plot_style import SERIES, style
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid, Volume
 from .canvas import dot, line

@@ -7,6 +7,7 @@ __all__ = ['AXES', 'upright', 'SlicePicture', 'value_at']
 
 # %% ../../nbs/viewer/03_slice_canvas.ipynb #cell-002
 import numpy as np
+
 from ..physics.volume import AIR_HU, Grid, Volume
 from .canvas import Picture, grey, line
 from .figures import ENDS, PLANES, along_lps

@@ -10,7 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from ipywidgets import HTML, FloatSlider, HBox, Layout, VBox
+
 from ..core.plot_style import style
+from ..physics.epipolar import epipolar_lines
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.volume import Volume, hu_to_mu
@@ -18,7 +21,6 @@ from .canvas import Picture, dot, draw_picture, grey, line
 from .figures import view_name, xray_ends
 from .scene3d import Body, Eye, fitting, paint_scene, scene_marks
 from .slice_canvas import value_at
-from ipywidgets import HTML, FloatSlider, HBox, Layout, VBox
 
 # %% ../../nbs/viewer/06_xray_viewer.ipynb #cell-005
 def clipped_line(abc, columns: int, rows: int) -> np.ndarray | None:
@@ -241,7 +243,8 @@ class XrayStudio(VBox):
         return (
             None
             if self.picked is None
-            else self.geometry.epipolar_lines(
+            else epipolar_lines(
+                self.geometry,
                 self.picked[0],
                 1 - self.picked[0],
                 torch.tensor(self.picked[1:], dtype=torch.float64),

@@ -103,7 +103,7 @@ def save_untrained_reconstruction(runs: Path) -> None:
     from ct_nb.training.checkpoints import save_weights
     from ct_nb.refine.pipeline import RefinementModel
     from ct_nb.cascade.network import Cascade, CascadeConfig, StageConfig
-    from ct_nb.cascade.denoiser import DenoiserConfig
+    from ct_nb.layers.denoiser import DenoiserConfig
     from ct_nb.layers.diffusion import DiffusionConfig
     from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
     from ct_nb.refine.network import RefinerConfig
