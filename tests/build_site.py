@@ -615,7 +615,7 @@ def main(root: Path = ROOT) -> None:
     if shutil.which("quarto") is None:
         sys.exit(
             "Quarto is not installed: `conda env create -f environment.yml` brings it, or see"
-            " https://quarto.org/docs/get-started; `pytest tests/test_site.py` checks the pages"
+            " https://quarto.org/docs/get-started; `pytest tests/repository/test_site.py` checks the pages"
             " without it"
         )
     work = root / "runs" / "site"

@@ -7,9 +7,7 @@ import pytest
 os.environ.setdefault("MPLBACKEND", "agg")
 sys.path.insert(0, str(Path(__file__).parent))  # tests share helpers as plain modules
 
-REAL_CT = Path(
-    os.environ.get("CT_NB_REAL_CT", Path(__file__).resolve().parents[2] / "shared" / "ct")
-)
+from places import REAL_CT  # noqa: E402
 
 
 @pytest.fixture(scope="session")

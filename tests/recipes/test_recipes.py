@@ -10,8 +10,8 @@ import nbformat
 import numpy as np
 import pytest
 from ct_nb.physics.geometry_io import load_geometry
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 

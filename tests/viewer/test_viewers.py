@@ -26,6 +26,7 @@ from ct_nb.viewer.xray_viewer import DETECTOR, XrayStudio, clipped_line, ray_ins
 from ct_nb.viewer.scene3d import Body, Eye, corners_mm, fitting, paint_scene
 from ct_nb.viewer.slice_canvas import SlicePicture, upright, value_at
 from ct_nb.physics.epipolar import epipolar_lines
+from places import ROOT
 
 PLANES = ("axial", "coronal", "sagittal")
 
@@ -622,7 +623,7 @@ def test_papermill_gets_figures_of_all_explorers(tmp_path, monkeypatch):
         "explore_steps": f"size = 32; weights = {nothing}",
         "explore_slices": f"size = 48; weights = {nothing}",
     }
-    folder = Path(__file__).resolve().parents[1] / "nbs"
+    folder = ROOT / "nbs"
     assert set(small) == {path.stem for path in folder.glob("explore_*.ipynb")}
     cells, ends = [], {}
     for name, settings in small.items():

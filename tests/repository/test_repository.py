@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
 )
@@ -33,7 +33,7 @@ def test_nothing_local_is_tracked():
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("not a git checkout")
-    names = [n for n in done.stdout.split("\0") if n and n != "tests/test_repository.py"]
+    names = [n for n in done.stdout.split("\0") if n and n != "tests/repository/test_repository.py"]
     assert not [n for n in names if n.endswith((".nii.gz", ".dcm", ".safetensors", ".pt", ".zip"))]
     home = re.compile(r"/(?:home|Users|root|work|tmp)/[\w.]")
     local = [

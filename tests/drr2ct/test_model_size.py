@@ -8,8 +8,8 @@ import torch
 
 from ct_nb.drr2ct.model_size import PARTS, buffer_bytes, count_activations, measure, outlined, parameter_counts, scene, size_table
 from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SMOKE = DRR2CTConfig.preset("smoke")
 
 

@@ -11,8 +11,9 @@ import torch
 
 from ct_nb.core.files import atomic_write
 from ct_nb.training.checkpoints import STATE_FILE, WeightsError, load_state, load_weights, read_config, save_weights
+from places import PROGRAMS
 
-PROGRAM = Path(__file__).parent / "programs" / "train_line.py"
+PROGRAM = PROGRAMS / "train_line.py"
 
 
 def train(out, *words, launcher=(sys.executable,), expect=0, **environment):

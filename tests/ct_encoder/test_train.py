@@ -31,8 +31,8 @@ from ct_nb.ct_encoder.text_encoders import WordTokenizer
 from ct_nb.core.regions import REGIONS
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Volume
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = CTEncoderConfig.preset("smoke")
 
 
@@ -676,12 +676,12 @@ def test_the_name_of_what_was_prepared_knows_all_that_decided_it(tmp_path, monke
             lambda name: sys.modules[f"ct_nb.{name}"],
             (
                 "data.folders",
-                "data.label_maps",
-                "data.reports",
-                "data.report_readers",
-                "nets.ct_encoder",
-                "nets.regions",
-                "physics.readers",
+                "ct_encoder.label_maps",
+                "ct_encoder.reports",
+                "ct_encoder.report_readers",
+                "ct_encoder.encoder",
+                "ct_encoder.region_attention",
+                "data.readers",
                 "physics.volume",
             ),
         ),

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import PROGRAMS
 
-PROGRAM = Path(__file__).parent / "programs" / "joseph_cuda.py"
+PROGRAM = PROGRAMS / "joseph_cuda.py"
 CASES = (
     "tilted_batch",
     "shared_geometry",

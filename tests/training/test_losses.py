@@ -18,9 +18,10 @@ from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
 from ct_nb.physics.pose_errors import rotate
 from ct_nb.physics.pose_errors import translate
+from places import PROGRAMS
 
 CHEST = WINDOWS["chest"]
-PROGRAM = Path(__file__).parent / "programs" / "gather_tokens.py"
+PROGRAM = PROGRAMS / "gather_tokens.py"
 
 
 def seeded(number):

@@ -23,10 +23,12 @@ from ct_nb.slices.paired_stacks import SIDES, StackCase, StackSource, agreement_
 from ct_nb.slices.pe_archive import find_series, pe_archive, read_pair
 from ct_nb.slices.open import open_stacks
 from ct_nb.slices.thin_folder import thin_folder
-from ct_nb.slices.prepared import main, prepare_stacks, prepared_stacks, read_stack
+from ct_nb.slices.prepared import prepare_stacks, prepared_stacks, read_stack
+from ct_nb.slices.prepare import main
 from ct_nb.slices.slice_profile import SlabPairs, SliceAxis, SliceProfile, ThinStack, from_unit, slab_matrix, thicken
 from ct_nb.data.hounsfield import CTReadError
 from ct_nb.physics.volume import Volume, Window
+from places import PROGRAMS
 
 THIN = body((60, 32, 40))
 THICK = THIN.reshape(12, 5, 32, 40).mean(1)
@@ -455,7 +457,7 @@ def test_folders_of_thin_ct(tmp_path):
     with pytest.raises(ValueError, match="holds no zip"):
         open_stacks(f"pe:{tmp_path}")
     with pytest.raises(ValueError, match="holds no CT"):
-        thin_folder(Path(__file__).parent / "programs")
+        thin_folder(PROGRAMS)
 
 
 def test_phantoms_are_stacks():

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "papers").glob("*.md"))
 COMMAND = re.compile(
     r"papermill nbs/\w+\.ipynb|`make \w+|\bct_nb_\w+ |python -m"

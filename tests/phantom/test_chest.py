@@ -17,8 +17,9 @@ from ct_nb.phantom.anatomy import Anatomy, thorax_width
 from ct_nb.phantom.chest import PHANTOM_VERSION, phantom
 from ct_nb.phantom.lesions import LESION_KINDS, LINE_KINDS, plan_lesions
 from ct_nb.phantom.report import COT_STAGES
+from places import REAL_CT, ROOT
 
-REAL = Path(os.environ.get("CT_NB_REAL_CT", Path(__file__).resolve().parents[2] / "shared" / "ct"))
+REAL = REAL_CT
 EIGHTHS = {  # seed: mean HU of each eighth of the cube
     0: [-371.56, -348.61, -500.87, -513.87, -558.36, -566.39, -420.46, -407.18],
     1: [-424.62, -460.46, -567.96, -571.03, -617.56, -625.61, -471.19, -446.88],
@@ -82,7 +83,7 @@ def test_same_bits_in_this_process_and_in_another(small):
     )
     env = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
     other = subprocess.run(

@@ -7,8 +7,9 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import torch
+from places import ROOT
 
-NBS = Path(__file__).resolve().parent.parent / "nbs"
+NBS = ROOT / "nbs"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""README's tables and pictures are what papers/measured.py makes of papers/measured.json and of what runs leave; tests/test_recipes.py draws the pictures from smoke runs."""
+"""README's tables and pictures are what papers/measured.py makes of papers/measured.json and of what runs leave; tests/recipes/test_recipes.py draws the pictures from smoke runs."""
 
 import importlib.util
 import json
@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("measured", ROOT / "papers" / "measured.py")
 measured = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(measured)

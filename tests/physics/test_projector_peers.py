@@ -25,8 +25,8 @@ from peers.harness import (
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import Grid
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PEERS_PYTHON = os.environ.get("CT_NB_PEERS_PYTHON", sys.executable)
 VIEWS = ("frontal", "tilted", "diagonal")
 

@@ -22,6 +22,7 @@ from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
 from ct_nb.core.plot_style import FLOOR, MODEL, SERIES, TRUTH
 from ct_nb.viewer.figures import along_lps, comparison_figure, orientation_marks, plane, save_figure, scale_bar, slices_figure, training_figure, view_name, xray_ends, xrays_figure
+from places import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +134,7 @@ def test_saved_figures_are_whole_and_still_shown(tmp_path):
 # ---------------------------------------------------------------- all figures of the library
 def public_figures() -> dict[str, callable]:
     "Module (without ct_nb) and name → every public function `…_figure` that the library exports."
-    known = runpy.run_path(str(Path(__file__).resolve().parents[1] / "ct_nb" / "_modidx.py"))["d"][
+    known = runpy.run_path(str(ROOT / "ct_nb" / "_modidx.py"))["d"][
         "syms"
     ]
     names = [
@@ -328,75 +329,75 @@ def slab_item():
 
 SCAN = ConeBeam.orbit([0, 90, 200], grid=Grid.cube(16), detector_shape=(12, 14), pixel_mm=40.0)
 EXAMPLES = {  # name → how to draw it, and whether it shows anatomy
-    "view.figures.slices_figure": (lambda: slices_figure({"a": thorax(), "b": thorax()}), True),
-    "view.figures.xrays_figure": (lambda: xrays_figure(seen_by(SCAN), SCAN), True),
-    "view.figures.comparison_figure": (
+    "viewer.figures.slices_figure": (lambda: slices_figure({"a": thorax(), "b": thorax()}), True),
+    "viewer.figures.xrays_figure": (lambda: xrays_figure(seen_by(SCAN), SCAN), True),
+    "viewer.figures.comparison_figure": (
         lambda: comparison_figure(
             seen_by(SCAN), SCAN, thorax(), {"model": thorax(), "floor": thorax()}
         ),
         True,
     ),
-    "view.figures.training_figure": (
+    "viewer.figures.training_figure": (
         lambda: training_figure([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]),
         False,
     ),
-    "view.geometry_figure.geometry_figure": (
-        lambda: call("view.geometry_figure.geometry_figure", SCAN, thorax()),
+    "viewer.geometry_figure.geometry_figure": (
+        lambda: call("viewer.geometry_figure.geometry_figure", SCAN, thorax()),
         True,
     ),
-    "view.reconstruction_figure.reconstruction_figure": (
-        lambda: call("view.reconstruction_figure.reconstruction_figure", found_reconstruction()),
+    "app.reconstruct_files.reconstruction_figure": (
+        lambda: call("app.reconstruct_files.reconstruction_figure", found_reconstruction()),
         True,
     ),
-    "view.uncertainty_figure.uncertainty_figure": (
-        lambda: call("view.uncertainty_figure.uncertainty_figure", *uncertain()),
+    "cascade.figures.uncertainty_figure": (
+        lambda: call("cascade.figures.uncertainty_figure", *uncertain()),
         True,
     ),
-    "view.uncertainty_figure.reliability_figure": (
-        lambda: call("view.uncertainty_figure.reliability_figure", levels()),
+    "cascade.figures.reliability_figure": (
+        lambda: call("cascade.figures.reliability_figure", levels()),
         False,
     ),
-    "view.refinement_figure.refinement_figure": (
-        lambda: call("view.refinement_figure.refinement_figure", thorax(), thorax(), thorax()),
+    "refine.figures.refinement_figure": (
+        lambda: call("refine.figures.refinement_figure", thorax(), thorax(), thorax()),
         True,
     ),
-    "view.refinement_figure.spectrum_figure": (
-        lambda: call("view.refinement_figure.spectrum_figure", spectrum()),
+    "refine.figures.spectrum_figure": (
+        lambda: call("refine.figures.spectrum_figure", spectrum()),
         False,
     ),
-    "view.attention_figure.attention_figure": (
+    "ct_encoder.figures.attention_figure": (
         lambda: call(
-            "view.attention_figure.attention_figure",
+            "ct_encoder.figures.attention_figure",
             thorax(),
             {"a place": torch.rand(64), "another": torch.rand(64)},
             (4, 4, 4),
         ),
         True,
     ),
-    "view.attention_figure.recall_figure": (
-        lambda: call("view.attention_figure.recall_figure", recalls()),
+    "ct_encoder.figures.recall_figure": (
+        lambda: call("ct_encoder.figures.recall_figure", recalls()),
         False,
     ),
-    "view.attention_figure.labels_figure": (
-        lambda: call("view.attention_figure.labels_figure", {"scan": {"mass": 0.8}}),
+    "ct_encoder.figures.labels_figure": (
+        lambda: call("ct_encoder.figures.labels_figure", {"scan": {"mass": 0.8}}),
         False,
     ),
-    "view.slice_figures.slices_cut_figure": (
+    "slices.figures.slices_cut_figure": (
         lambda: call(
-            "view.slice_figures.slices_cut_figure", item := slab_item(), {"linear": item["thin"]}
+            "slices.figures.slices_cut_figure", item := slab_item(), {"linear": item["thin"]}
         ),
         True,
     ),
-    "view.slice_figures.latent_figure": (
-        lambda: call("view.slice_figures.latent_figure", thorax(), {"vae": thorax().tensor() + 20}),
+    "slices.figures.latent_figure": (
+        lambda: call("slices.figures.latent_figure", thorax(), {"vae": thorax().tensor() + 20}),
         True,
     ),
-    "learn.robustness.robustness_figure": (
-        lambda: call("learn.robustness.robustness_figure", conditions()),
+    "drr2ct.robustness.robustness_figure": (
+        lambda: call("drr2ct.robustness.robustness_figure", conditions()),
         False,
     ),
-    "learn.scoreboard.board_figure": (
-        lambda: call("learn.scoreboard.board_figure", scores()),
+    "evaluation.scoreboard.board_figure": (
+        lambda: call("evaluation.scoreboard.board_figure", scores()),
         False,
     ),
 }

@@ -15,9 +15,10 @@ from ct_nb.phantom.chest import phantom
 from ct_nb.data.hounsfield import CTReadError
 from ct_nb.data.read import read_ct
 from ct_nb.physics.volume import Grid, Volume
+from places import REAL_CT
 
 SMOKE = CTEncoderConfig.preset("smoke")
-REAL = Path(os.environ.get("CT_NB_REAL_CT", Path(__file__).resolve().parents[2] / "shared" / "ct"))
+REAL = REAL_CT
 
 
 def random(seed, *shape, dtype=torch.float32):
