@@ -205,7 +205,7 @@ def samples(run: Path):
     import torch
     from ct_nb.cascade.sample import reconstruct_sampled
     from ct_nb.cascade.train import load_cascade
-    from ct_nb.evaluation.uncertainty import hallucination_map, summarise
+    from ct_nb.evaluation.uncertainty import hallucination_map, summarize_samples
     from ct_nb.cascade.figures import uncertainty_figure
 
     xrays, geometry, truth, _ = _case(run)
@@ -221,7 +221,7 @@ def samples(run: Path):
     draws = torch.stack([sample.tensor() for sample in found.samples])
     return uncertainty_figure(
         truth,
-        summarise(draws),
+        summarize_samples(draws),
         draws[0],
         hallucination_map(draws, geometry.on(truth.grid).to(torch.float32)),
     )

@@ -8,10 +8,10 @@ import torch
 
 from ct_nb.data.open import phantom_source
 from ct_nb.training.checkpoints import save_weights
-from ct_nb.drr2ct.train import DRR2CTRun, get_preset
+from ct_nb.drr2ct.train import DRR2CTRun, get_drr2ct_preset
 from ct_nb.drr2ct.network import DRR2CT
 
-NETWORK = replace(get_preset("smoke").network, size=16, latent_size=8, prior_modes=4)
+NETWORK = replace(get_drr2ct_preset("smoke").network, size=16, latent_size=8, prior_modes=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,7 +30,7 @@ def volumes(count=6, size=16):
 def save_coarse(folder, training=None, **changes):
     "What a smoke run of system A leaves, with the linear prior fitted and the network as it began."
     run = DRR2CTRun(
-        "smoke", "phantom", folder, settings=replace(get_preset("smoke"), network=NETWORK)
+        "smoke", "phantom", folder, settings=replace(get_drr2ct_preset("smoke"), network=NETWORK)
     ).open()
     torch.manual_seed(0)
     model = DRR2CT(NETWORK)

@@ -311,9 +311,9 @@ def thin(
     in. Beside the CT, NAME_thinning.json says how it was made.
     """
     with _sentences("ct_nb_thin"):
-        from ct_nb.slices.thin_ct_files import thin_file
+        from ct_nb.slices.thin_ct_files import interpolate_file
 
-        found = thin_file(
+        found = interpolate_file(
             ct,
             out,
             weights,
@@ -380,11 +380,11 @@ def retrieve(
 ):
     "Find the scans nearest to a sentence: cosine, scan, what answered, file; the nearest first."
     with _sentences("ct_nb_retrieve"):
-        from ct_nb.ct_encoder.index import open_index, places_asked, search_scans
+        from ct_nb.ct_encoder.index import open_index, regions_in_query, search
 
         rows, model = open_index(index, weights)
-        wanted = places_asked(text, rows, about)
-        for hit in search_scans(text, rows, model, top, about):
+        wanted = regions_in_query(text, rows, about)
+        for hit in search(text, rows, model, top, about):
             print(f"{hit.score:+.3f}  {hit.scan}  ({hit.about})  {hit.file}")
         if lacking := rows.lacking(wanted):
             print(

@@ -13,7 +13,7 @@ import numpy as np
 from ..cascade.sample import SAMPLES, reconstruct_sampled
 from ..cascade.train import load_cascade
 from ..core.files import atomic_write, write_json
-from ..core.plot_style import MODEL, MUTED, style
+from ..core.plot_style import MODEL, MUTED, plot_style
 from ..data.radiographs import read_radiographs
 from ..drr2ct.predict import load_drr2ct, reconstruct
 from ..evaluation.inference import Reconstruction
@@ -64,7 +64,7 @@ def reconstruction_figure(
             (found.geometry.column_step_mm, found.geometry.row_step_mm),
         )
     )
-    with style():
+    with plot_style():
         upper = len(rows) * 8.2 * max(y, z) / (2 * x + y) + 0.45
         lower = shown_views * 2.45 * height / width + 0.3 + 0.22 * shown_views
         figure = plt.figure(figsize=(9.0, upper + lower))

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from ipywidgets import HTML, Dropdown, HBox, Layout, ToggleButtons, VBox
 
-from ..core.plot_style import style
+from ..core.plot_style import plot_style
 from ..evaluation.inference import view_residuals
 from ..evaluation.metrics import psnr
-from ..evaluation.uncertainty import summarise
+from ..evaluation.uncertainty import summarize_samples
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid, Volume
-from ..viewer.canvas import Picture, color_scale, colors, draw_picture, grey
+from ..viewer.canvas import ImageCanvas, apply_colormap, color_scale, draw_canvas, to_uint8
 from ..viewer.ct_viewer import follow_wheel, slice_slider, window_menu
 from ..viewer.figures import ERROR_HU, PLANES, view_name, xray_ends
-from ..viewer.slice_canvas import AXES, SlicePicture, upright, value_at
+from ..viewer.slice_canvas import AXES, SliceCanvas, to_patient_axes, value_at
 
 # %% ../../nbs/app/02_reconstruction_explorer.ipynb #cell-006
 class XrayComparison(VBox):
@@ -52,7 +52,7 @@ class XrayComparison(VBox):
         ]
         self.pictures = [
             [
-                Picture(
+                ImageCanvas(
                     name=f"view {view} {what}",
                     width=width,
                     pixel_mm=pitch,
@@ -70,7 +70,7 @@ class XrayComparison(VBox):
         for view, three in enumerate(self.pictures):
             for picture in three:
                 picture.letters = list(xray_ends(geometry, view))
-            three[0].draw(grey(self.xrays[view].numpy(), (0.0, self.top)))
+            three[0].draw(to_uint8(self.xrays[view].numpy(), (0.0, self.top)))
             three[0].title = view_name(geometry, view)
         self.shown.observe(lambda change: self.update(), "value")
         self.update()
@@ -103,8 +103,8 @@ class XrayComparison(VBox):
         for residual, image, given, (_, of_volume, difference) in zip(
             self.residuals, projected.numpy(), self.xrays.numpy(), self.pictures
         ):
-            of_volume.draw(grey(image, (0.0, self.top)))
-            difference.draw(colors(image - given, -0.1 * self.top, 0.1 * self.top))
+            of_volume.draw(to_uint8(image, (0.0, self.top)))
+            difference.draw(apply_colormap(image - given, -0.1 * self.top, 0.1 * self.top))
             of_volume.title = f"of {self.shown.value}"
             difference.title = f"residual {residual:.1%}"
 
@@ -140,7 +140,7 @@ class ReconstructionExplorer(VBox):
         self._check(volumes, truth, samples, xrays, geometry)
 
         def straight(volume):
-            return upright(volume)[0]
+            return to_patient_axes(volume)[0]
 
         self.grid = straight(
             next(iter([*volumes.values(), *samples, *([] if truth is None else [truth])]))
@@ -153,7 +153,9 @@ class ReconstructionExplorer(VBox):
         }
         self.spread = None
         if len(self.samples) > 1:
-            summary = summarise(torch.from_numpy(np.ascontiguousarray(hu)) for hu in self.samples)
+            summary = summarize_samples(
+                torch.from_numpy(np.ascontiguousarray(hu)) for hu in self.samples
+            )
             self.volumes[MEAN] = summary.mean.numpy()
             self.spread = summary.standard_deviation.numpy()
         if self.samples:
@@ -249,13 +251,13 @@ class ReconstructionExplorer(VBox):
 
     def _columns(self, width):
         def paint(hu):
-            return grey(hu, self.window.value)
+            return to_uint8(hu, self.window.value)
 
         def error(hu, truth):
-            return colors(hu - truth, -ERROR_HU, ERROR_HU)
+            return apply_colormap(hu - truth, -ERROR_HU, ERROR_HU)
 
         self.pictures = {
-            name: SlicePicture(
+            name: SliceCanvas(
                 self.grid, hu, paint=paint, name=name, width=width, scale_bar_mm=50.0 * (place == 0)
             )
             for place, (name, hu) in enumerate(self.volumes.items())
@@ -266,7 +268,7 @@ class ReconstructionExplorer(VBox):
             else {name: hu for name, hu in self.volumes.items() if name != TRUTH}
         )
         self.errors = {
-            name: SlicePicture(
+            name: SliceCanvas(
                 self.grid,
                 [hu, self.truth],
                 paint=error,
@@ -279,15 +281,15 @@ class ReconstructionExplorer(VBox):
         if self.spread is not None:
 
             def heat(*hu):
-                return colors(
+                return apply_colormap(
                     np.abs(hu[0] - hu[1] if len(hu) > 1 else hu[0]), 0.0, self._most, "magma"
                 )
 
-            self.pictures[SPREAD] = SlicePicture(
+            self.pictures[SPREAD] = SliceCanvas(
                 self.grid, self.spread, paint=heat, name=SPREAD, width=width, scale_bar_mm=0.0
             )
             if self.truth is not None:
-                self.errors[SPREAD] = SlicePicture(
+                self.errors[SPREAD] = SliceCanvas(
                     self.grid,
                     [self.volumes[MEAN], self.truth],
                     paint=heat,
@@ -316,7 +318,7 @@ class ReconstructionExplorer(VBox):
                 self.errors[SPREAD].title = "|mean − CT|"
 
     @property
-    def _all(self) -> list[SlicePicture]:
+    def _all(self) -> list[SliceCanvas]:
         return [*self.pictures.values(), *self.errors.values()]
 
     def _title(self, name):
@@ -434,7 +436,7 @@ class ReconstructionExplorer(VBox):
         count = max(len(self.pictures), 3)
         lines = 1 + bool(self.errors)
         across = len(panels) if count > 5 else 3
-        with style():
+        with plot_style():
             upper = lines * (1.75 * tall + 0.25)
             lower = (
                 len(panels) // across * (count * 1.75 / across * self.xrays.aspect + 0.3)
@@ -458,7 +460,7 @@ class ReconstructionExplorer(VBox):
                     ),
                 ):
                     where.set_axis_on()
-                    draw_picture(where, one)
+                    draw_canvas(where, one)
                     where.title.set_fontsize(7.5)
             for scale, cmap, label in [((-ERROR_HU, ERROR_HU), "berlin", "error, HU")] * bool(
                 self.errors
@@ -467,7 +469,7 @@ class ReconstructionExplorer(VBox):
             for figure_below in below:
                 line = figure_below.subplots(len(panels) // across, across, squeeze=False)
                 for axis, picture in zip(line.flat, panels):
-                    draw_picture(axis, picture)
+                    draw_canvas(axis, picture)
                     axis.title.set_fontsize(7.5)
                 bar(
                     figure_below,

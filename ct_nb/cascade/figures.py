@@ -9,15 +9,15 @@ __all__ = ['uncertainty_figure', 'reliability_figure']
 import numpy as np
 import torch
 
-from ..core.plot_style import FAINT, MODEL, MUTED, SERIES, style
-from ..evaluation.uncertainty import Hallucination, Reliability, Summary
+from ..core.plot_style import FAINT, MODEL, MUTED, SERIES, plot_style
+from ..evaluation.uncertainty import Hallucination, Reliability, SampleSummary
 from ..physics.volume import Volume, get_window
 from ..viewer.figures import along_lps, draw_plane, scale_bar
 
 # %% ../../nbs/cascade/05_figures.ipynb #cell-005
 def uncertainty_figure(
     truth: Volume,
-    summary: Summary,  # of one case, on the truth's grid
+    summary: SampleSummary,  # of one case, on the truth's grid
     sample,  # HU (D, H, W), one of the samples
     hallucination: Hallucination,  # of the same samples
     window="chest",  # a Window or its name
@@ -60,7 +60,7 @@ def uncertainty_figure(
         (volumes[3:], slice(3, 6), dict(vmin=0, vmax=max(most, 1e-3), cmap="magma"), "HU"),
     )
     x, y, z = volumes[0][1].grid.extent_mm
-    with style():
+    with plot_style():
         figure, axes = plt.subplots(
             2, 6, figsize=(11.4, 0.45 + 1.68 * (y + z) / x), height_ratios=[y, z]
         )
@@ -103,7 +103,7 @@ def reliability_figure(found):
         raise ValueError("found: there is no level to draw; give what `reliability` returns")
     colours = [MODEL] if len(models) == 1 else SERIES * len(models)
     patients = sorted({level.coverage.patients for levels in models.values() for level in levels})
-    with style():
+    with plot_style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.4))
         left.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
         for number, ((name, levels), colour) in enumerate(zip(models.items(), colours)):

@@ -11,7 +11,7 @@ import torch
 from ..physics.detector import binned, require_fit
 from ..physics.geometry import ConeBeam
 from ..physics.projector import backproject, project
-from ..physics.solvers import make_consistent
+from ..physics.solvers import data_consistency
 from ..physics.volume import get_window, hu_to_mu
 from ..physics.xray_noise import XrayNoise
 
@@ -216,7 +216,7 @@ class XrayGuidance:
         spread = self._per_sample(self.spread, mu)
         if self.mode == "exact":
             step = (
-                make_consistent(
+                data_consistency(
                     mu,
                     y,
                     self.geometry,

@@ -11,7 +11,7 @@ import torch
 
 from .network import Cascade
 from .train import Sampler
-from ..evaluation.inference import Reconstruction, placed_scan, view_residuals
+from ..evaluation.inference import Reconstruction, center_on_patient, view_residuals
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid, Volume
 
@@ -41,7 +41,7 @@ def reconstruct_sampled(
         raise ValueError(f"samples: must be a whole number from 1 up, got {samples!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or abs(seed) >= 2**40:
         raise ValueError(f"seed: must be a whole number from -2⁴⁰ to 2⁴⁰, got {seed!r}")
-    xrays, geometry, moved, notes = placed_scan(xrays, geometry, cascade.config.size, side_mm)
+    xrays, geometry, moved, notes = center_on_patient(xrays, geometry, cascade.config.size, side_mm)
     training = cascade.training
     cascade.eval()
     try:

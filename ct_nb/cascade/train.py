@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['V_LEARNING_RATE', 'CASCADE_PRESETS', 'BODY_HU', 'CascadePreset', 'get_cascade_preset', 'CascadeRun', 'load_cascade',
-           'Sampler', 'SamplePredictor', 'StartPredictor', 'checklist', 'main']
+           'Sampler', 'SamplePredictor', 'InitializerPredictor', 'sanity_checks', 'main']
 
 # %% ../../nbs/cascade/03_train.ipynb #cell-002
 import json
@@ -14,24 +14,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from ..layers.denoiser import DenoiserConfig
 from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 from torch import nn
 
 from .network import Cascade, CascadeConfig, StageConfig, resized
 from ..core.files import write_json
-from ..core.seeding import stream
+from ..core.seeding import seeded_generator
 from ..data.cache import content_digest
-from ..data.cohort import read_all
+from ..data.cohort import materialize
 from ..data.open import phantom_source
 from ..data.xray_pairs import collate
 from ..drr2ct.predict import load_drr2ct
-from ..drr2ct.train import DRR2CTRun, get_preset
+from ..drr2ct.train import DRR2CTRun, get_drr2ct_preset
 from ..evaluation.baselines import fit_baselines
 from ..evaluation.metrics import ssim
 from ..evaluation.scoreboard import Scoreboard, evaluate
-from ..evaluation.uncertainty import summarise, uncertainty_rows
+from ..evaluation.uncertainty import summarize_samples, uncertainty_rows
+from ..layers.denoiser import DenoiserConfig
 from ..layers.diffusion import DiffusionConfig
 from ..physics.geometry import ConeBeam
 from ..physics.geometry_io import geometry_to_json
@@ -213,7 +213,7 @@ class CascadeRun:
 
     def _cases(self, size: int) -> DRR2CTRun:
         "The cases of system A's run at a size: split, noise and augmentation are its own."
-        preset = get_preset(self.preset)
+        preset = get_drr2ct_preset(self.preset)
         run = DRR2CTRun(
             self.preset,
             self.data,
@@ -287,8 +287,8 @@ def build(self: CascadeRun, progress: bool = True) -> Cascade:
         )
         self.cascade.start.model.load_state_dict(self.start.state_dict())
     else:
-        network = get_preset(self.preset).network
-        items = read_all(first.cases(for_prior=True), "reading volumes for the prior", progress)
+        network = get_drr2ct_preset(self.preset).network
+        items = materialize(first.cases(for_prior=True), "reading volumes for the prior", progress)
         self.cascade = Cascade(
             CascadeConfig(
                 self.settings.stages,
@@ -320,7 +320,7 @@ class _Learner(nn.Module):
 
     def forward(self, batch: dict, step: int):
         # every piece of a batch and every process its own
-        draw = stream("cascade", self.seed, self.number, step, *batch["id"])
+        draw = seeded_generator("cascade", self.seed, self.number, step, *batch["id"])
         cascade = self.others[0].to(batch["hu"].device)
         coarse = cascade.coarse_of(self.number, batch["hu"], batch["xrays"], batch["geometry"])
         return self.stage.loss(batch["hu"], batch["xrays"], batch["geometry"], coarse, draw)
@@ -482,7 +482,7 @@ class SamplePredictor:
 
 
 @dataclass
-class StartPredictor:
+class InitializerPredictor:
     "What the cascade starts from, at its final size."
 
     cascade: Cascade
@@ -502,7 +502,7 @@ class StartPredictor:
         )
 
 # %% ../../nbs/cascade/03_train.ipynb #cell-012
-def checklist(samples: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+def sanity_checks(samples: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     """Samples (S, N, N, N) of one case, HU, against the truth: `lowest`, `highest`, `spread`
     (standard deviation of all voxels, HU), `structure` (SSIM of the first sample),
     `structure_of_air`. `TrainingStopped` with a sentence for NaN, near-constant output, or a sample
@@ -552,13 +552,13 @@ def judge(self: CascadeRun, out=None, progress: bool = True) -> Scoreboard:
     numbers = iter(range(len(pairs)))
     self.checks = []
     self.uncertainty = []
-    start = StartPredictor(self.cascade, "prior_start" if self.start is None else "drr2ct")
+    start = InitializerPredictor(self.cascade, "prior_start" if self.start is None else "drr2ct")
 
     def watch(draws: torch.Tensor) -> None:
         case = pairs[next(numbers)]  # `evaluate` goes through them in order
-        self.checks.append({"case": case["id"], **checklist(draws, case["hu"])})
+        self.checks.append({"case": case["id"], **sanity_checks(draws, case["hu"])})
         self.uncertainty += uncertainty_rows(
-            summarise(draws), case["hu"], case["hu"] > BODY_HU, case["id"], case["patient"]
+            summarize_samples(draws), case["hu"], case["hu"] > BODY_HU, case["id"], case["patient"]
         )
 
     mean = SamplePredictor(sampler, "model", s.samples, watch=watch)

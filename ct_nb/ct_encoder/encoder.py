@@ -18,8 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.config import Settings
-from .region_attention import FORMS, RegionAttention, RegionPooling, patch_overlaps
+from ..core.config import Config
+from ct_nb.ct_encoder.region_attention import (
+    REGION_ATTENTION_FORMS,
+    RegionAttention,
+    RegionPooling,
+    patch_overlaps,
+)
 from .region_histograms import RegionContents
 from .slice_attention import SliceAttention
 from ..data.hounsfield import CTReadError, check_hounsfield
@@ -28,7 +33,7 @@ from ..physics.volume import AIR_HU, WINDOWS, Grid, Volume, Window, find_body, r
 
 # %% ../../nbs/ct_encoder/05_encoder.ipynb #cell-005
 @dataclass(frozen=True)
-class CTEncoderConfig(Settings):
+class CTEncoderConfig(Config):
     """The encoder's shape and what it looks at; stored beside the weights.
 
     The defaults are the design's.
@@ -76,9 +81,10 @@ class CTEncoderConfig(Settings):
             raise ValueError(f"num_regions: must be 1 to 254, got {self.num_regions}")
         if self.window not in WINDOWS:
             raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
-        if self.region_form not in FORMS:
+        if self.region_form not in REGION_ATTENTION_FORMS:
             raise ValueError(
-                f"region_form: must be one of {', '.join(FORMS)}, got {self.region_form!r}"
+                f"region_form: must be one of {', '.join(REGION_ATTENTION_FORMS)}, got"
+                f" {self.region_form!r}"
             )
 
     @classmethod

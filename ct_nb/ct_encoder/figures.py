@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core.plot_style import MUTED, style
+from ..core.plot_style import MUTED, plot_style
 from ..physics.volume import Volume, get_window
 from ..viewer.figures import PLANES, draw_plane, plane, scale_bar
 
@@ -71,7 +71,7 @@ def attention_figure(
                 f" {tuple(shape)}"
             )
     x, y, z = scan.grid.extent_mm
-    with style():
+    with plot_style():
         lines = max(len(textwrap.wrap(text, 96)) for text in looks)
         figure, axes = plt.subplots(
             len(looks),
@@ -177,7 +177,7 @@ def recall_figure(recalls: dict):
 
     if not recalls or not all(recalls.values()):
         raise ValueError("recalls: there is nothing to draw; give what `recalls` returns")
-    with style():
+    with plot_style():
         figure, axes = plt.subplots(
             1, len(recalls), figsize=(1.2 + 2.3 * len(recalls), 2.9), sharey=True, squeeze=False
         )
@@ -229,7 +229,7 @@ def labels_figure(labels: dict):
         return np.nan if found.get(name) is None else found[name]
 
     names.sort(key=lambda n: np.nanmean([value(found, n) for found in labels.values()]))
-    with style():
+    with plot_style():
         figure, axis = plt.subplots(figsize=(5.6, 0.9 + 0.24 * len(names)))
         for name, found in labels.items():
             axis.plot(

@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from ..core.regions import REGIONS
-from .reports import find_places
+from .reports import find_region_mentions
 
 # %% ../../nbs/ct_encoder/02_label_maps.ipynb #cell-005
 _NAMES_ONLY = (  # words of label maps that the vocabulary of reports does without
@@ -29,7 +29,7 @@ def name_region(name: str) -> int | None:
     for pattern, region in _NAMES_ONLY:
         if re.search(rf"\b(?:{pattern})\b", words, re.I):
             return region
-    meant = {number for place in find_places(words) for number in place.regions}
+    meant = {number for place in find_region_mentions(words) for number in place.regions}
     return meant.pop() if len(meant) == 1 else None
 
 # %% ../../nbs/ct_encoder/02_label_maps.ipynb #cell-008

@@ -18,8 +18,8 @@ from fastcore.script import Param, call_parse
 
 from .dataset import collate_scans, open_scans
 from .encoder import CTEncoderConfig
-from .evaluation import LanguageScores, judge_language
-from .model import ScanLanguage, ScanLanguageConfig, all_texts, reasoning
+from .evaluation import LanguageScores, evaluate_language
+from .model import ScanLanguage, ScanLanguageConfig, all_texts, target_text
 from .text_encoders import WordTokenizer
 from ..data.cache import DiskCache, default_cache_dir
 from ..data.cases import CTSource
@@ -348,8 +348,8 @@ def load_ct_encoder(folder) -> ScanLanguage:
 def judge(self: CTEncoderRun) -> LanguageScores:
     "All figures on the scans left out; writes `metrics.json`, `retrieval.csv` and `lesions.csv`."
     s = self.settings
-    common = Counter(reasoning(self.said[id]) for id in self.training.ids).most_common(1)[0][0]
-    scores = judge_language(
+    common = Counter(target_text(self.said[id]) for id in self.training.ids).most_common(1)[0][0]
+    scores = evaluate_language(
         self.model,
         self.validation.subset(range(min(s.judged, len(self.validation)))),
         self.training.subset(range(min(s.probed, len(self.training)))),

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..core.seeding import stream
+from ..core.seeding import seeded_generator
 from .augmentation import VolumeAugmentation, augment
 from .cache import DiskCache, code_digest, content_digest
 from .cases import CTSource, Sample, block_mean, block_mode
-from ..physics.drr import take_xrays
+from ..physics.drr import render_drr
 from ..physics.geometry import ConeBeam
 from ..physics.geometry_io import geometry_to_json
 from ..physics.volume import Grid
@@ -109,7 +109,7 @@ def _arrays(self: XrayPairs, hu, labels, geometry, sample: Sample) -> dict:
     affine = torch.from_numpy(sample.volume.grid.resized(self.size).affine.copy())
     arrays = {
         "hu": block_mean(hu, factor),
-        "xrays": take_xrays(hu, geometry, self.energy_kev),
+        "xrays": render_drr(hu, geometry, self.energy_kev),
         "affine": affine,
     }
     return arrays if labels is None else arrays | {"labels": block_mode(labels, factor)}
@@ -150,11 +150,11 @@ def _changed(self: XrayPairs, index: int, key: tuple) -> tuple[dict, ConeBeam]:
             hu,
             self.source.side_mm,
             self.augmentation,
-            stream(*key, "volume"),
+            seeded_generator(*key, "volume"),
             labels,
             sample.label_names,
         )
-    true, recorded = perturb_pose(self.geometry, self.pose, stream(*key, "pose"))
+    true, recorded = perturb_pose(self.geometry, self.pose, seeded_generator(*key, "pose"))
     return self._arrays(hu, labels, true, sample), recorded
 
 # %% ../../nbs/data/08_xray_pairs.ipynb #cell-009
@@ -168,7 +168,7 @@ def at(self: XrayPairs, epoch: int, index: int) -> dict:
     else:
         arrays, geometry = self._changed(index, key)
     if self.noise != XrayNoise():
-        generator = stream(*key, "noise")
+        generator = seeded_generator(*key, "noise")
         arrays["xrays"] = add_xray_noise(arrays["xrays"], self.noise, generator)
         if self.noise.cutout_mm:
             arrays["xrays"] = cut_out(arrays["xrays"], geometry, self.noise.cutout_mm, generator)

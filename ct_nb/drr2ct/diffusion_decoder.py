@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from ..layers.denoiser import Condition, Denoiser, DenoiserConfig
 from torch import nn
 
 from .decoder import Decoder
+from ..layers.denoiser import Conditioning, Denoiser, DenoiserConfig
 from ..layers.depth_prior import DEPTH_PRIOR_CHANNELS
 from ..layers.diffusion import Diffusion, DiffusionConfig
 from ..layers.embeddings import token_grid
@@ -75,7 +75,7 @@ class DiffusionDecoder(Decoder, name="diffusion"):
 
     def told(
         self, latent: torch.Tensor, grids: list[torch.Tensor], geometry: ConeBeam
-    ) -> Condition:
+    ) -> Conditioning:
         "What the denoiser is told at every step."
         x = latent
         for level in reversed(range(len(self.up))):
@@ -83,7 +83,7 @@ class DiffusionDecoder(Decoder, name="diffusion"):
         size, batch = self.denoiser.config.size, len(latent)
         if x.shape[-1] != size:
             raise ValueError(f"grids: this decoder is for {size}³ voxels, got {x.shape[-1]}³")
-        return Condition(
+        return Conditioning(
             self.to_prior(F.silu(x)),
             self.denoiser.camera(geometry),
             None,

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..layers.blocks import ResidualBlock, channels_inner
 from ..layers.camera import CAMERA_NUMBERS, camera_tokens
-from ..layers.lifting import Shadows, lift, shadows
+from ..layers.lifting import Projections, lift, project_voxels
 from ..physics.geometry import ConeBeam
 
 # %% ../../nbs/drr2ct/02_feature_grid.ipynb #cell-005
@@ -24,7 +24,9 @@ class ViewFusion(nn.Module):
         self.depth_code = nn.Linear(CAMERA_NUMBERS, 2 * features)
         self.mix = nn.Conv3d(2 * features, channels, 1)
 
-    def forward(self, features: torch.Tensor, where: Shadows, camera: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, where: Projections, camera: torch.Tensor
+    ) -> torch.Tensor:
         "features (B, V, C, h, w), camera (B, V, 12)"
         offset, slope = self.depth_code(camera)[..., None].chunk(2, 2)
         lifted = F.silu(
@@ -73,6 +75,6 @@ class LatentGrid(nn.Module):
                 if level == 0
                 else self.down[level - 1](grids[-1])
             )
-            x = x + fusion(features[self.pyramid[level]], shadows(geometry, size), camera)
+            x = x + fusion(features[self.pyramid[level]], project_voxels(geometry, size), camera)
             grids.append(self.blocks[level - 1](x) if level else x)
         return grids

@@ -9,11 +9,13 @@ __all__ = ['DRR2CTConfig', 'Prediction', 'DRR2CT']
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import ct_nb.drr2ct.diffusion_decoder  # registers its decoder, as the next line does
-import ct_nb.drr2ct.implicit
 import torch
 import torch.nn.functional as F
-from ..core.config import Settings
+from torch import nn
+
+import ct_nb.drr2ct.diffusion_decoder  # registers its decoder, as the next line does
+import ct_nb.drr2ct.implicit
+from ..core.config import Config
 from .decoder import make_decoder
 from .feature_grid import LatentGrid
 from .latent_trunk import LatentTrunk
@@ -21,18 +23,17 @@ from .ray_marching import Volumization
 from .view_encoder import ViewPyramid
 from ..layers.blocks import ResidualBlock, keep_variance
 from ..layers.latent import Latent, VariationalBottleneck
-from ..layers.lifting import lift, shadows
+from ..layers.lifting import lift, project_voxels
 from ..layers.pca_prior import LinearPrior
 from ..physics.detector import binned, fitting_geometry
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
-from ..physics.solvers import make_consistent
+from ..physics.solvers import data_consistency
 from ..physics.volume import WINDOWS, Window, hu_to_mu, mu_to_hu
-from torch import nn
 
 # %% ../../nbs/drr2ct/06_network.ipynb #cell-004
 @dataclass(frozen=True)
-class DRR2CTConfig(Settings):
+class DRR2CTConfig(Config):
     "Everything that decides what the weights mean; stored beside them."
 
     size: int = 64  # voxels a side
@@ -215,7 +216,7 @@ class DRR2CT(nn.Module):
     def _consistent(self, hu, xrays, geometry):
         y, coarse = binned(xrays, geometry, self.config.consistency_detector)
         spread = (self._to_mu(self.prior.spread_hu) - self._to_mu(0.0)).expand_as(hu)
-        mu = make_consistent(
+        mu = data_consistency(
             self._to_mu(hu),
             y,
             coarse,
@@ -242,7 +243,7 @@ class DRR2CT(nn.Module):
         the place: (B, 7, N, N, N)
         """
         size = self.config.size
-        where = shadows(geometry, size)
+        where = project_voxels(geometry, size)
         lifted, seen = lift(images, where), where.seen[:, :, None]
         mean = lifted.sum(1) / seen.sum(1).clamp_min(1)
         least = lifted[:, :, :1].masked_fill(~seen, 1e4).amin(1).clamp_max(10.0)

@@ -15,8 +15,8 @@ from .network import DRR2CT, DRR2CTConfig
 from ct_nb.evaluation.inference import (
     Reconstruction,
     _relative,
-    contradictions_beyond,
-    placed_scan,
+    center_on_patient,
+    inconsistent_views,
     residual_limit,
     view_residuals,
 )
@@ -94,7 +94,7 @@ def reconstruct(
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise ValueError(f"samples: must be a whole number from 0 up, got {samples!r}.")
     limit = residual_limit(expected_residual)
-    xrays, geometry, moved, notes = placed_scan(xrays, geometry, model.config.size, side_mm)
+    xrays, geometry, moved, notes = center_on_patient(xrays, geometry, model.config.size, side_mm)
     device = next(model.parameters()).device
     images, placed = xrays[None].to(device), moved.to(device)
     training = model.training
@@ -124,7 +124,7 @@ def reconstruct(
     chosen = 0 if consistency else 1
     affine = Grid.cube(model.config.size, side_mm, geometry.grid.center_mm).affine
     rms = xrays.square().mean((1, 2)).sqrt()
-    contradictions = contradictions_beyond(residuals[0], limit)
+    contradictions = inconsistent_views(residuals[0], limit)
     return Reconstruction(
         Volume(answers[chosen].numpy(), affine),
         residuals[chosen],

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHEST', 'X2CT', 'TISSUE_BANDS_HU', 'SSIM_SIGMA', 'SSIM_TAPS', 'LEGACY_PEAK', 'LEGACY_EXACT_DB', 'as_volume',
            'as_pair', 'psnr', 'mae_hu', 'bias_hu', 'tissue_errors', 'ssim_map', 'ssim', 'ssim_mean', 'drr_error',
-           'held_out_drr_error', 'null_space_error', 'legacy_x2ct_psnr', 'psnr_x2ct_honest', 'Interval', 'by_patient',
-           'mean_sd', 'paired_interval']
+           'held_out_drr_error', 'null_space_error', 'legacy_x2ct_psnr', 'psnr_x2ct_honest', 'ConfidenceInterval',
+           'by_patient', 'mean_sd', 'paired_mean_ci']
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #cell-003
 import math
@@ -246,7 +246,7 @@ def psnr_x2ct_honest(pred, truth) -> float:
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #cell-028
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     "A mean over patients and its confidence interval."
 
     mean: float
@@ -275,7 +275,7 @@ def mean_sd(values) -> tuple[float, float]:
     return mean, float(values.std(ddof=1)) if len(values) > 1 and math.isfinite(mean) else math.nan
 
 
-def paired_interval(values, reference, patients, level: float = 0.95) -> Interval:
+def paired_mean_ci(values, reference, patients, level: float = 0.95) -> ConfidenceInterval:
     """Student's interval of the mean over patients of `values` − `reference`, two lists over the
     same cases; bounds NaN for fewer than two patients.
     """
@@ -286,9 +286,9 @@ def paired_interval(values, reference, patients, level: float = 0.95) -> Interva
     difference = (a - b)[np.isfinite(a) & np.isfinite(b)]
     n = len(difference)
     if n == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
+        return ConfidenceInterval(math.nan, math.nan, math.nan, 0)
     mean = float(difference.mean())
     if n == 1:
-        return Interval(mean, math.nan, math.nan, 1)
+        return ConfidenceInterval(mean, math.nan, math.nan, 1)
     half = float(t.ppf(0.5 + level / 2, n - 1) * difference.std(ddof=1) / math.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n)
+    return ConfidenceInterval(mean, mean - half, mean + half, n)

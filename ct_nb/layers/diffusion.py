@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from ..core.config import Settings
+from ..core.config import Config
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-005
 PREDICTIONS = ("v", "epsilon", "x0")
@@ -21,7 +21,7 @@ SAMPLERS = ("ddim", "ddpm", "dpm++")
 
 
 @dataclass(frozen=True)
-class DiffusionConfig(Settings):
+class DiffusionConfig(Config):
     "What the weights of a diffusion network mean; stored beside them."
 
     steps: int = 250  # of training

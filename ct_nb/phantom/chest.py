@@ -14,10 +14,10 @@ import numpy as np
 from .anatomy import Anatomy, diaphragm
 from .lesion_painting import before_vessels, paint_lesion
 from .lesions import Lesion, plan_lesions
-from .report import Report, write_report
+from .report import PhantomReport, write_report
 from ct_nb.phantom.shapes import (
-    Canvas,
     Tubes,
+    VoxelCanvas,
     paint_ellipsoid,
     paint_pipe,
     paint_tubes,
@@ -47,7 +47,7 @@ class Phantom:
     regions: np.ndarray  # uint8, 0 background, 1 to 20 as in REGIONS
     lesions: list[Lesion]  # those that the cube shows
     lesion_mask: np.ndarray  # uint8, the `mask_id` of a lesion where it is
-    report: Report
+    report: PhantomReport
     seed: int
 
 # %% ../../nbs/phantom/08_chest.ipynb #cell-007
@@ -59,7 +59,7 @@ def phantom(seed: int, size: int = 64, side_mm: float = 320.0) -> Phantom:
     """
     check_request(seed, size, side_mm)
     patient = Anatomy(seed)
-    canvas = Canvas(Grid.cube(size, side_mm))
+    canvas = VoxelCanvas(Grid.cube(size, side_mm))
     lesions = plan_lesions(patient)
     mask = np.zeros(canvas.grid.shape, np.uint8)
     ribs = paint_torso(canvas, patient)
@@ -99,7 +99,7 @@ def check_request(seed, size, side_mm):
         )
 
 # %% ../../nbs/phantom/08_chest.ipynb #cell-008
-def paint_vessels(canvas: Canvas, patient):
+def paint_vessels(canvas: VoxelCanvas, patient):
     """Bronchi, the vessels of the lungs, the great vessels, the windpipe and the thyroid in front
     of it.
     """
@@ -123,7 +123,7 @@ def paint_vessels(canvas: Canvas, patient):
         )
 
 # %% ../../nbs/phantom/08_chest.ipynb #cell-009
-def paint_noise(canvas: Canvas, patient):
+def paint_noise(canvas: VoxelCanvas, patient):
     """Grain: octaves of smooth noise, those that the voxels can carry, so coarse voxels hold the
     same coarse grain as fine ones.
     """

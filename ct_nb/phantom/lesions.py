@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LESION_KINDS', 'LUNG_KINDS', 'ANATOMY_KINDS', 'LINE_KINDS', 'WAVE_HEIGHT', 'NODE_STATIONS', 'PLANNERS', 'Lesion',
-           'clearance', 'in_lung', 'lump', 'cut_diameter', 'pleural_effusion', 'pericardial_effusion', 'cardiomegaly',
-           'aortic_aneurysm', 'side_name', 'lymph_node', 'ordinal', 'rib_fracture', 'metastasis', 'liver_cyst',
-           'thyroid_nodule', 'coronary_line', 'catheter_line', 'length_of', 'coronary_calcification', 'catheter',
-           'draw_kinds', 'clash', 'plan_lesions']
+           'clearance', 'in_lung', 'nodule_surface', 'cut_diameter', 'pleural_effusion', 'pericardial_effusion',
+           'cardiomegaly', 'aortic_aneurysm', 'side_name', 'lymph_node', 'ordinal', 'rib_fracture', 'metastasis',
+           'liver_cyst', 'thyroid_nodule', 'coronary_line', 'catheter_line', 'length_of', 'coronary_calcification',
+           'catheter', 'draw_kinds', 'clash', 'plan_lesions']
 
 # %% ../../nbs/phantom/05_lesions.ipynb #cell-003
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from ct_nb.phantom.anatomy import (
 from .shapes import curve
 from .skeleton import RIB_BONE, rib_line, vertebra_z
 from .soft_tissue import liver
-from .vessels import aorta, lay_vessels
+from .vessels import aorta, build_vessels
 
 # %% ../../nbs/phantom/05_lesions.ipynb #cell-004
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ WAVE_HEIGHT = {
 }
 
 
-def lump(patient, center, radius, mask_id, kind, x, y, z):
+def nodule_surface(patient, center, radius, mask_id, kind, x, y, z):
     """Signed distance, mm, to a wavy ball with the volume of a ball of `radius`; the waves belong
     to the seed and the lesion.
     """
@@ -178,7 +178,7 @@ def cut_diameter(patient, number, center, radius, mask_id) -> float:
     x, y, z = (
         c + radius * a.ravel() for c, a in zip(center, np.meshgrid(axis, axis, axis, indexing="ij"))
     )
-    near = lump(patient, center, radius, mask_id, "consolidation", x, y, z) < 0
+    near = nodule_surface(patient, center, radius, mask_id, "consolidation", x, y, z) < 0
     x = x[near]
     y = y[near]
     z = z[near]
@@ -440,7 +440,7 @@ def plan_lesions(patient) -> list[Lesion]:
     is left out.
     """
     rng, lesions = np.random.default_rng([patient.seed, 20]), []
-    lay_vessels(patient)
+    build_vessels(patient)
     for kind in sorted(draw_kinds(rng), key=lambda k: k not in ANATOMY_KINDS):
         for _ in range(8):
             lesion = PLANNERS[kind](patient, kind, len(lesions) + 1, rng)
@@ -450,5 +450,5 @@ def plan_lesions(patient) -> list[Lesion]:
                     patient.hu["lung"] -= 15
                 break
         if kind in ANATOMY_KINDS:
-            lay_vessels(patient)
+            build_vessels(patient)
     return lesions

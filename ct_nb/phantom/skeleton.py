@@ -11,10 +11,10 @@ __all__ = ['PITCH_MM', 'PITCH_GROWTH', 'T1_MM', 'RIB_DROP', 'RIB_BONE', 'RIB_END
 import numpy as np
 
 from .anatomy import cage, cage_point
-from .shapes import Canvas, Tubes, curve, paint_pipe, paint_tubes, smooth_min
+from .shapes import Tubes, VoxelCanvas, curve, paint_pipe, paint_tubes, smooth_min
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-004
-def paint_bone(canvas: Canvas, patient, where, outside, inside, region):
+def paint_bone(canvas: VoxelCanvas, patient, where, outside, inside, region):
     """Paint a bone given the coverage of its outer surface and of its marrow: what lies between is
     cortex.
     """
@@ -22,7 +22,7 @@ def paint_bone(canvas: Canvas, patient, where, outside, inside, region):
     canvas.paint_layers(where, [outside, np.minimum(inside, outside)], hus, region)
 
 
-def paint_bone_tubes(canvas: Canvas, patient, tubes, cortex_mm, region, stretch=(1, 1, 1)):
+def paint_bone_tubes(canvas: VoxelCanvas, patient, tubes, cortex_mm, region, stretch=(1, 1, 1)):
     "Paint long bones given as tubes."
     paint_pipe(
         canvas, tubes, cortex_mm, patient.hu["cortex"], patient.hu["marrow"], region, stretch
@@ -69,7 +69,7 @@ def posterior_elements(patient, dx, dy, z, off):
     return smooth_min(smooth_min(ring, spinous, np.float32(4)), transverse, np.float32(4))
 
 
-def paint_spine(canvas: Canvas, patient):
+def paint_spine(canvas: VoxelCanvas, patient):
     "The whole column in one box."
     s, c = np.float32(patient.scale[0]), canvas.coverage
     where, (x, y, z) = canvas.box((-50 * s, -15, -400), (50 * s, 130, 400))
@@ -136,7 +136,7 @@ def ribs(patient):
     return Tubes.join(bone), Tubes.join(cartilage)
 
 
-def paint_ribs(canvas: Canvas, patient):
+def paint_ribs(canvas: VoxelCanvas, patient):
     "Twelve pairs of ribs; their cartilage hardens with age."
     bone, cartilage = ribs(patient)
     paint_tubes(
@@ -145,7 +145,7 @@ def paint_ribs(canvas: Canvas, patient):
     paint_bone_tubes(canvas, patient, bone, 1.05, 14, (1, 1, 1.5))
 
 
-def paint_sternum(canvas: Canvas, patient):
+def paint_sternum(canvas: VoxelCanvas, patient):
     "Manubrium and body: flat bars in front of the mediastinum."
     for heights, wide in (((100, 76, 56), 4.0), ((50, 10, -30, -62), 2.7)):
         z = np.array(heights) * patient.scale[2] + patient.shift_z
@@ -154,7 +154,7 @@ def paint_sternum(canvas: Canvas, patient):
         paint_bone_tubes(canvas, patient, Tubes.along(line, radius), 1.0, 14, (wide, 1, 1))
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-015
-def paint_shoulders(canvas: Canvas, patient):
+def paint_shoulders(canvas: VoxelCanvas, patient):
     "Clavicles, scapulae and the upper ends of the humeri."
     for side in (-1, 1):
 
@@ -190,7 +190,7 @@ def paint_shoulders(canvas: Canvas, patient):
         paint_bone_tubes(canvas, patient, Tubes.along(humerus, girth * patient.scale[0]), 1.8, 15)
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-016
-def paint_scapula(canvas: Canvas, patient, top, low, socket):
+def paint_scapula(canvas: VoxelCanvas, patient, top, low, socket):
     "The blade: a thin sheet 17 mm outside the cage, cut to the triangle of its three corners (mm)."
     corners = [top, low, socket]
     where, (x, y, z) = canvas.box(np.min(corners, 0) - 25, np.max(corners, 0) + 25)

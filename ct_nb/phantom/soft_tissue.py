@@ -21,7 +21,7 @@ from ct_nb.phantom.anatomy import (
     squircle,
 )
 from ct_nb.phantom.shapes import (
-    Canvas,
+    VoxelCanvas,
     ellipsoid,
     paint_ellipsoid,
     smooth_max,
@@ -107,7 +107,7 @@ def breasts(patient) -> list:
     return out
 
 # %% ../../nbs/phantom/02_soft_tissue.ipynb #cell-011
-def paint_couch(canvas: Canvas, patient, where, x, y):
+def paint_couch(canvas: VoxelCanvas, patient, where, x, y):
     "A curved carbon shell with foam inside, the mattress touching the back."
     back_mm = float(patient.back(np.zeros(1))[0]) + 35 + 0.5 * patient.fat_mm
     deck = y - np.float32(back_mm - 18) - 22 * (1 - (x / 230) ** 2)
@@ -117,7 +117,7 @@ def paint_couch(canvas: Canvas, patient, where, x, y):
         canvas.paint(where, canvas.slab(deck - np.float32(depth), 1.0) * on, -250.0)
 
 # %% ../../nbs/phantom/02_soft_tissue.ipynb #cell-012
-def paint_torso(canvas: Canvas, patient):
+def paint_torso(canvas: VoxelCanvas, patient):
     "Couch, skin, fat, breasts and muscle; returns the signed distance to the cage (D, H, W), mm."
     ribs = np.empty(canvas.grid.shape, np.float32)
     glands = breasts(patient)
@@ -157,7 +157,7 @@ def lean(patient, x, y, z):
     return np.float32(0.5) + np.float32(0.5) * np.clip(np.abs(noise) * 4, 0, 1)
 
 # %% ../../nbs/phantom/02_soft_tissue.ipynb #cell-013
-def paint_back(canvas: Canvas, patient):
+def paint_back(canvas: VoxelCanvas, patient):
     "The erector muscles beside the spinous processes (region 20)."
     s = np.float32(patient.scale[0])
     where, (x, y, z) = canvas.box((-60 * s, 20, -400), (60 * s, 125, 400))
@@ -171,7 +171,7 @@ def paint_back(canvas: Canvas, patient):
     )
 
 # %% ../../nbs/phantom/02_soft_tissue.ipynb #cell-015
-def paint_lungs(canvas: Canvas, patient, ribs, dome):
+def paint_lungs(canvas: VoxelCanvas, patient, ribs, dome):
     """Fat inside the cage, then the lungs with their lobes, given the signed distances to cage and
     diaphragm (mm). Returns how much of each
     voxel is lung (D, H, W), and the heart: slices of its box and its signed distance there.
@@ -195,7 +195,7 @@ def paint_lungs(canvas: Canvas, patient, ribs, dome):
     return share, (around, pump)
 
 # %% ../../nbs/phantom/02_soft_tissue.ipynb #cell-016
-def paint_parenchyma(canvas: Canvas, patient, where, x, y, z, share, ribs):
+def paint_parenchyma(canvas: VoxelCanvas, patient, where, x, y, z, share, ribs):
     "Fat, lung tissue and the seams between the lobes, in one slab."
     tissue = np.float32(10) * value_noise(x, y, z, patient.seed * 16 + 2, 12.0) + (
         np.float32(patient.hu["lung"]) + np.float32(0.42) * y
@@ -216,7 +216,7 @@ def cavity_fat(patient):
     return np.float32(patient.hu["fat"] + 10)
 
 # %% ../../nbs/phantom/02_soft_tissue.ipynb #cell-018
-def paint_heart(canvas: Canvas, patient, where, pump):
+def paint_heart(canvas: VoxelCanvas, patient, where, pump):
     "The heart, given the slices of its box and its signed distance there."
     canvas.paint(where, canvas.coverage(pump), patient.hu["myocardium"], 7)
     fill = {
@@ -244,7 +244,7 @@ def blood_hu(patient, gain=1.0) -> float:
     return 42 + gain * (patient.hu["blood"] - 42)
 
 # %% ../../nbs/phantom/02_soft_tissue.ipynb #cell-020
-def paint_abdomen(canvas: Canvas, patient, ribs, dome, share):
+def paint_abdomen(canvas: VoxelCanvas, patient, ribs, dome, share):
     """Everything under the diaphragm, given the signed distances to cage and diaphragm (mm) and the
     share of lung in each voxel.
     """

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TREE_POWER', 'tube', 'near_heart', 'aorta', 'veins', 'arch_branches', 'pulmonary_trunk', 'esophagus', 'airways',
-           'lay_vessels', 'grow_tree', 'tree_tubes', 'lung_points', 'at_most', 'lung_trees']
+           'build_vessels', 'grow_tree', 'tree_tubes', 'lung_points', 'at_most', 'lung_trees']
 
 # %% ../../nbs/phantom/03_vessels.ipynb #cell-003
 import numpy as np
@@ -168,7 +168,7 @@ def airways(patient) -> Tubes:
     )
 
 # %% ../../nbs/phantom/03_vessels.ipynb #cell-010
-def lay_vessels(patient):
+def build_vessels(patient):
     """Keep with the patient the great `vessels` by name, the `windpipe`, and `around`: what both
     take from the lungs, 2 mm about them.
     """
@@ -250,7 +250,7 @@ def at_most(tubes: Tubes, radius) -> Tubes:
 
 # %% ../../nbs/phantom/03_vessels.ipynb #cell-016
 def lung_trees(patient):
-    "Arteries, veins and bronchi (lumen) of both lungs, three `Tubes`; needs `lay_vessels`."
+    "Arteries, veins and bronchi (lumen) of both lungs, three `Tubes`; needs `build_vessels`."
     rng = np.random.default_rng([patient.seed, 11])
     trunk = patient.vessels["pulmonary trunk"]
     parts = ([], [], [])

@@ -16,24 +16,7 @@ from fastcore.basics import patch
 
 from .volume import Grid
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-004
-def patch_to(cls, as_prop=False, cls_method=False):
-    """Make the decorated function a method of `cls`, as fastcore's `patch_to` does; here so that
-    physics needs torch and numpy only.
-    """
-
-    def add(function):
-        function.__qualname__ = f"{cls.__name__}.{function.__name__}"
-        setattr(
-            cls,
-            function.__name__,
-            property(function) if as_prop else classmethod(function) if cls_method else function,
-        )
-        return function
-
-    return add
-
-# %% ../../nbs/physics/01_geometry.ipynb #cell-006
+# %% ../../nbs/physics/01_geometry.ipynb #cell-005
 class GeometryError(ValueError):
     """A geometry that cannot be used; the message is one sentence that says what is wrong and what
     to do.
@@ -43,7 +26,7 @@ class GeometryError(ValueError):
 # the tensors of a ConeBeam, each (*batch, V, 3)
 VECTORS = ("source_mm", "detector_center_mm", "column_step_mm", "row_step_mm")
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-007
+# %% ../../nbs/physics/01_geometry.ipynb #cell-006
 def _checked_vectors(geometry) -> dict[str, torch.Tensor]:
     "The four vectors as floating tensors of one shape, or a GeometryError."
     given = {name: getattr(geometry, name) for name in VECTORS}
@@ -92,7 +75,7 @@ def _checked_vectors(geometry) -> dict[str, torch.Tensor]:
         )
     return vectors
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-008
+# %% ../../nbs/physics/01_geometry.ipynb #cell-007
 @dataclass(frozen=True, eq=False, repr=False)
 class ConeBeam:
     """Cone-beam views of one grid, in the patient's LPS frame, mm.
@@ -182,7 +165,7 @@ class ConeBeam:
             f" {angles}; grid {self.grid.shape})"
         )
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-010
+# %% ../../nbs/physics/01_geometry.ipynb #cell-009
 @patch(cls_method=True)
 def orbit(
     cls: ConeBeam,
@@ -249,13 +232,13 @@ def _upright(azimuth, normal):  # columns along the horizon, rows towards the fe
     column = torch.stack([azimuth.cos(), -azimuth.sin(), torch.zeros_like(azimuth)], -1)
     return column, torch.linalg.cross(normal, column)
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-011
+# %% ../../nbs/physics/01_geometry.ipynb #cell-010
 @patch(cls_method=True)
 def biplanar(cls: ConeBeam, **kwargs) -> ConeBeam:
     "The AP and the lateral view: `orbit([0, 90], ...)`."
     return cls.orbit([0.0, 90.0], **kwargs)
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-013
+# %% ../../nbs/physics/01_geometry.ipynb #cell-012
 @patch(as_prop=True)
 def source_to_detector_mm(self: ConeBeam) -> torch.Tensor:
     "Length of the central ray, (*batch, V)."
@@ -301,7 +284,7 @@ def roll_deg(self: ConeBeam) -> torch.Tensor:
         torch.atan2((self.column_step_mm * row).sum(-1), (self.column_step_mm * column).sum(-1))
     )
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-022
+# %% ../../nbs/physics/01_geometry.ipynb #cell-021
 @patch(cls_method=True)
 def stack(cls: ConeBeam, geometries: Sequence[ConeBeam]) -> ConeBeam:
     """Geometries of single scans as one batch, (B, …); they must share views, detector shape and
@@ -338,7 +321,7 @@ def __getitem__(self: ConeBeam, index) -> ConeBeam:
         )
     return self._map(lambda t: t[index])
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-025
+# %% ../../nbs/physics/01_geometry.ipynb #cell-024
 @patch
 def token_uv(self: ConeBeam, token_shape=None) -> torch.Tensor:
     """Centres of a (rows, columns) subdivision of the detector in image coordinates (u, v): (R',
@@ -380,7 +363,7 @@ def ray_directions(self: ConeBeam, token_shape=None) -> torch.Tensor:
     ray = self.pixel_centers_mm(token_shape) - self.source_mm[..., None, None, :]
     return ray / ray.norm(dim=-1, keepdim=True)
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-028
+# %% ../../nbs/physics/01_geometry.ipynb #cell-027
 @patch
 def plucker(self: ConeBeam, token_shape=None) -> torch.Tensor:
     """Plücker coordinates of the rays: (*batch, V, R', C', 6) = unit direction, then moment about
@@ -391,7 +374,7 @@ def plucker(self: ConeBeam, token_shape=None) -> torch.Tensor:
     origin = (self.source_mm - center)[..., None, None, :].expand_as(direction)
     return torch.cat([direction, torch.linalg.cross(origin, direction)], -1)
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-031
+# %% ../../nbs/physics/01_geometry.ipynb #cell-030
 @patch
 def matrices(self: ConeBeam) -> torch.Tensor:
     """Projection matrices P, (*batch, V, 3, 4): LPS mm (x, y, z, 1) → (w·u, w·v, w), pixel centres
@@ -408,7 +391,7 @@ def matrices(self: ConeBeam) -> torch.Tensor:
     left = left / left[..., 2:, :].norm(dim=-1, keepdim=True)
     return torch.cat([left, -left @ self.source_mm[..., None]], -1)
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-032
+# %% ../../nbs/physics/01_geometry.ipynb #cell-031
 @patch
 def project_points(self: ConeBeam, points_mm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Image coordinates (u, v) in pixels, (*batch, V, *points, 2), and depth in mm, (*batch, V,
@@ -440,7 +423,7 @@ def project_points(self: ConeBeam, points_mm: torch.Tensor) -> tuple[torch.Tenso
     uv = image[..., :2] / safe[..., None]
     return uv.reshape(*uv.shape[:-2], *shape, 2), depth.reshape(*depth.shape[:-1], *shape)
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-036
+# %% ../../nbs/physics/01_geometry.ipynb #cell-035
 @patch(cls_method=True)
 def from_matrices(
     cls: ConeBeam,
@@ -500,7 +483,7 @@ def from_matrices(
     column, row, ray = (vector * scale[..., None] for vector in (column, row, ray))
     return cls(source, source + ray, column, row, detector_shape, grid)
 
-# %% ../../nbs/physics/01_geometry.ipynb #cell-039
+# %% ../../nbs/physics/01_geometry.ipynb #cell-038
 @patch
 def missing_rays(self: ConeBeam) -> torch.Tensor:
     """Fraction of each view's rays, from source to pixel centre, that do not touch the grid's box:
@@ -540,6 +523,3 @@ def require_hits(self: ConeBeam) -> ConeBeam:
             f" detector {center} mm); check the signs and that both are in the same LPS frame"
         )
     return self
-
-# %% ../../nbs/physics/01_geometry.ipynb #cell-047
-#| export

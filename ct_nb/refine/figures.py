@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
-from ..core.plot_style import FAINT, FLOOR, MODEL, MUTED, SERIES, TRUTH, style
+from ..core.plot_style import BASELINE, FAINT, MODEL, MUTED, SERIES, TRUTH, plot_style
 from ..data.read import read_volume
 from ..evaluation.metrics import psnr
 from ..physics.volume import Volume, get_window
@@ -66,7 +66,7 @@ def refinement_figure(
     error = dict(vmin=-error_hu, vmax=error_hu, cmap="berlin")
     x, y, z = columns[0][1].grid.extent_mm
     heights = {"axial": y, "coronal": z, "sagittal": z}
-    with style():
+    with plot_style():
         figure, axes = plt.subplots(
             3,
             5,
@@ -110,12 +110,12 @@ def spectrum_figure(
         raise ValueError(
             f"names: there is no spectrum of {unknown[0]!r}; there are {', '.join(found['power'])}"
         )
-    others = iter(colour for colour in SERIES if colour not in (MODEL, FLOOR, TRUTH))
+    others = iter(colour for colour in SERIES if colour not in (MODEL, BASELINE, TRUTH))
     looks = {
         "refined": dict(color=MODEL, lw=2.2, zorder=4),
-        "coarse": dict(color=FLOOR, lw=2.0, zorder=3),
+        "coarse": dict(color=BASELINE, lw=2.0, zorder=3),
     }
-    with style():
+    with plot_style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.2))
         left.semilogy(
             found["frequency_per_mm"],

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..layers.embeddings import WAVES, waves
+from ..layers.embeddings import SINUSOIDS, sinusoids
 from ..physics.fourier import band_power, bands
 
 # %% ../../nbs/refine/00_frequency_attention.ipynb #cell-006
@@ -33,7 +33,7 @@ class FrequencyAttention(nn.Module):
         self.channels = channels
         self.shells = shells
         self.largest = log(most)
-        self.read = nn.Linear(channels + WAVES + 3, hidden)
+        self.read = nn.Linear(channels + SINUSOIDS + 3, hidden)
         self.query_key_value = nn.Linear(hidden, 3 * hidden)
         self.write = nn.Linear(hidden, channels)
         nn.init.zeros_(self.write.weight), nn.init.zeros_(self.write.bias)
@@ -46,7 +46,7 @@ class FrequencyAttention(nn.Module):
         radius = torch.linspace(-1, 1, self.shells, device=power.device)
         place = torch.cat(
             [
-                waves(radius).repeat_interleave(3, 0),
+                sinusoids(radius).repeat_interleave(3, 0),
                 torch.eye(3, device=power.device).repeat(self.shells, 1),
             ],
             1,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAVES_ACROSS_CUBE', 'frequency_weight', 'frequency_error', 'laplacian_error', 'RandomFeatures', 'perceptual_error',
-           'pasted', 'RefinementWeights', 'refinement_loss']
+           'paste_patch', 'RefinementWeights', 'refinement_loss']
 
 # %% ../../nbs/refine/02_losses.ipynb #cell-002
 import math
@@ -19,7 +19,7 @@ from ..physics.fourier import multiplicity
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Window
 from .frequency_attention import laplacian
-from ..training.losses import Term, absolute_error, weighted_sum, windowed
+from ..training.losses import Term, absolute_error, to_window, weighted_sum
 from ..training.projection_losses import drr_cycle_error
 
 # %% ../../nbs/refine/02_losses.ipynb #cell-005
@@ -44,7 +44,7 @@ def frequency_error(
             f"share: the volumes cover a part of the cube's side above 0 and up to 1, got {share}"
         )
     with torch.autocast(prediction_hu.device.type, enabled=False):
-        difference = windowed(prediction_hu.float(), window) - windowed(truth_hu.float(), window)
+        difference = to_window(prediction_hu.float(), window) - to_window(truth_hu.float(), window)
         shape = difference.shape[-3:]
         c = (
             torch.view_as_real(torch.fft.rfftn(difference, dim=(-3, -2, -1), norm="forward"))
@@ -71,7 +71,7 @@ def laplacian_error(
     """Mean absolute difference of the Laplacians, as a share of the window's width; tensors (B, D,
     H, W) in HU.
     """
-    return laplacian(windowed(prediction_hu, window) - windowed(truth_hu, window)).abs().mean()
+    return laplacian(to_window(prediction_hu, window) - to_window(truth_hu, window)).abs().mean()
 
 # %% ../../nbs/refine/02_losses.ipynb #cell-012
 class RandomFeatures(nn.Module):
@@ -116,13 +116,13 @@ def perceptual_error(
 
     No gradient reaches the truth.
     """
-    ours = features(windowed(prediction_hu, window)[:, None])
+    ours = features(to_window(prediction_hu, window)[:, None])
     with torch.no_grad():
-        theirs = features(windowed(truth_hu, window)[:, None])
+        theirs = features(to_window(truth_hu, window)[:, None])
     return torch.stack([F.l1_loss(a, b) for a, b in zip(ours, theirs, strict=True)]).mean()
 
 # %% ../../nbs/refine/02_losses.ipynb #cell-016
-def pasted(
+def paste_patch(
     patch_hu: torch.Tensor, coarse_hu: torch.Tensor, corner: tuple[int, int, int]
 ) -> torch.Tensor:
     """The coarse volumes (B, N, N, N) with the patches (B, n, n, n) in place of what lies at
@@ -190,7 +190,7 @@ def refinement_loss(
     share = 1.0 if around is None else refined_hu.shape[-1] / around[0].shape[-1]
 
     def whole():
-        return refined_hu if around is None else pasted(refined_hu, *around)
+        return refined_hu if around is None else paste_patch(refined_hu, *around)
 
     terms: dict[str, Term] = {
         "absolute": lambda: absolute_error(refined_hu, truth_hu, window),

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.config import Settings
+from ..core.config import Config
 from ..layers.blocks import ChannelNorm, channels_inner, keep_variance
 from ..layers.depth_prior import DEPTH_PRIOR_CHANNELS, DepthPrior
-from ..layers.tiling import blended, patch_starts
+from ..layers.tiling import blend_tiles, tile_starts
 from ..physics.geometry import ConeBeam
 from ..physics.solvers import sirt
 from ..physics.volume import WINDOWS, Window, get_window, hu_to_mu, mu_water_per_mm
@@ -23,7 +23,7 @@ from .frequency_attention import FrequencyAttention, HighPass, laplacian
 
 # %% ../../nbs/refine/01_network.ipynb #cell-005
 @dataclass(frozen=True)
-class RefinerConfig(Settings):
+class RefinerConfig(Config):
     """Everything that decides what the weights mean; stored beside them.
 
     ValueError for settings that do not fit together.
@@ -63,7 +63,7 @@ class RefinerConfig(Settings):
                 raise ValueError(
                     f"patch: must be a multiple of {step} below {self.size}, got {self.patch}"
                 )
-            starts = patch_starts(self.size, self.patch, self.shared)
+            starts = tile_starts(self.size, self.patch, self.shared)
             if any(start % step for start in starts):
                 raise ValueError(
                     f"overlap: patches would begin at {starts}, which are not multiples of {step};"
@@ -288,7 +288,7 @@ class Refiner(nn.Module):
         if c.patch is None:
             added = self.residual(seen)
         else:
-            added = blended(
+            added = blend_tiles(
                 lambda z, y, x, n: self.residual(self._cut(seen, (z, y, x))),
                 c.size,
                 c.patch,

@@ -11,19 +11,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..core.config import Settings
+from ..core.config import Config
 from ..drr2ct.network import DRR2CTConfig
-from ..evaluation.baselines import shrunk_spread
+from ..evaluation.baselines import shrunk_std
 from ct_nb.evaluation.inference import (
     Reconstruction,
-    contradictions_beyond,
-    placed_scan,
+    center_on_patient,
+    inconsistent_views,
     residual_limit,
     view_residuals,
 )
 from ..physics.detector import binned
 from ..physics.geometry import ConeBeam
-from ..physics.solvers import make_consistent
+from ..physics.solvers import data_consistency
 from ..physics.volume import Grid, Volume, hu_to_mu, mu_to_hu
 from .coarse_inputs import weights_digest
 from .network import Refiner, RefinerConfig
@@ -31,7 +31,7 @@ from ..training.checkpoints import load_weights, read_config
 
 # %% ../../nbs/refine/04_pipeline.ipynb #cell-005
 @dataclass(frozen=True)
-class ConsistencySettings(Settings):
+class ConsistencySettings(Config):
     "How the layer after a refiner meets the X-rays."
 
     noise: float = 0.05  # line integrals
@@ -112,7 +112,7 @@ class RefinementModel(nn.Module):
         mu = hu_to_mu(hu.to(self.spread_hu), energy)
         spread = self.spread_hu * (hu_to_mu(0.0, energy) / 1000)
         for _ in range(c.rounds):
-            mu = make_consistent(
+            mu = data_consistency(
                 mu, y, beam, c.iterations, damping=c.noise**2, spread=spread
             ).clamp_min(0)
         return mu_to_hu(mu, energy).cpu().clamp_min(-1000)
@@ -134,7 +134,7 @@ class RefinementModel(nn.Module):
             )
             count += 1
         if count:
-            self.spread_hu.copy_(shrunk_spread(square / count, count).clamp_min(5.0))
+            self.spread_hu.copy_(shrunk_std(square / count, count).clamp_min(5.0))
 
 
 def load_refiner(folder) -> RefinementModel:
@@ -179,7 +179,7 @@ def refine_reconstruction(
             f" {grid.spacing_mm.max():.2f} mm, this refiner is for {size}×{size}×{size} of"
             f" {side_mm / size:.2f} mm; take a refiner that was trained on this coarse model"
         )
-    xrays, _, moved, _ = placed_scan(found.xrays, found.geometry, size, side_mm)
+    xrays, _, moved, _ = center_on_patient(found.xrays, found.geometry, size, side_mm)
     alone = refiner.refine(
         found.volume.tensor().float(), xrays, moved, False, found.window, found.energy_kev
     )
@@ -188,7 +188,7 @@ def refine_reconstruction(
         *(view_residuals(hu, xrays, moved, refiner.config.energy_kev) for hu in answers)
     )
     chosen = 0 if found.consistent else 1
-    contradictions = contradictions_beyond(residuals[0], refiner.limit)
+    contradictions = inconsistent_views(residuals[0], refiner.limit)
     notes = [
         f"before refinement, {note}" if note in (found.contradictions or []) else note
         for note in found.notes

@@ -20,21 +20,21 @@ from fastcore.script import Param, call_parse
 from torch import nn
 
 from ..core.files import write_json
-from ..core.seeding import stream
+from ..core.seeding import seeded_generator
 from ..data.cache import content_digest, default_cache_dir
-from ..data.cohort import Mixture
+from ..data.cohort import RepeatedConcatDataset
 from ..data.open import open_source
 from ..data.xray_pairs import collate
-from ..drr2ct.train import DRR2CTRun, get_preset
-from ..evaluation.baselines import shrunk_spread
+from ..drr2ct.train import DRR2CTRun, get_drr2ct_preset
+from ..evaluation.baselines import shrunk_std
 from ..evaluation.inference import RESIDUAL_MARGIN, view_residuals
 from ..evaluation.metrics import drr_error, psnr, ssim
 from ..evaluation.scoreboard import board_content, held_out_views, score_case
 from ..evaluation.sharpness import sharpness_scores, spectra
 from ..physics.volume import Volume, hu_to_mu
-from .baselines import ConsistencyAlone, Unrefined, UnsharpMask
+from .baselines import DataConsistencyBaseline, IdentityBaseline, UnsharpMask
 from .coarse_inputs import CoarseFiles, CoarsePairs, open_coarse, unseen_phantoms
-from .evaluation import RefinementBoard
+from .evaluation import RefinementScoreboard
 from .losses import RandomFeatures, RefinementWeights, refinement_loss
 from .network import Refiner, RefinerConfig
 from .pipeline import ConsistencySettings, RefinementModel, load_refiner
@@ -199,7 +199,7 @@ class RefinementRun:
         return int(os.environ.get("RANK", 0)) == 0
 
     def _system_a(self):
-        return get_preset(self.source.preset or self.preset)
+        return get_drr2ct_preset(self.source.preset or self.preset)
 
     def _cases(self) -> DRR2CTRun:
         """The cases as system A's run takes them: split, noise and augmentation are its own; those
@@ -269,7 +269,7 @@ class RefinementRun:
                         " the files after the cases, like"
                         f" {(self.cases.fitted if side == 'train on' else self.cases.validation).ids[0]}.nii.gz"
                     )
-            data = Mixture((training, 1))
+            data = RepeatedConcatDataset((training, 1))
         else:
             taken = known | set(self.cases.fitted.ids) | set(self.validation.ids)
             self.cases.phantoms_for_network = unseen_phantoms(
@@ -281,7 +281,7 @@ class RefinementRun:
             data = self.cases.cases()
         self.pairs = CoarsePairs(data, self.source, s.draws, default_cache_dir())
         self.judged = CoarsePairs(
-            Mixture((self.cases._pairs(self.validation.source[: s.judged]), 1)),
+            RepeatedConcatDataset((self.cases._pairs(self.validation.source[: s.judged]), 1)),
             self.source,
             1,
             default_cache_dir(),
@@ -352,7 +352,7 @@ class RefinementLearner(nn.Module):
         truth = batch["hu"]
         corner = None
         if c.patch is not None:
-            draw = stream("refinement", self.seed, step, *batch["id"])
+            draw = seeded_generator("refinement", self.seed, step, *batch["id"])
             corner = tuple(
                 (
                     c.step * torch.randint((c.size - c.patch) // c.step + 1, (3,), generator=draw)
@@ -568,7 +568,7 @@ def _save_case(folder: Path, item: dict, volumes: dict, rows: list[dict], spectr
         {
             "case": item["id"],
             "patient": item["patient"],
-            "predictors": board_content(RefinementBoard(rows))["predictors"],
+            "predictors": board_content(RefinementScoreboard(rows))["predictors"],
             "spectra": spectrum,
         },
     )
@@ -600,7 +600,7 @@ def fit_floors(self: RefinementRun) -> list:
         square = square + (hu_to_mu(item["hu"], energy) - hu_to_mu(item["coarse"], energy)).square()
         count = count + 1
     mask = UnsharpMask.fit((item["coarse"], item["hu"]) for item in self._fitting_items())
-    return [mask, ConsistencyAlone(shrunk_spread(square / count, count), energy)]
+    return [mask, DataConsistencyBaseline(shrunk_std(square / count, count), energy)]
 
 
 @patch
@@ -646,13 +646,13 @@ def on_others(self: RefinementRun, refiner, data: str) -> RefinementRun:
                 f" {getattr(ours, name)}; open the run as the refiner's was"
             )
     self.model, self.judged = model, CoarsePairs(
-        Mixture((self.cases._pairs(source), 1)), self.source, 1, default_cache_dir()
+        RepeatedConcatDataset((self.cases._pairs(source), 1)), self.source, 1, default_cache_dir()
     )
     return self
 
 
 @patch
-def judge(self: RefinementRun, out=None, progress: bool = True) -> RefinementBoard:
+def judge(self: RefinementRun, out=None, progress: bool = True) -> RefinementScoreboard:
     """Refiner, input and floors on the cases left out.
 
     Writes into `out` (the run's folder) scoreboard, `refinement.json` (gains with intervals,
@@ -673,7 +673,7 @@ def judge(self: RefinementRun, out=None, progress: bool = True) -> RefinementBoa
         for refines in (
             self.model.eval(),
             _NetworkAlone(self.model),
-            Unrefined(),
+            IdentityBaseline(),
             *self.fit_floors(),
         )
     ]
@@ -710,7 +710,7 @@ def judge(self: RefinementRun, out=None, progress: bool = True) -> RefinementBoa
             out / "cases" / folders[number], item, volumes, scored, _mean_spectra(found[-1:])
         )
     self.spectra = _mean_spectra(found)
-    board = RefinementBoard(
+    board = RefinementScoreboard(
         rows,
         {
             "held_out_azimuth_deg": [round(a, 3) for a in held_out.azimuth_deg.tolist()],

@@ -17,7 +17,13 @@ import numpy as np
 
 from ..data.cases import CTSource, _number
 from ..physics.volume import Grid, Volume, resample
-from .slice_profile import SliceAxis, SliceProfile, ThinStack, slab_matrix, thicken
+from ct_nb.slices.slice_profile import (
+    SliceAxis,
+    SliceProfile,
+    ThinStack,
+    average_slices,
+    slice_profile_matrix,
+)
 
 # %% ../../nbs/slices/01_paired_stacks.ipynb #cell-006
 @dataclass(frozen=True)
@@ -290,9 +296,9 @@ def agreement_hu(stack: ThinStack, most: int = 12) -> float:
         if len(over)
         else []
     ):
-        row = slab_matrix(stack.thin_axis, stack.thick_axis.part(k, k + 1), stack.profile)
+        row = slice_profile_matrix(stack.thin_axis, stack.thick_axis.part(k, k + 1), stack.profile)
         seen = np.flatnonzero(row[0])
-        made = thicken(np.asarray(stack.thin[seen, ::2, ::2]), row[:, seen])[0]
+        made = average_slices(np.asarray(stack.thin[seen, ::2, ::2]), row[:, seen])[0]
         thick = np.asarray(stack.thick[k, ::2, ::2])
         differences.append(np.abs(made - thick)[(made > -500) & (thick > -500)])
     found = np.concatenate(differences) if differences else np.zeros(0)

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.dicom import arrange, choose_series, dicom_slices
+from ..data.dicom import arrange_slices, choose_series, dicom_slices
 from ..data.folders import read_patients, stem
 from ..data.hounsfield import CTReadError
 from ..data.read import read_ct
@@ -73,7 +73,7 @@ def find_series(path) -> tuple[list[SeriesFound], list[str]]:
         else:
             try:
                 chosen, _ = choose_series(path, slices)
-                arranged, affine, _ = arrange(path, chosen)
+                arranged, affine, _ = arrange_slices(path, chosen)
             except CTReadError as error:
                 left_out.append(
                     f"series {uid}: {str(error).removeprefix(f'{path}: ').removeprefix(f'{path}/')}"

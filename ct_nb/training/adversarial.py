@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..physics.volume import WINDOWS, Window
-from .losses import windowed
+from .losses import to_window
 
 # %% ../../nbs/training/02_adversarial.ipynb #cell-004
 class PatchDiscriminator3d(nn.Module):
@@ -132,7 +132,7 @@ class Adversary(nn.Module):
     ) -> AdversaryLosses:
         if step < self.start_step:
             return AdversaryLosses(prediction_hu.new_zeros(()), prediction_hu.new_zeros(()), {})
-        prediction, truth = (windowed(hu, window)[:, None] for hu in (prediction_hu, truth_hu))
+        prediction, truth = (to_window(hu, window)[:, None] for hu in (prediction_hu, truth_hu))
         real, predicted = (
             self.discriminator(torch.cat([truth, prediction.detach()])).float().chunk(2)
         )

@@ -10,9 +10,9 @@ import numpy as np
 from ipywidgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, Layout, VBox
 
 from ..physics.volume import WINDOWS, Volume, get_window
-from .canvas import grey, label_colors, overlay
+from .canvas import label_colors, overlay, to_uint8
 from .figures import PLANES, slices_figure
-from .slice_canvas import SlicePicture, upright, value_at
+from .slice_canvas import SliceCanvas, to_patient_axes, value_at
 
 # %% ../../nbs/viewer/04_ct_viewer.ipynb #cell-005
 def window_menu(window="chest") -> Dropdown:
@@ -71,7 +71,7 @@ class VolumeViewer(VBox):
         at_mm=None,  # LPS mm, where the planes cross; the middle unless given
         width: int = 300,  # of the axial plane on the page, in its pixels
     ):
-        self.volume, *masks = upright(volume, *([] if mask is None else [np.asarray(mask)]))
+        self.volume, *masks = to_patient_axes(volume, *([] if mask is None else [np.asarray(mask)]))
         self.mask = masks[0].astype(np.int32) if masks else None
         self.names = names or {}
         grid = self.volume.grid
@@ -89,7 +89,7 @@ class VolumeViewer(VBox):
         widths = [width, width, round(width * grid.extent_mm[1] / grid.extent_mm[0])]
         arrays = [self.volume.hu] if self.mask is None else [self.volume.hu, self.mask]
         self.pictures = {
-            kind: SlicePicture(grid, arrays, kind, self._paint, width=w)
+            kind: SliceCanvas(grid, arrays, kind, self._paint, width=w)
             for kind, w in zip(PLANES, widths)
         }
         self.sliders = {
@@ -141,7 +141,7 @@ class VolumeViewer(VBox):
             self.sliders[kind].value = int(np.clip(index[picture.normal], 0, picture.count - 1))
 
     def _paint(self, hu, labels=None):
-        pixels = grey(hu, self.window.value)
+        pixels = to_uint8(hu, self.window.value)
         return pixels if labels is None else overlay(pixels, labels, self.opacity.value)
 
     def _place(self, again: bool = False):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..core.files import atomic_write
-from ..core.plot_style import FAINT, MUTED, SERIES, style
+from ..core.plot_style import FAINT, MUTED, SERIES, plot_style
 from ..evaluation.metrics import psnr
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid, Volume, get_window
@@ -181,7 +181,7 @@ def slices_figure(volumes, window="chest", at_mm=None, title: str | None = None)
     first = next(iter(rows.values()))
     at_mm = first.grid.center_mm if at_mm is None else at_mm
     x, y, z = first.grid.extent_mm
-    with style():
+    with plot_style():
         figure, axes = plt.subplots(
             len(rows),
             3,
@@ -287,7 +287,7 @@ def xrays_figure(xrays, geometry: ConeBeam, title: str | None = None):
             geometry.detector_shape[::-1], (geometry.column_step_mm, geometry.row_step_mm)
         )
     )
-    with style():
+    with plot_style():
         panel = 4.0 if columns < 3 else 2.8
         figure, axes = plt.subplots(
             rows,
@@ -346,7 +346,7 @@ def comparison_figure(
         f"{first.replace('_', ' ')} − CT": Volume(predictions[first].hu - truth.hu, truth.affine)
     }
     x, y, z = along_lps(truth).grid.extent_mm
-    with style():
+    with plot_style():
         figure = plt.figure(figsize=(9.6, 0.3 + len(rows) * 2.08 * max(y, z) / x))
         given, found = figure.subfigures(1, 2, width_ratios=[1, 3.45])
         axes = found.subplots(len(rows), 3, squeeze=False, width_ratios=[x, x, y])
@@ -433,7 +433,7 @@ def training_figure(history):
         + ([("gradient norm", ["gradient_norm"])] if "gradient_norm" in series else [])
     )
     columns = min(4, len(panels))
-    with style():
+    with plot_style():
         figure, axes = plt.subplots(
             math.ceil(len(panels) / columns),
             columns,

@@ -58,7 +58,7 @@ def save_untrained(runs: Path) -> None:
     from ct_nb.training.checkpoints import save_weights
     from ct_nb.ct_encoder.model import ScanLanguage
     from ct_nb.ct_encoder.train import get_ct_encoder_preset
-    from ct_nb.slices.train import Slices
+    from ct_nb.slices.train import SliceModels
     from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
     from ct_nb.slices.vae import SliceVAE
 
@@ -76,7 +76,7 @@ def save_untrained(runs: Path) -> None:
     )
     drawn = SliceDiffusionConfig.preset("smoke")
     save_untrained_reconstruction(runs)
-    slices = Slices(
+    slices = SliceModels(
         SliceRegressor(SliceRegressorConfig.preset("smoke")),
         SliceDiffusion(drawn, SliceVAE(drawn.vae)),
     )
@@ -108,7 +108,7 @@ def save_untrained_reconstruction(runs: Path) -> None:
     from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
     from ct_nb.refine.network import RefinerConfig
     from ct_nb.phantom.chest import phantom
-    from ct_nb.app.compare import answers
+    from ct_nb.app.compare import reconstruct_all
 
     others = torch.stack([phantom(seed, 32).volume.tensor() for seed in range(20, 26)])
     coarse = DRR2CT(DRR2CTConfig.preset("smoke"))
@@ -137,7 +137,7 @@ def save_untrained_reconstruction(runs: Path) -> None:
     save_weights(
         runs / "cascade", cascade, {"system": "cascade", "network": cascade.config.to_dict()}
     )
-    found = answers(phantom(4711, 128).volume, runs, samples=2)
+    found = reconstruct_all(phantom(4711, 128).volume, runs, samples=2)
     assert (
         list(found.volumes)[-2:] == ["coarse", "refined"]
         and len(found.samples) == 2

@@ -9,7 +9,7 @@ from ct_nb.cascade.guidance import MODES, XrayGuidance, ray_variance, weighted_s
 from ct_nb.physics.detector import binned
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import backproject, project
-from ct_nb.physics.solvers import make_consistent
+from ct_nb.physics.solvers import data_consistency
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
 from ct_nb.physics.pose_errors import jitter_pose
 
@@ -105,7 +105,7 @@ def test_one_noise_and_one_spread_are_damping():
         iterations=300,
         tolerance=1e-12,
     )
-    peer = make_consistent(
+    peer = data_consistency(
         torch.zeros(2, 6, 6, 6, dtype=torch.float64),
         residual,
         TINY,
@@ -115,7 +115,7 @@ def test_one_noise_and_one_spread_are_damping():
     )
     assert torch.allclose(got, peer, rtol=1e-6, atol=1e-12)
     assert (
-        make_consistent(torch.zeros_like(peer), residual, TINY, 300, 1e-12, damping=noise / spread)
+        data_consistency(torch.zeros_like(peer), residual, TINY, 300, 1e-12, damping=noise / spread)
         - peer
     ).norm() > 0.1 * peer.norm()
 
@@ -242,7 +242,7 @@ def test_soft_guidance_leaves_the_noise_and_no_less(geometry):
     mu = attenuation(guess)
     damping = (0.05 / (0.3 * WATER)) ** 2
     for _ in range(10):
-        mu = make_consistent(mu, noisy, geometry, 20, damping=damping)
+        mu = data_consistency(mu, noisy, geometry, 20, damping=damping)
     # what damping alone comes to
     assert (((project(mu, geometry) - noisy) / 0.05)[:, hit].square().mean(1).sqrt() < 0.9).all()
 
@@ -295,7 +295,7 @@ def test_spread_is_in_hu_and_mismatch_in_line_integrals():
         * 1.024
         * WATER
     )
-    peer = lambda hu: make_consistent(
+    peer = lambda hu: data_consistency(
         attenuation(guess), clean, PAIR, 200, 1e-10, damping=(0.05 / (hu / 1000 * WATER)) ** 2
     ) - attenuation(guess)
     assert torch.allclose(step, peer(2.0), rtol=1e-5, atol=1e-12) and not torch.allclose(

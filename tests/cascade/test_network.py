@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ct_nb.cascade.train import CASCADE_PRESETS, V_LEARNING_RATE, CascadeRun, Sampler, checklist, load_cascade
+from ct_nb.cascade.train import CASCADE_PRESETS, V_LEARNING_RATE, CascadeRun, Sampler, sanity_checks, load_cascade
 from ct_nb.training.trainer import TrainingStopped
-from ct_nb.cascade.network import SMALLEST_SCALE, Cascade, CascadeConfig, CascadeStage, ErrorScale, StageConfig, physics_error, resized, roughness
-from ct_nb.layers.tiling import blended, patch_starts, patch_weights
+from ct_nb.cascade.network import SMALLEST_SCALE, Cascade, CascadeConfig, CascadeStage, ResidualStd, StageConfig, physics_error, resized, local_log_std
+from ct_nb.layers.tiling import blend_tiles, tile_starts, tile_weights
 from ct_nb.layers.denoiser import DenoiserConfig
 from ct_nb.layers.diffusion import DiffusionConfig
 from ct_nb.physics.geometry import ConeBeam
@@ -164,9 +164,9 @@ def test_patches_cover_and_their_weights_sum_to_one():
         (37, 20, 6, 0),
         (256, 64, 16, 2),
     ):
-        starts = patch_starts(size, patch, overlap)
+        starts = tile_starts(size, patch, overlap)
         total = torch.zeros(size)
-        for start, weight in zip(starts, patch_weights(size, starts, patch, overlap, halo)):
+        for start, weight in zip(starts, tile_weights(size, starts, patch, overlap, halo)):
             total[start : start + patch] += weight
         assert (
             torch.allclose(total, torch.ones(size), atol=1e-6)
@@ -181,12 +181,12 @@ def test_blended_is_whole_for_a_convolution_and_only_with_the_halo():
     layer = torch.nn.Conv3d(1, 1, 5, padding=2).requires_grad_(False)
     x = torch.randn(1, 1, 24, 24, 24)
     cut = lambda z, y, w, n: layer(x[..., z : z + n, y : y + n, w : w + n])
-    assert torch.allclose(blended(cut, 24, 12, 6, 2), layer(x), atol=1e-6)
-    assert not torch.allclose(blended(cut, 24, 12, 6, 0), layer(x), atol=1e-3)
+    assert torch.allclose(blend_tiles(cut, 24, 12, 6, 2), layer(x), atol=1e-6)
+    assert not torch.allclose(blend_tiles(cut, 24, 12, 6, 0), layer(x), atol=1e-3)
     with pytest.raises(ValueError, match="halo: must be below half the overlap"):
-        blended(cut, 24, 12, 6, 3)
+        blend_tiles(cut, 24, 12, 6, 3)
     with pytest.raises(ValueError, match="patch, overlap: need"):
-        blended(cut, 24, 12, 8)
+        blend_tiles(cut, 24, 12, 8)
 
 
 def test_a_stage_of_patches_trains_and_samples():
@@ -278,18 +278,18 @@ def test_samples_are_remembered_for_a_scan(cascade):
 
 def test_roughness_is_the_standard_deviation():
     ramp = (torch.arange(12.0) * 0.02).view(1, 1, 12, 1, 1).expand(1, 1, 12, 12, 12).contiguous()
-    near, wide = ((2 * (r - 1.5)).exp() - SMALLEST_SCALE for r in roughness(ramp)[0])
+    near, wide = ((2 * (r - 1.5)).exp() - SMALLEST_SCALE for r in local_log_std(ramp)[0])
     assert torch.allclose(near[5, 5, 5], torch.tensor(0.02 * (2 / 3) ** 0.5), rtol=1e-3)
     # three boxes in turn: their variances add
     assert torch.allclose(wide[5, 5, 5], torch.tensor(0.02 * (3 * 2 / 3) ** 0.5), rtol=1e-3)
     assert (
-        roughness(torch.full((1, 1, 8, 8, 8), 0.7))[0] - (math.log(SMALLEST_SCALE) / 2 + 1.5)
+        local_log_std(torch.full((1, 1, 8, 8, 8), 0.7))[0] - (math.log(SMALLEST_SCALE) / 2 + 1.5)
     ).abs().max() < 0.1
 
 
 def test_the_error_scale_begins_with_one_number_and_finds_where_errors_are():
     torch.manual_seed(0)
-    model = ErrorScale(0.15)
+    model = ResidualStd(0.15)
     coarse = torch.zeros(2, 2, 16, 16, 16)
     coarse[:, 0, 8:] = 0.8
     assert torch.allclose(model(coarse), torch.tensor(0.15))
@@ -380,13 +380,13 @@ def test_bad_input_is_a_sentence(cascade):
 
 def test_a_collapsed_output_stops_the_run():
     truth = phantom(1, 16).volume.tensor()
-    assert checklist(truth[None] + 10, truth)["structure"] > 0.8
+    assert sanity_checks(truth[None] + 10, truth)["structure"] > 0.8
     with pytest.raises(TrainingStopped, match="has collapsed: all voxels are about 3 HU"):
-        checklist(torch.full_like(truth, 3.0)[None], truth)
+        sanity_checks(torch.full_like(truth, 3.0)[None], truth)
     with pytest.raises(TrainingStopped, match="the output is noise"):
-        checklist(1000 * torch.randn(truth.shape, generator=seeded())[None], truth)
+        sanity_checks(1000 * torch.randn(truth.shape, generator=seeded())[None], truth)
     with pytest.raises(TrainingStopped, match="NaN"):
-        checklist(truth[None] * torch.nan, truth)
+        sanity_checks(truth[None] * torch.nan, truth)
 
 
 def test_a_coarse_model_that_knows_the_judged_cases_is_refused(tmp_path):

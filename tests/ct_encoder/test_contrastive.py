@@ -11,7 +11,7 @@ from torch import multiprocessing
 
 from ct_nb.ct_encoder import contrastive as alignment
 from ct_nb.training import gradient_cache as gradient_caching
-from ct_nb.ct_encoder.contrastive import Alignment, Keys, Pairs, StepAttention, Steps, Temperature, anchor_loss, info_nce, inside_regions, row_losses, same, step_nce, text_keys
+from ct_nb.ct_encoder.contrastive import ContrastiveLoss, EquivalenceKeys, GlobalPairs, StepAttention, StepPairs, Temperature, anchor_loss, info_nce, inside_regions, row_losses, is_positive_pair, step_nce, equivalence_keys
 from ct_nb.training.gradient_cache import cached_backward
 
 
@@ -20,7 +20,7 @@ def random(seed, *shape):
 
 
 def no_twins(n, offset=0):
-    return Keys(torch.arange(n) + offset, torch.full((n,), -1))
+    return EquivalenceKeys(torch.arange(n) + offset, torch.full((n,), -1))
 
 
 def test_symmetric_info_nce_is_two_cross_entropies():
@@ -54,17 +54,17 @@ def test_rows_are_divergences_from_even_targets():
 def test_twins_are_no_negatives():
     identity = torch.tensor([0, 0, 1, 2])
     features = F.one_hot(identity, 3).double()
-    twins = Keys(identity, torch.full((4,), -1))
+    twins = EquivalenceKeys(identity, torch.full((4,), -1))
     assert (
         info_nce(features, features, 50.0, twins) < 1e-6
         and info_nce(features, features, 50.0) > 0.3
     )
-    normal = Keys(torch.arange(4), torch.tensor([5, 5, -1, -1]))  # other words, both normal
+    normal = EquivalenceKeys(torch.arange(4), torch.tensor([5, 5, -1, -1]))  # other words, both normal
     assert info_nce(features, features, 50.0, normal) < 1e-6
 
 
 def test_keys():
-    keys = text_keys(
+    keys = equivalence_keys(
         [
             "Normal spleen.",
             "NORMAL  spleen",
@@ -78,11 +78,11 @@ def test_keys():
     wanted = torch.tensor(
         [[1, 1, 1, 0, 0, 0]] * 3 + [[0, 0, 0, 1, 0, 0]] + [[0, 0, 0, 0, 1, 1]] * 2
     )
-    assert torch.equal(same(keys, keys).int(), wanted.int()) and keys.text.min() >= 0
+    assert torch.equal(is_positive_pair(keys, keys).int(), wanted.int()) and keys.text.min() >= 0
     # two that are not normal share no -1
-    assert same(text_keys(["A cyst."]), text_keys(["A mass."])).sum() == 0
+    assert is_positive_pair(equivalence_keys(["A cyst."]), equivalence_keys(["A mass."])).sum() == 0
     with pytest.raises(ValueError, match="scopes"):
-        text_keys(["a"], [1, 2])
+        equivalence_keys(["a"], [1, 2])
 
 
 def test_temperature_has_a_cap_and_a_way_back():
@@ -147,7 +147,7 @@ def test_step_nce_by_hand(layer):
     patches = random(4, 3, 10, 5)
     case = torch.tensor([2, 0, 2, 0])
     # step 0 of volume 2 says what step 1 of volume 0 says
-    keys = Keys(torch.tensor([1, 1, 2, 3]), torch.full((4,), -1))
+    keys = EquivalenceKeys(torch.tensor([1, 1, 2, 3]), torch.full((4,), -1))
     scores = 7 * torch.stack(
         [
             torch.stack(
@@ -212,29 +212,29 @@ def batch(first, count, regions, steps):
     # some twins
     numbers = lambda rows: torch.tensor([(v * 7 + i) % 5 for v, i in rows], dtype=torch.long)
     return dict(
-        overall=Pairs(
+        overall=GlobalPairs(
             stack([random(10 + v, 8) for v in volumes]),
             stack([random(30 + v, 6) for v in volumes]),
-            Keys(torch.tensor([v % 4 for v in volumes]), torch.full((count,), -1)),
+            EquivalenceKeys(torch.tensor([v % 4 for v in volumes]), torch.full((count,), -1)),
         ),
-        regions=Pairs(
+        regions=GlobalPairs(
             stack([random(100 + 20 * v + i, 8) for v, i in region_rows], 8),
             stack([random(300 + 20 * v + i, 6) for v, i in region_rows], 6),
-            Keys(numbers(region_rows), torch.full((len(region_rows),), -1)),
+            EquivalenceKeys(numbers(region_rows), torch.full((len(region_rows),), -1)),
         ),
-        steps=Steps(
+        steps=StepPairs(
             stack([random(500 + 20 * v + i, 6) for v, i in step_rows], 6),
             torch.tensor([v - first for v, _ in step_rows], dtype=torch.long),
             stack([random(700 + v, 9, 5) for v in volumes]),
             stack([(random(900 + 20 * v + i, 9) > 0).double() * (i != 1) for v, i in step_rows], 9),
-            Keys(numbers(step_rows), torch.full((len(step_rows),), -1)),
+            EquivalenceKeys(numbers(step_rows), torch.full((len(step_rows),), -1)),
         ),
     )
 
 
 def run(levels):
     torch.manual_seed(3)
-    model = Alignment(8, 6, 5, heads=2).double()
+    model = ContrastiveLoss(8, 6, 5, heads=2).double()
     leaves = [
         levels["overall"].image,
         levels["regions"].image,
@@ -408,16 +408,16 @@ def test_bad_input(layer):
     with pytest.raises(ValueError, match="numbers 0 to 2"):
         step_nce(layer, text, torch.tensor([0, 1, 2, 3]), patches, 1.0)
     with pytest.raises(ValueError, match="no level"):
-        Alignment(8, 6, 5)()
+        ContrastiveLoss(8, 6, 5)()
     with pytest.raises(ValueError, match="'words' is no level"):
-        Alignment(8, 6, 5, weights={"words": 1.0})
+        ContrastiveLoss(8, 6, 5, weights={"words": 1.0})
     with pytest.raises(ValueError, match="heads"):
         StepAttention(6, 5, 9, heads=2)
 
 
 def test_empty_levels_cost_nothing():
     empty = batch(0, 2, [0, 0], [0, 0])
-    total, parts = Alignment(8, 6, 5, heads=2).double()(**empty)
+    total, parts = ContrastiveLoss(8, 6, 5, heads=2).double()(**empty)
     assert (
         parts["region"] == parts["step"] == parts["anchor"] == 0
         and total == parts["global"]

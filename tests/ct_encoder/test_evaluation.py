@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.ct_encoder.reports import Report, Step
+from ct_nb.ct_encoder.reports import RadiologyReport, ReasoningStep
 from ct_nb.ct_encoder import evaluation as language_scores
 from ct_nb.ct_encoder.contrastive import inside_regions
-from ct_nb.ct_encoder.evaluation import judge_language, label_names, look_at
-from ct_nb.ct_encoder.model import label_regions, place_prompts, reasoning
+from ct_nb.ct_encoder.evaluation import evaluate_language, label_names, encode_scans
+from ct_nb.ct_encoder.model import label_regions, region_prompts, target_text
 from ct_nb.ct_encoder.dataset import Finding, ScanCase, ScanReports
 from ct_nb.ct_encoder.report_decoder import decode, label_shares
 from ct_nb.ct_encoder.encoder import CTEncoderConfig, Encoding
@@ -40,13 +40,13 @@ def make_report(i):
         2: f"{'' if effusion else 'No '}pleural effusion in the left lower lobe. Slice {i}.",
     } | {n: f"Fissure {i} of the {REGIONS[n][0]} runs as drawn." for n in (3, 4, 5)}
     steps = (
-        *[Step(f"Looking at the {REGIONS[n][0]}.", (REGIONS[n][0],), (n,)) for n in (1, 3, 5)],
-        Step(
+        *[ReasoningStep(f"Looking at the {REGIONS[n][0]}.", (REGIONS[n][0],), (n,)) for n in (1, 3, 5)],
+        ReasoningStep(
             f"Conclusion: {'a' if nodule else 'no'} lung nodule. There is"
             f" {'a' if effusion else 'no'} pleural effusion. Case {i}."
         ),
     )
-    return Report(
+    return RadiologyReport(
         f"s{i}",
         f"Impression of case {i} as dictated.",
         tuple(say.items()),
@@ -115,7 +115,7 @@ class Oracle:
         )
         self.reports = [make_report(i) for i in range(len(scans))]
         self.writer = SimpleNamespace(
-            tokenizer=WordTokenizer.fit(2 * [reasoning(r) for r in self.reports])
+            tokenizer=WordTokenizer.fit(2 * [target_text(r) for r in self.reports])
         )
         self.texts = {r.impression: self.unit(scan=i) for i, r in enumerate(self.reports)}
         for i, r in enumerate(self.reports):
@@ -129,7 +129,7 @@ class Oracle:
             for n in label_regions(name):
                 self.texts |= {
                     text: self.unit(local={k: s})
-                    for text, s in zip(place_prompts(name, n), (1, -1))
+                    for text, s in zip(region_prompts(name, n), (1, -1))
                 }
 
     def unit(self, scan=None, region=None, sign={}, local={}):
@@ -210,14 +210,14 @@ class Oracle:
 
     def write(self, seen):
         return [
-            decode(self.writer.tokenizer, self.writer.tokenizer.encode(reasoning(self.reports[i])))
+            decode(self.writer.tokenizer, self.writer.tokenizer.encode(target_text(self.reports[i])))
             for i in seen.tokens[:, 0, 0].long().tolist()
         ]
 
 
 def test_of_an_oracle_every_figure_is_perfect(scans):
     data = case_set(scans)
-    found = judge_language(
+    found = evaluate_language(
         Oracle(scans), data, case_set(scans, first=100), "no lung nodule.", writes=SCANS
     )
     m = found.metrics
@@ -293,7 +293,7 @@ def test_on_exchanged_scans_the_oracle_is_at_chance(scans):
     floor, and only what the report itself names stays.
     """
     order = np.random.default_rng(7).permutation(SCANS)
-    found = judge_language(
+    found = evaluate_language(
         Oracle(scans), case_set(scans, order), case_set(scans, first=100), writes=SCANS
     )
     m = found.metrics
@@ -324,12 +324,12 @@ def test_scrambled_case_numbers_are_seen(scans, monkeypatch):
     show.
     """
     data = case_set(scans)
-    wrong = look_at(Oracle(scans, shift=1), data)
-    m, _ = language_scores.ask(
+    wrong = encode_scans(Oracle(scans, shift=1), data)
+    m, _ = language_scores.ask_model(
         Oracle(scans), wrong, [make_report(i) for i in range(SCANS)], data.patients
     )
     assert abs(m["steps"]["correlation"]["mean"]) < 0.15
-    right = look_at(Oracle(scans), data, writes=20)
+    right = encode_scans(Oracle(scans), data, writes=20)
     assert (
         torch.equal(right.step_case, torch.arange(SCANS).repeat_interleave(4))
         and torch.equal(right.lesion_case, torch.arange(SCANS))
@@ -340,7 +340,7 @@ def test_scrambled_case_numbers_are_seen(scans, monkeypatch):
     rolled = right.__class__(
         **{**vars(right), "regions": right.regions.roll(1, 0), "scans": right.scans.roll(1, 0)}
     )
-    m, recalls = language_scores.ask(
+    m, recalls = language_scores.ask_model(
         Oracle(scans), rolled, [make_report(i) for i in range(SCANS)], data.patients
     )
     assert (
@@ -353,7 +353,7 @@ def test_scrambled_case_numbers_are_seen(scans, monkeypatch):
 def test_labels_are_those_of_all_reports(scans):
     "Labels that only later reports carry are asked for too."
     reports = [
-        Report(
+        RadiologyReport(
             f"s{i}",
             make_report(i).impression,
             make_report(i).regions,
@@ -373,7 +373,7 @@ def test_labels_are_those_of_all_reports(scans):
     data.cases = [
         ScanCase(c.id, c.patient, c.digest, c.load, r) for c, r in zip(data.cases, reports)
     ]
-    m = judge_language(oracle, data, case_set(scans, first=100)).metrics
+    m = evaluate_language(oracle, data, case_set(scans, first=100)).metrics
     assert (
         set(m["zero_shot"]["labels"]) == {*LABELS, "rare"}
         and m["zero_shot"]["judged"] == 2

@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.ct_encoder.reports import Report, Step
-from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slab_matrix, thicken
+from ct_nb.ct_encoder.reports import RadiologyReport, ReasoningStep
+from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slice_profile_matrix, average_slices
 from ct_nb.training.checkpoints import save_weights
 from ct_nb.ct_encoder.model import ScanLanguage
 from ct_nb.ct_encoder.train import get_ct_encoder_preset
-from ct_nb.slices.train import Slices
+from ct_nb.slices.train import SliceModels
 from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
 from ct_nb.slices.vae import SliceVAE
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Grid, Volume
 from ct_nb.slices import explorer as explore_slices
 from ct_nb.ct_encoder import explorer as explore_steps
-from ct_nb.slices.explorer import FLOORS, Networks, SliceExplorer, ThickCut, open_thin_scans
-from ct_nb.ct_encoder.explorer import Looks, StepExplorer, inside_step, open_step_scans, outline, own_step, patch_shares, phantom_scan, said_steps, step_figures
-from ct_nb.viewer.slice_canvas import SlicePicture
+from ct_nb.slices.explorer import INTERPOLATION_NAMES, SliceNetworks, SliceExplorer, ThickCut, open_thin_scans
+from ct_nb.ct_encoder.explorer import AttentionSources, StepExplorer, inside_step, open_step_scans, outline, typed_step, patch_shares, phantom_scan, report_steps, step_figures
+from ct_nb.viewer.slice_canvas import SliceCanvas
 
 SMOKE = get_ct_encoder_preset("smoke").network
 
@@ -34,7 +34,7 @@ def scan():
 
 @pytest.fixture(scope="module")
 def untrained():
-    return Looks(preset="smoke")
+    return AttentionSources(preset="smoke")
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +95,11 @@ def test_without_weights_it_is_said_in_a_sentence(untrained, tmp_path):
     assert list(untrained.ask)[0].startswith("region") and any(
         "chance" in name for name in untrained.ask
     )
-    assert "in nothing_here;" in Looks(tmp_path / "nothing_here", "smoke").says
+    assert "in nothing_here;" in AttentionSources(tmp_path / "nothing_here", "smoke").says
 
 
 def test_a_trained_encoder_is_asked_with_and_without_the_map(scan, encoder_run):
-    looks = Looks(encoder_run)
+    looks = AttentionSources(encoder_run)
     assert (
         looks.trained
         and "2 scans" in looks.says
@@ -159,7 +159,7 @@ def test_an_outline_runs_about_its_voxels():
     mask[5, 2, 6] = True
     at = grid.index_to_mm([6, 2, 5])
     for plane in ("axial", "coronal", "sagittal"):
-        picture = SlicePicture(grid, np.zeros((8, 8, 8), np.float32), plane)
+        picture = SliceCanvas(grid, np.zeros((8, 8, 8), np.float32), plane)
         picture.place(round(float(grid.mm_to_index(at)[picture.normal])))
         (mark,) = outline(picture, mask, "#ffffff")
         points = np.array(mark["line"])
@@ -191,7 +191,7 @@ def pointing(looks, patch: int):
 
 
 def test_the_planes_go_where_a_step_looks(scan):
-    looks = pointing(Looks(preset="smoke"), 2 * 16 + 1 * 4 + 3)  # grid 4 × 4 × 4
+    looks = pointing(AttentionSources(preset="smoke"), 2 * 16 + 1 * 4 + 3)  # grid 4 × 4 × 4
     explorer = StepExplorer({"one": lambda: scan}, looks)
     low, high = scan.volume.grid.bounds_mm
     expected = low + (np.array([3, 1, 2]) + 0.5) / 4 * (high - low)
@@ -241,7 +241,7 @@ def test_menus_buttons_and_own_sentences(scan, untrained):
         explorer.chosen == len(scan.steps)
         and explorer.steps[-1].text == "Nothing in the heart."
         and explorer.own.value == ""
-        and explorer.steps[-1].regions == own_step("heart").regions != ()
+        and explorer.steps[-1].regions == typed_step("heart").regions != ()
     )
     explorer.scan.value = "two"
     assert (
@@ -281,12 +281,12 @@ def test_the_figure_says_who_was_asked(scan, untrained):
 
 
 def test_reports_without_steps_and_folders(tmp_path):
-    said = Report("v", regions=((3, "A nodule."), (7, "Normal.")))
-    assert [step.regions for step in said_steps(said)] == [(3,), (7,)]
-    assert said_steps(Report("v", findings="Fluid in the right lower lobe. The liver is normal."))[
+    said = RadiologyReport("v", regions=((3, "A nodule."), (7, "Normal.")))
+    assert [step.regions for step in report_steps(said)] == [(3,), (7,)]
+    assert report_steps(RadiologyReport("v", findings="Fluid in the right lower lobe. The liver is normal."))[
         0
-    ] == Step("Fluid in the right lower lobe.", (), (5,))
-    assert said_steps(replace(said, steps=(Step("Only this."),))) == (Step("Only this."),)
+    ] == ReasoningStep("Fluid in the right lower lobe.", (), (5,))
+    assert report_steps(replace(said, steps=(ReasoningStep("Only this."),))) == (ReasoningStep("Only this."),)
     for seed in (1, 2):
         phantom(seed, 32).volume.save(tmp_path / f"train_{seed}_a_1.nii.gz")
     with open(tmp_path / "train_reports.csv", "w", newline="") as file:
@@ -323,7 +323,7 @@ def test_reports_without_steps_and_folders(tmp_path):
     assert (found.regions == SMOKE.encoder.body).all() and np.allclose(
         found.volume.grid.extent_mm, SMOKE.encoder.side_mm
     )
-    StepExplorer(scans, Looks(preset="smoke"))
+    StepExplorer(scans, AttentionSources(preset="smoke"))
 
 
 # slices
@@ -336,14 +336,14 @@ def thin():
 
 def make(thin, networks=None, **settings):
     return SliceExplorer(
-        {"one": lambda: thin}, networks or Networks(), **{"spacing_mm": 12.0, **settings}
+        {"one": lambda: thin}, networks or SliceNetworks(), **{"spacing_mm": 12.0, **settings}
     )
 
 
 def test_the_cut_is_what_the_scan_would_give(thin):
     cut = ThickCut.over(SliceAxis.along(thin.grid), 12.0)
     part = thin.hu[cut.first : cut.first + cut.thin_axis.count]
-    whole = thicken(part, slab_matrix(cut.thin_axis, cut.thick_axis, SliceProfile(12.0)))
+    whole = average_slices(part, slice_profile_matrix(cut.thin_axis, cut.thick_axis, SliceProfile(12.0)))
     explorer = make(thin)
     for name, along in (("coronal", 1), ("sagittal", 2)):
         explorer.cut.value = name
@@ -354,7 +354,7 @@ def test_the_cut_is_what_the_scan_would_give(thin):
 def test_only_what_is_consistent_adds_up(thin):
     cut = ThickCut.over(SliceAxis.along(thin.grid), 12.0, "gaussian")
     truth = thin.hu[cut.first : cut.first + cut.thin_axis.count, 24].astype(float)
-    found = {name: cut.figures(cut.back[name] @ (cut.mean @ truth), truth) for name in FLOORS}
+    found = {name: cut.figures(cut.back[name] @ (cut.mean @ truth), truth) for name in INTERPOLATION_NAMES}
     assert (
         found["back-projection"]["reaveraged_hu"] < 1e-6
         and min(found[name]["reaveraged_hu"] for name in ("linear", "cubic")) > 5
@@ -440,7 +440,7 @@ def test_sliders_follow_the_scan(thin):
 def slices_run(tmp_path_factory):
     torch.manual_seed(0)
     drawn = SliceDiffusionConfig.preset("smoke")
-    slices = Slices(
+    slices = SliceModels(
         SliceRegressor(SliceRegressorConfig.preset("smoke")),
         SliceDiffusion(drawn, SliceVAE(drawn.vae)),
     )
@@ -462,7 +462,7 @@ def slices_run(tmp_path_factory):
 
 
 def test_networks_answer_and_add_up(thin, slices_run):
-    networks = Networks(slices_run, steps=2)
+    networks = SliceNetworks(slices_run, steps=2)
     assert (
         list(networks.thinners) == ["regressor", "diffusion, one draw"]
         and "2 scans" in networks.says
@@ -497,7 +497,7 @@ class Slow:
 
 
 def test_a_network_that_takes_its_time_does_not_hold_up_the_page(thin):
-    networks, slow = Networks(), Slow()
+    networks, slow = SliceNetworks(), Slow()
     networks.thinners["slow"] = slow
     explorer = make(thin, networks)
     explorer.answer.value = "slow"
@@ -517,7 +517,7 @@ def test_a_network_that_takes_its_time_does_not_hold_up_the_page(thin):
 
 
 def test_an_answer_that_comes_too_late_is_not_shown_for_another_scan(thin):
-    networks, slow = Networks(), Slow()
+    networks, slow = SliceNetworks(), Slow()
     networks.thinners["slow"] = slow
     other = Volume(thin.hu[:, ::-1].copy(), thin.affine)
     explorer = SliceExplorer({"one": lambda: thin, "other": lambda: other}, networks, 12.0, "slow")
@@ -533,7 +533,7 @@ def test_a_network_that_fails_is_said_to(thin):
         def thin(self, *_):
             raise ValueError("thick: too few slices")
 
-    networks = Networks()
+    networks = SliceNetworks()
     networks.thinners["broken"] = Broken()
     explorer = make(thin, networks)
     explorer.answer.value = "broken"
@@ -555,7 +555,7 @@ def test_bad_calls_and_the_figure(thin, tmp_path):
         make(thin, answer="regressor")
     assert (
         "papermill nbs/train_slices.ipynb runs/train_slices.ipynb"
-        in Networks(tmp_path / "slices").says
+        in SliceNetworks(tmp_path / "slices").says
     )
     from test_figures import marks_faults
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.ct_encoder.contrastive import text_keys
-from ct_nb.ct_encoder.grounding import centre_prior, correlations, localisation, locate, preprocessing_check, random_location, region_text_accuracy, step_patch_correlation, top_patches
+from ct_nb.ct_encoder.contrastive import equivalence_keys
+from ct_nb.ct_encoder.grounding import centre_prior, correlations, grounding_scores, locate, preprocessing_check, random_location, region_text_accuracy, step_patch_correlation, top_patches
 from ct_nb.ct_encoder.encoder import CTEncoderConfig
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Volume
@@ -56,7 +56,7 @@ def test_regions_that_are_missing_are_no_candidates(people):
 def test_sentences_that_say_the_same_are_right_for_each_other(people):
     regions, present, text, case, region = people
     # scans 0 and 1 say the same
-    keys = text_keys([f"nodule {0 if c < 2 else c}" for c in case.tolist()], region.tolist())
+    keys = equivalence_keys([f"nodule {0 if c < 2 else c}" for c in case.tolist()], region.tolist())
     exchanged = torch.where(case == 0, 1, torch.where(case == 1, 0, case))
     swapped = regions[exchanged, region - 1]
     assert (
@@ -66,7 +66,7 @@ def test_sentences_that_say_the_same_are_right_for_each_other(people):
     assert region_text_accuracy(regions, present, swapped, case, region)[
         "patient"
     ].share.mean == pytest.approx(0.6)
-    nobody = text_keys(["normal"] * 20, region.tolist())
+    nobody = equivalence_keys(["normal"] * 20, region.tolist())
     assert "patient" not in region_text_accuracy(regions, present, text, case, region, nobody)
     with pytest.raises(ValueError, match="as many"):
         region_text_accuracy(regions, present, text, case[:3], region)
@@ -148,7 +148,7 @@ def test_localisation_stands_beside_its_floors():
         inside[i, torch.randperm(64, generator=draw)[:12]] = 1
     lesion = inside * (torch.rand(6, 64, generator=draw) < 0.3)
     lesion[5] = 0  # is in no patch
-    found = localisation(lesion, lesion, inside, grid, [0, 0, 1, 1, 2, 2], list("aabbcc"))
+    found = grounding_scores(lesion, lesion, inside, grid, [0, 0, 1, 1, 2, 2], list("aabbcc"))
     assert (
         found.lesions == 5
         and found.scores["attention"]["dice"].mean == 1
@@ -162,11 +162,11 @@ def test_localisation_stands_beside_its_floors():
         0
     ].keys() and "5 lesions of 3 patients" in str(found)
     with pytest.raises(ValueError, match="no lesion"):
-        localisation(lesion, 0 * lesion, inside, grid, range(6))
+        grounding_scores(lesion, 0 * lesion, inside, grid, range(6))
     with pytest.raises(ValueError, match="grid"):
-        localisation(lesion, lesion, inside, (4, 4, 2), range(6))
+        grounding_scores(lesion, lesion, inside, (4, 4, 2), range(6))
     with pytest.raises(ValueError, match="like the attention"):
-        localisation(lesion, lesion[:2], inside, grid, range(6))
+        grounding_scores(lesion, lesion[:2], inside, grid, range(6))
 
 
 def test_scans_that_are_not_hu_are_refused():

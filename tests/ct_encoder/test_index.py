@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ct_nb.ct_encoder.index import WHOLE, EmbeddingIndex, embed_scan, embed_scans, open_index, search_scans
+from ct_nb.ct_encoder.index import WHOLE, EmbeddingIndex, embed_scan, embed_scans, open_index, search
 from ct_nb.ct_encoder.train import CTEncoderRun, load_ct_encoder
 from ct_nb.core.regions import REGIONS
 from ct_nb.phantom.chest import phantom
@@ -105,7 +105,7 @@ def test_a_search_is_a_cosine_with_the_place_that_is_named(index, run):
         whole, part = (
             model.embed_texts(["Cardiomegaly."], level)[0].numpy() for level in ("global", "region")
         )
-    hits = search_scans("Cardiomegaly.", found, model, about=WHOLE)
+    hits = search("Cardiomegaly.", found, model, about=WHOLE)
     expected = {
         scan: float(v @ whole)
         for scan, about, v in zip(found.scans, found.about, found.vectors)
@@ -114,16 +114,16 @@ def test_a_search_is_a_cosine_with_the_place_that_is_named(index, run):
     assert [h.scan for h in hits] == sorted(expected, key=expected.get, reverse=True) and hits[
         0
     ].score == pytest.approx(max(expected.values()), abs=1e-5)
-    assert len(search_scans("Cardiomegaly.", found, model, 2, WHOLE)) == 2
-    heart = search_scans("Cardiomegaly.", found, model, about="heart")
+    assert len(search("Cardiomegaly.", found, model, 2, WHOLE)) == 2
+    heart = search("Cardiomegaly.", found, model, about="heart")
     assert [(h.scan, h.about) for h in heart] == [("scan-900", "heart")]
     row = next(v for v, about in zip(found.vectors, found.about) if about == "heart")
     assert heart[0].score == pytest.approx(float(row @ part), abs=1e-5)
-    named = search_scans("Consolidation in the left upper lobe.", found, model)
+    named = search("Consolidation in the left upper lobe.", found, model)
     assert {h.about for h in named} == {REGIONS[1][0]}
     # no scan has it on its map
-    assert {h.about for h in search_scans("Nodule in the thyroid.", found, model)} == {WHOLE}
-    assert {h.about for h in search_scans("A normal scan.", found, model)} == {WHOLE}
+    assert {h.about for h in search("Nodule in the thyroid.", found, model)} == {WHOLE}
+    assert {h.about for h in search("A normal scan.", found, model)} == {WHOLE}
 
 
 def test_bad_input_gets_a_sentence(index, run, tmp_path):
@@ -134,7 +134,7 @@ def test_bad_input_gets_a_sentence(index, run, tmp_path):
         ("x", {"about": "toe"}, "the index has no 'toe'"),
     ):
         with pytest.raises(ValueError, match=said):
-            search_scans(text, found, model, **options)
+            search(text, found, model, **options)
     with pytest.raises(ValueError, match="written as .parquet"):
         found.save(tmp_path / "e.csv")
     with pytest.raises(ValueError, match="there is no such file; make it with ct_nb_embed"):

@@ -11,7 +11,7 @@ from ct_nb.data.folders import name_cases
 from ct_nb.ct_encoder.label_maps import name_region, total_doubt
 from ct_nb.ct_encoder.dataset import scan_and_regions
 from ct_nb.ct_encoder.encoder import CTEncoderConfig
-from ct_nb.ct_encoder.region_attention import FORMS, RegionAttention, RegionPooling, merge_total, multiplicative_attention, overlap_means, patch_overlaps, prior_attention
+from ct_nb.ct_encoder.region_attention import REGION_ATTENTION_FORMS, RegionAttention, RegionPooling, merge_total, multiplicative_attention, overlap_means, patch_overlaps, prior_attention
 from ct_nb.ct_encoder.region_histograms import HU_EDGES, RegionContents, box_largest, box_smallest, region_histograms
 from ct_nb.core.regions import REGIONS
 from ct_nb.phantom.chest import phantom
@@ -346,7 +346,7 @@ def test_zero_overlap_is_zero_weight_and_in_the_ablation_it_is_not():
     prior = some_overlaps()
     weights = {
         name: form(q, k, torch.eye(7, dtype=q.dtype).expand(2, 3, 7, 7), prior)
-        for name, form in FORMS.items()
+        for name, form in REGION_ATTENTION_FORMS.items()
     }
     nowhere = (prior == 0)[:, None].expand(-1, 3, -1, -1)
     assert (weights["log"][nowhere] == 0).all() and (
@@ -371,7 +371,7 @@ def test_more_overlap_is_more_weight_but_not_in_the_ablation():
                 )
                 for share in (0.2, 0.5, 0.8)
             ]
-            for name, form in FORMS.items()
+            for name, form in REGION_ATTENTION_FORMS.items()
         }
         assert heard["log"] == pytest.approx([0.2, 0.5, 0.8])
         if logit < 0:
@@ -417,7 +417,7 @@ def test_means():
     assert (means[:, 6] == 0).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", REGION_ATTENTION_FORMS)
 def test_a_patch_hears_its_regions_alone(form):
     torch.manual_seed(0)
     layer = RegionAttention(8, 2, form).double()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ct_nb.ct_encoder import report_decoder as cot
-from ct_nb.ct_encoder.report_decoder import CoTDecoder, Memory, RegionSegmentation, claims, decode, generate, label_shares, region_dice, segmentation_loss
+from ct_nb.ct_encoder.report_decoder import ReportDecoder, Memory, RegionSegmentation, stated_findings, decode, generate, label_shares, region_dice, segmentation_loss
 from ct_nb.ct_encoder.region_attention import patch_overlaps
 from ct_nb.ct_encoder.text_encoders import WordTokenizer
 
@@ -21,7 +21,7 @@ TEXTS = [
 @pytest.fixture
 def writer():
     torch.manual_seed(0)
-    return CoTDecoder(WordTokenizer.fit(2 * TEXTS), 8, width=16, depth=2, heads=2, max_length=48)
+    return ReportDecoder(WordTokenizer.fit(2 * TEXTS), 8, width=16, depth=2, heads=2, max_length=48)
 
 
 def test_the_way_back_from_numbers(writer):
@@ -134,8 +134,8 @@ def test_sampling_can_be_drawn_again(writer):
         (lambda w: generate(w, torch.zeros(1, 5, 8), temperature=-1), "temperature"),
         (lambda w: generate(w, torch.zeros(1, 5, 8), temperature=1), "generator"),
         (lambda w: generate(w, torch.zeros(1, 5, 8), begin="56 mm " * 20), "no room"),
-        (lambda w: CoTDecoder(w.tokenizer, 8, width=10, heads=4), "heads"),
-        (lambda w: CoTDecoder(w.tokenizer, 8, max_length=2), "max_length"),
+        (lambda w: ReportDecoder(w.tokenizer, 8, width=10, heads=4), "heads"),
+        (lambda w: ReportDecoder(w.tokenizer, 8, max_length=2), "max_length"),
     ],
 )
 def test_what_is_refused(writer, call, match):
@@ -145,17 +145,17 @@ def test_what_is_refused(writer, call, match):
 
 def test_claims():
     names = ["mass", "pleural effusion", "Lung nodule"]
-    assert claims("There is a mass. No pleural effusion, no nodule.", names) == {
+    assert stated_findings("There is a mass. No pleural effusion, no nodule.", names) == {
         "mass": True,
         "pleural effusion": False,
         "Lung nodule": False,
     }
-    assert claims("A nodule of 6 mm; pleural effusion is not seen.", names) == {
+    assert stated_findings("A nodule of 6 mm; pleural effusion is not seen.", names) == {
         "mass": False,
         "pleural effusion": False,
         "Lung nodule": True,
     }
-    assert not any(claims("", names).values())
+    assert not any(stated_findings("", names).values())
 
 
 def test_pieces_lie_where_they_belong():

@@ -9,8 +9,8 @@ import pytest
 
 from ct_nb.ct_encoder import reports as vocabulary
 from ct_files import write_stored
-from ct_nb.ct_encoder.report_readers import ct_rate_hu, ct_rate_name, ct_rate_path, ct_rate_reports, ct_rate_rescale, ct_rate_root, given, is_conversations, make_step, omniabnorm_reports, phantom_report, radgenome_reports, read_ct_rate, read_records, split_steps
-from ct_nb.ct_encoder.reports import CT_RATE_LABELS, FINDINGS, Report, clauses, find_mentions, finding_states, is_normal, region_texts
+from ct_nb.ct_encoder.report_readers import ct_rate_hu, ct_rate_name, ct_rate_path, ct_rate_reports, ct_rate_rescale, ct_rate_root, tidy_text, is_conversations, make_step, omniabnorm_reports, phantom_report, radgenome_reports, read_ct_rate, read_records, split_steps
+from ct_nb.ct_encoder.reports import CT_RATE_LABELS, FINDINGS, RadiologyReport, clauses, find_mentions, finding_states, is_normal, region_texts
 from ct_nb.phantom.chest import phantom
 from ct_nb.data.hounsfield import CTReadError
 
@@ -129,9 +129,9 @@ def test_labels_and_regions():
         (17, "Normal spleen."),
     )
     with pytest.raises(ValueError, match="regions: v speaks of region 0"):
-        Report("v", regions=((0, "x"),))
+        RadiologyReport("v", regions=((0, "x"),))
     with pytest.raises(ValueError, match="volume"):
-        Report("")
+        RadiologyReport("")
 
 
 # CT-RATE
@@ -491,8 +491,8 @@ def test_steps_and_blanks(tmp_path):
     ]
     assert (
         make_step("x", (), "").regions == ()
-        and given("NaN") == given("Not given.") == ""
-        and given("None seen") == "None seen"
+        and tidy_text("NaN") == tidy_text("Not given.") == ""
+        and tidy_text("None seen") == "None seen"
     )
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
     assert [r["a"] for r in read_records(tmp_path / "a.jsonl", ("a",))] == [1, 2]

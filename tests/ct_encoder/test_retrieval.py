@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.ct_encoder.retrieval import auroc, bootstrap, chance_recall, crg, label_scores, linear_probe, polarity, prompt_pairs, prompt_scores, ranks, retrieval, share_interval, text_overlap
+from ct_nb.ct_encoder.retrieval import auroc, bootstrap, chance_recall, crg, label_scores, linear_probe, negation_accuracy, prompt_pairs, prompt_scores, ranks, retrieval, proportion_ci, text_overlap
 
 
 def random(seed, *shape):
@@ -66,16 +66,16 @@ def test_recall_both_ways_and_by_scan():
 def test_intervals_hold_their_word():
     rng, inside = np.random.default_rng(0), []
     for _ in range(300):
-        found = share_interval(rng.random(60) < 0.3, range(60))
+        found = proportion_ci(rng.random(60) < 0.3, range(60))
         inside.append(found.low <= 0.3 <= found.high)
     assert 0.91 < np.mean(inside) < 0.98
-    nothing = share_interval([0.0] * 64, range(64))
+    nothing = proportion_ci([0.0] * 64, range(64))
     assert nothing.low == 0 and nothing.high == pytest.approx(1 - 0.025 ** (1 / 64))
-    once = share_interval([1.0, 0.0], ["a", "a"])
+    once = proportion_ci([1.0, 0.0], ["a", "a"])
     assert (
         once.patients == 1 and math.isnan(once.low) and math.isnan(once.high) and once.mean == 0.5
     )
-    repeated = share_interval([0, 1] * 20, [i // 10 for i in range(40)])
+    repeated = proportion_ci([0, 1] * 20, [i // 10 for i in range(40)])
     assert repeated.patients == 4  # ten queries of a patient are one
 
 
@@ -131,23 +131,23 @@ def test_prompt_scores_order_as_the_softmax_of_everybody():
 
 def test_polarity_by_hand():
     labels = np.array([[1, 0], [1, 0], [0, 0]], bool)
-    found = polarity(np.array([[1.0, -1], [-1, -1], [2, 0]]), labels, draws=50)
+    found = negation_accuracy(np.array([[1.0, -1], [-1, -1], [2, 0]]), labels, draws=50)
     assert (
         found.present == 0.5
         and found.absent == pytest.approx((1 + 1 + 0 + 0.5) / 4)
         and found.balanced.mean == pytest.approx((0.5 + 0.625) / 2)
     )
     assert (
-        polarity(np.ones((3, 2)), labels, draws=5).balanced.mean
-        == polarity(np.zeros((3, 2)), labels, draws=5).balanced.mean
+        negation_accuracy(np.ones((3, 2)), labels, draws=5).balanced.mean
+        == negation_accuracy(np.zeros((3, 2)), labels, draws=5).balanced.mean
         == 0.5
     )
     # plain accuracy would depend on how rare findings are
     assert ((np.ones((3, 2)) > 0) == labels).mean() != 0.5
     with pytest.raises(ValueError, match="some that are not"):
-        polarity(np.ones((3, 2)), np.ones((3, 2), bool))
+        negation_accuracy(np.ones((3, 2)), np.ones((3, 2), bool))
     with pytest.raises(ValueError, match="expected"):
-        polarity(np.ones((3, 2)), labels[:2])
+        negation_accuracy(np.ones((3, 2)), labels[:2])
 
 
 def test_bootstrap_draws_patients():

@@ -14,17 +14,17 @@ import torch
 
 from ct_files import write_stored, write_table
 from ct_nb.data.cache import DiskCache
-from ct_nb.core.seeding import stream
-from ct_nb.ct_encoder.reports import CT_RATE_LABELS, Report, Step
+from ct_nb.core.seeding import seeded_generator
+from ct_nb.ct_encoder.reports import CT_RATE_LABELS, RadiologyReport, ReasoningStep
 from ct_nb.ct_encoder import dataset as scan_reports
-from ct_nb.ct_encoder.contrastive import same, text_keys
+from ct_nb.ct_encoder.contrastive import is_positive_pair, equivalence_keys
 from ct_nb.training.checkpoints import WeightsError
 from ct_nb.training.gradient_cache import cached_backward
-from ct_nb.ct_encoder.model import ScanLanguage, ScanLanguageConfig, all_texts, claim_loss, draw_regions, label_regions, reasoning, region_claims, region_sayings, scan_claims, step_scope
-from ct_nb.ct_encoder.dataset import ScanReports, collate_scans, folder_cases, open_scans, phantom_cases, read_reports, shifted
+from ct_nb.ct_encoder.model import ScanLanguage, ScanLanguageConfig, all_texts, negation_loss, draw_regions, label_regions, target_text, region_finding_states, sentences_by_region, scan_finding_states, equivalence_scope
+from ct_nb.ct_encoder.dataset import ScanReports, collate_scans, folder_cases, open_scans, phantom_cases, read_reports, shift_scan
 from ct_nb.training.trainer import Trainer, TrainerConfig, _pieces
 from ct_nb.ct_encoder.train import CT_ENCODER_PRESETS, CTEncoderRun, get_ct_encoder_preset, load_ct_encoder
-from ct_nb.ct_encoder.report_decoder import claims
+from ct_nb.ct_encoder.report_decoder import stated_findings
 from ct_nb.ct_encoder.encoder import CTEncoderConfig
 from ct_nb.ct_encoder.slice_attention import slice_attention, slice_biases
 from ct_nb.ct_encoder.text_encoders import WordTokenizer
@@ -100,22 +100,22 @@ def test_claims_are_what_the_report_says(data):
     seen = set()
     for i in range(6):
         report = data.facts(i)["report"]
-        asked, texts = region_claims(report), dict(report.regions)
+        asked, texts = region_finding_states(report), dict(report.regions)
         assert (
             len(set(asked))
             == len(asked)
             == sum(region in label_regions(name) for region in texts for name in report.labels)
         )
         for region, name, there in asked:
-            assert region in label_regions(name) and there == claims(texts[region], [name])[name]
-        anywhere = dict(scan_claims(asked))
+            assert region in label_regions(name) and there == stated_findings(texts[region], [name])[name]
+        anywhere = dict(scan_finding_states(asked))
         assert anywhere == {name: any(t for _, n, t in asked if n == name) for _, name, _ in asked}
         seen |= {there for *_, there in asked}
         for kind, there in anywhere.items():
             assert there == report.labels[kind]
     assert seen == {True, False}
     # a finding that nobody names as a label is not asked for
-    assert region_claims(Report("a", regions=((7, "Cardiomegaly."),))) == []
+    assert region_finding_states(RadiologyReport("a", regions=((7, "Cardiomegaly."),))) == []
 
 
 def test_the_claim_loss_is_of_the_sentence_that_is_true():
@@ -125,37 +125,37 @@ def test_the_claim_loss_is_of_the_sentence_that_is_true():
     logit = 5 * (unit(image)[:, None] * unit(text)).sum(-1)
     yes, no = (-logit.log_softmax(1)).unbind(1)  # two sentences, one of which is true
     # there and not there count alike, however many
-    assert claim_loss(image, text, torch.tensor([True, False, False]), 5.0).item() == pytest.approx(
+    assert negation_loss(image, text, torch.tensor([True, False, False]), 5.0).item() == pytest.approx(
         (yes[0] + (no[1] + no[2]) / 2).item() / 2, rel=1e-5
     )
-    assert claim_loss(image, text, torch.tensor([True, True, True]), 5.0).item() == pytest.approx(
+    assert negation_loss(image, text, torch.tensor([True, True, True]), 5.0).item() == pytest.approx(
         yes.mean().item() / 2, rel=1e-5
     )
-    assert claim_loss(image[:0], text[:0], torch.zeros(0, dtype=torch.bool), 5.0) == 0
+    assert negation_loss(image[:0], text[:0], torch.zeros(0, dtype=torch.bool), 5.0) == 0
 
 
 def test_no_mass_beside_a_nodule_is_no_normal_chest():
-    ill = Report("a", impression="Nodule of 6 mm in the right upper lobe. No mass.")
-    well = Report("b", impression="No acute abnormality of the chest.")
-    without = Step("Observation: no mass, no consolidation.")
-    liver = Step("The liver is normal.", regions=(16,))
-    heart = Step("The heart is normal.", regions=(7,))
-    same_as = lambda *pairs: (lambda keys: same(keys, keys)[0, 1].item())(
-        text_keys([step.text for step, _, _ in pairs], [step_scope(*pair) for pair in pairs])
+    ill = RadiologyReport("a", impression="Nodule of 6 mm in the right upper lobe. No mass.")
+    well = RadiologyReport("b", impression="No acute abnormality of the chest.")
+    without = ReasoningStep("Observation: no mass, no consolidation.")
+    liver = ReasoningStep("The liver is normal.", regions=(16,))
+    heart = ReasoningStep("The heart is normal.", regions=(7,))
+    same_as = lambda *pairs: (lambda keys: is_positive_pair(keys, keys)[0, 1].item())(
+        equivalence_keys([step.text for step, _, _ in pairs], [equivalence_scope(*pair) for pair in pairs])
     )
-    conclusion = Step("Conclusion: No acute abnormality of the chest.")
+    conclusion = ReasoningStep("Conclusion: No acute abnormality of the chest.")
     assert same_as((without, well, "b"), (conclusion, well, "c"))
     assert not same_as((without, ill, "a"), (conclusion, well, "c")) and not same_as(
         (liver, well, "b"), (heart, well, "b")
     )
-    assert same_as((liver, ill, "a"), (Step("Normal liver.", regions=(16,)), well, "b"))
+    assert same_as((liver, ill, "a"), (ReasoningStep("Normal liver.", regions=(16,)), well, "b"))
 
 
 def test_moving_moves_scan_map_and_lesions_alike(data):
     item, moved = data[1], data.at(3, 1)
     body = item["hu"] > -300
     best = max(
-        (int((torch.equal(shifted(item["regions"], (a, b, c), 0), moved["regions"]))), (a, b, c))
+        (int((torch.equal(shift_scan(item["regions"], (a, b, c), 0), moved["regions"]))), (a, b, c))
         for a in range(-2, 3)
         for b in range(-2, 3)
         for c in range(-2, 3)
@@ -167,8 +167,8 @@ def test_moving_moves_scan_map_and_lesions_alike(data):
         patch.setattr(ScanReports, "__getitem__", lambda self, index: dict(blank))
         assert (data.at(3, 1)["regions"] == CONFIG.body).all()
     assert (
-        torch.equal(shifted(item["lesions"], best[1], 0), moved["lesions"])
-        and (shifted(item["hu"], best[1], -1000.0) - moved["hu"]).abs().mean() < 20
+        torch.equal(shift_scan(item["lesions"], best[1], 0), moved["lesions"])
+        and (shift_scan(item["hu"], best[1], -1000.0) - moved["hu"]).abs().mean() < 20
         and body.any()
     )
 
@@ -345,7 +345,7 @@ def test_maps_that_are_told_are_a_little_off(data, model):
         model.config = replace(config, hidden_maps=0.0, map_error_mm=20.0)
         assert [round(20 / s) for s in CONFIG.spacing_mm] == [1, 2, 2]
         for seed in range(40):
-            told, hidden = model.told_maps(regions, [stream(seed, i) for i in range(6)])
+            told, hidden = model.augmented_maps(regions, [seeded_generator(seed, i) for i in range(6)])
             assert not hidden.any() and (told[5] == CONFIG.body).all()
             for one, exact in zip(told[:5], regions):
                 fits = [
@@ -353,7 +353,7 @@ def test_maps_that_are_told_are_a_little_off(data, model):
                     for z in range(-1, 2)
                     for y in range(-2, 3)
                     for x in range(-2, 3)
-                    if torch.equal(one, shifted(exact, (z, y, x), 0))
+                    if torch.equal(one, shift_scan(exact, (z, y, x), 0))
                 ]
                 assert len(fits) == 1
                 seen += fits
@@ -366,10 +366,10 @@ def test_maps_that_are_told_are_a_little_off(data, model):
             regions, kept
         )
         model.config = replace(config, hidden_maps=1.0, map_error_mm=20.0)
-        told, hidden = model.told_maps(regions, [stream(0, i) for i in range(6)])
+        told, hidden = model.augmented_maps(regions, [seeded_generator(0, i) for i in range(6)])
         assert hidden.all() and (told == CONFIG.body).all()
         model.config = replace(config, hidden_maps=0.0, map_error_mm=0.0)
-        assert torch.equal(model.told_maps(regions, [stream(0, i) for i in range(6)])[0], regions)
+        assert torch.equal(model.augmented_maps(regions, [seeded_generator(0, i) for i in range(6)])[0], regions)
     finally:
         model.config = config
     with pytest.raises(ValueError, match="map_error_mm: must not be negative"):
@@ -386,9 +386,9 @@ def test_noise_is_between_none_and_the_most(data):
             for z in range(-2, 3)
             for y in range(-2, 3)
             for x in range(-2, 3)
-            if torch.equal(shifted(data[0]["regions"], (z, y, x), 0), moved["regions"])
+            if torch.equal(shift_scan(data[0]["regions"], (z, y, x), 0), moved["regions"])
         )
-        still = shifted(data[0]["hu"], move, -1000.0)
+        still = shift_scan(data[0]["hu"], move, -1000.0)
         found.append(float((moved["hu"] - still).std()))
     assert max(found) < 15.5 and min(found) < 4 and max(found) > 11
 
@@ -401,27 +401,27 @@ def test_scans_without_map_or_without_some_texts(data, model):
         parts["region"] == 0 and parts["anchor"] == 0 and parts["map"] == 0 and parts["global"] > 0
     )
     batch["report"] = [
-        Report("a", impression="Nodule."),
-        Report("b", impression="No finding."),
-        Report("c"),
+        RadiologyReport("a", impression="Nodule."),
+        RadiologyReport("b", impression="No finding."),
+        RadiologyReport("c"),
     ]
     assert model(batch, 0)[0].isfinite()
-    batch["report"] = [Report("a"), Report("b"), Report("c")]
+    batch["report"] = [RadiologyReport("a"), RadiologyReport("b"), RadiologyReport("c")]
     with pytest.raises(ValueError, match="none of .* has a text"):
         model(batch, 0)
 
 
 def test_what_is_said_of_regions():
-    report = Report(
+    report = RadiologyReport(
         "a",
         regions=(
             (3, "Nodule of 6 mm in the right upper lobe. No emphysema in the right upper lobe."),
             (7, "No cardiomegaly."),
             (14, "No rib fracture. Normal sternum."),
         ),
-        steps=(Step("Task: read."), Step("Conclusion: nodule.")),
+        steps=(ReasoningStep("Task: read."), ReasoningStep("Conclusion: nodule.")),
     )
-    said = {s.region: s for s in region_sayings(report)}
+    said = {s.region: s for s in sentences_by_region(report)}
     assert (
         said[3].sentences == ("Nodule of 6 mm in the right upper lobe.",)
         and not said[3].normal
@@ -429,8 +429,8 @@ def test_what_is_said_of_regions():
         and len(said[14].sentences) == 2
     )
     assert (
-        reasoning(report) == "Conclusion: nodule."
-        and reasoning(Report("b", findings="F.", impression="I.")) == "F."
+        target_text(report) == "Conclusion: nodule."
+        and target_text(RadiologyReport("b", findings="F.", impression="I.")) == "F."
     )
     everywhere = torch.ones(21, dtype=torch.bool)
     nowhere = torch.zeros(21, dtype=torch.bool)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.data.radiographs import Radiograph, RadiographError, find_air, open_radiographs, read_radiograph, read_radiographs, to_line_integrals, write_radiographs
+from ct_nb.data.radiographs import Radiograph, RadiographError, find_direct_beam, open_radiographs, read_radiograph, read_radiographs, to_line_integrals, write_radiographs
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.geometry_io import geometry_from_json
 from ct_nb.physics.geometry_io import load_geometry
@@ -447,7 +447,7 @@ def test_a_view_without_air_is_what_the_others_are(tmp_path, chest):
         store(tmp_path / "full.png", chest[1], "intensity", 16),
         store(tmp_path / "little.png", little, "intensity", 16),
     ]
-    assert find_air(read_radiograph(paths[1]).image) is None
+    assert find_direct_beam(read_radiograph(paths[1]).image) is None
     found = read_radiographs(paths, notes=(notes := []), i0=0.9 * 65535)
     assert (
         any("little.png: its border shows too little" in note for note in notes)
@@ -533,12 +533,12 @@ def test_an_image_of_one_value_is_refused(tmp_path, value):
 
 def test_no_air_no_verdict():
     assert (
-        find_air(np.zeros((64, 64))) is None
-        and find_air(np.arange(64.0)[None].repeat(3, 0)) is None
+        find_direct_beam(np.zeros((64, 64))) is None
+        and find_direct_beam(np.arange(64.0)[None].repeat(3, 0)) is None
     )
     assert (
-        find_air(np.random.default_rng(0).random((64, 64))) is None
-        and find_air(np.arange(64.0)[None].repeat(64, 0)) is None
+        find_direct_beam(np.random.default_rng(0).random((64, 64))) is None
+        and find_direct_beam(np.arange(64.0)[None].repeat(64, 0)) is None
     )
 
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from ct_nb.data.augmentation import FOLDING_LIMIT, VolumeAugmentation, augment, elastic_displacement
 from ct_nb.physics.xray_noise import PoseNoise, XrayNoise, add_xray_noise, cut_out, move_detector, perturb_pose
 from ct_nb.data.xray_pairs import XrayPairs, collate, xray_statistics
-from ct_nb.core.seeding import stream
-from ct_nb.physics.drr import take_xrays
+from ct_nb.core.seeding import seeded_generator
+from ct_nb.physics.drr import render_drr
 from ct_nb.data.cases import CTSource
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
@@ -75,7 +75,7 @@ def test_item(source):
     # the patient's frame, though the geometry is in the cube's
     assert np.allclose(center, (0, 0, 300)) and item["affine"][0, 0] == 20
     assert torch.equal(
-        item["xrays"], take_xrays(source[3].volume.tensor(), VIEWS.on(Grid.cube(32, 320.0)))
+        item["xrays"], render_drr(source[3].volume.tensor(), VIEWS.on(Grid.cube(32, 320.0)))
     )
     with pytest.raises(IndexError):
         XrayPairs(source, 16)[4]
@@ -163,12 +163,12 @@ def test_augmented_xrays_are_those_of_the_augmented_body(source):
         source[2].volume.tensor(),
         320.0,
         pairs.augmentation,
-        stream(3, 4, 2, "volume"),
+        seeded_generator(3, 4, 2, "volume"),
         torch.from_numpy(source[2].labels),
     )
     item = pairs.at(4, 2)
     assert torch.equal(
-        item["xrays"], take_xrays(hu, VIEWS.on(Grid.cube(32, 320.0)))
+        item["xrays"], render_drr(hu, VIEWS.on(Grid.cube(32, 320.0)))
     ) and torch.allclose(item["hu"], hu.view(16, 2, 16, 2, 16, 2).mean((1, 3, 5)), atol=1e-3)
     # labels went along
     assert ((item["hu"] < -500) & (item["labels"] == 1)).sum() > 0.8 * (item["labels"] == 1).sum()
@@ -182,7 +182,7 @@ def test_jitter_is_recorded_and_miscalibration_is_not(source):
         augmentation=VolumeAugmentation(),
         pose=PoseNoise(jitter_rotation_deg=5, jitter_shift_mm=10),
     )[0]
-    assert torch.equal(jittered["xrays"], take_xrays(hu, jittered["geometry"])) and not torch.equal(
+    assert torch.equal(jittered["xrays"], render_drr(hu, jittered["geometry"])) and not torch.equal(
         jittered["geometry"].source_mm, VIEWS.source_mm
     )
     sagged = everything(
@@ -193,7 +193,7 @@ def test_jitter_is_recorded_and_miscalibration_is_not(source):
     )[0]
     assert torch.equal(
         sagged["geometry"].detector_center_mm, VIEWS.detector_center_mm
-    ) and not torch.equal(sagged["xrays"], take_xrays(hu, sagged["geometry"]))
+    ) and not torch.equal(sagged["xrays"], render_drr(hu, sagged["geometry"]))
 
 
 @pytest.mark.parametrize("spacing", [40.0, 64.0, 100.0])

@@ -9,7 +9,7 @@ import torch
 from ct_nb.data.xray_pairs import XrayPairs
 from ct_nb.data.open import phantom_source
 from ct_nb.evaluation.baselines import SIRT
-from ct_nb.drr2ct.robustness import CONDITIONS, REFERENCE, Condition, Robustness, applied, rendered, residuals, robustness, told
+from ct_nb.drr2ct.robustness import PERTURBATIONS, REFERENCE, Perturbation, Robustness, perturbed_xrays, rendered, residuals, robustness, nominal_geometry
 from ct_nb.physics.geometry import ConeBeam, GeometryError
 from ct_nb.physics.volume import Grid
 
@@ -37,19 +37,19 @@ class Remembers:
 
 
 def condition(name):
-    return next(c for c in CONDITIONS if c.name == name)
+    return next(c for c in PERTURBATIONS if c.name == name)
 
 
 def test_the_reference_is_what_the_pairs_hold(pairs):
-    xrays, geometry = applied(REFERENCE, *rendered(pairs, 0, [REFERENCE])[None], 0, 0)
+    xrays, geometry = perturbed_xrays(REFERENCE, *rendered(pairs, 0, [REFERENCE])[None], 0, 0)
     assert torch.allclose(xrays, pairs[0]["xrays"], atol=1e-5) and geometry is pairs.geometry
 
 
 def test_a_condition_changes_what_it_says(pairs):
     taken = rendered(pairs, 0)
     true, clean = taken[None]
-    for c in CONDITIONS:
-        xrays, geometry = applied(c, *taken[c.azimuth_deg], 0, 0)
+    for c in PERTURBATIONS:
+        xrays, geometry = perturbed_xrays(c, *taken[c.azimuth_deg], 0, 0)
         rendered_xrays = taken[c.azimuth_deg][1]
         assert xrays.shape[0] == geometry.views == len(rendered_xrays)
         assert torch.equal(xrays, rendered_xrays) == (not c.photons and not c.occlusion_mm), c.name
@@ -59,16 +59,16 @@ def test_a_condition_changes_what_it_says(pairs):
 
 def test_what_is_told_wrong(pairs):
     true = pairs.geometry
-    turned = told(true, condition("turned 5°"))
-    tilted = told(true, condition("tilted 5°"))
+    turned = nominal_geometry(true, condition("turned 5°"))
+    tilted = nominal_geometry(true, condition("tilted 5°"))
     assert float(turned.azimuth_deg[1]) == pytest.approx(95, abs=1e-6) and float(
         turned.elevation_deg[1]
     ) == pytest.approx(0, abs=1e-6)
     assert abs(float(tilted.elevation_deg[1])) == pytest.approx(5, abs=1e-6) and float(
         tilted.azimuth_deg[1]
     ) == pytest.approx(90, abs=1e-6)
-    across = told(true, condition("5 mm across"))
-    down = told(true, condition("5 mm down"))
+    across = nominal_geometry(true, condition("5 mm across"))
+    down = nominal_geometry(true, condition("5 mm down"))
     for moved, axis in ((across, true.column_step_mm), (down, true.row_step_mm)):
         assert torch.equal(moved.source_mm, true.source_mm)
         assert torch.allclose(
@@ -80,18 +80,18 @@ def test_what_is_told_wrong(pairs):
 def test_noise_and_blocks_are_alike_on_a_ladder(pairs):
     true, clean = rendered(pairs, 0, [REFERENCE])[None]
     noise = [
-        (applied(condition(n), true, clean, 0, 0)[0] - clean)
+        (perturbed_xrays(condition(n), true, clean, 0, 0)[0] - clean)
         for n in ("1e5 photons", "1e4 photons")
     ]
     assert noise[1].std() / noise[0].std() == pytest.approx(10**0.5, rel=0.2)
     changed = [
-        (applied(condition(n), true, clean, 0, 0)[0] != clean).float().mean()
+        (perturbed_xrays(condition(n), true, clean, 0, 0)[0] != clean).float().mean()
         for n in ("block of 50 mm", "block of 100 mm", "block of 200 mm")
     ]
     assert 0 < changed[0] < changed[1] < changed[2]
-    again = applied(condition("1e4 photons"), true, clean, 0, 0)[0] - clean
+    again = perturbed_xrays(condition("1e4 photons"), true, clean, 0, 0)[0] - clean
     assert torch.equal(again, noise[1]) and not torch.equal(
-        applied(condition("1e4 photons"), true, clean, 0, 1)[0] - clean, again
+        perturbed_xrays(condition("1e4 photons"), true, clean, 0, 1)[0] - clean, again
     )
 
 
@@ -205,7 +205,7 @@ def test_what_is_written(tmp_path, limit):
 
 def test_one_view_and_four_reach_a_predictor(pairs):
     board = robustness(
-        SIRT(5), pairs, [c for c in CONDITIONS if c.group in ("reference", "views")], progress=False
+        SIRT(5), pairs, [c for c in PERTURBATIONS if c.group in ("reference", "views")], progress=False
     )
     means = [row["psnr"] for row in board.summary()]
     assert means[3] < means[0] < means[1]  # one, two, four views
@@ -219,6 +219,6 @@ def test_errors_are_sentences(pairs):
             Remembers(torch.full((16, 16, 16), float("nan"))), pairs, [REFERENCE], progress=False
         )
     with pytest.raises(GeometryError):
-        applied(
-            Condition("off", "far", 1.0, down_mm=1e5), *rendered(pairs, 0, [REFERENCE])[None], 0, 0
+        perturbed_xrays(
+            Perturbation("off", "far", 1.0, down_mm=1e5), *rendered(pairs, 0, [REFERENCE])[None], 0, 0
         )

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from ct_nb.drr2ct.predict import load_drr2ct
-from ct_nb.drr2ct.objective import STAGES, Learner, get_stages
-from ct_nb.drr2ct.train import DRR2CTRun, get_preset
+from ct_nb.drr2ct.objective import STAGES, DRR2CTObjective, get_stages
+from ct_nb.drr2ct.train import DRR2CTRun, get_drr2ct_preset
 
-SMOKE = get_preset("smoke")
+SMOKE = get_drr2ct_preset("smoke")
 TINY = replace(
     SMOKE,
     phantoms=4,
@@ -112,12 +112,12 @@ def test_weights_of_another_size_are_refused(four, tmp_path):
             "phantom",
             tmp_path,
             start=str(four.out),
-            settings=replace(get_preset("cpu"), phantoms=2, validation_phantoms=1),
+            settings=replace(get_drr2ct_preset("cpu"), phantoms=2, validation_phantoms=1),
         ).open().build(progress=False)
 
 
 def test_out_of_memory_lowers_batch_then_lists_then_latent_channels(tmp_path, monkeypatch, capsys):
-    forward = Learner.forward
+    forward = DRR2CTObjective.forward
 
     def hungry(self, batch, step):
         if self.model.config.latent_channels > 8:
@@ -127,7 +127,7 @@ def test_out_of_memory_lowers_batch_then_lists_then_latent_channels(tmp_path, mo
     import ct_nb.drr2ct.train as train
 
     monkeypatch.setattr(train, "FEWEST_LATENT_CHANNELS", 8)
-    monkeypatch.setattr(Learner, "forward", hungry)
+    monkeypatch.setattr(DRR2CTObjective, "forward", hungry)
     run = trained(tmp_path, stage="joint")
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     assert [

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ct_nb.drr2ct.epipolar_attention import EpipolarAttention, EpipolarNeighbours, squares
-from ct_nb.drr2ct.view_encoder import ViewBlock, ViewPyramid, WindowAttention, head_count, positions, strongest, window_labels
+from ct_nb.drr2ct.view_encoder import ViewBlock, ViewPyramid, WindowAttention, head_count, sinusoidal_positions, top_k_tokens, window_labels
 from ct_nb.layers.camera import camera_tokens
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
@@ -102,7 +102,7 @@ def test_windows_equal_their_definition(rows, columns, window, shift, count):
     torch.manual_seed(rows + columns)
     attention = WindowAttention(4, 2, window, shift).double()
     x = torch.randn(2, rows, columns, 4, dtype=torch.float64)
-    kept = strongest(x, count)
+    kept = top_k_tokens(x, count)
     everyone = torch.ones(x.shape[:3], dtype=torch.bool)
     assert torch.allclose(
         attention(x, kept),
@@ -116,7 +116,7 @@ def test_windows_gradients_are_right_and_padding_has_none(count):
     torch.manual_seed(0)
     attention = WindowAttention(4, 2, 4, 2).double()
     x = torch.randn(1, 5, 7, 4, dtype=torch.float64, requires_grad=True)
-    kept = strongest(x, count)
+    kept = top_k_tokens(x, count)
     assert torch.autograd.gradcheck(lambda x: attention(x, kept), x)
     attention(x, kept).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in attention.parameters())
@@ -147,22 +147,22 @@ def test_packing_kept_tokens_leaves_out_only_what_is_not_kept():
 
 def test_strongest_takes_the_largest_norms():
     x = torch.randn(3, 4, 5, 6)
-    kept, norm = strongest(x, 7), x.norm(dim=-1)
+    kept, norm = top_k_tokens(x, 7), x.norm(dim=-1)
     assert (kept.flatten(1).sum(1) == 7).all() and all(
         norm[b][kept[b]].min() >= norm[b][~kept[b]].max() for b in range(3)
     )
-    assert strongest(x, 20) is None and strongest(x, 10**9) is None and strongest(x, None) is None
+    assert top_k_tokens(x, 20) is None and top_k_tokens(x, 10**9) is None and top_k_tokens(x, None) is None
 
 
 def test_positions_at_any_size():
     like = torch.zeros(())
     for rows, columns, channels in ((8, 8, 16), (8, 40, 18), (56, 64, 96), (8, 8, 3)):
-        code = positions(rows, columns, channels, like)
+        code = sinusoidal_positions(rows, columns, channels, like)
         assert code.shape == (rows, columns, channels) and code.abs().max() <= 1
         if channels >= 16:
             assert torch.pdist(code.flatten(0, 1)[:2048]).min() > 1e-3
     assert torch.allclose(
-        positions(40, 24, 16, like)[4:-4, 8:-8], positions(32, 8, 16, like), atol=1e-6
+        sinusoidal_positions(40, 24, 16, like)[4:-4, 8:-8], sinusoidal_positions(32, 8, 16, like), atol=1e-6
     )
 
 
@@ -247,7 +247,7 @@ def test_tokens_that_are_not_kept_pass_the_attention_unchanged():
     x = torch.randn(2, 8, 8, 8)
     nn.init.zeros_(block.mlp[-1].weight), nn.init.zeros_(block.mlp[-1].bias)
     changed = (block(x, torch.zeros(2, 4)) != x).any(-1)
-    assert torch.equal(changed, strongest(x, 6))
+    assert torch.equal(changed, top_k_tokens(x, 6))
 
 
 def test_a_fresh_pyramid_lets_views_alone_and_a_trained_one_does_not_mind_their_order():

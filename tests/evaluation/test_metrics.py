@@ -10,7 +10,7 @@ import torch
 
 from ct_nb.evaluation.lpips import CHANNELS, LPIPS
 from ct_nb.evaluation.segmentation_metrics import body_mask, dice, hd95_mm, mask_metrics, threshold_masks
-from ct_nb.evaluation.metrics import CHEST, X2CT, as_pair, bias_hu, by_patient, legacy_x2ct_psnr, mae_hu, mean_sd, paired_interval, psnr, psnr_x2ct_honest, ssim, ssim_map, tissue_errors
+from ct_nb.evaluation.metrics import CHEST, X2CT, as_pair, bias_hu, by_patient, legacy_x2ct_psnr, mae_hu, mean_sd, paired_mean_ci, psnr, psnr_x2ct_honest, ssim, ssim_map, tissue_errors
 from ct_nb.physics.volume import Grid
 
 
@@ -194,7 +194,7 @@ def test_statistics_over_patients():
 
     a, b = np.random.default_rng(0).normal(size=(2, 9))
     expected = ttest_rel(a, b).confidence_interval(0.9)
-    found = paired_interval(a, b, range(9), level=0.9)
+    found = paired_mean_ci(a, b, range(9), level=0.9)
     assert (found.low, found.high) == pytest.approx(
         (expected.low, expected.high)
     ) and found.patients == 9

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.evaluation.baselines import AtlasConsistent, MeanAtlas, NearestNeighbour, fit_baselines
+from ct_nb.evaluation.baselines import AtlasDataConsistency, MeanAtlas, NearestNeighbour, fit_baselines
 from ct_nb.evaluation.metrics import drr_error, held_out_drr_error, null_space_error
 from ct_nb.evaluation.case_metrics import evaluate_volumes
 from ct_nb.evaluation.scoreboard import Scoreboard, evaluate, held_out_views
@@ -299,7 +299,7 @@ def test_atlas_consistent_is_the_weighted_projection_onto_the_xrays():
     expected = mean + weight * (
         matrix.T @ torch.linalg.pinv(matrix * weight @ matrix.T, rtol=1e-12) @ (y - matrix @ mean)
     )
-    found = AtlasConsistent(atlas, spread, rounds=1, iterations=200).predict(
+    found = AtlasDataConsistency(atlas, spread, rounds=1, iterations=200).predict(
         y.reshape(2, 5, 5).float(), geometry
     )
     off = (hu_to_mu(found).flatten().double() - expected.clamp_min(0)).norm() / (

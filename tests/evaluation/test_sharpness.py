@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.evaluation.baselines import AtlasConsistent
+from ct_nb.evaluation.baselines import AtlasDataConsistency
 from ct_nb.evaluation.sharpness import SHARPNESS_METRICS, _parts, edges, null_space_added, sharpness_scores, spectra, spectrum_error_db
-from ct_nb.refine.baselines import ConsistencyAlone, Unrefined, UnsharpMask, gaussian_high_pass
+from ct_nb.refine.baselines import DataConsistencyBaseline, IdentityBaseline, UnsharpMask, gaussian_high_pass
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.projector import project
@@ -234,12 +234,12 @@ def test_unsharp_mask_is_the_best_of_its_kind(chest):
 
 def test_consistency_alone_agrees_with_the_x_rays_and_is_the_floor_of_reconstruction(chest):
     truth, soft, xrays, geometry = chest
-    refined = ConsistencyAlone().refine(soft, xrays, geometry)
+    refined = DataConsistencyBaseline().refine(soft, xrays, geometry)
     error = lambda hu: ((project(hu_to_mu(hu), geometry) - xrays).norm() / xrays.norm()).item()
     assert error(refined) < 0.2 * error(soft) and torch.equal(
-        refined, AtlasConsistent(soft).predict(xrays, geometry)
+        refined, AtlasDataConsistency(soft).predict(xrays, geometry)
     )
-    assert torch.equal(Unrefined().refine(soft, xrays, geometry), soft)
+    assert torch.equal(IdentityBaseline().refine(soft, xrays, geometry), soft)
 
 
 def test_scores_of_a_case(chest):

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import norm, t as student
 
 import ct_nb.evaluation.uncertainty as uncertainty
-from ct_nb.evaluation.uncertainty import LEVELS, Calibration, Summary, calibrate, coverage, hallucination_map, prediction_factor, range_coverage, reliability, summarise, uncertainty_rows
+from ct_nb.evaluation.uncertainty import LEVELS, Calibration, SampleSummary, calibrate, coverage, hallucination_map, prediction_factor, range_coverage, reliability, summarize_samples, uncertainty_rows
 from ct_nb.cascade.guidance import XrayGuidance
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
@@ -41,7 +41,7 @@ def model(seed, count=6, side=8, spread=1.0, patients=1):
 def test_intervals_hold_what_they_promise(count):
     n = 200_000
     draws = 40 + 7 * normal(count, count + 1, 1, 1, n)
-    summary = summarise(draws[1:])
+    summary = summarize_samples(draws[1:])
     for row in coverage(summary, draws[0]):
         p = row["level"]
         error = 4 * math.sqrt(p * (1 - p) / n)
@@ -64,7 +64,7 @@ def test_intervals_hold_what_they_promise(count):
 def test_the_range_of_samples_assumes_no_distribution():
     n, count = 100_000, 5
     draws = normal(0, count + 1, 1, 1, n).exp().square()  # far from normal
-    summary = summarise(draws[1:])
+    summary = summarize_samples(draws[1:])
     observed, promised = range_coverage(summary, draws[0], window=FULL)
     assert promised == pytest.approx(4 / 6) and abs(observed - promised) < 4 * math.sqrt(
         promised * (1 - promised) / n
@@ -94,7 +94,7 @@ def test_prediction_factor_in_numbers():
 def test_summaries_of_tensors_and_streams():
     samples = 1e5 + normal(0, 7, 2, 3, 4, 5)
     before = samples.clone()
-    summary = summarise(samples)
+    summary = summarize_samples(samples)
     assert torch.equal(samples, before) and summary.samples == 7 and summary.scale == 1
     exact = samples.double()
     assert torch.allclose(summary.mean.double(), exact.mean(0), rtol=1e-6) and torch.allclose(
@@ -107,8 +107,8 @@ def test_summaries_of_tensors_and_streams():
         summary.highest, samples.amax(0)
     )
     for stream in (iter(samples), (s.numpy() for s in samples), list(samples)):
-        assert torch.equal(summarise(stream).standard_deviation, summary.standard_deviation)
-    one, other = summary[1], summarise(samples[:, 1])
+        assert torch.equal(summarize_samples(stream).standard_deviation, summary.standard_deviation)
+    one, other = summary[1], summarize_samples(samples[:, 1])
     assert (
         torch.equal(one.mean, other.mean)
         and torch.equal(one.standard_deviation, other.standard_deviation)
@@ -134,7 +134,7 @@ def test_samples_are_held_one_at_a_time():
             yield volume
             del volume
 
-    summarise(draws())
+    summarize_samples(draws())
     assert most <= 3
 
 
@@ -150,7 +150,7 @@ def test_samples_are_held_one_at_a_time():
 )
 def test_samples_that_say_nothing(samples, message):
     with pytest.raises(ValueError) as caught:
-        summarise(samples)
+        summarize_samples(samples)
     assert str(caught.value).startswith(message)
 
 
@@ -160,7 +160,7 @@ def test_samples_that_say_nothing(samples, message):
 def test_coverage_by_hand():
     mean = torch.zeros(1, 1, 4)
     sd = torch.tensor([[[10.0, 10.0, 20.0, 0.0]]])
-    summary = Summary(mean, sd, mean - sd, mean + sd, samples=3)
+    summary = SampleSummary(mean, sd, mean - sd, mean + sd, samples=3)
     truth = torch.tensor([[[5.0, 500.0, -5.0, 0.0]]])
     (row,) = coverage(summary, truth, levels=(0.5,))
     factor = student.ppf(0.75, 2) * math.sqrt(4 / 3)
@@ -172,7 +172,7 @@ def test_coverage_by_hand():
 
 
 def test_truth_is_clipped_as_in_every_metric():
-    summary = summarise(1000 + 30 * normal(0, 5, 2, 2, 2))
+    summary = summarize_samples(1000 + 30 * normal(0, 5, 2, 2, 2))
     truth = torch.full((2, 2, 2), 2500.0)
     assert (
         coverage(summary, truth, levels=(0.95,))[0]["coverage"] > 0.5
@@ -184,7 +184,7 @@ def test_rows_of_whole_and_body():
     samples, truth = model(3, side=16)
     body = torch.zeros(16, 16, 16, dtype=torch.bool)
     body[4:12] = True
-    rows = uncertainty_rows(summarise(samples)[0], truth[0], body, "a", "p")
+    rows = uncertainty_rows(summarize_samples(samples)[0], truth[0], body, "a", "p")
     assert [(row["region"], row["level"]) for row in rows] == [
         (region, level) for region in ("whole", "body") for level in LEVELS
     ] and {row["case"] for row in rows} == {"a"}
@@ -196,7 +196,7 @@ def test_rows_of_whole_and_body():
 
 def test_wrong_truth_and_mask():
     samples, truth = model(0)
-    summary = summarise(samples)[0]
+    summary = summarize_samples(samples)[0]
     with pytest.raises(ValueError, match="truth: expected shape"):
         coverage(summary, truth)
     with pytest.raises(ValueError, match="mask: expected shape"):
@@ -218,7 +218,7 @@ def rows_of(spread, patients=12, seed=0, correlated=0.0):
         # one error for all of a patient
         shift = correlated * 100 * normal(seed + 10 * patient + 5, 1)
         rows += uncertainty_rows(
-            summarise(samples)[0],
+            summarize_samples(samples)[0],
             truth[0] + shift,
             body,
             f"case {patient}",
@@ -282,7 +282,7 @@ def test_cases_of_a_patient_count_once_and_one_patient_gives_no_interval():
 def cases_of(spread, patients=range(12), **settings):
     for patient in patients:
         samples, truth = model(1000 + 10 * patient, spread=spread, **settings)
-        yield summarise(samples)[0], truth[0], None, f"patient {patient}"
+        yield summarize_samples(samples)[0], truth[0], None, f"patient {patient}"
 
 
 def test_calibration_mends_other_patients():
@@ -310,7 +310,7 @@ def test_the_promise_holds_for_a_new_patient_unlike_the_others():
         cases = []
         for patient in range(patients + 1):
             samples = torch.randn(4, 3, 3, 3, generator=generator)
-            summary = summarise(samples)
+            summary = summarize_samples(samples)
             wrong_by = float(torch.exp(torch.randn(1, generator=generator)))
             error = (
                 wrong_by
@@ -496,7 +496,7 @@ def test_pictures_draw_what_they_are_given(tmp_path):
     import matplotlib.pyplot as plt
 
     samples, truth = model(0, side=6)
-    summary = summarise(samples)[0]
+    summary = summarize_samples(samples)[0]
     found = hallucination_map(samples[:, 0], TINY, iterations=5)
     figure = uncertainty_figure(
         Volume(truth[0].numpy(), TINY.grid.affine),

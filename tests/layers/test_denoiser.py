@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 import ct_nb.layers.relative_bias as attention_module
 import ct_nb.layers.denoiser as denoiser_module
-from ct_nb.layers.relative_bias import BiasedAttention, TokenBlock, biased_attention, fold, relative_biases, spread
+from ct_nb.layers.relative_bias import BiasedAttention, TokenBlock, biased_attention, append_bias_columns, relative_biases, expand_axis_biases
 from ct_nb.layers.blocks import ResidualBlock
-from ct_nb.layers.depth_prior import DEPTH_PRIOR_CHANNELS, DepthPrior, patch_shadows
-from ct_nb.layers.denoiser import Condition, Denoiser, DenoiserConfig
-from ct_nb.layers.embeddings import Place, overlaps, regrid, time_waves, token_grid, waves
-from ct_nb.layers.lifting import lift, shadows
+from ct_nb.layers.depth_prior import DEPTH_PRIOR_CHANNELS, DepthPrior, project_patch_voxels
+from ct_nb.layers.denoiser import Conditioning, Denoiser, DenoiserConfig
+from ct_nb.layers.embeddings import PositionEmbedding, overlap_weights, regrid, time_embedding, token_grid, sinusoids
+from ct_nb.layers.lifting import lift, project_voxels
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid
 
@@ -110,7 +110,7 @@ def test_a_wrong_fold_is_not_the_table(wrong, monkeypatch):
             biases = [b.mT for b in biases]
         if wrong == "axes swapped":
             biases = biases[::-1]
-        long_q, long_k = fold(q, k, biases, inner)
+        long_q, long_k = append_bias_columns(q, k, biases, inner)
         if wrong == "scale over the bias":
             long_q = torch.cat(
                 [long_q[..., : q.shape[-1]], long_q[..., q.shape[-1] :] * q.shape[-1] ** -0.5], -1
@@ -156,7 +156,7 @@ def test_the_fused_kernel_is_the_one_that_runs():
         )
         # values left narrower
         with pytest.raises(RuntimeError):
-            F.scaled_dot_product_attention(*fold(q, q, biases), q, scale=1.0)
+            F.scaled_dot_product_attention(*append_bias_columns(q, q, biases), q, scale=1.0)
 
 
 def test_relative_biases():
@@ -171,7 +171,7 @@ def test_relative_biases():
 
 
 def test_unit_vectors_are_in_the_order_of_a_flattened_grid():
-    place = spread([torch.eye(n)[None] for n in (2, 3, 4)]).view(2, 3, 4, 9)
+    place = expand_axis_biases([torch.eye(n)[None] for n in (2, 3, 4)]).view(2, 3, 4, 9)
     assert place[1, 2, 3].nonzero().flatten().tolist() == [1, 4, 8] and place.sum() == 2 * 3 * 4 * 3
 
 
@@ -211,7 +211,7 @@ def seen_token_sides(config, n):
             block.register_forward_pre_hook(
                 lambda block, inputs: sides.append(round(inputs[0].shape[1] ** (1 / 3)))
             )
-        told = Condition(
+        told = Conditioning(
             torch.empty(1, DEPTH_PRIOR_CHANNELS, n, n, n),
             torch.empty(1, 32),
             None,
@@ -255,7 +255,7 @@ def test_patches_keep_the_pitch_of_the_tokens():
     "source, target", [(32, 24), (24, 32), (16, 12), (8, 4), (4, 8), (5, 7), (6, 6)]
 )
 def test_overlaps_are_areas(source, target):
-    share = overlaps(source, target, torch.zeros((), dtype=torch.float64))
+    share = overlap_weights(source, target, torch.zeros((), dtype=torch.float64))
     fine = torch.arange(source * target)  # both cells are whole numbers of these
     counted = (
         torch.zeros(target, source, dtype=torch.float64).index_put_(
@@ -395,7 +395,7 @@ def test_a_view_that_does_not_see_a_voxel_has_no_say():
         column_step_mm=narrow.column_step_mm * torch.tensor([[[1.0], [0.2]]]),
         row_step_mm=narrow.row_step_mm * torch.tensor([[[1.0], [0.2]]]),
     )
-    unseen = ~shadows(narrow, 16).seen[0, 1].view(16, 16, 16)
+    unseen = ~project_voxels(narrow, 16).seen[0, 1].view(16, 16, 16)
     with torch.no_grad():
         both = prior(xrays, narrow)[0]
         first = prior(xrays[:, :1], narrow.select([0]))[0]
@@ -411,11 +411,11 @@ def test_a_view_that_does_not_see_a_voxel_has_no_say():
 
 def test_prior_of_a_patch_is_cut_from_the_whole():
     geometry = beams(1, 10.0, 75.0)
-    whole = shadows(geometry, 16)
-    part = patch_shadows(geometry, 16, (4, 8, 0, 8))
+    whole = project_voxels(geometry, 16)
+    part = project_patch_voxels(geometry, 16, (4, 8, 0, 8))
     cut = lambda t: t.unflatten(2, (16,) * 3)[:, :, 4:12, 8:16, 0:8].flatten(2, 4)
     assert all(torch.allclose(cut(a).float(), b.float(), atol=1e-5) for a, b in zip(whole, part))
-    naive = shadows(geometry.on(Grid((8, 8, 8), patch_affine(geometry.grid, (4, 8, 0)))), 8)
+    naive = project_voxels(geometry.on(Grid((8, 8, 8), patch_affine(geometry.grid, (4, 8, 0)))), 8)
     # the depth of the patch's own middle would be wrong
     assert not torch.allclose(naive.depth, cut(whole.depth), atol=0.1)
     prior = seeded(DepthPrior, 16, 4)
@@ -513,13 +513,13 @@ def test_one_volume_does_not_change_another():
         told = net.condition(2 + random(1, 3, 2, 32, 32), beams(3, 0.0, 90.0))
         whole = net(x_t, t, told)
         for n in range(3):
-            alone = Condition(*(None if part is None else part[n : n + 1] for part in told))
+            alone = Conditioning(*(None if part is None else part[n : n + 1] for part in told))
             assert torch.allclose(
                 net(x_t[n : n + 1], t[n : n + 1], alone), whole[n : n + 1], atol=1e-5
             )
         assert torch.equal(net(x_t, t, told), whole)
     # two at once where no gradient is asked for, one where it is
-    single = Condition(*(None if part is None else part[:1] for part in told))
+    single = Conditioning(*(None if part is None else part[:1] for part in told))
     assert torch.allclose(net(x_t[:1], t[:1], single), whole[:1], atol=1e-5)
 
 
@@ -539,7 +539,7 @@ def test_coordinates_of_voxels_tokens_and_patches():
 
 
 def test_place_tells_the_axes_apart():
-    place, axis = seeded(Place, 3), torch.linspace(-1, 1, 4)
+    place, axis = seeded(PositionEmbedding, 3), torch.linspace(-1, 1, 4)
     moved = (
         lambda k: place(
             torch.zeros(1, 3, 4, 4, 4),
@@ -558,13 +558,13 @@ def test_place_tells_the_axes_apart():
 def test_waves():
     x = torch.tensor([[0.0, 0.5, -1.0]])
     assert (
-        waves(x).shape == (1, 3, 9)
-        and torch.allclose(waves(x)[0, 1, :3], torch.tensor([0.5, math.sin(math.pi / 4), 1.0]))
+        sinusoids(x).shape == (1, 3, 9)
+        and torch.allclose(sinusoids(x)[0, 1, :3], torch.tensor([0.5, math.sin(math.pi / 4), 1.0]))
         and torch.allclose(
-            waves(x)[0, :, 5], torch.tensor([1.0, math.cos(math.pi / 4), 0.0]), atol=1e-6
+            sinusoids(x)[0, :, 5], torch.tensor([1.0, math.cos(math.pi / 4), 0.0]), atol=1e-6
         )
     )
-    codes = time_waves(torch.tensor([0.0, 1.0]))
+    codes = time_embedding(torch.tensor([0.0, 1.0]))
     assert (
         codes.shape == (2, 64)
         and torch.allclose(codes[0], torch.cat([torch.zeros(32), torch.ones(32)]))
@@ -589,7 +589,7 @@ def test_patches_one_by_one_or_as_a_batch():
         assert cuts[0].crop(4, 0, 0, 4).corner.tolist() == [[4, 8, 4]] and torch.equal(
             cuts[0].crop(4, 0, 0, 4).extra, extra[..., 4:8, 8:12, 4:8]
         )
-        both = net(x_t, t.expand(2), Condition.joined(cuts))
+        both = net(x_t, t.expand(2), Conditioning.joined(cuts))
         for n, cut in enumerate(cuts):
             assert torch.allclose(net(x_t[n : n + 1], t, cut), both[n : n + 1], atol=1e-5)
 

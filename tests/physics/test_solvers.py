@@ -6,7 +6,7 @@ import torch
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import backproject, project
-from ct_nb.physics.solvers import fdk, make_consistent, minimum_norm, null_component, range_component, sirt
+from ct_nb.physics.solvers import fdk, data_consistency, minimum_norm, null_component, range_component, sirt
 from ct_nb.physics.volume import Grid
 
 TINY = ConeBeam.orbit(
@@ -177,7 +177,7 @@ def test_sirt():
 def test_make_consistent_reaches_the_xrays_and_stays_near():
     mu, guess = ball(), ball().flip(-1)
     image = project(mu, PAIR)
-    result = make_consistent(guess, image, PAIR, iterations=120, tolerance=1e-6)
+    result = data_consistency(guess, image, PAIR, iterations=120, tolerance=1e-6)
     assert (project(result, PAIR) - image).norm() < 1e-3 * image.norm()
     # the nearest, and the truth is one of the candidates
     assert (result - guess).norm() <= (mu - guess).norm()
@@ -194,7 +194,7 @@ def test_make_consistent_gradcheck(damping, weighted):
     target = project(random(1, 3, 3, 3), geometry).requires_grad_(damping > 0)
     spread = (0.5 + random(2, 3, 3, 3)).requires_grad_() if weighted else None
     assert torch.autograd.gradcheck(
-        lambda m, y, *w: make_consistent(
+        lambda m, y, *w: data_consistency(
             m,
             y,
             geometry,
@@ -212,7 +212,7 @@ def test_the_derivative_is_the_null_space_projection():
     image = project(ball(), PAIR)
     gradient = torch.randn(24, 24, 24, generator=torch.Generator().manual_seed(0))
     mu = ball().flip(0).requires_grad_()
-    make_consistent(mu, image, PAIR, iterations=120, tolerance=1e-6).backward(gradient)
+    data_consistency(mu, image, PAIR, iterations=120, tolerance=1e-6).backward(gradient)
     expected = null_component(gradient, PAIR, iterations=120, tolerance=1e-6)
     assert (mu.grad - expected).norm() < 1e-2 * expected.norm()
 
@@ -251,6 +251,6 @@ def test_wrong_shapes_are_a_sentence():
     with pytest.raises(ValueError, match="mu: the geometry's grid"):
         null_component(torch.zeros(8, 8, 8), PAIR)
     with pytest.raises(ValueError, match="mu: the geometry's grid"):
-        make_consistent(torch.zeros(8, 8, 8), image, PAIR)
+        data_consistency(torch.zeros(8, 8, 8), image, PAIR)
     with pytest.raises(ValueError, match="image: the geometry describes"):
         sirt(torch.zeros(2, 32, 48), PAIR)

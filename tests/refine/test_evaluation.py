@@ -2,7 +2,7 @@
 
 import pytest
 
-from ct_nb.refine.evaluation import REFINEMENT_MAIN, RefinementBoard
+from ct_nb.refine.evaluation import REFINEMENT_MAIN, RefinementScoreboard
 from ct_nb.evaluation.scoreboard import board_content
 from ct_nb.evaluation.sharpness import SHARPNESS_METRICS
 
@@ -50,11 +50,11 @@ def rows(*gains, refined=(), **columns):
 
 
 def verdict(*gains, **changes):
-    return RefinementBoard(rows(*gains, **changes)).verdict()
+    return RefinementScoreboard(rows(*gains, **changes)).verdict()
 
 
 def test_gains_are_paired():
-    found = RefinementBoard(rows(1.0, 1.1, 0.9)).gain("coarse", "psnr")
+    found = RefinementScoreboard(rows(1.0, 1.1, 0.9)).gain("coarse", "psnr")
     # unpaired, the patients differ by 3 dB
     assert (
         found.mean == pytest.approx(1.0)
@@ -69,7 +69,7 @@ def test_gains_are_paired():
         verdict(1.0)
     )
     # less is better
-    assert RefinementBoard(rows(0, 0, refined={"edge_error": 0.4})).gain(
+    assert RefinementScoreboard(rows(0, 0, refined={"edge_error": 0.4})).gain(
         "coarse", "edge_error"
     ).mean == pytest.approx(0.1)
 
@@ -169,7 +169,7 @@ def test_a_coarse_volume_sharper_than_the_truth_is_told():
 
 
 def test_every_column_is_defined_and_shown():
-    board = RefinementBoard(rows(1.0, 1.1))
+    board = RefinementScoreboard(rows(1.0, 1.1))
     assert set(SHARPNESS_METRICS) <= set(board.metrics) and set(REFINEMENT_MAIN) <= set(
         board.metrics
     )
@@ -200,7 +200,7 @@ def test_every_column_is_defined_and_shown():
     assert set(gains["coarse"]["null_invented"]) == {"mean", "low", "high", "patients"} and gains[
         "coarse"
     ]["psnr"]["mean"] == pytest.approx(1.05)
-    assert RefinementBoard(rows(1.0)).gains()["coarse"]["psnr"] == {
+    assert RefinementScoreboard(rows(1.0)).gains()["coarse"]["psnr"] == {
         "mean": 1.0,
         "low": None,
         "high": None,

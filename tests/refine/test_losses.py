@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.refine.losses import RandomFeatures, RefinementWeights, frequency_error, frequency_weight, laplacian_error, pasted, perceptual_error, refinement_loss
+from ct_nb.refine.losses import RandomFeatures, RefinementWeights, frequency_error, frequency_weight, laplacian_error, paste_patch, perceptual_error, refinement_loss
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
@@ -254,7 +254,7 @@ def test_a_patch_is_judged_in_its_volume(scene):
     loss, parts = refinement_loss(patch, truth[here], CHEST, around=(truth, corner), **given)
     mixed = truth.clone()
     mixed[here] = refined[here]
-    assert torch.equal(pasted(patch, truth, corner), mixed)
+    assert torch.equal(paste_patch(patch, truth, corner), mixed)
     assert parts["consistency"] == pytest.approx(
         refinement_loss(mixed, truth, CHEST, only("consistency"), **given)[0].item(), rel=1e-5
     )
@@ -265,7 +265,7 @@ def test_a_patch_is_judged_in_its_volume(scene):
     assert patch.grad.abs().max() > 0
     for wrong in ((9, 0, 0), (-1, 0, 0)):
         with pytest.raises(ValueError, match="corner: a patch of 8³"):
-            pasted(patch, truth, wrong)
+            paste_patch(patch, truth, wrong)
 
 
 def test_what_is_missing_gets_a_sentence(scene):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ct_nb.refine import network as refine
-from ct_nb.layers.tiling import patch_starts
+from ct_nb.layers.tiling import tile_starts
 from ct_nb.refine.network import SEEN_CHANNELS, Refiner, RefinerConfig
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.phantom.chest import phantom
@@ -215,7 +215,7 @@ def test_patches_of_the_whole_network_leave_no_seams(monkeypatch):
     monkeypatch.setattr(net, "seen", lambda *given: seen)
     monkeypatch.setattr(net, "checked", lambda *given: None)
     added = lambda: net(torch.zeros(1, size, size, size), None, None)[0]
-    starts = patch_starts(size, config.patch, config.shared)
+    starts = tile_starts(size, config.patch, config.shared)
     ends = sorted({end for start in starts for end in (start, start + config.patch)} - {0, size})
 
     def steps(volume):

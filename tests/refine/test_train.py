@@ -24,12 +24,12 @@ from ct_nb.refine.pipeline import ConsistencySettings, RefinementModel, load_ref
 from ct_nb.refine.losses import RefinementWeights
 from ct_nb.evaluation.sharpness import SHARPNESS_METRICS
 from ct_nb.refine.baselines import gaussian_high_pass
-from ct_nb.data.cohort import Mixture
+from ct_nb.data.cohort import RepeatedConcatDataset
 from ct_nb.refine.train import REFINEMENT_PRESETS, RefinementLearner, RefinementRun, case_folders, collate_coarse
 from ct_nb.physics.detector import binned
 from ct_nb.refine.network import Refiner, RefinerConfig
 from ct_nb.phantom.chest import phantom
-from ct_nb.physics.solvers import make_consistent
+from ct_nb.physics.solvers import data_consistency
 from ct_nb.physics.volume import Grid, Volume, hu_to_mu, mu_to_hu
 from ct_nb.app.reconstruct_files import reconstruct_files, report
 from ct_nb.refine.figures import draw_run
@@ -314,7 +314,7 @@ def test_pairs_are_kept_under_the_weights_and_the_case(coarse, tmp_path):
             asked.append(item["id"])
             return super().answer(item)
 
-    data = Mixture((XrayPairs(phantom_source(2, 32), size=16), 1))
+    data = RepeatedConcatDataset((XrayPairs(phantom_source(2, 32), size=16), 1))
     make = lambda: CoarsePairs(data, Counting(coarse), 1, tmp_path / "kept")
     first = [make()[place]["coarse"] for place in range(2)]
     assert asked == ["phantom-00000", "phantom-00001"]
@@ -459,7 +459,7 @@ def test_an_untrained_refiner_is_data_consistency_alone(found, run):
     y, beam = binned(item["xrays"], item["geometry"].to(torch.float32), 32)
     mu = hu_to_mu(found.volume.tensor(), 60.0)
     for _ in range(3):
-        mu = make_consistent(
+        mu = data_consistency(
             mu, y, beam, 5, damping=0.01, spread=model.spread_hu * (hu_to_mu(0.0, 60.0) / 1000)
         ).clamp_min(0)
     refined = refine_reconstruction(found, model)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
+from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slice_profile_matrix, average_slices, thin_axis
 from ct_nb.slices import consistency as module
-from ct_nb.slices.consistency import along_z, back_projection, back_projection_matrix, interpolate_slabs, interpolation_matrix, make_consistent_slabs, smooth_spread
+from ct_nb.slices.consistency import along_z, back_projection, back_projection_matrix, interpolate_slices, interpolation_matrix, slice_data_consistency, smooth_covariance
 
 THICK = SliceAxis(-13.0, 5.0, 8)
 
@@ -19,7 +19,7 @@ def case(spacing=1.0, profile=SliceProfile(5.0), thick=THICK):
     fine = thin_axis(thick, spacing)
     return (
         fine,
-        torch.from_numpy(slab_matrix(fine, thick, profile)),
+        torch.from_numpy(slice_profile_matrix(fine, thick, profile)),
         random(0, fine.count, 4, 3),
         random(1, thick.count, 4, 3),
     )
@@ -44,17 +44,17 @@ CASES = {
 @pytest.mark.parametrize("smooth", [False, True])
 def test_the_nearest_consistent_volume_is_that_of_dense_least_squares(name, smooth):
     fine, matrix, guess, thick = case(*CASES[name])
-    spread = smooth_spread(fine, 5.0) if smooth else None
+    spread = smooth_covariance(fine, 5.0) if smooth else None
     root = torch.linalg.cholesky(spread) if smooth else torch.eye(fine.count).double()
     gap = (thick - along_z(matrix, guess.double())).flatten(1)
     dense = guess + (
         root @ torch.linalg.lstsq(matrix @ root, gap, driver="gelsd", rcond=1e-7).solution
     ).view_as(guess)
-    found = make_consistent_slabs(guess, thick, matrix, spread=spread)
+    found = slice_data_consistency(guess, thick, matrix, spread=spread)
     assert (found - dense).abs().max() < 2e-2
     # a projection
     assert torch.allclose(
-        make_consistent_slabs(found, thick, matrix, spread=spread), found, atol=1e-2
+        slice_data_consistency(found, thick, matrix, spread=spread), found, atol=1e-2
     )
     if name != "fewer thin than thick":
         assert far(matrix, found, thick) < 1e-2
@@ -68,7 +68,7 @@ def test_extreme_values_still_come_back():
     guess = torch.where(random(2, fine.count, 16, 16) > 0, 30000.0, -1024.0)
     thick = torch.where(random(3, 8, 16, 16) > 0, 3071.0, -1024.0)
     assert (
-        far(matrix, make_consistent_slabs(guess, thick, matrix, spread=smooth_spread(fine)), thick)
+        far(matrix, slice_data_consistency(guess, thick, matrix, spread=smooth_covariance(fine)), thick)
         < 1e-2
     )
 
@@ -80,8 +80,8 @@ def test_the_misfit_that_stays_is_the_stated_noise(noise, smooth):
     guess = random(0, 2, fine.count, 4, 3)
     thick = random(1, 2, 8, 4, 3)
     thick[1] *= 5  # every volume has its own damping
-    spread = smooth_spread(fine) if smooth else None
-    found = make_consistent_slabs(guess, thick, matrix, noise, spread)
+    spread = smooth_covariance(fine) if smooth else None
+    found = slice_data_consistency(guess, thick, matrix, noise, spread)
     rms = lambda x: (along_z(matrix, x.double()) - thick).square().mean((1, 2, 3)).sqrt()
     assert torch.allclose(rms(found), torch.full((2,), noise).double(), rtol=1e-3)
     covariance = torch.eye(fine.count).double() if spread is None else spread
@@ -96,8 +96,8 @@ def test_the_misfit_that_stays_is_the_stated_noise(noise, smooth):
 
 def test_with_noise_it_is_the_smallest_change_of_that_misfit():
     fine, matrix, guess, thick = case(profile=SliceProfile(7.0))
-    spread = smooth_spread(fine)
-    found = make_consistent_slabs(guess.double(), thick.double(), matrix, 40.0, spread)
+    spread = smooth_covariance(fine)
+    found = slice_data_consistency(guess.double(), thick.double(), matrix, 40.0, spread)
     change = found - guess
     pulled = along_z(spread @ matrix.mT, thick.double() - along_z(matrix, found))
     # Lagrange: the change is along C Aᵀ(y − A x'), with one factor everywhere
@@ -109,22 +109,22 @@ def test_with_noise_it_is_the_smallest_change_of_that_misfit():
 
 def test_a_guess_within_the_noise_stays_and_unreachable_noise_is_least_squares():
     fine, matrix, guess, thick = case()
-    assert torch.equal(make_consistent_slabs(guess, thick, matrix, 5000.0), guess)
+    assert torch.equal(slice_data_consistency(guess, thick, matrix, 5000.0), guess)
     # contradict each other by 10 HU
     twice = torch.cat([matrix, matrix])
     measured = torch.cat([thick, thick + 10])
     for noise in (0.0, 1.0):
-        assert far(matrix, make_consistent_slabs(guess, measured, twice, noise), thick + 5) < 1e-2
+        assert far(matrix, slice_data_consistency(guess, measured, twice, noise), thick + 5) < 1e-2
 
 
 def test_portions_of_rows_change_nothing(monkeypatch):
     fine, matrix, _, _ = case()
     guess = random(0, 2, fine.count, 9, 5)
     thick = random(1, 2, 8, 9, 5)
-    spread = smooth_spread(fine)
+    spread = smooth_covariance(fine)
     run = lambda: [
-        make_consistent_slabs(guess, thick, matrix, noise, spread) for noise in (0.0, 30.0)
-    ] + [interpolate_slabs(thick, THICK, fine, kind) for kind in module.INTERPOLATIONS]
+        slice_data_consistency(guess, thick, matrix, noise, spread) for noise in (0.0, 30.0)
+    ] + [interpolate_slices(thick, THICK, fine, kind) for kind in module.INTERPOLATIONS]
     whole = run()
     largest = []
     real = module._times
@@ -137,9 +137,9 @@ def test_in_place_is_the_same_without_a_second_volume():
     fine, matrix, guess, thick = case()
     for noise in (0.0, 30.0):
         moved = guess.clone()
-        apart = make_consistent_slabs(guess, thick, matrix, noise, smooth_spread(fine))
+        apart = slice_data_consistency(guess, thick, matrix, noise, smooth_covariance(fine))
         assert (
-            make_consistent_slabs(moved, thick, matrix, noise, smooth_spread(fine), in_place=True)
+            slice_data_consistency(moved, thick, matrix, noise, smooth_covariance(fine), in_place=True)
             is moved
             and torch.equal(moved, apart)
             and not torch.equal(apart, guess)
@@ -148,11 +148,11 @@ def test_in_place_is_the_same_without_a_second_volume():
 
 def test_reduced_precision_of_the_session_does_not_reach_it():
     fine, matrix, guess, thick = case()
-    plain = make_consistent_slabs(guess, thick, matrix)
+    plain = slice_data_consistency(guess, thick, matrix)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(make_consistent_slabs(guess, thick, matrix), plain)
-    assert make_consistent_slabs(guess.half(), thick.half(), matrix).dtype == torch.float16
-    assert torch.equal(make_consistent_slabs(guess, thick, matrix.numpy()), plain)
+        assert torch.equal(slice_data_consistency(guess, thick, matrix), plain)
+    assert slice_data_consistency(guess.half(), thick.half(), matrix).dtype == torch.float16
+    assert torch.equal(slice_data_consistency(guess, thick, matrix.numpy()), plain)
 
 
 def test_gradients():
@@ -162,10 +162,10 @@ def test_gradients():
         for k, n in ((0, fine.count), (1, 3))
     )
     assert torch.autograd.gradcheck(
-        lambda a, b: make_consistent_slabs(a, b, matrix, spread=smooth_spread(fine)), (guess, thick)
+        lambda a, b: slice_data_consistency(a, b, matrix, spread=smooth_covariance(fine)), (guess, thick)
     )
     assert torch.autograd.gradcheck(
-        lambda b: interpolate_slabs(b, SliceAxis(0.0, 5.0, 3), fine, "cubic"), (thick,)
+        lambda b: interpolate_slices(b, SliceAxis(0.0, 5.0, 3), fine, "cubic"), (thick,)
     )
 
 
@@ -173,13 +173,13 @@ def test_each_case_may_have_its_own_matrix():
     fine = SliceAxis(-15.0, 1.0, 41)
     both = [SliceAxis(-13.0 + shift, 5.0, 8) for shift in (0.0, 0.7)]
     matrices = torch.stack(
-        [torch.from_numpy(slab_matrix(fine, axis, SliceProfile(5.0))) for axis in both]
+        [torch.from_numpy(slice_profile_matrix(fine, axis, SliceProfile(5.0))) for axis in both]
     )
     guess, thick = random(0, 2, 41, 3, 3), random(1, 2, 8, 3, 3)
-    found = make_consistent_slabs(guess, thick, matrices)
+    found = slice_data_consistency(guess, thick, matrices)
     for k in range(2):
         assert torch.allclose(
-            found[k], make_consistent_slabs(guess[k], thick[k], matrices[k]), atol=1e-3
+            found[k], slice_data_consistency(guess[k], thick[k], matrices[k]), atol=1e-3
         )
 
 
@@ -195,7 +195,7 @@ def test_interpolation_is_what_it_says(spacing, convention):
     thick = random(0, 8, 2, 3).double()
     known = THICK.positions_mm
     wanted = np.clip(fine.positions_mm, -13, 22)
-    column = lambda kind: interpolate_slabs(thick, THICK, fine, kind)[:, 1, 2].numpy()
+    column = lambda kind: interpolate_slices(thick, THICK, fine, kind)[:, 1, 2].numpy()
     values = thick[:, 1, 2].numpy()
     assert np.allclose(column("linear"), np.interp(wanted, known, values))
     assert np.allclose(column("cubic"), CubicSpline(known, values, bc_type="clamped")(wanted))
@@ -206,7 +206,7 @@ def test_interpolation_is_what_it_says(spacing, convention):
         assert torch.allclose(
             interpolation_matrix(THICK, fine, kind).sum(1), torch.ones(fine.count).double()
         )
-        assert torch.allclose(interpolate_slabs(thick, THICK, THICK, kind), thick)
+        assert torch.allclose(interpolate_slices(thick, THICK, THICK, kind), thick)
 
 
 @pytest.mark.parametrize("kind", module.INTERPOLATIONS)
@@ -214,7 +214,7 @@ def test_interpolation_is_what_it_says(spacing, convention):
 def test_few_slices(kind, count):
     axis = SliceAxis(3.0, 5.0, count)
     fine, thick = thin_axis(axis, 1.0), random(0, count, 2, 2)
-    found = interpolate_slabs(thick, axis, fine, kind)
+    found = interpolate_slices(thick, axis, fine, kind)
     assert (
         torch.allclose(found[2::5], thick, atol=1e-3)
         and torch.equal(found[0], found[1])
@@ -222,8 +222,8 @@ def test_few_slices(kind, count):
     )
     assert (
         far(
-            slab_matrix(fine, axis, SliceProfile(5.0)),
-            back_projection(thick, axis, fine, slab_matrix(fine, axis, SliceProfile(5.0))),
+            slice_profile_matrix(fine, axis, SliceProfile(5.0)),
+            back_projection(thick, axis, fine, slice_profile_matrix(fine, axis, SliceProfile(5.0))),
             thick,
         )
         < 1e-2
@@ -236,12 +236,12 @@ def test_back_projection_clears_the_lower_floors():
     phase = torch.rand(30, 1, 1, generator=torch.Generator().manual_seed(0)).double() * 6.3
     # waves of 17 mm
     truth = 300 * torch.sin(2 * torch.pi * z.view(1, -1, 1, 1) / 17 + phase[..., None])
-    matrix = slab_matrix(fine, SliceAxis(0.0, 5.0, 20), SliceProfile(5.0))
-    thick = thicken(truth, matrix)
+    matrix = slice_profile_matrix(fine, SliceAxis(0.0, 5.0, 20), SliceProfile(5.0))
+    thick = average_slices(truth, matrix)
     error = lambda x: float((x - truth)[:, 5:-5].square().mean().sqrt())
-    linear = interpolate_slabs(thick, SliceAxis(0.0, 5.0, 20), fine)
+    linear = interpolate_slices(thick, SliceAxis(0.0, 5.0, 20), fine)
     smooth = back_projection(thick, SliceAxis(0.0, 5.0, 20), fine, matrix)
-    steps = make_consistent_slabs(linear, thick, matrix)
+    steps = slice_data_consistency(linear, thick, matrix)
     assert (
         error(smooth) < 0.7 * error(steps)
         and error(steps) < 0.8 * error(linear)
@@ -253,7 +253,7 @@ def test_back_projection_as_a_matrix():
     for thick in (THICK, SliceAxis(3.0, 5.0, 1)):
         for profile in (SliceProfile(5.0), SliceProfile(4.0)):
             fine = thin_axis(thick, 1.25)
-            matrix = slab_matrix(fine, thick, profile)
+            matrix = slice_profile_matrix(fine, thick, profile)
             weights = back_projection_matrix(thick, fine, profile)
             slices = random(0, thick.count, 3, 4).double()
             assert torch.allclose(
@@ -281,13 +281,13 @@ def test_that_matrix_says_the_same_of_a_position_whatever_else_is_wanted():
 def test_what_is_refused():
     fine, matrix, guess, thick = case()
     for match, call in {
-        "matrix": lambda: make_consistent_slabs(guess, thick, matrix.mT),
-        "thick": lambda: make_consistent_slabs(guess, thick[..., :2], matrix),
-        "noise_hu": lambda: make_consistent_slabs(guess, thick, matrix, -1.0),
-        "spread": lambda: make_consistent_slabs(guess, thick, matrix, spread=torch.eye(3)),
-        "kind": lambda: interpolate_slabs(thick, THICK, fine, "spline"),
-        "x: a matrix": lambda: interpolate_slabs(thick[1:], THICK, fine),
-        "length_mm": lambda: smooth_spread(fine, 0.0),
+        "matrix": lambda: slice_data_consistency(guess, thick, matrix.mT),
+        "thick": lambda: slice_data_consistency(guess, thick[..., :2], matrix),
+        "noise_hu": lambda: slice_data_consistency(guess, thick, matrix, -1.0),
+        "spread": lambda: slice_data_consistency(guess, thick, matrix, spread=torch.eye(3)),
+        "kind": lambda: interpolate_slices(thick, THICK, fine, "spline"),
+        "x: a matrix": lambda: interpolate_slices(thick[1:], THICK, fine),
+        "length_mm": lambda: smooth_covariance(fine, 0.0),
     }.items():
         with pytest.raises(ValueError, match=match):
             call()

@@ -9,16 +9,16 @@ import torch
 
 from ct_nb.slices.paired_stacks import StackCase, StackSource
 from ct_nb.slices.open import open_stacks
-from ct_nb.slices.slice_profile import SlabPairs, SlabRange, SliceAxis, SliceProfile, ThinStack, slab_matrix, thicken
-from ct_nb.slices.crops import KeptStacks, SliceCrops, change_along_z, thinned_less, turned_in_plane, turned_over, usable
+from ct_nb.slices.slice_profile import StackPairs, ThickSliceRange, SliceAxis, SliceProfile, ThinStack, slice_profile_matrix, average_slices
+from ct_nb.slices.crops import CachedStacks, SliceCrops, change_along_z, resample_thin, flip_in_plane, flip_z, drop_unusable
 from ct_nb.slices.vae_train import ThinCrops
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    return SlabPairs(
-        KeptStacks(open_stacks("phantom:2", size=64, side_mm=192)),
-        SlabRange((9.0, 12.0), (0.8, 1.2), (0.0, 1.0), ("rectangular", "gaussian")),
+    return StackPairs(
+        CachedStacks(open_stacks("phantom:2", size=64, side_mm=192)),
+        ThickSliceRange((9.0, 12.0), (0.8, 1.2), (0.0, 1.0), ("rectangular", "gaussian")),
         32,
         3,
     )
@@ -26,7 +26,7 @@ def pairs():
 
 def test_averaging_to_a_larger_spacing(pairs):
     item = pairs[0]
-    less = thinned_less(item, 2 * item["thin_axis"].spacing_mm)
+    less = resample_thin(item, 2 * item["thin_axis"].spacing_mm)
     n = less["thin_axis"].count
     assert torch.allclose(
         less["thin"], (item["thin"][0 : 2 * n : 2] + item["thin"][1 : 2 * n : 2]) / 2, atol=1e-3
@@ -38,14 +38,14 @@ def test_averaging_to_a_larger_spacing(pairs):
 
 
 def test_turning_over_keeps_thick_slices_the_means_of_thin_ones(pairs):
-    item, over = pairs[1], turned_over(pairs[1])
-    again = torch.from_numpy(slab_matrix(over["thin_axis"], over["thick_axis"], over["profile"]))
-    assert torch.allclose(thicken(over["thin"], again), over["thick"], atol=1e-2)
-    wrong = torch.from_numpy(slab_matrix(item["thin_axis"], item["thick_axis"], item["profile"]))
+    item, over = pairs[1], flip_z(pairs[1])
+    again = torch.from_numpy(slice_profile_matrix(over["thin_axis"], over["thick_axis"], over["profile"]))
+    assert torch.allclose(average_slices(over["thin"], again), over["thick"], atol=1e-2)
+    wrong = torch.from_numpy(slice_profile_matrix(item["thin_axis"], item["thick_axis"], item["profile"]))
     # axes that did not turn along
     if not torch.allclose(again, wrong):
-        assert not torch.allclose(thicken(over["thin"], wrong), over["thick"], atol=1e-2)
-    twice = turned_over(over)
+        assert not torch.allclose(average_slices(over["thin"], wrong), over["thick"], atol=1e-2)
+    twice = flip_z(over)
     assert torch.equal(twice["thin"], item["thin"]) and twice[
         "thick_axis"
     ].first_mm == pytest.approx(item["thick_axis"].first_mm)
@@ -96,14 +96,14 @@ def test_scans_are_read_once_and_no_more_than_fit():
             )
 
     source = Source()
-    kept = KeptStacks(source)
+    kept = CachedStacks(source)
     assert (
         kept[0].thin.dtype == np.int16
         and kept[1].thin.max() == 32767
         and [kept[n] for n in (0, 1, 0)]
         and source.reads == 2
     )
-    kept = KeptStacks(source)
+    kept = CachedStacks(source)
     kept.limit_bytes = 600
     kept[0], kept[1], kept[1]
     assert list(kept.kept) == ["a"]
@@ -131,12 +131,12 @@ def test_of_a_map_only_the_crop_is_read(tmp_path):
     stack = ThinStack(
         "a", "a", maps["thin"], SliceAxis(0.0, 1.0, 800), thick=maps["thick"], **about
     )
-    kept = KeptStacks(StackSource([StackCase("a", "a", lambda: stack)]))
+    kept = CachedStacks(StackSource([StackCase("a", "a", lambda: stack)]))
     before = resident()
     assert kept[0].thin is maps["thin"] and kept[0].thick is maps["thick"] and kept[0] is kept[0]
     for epoch in range(4):
         assert ThinCrops(kept, (8, 64, 64)).at(epoch, 0)["hu"].shape == (8, 64, 64)
-    item = SliceCrops(SlabPairs(kept, SlabRange(), 64, 4)).at(0, 0)
+    item = SliceCrops(StackPairs(kept, ThickSliceRange(), 64, 4)).at(0, 0)
     assert (
         item["measured"]
         and item["thin"].shape[1:] == (64, 64)
@@ -153,7 +153,7 @@ def test_what_cannot_be_used_is_left_out_and_named():
     good = ThinStack("a", "a", np.zeros((4, 8, 8), np.int16), SliceAxis(0, 1, 4), (1.0, 1.0))
     short = ThinStack("c", "c", np.zeros((2, 8, 8), np.int16), SliceAxis(0, 1, 2), (1.0, 1.0))
     files = (Path("somewhere"),)
-    source = KeptStacks(
+    source = CachedStacks(
         StackSource(
             [
                 StackCase("a", "a", lambda: good, files),
@@ -168,7 +168,7 @@ def test_what_cannot_be_used_is_left_out_and_named():
         if len(stack.thin) < 3:
             raise ValueError(f"{stack.id}: is too short")
 
-    rest, reasons = usable(source, fits)
+    rest, reasons = drop_unusable(source, fits)
     assert (
         rest.ids == ["a", "made"]
         and reasons == ["b: b.zip: is cut short", "c: c: is too short"]
@@ -177,13 +177,13 @@ def test_what_cannot_be_used_is_left_out_and_named():
     with pytest.raises(
         ValueError, match="data: none of its 2 scans can be used; b: b.zip: is cut short"
     ):
-        usable(source.subset([1, 2]), fits)
+        drop_unusable(source.subset([1, 2]), fits)
 
     def bug():
         raise KeyError("a mistake in the program is none of the data")
 
     with pytest.raises(KeyError):
-        usable(StackSource([StackCase("a", "a", bug, files)]))
+        drop_unusable(StackSource([StackCase("a", "a", bug, files)]))
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -191,8 +191,8 @@ def test_what_cannot_be_used_is_left_out_and_named():
 @pytest.mark.parametrize("swapped", [False, True])
 def test_turning_in_the_plane_keeps_pairs(pairs, rows, columns, swapped):
     item = pairs[0] | {"pixel_mm": (1.0, 2.0)}
-    turned = turned_in_plane(item, rows, columns, swapped)
-    assert torch.allclose(thicken(turned["thin"], turned["matrix"]), turned["thick"], atol=1e-2)
+    turned = flip_in_plane(item, rows, columns, swapped)
+    assert torch.allclose(average_slices(turned["thin"], turned["matrix"]), turned["thick"], atol=1e-2)
     # where the voxel in row 0 and column 5 went
     there = [31 if rows else 0, 5 if not columns else 31 - 5]
     if swapped:

@@ -12,12 +12,12 @@ from ct_files import body, pair_members, write_series, zipped
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
+from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slice_profile_matrix, average_slices, thin_axis
 from ct_nb.training.checkpoints import WeightsError, save_weights
-from ct_nb.slices.thin_ct_files import header_width, thin_file, thin_frame, thin_volume
-from ct_nb.slices.inference import DiffusionThinner, RegressorThinner, check_scan, check_seen, in_portions, portions
-from ct_nb.slices.train import Slices
-from ct_nb.slices.consistency import interpolate_slabs
+from ct_nb.slices.thin_ct_files import header_width, interpolate_file, thin_slice_affine, interpolate_volume
+from ct_nb.slices.inference import DiffusionInterpolator, RegressorInterpolator, check_scan, check_training_range, in_portions, portions
+from ct_nb.slices.train import SliceModels
+from ct_nb.slices.consistency import interpolate_slices
 from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
 from ct_nb.data.read import read_volume
 from ct_nb.physics.volume import Volume
@@ -65,7 +65,7 @@ def diffusion():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, regressor, diffusion):
     folder = tmp_path_factory.mktemp("run")
-    slices = Slices(regressor, diffusion)
+    slices = SliceModels(regressor, diffusion)
     save_weights(
         folder,
         slices,
@@ -115,9 +115,9 @@ def test_portions_of_one_constant_and_of_a_slope_have_no_seams():
     thick_axis = SliceAxis(0.0, 5.0, 20)
     thin = thin_axis(thick_axis, 1.0, "centres")
     slope = torch.arange(20.0)[:, None, None].expand(20, 3, 4) * 50
-    whole = interpolate_slabs(slope, thick_axis, thin)
+    whole = interpolate_slices(slope, thick_axis, thin)
     pieces = in_portions(
-        lambda y, a, b, p: interpolate_slabs(y, a, b), slope, thick_axis, thin, 4, 2
+        lambda y, a, b, p: interpolate_slices(y, a, b), slope, thick_axis, thin, 4, 2
     )
     inner = in_portions(
         lambda y, a, b, p: whole[p.first : p.last].clone(), slope, thick_axis, thin, 4, 2
@@ -126,7 +126,7 @@ def test_portions_of_one_constant_and_of_a_slope_have_no_seams():
     assert (pieces - whole).abs().max() < 6  # ends held with a small weight
     hard = torch.cat(
         [
-            interpolate_slabs(
+            interpolate_slices(
                 slope[p.start : p.stop],
                 thick_axis.part(p.start, p.stop),
                 thin.part(p.first, p.last),
@@ -145,26 +145,26 @@ def given(slices=14, pixels=40, spacing=1.0):
 
 def test_the_regressor_in_portions_is_the_regressor(regressor):
     case = given()
-    whole = RegressorThinner(regressor, consistent=False).thin(*case)
+    whole = RegressorInterpolator(regressor, consistent=False).thin(*case)
     with torch.no_grad():
         assert torch.allclose(whole, regressor(case[0][None], *case[1:])[0], atol=1e-2)
-    cut = RegressorThinner(regressor, consistent=False, memory_gib=0.006, halo=4)
+    cut = RegressorInterpolator(regressor, consistent=False, memory_gib=0.006, halo=4)
     assert len(portions(case[1], case[2], cut.plan(40, 40, *case[1:3])[0], 4)) > 1
-    moved = (whole - interpolate_slabs(*case[:3])).abs().mean()
+    moved = (whole - interpolate_slices(*case[:3])).abs().mean()
     assert (cut.thin(*case) - whole).abs().mean() < 0.1 * moved
 
 
 @pytest.mark.parametrize("kind", ["regressor", "diffusion"])
 def test_consistency_holds_across_portions(kind, regressor, diffusion):
     case = given()
-    matrix = torch.from_numpy(slab_matrix(case[2], case[1], case[3]))
+    matrix = torch.from_numpy(slice_profile_matrix(case[2], case[1], case[3]))
     for consistent in (True, False):
         thinner = (
-            RegressorThinner(regressor, consistent=consistent, memory_gib=0.002)
+            RegressorInterpolator(regressor, consistent=consistent, memory_gib=0.002)
             if kind == "regressor"
-            else DiffusionThinner(diffusion, steps=2, consistent=consistent, memory_gib=0.004)
+            else DiffusionInterpolator(diffusion, steps=2, consistent=consistent, memory_gib=0.004)
         )
-        missed = float((thicken(thinner.thin(*case), matrix) - case[0]).abs().max())
+        missed = float((average_slices(thinner.thin(*case), matrix) - case[0]).abs().max())
         assert missed < 0.05 if consistent else missed > 1
 
 
@@ -180,7 +180,7 @@ def test_noise_belongs_to_slices(diffusion, monkeypatch):
         )
 
     monkeypatch.setattr(SliceDiffusion, "sample", watched)
-    DiffusionThinner(diffusion, steps=1, memory_gib=0.004).thin(*case)
+    DiffusionInterpolator(diffusion, steps=1, memory_gib=0.004).thin(*case)
     shared = [zs for zs in seen.values() if len(zs) > 1]
     assert (
         shared
@@ -191,33 +191,33 @@ def test_noise_belongs_to_slices(diffusion, monkeypatch):
 
 def test_draws_repeat_and_differ_and_the_mean_is_their_mean(diffusion):
     case = given(5, 24)
-    make = lambda **more: DiffusionThinner(diffusion, steps=2, **more).thin(*case)
+    make = lambda **more: DiffusionInterpolator(diffusion, steps=2, **more).thin(*case)
     one = make()
     same = make()
     other = make(seed=1)
     assert torch.equal(one, same) and not torch.equal(one, other)
-    thinner = DiffusionThinner(diffusion, steps=2, consistent=False, count=3)
+    thinner = DiffusionInterpolator(diffusion, steps=2, consistent=False, count=3)
     draws = torch.stack([thinner.draw(n, *case) for n in range(3)])
     assert (
         torch.allclose(thinner.thin(*case), draws.mean(0), atol=1e-3) and draws.std(0).mean() > 0.1
     )
-    matrix = torch.from_numpy(slab_matrix(case[2], case[1], case[3]))
-    assert (thicken(make(count=3), matrix) - case[0]).abs().max() < 0.05
+    matrix = torch.from_numpy(slice_profile_matrix(case[2], case[1], case[3]))
+    assert (average_slices(make(count=3), matrix) - case[0]).abs().max() < 0.05
 
 
 def test_what_is_shared_is_drawn_once(diffusion, monkeypatch):
     known = {}
     case = given(5, 24)
     drawn = []
-    own = DiffusionThinner.draw
-    alone = DiffusionThinner(diffusion, steps=1, count=3).thin(*case)
+    own = DiffusionInterpolator.draw
+    alone = DiffusionInterpolator(diffusion, steps=1, count=3).thin(*case)
     monkeypatch.setattr(
-        DiffusionThinner,
+        DiffusionInterpolator,
         "draw",
         lambda self, number, *rest: drawn.append(number) or own(self, number, *rest),
     )
     one, free, mean = (
-        DiffusionThinner(diffusion, steps=1, known=known, **more)
+        DiffusionInterpolator(diffusion, steps=1, known=known, **more)
         for more in ({}, {"consistent": False}, {"count": 3})
     )
     found = [thinner.thin(*case) for thinner in (one, free, mean)]
@@ -236,12 +236,12 @@ def test_shared_draws_are_of_one_scan(diffusion):
     case = given(5, 24)
     other = given(5, 24)
     other = (other[0] + 5, *other[1:])
-    thinner = DiffusionThinner(diffusion, steps=1, known=known)
+    thinner = DiffusionInterpolator(diffusion, steps=1, known=known)
     first = thinner.thin(*case)
     assert (
         not torch.equal(thinner.thin(*other), first)
         and len(known) == 1
-        and torch.equal(DiffusionThinner(diffusion, steps=1).thin(*other), thinner.thin(*other))
+        and torch.equal(DiffusionInterpolator(diffusion, steps=1).thin(*other), thinner.thin(*other))
     )
 
 
@@ -279,11 +279,11 @@ def test_features_do_not_grow_with_the_scan_and_only_the_slices_do(
     kind, regressor, diffusion, monkeypatch
 ):
     # as it is to a scan of ordinary size
-    monkeypatch.setattr("ct_nb.slices.consistency.VOXELS_AT_ONCE", 2**14)
+    monkeypatch.setattr("ct_nb.slices.consistency.CONSISTENCY_CHUNK", 2**14)
     make = lambda gib, **more: (
-        RegressorThinner(regressor, memory_gib=gib, **more)
+        RegressorInterpolator(regressor, memory_gib=gib, **more)
         if kind == "regressor"
-        else DiffusionThinner(diffusion, steps=1, memory_gib=gib, **more)
+        else DiffusionInterpolator(diffusion, steps=1, memory_gib=gib, **more)
     )
     gib = (0.042, 0.019)[kind == "diffusion"]
     bytes_of = lambda case, count: count * 4 * case[2].count * case[0][0].numel()
@@ -310,7 +310,7 @@ def test_features_do_not_grow_with_the_scan_and_only_the_slices_do(
 
 
 def test_a_memory_that_is_too_small_is_said(scan, run, tmp_path):
-    go = lambda memory, model: thin_file(
+    go = lambda memory, model: interpolate_file(
         scan[1],
         tmp_path / "x.nii.gz",
         run,
@@ -332,7 +332,7 @@ def test_a_memory_that_is_too_small_is_said(scan, run, tmp_path):
 
 def test_the_frame_is_the_inputs(scan, regressor):
     volume, _ = scan
-    found = thin_volume(volume, RegressorThinner(regressor), 1.25)
+    found = interpolate_volume(volume, RegressorInterpolator(regressor), 1.25)
     thin = found.volume
     assert (
         thin.hu.shape == (48, 48, 48)
@@ -343,14 +343,14 @@ def test_the_frame_is_the_inputs(scan, regressor):
     assert np.allclose(positions(thin.grid), found.thin_axis.positions_mm) and np.allclose(
         positions(volume.grid), found.thick_axis.positions_mm
     )
-    back = thicken(
-        torch.from_numpy(thin.hu), slab_matrix(found.thin_axis, found.thick_axis, found.profile)
+    back = average_slices(
+        torch.from_numpy(thin.hu), slice_profile_matrix(found.thin_axis, found.thick_axis, found.profile)
     )
     assert (back - volume.tensor()).abs().max() < 1 and abs(
         found.reaveraged_hu - float((back - volume.tensor()).abs().max())
     ) < 1e-3
     assert np.array_equal(thin.hu, thin.hu.round())
-    centres = thin_volume(volume, RegressorThinner(regressor), 1.0, convention="centres").volume
+    centres = interpolate_volume(volume, RegressorInterpolator(regressor), 1.0, convention="centres").volume
     assert len(centres.hu) == 56 and np.allclose(
         centres.grid.index_to_mm([0, 0, 0]), volume.grid.index_to_mm([0, 0, 0])
     )
@@ -360,7 +360,7 @@ def test_downward_slices_stay_downward(regressor):
     affine = np.diag([2.0, 2, -5, 1])
     affine[:3, 3] = [0, 0, 300]
     volume = Volume(hu(8, 24).numpy(), affine)
-    found = thin_volume(volume, RegressorThinner(regressor), 1.0)
+    found = interpolate_volume(volume, RegressorInterpolator(regressor), 1.0)
     assert found.volume.affine[2, 2] == -1 and np.allclose(
         found.volume.grid.bounds_mm, volume.grid.bounds_mm
     )
@@ -370,7 +370,7 @@ def test_downward_slices_stay_downward(regressor):
 def test_a_file_comes_out_and_overlays_the_input(scan, run, tmp_path, model):
     volume, path = scan
     out = tmp_path / "new" / "thin.nii.gz"
-    found = thin_file(path, out, run, 1.0, model=model, samples=2, steps=2, progress=False)
+    found = interpolate_file(path, out, run, 1.0, model=model, samples=2, steps=2, progress=False)
     assert sorted(p.name for p in out.parent.iterdir()) == ["thin.nii.gz", "thin_thinning.json"]
     again = read_volume(out)  # random weights make no HU
     assert (
@@ -394,13 +394,13 @@ def test_a_dicom_series_goes_in_with_the_thickness_of_its_header(run, tmp_path):
     assert header_width(tmp_path / "series", axis) == (6.0, []) and header_width(
         tmp_path / "a.nii.gz", axis
     ) == (None, [])
-    found = thin_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False)
+    found = interpolate_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False)
     assert (
         found.profile == SliceProfile(6.0)
         and found.thick_axis.spacing_mm == 5
         and found.volume.hu.shape == (50, 32, 32)
     )
-    overlapping = thin_file(
+    overlapping = interpolate_file(
         tmp_path / "series",
         tmp_path / "thin.nii.gz",
         run,
@@ -413,7 +413,7 @@ def test_a_dicom_series_goes_in_with_the_thickness_of_its_header(run, tmp_path):
         overlapping.volume.hu, found.volume.hu
     )
     assert "one slice" in sentence(
-        lambda: thin_file(
+        lambda: interpolate_file(
             write_series(tmp_path / "single", image[:1], z_mm=[0.0])[0].parent,
             tmp_path / "x.nii.gz",
             run,
@@ -432,7 +432,7 @@ def two_series(tmp_path_factory):
 
 def test_one_series_of_several_is_named(two_series, run, tmp_path):
     "A patient's zip of a PE archive holds a thick and a thin series."
-    go = lambda **more: thin_file(
+    go = lambda **more: interpolate_file(
         **dict(path=two_series, out=tmp_path / "thin.nii.gz", weights=run, progress=False) | more
     )
     text = sentence(go)
@@ -469,7 +469,7 @@ def test_a_thickness_that_cannot_be_true_is_said_and_not_used(claimed, run, tmp_
         z_mm=[0.0, 5.0],
         SliceThickness=claimed,
     )
-    found = thin_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False)
+    found = interpolate_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False)
     assert found.profile == SliceProfile(5.0) and any(
         f"SliceThickness of {claimed} mm cannot be that of slices 5 mm apart" in note
         for note in found.notes
@@ -487,7 +487,7 @@ def sentence(call, kind=ValueError) -> str:
 def test_what_cannot_be_done_is_said(scan, run, regressor, tmp_path):
     volume, path = scan
     out = tmp_path / "out" / "x.nii.gz"
-    go = lambda p=path, spacing=1.0, **more: thin_file(p, out, run, spacing, progress=False, **more)
+    go = lambda p=path, spacing=1.0, **more: interpolate_file(p, out, run, spacing, progress=False, **more)
     save = (
         lambda name, array, affine: nibabel.save(
             nibabel.Nifti1Image(array, affine), tmp_path / name
@@ -520,11 +520,11 @@ def test_what_cannot_be_done_is_said(scan, run, regressor, tmp_path):
     )
     assert "no such file" in sentence(lambda: go(tmp_path / "none.nii.gz"))
     assert "choose a name that ends in" in sentence(
-        lambda: thin_file(path, tmp_path / "x.jpg", run)
+        lambda: interpolate_file(path, tmp_path / "x.jpg", run)
     )
     assert "model: must be one of" in sentence(lambda: go(model="best"))
     assert "no such file" in sentence(
-        lambda: thin_file(path, out, tmp_path / "nowhere"), WeightsError
+        lambda: interpolate_file(path, out, tmp_path / "nowhere"), WeightsError
     )
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
@@ -533,7 +533,7 @@ def test_settings_without_sense_are_refused_before_a_scan_is_read(scan, run, tmp
     "Minutes of work must not end with a sentence that could have been said at once."
     _, path = scan
     out, was = tmp_path / "out" / "x.nii.gz", path.read_bytes()
-    go = lambda **more: thin_file(**dict(path=path, out=out, weights=run, progress=False) | more)
+    go = lambda **more: interpolate_file(**dict(path=path, out=out, weights=run, progress=False) | more)
     read = []
     monkeypatch.setattr("ct_nb.slices.thin_ct_files.read_ct", lambda *given: read.append(given))
     for value in (0.0, -1.0, float("nan"), float("inf")):
@@ -559,12 +559,12 @@ def test_settings_without_sense_are_refused_before_a_scan_is_read(scan, run, tmp
 
 def test_a_file_that_was_there_is_replaced_whole(scan, run, tmp_path):
     (tmp_path / "old.nii").write_bytes(b"old")
-    thin_file(scan[1], tmp_path / "old.nii", run, 2.5, progress=False)
+    interpolate_file(scan[1], tmp_path / "old.nii", run, 2.5, progress=False)
     assert read_volume(tmp_path / "old.nii").hu.shape == (24, 48, 48)
 
 
 def test_a_profile_that_is_none_and_slices_that_nobody_counts(scan, run, tmp_path):
-    go = lambda **more: thin_file(
+    go = lambda **more: interpolate_file(
         **dict(path=scan[1], out=tmp_path / "x.nii.gz", weights=run, spacing_mm=2.5, progress=False)
         | more
     )
@@ -592,7 +592,7 @@ def test_a_profile_that_is_none_and_slices_that_nobody_counts(scan, run, tmp_pat
 def test_the_file_is_named_where_a_model_has_not_seen_such_slices(run, tmp_path):
     Volume(hu(6, 24).numpy(), np.diag([2.0, 2, 8, 1])).save(tmp_path / "eight.nii.gz")
     assert "eight.nii.gz: its slices are 8 mm apart" in sentence(
-        lambda: thin_file(
+        lambda: interpolate_file(
             tmp_path / "eight.nii.gz", tmp_path / "x.nii.gz", run, 2.0, progress=False
         )
     )
@@ -661,25 +661,25 @@ def test_the_command_ends_with_one_sentence(scan, run, tmp_path, monkeypatch, gi
 def test_thicker_slices_go_on_when_told_to_and_the_note_says_so(run, tmp_path, scan):
     volume = Volume(hu(6, 24).numpy(), np.diag([2.0, 2, 8, 1]))
     volume.save(tmp_path / "eight.nii.gz")
-    found = thin_file(
+    found = interpolate_file(
         tmp_path / "eight.nii.gz", tmp_path / "thin.nii.gz", run, 2.0, anyway=True, progress=False
     )
     assert any("nobody tested" in note for note in found.notes) and found.reaveraged_hu < 1
     axis = SliceAxis(0, 5.0, 9)
-    notes = lambda *args: check_seen(SliceAxis(0, 5.0, 9), *args)
+    notes = lambda *args: check_training_range(SliceAxis(0, 5.0, 9), *args)
     assert not notes(SliceProfile(5.0), 1.0, SEEN) and not notes(SliceProfile(5.0), 0.5, None)
     assert (
         "finer detail is only interpolated" in notes(SliceProfile(5.0), 0.5, SEEN)[0]
         and "profile is 9 mm" in notes(SliceProfile(9.0), 1.0, SEEN)[0]
     )
-    assert "thinner than" in check_seen(SliceAxis(0, 3.0, 9), SliceProfile(3.0), 1.0, SEEN)[0]
+    assert "thinner than" in check_training_range(SliceAxis(0, 3.0, 9), SliceProfile(3.0), 1.0, SEEN)[0]
 
 
 def test_a_run_without_the_model_that_is_asked_for(regressor, scan, tmp_path):
-    slices = Slices(regressor)
+    slices = SliceModels(regressor)
     save_weights(tmp_path / "run", slices, {"system": "slices", "network": slices.networks()})
     assert "holds no trained diffusion model" in sentence(
-        lambda: thin_file(scan[1], tmp_path / "x.nii.gz", tmp_path / "run", model="sample")
+        lambda: interpolate_file(scan[1], tmp_path / "x.nii.gz", tmp_path / "run", model="sample")
     )
     save_weights(
         tmp_path / "run",
@@ -687,7 +687,7 @@ def test_a_run_without_the_model_that_is_asked_for(regressor, scan, tmp_path):
         {"system": "slices_stage", "network": regressor.config.to_dict()},
     )
     assert "slices_stage" in sentence(
-        lambda: thin_file(scan[1], tmp_path / "x.nii.gz", tmp_path / "run"), WeightsError
+        lambda: interpolate_file(scan[1], tmp_path / "x.nii.gz", tmp_path / "run"), WeightsError
     )
 
 
@@ -699,5 +699,5 @@ def test_nothing_half_written(scan, run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("ct_nb.physics.volume._write_nifti", broken)
     with pytest.raises(OSError):
-        thin_file(scan[1], out, run, progress=False)
+        interpolate_file(scan[1], out, run, progress=False)
     assert not list(out.parent.iterdir())

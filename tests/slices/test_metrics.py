@@ -9,18 +9,18 @@ import pytest
 import torch
 
 import ct_nb.slices.metrics as scores
-from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slab_matrix, thicken, thin_axis
+from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slice_profile_matrix, average_slices, thin_axis
 from ct_nb.evaluation.metrics import CHEST, psnr, ssim
 from ct_nb.evaluation.case_metrics import METRICS
-from ct_nb.evaluation.scoreboard import Scoreboard, judge
-from ct_nb.slices.metrics import BackProjection, CEILINGS, Interpolation, SLICE_MAIN, SLICE_METRICS, SliceBoard, evaluate_slices, reach, slice_floors, slice_noise, slice_scores, step_scores, vae_ceilings, z_edges
+from ct_nb.evaluation.scoreboard import Scoreboard, summarize_metric
+from ct_nb.slices.metrics import BackProjection, UPPER_BOUNDS, Interpolation, SLICE_MAIN, SLICE_METRICS, SliceScoreboard, evaluate_slices, targets_met, slice_baselines, slice_noise, slice_scores, step_scores, vae_upper_bounds, z_edges
 from ct_nb.slices.vae_metrics import volume_ssim
-from ct_nb.slices.vae_metrics import scores as vae_figures
+from ct_nb.slices.vae_metrics import vae_scores as vae_figures
 from ct_nb.slices.vae import SliceVAE, SliceVAEConfig
 
 THICK, PROFILE = SliceAxis(2.5, 5.0, 6), SliceProfile(5.0)
 THIN = thin_axis(THICK, 1.0)
-MATRIX = torch.from_numpy(slab_matrix(THIN, THICK, PROFILE))
+MATRIX = torch.from_numpy(slice_profile_matrix(THIN, THICK, PROFILE))
 
 
 def volume(seed=0, shape=(30, 24, 26)):
@@ -39,7 +39,7 @@ def case(seed=0, patient=None):
         "id": f"case{seed}",
         "patient": patient or f"p{seed}",
         "thin": thin,
-        "thick": thicken(thin, MATRIX),
+        "thick": average_slices(thin, MATRIX),
         "matrix": MATRIX,
         "thin_axis": THIN,
         "thick_axis": THICK,
@@ -198,26 +198,26 @@ def test_the_columns_of_other_boards_are_left_alone():
         {"case": "a", "patient": "a", "predictor": "model", "psnr": 30.0, "step_error_hu": 4.0},
         {"case": "a", "patient": "a", "predictor": "linear", "psnr": 20.0, "step_error_hu": 5.0},
     ]
-    assert Scoreboard(rows).metrics == ["psnr"] and SliceBoard(rows, model="model").metrics == [
+    assert Scoreboard(rows).metrics == ["psnr"] and SliceScoreboard(rows, model="model").metrics == [
         "psnr",
         "step_error_hu",
     ]
-    assert "step error, HU ↓" in SliceBoard(
+    assert "step error, HU ↓" in SliceScoreboard(
         rows, model="model"
-    ).table() and "better by 1.0 [-, -]" in judge(SliceBoard(rows, model="model"), "step_error_hu")
+    ).table() and "better by 1.0 [-, -]" in summarize_metric(SliceScoreboard(rows, model="model"), "step_error_hu")
 
 
 def test_floors_are_read_as_their_names_say():
     item = case()
     given = (item["thick"], THICK, THIN, PROFILE)
-    nearest, linear, cubic, physics = (floor.thin(*given) for floor in slice_floors())
+    nearest, linear, cubic, physics = (floor.thin(*given) for floor in slice_baselines())
     assert torch.equal(nearest, item["thick"].repeat_interleave(5, 0))
     # 2 mm above the first centre
     assert float((linear[4] - (0.6 * item["thick"][0] + 0.4 * item["thick"][1])).abs().max()) < 1e-2
     assert (
-        float((thicken(physics, MATRIX) - item["thick"]).abs().max())
+        float((average_slices(physics, MATRIX) - item["thick"]).abs().max())
         < 1e-2
-        < float((thicken(cubic, MATRIX) - item["thick"]).abs().max())
+        < float((average_slices(cubic, MATRIX) - item["thick"]).abs().max())
     )
     with pytest.raises(ValueError, match="spline"):
         Interpolation("spline")
@@ -228,11 +228,11 @@ def test_the_residual_ceiling_keeps_what_the_vae_loses():
     vae = SliceVAE(SliceVAEConfig.preset("smoke")).eval()
     vae.straight.fit([vae.window.to_network(volume(5))[None, None]])
     start = BackProjection().thin(item["thick"], THICK, THIN, PROFILE)
-    found = vae_ceilings(vae, item["thin"], start)
-    assert set(found) == set(CEILINGS) and psnr(found["ceiling_residual"], item["thin"]) > max(
+    found = vae_upper_bounds(vae, item["thin"], start)
+    assert set(found) == set(UPPER_BOUNDS) and psnr(found["ceiling_residual"], item["thin"]) > max(
         psnr(start, item["thin"]), psnr(found["ceiling_vae"], item["thin"])
     )
-    assert torch.allclose(vae_ceilings(vae, start, start)["ceiling_residual"], start)
+    assert torch.allclose(vae_upper_bounds(vae, start, start)["ceiling_residual"], start)
     with torch.no_grad():
         plain = vae.window.to_hu(
             vae(vae.window.to_network(item["thin"])[None, None])[0][0, 0].clamp(-1, 1)
@@ -258,7 +258,7 @@ def test_the_board_keeps_models_floors_and_ceilings_apart(tmp_path):
         [
             Oracle(items, "regressor_consistent", 2.0),
             Oracle(items, "diffusion_sample", 400.0),
-            *slice_floors(),
+            *slice_baselines(),
         ],
         items,
         tmp_path,
@@ -295,12 +295,12 @@ def test_the_board_keeps_models_floors_and_ceilings_apart(tmp_path):
 
 def test_what_was_reached_is_said_either_way():
     items = [case(seed) for seed in range(2)]
-    said = reach(
+    said = targets_met(
         evaluate_slices(
             [
                 Oracle(items, "regressor_consistent", 0.5),
                 Oracle(items, "diffusion_sample", 400.0),
-                *slice_floors(),
+                *slice_baselines(),
             ],
             items,
             progress=False,
@@ -315,9 +315,9 @@ def test_what_was_reached_is_said_either_way():
         s.startswith("not reached") and "diffusion_sample, averaged again" in s for s in said
     ) and any(s.startswith("reached") and "regressor_consistent, averaged again" in s for s in said)
     one = evaluate_slices(
-        [Oracle(items, "regressor_consistent", 0.5), *slice_floors()], items[:1], progress=False
+        [Oracle(items, "regressor_consistent", 0.5), *slice_baselines()], items[:1], progress=False
     )
-    assert all("(1 patient)" in s and "[" not in s for s in reach(one) if "better" in s)
+    assert all("(1 patient)" in s and "[" not in s for s in targets_met(one) if "better" in s)
 
 
 def test_bad_answers_are_refused():

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, collate_slabs, slab_matrix, thicken, thin_axis
+from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, collate_stacks, slice_profile_matrix, average_slices, thin_axis
 from ct_nb.slices import models as module
 from ct_nb.layers.diffusion import DiffusionConfig
-from ct_nb.slices.consistency import back_projection, interpolate_slabs
-from ct_nb.slices.network import NEIGHBOURS, SliceNetwork, SliceNetworkConfig, slice_places
-from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig, around
+from ct_nb.slices.consistency import back_projection, interpolate_slices
+from ct_nb.slices.network import NEIGHBOURS, SliceNetwork, SliceNetworkConfig, slice_positions
+from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig, thick_neighbours
 from ct_nb.slices.vae import SliceVAE
 
 THICK, PROFILE = SliceAxis(4.0, 5.0, 3), SliceProfile(5.0)
@@ -65,7 +65,7 @@ def diffusion(**settings):
 
 
 def test_places_by_hand():
-    places = slice_places(THICK, THIN, PROFILE, 2)
+    places = slice_positions(THICK, THIN, PROFILE, 2)
     assert places.features.shape == (2, 12, 7) and places.weights.shape == (2, 12, 3)
     for d, z in enumerate(THIN.positions_mm):
         place = (z - 4) / 5
@@ -84,14 +84,14 @@ def test_places_by_hand():
         torch.tensor([0.0, 0.0, 1.25]).log2().nan_to_num(neginf=0.0),
         atol=1e-6,
     )
-    wide = slice_places(THICK, THIN, SliceProfile(7.5), 1)
+    wide = slice_positions(THICK, THIN, SliceProfile(7.5), 1)
     assert wide.features[0, 0, 5] == pytest.approx(0.585, abs=1e-3)
 
 
 def test_slices_that_lie_on_a_centre_are_on_it():
     for first in (0.0, 0.1, -33.7, 1234.567):  # sums of decimal fractions round
         thick = SliceAxis(first + 1.2, 3.0, 40)
-        t = slice_places(thick, SliceAxis(first, 0.6, 200), PROFILE, 1).features[0, 2::5, 0]
+        t = slice_positions(thick, SliceAxis(first, 0.6, 200), PROFILE, 1).features[0, 2::5, 0]
         assert t.abs().max() < 1e-3
 
 
@@ -99,9 +99,9 @@ def test_a_list_is_one_by_one_and_shorter_cases_go_on():
     both = [SliceAxis(4.0, 5.0, 3), SliceAxis(0.5, 4.0, 3)]
     fine = [thin_axis(axis, 1.25) for axis in both]
     assert [axis.count for axis in fine] == [12, 10]
-    places = slice_places(both, fine, [PROFILE, SliceProfile(4.0)], 2)
+    places = slice_positions(both, fine, [PROFILE, SliceProfile(4.0)], 2)
     for k, profile in enumerate((PROFILE, SliceProfile(4.0))):
-        alone = slice_places(both[k], fine[k], profile, 1)
+        alone = slice_positions(both[k], fine[k], profile, 1)
         for a, b in zip(places, alone):
             assert torch.allclose(a[k, : fine[k].count], b[0])
     assert places.place.shape == (2, 12) and torch.allclose(
@@ -110,9 +110,9 @@ def test_a_list_is_one_by_one_and_shorter_cases_go_on():
 
 
 def test_around_gathers_the_neighbours():
-    places = slice_places(THICK, THIN, PROFILE, 2)
+    places = slice_positions(THICK, THIN, PROFILE, 2)
     x = random(0, 2, 5, 3, 4, 2)
-    found = around(x, places)
+    found = thick_neighbours(x, places)
     assert found.shape == (2, 20, 12, 4, 2)
     for n in range(4):
         for d in range(12):
@@ -128,13 +128,13 @@ def test_any_size_by_repeating_and_cutting(shape, halvings):
     config = SliceNetworkConfig((4, 8, 8), depth_halvings=halvings, heads=2, features=8)
     net, axis = network(config), SliceAxis(0.0, 1.25, shape[0])
     x = random(0, 1, 3, *shape)
-    assert net(x, slice_places(THICK, axis, PROFILE, 1)).shape == (1, 2, *shape)
-    assert net(x, slice_places(THICK, axis, PROFILE, 1)).std() > 0
+    assert net(x, slice_positions(THICK, axis, PROFILE, 1)).shape == (1, 2, *shape)
+    assert net(x, slice_positions(THICK, axis, PROFILE, 1)).std() > 0
     more = [-n % 4 for n in shape[1:]]
     wide = F.pad(x, (0, more[1], 0, more[0], 0, 0), mode="replicate")
     assert torch.allclose(
-        net(wide, slice_places(THICK, axis, PROFILE, 1))[..., : shape[1], : shape[2]],
-        net(x, slice_places(THICK, axis, PROFILE, 1)),
+        net(wide, slice_positions(THICK, axis, PROFILE, 1))[..., : shape[1], : shape[2]],
+        net(x, slice_positions(THICK, axis, PROFILE, 1)),
         atol=1e-5,
     )
 
@@ -144,7 +144,7 @@ def test_any_size_by_repeating_and_cutting(shape, halvings):
 )
 def test_nothing_beyond_the_halo_matters_and_what_is_nearer_does(config):
     net = network(config).double()
-    places = slice_places(THICK, SliceAxis(0.0, 2.5, 5), PROFILE, 1)
+    places = slice_positions(THICK, SliceAxis(0.0, 2.5, 5), PROFILE, 1)
     step = config.plane_step
     places = places._replace(place=places.place.double(), features=places.features.double())
     side = 2 * config.halo + 3 * step
@@ -159,14 +159,14 @@ def test_nothing_beyond_the_halo_matters_and_what_is_nearer_does(config):
 
 def test_every_slice_hears_of_every_other_and_of_its_place():
     net = network()
-    places = slice_places(THICK, THIN, PROFILE, 1)
+    places = slice_positions(THICK, THIN, PROFILE, 1)
     x = random(0, 1, 3, 12, 4, 4)
     y = x.clone()
     y[:, :, 0] += 3
     assert (net(x, places) - net(y, places))[:, :, -1].abs().max() > 1e-7
-    other = slice_places(THICK, THIN, SliceProfile(10.0), 1)
+    other = slice_positions(THICK, THIN, SliceProfile(10.0), 1)
     assert (net(x, places) - net(x, other)).abs().max() > 1e-4
-    moved = slice_places(THICK, SliceAxis(THIN.first_mm + 1, 1.25, 12), PROFILE, 1)
+    moved = slice_positions(THICK, SliceAxis(THIN.first_mm + 1, 1.25, 12), PROFILE, 1)
     assert (net(x, places) - net(x, moved)).abs().max() > 1e-4
 
 
@@ -175,21 +175,21 @@ def test_cases_of_a_batch_do_not_meet():
     net = network(timed=True)
     x = random(0, 2, 3, 12, 8, 8)
     fine = SliceAxis(0.0, 1.25, 12)
-    together = net(x, slice_places(both, fine, PROFILE, 2), torch.tensor([0.2, 0.9]))
+    together = net(x, slice_positions(both, fine, PROFILE, 2), torch.tensor([0.2, 0.9]))
     for k, when in enumerate((0.2, 0.9)):
         assert torch.allclose(
             together[k : k + 1],
-            net(x[k : k + 1], slice_places(both[k], fine, PROFILE, 1), torch.tensor([when])),
+            net(x[k : k + 1], slice_positions(both[k], fine, PROFILE, 1), torch.tensor([when])),
             atol=1e-5,
         )
     assert (
-        together[1:] - net(x[1:], slice_places(both[1], fine, PROFILE, 1), torch.tensor([0.2]))
+        together[1:] - net(x[1:], slice_positions(both[1], fine, PROFILE, 1), torch.tensor([0.2]))
     ).abs().max() > 1e-5
 
 
 def test_recomputing_gives_the_same_gradients():
     grads = []
-    places = slice_places(THICK, THIN, PROFILE, 1)
+    places = slice_positions(THICK, THIN, PROFILE, 1)
     x = random(0, 1, 3, 12, 8, 8)
     for recompute in (False, True):
         net = network(replace(SMOKE, recompute=recompute)).train()
@@ -220,9 +220,9 @@ def test_presets_grow_and_settings_survive_json():
 
 def started(thick, start):
     return (
-        back_projection(thick, THICK, THIN, slab_matrix(THIN, THICK, PROFILE))
+        back_projection(thick, THICK, THIN, slice_profile_matrix(THIN, THICK, PROFILE))
         if start == "back-projection"
-        else interpolate_slabs(thick, THICK, THIN, start)
+        else interpolate_slices(thick, THICK, THIN, start)
     )
 
 
@@ -239,7 +239,7 @@ def test_untrained_it_is_its_start(start):
         else torch.allclose(found, started(thick, start), atol=2e-3)
     )
     assert torch.equal(
-        found, module.along_z(slice_places(THICK, THIN, PROFILE, 2, start).weights, thick)
+        found, module.along_z(slice_positions(THICK, THIN, PROFILE, 2, start).weights, thick)
     )
     assert (regressor(start=start)(thick, THICK, THIN, PROFILE) - found).abs().max() > 1
 
@@ -254,19 +254,19 @@ def test_any_spacing_and_size_and_consistency(spacing, convention, size):
     fine = thin_axis(THICK, spacing, convention)
     with torch.no_grad():
         loose, exact = (model(thick, THICK, fine, PROFILE, consistent=c) for c in (False, True))
-    matrix = slab_matrix(fine, THICK, PROFILE)
+    matrix = slice_profile_matrix(fine, THICK, PROFILE)
     assert loose.shape == exact.shape == (2, fine.count, *size)
     if fine.count >= 3:
         assert (
-            (thicken(exact.double(), matrix) - thick).abs().max()
+            (average_slices(exact.double(), matrix) - thick).abs().max()
             < 1e-2
-            < (thicken(loose, matrix) - thick).abs().max()
+            < (average_slices(loose, matrix) - thick).abs().max()
         )
     with torch.no_grad():
         calm = model(thick, THICK, fine, PROFILE, consistent=True, noise_hu=1.0)
     if fine.count >= 3:
         assert torch.allclose(
-            (thicken(calm.double(), matrix) - thick).square().mean((1, 2, 3)).sqrt(),
+            (average_slices(calm.double(), matrix) - thick).square().mean((1, 2, 3)).sqrt(),
             torch.ones(2).double(),
             rtol=1e-2,
         )
@@ -282,7 +282,7 @@ def test_tiles_are_the_whole(fold, monkeypatch):
         tiled = model(thick, THICK, THIN, PROFILE, tile=12)
     assert (
         torch.allclose(whole, tiled, atol=2e-2)
-        and (whole - interpolate_slabs(thick, THICK, THIN, "cubic")).abs().max() > 5
+        and (whole - interpolate_slices(thick, THICK, THIN, "cubic")).abs().max() > 5
     )
     # a halo too small must show
     monkeypatch.setattr(SliceNetworkConfig, "halo", property(lambda self: 2))
@@ -295,20 +295,20 @@ def test_batches_of_the_data_set_go_in():
     for k, axis in enumerate((SliceAxis(4.0, 5.0, 3), SliceAxis(0.5, 4.0, 3))):
         fine = thin_axis(axis, 1.25)
         profile = SliceProfile(axis.spacing_mm)
-        matrix = torch.from_numpy(slab_matrix(fine, axis, profile))
+        matrix = torch.from_numpy(slice_profile_matrix(fine, axis, profile))
         thin = hu(k, fine.count, 8, 8)
         items.append(
             {
                 "id": str(k),
                 "thin": thin,
-                "thick": thicken(thin, matrix),
+                "thick": average_slices(thin, matrix),
                 "matrix": matrix,
                 "thin_axis": fine,
                 "thick_axis": axis,
                 "profile": profile,
             }
         )
-    batch, model = collate_slabs(items), regressor()
+    batch, model = collate_stacks(items), regressor()
     given = (batch["thick"], batch["thick_axis"], batch["thin_axis"], batch["profile"])
     loss, figures = model.loss(batch["thin"], *given, mask=batch["mask"])
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_batches_of_the_data_set_go_in():
         exact = model(*given, consistent=True)
     for k, item in enumerate(items):
         assert (
-            thicken(exact[k, : len(item["thin"])].double(), item["matrix"]) - item["thick"]
+            average_slices(exact[k, : len(item["thin"])].double(), item["matrix"]) - item["thick"]
         ).abs().max() < 1e-2
 
 
@@ -355,9 +355,9 @@ def test_what_the_thick_slices_say_is_hardly_learned():
     "A change that consistency takes away costs a tenth of one of the same size that it leaves."
     axis, profile = SliceAxis(2.0, 5.0, 4), SliceProfile(5.0)
     fine = thin_axis(axis, 1.0)
-    matrix = torch.from_numpy(slab_matrix(fine, axis, profile))
+    matrix = torch.from_numpy(slice_profile_matrix(fine, axis, profile))
     truth = hu(7, 1, fine.count, 8, 8).clamp(-900, 900)
-    thick, model = thicken(truth, matrix), regressor()
+    thick, model = average_slices(truth, matrix), regressor()
     seen = torch.ones(fine.count)  # the same everywhere
     unseen = torch.tensor([2.0, -1, -1, -1, 1] * 4)
     unseen *= (seen.square().mean() / unseen.square().mean()).sqrt()
@@ -377,7 +377,7 @@ def test_it_learns():
         torch.sigmoid(4 * random(0, 4, 1, 8, 8) + (torch.arange(12.0) - 6).view(1, 12, 1, 1)) * 1000
         - 500
     )
-    thick = thicken(thin, slab_matrix(THIN, THICK, PROFILE))
+    thick = average_slices(thin, slice_profile_matrix(THIN, THICK, PROFILE))
     torch.manual_seed(0)
     model = SliceRegressor(SliceRegressorConfig.preset("smoke"))
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
@@ -427,7 +427,7 @@ def test_the_same_trunk_of_the_same_size():
 def test_a_network_that_knows_the_residual_gives_it_back(steps, sampler, prediction):
     model = diffusion(diffusion=DiffusionConfig(clamp=10.0, prediction=prediction))
     thin = hu(0, 2, 12, 10, 19)
-    thick = thicken(thin, slab_matrix(THIN, THICK, PROFILE))
+    thick = average_slices(thin, slice_profile_matrix(THIN, THICK, PROFILE))
     _, start, latent, _ = model.conditioned(thick, THICK, THIN, PROFILE)
     z0 = model.residual(thin, latent)
     knows(model, z0)
@@ -462,7 +462,7 @@ def test_a_network_that_knows_the_residual_gives_it_back(steps, sampler, predict
 def test_the_loss_by_hand_and_its_generator():
     model = diffusion(diffusion=DiffusionConfig(clamp=10.0, condition_dropout=0.5))
     thin = hu(0, 3, 12, 8, 8)
-    thick = thicken(thin, slab_matrix(THIN, THICK, PROFILE))
+    thick = average_slices(thin, slice_profile_matrix(THIN, THICK, PROFILE))
     before = torch.get_rng_state()
     with torch.no_grad():
         loss, figures = model.loss(thin, thick, THICK, THIN, PROFILE, generator=seeded(MIXED))
@@ -536,9 +536,9 @@ def test_draws():
         and torch.equal(torch.get_rng_state(), before)
     )
     assert (
-        (thicken(one.double(), slab_matrix(THIN, THICK, PROFILE)) - thick).abs().max()
+        (average_slices(one.double(), slice_profile_matrix(THIN, THICK, PROFILE)) - thick).abs().max()
         < 1e-2
-        < (thicken(draw(0, consistent=False), slab_matrix(THIN, THICK, PROFILE)) - thick)
+        < (average_slices(draw(0, consistent=False), slice_profile_matrix(THIN, THICK, PROFILE)) - thick)
         .abs()
         .max()
     )
@@ -560,7 +560,7 @@ def test_no_residual_is_the_start_to_the_last_bit():
 
 def test_the_vae_stays_and_travels_with_the_weights():
     model, thin = diffusion().train(), hu(0, 2, 12, 8, 8)
-    thick = thicken(thin, slab_matrix(THIN, THICK, PROFILE))
+    thick = average_slices(thin, slice_profile_matrix(THIN, THICK, PROFILE))
     assert not model.vae.training and model.network.training
     model.loss(thin, thick, THICK, THIN, PROFILE, generator=seeded())[0].backward()
     assert all(p.grad is None for p in model.vae.parameters()) and all(
@@ -581,7 +581,7 @@ def test_the_scale_is_measured_a_channel_its_own():
     for k in range(2):
         thin = hu(k, 2, 12, 16, 16)
         batches.append(
-            (thin, thicken(thin, slab_matrix(THIN, THICK, PROFILE)), THICK, THIN, PROFILE)
+            (thin, average_slices(thin, slice_profile_matrix(THIN, THICK, PROFILE)), THICK, THIN, PROFILE)
         )
     model.measure_scale(batches)
     z = torch.cat([model.residual(thin, model.conditioned(*given)[2]) for thin, *given in batches])
@@ -603,7 +603,7 @@ def test_what_is_refused():
     bad = thick.clone()
     bad[0, 0, 0, 0] = torch.nan
     net = network()
-    places = slice_places(THICK, THIN, PROFILE, 1)
+    places = slice_positions(THICK, THIN, PROFILE, 1)
     for match, call in {
         "thick: axes": lambda: model(thick[:, :2], THICK, THIN, PROFILE),
         "thick: holds NaN": lambda: draws.sample(bad, THICK, THIN, PROFILE),

@@ -25,7 +25,7 @@ from ct_nb.slices.open import open_stacks
 from ct_nb.slices.thin_folder import thin_folder
 from ct_nb.slices.prepared import prepare_stacks, prepared_stacks, read_stack
 from ct_nb.slices.prepare import main
-from ct_nb.slices.slice_profile import SlabPairs, SliceAxis, SliceProfile, ThinStack, from_unit, slab_matrix, thicken
+from ct_nb.slices.slice_profile import StackPairs, SliceAxis, SliceProfile, ThinStack, from_unit, slice_profile_matrix, average_slices
 from ct_nb.data.hounsfield import CTReadError
 from ct_nb.physics.volume import Volume, Window
 from places import PROGRAMS
@@ -55,10 +55,10 @@ def test_both_series_are_found_and_placed(good):
         and stack.pixel_mm == (2.0, 2.0)
     )
     assert np.array_equal(stack.thin, THIN) and np.array_equal(stack.thick, np.rint(THICK))
-    item = SlabPairs(StackSource([StackCase("a", "a", lambda: stack)]), count=3, size=8)[0]
+    item = StackPairs(StackSource([StackCase("a", "a", lambda: stack)]), count=3, size=8)[0]
     assert (
         item["measured"]
-        and (thicken(item["thin"], item["matrix"]) - item["thick"]).abs().max() <= 0.51
+        and (average_slices(item["thin"], item["matrix"]) - item["thick"]).abs().max() <= 0.51
     )
     assert any("differ from the thick ones by 0 HU" in note for note in stack.notes)
 
@@ -347,7 +347,7 @@ def test_rplhr_folders_and_alignment(rplhr_root):
         "validation": ["val0", "val1"],
         "test": ["test0", "test1"],
     }
-    item = SlabPairs(source)[0]
+    item = StackPairs(source)[0]
     # the first and last stand over the edge
     assert (
         item["thick"].shape[0] == 8
@@ -355,14 +355,14 @@ def test_rplhr_folders_and_alignment(rplhr_root):
         and len(item["thin"]) == 40
     )
     # HU; the alignment is that of the files
-    assert (thicken(item["thin"], item["matrix"]) - item["thick"]).abs().max() < 1e-2
-    crop = SlabPairs(source, count=2)[0]
+    assert (average_slices(item["thin"], item["matrix"]) - item["thick"]).abs().max() < 1e-2
+    crop = StackPairs(source, count=2)[0]
     # its two inner slices answer a crop of four that begins one slice before
     start = round(crop["thick_axis"].first_mm / 5) - 1
     assert crop["thin_axis"].first_mm == 5 * start + 3 and crop["thin_axis"].count == 10
-    beside = slab_matrix(SliceAxis(0.0, 1.0, 46), SliceAxis(3.0, 5.0, 8), SliceProfile(5.0))
+    beside = slice_profile_matrix(SliceAxis(0.0, 1.0, 46), SliceAxis(3.0, 5.0, 8), SliceProfile(5.0))
     # centres at 5i + 3 would be wrong
-    assert np.abs(thicken(source[0].thin, beside) - source[0].thick[:8]).max() > 100
+    assert np.abs(average_slices(source[0].thin, beside) - source[0].thick[:8]).max() > 100
     assert np.allclose(from_unit(np.float32(0.5), window), 0) and "-1000" in source[0].notes[0]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.slices.slice_profile import SlabPairs, SlabRange, SliceAxis, SliceProfile, ThinStack, collate_slabs, fit_slabs, from_unit, slab_matrix, thicken, thin_axis, to_unit, touched
+from ct_nb.slices.slice_profile import StackPairs, ThickSliceRange, SliceAxis, SliceProfile, ThinStack, collate_stacks, place_slices, from_unit, slice_profile_matrix, average_slices, thin_axis, to_unit, covering_thin_slices
 from ct_nb.data.read import read_ct
 from ct_nb.physics.volume import Grid, get_window
 
@@ -50,7 +50,7 @@ def stack(depth=40, size=(12, 10), spacing=1.0, first=100.0, seed=0, **measured)
 )
 def test_the_slab_of_a_ramp_is_the_ramp_at_the_centre(profile, thick):
     thin = SliceAxis(-10.0, 0.5, 200)
-    found = slab_matrix(thin, thick, profile) @ (3 * thin.positions_mm + 7)
+    found = slice_profile_matrix(thin, thick, profile) @ (3 * thin.positions_mm + 7)
     # thin cells are flat: what a border that cuts a cell can cost
     flat = 3 * thin.spacing_mm**2 / (8 * profile.width_mm)
     assert np.abs(found - (3 * thick.positions_mm + 7)).max() <= flat + 1e-9
@@ -66,20 +66,20 @@ def test_a_naive_index_box_fails_the_ramp():
     assert np.abs(index_box(thin, thick) @ thin.positions_mm - thick.positions_mm).min() > 15
     thick = SliceAxis(2.75, 5.5, 11)  # begins where the stack begins; the ratio is no whole number
     assert np.allclose(
-        slab_matrix(thin, thick, SliceProfile(5.5)) @ thin.positions_mm,
+        slice_profile_matrix(thin, thick, SliceProfile(5.5)) @ thin.positions_mm,
         thick.positions_mm,
         atol=1 / 44 + 1e-9,
     )
     assert np.abs(index_box(thin, thick) @ thin.positions_mm - thick.positions_mm).max() > 2
     whole = SliceAxis(2.5, 5.0, 13)  # the one case it is right for
-    assert np.allclose(index_box(thin, whole), slab_matrix(thin, whole, SliceProfile(5.0)))
+    assert np.allclose(index_box(thin, whole), slice_profile_matrix(thin, whole, SliceProfile(5.0)))
     # and not where slabs overlap
-    assert np.abs(index_box(thin, whole) - slab_matrix(thin, whole, SliceProfile(6.5))).max() > 0.01
+    assert np.abs(index_box(thin, whole) - slice_profile_matrix(thin, whole, SliceProfile(6.5))).max() > 0.01
 
 
 def test_entries_by_hand():
     thin = SliceAxis(0.0, 1.0, 10)
-    row = lambda centre, width: slab_matrix(thin, SliceAxis(centre, 1.0, 1), SliceProfile(width))[0]
+    row = lambda centre, width: slice_profile_matrix(thin, SliceAxis(centre, 1.0, 1), SliceProfile(width))[0]
     assert np.allclose(row(4.0, 3.0), [0, 0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0, 0])
     # centre offset: half a cell at either end
     assert np.allclose(row(4.5, 3.0), np.array([0, 0, 0, 0.5, 1, 1, 0.5, 0, 0, 0]) / 3)
@@ -93,7 +93,7 @@ def test_entries_by_hand():
 def test_gaussian_rows_are_gaussian_sums():
     thin = SliceAxis(0.0, 0.7, 60)
     profile = SliceProfile(4.0, "gaussian")
-    row = slab_matrix(thin, SliceAxis(20.3, 5.0, 1), profile)[0]
+    row = slice_profile_matrix(thin, SliceAxis(20.3, 5.0, 1), profile)[0]
     sigma = 4.0 / math.sqrt(8 * math.log(2))
     fine = np.linspace(thin.edges_mm[0], thin.edges_mm[-1], 600_001)
     middle = (fine[1:] + fine[:-1]) / 2 - 20.3
@@ -111,7 +111,7 @@ def test_gaussian_rows_are_gaussian_sums():
 def test_overlap_and_gaps():
     thin = SliceAxis(0.5, 1.0, 60)
     thick = SliceAxis(12.5, 5.0, 7)
-    seen = lambda width: (slab_matrix(thin, thick, SliceProfile(width))[:, 10:45] > 1e-9).sum(0)
+    seen = lambda width: (slice_profile_matrix(thin, thick, SliceProfile(width))[:, 10:45] > 1e-9).sum(0)
     assert (
         (seen(5.0) == 1).all()
         and seen(9.0).max() == 2
@@ -119,47 +119,47 @@ def test_overlap_and_gaps():
         and (seen(3.0) == 0).sum() == 14
     )
     # contiguous: every thin slice counts alike
-    assert np.allclose(slab_matrix(thin, thick, SliceProfile(5.0))[:, 10:45].sum(0), 0.2)
+    assert np.allclose(slice_profile_matrix(thin, thick, SliceProfile(5.0))[:, 10:45].sum(0), 0.2)
 
 
 def test_two_thickenings_in_a_row_are_one():
     fine = SliceAxis(0.5, 1.0, 60)
     middle = SliceAxis(1.5, 3.0, 20)
     thick = SliceAxis(4.5, 9.0, 6)
-    twice = slab_matrix(middle, thick, SliceProfile(9.0)) @ slab_matrix(
+    twice = slice_profile_matrix(middle, thick, SliceProfile(9.0)) @ slice_profile_matrix(
         fine, middle, SliceProfile(3.0)
     )
-    assert np.allclose(twice, slab_matrix(fine, thick, SliceProfile(9.0)))
+    assert np.allclose(twice, slice_profile_matrix(fine, thick, SliceProfile(9.0)))
 
 
 def test_only_positions_against_each_other_count():
-    one = slab_matrix(
+    one = slice_profile_matrix(
         SliceAxis(0.0, 1.25, 50), SliceAxis(11.0, 4.0, 8), SliceProfile(5.0, "gaussian")
     )
-    two = slab_matrix(
+    two = slice_profile_matrix(
         SliceAxis(-731.0, 1.25, 50), SliceAxis(-720.0, 4.0, 8), SliceProfile(5.0, "gaussian")
     )
     assert np.allclose(one, two, atol=1e-12)
 
 
 def test_kinds_shapes_and_batches():
-    matrix = slab_matrix(SliceAxis(0.0, 1.0, 20), SliceAxis(4.0, 5.0, 3), SliceProfile(6.0))
+    matrix = slice_profile_matrix(SliceAxis(0.0, 1.0, 20), SliceAxis(4.0, 5.0, 3), SliceProfile(6.0))
     thin = np.random.default_rng(0).normal(size=(2, 1, 20, 3, 4)).astype(np.float32)
-    out = thicken(thin, matrix)
+    out = average_slices(thin, matrix)
     assert out.shape == (2, 1, 3, 3, 4) and out.dtype == np.float32
-    assert torch.allclose(thicken(torch.from_numpy(thin), matrix), torch.from_numpy(out), atol=1e-6)
+    assert torch.allclose(average_slices(torch.from_numpy(thin), matrix), torch.from_numpy(out), atol=1e-6)
     assert np.allclose(out[1, 0, 2, 1, 3], matrix[2] @ thin[1, 0, :, 1, 3], atol=1e-6)
-    whole = thicken((thin[0, 0] * 1000).astype(np.int16), matrix)
+    whole = average_slices((thin[0, 0] * 1000).astype(np.int16), matrix)
     assert whole.dtype == np.float32 and np.allclose(
-        whole, thicken((thin[0, 0] * 1000).astype(np.int16).astype(np.float32), matrix)
+        whole, average_slices((thin[0, 0] * 1000).astype(np.int16).astype(np.float32), matrix)
     )
     both = torch.stack([torch.from_numpy(matrix), torch.from_numpy(matrix[::-1].copy())])
     assert torch.allclose(
-        thicken(torch.from_numpy(thin[:, 0]), both)[1, 0],
-        thicken(torch.from_numpy(thin[1, 0]), matrix)[2],
+        average_slices(torch.from_numpy(thin[:, 0]), both)[1, 0],
+        average_slices(torch.from_numpy(thin[1, 0]), matrix)[2],
     )
     x = torch.randn(20, 2, 2, requires_grad=True)
-    thicken(x, matrix).sum().backward()
+    average_slices(x, matrix).sum().backward()
     assert torch.allclose(x.grad[:, 0, 0], torch.from_numpy(matrix.sum(0)).float())
 
 
@@ -190,7 +190,7 @@ def test_ratios_that_are_no_whole_numbers(spacing):
         centres.first_mm == 30.0
         and 0 <= thick.positions_mm[-1] - centres.positions_mm[-1] < spacing
     )
-    assert np.allclose(slab_matrix(slabs, thick, SliceProfile(5.0)).sum(1), 1)
+    assert np.allclose(slice_profile_matrix(slabs, thick, SliceProfile(5.0)).sum(1), 1)
 
 
 def test_windows_go_both_ways():
@@ -228,23 +228,23 @@ def test_axes_of_grids():
         (lambda: thin_axis(SliceAxis(0.0, 5.0, 3), 0.0), "thin_spacing_mm must be above 0"),
         (lambda: thin_axis(SliceAxis(0.0, 5.0, 3), 1.0, "edges"), "convention must be"),
         (
-            lambda: slab_matrix(SliceAxis(0.0, 1.0, 9), SliceAxis(0.0, 5.0, 4), SliceProfile(2.0)),
+            lambda: slice_profile_matrix(SliceAxis(0.0, 1.0, 9), SliceAxis(0.0, 5.0, 4), SliceProfile(2.0)),
             "thick slice 2 at 10 mm sees none",
         ),
-        (lambda: thicken(np.zeros((8, 2, 2)), np.zeros((2, 9))), r"with D = 9 .* \(8, 2, 2\)"),
-        (lambda: thicken(np.zeros(9), np.zeros((2, 9))), "thin must be"),
+        (lambda: average_slices(np.zeros((8, 2, 2)), np.zeros((2, 9))), r"with D = 9 .* \(8, 2, 2\)"),
+        (lambda: average_slices(np.zeros(9), np.zeros((2, 9))), "thin must be"),
         (
-            lambda: fit_slabs(SliceAxis(0.0, 1.0, 9), 5.0, SliceProfile(12.0)),
+            lambda: place_slices(SliceAxis(0.0, 1.0, 9), 5.0, SliceProfile(12.0)),
             "hold no slab that needs 12 mm",
         ),
-        (lambda: SlabRange(spacing_mm=(5.0, 4.0)), "spacing_mm must be"),
-        (lambda: SlabRange(shapes=()), "shapes is empty"),
-        (lambda: SlabRange(shapes=("box",)), "'box'"),
-        (lambda: SlabPairs(Stacks(), count=0), "count must be 1"),
-        (lambda: SlabPairs(Stacks(), size=(3,)), "size must be rows and columns"),
-        (lambda: SlabPairs(Stacks([stack()]), count=9)[0], "holds 8 of the 9 slabs of 5 mm"),
-        (lambda: SlabPairs(Stacks([stack()]), size=11)[0], "12 × 10 pixels, a crop of 11 × 11"),
-        (lambda: SlabPairs(Stacks([stack(spacing=6.0)]))[0], "6 mm apart, thicker than the 5 mm"),
+        (lambda: ThickSliceRange(spacing_mm=(5.0, 4.0)), "spacing_mm must be"),
+        (lambda: ThickSliceRange(shapes=()), "shapes is empty"),
+        (lambda: ThickSliceRange(shapes=("box",)), "'box'"),
+        (lambda: StackPairs(Stacks(), count=0), "count must be 1"),
+        (lambda: StackPairs(Stacks(), size=(3,)), "size must be rows and columns"),
+        (lambda: StackPairs(Stacks([stack()]), count=9)[0], "holds 8 of the 9 slabs of 5 mm"),
+        (lambda: StackPairs(Stacks([stack()]), size=11)[0], "12 × 10 pixels, a crop of 11 × 11"),
+        (lambda: StackPairs(Stacks([stack(spacing=6.0)]))[0], "6 mm apart, thicker than the 5 mm"),
     ],
 )
 def test_bad_input_gets_a_sentence(call, words):
@@ -253,13 +253,13 @@ def test_bad_input_gets_a_sentence(call, words):
 
 
 # ---------------------------------------------------------------- pairs
-WIDE = SlabRange((3.0, 6.5), (0.6, 1.6), (0.0, 1.0), ("rectangular", "gaussian"))
+WIDE = ThickSliceRange((3.0, 6.5), (0.6, 1.6), (0.0, 1.0), ("rectangular", "gaussian"))
 
 
 @pytest.mark.parametrize("epoch", range(8))
 def test_thick_is_exactly_the_matrix_times_thin(epoch):
     source = Stacks([stack(spacing=1.25)])
-    item = SlabPairs(source, WIDE, size=(6, 5), count=3).at(epoch, 0)
+    item = StackPairs(source, WIDE, size=(6, 5), count=3).at(epoch, 0)
     whole = source[0]
     assert (
         item["thin"].shape[1:] == (6, 5)
@@ -267,9 +267,9 @@ def test_thick_is_exactly_the_matrix_times_thin(epoch):
         and item["matrix"].dtype == torch.float64
         and not item["measured"]
     )
-    assert torch.equal(thicken(item["thin"], item["matrix"]), item["thick"])
+    assert torch.equal(average_slices(item["thin"], item["matrix"]), item["thick"])
     # the crop misses nothing that the whole column would have added
-    full = slab_matrix(whole.thin_axis, item["thick_axis"], item["profile"])
+    full = slice_profile_matrix(whole.thin_axis, item["thick_axis"], item["profile"])
     start = round((item["thin_axis"].first_mm - whole.thin_axis.first_mm) / 1.25)
     assert np.allclose(
         full[:, start : start + len(item["thin"])], item["matrix"], atol=1e-12
@@ -287,14 +287,14 @@ def test_thick_is_exactly_the_matrix_times_thin(epoch):
 
 def test_draws_are_of_seed_epoch_and_index():
     source = Stacks([stack(seed=0), stack(seed=1)])
-    pairs = SlabPairs(source, WIDE, size=4, count=2)
+    pairs = StackPairs(source, WIDE, size=4, count=2)
     same = (
         lambda a, b: a["thick_axis"] == b["thick_axis"]
         and a["profile"] == b["profile"]
         and torch.equal(a["thin"], b["thin"])
     )
     assert (
-        same(pairs.at(3, 1), SlabPairs(source, WIDE, size=4, count=2).at(3, 1))
+        same(pairs.at(3, 1), StackPairs(source, WIDE, size=4, count=2).at(3, 1))
         and same(pairs[0], pairs.at(0, 0))
         and same(pairs[-1], pairs[1])
     )
@@ -302,28 +302,28 @@ def test_draws_are_of_seed_epoch_and_index():
     assert len({(i["thick_axis"], i["profile"]) for i in drawn}) == 6 and {
         i["profile"].shape for i in drawn
     } == {"rectangular", "gaussian"}
-    assert not same(pairs.at(0, 0), SlabPairs(source, WIDE, size=4, count=2, seed=1).at(0, 0))
+    assert not same(pairs.at(0, 0), StackPairs(source, WIDE, size=4, count=2, seed=1).at(0, 0))
     with pytest.raises(IndexError):
         pairs[2]
 
 
 def test_whole_stacks_and_both_ends_are_reached():
     source = Stacks([stack(depth=52)])
-    item = SlabPairs(source)[0]
+    item = StackPairs(source)[0]
     assert item["thick"].shape == (10, 12, 10) and item["thin"].shape == (50, 12, 10)
     assert np.allclose(item["thick"][3, 2, 4], source[0].thin[15:20, 2, 4].mean(), atol=1e-4)
-    starts = {SlabPairs(source, count=10, seed=seed)[0]["thin_axis"].first_mm for seed in range(40)}
+    starts = {StackPairs(source, count=10, seed=seed)[0]["thin_axis"].first_mm for seed in range(40)}
     assert starts == {100.0, 101.0, 102.0}  # three places for 50 mm in 52
 
 
 def test_batches_pad_what_is_shorter():
-    pairs = SlabPairs(Stacks([stack(60, seed=s) for s in range(3)]), WIDE, size=4, count=3)
+    pairs = StackPairs(Stacks([stack(60, seed=s) for s in range(3)]), WIDE, size=4, count=3)
     items = [pairs[i] for i in range(3)]
-    batch = collate_slabs(items)
+    batch = collate_stacks(items)
     assert len({len(i["thin"]) for i in items}) > 1 and batch["mask"].sum(1).tolist() == [
         len(i["thin"]) for i in items
     ]
-    assert torch.allclose(thicken(batch["thin"], batch["matrix"]), batch["thick"], atol=1e-3)
+    assert torch.allclose(average_slices(batch["thin"], batch["matrix"]), batch["thick"], atol=1e-3)
     assert batch["matrix"].transpose(1, 2)[~batch["mask"]].abs().max() == 0 and batch["id"] == [
         "case-0",
         "case-1",
@@ -335,14 +335,14 @@ def test_measured_slices_are_used_and_not_simulated():
     thick_axis = SliceAxis(97.0, 5.0, 10)  # the first and the last stand out of the thin stack
     measured = np.arange(10, dtype=np.float32)[:, None, None] * np.ones((10, 12, 10), np.float32)
     source = Stacks([stack(thick=measured, thick_axis=thick_axis, profile=SliceProfile(5.0))])
-    item = SlabPairs(source)[0]
+    item = StackPairs(source)[0]
     assert (
         item["measured"]
         and item["thick"][:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
         and item["thick_axis"].first_mm == 102.0
         and len(item["thin"]) == 40
     )
-    drawn = [SlabPairs(source, count=2, size=3, seed=seed)[0] for seed in range(30)]
+    drawn = [StackPairs(source, count=2, size=3, seed=seed)[0] for seed in range(30)]
     assert {i["thick"][0, 0, 0].item() for i in drawn} == {1, 2, 3, 4, 5, 6, 7}
     for i in drawn:
         assert (
@@ -350,7 +350,7 @@ def test_measured_slices_are_used_and_not_simulated():
             and i["thin_axis"].edges_mm[0] == i["thick_axis"].edges_mm[0]
         )
     with pytest.raises(ValueError, match="8 of the 10 thick slices of case-0 lie wholly over"):
-        SlabPairs(source, count=9)[0]
+        StackPairs(source, count=9)[0]
 
 
 # ---------------------------------------------------------------- real thin CT
@@ -364,7 +364,7 @@ def test_real_thin_ct(real_ct, name, spacing):
         name, name, volume.hu, SliceAxis.along(volume.grid), tuple(volume.grid.spacing_mm[1::-1])
     )
     assert real.thin_axis.spacing_mm == pytest.approx(spacing, abs=1e-4)
-    pairs = SlabPairs(Stacks([real]))
+    pairs = StackPairs(Stacks([real]))
     item = pairs[0]
     assert len(item["thick"]) == int(real.thin_axis.length_mm // 5) and len(item["thin"]) == len(
         item["thick"]

@@ -14,11 +14,11 @@ import ct_nb.slices.vae_train as vae_training
 from ct_nb.slices.rplhr_ct import rplhr, rplhr_scores
 from ct_nb.slices.open import open_stacks
 from ct_nb.slices.prepared import prepare_stacks
-from ct_nb.slices.slice_profile import SlabPairs, SlabRange, SliceAxis, SliceProfile, collate_slabs, slab_matrix, thicken, to_unit
-from ct_nb.slices.crops import KeptStacks, SliceCrops, thinned_less
+from ct_nb.slices.slice_profile import StackPairs, ThickSliceRange, SliceAxis, SliceProfile, collate_stacks, slice_profile_matrix, average_slices, to_unit
+from ct_nb.slices.crops import CachedStacks, SliceCrops, resample_thin
 from ct_nb.training.checkpoints import WeightsError
-from ct_nb.slices.thin_ct_files import thin_file
-from ct_nb.slices.train import SLICES_PRESETS, Slices, SlicesRun, _Learner, get_slices_preset, load_slices
+from ct_nb.slices.thin_ct_files import interpolate_file
+from ct_nb.slices.train import SLICES_PRESETS, SliceModels, SlicesRun, _Learner, get_slices_preset, load_slices
 from ct_nb.slices.vae_train import VAERun
 from ct_nb.slices.models import SliceDiffusion, SliceRegressor
 from ct_nb.physics.volume import Volume
@@ -28,9 +28,9 @@ from ct_nb.slices.figures import slices_cut_figure
 
 @pytest.fixture(scope="module")
 def pairs():
-    return SlabPairs(
-        KeptStacks(open_stacks("phantom:2", size=64, side_mm=192)),
-        SlabRange((9.0, 12.0), (0.8, 1.2), (0.0, 1.0), ("rectangular", "gaussian")),
+    return StackPairs(
+        CachedStacks(open_stacks("phantom:2", size=64, side_mm=192)),
+        ThickSliceRange((9.0, 12.0), (0.8, 1.2), (0.0, 1.0), ("rectangular", "gaussian")),
         32,
         3,
     )
@@ -47,8 +47,8 @@ def done(tmp_path_factory):
 
 def test_padding_in_a_batch_teaches_nothing(pairs):
     crops = SliceCrops(pairs)
-    items = [thinned_less(pairs.at(3, 0), 4.0), pairs.at(3, 0)]
-    batch = collate_slabs(items)
+    items = [resample_thin(pairs.at(3, 0), 4.0), pairs.at(3, 0)]
+    batch = collate_stacks(items)
     assert not batch["mask"].all()
     torch.manual_seed(0)
     model = SliceRegressor(training.SliceRegressorConfig.preset("smoke"))
@@ -64,7 +64,7 @@ def test_padding_in_a_batch_teaches_nothing(pairs):
 
 
 def test_a_step_draws_the_same_again(pairs):
-    batch = collate_slabs([SliceCrops(pairs).at(0, 0)])
+    batch = collate_stacks([SliceCrops(pairs).at(0, 0)])
     torch.manual_seed(0)
     learner = _Learner(SliceDiffusion(training.SliceDiffusionConfig.preset("smoke")), 3)
     losses = [learner(batch, step)[1]["diffusion"] for step in (5, 5, 6)]
@@ -214,7 +214,7 @@ def test_bad_settings_get_a_sentence(done, tmp_path):
     with pytest.raises(ValueError, match="model: must be both"):
         SlicesRun("smoke", model="gan")
     with pytest.raises(ValueError, match="needs a regressor"):
-        Slices()
+        SliceModels()
     with pytest.raises(WeightsError, match="no such file"):
         SlicesRun("smoke", out=tmp_path, vae=str(tmp_path / "none")).open()
     shutil.copytree(done[0].out / "vae", tmp_path / "vae")
@@ -256,13 +256,13 @@ def archive(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(archive, tmp_path_factory):
     "A short run on it, watched as it goes; and who was looked at while it was."
-    watched, own = [], KeptStacks.__getitem__
+    watched, own = [], CachedStacks.__getitem__
 
     def looking(validate):
         def told(self, learner, **more):
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr(
-                    KeptStacks,
+                    CachedStacks,
                     "__getitem__",
                     lambda kept, index: watched.append(kept.patients[index]) or own(kept, index),
                 )
@@ -355,7 +355,7 @@ def test_slices_that_were_measured_are_what_was_seen(measured, tmp_path):
         Volume(body((8, 32, 40)), np.diag([2.0, 2, spacing, 1])).save(
             tmp_path / f"{spacing:g}.nii.gz"
         )
-    go = lambda spacing: thin_file(
+    go = lambda spacing: interpolate_file(
         tmp_path / f"{spacing}.nii.gz",
         tmp_path / "thin.nii.gz",
         run.out,
@@ -380,10 +380,10 @@ def test_slices_that_were_measured_are_what_was_seen(measured, tmp_path):
 def test_rplhr_is_also_judged_by_its_own_rules(tmp_path, capsys):
     centres = SliceAxis(0.0, 5.0, 10)
     fine = SliceAxis(0.0, 1.0, 46)
-    matrix = slab_matrix(fine, centres, SliceProfile(5.0))
+    matrix = slice_profile_matrix(fine, centres, SliceProfile(5.0))
     for n, side in enumerate(("train", "val", "test")):
         thin = to_unit(body((46, 32, 40), seed=n)).astype(np.float32)
-        for width, hu, spacing in (("1mm", thin, 1.0), ("5mm", thicken(thin, matrix), 5.0)):
+        for width, hu, spacing in (("1mm", thin, 1.0), ("5mm", average_slices(thin, matrix), 5.0)):
             Volume(hu, np.diag([2.0, 2, spacing, 1])).save(
                 tmp_path / "set" / side / width / f"{side}.nii.gz"
             )

@@ -14,9 +14,9 @@ import torch
 import ct_nb.slices.vae_tiles as tiles
 from ct_nb.training.checkpoints import WeightsError
 from ct_nb.slices.vae_train import VAE_PRESETS, VAELearner, VAERun, ThinCrops, collate_crops, load_vae
-from ct_nb.slices.vae_metrics import block_means, scores, slice_ssim, vae_floors
+from ct_nb.slices.vae_metrics import block_means, vae_scores, slice_ssim, vae_baselines
 from ct_nb.layers.latent import Latent
-from ct_nb.slices.vae import SliceVAE, SliceVAEConfig, Straight, fold, padded, unfold
+from ct_nb.slices.vae import SliceVAE, SliceVAEConfig, LinearAutoencoder, space_to_depth, pad_in_plane, depth_to_space
 from ct_nb.slices.vae_tiles import cuts, decode_tiled, encode_tiled, plan_tiles, tile_bytes
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import WINDOWS
@@ -74,16 +74,16 @@ def test_padding_repeats_the_edge_and_is_cropped_exactly(chest):
     part = chest[..., :20, :27, :45]
     by_hand = torch.cat([part, part[..., -1:].expand(-1, -1, -1, -1, 3)], -1)
     by_hand = torch.cat([by_hand, by_hand[..., -1:, :].expand(-1, -1, -1, 5, -1)], -2)
-    assert torch.equal(padded(part), by_hand) and torch.equal(
+    assert torch.equal(pad_in_plane(part), by_hand) and torch.equal(
         vae(part)[0], vae(by_hand)[0][..., :27, :45]
     )
 
 
 def test_fold_and_unfold_are_inverse_and_as_pixel_unshuffle():
     x = torch.randn(2, 3, 2, 8, 16)
-    assert torch.equal(unfold(fold(x, 4), 4), x)
-    assert torch.equal(fold(x, 4)[:, :, 1], torch.nn.functional.pixel_unshuffle(x[:, :, 1], 4))
-    assert torch.equal(fold(x.contiguous(memory_format=torch.channels_last_3d), 2), fold(x, 2))
+    assert torch.equal(depth_to_space(space_to_depth(x, 4), 4), x)
+    assert torch.equal(space_to_depth(x, 4)[:, :, 1], torch.nn.functional.pixel_unshuffle(x[:, :, 1], 4))
+    assert torch.equal(space_to_depth(x.contiguous(memory_format=torch.channels_last_3d), 2), space_to_depth(x, 2))
 
 
 # the latent is the only way
@@ -121,8 +121,8 @@ def test_slices_help_each_other_and_one_alone_is_fine():
 
 
 def test_the_linear_start_is_the_best_linear_code(chest):
-    straight = Straight(4).fit([chest[:, :, :40], chest[:, :, 40:]])
-    blocks = fold(chest, 8).movedim(1, -1).flatten(0, -2).double()
+    straight = LinearAutoencoder(4).fit([chest[:, :, :40], chest[:, :, 40:]])
+    blocks = space_to_depth(chest, 8).movedim(1, -1).flatten(0, -2).double()
     values = torch.linalg.eigvalsh(torch.cov(blocks.T, correction=0))
     with torch.no_grad():
         error = (straight.decode(straight.encode(chest)) - chest).square().mean()
@@ -303,13 +303,13 @@ def test_slice_ssim_is_that_of_images():
 
 def test_scores_of_a_constant_error(chest):
     truth = WINDOWS["chest"].to_hu(chest[0, 0]).clamp(-900, 900)
-    found = scores(truth + 20.48, truth, WINDOWS["chest"])
+    found = vae_scores(truth + 20.48, truth, WINDOWS["chest"])
     assert (
         found["psnr"] == pytest.approx(40, abs=1e-3)
         and found["slice_psnr"] == pytest.approx(40, abs=1e-3)
         and found["mae_hu"] == pytest.approx(found["bias_hu"]) == pytest.approx(20.48, abs=1e-3)
     )
-    assert np.isnan(scores(truth[:4], truth[:4] + 1, WINDOWS["chest"])["ssim"])
+    assert np.isnan(vae_scores(truth[:4], truth[:4] + 1, WINDOWS["chest"])["ssim"])
 
 
 def test_block_means_keep_means():
@@ -320,17 +320,17 @@ def test_block_means_keep_means():
 
 
 def test_floors_are_what_their_names_say():
-    x, linear = stack(3, 21, 30), Straight(4)
+    x, linear = stack(3, 21, 30), LinearAutoencoder(4)
     linear.fit([stack(3, 24, 32, seed=1)])
     with torch.no_grad():
-        found = vae_floors(x, linear)
-    blocks = fold(padded(x), 8).movedim(1, -1).reshape(-1, 64)
+        found = vae_baselines(x, linear)
+    blocks = space_to_depth(pad_in_plane(x), 8).movedim(1, -1).reshape(-1, 64)
     weight = linear.narrow.weight.detach().reshape(4, 64)
     bias = linear.narrow.bias.detach()
     kept = (blocks @ weight.T + bias) @ linear.widen.weight.detach().reshape(
         64, 4
     ).T + linear.widen.bias.detach()
-    again = unfold(kept.reshape(1, 3, 3, 4, 64).movedim(-1, 1), 8)[..., :21, :30]
+    again = depth_to_space(kept.reshape(1, 3, 3, 4, 64).movedim(-1, 1), 8)[..., :21, :30]
     assert list(found) == ["linear", "mean_4", "mean_8"] and torch.allclose(
         found["linear"], again, atol=1e-5
     )
@@ -476,8 +476,8 @@ def test_bad_input_gets_a_sentence(chest, tmp_path):
         (lambda: SliceVAEConfig(window="brain"), "window: there is none named"),
         (lambda: SliceVAEConfig.preset("huge"), "preset: must be one of"),
         (lambda: SliceVAEConfig.from_dict({"colour": 1}), "unknown settings colour"),
-        (lambda: Straight(4).fit([]), "crops: none came"),
-        (lambda: Straight(4).fit([torch.zeros(1, 1, 1, 16, 16)]), "do not vary"),
+        (lambda: LinearAutoencoder(4).fit([]), "crops: none came"),
+        (lambda: LinearAutoencoder(4).fit([torch.zeros(1, 1, 1, 16, 16)]), "do not vary"),
         (
             lambda: slice_ssim(torch.zeros(2, 9, 20), torch.zeros(2, 9, 20), WINDOWS["chest"]),
             "at least 11×11 pixels",

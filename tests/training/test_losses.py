@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ct_nb.training.adversarial import Adversary, PatchDiscriminator3d, adaptive_weight, discriminator_hinge, generator_hinge
 from ct_nb.training.projection_losses import cross_view_infonce, distillation_error, drr_cycle_error, mask_patches, masked_error, mixup, third_view
-from ct_nb.training.losses import LossWeights, kl_weight, reconstruction_loss, weighted_sum, windowed
+from ct_nb.training.losses import LossWeights, kl_weight, reconstruction_loss, weighted_sum, to_window
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
@@ -563,7 +563,7 @@ def test_one_backward_pass_is_two_separate_ones():
     heard = heard_by(adversary, guess)
     (heard.network + heard.critic).backward()
     apart = guess.detach().clone().requires_grad_()
-    network = -adversary.discriminator(windowed(apart, CHEST)[:, None]).mean()
+    network = -adversary.discriminator(to_window(apart, CHEST)[:, None]).mean()
     assert torch.allclose(guess.grad, torch.autograd.grad(network, apart)[0], rtol=1e-4, atol=1e-12)
     heard = heard_by(adversary, guess.detach())
     for parameter, gradient in zip(
@@ -597,7 +597,7 @@ def test_adaptive_weight_balances_and_is_bounded():
     torch.manual_seed(0)
     adversary = Adversary(4, 2).eval()
     guess = (torch.randn(1, 16, 16, 16) * 300).requires_grad_()
-    reconstruction = (windowed(guess, CHEST) - 0.4).abs().mean()
+    reconstruction = (to_window(guess, CHEST) - 0.4).abs().mean()
     heard = heard_by(adversary, guess, reconstruction=reconstruction)
     norms = [
         torch.autograd.grad(loss, guess, retain_graph=True)[0].norm().item()

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
-from ct_nb.core.plot_style import FLOOR, MODEL, SERIES, TRUTH
+from ct_nb.core.plot_style import BASELINE, MODEL, SERIES, TRUTH
 from ct_nb.viewer.figures import along_lps, comparison_figure, orientation_marks, plane, save_figure, scale_bar, slices_figure, training_figure, view_name, xray_ends, xrays_figure
 from places import ROOT
 
@@ -219,7 +219,7 @@ def found_reconstruction():
 
 
 def uncertain():
-    from ct_nb.evaluation.uncertainty import hallucination_map, summarise
+    from ct_nb.evaluation.uncertainty import hallucination_map, summarize_samples
 
     volume = thorax()
     samples = volume.tensor() + 60 * torch.randn(
@@ -227,7 +227,7 @@ def uncertain():
     )
     return (
         volume,
-        summarise(samples),
+        summarize_samples(samples),
         samples[0],
         hallucination_map(
             samples, ConeBeam.biplanar(grid=volume.grid, detector_shape=(12, 12), pixel_mm=40.0)
@@ -237,7 +237,7 @@ def uncertain():
 
 def levels():
     from ct_nb.evaluation.segmentation_metrics import body_mask
-    from ct_nb.evaluation.uncertainty import reliability, summarise, uncertainty_rows
+    from ct_nb.evaluation.uncertainty import reliability, summarize_samples, uncertainty_rows
 
     volume = thorax()
     draws = torch.randn((5, 16, 16, 16), generator=torch.Generator().manual_seed(1))
@@ -247,7 +247,7 @@ def levels():
             row
             for patient in range(3)
             for row in uncertainty_rows(
-                summarise(100 * draws[1:] + patient),
+                summarize_samples(100 * draws[1:] + patient),
                 100 * draws[0],
                 body,
                 f"c{patient}",
@@ -322,9 +322,9 @@ def seen_by(geometry: ConeBeam):
 
 def slab_item():
     from ct_nb.slices.open import open_stacks
-    from ct_nb.slices.slice_profile import SlabPairs, SlabRange
+    from ct_nb.slices.slice_profile import StackPairs, ThickSliceRange
 
-    return SlabPairs(open_stacks("phantom:1", size=24, side_mm=192.0), SlabRange((24.0, 24.0)))[0]
+    return StackPairs(open_stacks("phantom:1", size=24, side_mm=192.0), ThickSliceRange((24.0, 24.0)))[0]
 
 
 SCAN = ConeBeam.orbit([0, 90, 200], grid=Grid.cube(16), detector_shape=(12, 14), pixel_mm=40.0)
@@ -525,4 +525,4 @@ def test_a_scale_bar_is_as_long_as_it_says_on_every_axis():
 
 
 def test_the_colours_are_one_set():
-    assert (FLOOR, MODEL, TRUTH) == SERIES[:3] and len(set(SERIES)) == 6
+    assert (BASELINE, MODEL, TRUTH) == SERIES[:3] and len(set(SERIES)) == 6

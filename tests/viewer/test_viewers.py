@@ -19,12 +19,12 @@ from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
 from ct_nb.viewer import canvas as explore
 from ct_nb.viewer import slice_canvas as slice_picture
-from ct_nb.viewer.canvas import Picture, attended, colors, draw_picture, grey, line, overlay, show
+from ct_nb.viewer.canvas import ImageCanvas, is_interactive, apply_colormap, draw_canvas, to_uint8, line_mark, overlay, display_widget
 from ct_nb.viewer.ct_viewer import VolumeViewer
 from ct_nb.app.reconstruction_explorer import ReconstructionExplorer, XrayComparison
-from ct_nb.viewer.xray_viewer import DETECTOR, XrayStudio, clipped_line, ray_inside
-from ct_nb.viewer.scene3d import Body, Eye, corners_mm, fitting, paint_scene
-from ct_nb.viewer.slice_canvas import SlicePicture, upright, value_at
+from ct_nb.viewer.xray_viewer import DETECTOR, XrayExplorer, clipped_line, ray_inside
+from ct_nb.viewer.scene3d import SurfacePoints, Camera, corners_mm, fit_camera, render_scene
+from ct_nb.viewer.slice_canvas import SliceCanvas, to_patient_axes, value_at
 from ct_nb.physics.epipolar import epipolar_lines
 from places import ROOT
 
@@ -59,7 +59,7 @@ def chest():
 
 @pytest.fixture(scope="module")
 def studio(chest):
-    return XrayStudio(chest.volume, size=32)
+    return XrayExplorer(chest.volume, size=32)
 
 
 def digest(picture):
@@ -70,7 +70,7 @@ def digest(picture):
 
 
 def test_a_picture_sends_its_pixels_as_they_are():
-    picture, heard = Picture(), []
+    picture, heard = ImageCanvas(), []
     picture.observe(lambda change: heard.append(change["new"]["digest"]), "frame")
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     picture.draw(image), picture.draw(image.copy()), picture.draw(image[..., 0])
@@ -89,19 +89,19 @@ def test_a_picture_sends_its_pixels_as_they_are():
 )
 def test_a_picture_refuses_what_is_none(wrong):
     with pytest.raises(ValueError, match="pixels: expected uint8"):
-        Picture().draw(wrong)
+        ImageCanvas().draw(wrong)
 
 
 def test_grey_and_colours():
-    assert grey(np.array([-2000.0, -200, 0, 200, 5000]), "soft_tissue").tolist() == [
+    assert to_uint8(np.array([-2000.0, -200, 0, 200, 5000]), "soft_tissue").tolist() == [
         0,
         0,
         128,
         255,
         255,
     ]
-    assert grey(np.array([0.0, 1, 2]), (0.0, 2.0)).tolist() == [0, 128, 255]
-    low, middle, high = colors(np.array([-9.0, 0.0, 9.0]), -1.0, 1.0).astype(int)
+    assert to_uint8(np.array([0.0, 1, 2]), (0.0, 2.0)).tolist() == [0, 128, 255]
+    low, middle, high = apply_colormap(np.array([-9.0, 0.0, 9.0]), -1.0, 1.0).astype(int)
     assert (
         low[2] > low[0] and high[0] > high[2] and middle.sum() < 60
     ), "blue below, red above, dark where there is no error"
@@ -113,24 +113,24 @@ def test_grey_and_colours():
 
 def test_the_script_is_a_module_that_needs_no_network():
     assert (
-        "export default" in explore.SCRIPT
-        and "import " not in explore.SCRIPT
-        and "http" not in explore.SCRIPT + explore.SHEET
+        "export default" in explore.CANVAS_JS
+        and "import " not in explore.CANVAS_JS
+        and "http" not in explore.CANVAS_JS + explore.CANVAS_CSS
     )
 
 
 def test_marks_reach_the_page_that_stands_still():
-    picture = Picture(
+    picture = ImageCanvas(
         pixel_mm=[1.0, 2.0], scale_bar_mm=10.0, letters=["R", "L", "A", "P"], title="title"
     )
     picture.draw(np.zeros((10, 20), np.uint8))
     picture.marks = [
-        line([(0, 0), (20, 10)], "#ff0000"),
-        explore.dot((3, 4), "#00ff00"),
-        explore.words((5, 5), "here", "#0000ff"),
+        line_mark([(0, 0), (20, 10)], "#ff0000"),
+        explore.dot_mark((3, 4), "#00ff00"),
+        explore.text_mark((5, 5), "here", "#0000ff"),
     ]
     axis = plt.subplots()[1]
-    draw_picture(axis, picture)
+    draw_canvas(axis, picture)
     assert {"R", "L", "A", "P", "10 mm", "here"} <= {
         t.get_text() for t in axis.texts
     } and axis.get_title() == "title"
@@ -144,13 +144,13 @@ def test_marks_reach_the_page_that_stands_still():
 
 @pytest.mark.parametrize("kind", PLANES)
 def test_a_pixel_shows_the_voxel_that_its_place_names(uneven, kind):
-    picture = SlicePicture(uneven.grid, uneven.hu, kind, index=3)
+    picture = SliceCanvas(uneven.grid, uneven.hu, kind, index=3)
     rows = picture.frame["rows"]
     columns = picture.frame["columns"]
     for row in range(rows):
         for column in range(columns):
             here = picture.to_mm(column + 0.5, row + 0.5)
-            assert picture.pixels[row, column] == grey(value_at(uneven.grid, uneven.hu, here))
+            assert picture.pixels[row, column] == to_uint8(value_at(uneven.grid, uneven.hu, here))
             assert np.allclose(picture.to_pixel(here), (column + 0.5, row + 0.5)) and here[
                 picture.normal
             ] == pytest.approx(picture.at_mm)
@@ -167,9 +167,9 @@ def test_a_pixel_shows_the_voxel_that_its_place_names(uneven, kind):
 
 def test_a_forgotten_flip_would_be_seen(uneven, monkeypatch):
     monkeypatch.setattr(
-        SlicePicture,
+        SliceCanvas,
         "redraw",
-        lambda self: self.draw(grey(self.arrays[0].take(self.index, axis=2 - self.normal))),
+        lambda self: self.draw(to_uint8(self.arrays[0].take(self.index, axis=2 - self.normal))),
     )
     with pytest.raises(AssertionError):
         test_a_pixel_shows_the_voxel_that_its_place_names(uneven, "coronal")
@@ -179,7 +179,7 @@ def test_letters_say_where_the_ends_are(uneven):
     """The left edge of an axial slice is the patient's right, its upper edge the front; of a
     coronal slice the upper edge is the head.
     """
-    axial, coronal, sagittal = (SlicePicture(uneven.grid, uneven.hu, kind) for kind in PLANES)
+    axial, coronal, sagittal = (SliceCanvas(uneven.grid, uneven.hu, kind) for kind in PLANES)
     assert (
         axial.letters == ["R", "L", "A", "P"]
         and axial.to_mm(0, 3)[0] < axial.to_mm(8, 3)[0]
@@ -204,7 +204,7 @@ def test_upright_moves_no_number(axes, signs):
     affine[:3, 3] = 5, -3, 9
     volume = Volume(np.random.default_rng(1).normal(size=(4, 5, 6)), affine)
     labels = np.arange(120).reshape(4, 5, 6)
-    straight, turned = upright(volume, labels)
+    straight, turned = to_patient_axes(volume, labels)
     assert np.allclose(straight.affine[:3, :3], np.diag(straight.grid.spacing_mm))
     for index in np.ndindex(4, 5, 6):
         point = volume.grid.index_to_mm(index[::-1])
@@ -219,7 +219,7 @@ def test_upright_resamples_an_oblique_scan():
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     volume = Volume(np.zeros((4, 20, 20)), turn @ np.diag([2.0, 2, 5, 1]))
-    straight, labels = upright(volume, np.ones((4, 20, 20), np.uint8))
+    straight, labels = to_patient_axes(volume, np.ones((4, 20, 20), np.uint8))
     assert (
         straight.grid.shape == labels.shape
         and set(np.unique(labels)) == {0, 1}
@@ -230,13 +230,13 @@ def test_upright_resamples_an_oblique_scan():
 
 def test_slices_refuse_what_does_not_fit(uneven):
     with pytest.raises(ValueError, match="plane: there is none named 'oblique'"):
-        SlicePicture(uneven.grid, uneven.hu, "oblique")
+        SliceCanvas(uneven.grid, uneven.hu, "oblique")
     with pytest.raises(ValueError, match="arrays: expected arrays of the grid's shape"):
-        SlicePicture(uneven.grid, uneven.hu[1:])
+        SliceCanvas(uneven.grid, uneven.hu[1:])
     with pytest.raises(ValueError, match="grid: its axes do not run"):
-        SlicePicture(Grid((6, 7, 8), np.diag([-1.0, 1, 1, 1])), uneven.hu)
+        SliceCanvas(Grid((6, 7, 8), np.diag([-1.0, 1, 1, 1])), uneven.hu)
     with pytest.raises(ValueError, match="labels: expected the volume's shape"):
-        upright(uneven, np.zeros((2, 2, 2)))
+        to_patient_axes(uneven, np.zeros((2, 2, 2)))
 
 
 # The CT viewer
@@ -366,7 +366,7 @@ def test_a_picture_of_a_view_is_the_projection(studio, chest):
 
 
 def test_tubes_at_one_place_have_no_line(chest):
-    studio = XrayStudio(chest.volume, azimuth_deg=(30.0, 30.0), size=16)
+    studio = XrayExplorer(chest.volume, azimuth_deg=(30.0, 30.0), size=16)
     studio.pick(0, 60, 60)
     assert (
         not studio.epipolar_line().any()
@@ -418,14 +418,14 @@ def test_clipped_lines_end_at_the_border():
 def test_the_scene_is_drawn_where_it_is():
     grid = Grid.cube(16)
     geometry = ConeBeam.biplanar(grid=grid, detector_shape=(8, 8), pixel_mm=60)
-    eye = fitting(Eye(20.0, 40.0), geometry)
+    eye = fit_camera(Camera(20.0, 40.0), geometry)
     for points in (geometry.source_mm.numpy(), corners_mm(geometry)):
         seen, _ = eye.see(points)
         assert (seen >= 0).all() and (seen <= eye.shape[::-1]).all()
     nobody = (np.zeros((0, 3)), np.zeros((0, 3)))
     xrays = np.zeros((2, 8, 8))
     xrays[0, 2, 6] = 1.0
-    picture = paint_scene(eye, Body(nobody, nobody, 5.0), geometry, xrays, 1.0)
+    picture = render_scene(eye, SurfacePoints(nobody, nobody, 5.0), geometry, xrays, 1.0)
     point = (
         geometry.detector_center_mm + 2.5 * geometry.column_step_mm - 1.5 * geometry.row_step_mm
     )[0].numpy()
@@ -473,10 +473,10 @@ def test_columns_hold_what_they_are_named_after(answered):
     found = explorer(answered)
     k = found.slider.value
     stack = np.stack([v.hu for v in answered.samples])
-    assert np.array_equal(found.pictures["refined"].pixels, grey(answered.volumes["refined"].hu[k]))
+    assert np.array_equal(found.pictures["refined"].pixels, to_uint8(answered.volumes["refined"].hu[k]))
     assert np.array_equal(
         found.errors["refined"].pixels,
-        colors(answered.volumes["refined"].hu[k] - answered.truth.hu[k], -600, 600),
+        apply_colormap(answered.volumes["refined"].hu[k] - answered.truth.hu[k], -600, 600),
     )
     assert np.allclose(found.volumes["mean of samples"], stack.mean(0), atol=1e-2) and np.allclose(
         found.spread, stack.std(0, ddof=1), rtol=1e-3
@@ -485,7 +485,7 @@ def test_columns_hold_what_they_are_named_after(answered):
     found.plane.value = "sagittal"
     assert np.array_equal(
         found.pictures["coarse"].pixels,
-        grey(answered.volumes["coarse"].hu[::-1, :, found.slider.value]),
+        to_uint8(answered.volumes["coarse"].hu[::-1, :, found.slider.value]),
     )
 
 
@@ -512,7 +512,7 @@ def test_another_sample_changes_its_column_and_its_xrays(answered):
     found.sample.value = 3
     assert (
         np.array_equal(
-            found.pictures["one sample"].pixels, grey(answered.samples[3].hu[found.slider.value])
+            found.pictures["one sample"].pixels, to_uint8(answered.samples[3].hu[found.slider.value])
         )
         and digest(found.pictures["one sample"]) != before
     )
@@ -581,18 +581,18 @@ def test_figures_of_explorers_carry_the_marks_of_all_figures(chest, studio, answ
 def test_nobody_sits_at_a_test(monkeypatch):
     import IPython
 
-    assert not attended()
+    assert not is_interactive()
     for kernel, somebody in (
         (SimpleNamespace(_allow_stdin=True), True),
         (SimpleNamespace(_allow_stdin=False), False),
     ):
         monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
-        assert attended() == somebody
+        assert is_interactive() == somebody
         still = SimpleNamespace(static=lambda: "figure")
         assert (
-            show(still) == (still if somebody else "figure")
-            and show(still, False) == "figure"
-            and show(still, True) is still
+            display_widget(still) == (still if somebody else "figure")
+            and display_widget(still, False) == "figure"
+            and display_widget(still, True) is still
         )
 
 
@@ -663,7 +663,7 @@ def test_papermill_gets_figures_of_all_explorers(tmp_path, monkeypatch):
 def test_a_run_that_cannot_answer_is_named_and_the_rest_goes_on(tmp_path):
     "Weights of another version, or a folder of another system, in the place of a trained run."
     from ct_nb.phantom.chest import phantom
-    from ct_nb.app.compare import answers
+    from ct_nb.app.compare import reconstruct_all
 
     for name in ("drr2ct", "cascade"):
         (tmp_path / name).mkdir()
@@ -671,7 +671,7 @@ def test_a_run_that_cannot_answer_is_named_and_the_rest_goes_on(tmp_path):
             '{"system": "%s", "network": {"from_tomorrow": 1}}' % name
         )
         (tmp_path / name / "model.safetensors").write_bytes(b"weights")
-    found = answers(phantom(3, 32).volume, tmp_path, samples=1)
+    found = reconstruct_all(phantom(3, 32).volume, tmp_path, samples=1)
     assert list(found.volumes) == ["minimum norm", "SIRT"] and not found.samples
     said = [sentence for sentence in found.missing if "cannot answer" in sentence]
     assert (
