@@ -28,8 +28,8 @@ from execnb.nbio import dict2nb, mk_cell, nb2dict
 from fastcore.docments import docments
 from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor, Processor
-from nbdev.showdoc import showdoc_nm
 from nbdev.processors import hide_, hide_line, rm_header_dash, strip_hidden_metadata
+from nbdev.showdoc import showdoc_nm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("papers/*.md", "CONTRIBUTING.md", "CHANGELOG.md")  # beside the notebooks

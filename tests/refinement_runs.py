@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ct_nb.data.open import phantom_source
-from ct_nb.training.checkpoints import save_weights
-from ct_nb.drr2ct.train import DRR2CTRun, get_drr2ct_preset
 from ct_nb.drr2ct.network import DRR2CT
+from ct_nb.drr2ct.train import DRR2CTRun, get_drr2ct_preset
+from ct_nb.training.checkpoints import save_weights
 
 NETWORK = replace(get_drr2ct_preset("smoke").network, size=16, latent_size=8, prior_modes=4)
 

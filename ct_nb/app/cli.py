@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..core.errors import InputError
 from fastcore.script import Param, call_parse
 
 # %% ../../nbs/app/03_cli.ipynb #cell-003
@@ -26,7 +27,7 @@ def _sentences(command: str):
 def _number(text: str, name: str) -> float:
     numbers = _numbers(text, name)
     if len(numbers) != 1:
-        raise ValueError(f"{name}: must be one number, got {text!r}.")
+        raise InputError(name, f"must be one number, got {text!r}.")
     return numbers[0]
 
 
@@ -34,7 +35,7 @@ def _numbers(text: str, name: str) -> list[float]:
     try:
         return [float(word) for word in str(text).replace(",", " ").split()]
     except ValueError:
-        raise ValueError(f"{name}: must be numbers separated by commas, got {text!r}.") from None
+        raise InputError(name, f"must be numbers separated by commas, got {text!r}.") from None
 
 # %% ../../nbs/app/03_cli.ipynb #cell-005
 @call_parse
@@ -77,7 +78,7 @@ def drr(
         angles = _numbers(azimuth, "azimuth")
         tilts = _numbers(elevation, "elevation")
         if len(tilts) not in (1, len(angles)):
-            raise ValueError(f"elevation: give one number or {len(angles)}, got {len(tilts)}.")
+            raise InputError("elevation", f"give one number or {len(angles)}, got {len(tilts)}.")
         geometry = ConeBeam.orbit(
             angles,
             tilts if len(tilts) > 1 else tilts[0],
@@ -158,9 +159,10 @@ def reconstruct(
         from ct_nb.app.reconstruct_files import reconstruct_files
 
         if inverted and not_inverted:
-            raise ValueError(
-                "inverted: the X-rays cannot be inverted and not inverted; give one of --inverted"
-                " and --not_inverted."
+            raise InputError(
+                "inverted",
+                "the X-rays cannot be inverted and not inverted; give one of --inverted"
+                " and --not_inverted.",
             )
         told = dict(
             kind=kind,

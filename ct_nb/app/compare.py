@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from ..cascade.sample import reconstruct_sampled
 from ..cascade.train import load_cascade
@@ -184,7 +185,7 @@ def run_cascade(asked: Comparison, runs: Path, samples: int = 0) -> None:
     kept are shown. ValueError for a negative number.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
-        raise ValueError(f"samples: must be a whole number from 0 up, got {samples!r}")
+        raise InputError("samples", f"must be a whole number from 0 up, got {samples!r}")
     run = _trained(asked, runs, "cascade")
     if run is None:
         return

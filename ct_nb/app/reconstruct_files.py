@@ -9,6 +9,7 @@ __all__ = ['SHOWN_VIEWS', 'ENDINGS', 'reconstruction_figure', 'report', 'save_re
 from pathlib import Path
 
 import numpy as np
+from ..core.errors import InputError
 
 from ..cascade.sample import SAMPLES, reconstruct_sampled
 from ..cascade.train import load_cascade
@@ -217,8 +218,8 @@ def _parts(out) -> tuple[Path, str, str]:
         (e for e in ENDINGS if out.name.lower().endswith(e) and len(out.name) > len(e)), None
     )
     if ending is None:
-        raise ValueError(
-            f"{out}: unknown kind of file; choose a name that ends in {', '.join(ENDINGS)}"
+        raise InputError(
+            out, f"unknown kind of file; choose a name that ends in {', '.join(ENDINGS)}"
         )
     return out.parent, out.name[: -len(ending)], out.name[-len(ending) :]
 

@@ -8,6 +8,7 @@ __all__ = ['TRUTH', 'MEAN', 'SAMPLE', 'SPREAD', 'XrayComparison', 'Reconstructio
 # %% ../../nbs/app/02_reconstruction_explorer.ipynb #cell-002
 import numpy as np
 import torch
+from ..core.errors import InputError
 from ipywidgets import HTML, Dropdown, HBox, Layout, ToggleButtons, VBox
 
 from ..core.plot_style import plot_style
@@ -229,24 +230,25 @@ class ReconstructionExplorer(VBox):
         named = {**volumes, **{f"sample {number}": volume for number, volume in enumerate(samples)}}
         taken = [name for name in volumes if name in (TRUTH, MEAN, SAMPLE, SPREAD)]
         if taken:
-            raise ValueError(
-                f"volumes: the name {taken[0]!r} belongs to a column of the explorer; choose"
-                " another"
+            raise InputError(
+                "volumes",
+                f"the name {taken[0]!r} belongs to a column of the explorer; choose another",
             )
         if not named:
-            raise ValueError(
-                "volumes: there is nothing to show; give at least one volume, or samples"
+            raise InputError(
+                "volumes", "there is nothing to show; give at least one volume, or samples"
             )
         first = next(iter(named.values())).grid if truth is None else truth.grid
         for name, volume in named.items():
             if volume.grid != first:
-                raise ValueError(
-                    f"volumes: {name!r} is on another grid than the"
-                    f" {'first' if truth is None else 'truth'}; resample it with .resample_onto"
+                raise InputError(
+                    "volumes",
+                    f"{name!r} is on another grid than the"
+                    f" {'first' if truth is None else 'truth'}; resample it with .resample_onto",
                 )
         if (xrays is None) != (geometry is None):
-            raise ValueError(
-                "xrays: X-rays and their geometry belong together; give both or neither"
+            raise InputError(
+                "xrays", "X-rays and their geometry belong together; give both or neither"
             )
 
     def _columns(self, width):

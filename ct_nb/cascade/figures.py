@@ -8,6 +8,7 @@ __all__ = ['uncertainty_figure', 'reliability_figure']
 # %% ../../nbs/cascade/05_figures.ipynb #cell-002
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from ..core.plot_style import FAINT, MODEL, MUTED, SERIES, plot_style
 from ..evaluation.uncertainty import Hallucination, Reliability, SampleSummary
@@ -39,9 +40,10 @@ def uncertainty_figure(
     }
     for name, what in arrays.items():
         if what is not None and tuple(np.shape(what)) != shape:
-            raise ValueError(
-                f"{name}: expected the truth's shape {shape}, got {tuple(np.shape(what))}; choose"
-                " one case of a batch"
+            raise InputError(
+                name,
+                f"expected the truth's shape {shape}, got {tuple(np.shape(what))}; choose"
+                " one case of a batch",
             )
     arrays = {
         name: None if what is None else torch.as_tensor(what).detach().float().cpu().numpy()
@@ -100,7 +102,7 @@ def reliability_figure(found):
         dict(found) if isinstance(found, dict) else {"": list(found)}
     )
     if not models or not all(models.values()):
-        raise ValueError("found: there is no level to draw; give what `reliability` returns")
+        raise InputError("found", "there is no level to draw; give what `reliability` returns")
     colours = [MODEL] if len(models) == 1 else SERIES * len(models)
     patients = sorted({level.coverage.patients for levels in models.values() for level in levels})
     with plot_style():

@@ -7,6 +7,7 @@ __all__ = ['MODES', 'ray_variance', 'weighted_step', 'XrayGuidance']
 
 # %% ../../nbs/cascade/00_guidance.ipynb #cell-002
 import torch
+from ..core.errors import InputError
 
 from ..physics.detector import binned, require_fit
 from ..physics.geometry import ConeBeam
@@ -40,13 +41,14 @@ def ray_variance(
         batch, views, rows, columns = xrays.shape
         shapes = (), (views,), (batch, views), (views, rows, columns), (batch, views, rows, columns)
         if deviation.ndim > 4 or tuple(deviation.shape) != shapes[deviation.ndim]:
-            raise ValueError(
-                f"noise: expected a number or the shape {', '.join(map(str, shapes[1:]))}, got"
-                f" {tuple(deviation.shape)}"
+            raise InputError(
+                "noise",
+                f"expected a number or the shape {', '.join(map(str, shapes[1:]))}, got"
+                f" {tuple(deviation.shape)}",
             )
         if not (deviation >= 0).all():
-            raise ValueError(
-                "noise: a standard deviation is 0 or more, got values that are negative or NaN"
+            raise InputError(
+                "noise", "a standard deviation is 0 or more, got values that are negative or NaN"
             )
         own = (
             deviation[(...,) + (None,) * (2 if deviation.ndim in (1, 2) else 0)]
@@ -142,24 +144,25 @@ class XrayGuidance:
         detector: int = 128,  # the X-rays are binned to at most this many rows and columns first
     ):
         if mode not in MODES:
-            raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {mode!r}")
+            raise InputError("mode", f"must be one of {', '.join(MODES)}, got {mode!r}")
         require_fit(xrays, geometry)
         if not torch.isfinite(xrays).all():
-            raise ValueError(
-                "xrays: there are NaN or infinite values; fill dead pixels and give them infinite"
-                " noise"
+            raise InputError(
+                "xrays",
+                "there are NaN or infinite values; fill dead pixels and give them infinite noise",
             )
         if not mismatch >= 0:
-            raise ValueError(f"mismatch: a standard deviation is 0 or more, got {mismatch}")
+            raise InputError("mismatch", f"a standard deviation is 0 or more, got {mismatch}")
         spread = torch.as_tensor(spread, dtype=xrays.dtype, device=xrays.device)
         if (
             tuple(spread.shape) not in ((), geometry.grid.shape, (len(xrays), *geometry.grid.shape))
             or not (spread > 0).all()
         ):
-            raise ValueError(
-                "spread: expected a positive number or positive HU on the grid"
+            raise InputError(
+                "spread",
+                "expected a positive number or positive HU on the grid"
                 f" {geometry.grid.shape}, got shape {tuple(spread.shape)}, least"
-                f" {float(spread.min()):g}"
+                f" {float(spread.min()):g}",
             )
         if geometry.batch_shape == (1,):
             geometry = geometry[0]
@@ -176,9 +179,10 @@ class XrayGuidance:
         if mode == "soft":
             variance = ray_variance(xrays, geometry, noise, detector) + mismatch**2
             if not (variance > 0).all():
-                raise ValueError(
-                    "noise: soft guidance needs a noise or a mismatch above 0; use mode 'exact' for"
-                    " X-rays without noise"
+                raise InputError(
+                    "noise",
+                    "soft guidance needs a noise or a mismatch above 0; use mode 'exact' for"
+                    " X-rays without noise",
                 )
             hit = project(xrays.new_ones(len(xrays), *geometry.grid.shape), self.geometry) > 0
             self.weight = variance.rsqrt() * hit
@@ -193,10 +197,11 @@ class XrayGuidance:
             or tuple(x0.shape[2:]) != shape
             or batch not in (1, len(x0))
         ):
-            raise ValueError(
-                f"x0: expected ({'B' if batch == 1 else batch}, 1, {', '.join(map(str, shape))}) as"
+            raise InputError(
+                "x0",
+                f"expected ({'B' if batch == 1 else batch}, 1, {', '.join(map(str, shape))}) as"
                 f" X-rays and geometry say, got {tuple(x0.shape)}; use geometry.on(grid) for"
-                " another grid"
+                " another grid",
             )
         return (x0 if x0.dtype == torch.float64 else x0.float())[:, 0] * self.scale + self.offset
 

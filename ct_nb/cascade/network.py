@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from .guidance import XrayGuidance
@@ -51,14 +52,15 @@ class StageConfig(Config):
 
     def __post_init__(self):
         if self.window not in WINDOWS:
-            raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+            raise InputError("window", f"must be one of {', '.join(WINDOWS)}, got {self.window!r}")
         if self.network.condition_channels != 2:
-            raise ValueError(
-                "network: a stage's network takes 2 condition_channels, the coarse volume and its"
-                f" noise, got {self.network.condition_channels}"
+            raise InputError(
+                "network",
+                "a stage's network takes 2 condition_channels, the coarse volume and its"
+                f" noise, got {self.network.condition_channels}",
             )
         if not self.residual_scale > 0:
-            raise ValueError(f"residual_scale: must be positive, got {self.residual_scale}")
+            raise InputError("residual_scale", f"must be positive, got {self.residual_scale}")
         if self.coarse_noise < 0 or self.physics_weight < 0:
             raise ValueError(
                 f"coarse_noise, physics_weight: must be 0 or more, got {self.coarse_noise} and"
@@ -67,9 +69,10 @@ class StageConfig(Config):
         if self.patch is not None and (
             self.patch % self.network.patch_step or not 0 < self.patch < self.size
         ):
-            raise ValueError(
-                f"patch: must be a multiple of {self.network.patch_step} below {self.size}, got"
-                f" {self.patch}"
+            raise InputError(
+                "patch",
+                f"must be a multiple of {self.network.patch_step} below {self.size}, got"
+                f" {self.patch}",
             )
 
     @property
@@ -206,9 +209,10 @@ class CascadeStage(nn.Module):
         batch = len(hu)
         size = self.config.size
         if tuple(hu.shape[1:]) != (size,) * 3:
-            raise ValueError(
-                f"hu: this stage is for {size}³ voxels, got {tuple(hu.shape[1:])}; give it the"
-                " volumes of its own size"
+            raise InputError(
+                "hu",
+                f"this stage is for {size}³ voxels, got {tuple(hu.shape[1:])}; give it the"
+                " volumes of its own size",
             )
         level = torch.rand(batch, generator=generator).to(hu) * c.coarse_noise
         coarse = self._coarse(coarse_hu, level, generator)
@@ -405,23 +409,27 @@ class CascadeConfig(Config):
         object.__setattr__(self, "stages", tuple(self.stages))
         sizes = [stage.size for stage in self.stages]
         if not sizes or sizes != sorted(set(sizes)):
-            raise ValueError(
-                f"stages: must be one or more, each larger than the one before, got sizes {sizes}"
+            raise InputError(
+                "stages", f"must be one or more, each larger than the one before, got sizes {sizes}"
             )
         if self.start not in INITIALIZERS:
-            raise ValueError(f"start: must be one of {', '.join(INITIALIZERS)}, got {self.start!r}")
+            raise InputError(
+                "start", f"must be one of {', '.join(INITIALIZERS)}, got {self.start!r}"
+            )
         if len({(stage.window, stage.energy_kev) for stage in self.stages}) > 1:
-            raise ValueError(
-                "stages: all must have one window and one energy, got"
-                f" {[(s.window, s.energy_kev) for s in self.stages]}"
+            raise InputError(
+                "stages",
+                "all must have one window and one energy, got"
+                f" {[(s.window, s.energy_kev) for s in self.stages]}",
             )
         told = self.start_settings
         known = (self.stages[0].window, self.stages[0].energy_kev)
         if (told.get("window", known[0]), told.get("energy_kev", known[1])) != known:
-            raise ValueError(
-                f"start: its window and energy are {told.get('window', known[0])} and"
+            raise InputError(
+                "start",
+                f"its window and energy are {told.get('window', known[0])} and"
                 f" {told.get('energy_kev', known[1]):g} keV, those of the stages {known[0]} and"
-                f" {known[1]:g} keV; a cascade has one of each"
+                f" {known[1]:g} keV; a cascade has one of each",
             )
 
     @property
@@ -475,10 +483,10 @@ class Cascade(nn.Module):
         """
         geometry = fitting_geometry(xrays, geometry)
         if not torch.isfinite(xrays).all():
-            raise ValueError("xrays: there are NaN or infinite values; mend or mask them first")
+            raise InputError("xrays", "there are NaN or infinite values; mend or mask them first")
         hu = self._first(xrays, geometry) if coarse_hu is None else coarse_hu
         if not torch.isfinite(hu).all():
-            raise ValueError("coarse_hu: there are NaN or infinite values in the coarse volume")
+            raise InputError("coarse_hu", "there are NaN or infinite values in the coarse volume")
         for stage in self.stages:
             c = stage.config
             guide = (

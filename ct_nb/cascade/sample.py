@@ -8,6 +8,7 @@ __all__ = ['SAMPLES', 'reconstruct_sampled']
 # %% ../../nbs/cascade/04_sample.ipynb #cell-002
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from .network import Cascade
 from .train import Sampler
@@ -38,9 +39,9 @@ def reconstruct_sampled(
     makes no sense.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples: must be a whole number from 1 up, got {samples!r}")
+        raise InputError("samples", f"must be a whole number from 1 up, got {samples!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or abs(seed) >= 2**40:
-        raise ValueError(f"seed: must be a whole number from -2⁴⁰ to 2⁴⁰, got {seed!r}")
+        raise InputError("seed", f"must be a whole number from -2⁴⁰ to 2⁴⁰, got {seed!r}")
     xrays, geometry, moved, notes = center_on_patient(xrays, geometry, cascade.config.size, side_mm)
     training = cascade.training
     cascade.eval()

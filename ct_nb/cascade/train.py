@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from ..core.errors import InputError
 from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 from torch import nn
@@ -152,7 +153,7 @@ CASCADE_PRESETS = {
 
 def get_cascade_preset(name: str) -> CascadePreset:
     if name not in CASCADE_PRESETS:
-        raise ValueError(f"preset: must be one of {', '.join(CASCADE_PRESETS)}, got {name!r}.")
+        raise InputError("preset", f"must be one of {', '.join(CASCADE_PRESETS)}, got {name!r}.")
     return CASCADE_PRESETS[name]
 
 # %% ../../nbs/cascade/03_train.ipynb #cell-007
@@ -182,9 +183,10 @@ class CascadeRun:
             self.start = load_drr2ct(self.coarse)
             kept = [n for n, stage in enumerate(stages) if stage.size >= self.start.config.size]
             if not kept:
-                raise ValueError(
-                    f"coarse: {self.coarse} already reconstructs {self.start.config.size}³ voxels,"
-                    f" the preset {self.preset} ends at {stages[-1].size}³; take a larger preset"
+                raise InputError(
+                    "coarse",
+                    f"{self.coarse} already reconstructs {self.start.config.size}³ voxels,"
+                    f" the preset {self.preset} ends at {stages[-1].size}³; take a larger preset",
                 )
             if kept[0] and stages[kept[0]].size == self.start.config.size:
                 stages = tuple(
@@ -202,9 +204,10 @@ class CascadeRun:
             trainer=replace(self.settings.trainer, seed=self.seed),
         )
         if self.stage is not None and self.stage not in self.sizes:
-            raise ValueError(
-                f"stage: must be one of {', '.join(map(str, self.sizes))}, the sizes of this"
-                f" cascade, got {self.stage}"
+            raise InputError(
+                "stage",
+                f"must be one of {', '.join(map(str, self.sizes))}, the sizes of this"
+                f" cascade, got {self.stage}",
             )
 
     @property
@@ -254,9 +257,10 @@ class CascadeRun:
             if known.intersection((id, patient))
         ]
         if shared:
-            raise ValueError(
-                f"coarse: {self.coarse} was trained on {shared[0]} or its patient, who would be"
-                " judged here; take the same data and seed as it did"
+            raise InputError(
+                "coarse",
+                f"{self.coarse} was trained on {shared[0]} or its patient, who would be"
+                " judged here; take the same data and seed as it did",
             )
         return self
 
@@ -338,8 +342,8 @@ def fit(self: CascadeRun, progress: bool = True) -> list[dict]:
         folder = self.out / "stages" / str(config.size)
         taken = self.stage is not None and self.stage != config.size
         if taken and not (folder / WEIGHTS_FILE).is_file():
-            raise ValueError(
-                f"stage: {folder} holds no trained stage; train it first, or leave stage out"
+            raise InputError(
+                "stage", f"{folder} holds no trained stage; train it first, or leave stage out"
             )
         if taken or (self.resume and (folder / WEIGHTS_FILE).is_file()):
             load_weights(folder, self.cascade.stages[number])

@@ -9,6 +9,8 @@ __all__ = ['Config']
 from dataclasses import asdict, fields
 from typing import get_args, get_origin, get_type_hints
 
+from .errors import InputError
+
 # %% ../../nbs/core/01_config.ipynb #cell-004
 class Config:
     """A base for dataclasses that are stored: `to_dict` gives what JSON can hold, `from_dict` the
@@ -22,9 +24,10 @@ class Config:
     def from_dict(cls, values: dict):
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(
-                f"{cls.__name__}: unknown settings {', '.join(sorted(unknown))}; the file was"
-                " written by another version"
+            raise InputError(
+                cls.__name__,
+                f"unknown settings {', '.join(sorted(unknown))}; the file was"
+                " written by another version",
             )
         types = get_type_hints(cls)
         return cls(**{name: _restored(types[name], value) for name, value in values.items()})

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from .reports import is_normal
@@ -42,7 +43,7 @@ def equivalence_keys(texts, scopes=None) -> EquivalenceKeys:
     "Keys of n texts; `scopes` are n names or numbers, one for all where not given."
     scopes = ["all"] * len(texts) if scopes is None else list(scopes)
     if len(scopes) != len(texts):
-        raise ValueError(f"scopes: {len(texts)} texts need as many scopes, got {len(scopes)}")
+        raise InputError("scopes", f"{len(texts)} texts need as many scopes, got {len(scopes)}")
 
     def number(words):
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
@@ -71,8 +72,9 @@ class Temperature(nn.Module):
     def __init__(self, start: float = 0.07, lowest: float = 0.01):
         super().__init__()
         if not 0 < lowest <= start:
-            raise ValueError(
-                f"temperature: expected 0 < lowest <= start, got lowest {lowest} and start {start}"
+            raise InputError(
+                "temperature",
+                f"expected 0 < lowest <= start, got lowest {lowest} and start {start}",
             )
         self.log_cap = -math.log(lowest)
         self.log_factor = nn.Parameter(torch.tensor(-math.log(start)))
@@ -165,7 +167,7 @@ def info_nce(
             f" {tuple(image.shape)} and {tuple(text.shape)}"
         )
     if keys is not None and len(keys.text) != len(text):
-        raise ValueError(f"keys: {len(text)} pairs need as many keys, got {len(keys.text)}")
+        raise InputError("keys", f"{len(text)} pairs need as many keys, got {len(keys.text)}")
     image = F.normalize(image, dim=-1)
     text = F.normalize(text, dim=-1)
     images, start = gather_rows(image)
@@ -192,7 +194,7 @@ class StepAttention(nn.Module):
     def __init__(self, text_width: int, patch_width: int, embed: int, heads: int = 4):
         super().__init__()
         if embed % heads:
-            raise ValueError(f"heads: {embed} channels cannot be divided among {heads} heads")
+            raise InputError("heads", f"{embed} channels cannot be divided among {heads} heads")
         self.heads = heads
         self.query = nn.Linear(text_width, embed)
         self.text = nn.Linear(text_width, embed)
@@ -244,11 +246,12 @@ def step_nce(
     to every volume.
     """
     if len(case) != len(text):
-        raise ValueError(f"case: {len(text)} steps need as many volume numbers, got {len(case)}")
+        raise InputError("case", f"{len(text)} steps need as many volume numbers, got {len(case)}")
     if len(case) and not 0 <= int(case.min()) <= int(case.max()) < len(patches):
-        raise ValueError(
-            f"case: numbers 0 to {len(patches) - 1} of the volumes expected, got {int(case.min())}"
-            f" to {int(case.max())}"
+        raise InputError(
+            "case",
+            f"numbers 0 to {len(patches) - 1} of the volumes expected, got {int(case.min())}"
+            f" to {int(case.max())}",
         )
     texts, start = gather_rows(text)
     # (all volumes, all steps)
@@ -278,9 +281,10 @@ def inside_regions(overlap: torch.Tensor, regions, case: torch.Tensor) -> torch.
     for row, numbers in zip(pick, regions):
         bad = [n for n in numbers if not 0 < n < overlap.shape[-1]]
         if bad:
-            raise ValueError(
-                f"regions: a step names region {bad[0]}; the overlap has the regions 1 to"
-                f" {overlap.shape[-1] - 1}"
+            raise InputError(
+                "regions",
+                f"a step names region {bad[0]}; the overlap has the regions 1 to"
+                f" {overlap.shape[-1] - 1}",
             )
         row[list(numbers)] = 1
     if not len(pick):
@@ -335,9 +339,9 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         unknown = sorted(set(weights or {}) - set(CONTRASTIVE_WEIGHTS))
         if unknown:
-            raise ValueError(
-                f"weights: {unknown[0]!r} is no level; expected some of"
-                f" {', '.join(CONTRASTIVE_WEIGHTS)}"
+            raise InputError(
+                "weights",
+                f"{unknown[0]!r} is no level; expected some of {', '.join(CONTRASTIVE_WEIGHTS)}",
             )
         self.weights = CONTRASTIVE_WEIGHTS | (weights or {})
         self.text_heads = nn.ModuleDict(
@@ -378,5 +382,5 @@ class ContrastiveLoss(nn.Module):
                 self.steps.attention(steps.text, steps.patches, steps.case), steps.inside
             )
         if not parts:
-            raise ValueError("alignment: no level was passed; give overall, regions or steps")
+            raise InputError("alignment", "no level was passed; give overall, regions or steps")
         return sum(self.weights[level] * part for level, part in parts.items()), parts

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch.utils.data import Dataset
 
 import ct_nb
@@ -87,7 +88,7 @@ def phantom_cases(
     voxels a side (the encoder's largest size unless given).
     """
     if count < 1:
-        raise ValueError(f"count: at least one phantom is needed, got {count}")
+        raise InputError("count", f"at least one phantom is needed, got {count}")
     painted = painted or max(config.size)
     code = code_digest("physics/*.py", "phantom/*.py", "ct_encoder/dataset.py")
     facts = [config.size, config.side_mm, painted, ct_nb.__version__]
@@ -128,9 +129,10 @@ def _columns(path: Path) -> list[str]:
 
 def _only(files: list[Path], what: str) -> Path | None:
     if len(files) > 1:
-        raise ValueError(
-            f"reports: {files[0].parent} has {len(files)} files of {what}"
-            f" ({', '.join(p.name for p in files)}); leave one"
+        raise InputError(
+            "reports",
+            f"{files[0].parent} has {len(files)} files of {what}"
+            f" ({', '.join(p.name for p in files)}); leave one",
         )
     return files[0] if files else None
 
@@ -162,10 +164,11 @@ def read_reports(path) -> list[RadiologyReport]:
     regional = [p for p, c in tables.items() if {"Volumename", "Anatomy", "Sentence"} <= set(c)]
     named = ct_rate or regional or other
     if len(named) != 1:
-        raise ValueError(
-            f"reports: {path} has {len(named)} tables of reports"
+        raise InputError(
+            "reports",
+            f"{path} has {len(named)} tables of reports"
             f" ({', '.join(p.name for p in named) or 'none'}); expected one, with CT-RATE's or"
-            " RadGenome's columns, or OmniAbnorm's JSON"
+            " RadGenome's columns, or OmniAbnorm's JSON",
         )
     if ct_rate:
         return ct_rate_reports(
@@ -188,9 +191,10 @@ def folder_cases(
     """
     root = Path(path).expanduser()
     if not root.exists():
-        raise ValueError(
-            f"data: {str(path)!r} is neither 'phantom', 'phantom:COUNT' nor a folder that exists;"
-            " check the path"
+        raise InputError(
+            "data",
+            f"{str(path)!r} is neither 'phantom', 'phantom:COUNT' nor a folder that exists;"
+            " check the path",
         )
     said = {
         stem(Path(report.volume)).lower(): report
@@ -266,9 +270,10 @@ def folder_cases(
             )
         )
     if not cases:
-        raise ValueError(
-            f"data: no scan of {root} has a report; their names are such as"
-            f" {found[0].name if found else 'none'!r} and {next(iter(said), 'none')!r}"
+        raise InputError(
+            "data",
+            f"no scan of {root} has a report; their names are such as"
+            f" {found[0].name if found else 'none'!r} and {next(iter(said), 'none')!r}",
         )
     return cases, skipped
 

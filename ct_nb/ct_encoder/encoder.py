@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -61,30 +62,32 @@ class CTEncoderConfig(Config):
         for name in ("size", "patch"):
             value = tuple(int(n) for n in getattr(self, name))
             if len(value) != 3 or min(value) < 1:
-                raise ValueError(
-                    f"{name}: must be three positive counts (z, y, x), got {getattr(self, name)}"
+                raise InputError(
+                    name, f"must be three positive counts (z, y, x), got {getattr(self, name)}"
                 )
             object.__setattr__(self, name, value)
         if self.stem < 0:
-            raise ValueError(f"stem: must be 0 or a number of channels, got {self.stem}")
+            raise InputError("stem", f"must be 0 or a number of channels, got {self.stem}")
         if any(n % p for n, p in zip(self.size, self.patch)):
-            raise ValueError(f"size: must be a multiple of the patch {self.patch}, got {self.size}")
+            raise InputError(
+                "size", f"must be a multiple of the patch {self.patch}, got {self.size}"
+            )
         if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"num_heads: must divide embed_dim, {self.embed_dim}, got {self.num_heads}"
+            raise InputError(
+                "num_heads", f"must divide embed_dim, {self.embed_dim}, got {self.num_heads}"
             )
         if not 1 <= self.pyramid_levels <= self.depth:
-            raise ValueError(
-                f"pyramid_levels: must be 1 to the depth, {self.depth}, got {self.pyramid_levels}"
+            raise InputError(
+                "pyramid_levels", f"must be 1 to the depth, {self.depth}, got {self.pyramid_levels}"
             )
         if not 1 <= self.num_regions <= 254:
-            raise ValueError(f"num_regions: must be 1 to 254, got {self.num_regions}")
+            raise InputError("num_regions", f"must be 1 to 254, got {self.num_regions}")
         if self.window not in WINDOWS:
-            raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+            raise InputError("window", f"must be one of {', '.join(WINDOWS)}, got {self.window!r}")
         if self.region_form not in REGION_ATTENTION_FORMS:
-            raise ValueError(
-                f"region_form: must be one of {', '.join(REGION_ATTENTION_FORMS)}, got"
-                f" {self.region_form!r}"
+            raise InputError(
+                "region_form",
+                f"must be one of {', '.join(REGION_ATTENTION_FORMS)}, got {self.region_form!r}",
             )
 
     @classmethod
@@ -125,7 +128,7 @@ class CTEncoderConfig(Config):
             "paper": dict(recompute=True),
         }
         if name not in presets:
-            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+            raise InputError("preset", f"must be one of {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
 
     @property
@@ -157,18 +160,18 @@ def body_box(volume: Volume, name="volume") -> np.ndarray:
         f"its voxels of {said[0]} mm make it {said[1]} mm large; correct the spacing in its header"
     )
     if extent.max() < 40 or (extent > (1200, 1200, 2500)).any():
-        raise CTReadError(f"{name}: is not in mm, {advice}")
+        raise CTReadError(name, f"is not in mm, {advice}")
     try:
         mask, coarse = find_body(volume)
     except ValueError:
-        raise CTReadError(f"{name}: there is no body in it, {advice}") from None
+        raise CTReadError(name, f"there is no body in it, {advice}") from None
     index = np.argwhere(mask)[:, ::-1]
     low = coarse.index_to_mm(index.min(0) - 0.5)
     high = coarse.index_to_mm(index.max(0) + 0.5)
     width = (high - low)[:2].max()
     if not 80 <= width <= 800:
         raise CTReadError(
-            f"{name}: the body in it is {width:.0f} mm wide, a patient is 80 to 800; {advice}"
+            name, f"the body in it is {width:.0f} mm wide, a patient is 80 to 800; {advice}"
         )
     return np.stack([low, high])
 
@@ -346,33 +349,36 @@ class CTEncoder(nn.Module):
     def _check(self, hu, regions) -> None:
         c = self.config
         if hu.ndim != 4:
-            raise ValueError(
-                f"hu: expected scans (B, D, H, W), got {tuple(hu.shape)}; a slice is not a volume,"
-                " and there is no axis for channels"
+            raise InputError(
+                "hu",
+                f"expected scans (B, D, H, W), got {tuple(hu.shape)}; a slice is not a volume,"
+                " and there is no axis for channels",
             )
         if any(n < p or n % p for n, p in zip(hu.shape[1:], c.patch)):
-            raise ValueError(
-                f"hu: each size must be a multiple of the patch {c.patch}, got"
-                f" {tuple(hu.shape[1:])}; `prepare_scan` makes {c.size}"
+            raise InputError(
+                "hu",
+                f"each size must be a multiple of the patch {c.patch}, got"
+                f" {tuple(hu.shape[1:])}; `prepare_scan` makes {c.size}",
             )
         if not hu.is_floating_point():
-            raise ValueError(f"hu: must be floating point, got {hu.dtype}")
+            raise InputError("hu", f"must be floating point, got {hu.dtype}")
         if regions is not None and regions.shape != hu.shape:
-            raise ValueError(
-                f"regions: the map must have the scans' shape {tuple(hu.shape)}, got"
-                f" {tuple(regions.shape)}"
+            raise InputError(
+                "regions",
+                f"the map must have the scans' shape {tuple(hu.shape)}, got {tuple(regions.shape)}",
             )
         if hu.is_meta:
             return
         low, high = (float(v) for v in hu.aminmax())
         if not np.isfinite([low, high]).all():
-            raise ValueError(
-                "hu: there are voxels that are NaN or infinite; replace them by air, -1000"
+            raise InputError(
+                "hu", "there are voxels that are NaN or infinite; replace them by air, -1000"
             )
         if max(abs(low), abs(high)) <= 4:
-            raise ValueError(
-                f"hu: the values run from {low:g} to {high:g}, which is not HU; give HU, the"
-                f" encoder applies its window {c.window!r} itself"
+            raise InputError(
+                "hu",
+                f"the values run from {low:g} to {high:g}, which is not HU; give HU, the"
+                f" encoder applies its window {c.window!r} itself",
             )
 
     def _spacing_mm(self, shape) -> tuple[float, float, float]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from ipywidgets import HTML, Button, Dropdown, FloatSlider, HBox, Layout, Text, VBox
 
 from ..core.regions import REGIONS
@@ -294,8 +295,8 @@ class StepExplorer(VBox):
         width: int = 270,  # of a plane on the page, in its pixels
     ):
         if not scans:
-            raise ValueError(
-                "scans: there is none to explore; give name → function that loads a StepScan"
+            raise InputError(
+                "scans", "there is none to explore; give name → function that loads a StepScan"
             )
         self.looks = looks
         self._shelf = ScanCache(scans)

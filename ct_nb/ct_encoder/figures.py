@@ -11,6 +11,7 @@ import textwrap
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 
 from ..core.plot_style import MUTED, plot_style
 from ..physics.volume import Volume, get_window
@@ -26,9 +27,10 @@ def attention_volume(
     """
     attention = torch.as_tensor(attention).detach().float().cpu()
     if attention.ndim != 1 or attention.numel() != torch.Size(grid).numel():
-        raise ValueError(
-            f"attention: expected ({torch.Size(grid).numel()},) for the grid {tuple(grid)}, got"
-            f" {tuple(attention.shape)}; choose one step"
+        raise InputError(
+            "attention",
+            f"expected ({torch.Size(grid).numel()},) for the grid {tuple(grid)}, got"
+            f" {tuple(attention.shape)}; choose one step",
         )
     times = attention.view(1, 1, *grid) * attention.numel() / attention.sum().clamp_min(1e-12)
     return F.interpolate(times, size=shape, mode="trilinear", align_corners=False)[0, 0].numpy()
@@ -60,15 +62,16 @@ def attention_figure(
     import matplotlib.pyplot as plt
 
     if not looks:
-        raise ValueError("looks: there is no text to draw; give text → attention")
+        raise InputError("looks", "there is no text to draw; give text → attention")
     truth = truth or {}
     window = get_window(window)
     shape = scan.grid.shape
     for text, mask in truth.items():
         if np.shape(mask) != shape:
-            raise ValueError(
-                f"truth: the mask of {text[:40]!r} has the shape {tuple(np.shape(mask))}, the scan"
-                f" {tuple(shape)}"
+            raise InputError(
+                "truth",
+                f"the mask of {text[:40]!r} has the shape {tuple(np.shape(mask))}, the scan"
+                f" {tuple(shape)}",
             )
     x, y, z = scan.grid.extent_mm
     with plot_style():
@@ -176,7 +179,7 @@ def recall_figure(recalls: dict):
     import matplotlib.pyplot as plt
 
     if not recalls or not all(recalls.values()):
-        raise ValueError("recalls: there is nothing to draw; give what `recalls` returns")
+        raise InputError("recalls", "there is nothing to draw; give what `recalls` returns")
     with plot_style():
         figure, axes = plt.subplots(
             1, len(recalls), figsize=(1.2 + 2.3 * len(recalls), 2.9), sharey=True, squeeze=False
@@ -223,7 +226,7 @@ def labels_figure(labels: dict):
         if any(np.isfinite(found.get(n) or np.nan) for found in labels.values())
     ]
     if not names:
-        raise ValueError("labels: no label could be judged")
+        raise InputError("labels", "no label could be judged")
 
     def value(found, name):
         return np.nan if found.get(name) is None else found[name]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 
 from .contrastive import EquivalenceKeys, is_positive_pair
 from .encoder import CTEncoderConfig, prepare_scan
@@ -75,9 +76,10 @@ def region_text_accuracy(
     case, region = case.cpu().long(), region.cpu().long()
     missing = (~present.cpu()[case, region - 1]).nonzero()
     if len(missing):
-        raise ValueError(
-            f"region: sentence {int(missing[0])} speaks of region {int(region[missing[0]])}, which"
-            " its scan does not have; leave it out"
+        raise InputError(
+            "region",
+            f"sentence {int(missing[0])} speaks of region {int(region[missing[0]])}, which"
+            " its scan does not have; leave it out",
         )
     image = F.normalize(regions.detach().cpu().double(), dim=-1)
     text = F.normalize(text.detach().cpu().double(), dim=-1)
@@ -172,8 +174,8 @@ def step_patch_correlation(
     case = case.cpu()
     kept = (inside.sum(-1) > 0) & (inside.std(-1) > 0)
     if not kept.any():
-        raise ValueError(
-            "inside: no step names a region of its scan, so there is nothing to compare with"
+        raise InputError(
+            "inside", "no step names a region of its scan, so there is nothing to compare with"
         )
     attention = attention[kept]
     inside = inside[kept]
@@ -234,13 +236,13 @@ def locate(scores: torch.Tensor, share: torch.Tensor) -> dict[str, float]:
     `voxel_dice`, `hit`. No lesion: ValueError.
     """
     if scores.shape != share.shape or scores.ndim != 1:
-        raise ValueError(
-            f"share: expected ({len(scores)},) like the scores, got {tuple(share.shape)}"
+        raise InputError(
+            "share", f"expected ({len(scores)},) like the scores, got {tuple(share.shape)}"
         )
     truth, share = share > 0, share.double()
     count = int(truth.sum())
     if not count:
-        raise ValueError("share: there is no lesion to find; leave it out")
+        raise InputError("share", "there is no lesion to find; leave it out")
     chosen = top_patches(scores, count)
     both = int((chosen & truth).sum())
     return {
@@ -310,14 +312,15 @@ def grounding_scores(
             f" {tuple(lesion.shape)} and {tuple(inside.shape)}"
         )
     if attention.shape[1] != torch.Size(grid).numel():
-        raise ValueError(
-            f"grid: {tuple(grid)} has {torch.Size(grid).numel()} patches, the attention"
-            f" {attention.shape[1]}"
+        raise InputError(
+            "grid",
+            f"{tuple(grid)} has {torch.Size(grid).numel()} patches, the attention"
+            f" {attention.shape[1]}",
         )
     attention, lesion, inside = (t.detach().cpu() for t in (attention, lesion, inside))
     kept = [i for i in range(len(lesion)) if (lesion[i] > 0).any()]
     if not kept:
-        raise ValueError("lesion: no lesion is in any patch, so there is nothing to find")
+        raise InputError("lesion", "no lesion is in any patch, so there is nothing to find")
     kinds = ["lesion"] * len(lesion) if kinds is None else list(kinds)
     patients = list(patients)
     middle = centre_prior(grid)
@@ -382,7 +385,7 @@ def preprocessing_check(volumes, config: CTEncoderConfig) -> dict[str, dict]:
     """
     volumes, found = list(volumes), {}
     if not volumes:
-        raise ValueError("volumes: expected at least one scan, got none")
+        raise InputError("volumes", "expected at least one scan, got none")
     for name, spoil in {"right": lambda v: v, **CORRUPTIONS}.items():
         sentences = []
         for volume in volumes:

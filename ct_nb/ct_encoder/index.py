@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..core.errors import FileError, InputError
 from tqdm.auto import tqdm
 
 from ..core.files import atomic_write
@@ -32,7 +33,7 @@ WHOLE = "scan"  # what a row is about that is not about a region
 def check_index_name(path) -> None:
     "ValueError where a table of embeddings cannot be written under this name."
     if Path(path).suffix != ".parquet":
-        raise ValueError(f"{path}: embeddings are written as .parquet; name the file so")
+        raise FileError(path, "embeddings are written as .parquet; name the file so")
 
 
 @dataclass
@@ -85,13 +86,11 @@ class EmbeddingIndex:
         import pyarrow.parquet as pq
 
         if not Path(path).is_file():
-            raise ValueError(f"{path}: there is no such file; make it with ct_nb_embed")
+            raise FileError(path, "there is no such file; make it with ct_nb_embed")
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{path}: is not a Parquet file; give what ct_nb_embed wrote"
-            ) from error
+            raise FileError(path, "is not a Parquet file; give what ct_nb_embed wrote") from error
         kept = {
             key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
         }
@@ -99,7 +98,7 @@ class EmbeddingIndex:
             name for name in ("scan", "file", "about", "vector") if name not in table.column_names
         ] + [name for name in ("ct_nb_weights", "ct_nb_digest") if name not in kept]
         if missing:
-            raise ValueError(f"{path}: has no {missing[0]!r}; give what ct_nb_embed wrote")
+            raise FileError(path, f"has no {missing[0]!r}; give what ct_nb_embed wrote")
         vectors = table.column("vector").combine_chunks()
         return cls(
             *(table.column(name).to_pylist() for name in ("scan", "file", "about")),
@@ -156,7 +155,7 @@ def embed_scans(
     found = []
     for path in map(Path, paths):
         if not path.exists():
-            raise ValueError(f"{path}: there is no such file or folder; check the path")
+            raise FileError(path, "there is no such file or folder; check the path")
         found += name_cases(path, find_cases(path))
     if not found:
         raise ValueError(
@@ -208,12 +207,12 @@ def regions_in_query(text: str, index: EmbeddingIndex, about: str | None = None)
     WHOLE. Empty text, or a region that the index does not have: ValueError.
     """
     if not text.strip():
-        raise ValueError(
-            "text: is empty; say what to look for, such as 'consolidation in the left lower lobe'"
+        raise InputError(
+            "text", "is empty; say what to look for, such as 'consolidation in the left lower lobe'"
         )
     known = set(index.about)
     if about is not None and about not in known:
-        raise ValueError(f"about: the index has no {about!r}; it has {', '.join(sorted(known))}")
+        raise InputError("about", f"the index has no {about!r}; it has {', '.join(sorted(known))}")
     named = [REGIONS[n][0] for place in find_region_mentions(text) for n in place.regions]
     return (
         [about]
@@ -236,7 +235,7 @@ def search(
     ValueError.
     """
     if top < 1:
-        raise ValueError(f"top: at least one scan must be asked for, got {top}")
+        raise InputError("top", f"at least one scan must be asked for, got {top}")
     wanted = regions_in_query(text, index, about)
     with torch.no_grad():
         question = (
@@ -263,8 +262,9 @@ def open_index(path, weights=None) -> tuple[EmbeddingIndex, ScanLanguage]:
     folder = index.weights if weights is None else weights
     model = load_ct_encoder(folder)
     if weights_digest(folder) != index.digest:
-        raise ValueError(
-            f"{folder}: these weights did not make {path}; give those that did, or embed the scans"
-            " again with these"
+        raise FileError(
+            folder,
+            f"these weights did not make {path}; give those that did, or embed the scans"
+            " again with these",
         )
     return index, model

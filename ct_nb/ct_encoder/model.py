@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from ..core.config import Config
@@ -125,9 +126,9 @@ class ScanLanguageConfig(Config):
 
     def __post_init__(self):
         if not 0 <= self.hidden_maps <= 1:
-            raise ValueError(f"hidden_maps: must be a share, 0 to 1, got {self.hidden_maps}")
+            raise InputError("hidden_maps", f"must be a share, 0 to 1, got {self.hidden_maps}")
         if self.map_error_mm < 0:
-            raise ValueError(f"map_error_mm: must not be negative, got {self.map_error_mm}")
+            raise InputError("map_error_mm", f"must not be negative, got {self.map_error_mm}")
         if min(self.region_texts, self.step_texts) < 1:
             raise ValueError(
                 f"region_texts, step_texts: must be at least 1, got {self.region_texts} and"
@@ -149,8 +150,8 @@ def make_tower(config: ScanLanguageConfig) -> TextTower:
     if config.text == "minilm":
         return minilm().freeze()
     if not Path(config.text).expanduser().is_dir():
-        raise ValueError(
-            f"text: must be 'tiny', 'minilm' or a folder of transformers, got {config.text!r}"
+        raise InputError(
+            "text", f"must be 'tiny', 'minilm' or a folder of transformers, got {config.text!r}"
         )
     tower = FolderText(config.text, config.text_pooling)
     return tower if config.text_trained else tower.freeze()
@@ -412,7 +413,7 @@ def encode(self: ScanLanguage, batch: dict, seed) -> dict[str, torch.Tensor]:
         *prompts,
     ]
     if not any(texts):
-        raise ValueError(f"report: none of {', '.join(names)} has a text; leave such scans out")
+        raise InputError("report", f"none of {', '.join(names)} has a text; leave such scans out")
     words = (
         self.read([t for group in texts for t in group])
         .float()
@@ -578,8 +579,8 @@ def embed_texts(self: ScanLanguage, texts, level: str = "global") -> torch.Tenso
     ("region").
     """
     if level not in self.alignment.text_heads:
-        raise ValueError(
-            f"level: must be one of {', '.join(self.alignment.text_heads)}, got {level!r}"
+        raise InputError(
+            "level", f"must be one of {', '.join(self.alignment.text_heads)}, got {level!r}"
         )
     return F.normalize(self.alignment.text_heads[level](self.read(texts)), dim=-1)
 

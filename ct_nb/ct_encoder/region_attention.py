@@ -10,6 +10,7 @@ __all__ = ['TOTAL_LABELS', 'REGION_ATTENTION_FORMS', 'TOP_REGION_PATCHES', 'merg
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from ..core.regions import REGIONS
@@ -31,9 +32,10 @@ def merge_total(labels: np.ndarray) -> np.ndarray:
         or labels.size
         and (labels.min() < 0 or labels.max() > TOTAL_LABELS)
     ):
-        raise ValueError(
-            f"labels: TotalSegmentator's `total` has whole numbers from 0 to {TOTAL_LABELS}, got"
-            f" {labels.dtype} from {labels.min()} to {labels.max()}"
+        raise InputError(
+            "labels",
+            f"TotalSegmentator's `total` has whole numbers from 0 to {TOTAL_LABELS}, got"
+            f" {labels.dtype} from {labels.min()} to {labels.max()}",
         )
     return _REGION_OF_TOTAL[labels]
 
@@ -45,15 +47,16 @@ def patch_overlaps(labels: torch.Tensor, patch: tuple[int, int, int], classes: i
     labels, types and sizes.
     """
     if labels.ndim != 4:
-        raise ValueError(f"regions: expected a label map (B, D, H, W), got {tuple(labels.shape)}")
+        raise InputError("regions", f"expected a label map (B, D, H, W), got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex():
-        raise ValueError(
-            f"regions: labels must be whole numbers, got {labels.dtype}; convert the map to uint8"
+        raise InputError(
+            "regions", f"labels must be whole numbers, got {labels.dtype}; convert the map to uint8"
         )
     if any(n % p for n, p in zip(labels.shape[1:], patch)):
-        raise ValueError(
-            f"regions: each size must be a multiple of the patch {tuple(patch)}, got"
-            f" {tuple(labels.shape[1:])}"
+        raise InputError(
+            "regions",
+            f"each size must be a multiple of the patch {tuple(patch)}, got"
+            f" {tuple(labels.shape[1:])}",
         )
     d, h, w = patch
     z, y, x = (n // p for n, p in zip(labels.shape[1:], patch))
@@ -62,9 +65,10 @@ def patch_overlaps(labels: torch.Tensor, patch: tuple[int, int, int], classes: i
     for slab in labels.reshape(-1, d, y, h, x, w):
         low, high = (int(v) for v in slab.aminmax())
         if low < 0 or high >= classes:
-            raise ValueError(
-                f"regions: there are labels from {low} to {high}, expected 0 to {classes - 1};"
-                " merge the map into the regions first"
+            raise InputError(
+                "regions",
+                f"there are labels from {low} to {high}, expected 0 to {classes - 1};"
+                " merge the map into the regions first",
             )
         counts.append(torch.bincount((slab.long() + place).flatten(), minlength=y * x * classes))
     return torch.stack(counts).view(len(labels), z * y * x, classes).float() / (d * h * w)
@@ -113,10 +117,10 @@ class RegionAttention(nn.Module):
     def __init__(self, channels: int, heads: int, form: str = "log"):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+            raise InputError("heads", f"must divide the {channels} channels, got {heads}")
         if form not in REGION_ATTENTION_FORMS:
-            raise ValueError(
-                f"form: must be one of {', '.join(REGION_ATTENTION_FORMS)}, got {form!r}"
+            raise InputError(
+                "form", f"must be one of {', '.join(REGION_ATTENTION_FORMS)}, got {form!r}"
             )
         self.heads, self.form = heads, form
         self.pooled = nn.Linear(channels, channels)
@@ -156,7 +160,7 @@ class RegionPooling(nn.Module):
     def __init__(self, channels: int, heads: int, regions: int):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+            raise InputError("heads", f"must divide the {channels} channels, got {heads}")
         self.heads, self.key = heads, nn.Linear(channels, channels)
         self.query = nn.Parameter(torch.zeros(1 + regions, channels))
         self.gate = nn.Linear(channels, channels)

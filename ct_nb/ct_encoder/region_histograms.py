@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 # %% ../../nbs/ct_encoder/03a_region_histograms.ipynb #cell-005
@@ -58,14 +59,14 @@ def region_histograms(
     mm; the whole has no border. HU are rounded. Another shape, other labels: ValueError.
     """
     if hu.shape != labels.shape:
-        raise ValueError(
-            f"labels: the map must have the scans' shape {tuple(hu.shape)}, got"
-            f" {tuple(labels.shape)}"
+        raise InputError(
+            "labels",
+            f"the map must have the scans' shape {tuple(hu.shape)}, got {tuple(labels.shape)}",
         )
     low, high = (int(v) for v in labels.aminmax())
     if low < 0 or high >= classes:
-        raise ValueError(
-            f"labels: there are labels from {low} to {high}, expected 0 to {classes - 1}"
+        raise InputError(
+            "labels", f"there are labels from {low} to {high}, expected 0 to {classes - 1}"
         )
     bins = len(HU_EDGES) + 1
     radii = tuple(round(GRAIN_MM / s) for s in spacing_mm)

@@ -12,6 +12,7 @@ import re
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from .region_attention import patch_overlaps
@@ -126,11 +127,12 @@ class ReportDecoder(nn.Module):
     ):
         super().__init__()
         if width % heads:
-            raise ValueError(f"heads: a width of {width} cannot be divided among {heads} heads")
+            raise InputError("heads", f"a width of {width} cannot be divided among {heads} heads")
         if max_length < 3:
-            raise ValueError(
-                "max_length: a text needs room for a word, its opening and its stop, at least 3"
-                f" tokens, got {max_length}"
+            raise InputError(
+                "max_length",
+                "a text needs room for a word, its opening and its stop, at least 3"
+                f" tokens, got {max_length}",
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -145,12 +147,12 @@ class ReportDecoder(nn.Module):
     def encode(self, texts) -> torch.Tensor:
         "Texts → numbers (B, L), 0 behind the end. An empty list or text: ValueError."
         if isinstance(texts, str) or not len(texts):
-            raise ValueError(f"texts: expected a list of at least one text, got {texts!r}")
+            raise InputError("texts", f"expected a list of at least one text, got {texts!r}")
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(
-                    f"texts: text {i} is empty ({text!r}); leave cases without a text out of the"
-                    " batch"
+                raise InputError(
+                    "texts",
+                    f"text {i} is empty ({text!r}); leave cases without a text out of the batch",
                 )
         rows = [
             torch.tensor([*self.tokenizer.encode(text), self.stop][: self.max_length])
@@ -173,8 +175,8 @@ class ReportDecoder(nn.Module):
     def loss(self, texts, patches: torch.Tensor) -> torch.Tensor:
         "Mean −log p of a token, nats, of one text for each of the patches' B volumes."
         if len(texts) != len(patches):
-            raise ValueError(
-                f"texts: expected one for each of {len(patches)} volumes, got {len(texts)}"
+            raise InputError(
+                "texts", f"expected one for each of {len(patches)} volumes, got {len(texts)}"
             )
         numbers = self.encode(texts)
         logits = self(numbers[:, :-1], patches)
@@ -197,20 +199,24 @@ def generate(
     "One text for each of B volumes, in small letters. The decoder is left in the mode it was in."
     length = decoder.max_length if max_length is None else int(max_length)
     if not 2 <= length <= decoder.max_length:
-        raise ValueError(
-            f"max_length: must be 2 to {decoder.max_length}, the longest text of this decoder, got"
-            f" {max_length}"
+        raise InputError(
+            "max_length",
+            f"must be 2 to {decoder.max_length}, the longest text of this decoder, got"
+            f" {max_length}",
         )
     if temperature < 0:
-        raise ValueError(f"temperature: must be 0 (the likeliest word) or more, got {temperature}")
+        raise InputError(
+            "temperature", f"must be 0 (the likeliest word) or more, got {temperature}"
+        )
     if temperature > 0 and generator is None:
-        raise ValueError(
-            "generator: sampling needs one, so that its texts can be drawn again; give"
-            " torch.Generator().manual_seed(0)"
+        raise InputError(
+            "generator",
+            "sampling needs one, so that its texts can be drawn again; give"
+            " torch.Generator().manual_seed(0)",
         )
     prompt = decoder.tokenizer.encode(begin)
     if len(prompt) >= length:
-        raise ValueError(f"begin: its {len(prompt)} tokens leave no room in {length}")
+        raise InputError("begin", f"its {len(prompt)} tokens leave no room in {length}")
     was = decoder.training
     memories = [Memory() for _ in decoder.blocks]
     decoder.eval()
@@ -280,7 +286,7 @@ def label_shares(
     patch.
     """
     if any(p % r for p, r in zip(patch, refine)):
-        raise ValueError(f"refine: must divide the patch {tuple(patch)}, got {tuple(refine)}")
+        raise InputError("refine", f"must divide the patch {tuple(patch)}, got {tuple(refine)}")
     piece = tuple(p // r for p, r in zip(patch, refine))
     shares = patch_overlaps(labels, piece, classes)
     return shares.mT.unflatten(-1, tuple(n // p for n, p in zip(labels.shape[1:], piece)))
@@ -291,8 +297,8 @@ def segmentation_loss(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tenso
     there; both (B, classes, D, H, W).
     """
     if logits.shape != shares.shape:
-        raise ValueError(
-            f"shares: expected the logits' shape {tuple(logits.shape)}, got {tuple(shares.shape)}"
+        raise InputError(
+            "shares", f"expected the logits' shape {tuple(logits.shape)}, got {tuple(shares.shape)}"
         )
     logits, axes = logits.float(), (0, 2, 3, 4)
     found = logits.softmax(1)
@@ -307,9 +313,9 @@ def region_dice(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> d
     in neither are left out.
     """
     if predicted.shape != truth.shape:
-        raise ValueError(
-            f"predicted: expected the truth's shape {tuple(truth.shape)}, got"
-            f" {tuple(predicted.shape)}"
+        raise InputError(
+            "predicted",
+            f"expected the truth's shape {tuple(truth.shape)}, got {tuple(predicted.shape)}",
         )
     sizes = {
         n: (

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from ..core.errors import FileError, InputError
 
 from ..core.regions import REGIONS
 from ct_nb.ct_encoder.reports import (
@@ -37,18 +38,20 @@ def read_table(path, columns) -> list[dict[str, str]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(
-            f"{path}: there is no such file; give the path of a CSV file with the columns"
-            f" {', '.join(columns)}"
+        raise FileError(
+            path,
+            "there is no such file; give the path of a CSV file with the columns"
+            f" {', '.join(columns)}",
         )
     csv.field_size_limit(2**27)
     with open(path, newline="", encoding="utf-8-sig") as lines:
         reader = csv.DictReader(lines)
         missing = [c for c in columns if c not in (reader.fieldnames or [])]
         if missing:
-            raise ValueError(
-                f"{path.name}: the column {missing[0]!r} is missing; its columns are"
-                f" {', '.join(reader.fieldnames or []) or 'none'}, expected {', '.join(columns)}"
+            raise FileError(
+                path.name,
+                f"the column {missing[0]!r} is missing; its columns are"
+                f" {', '.join(reader.fieldnames or []) or 'none'}, expected {', '.join(columns)}",
             )
         return [{c: tidy_text(row[c]) for c in reader.fieldnames if c} for row in reader]
 
@@ -59,9 +62,7 @@ def read_records(path, keys) -> list[dict]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(
-            f"{path}: there is no such file; give the path of a JSON or JSON lines file"
-        )
+        raise FileError(path, "there is no such file; give the path of a JSON or JSON lines file")
     text = path.read_text(encoding="utf-8-sig").strip()
     try:
         records = (
@@ -70,15 +71,16 @@ def read_records(path, keys) -> list[dict]:
             else [json.loads(line) for line in text.splitlines() if line.strip()]
         )
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path.name}: is not JSON at line {error.lineno} ({error.msg}); expected a list of"
-            " objects, or one object a line"
+        raise FileError(
+            path.name,
+            f"is not JSON at line {error.lineno} ({error.msg}); expected a list of"
+            " objects, or one object a line",
         ) from None
     for i, record in enumerate(records):
         if not isinstance(record, dict) or not any(k in record for k in keys):
-            raise ValueError(
-                f"{path.name}: entry {i} has none of {', '.join(keys)}; expected an object with one"
-                " of them"
+            raise FileError(
+                path.name,
+                f"entry {i} has none of {', '.join(keys)}; expected an object with one of them",
             )
     return records
 
@@ -117,8 +119,8 @@ def ct_rate_name(name: str) -> CTRateName:
     last = str(name).replace("\\", "/").rsplit("/", 1)[-1]
     match = _NAME.fullmatch(last if last.endswith(".nii.gz") else last + ".nii.gz")
     if match is None:
-        raise ValueError(
-            f"volume: {name!r} is no name of CT-RATE; expected such as 'valid_12_b_2.nii.gz'"
+        raise InputError(
+            "volume", f"{name!r} is no name of CT-RATE; expected such as 'valid_12_b_2.nii.gz'"
         )
     split, patient, scan, _ = match.groups()
     return CTRateName(match[0], split, f"{split}_{patient}", f"{split}_{patient}_{scan}")
@@ -128,13 +130,13 @@ def _ct_rate_name(name: str, file: Path) -> CTRateName:
     try:
         return ct_rate_name(name)
     except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from None
+        raise FileError(file.name, f"{error}") from None
 
 
 def ct_rate_path(name: str, version: int = 2) -> str:
     "Where a volume lies below the folder of the data set."
     if version not in VERSIONS:
-        raise ValueError(f"version: CT-RATE has the versions 1 and 2, got {version!r}")
+        raise InputError("version", f"CT-RATE has the versions 1 and 2, got {version!r}")
     n = ct_rate_name(name)
     return f"dataset/{n.split}{VERSIONS[version]}/{n.patient}/{n.scan}/{n.volume}"
 
@@ -171,15 +173,16 @@ def ct_rate_hu(
     """
     name = ct_rate_name(name).volume
     if version not in VERSIONS:
-        raise ValueError(f"version: CT-RATE has the versions 1 and 2, got {version!r}")
+        raise InputError("version", f"CT-RATE has the versions 1 and 2, got {version!r}")
     if version == 2 and rescale is not None:
-        raise ValueError(
-            f"rescale: {name} of version 2 is HU already; give no slope and intercept for it"
+        raise InputError(
+            "rescale", f"{name} of version 2 is HU already; give no slope and intercept for it"
         )
     if version == 1 and name not in (rescale or {}):
-        raise ValueError(
-            f"rescale: version 1 of {name} needs its slope and intercept from the metadata CSV; its"
-            " header does not hold them"
+        raise InputError(
+            "rescale",
+            f"version 1 of {name} needs its slope and intercept from the metadata CSV; its"
+            " header does not hold them",
         )
     slope, intercept = rescale[name] if version == 1 else (1.0, 0.0)
     hu = np.asarray(stored, np.float32) * np.float32(slope) + np.float32(intercept)
@@ -204,7 +207,7 @@ def read_ct_rate(path, rescale: dict[str, tuple[float, float]]) -> Volume:
             rescale,
         )
     except ValueError as error:
-        raise CTReadError(f"{path}: {error}") from None
+        raise CTReadError(path, f"{error}") from None
     return Volume(
         hu,
         volume.affine,
@@ -342,9 +345,10 @@ def ct_rate_published(
                 table, *(path if path.is_file() else None for path in (labels, questions)), cot_json
             )
     if not reports:
-        raise ValueError(
-            f"{root}: dataset/radiology_text_reports has neither train_reports.csv nor"
-            " validation_reports.csv with a report in it; put them there as they are published"
+        raise FileError(
+            root,
+            "dataset/radiology_text_reports has neither train_reports.csv nor"
+            " validation_reports.csv with a report in it; put them there as they are published",
         )
     return reports
 
@@ -389,8 +393,8 @@ def _parts(record: dict, field: str, needs: str, where: str) -> list[dict]:
     parts = list(record.get(field) or ())
     for number, part in enumerate(parts):
         if not isinstance(part, dict) or not tidy_text(part.get(needs)):
-            raise ValueError(
-                f"{where}: {field}[{number}] has no {needs!r}; each of its objects needs one"
+            raise InputError(
+                where, f"{field}[{number}] has no {needs!r}; each of its objects needs one"
             )
     return parts
 
@@ -472,9 +476,9 @@ def radgenome_reports(region_csv) -> list[RadiologyReport]:
     for volume, sentences in said.items():
         unknown = [a for a, _ in sentences if a and a not in RADGENOME_ANATOMY]
         if unknown:
-            raise ValueError(
-                f"Anatomy: {volume} has {unknown[0]!r}; expected one of"
-                f" {', '.join(RADGENOME_ANATOMY)}"
+            raise InputError(
+                "Anatomy",
+                f"{volume} has {unknown[0]!r}; expected one of {', '.join(RADGENOME_ANATOMY)}",
             )
         regions = [
             (n, text)

@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..core.errors import InputError
+
 from ..core.regions import REGIONS
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-005
@@ -44,16 +46,17 @@ class RadiologyReport:
 
     def __post_init__(self):
         if not self.volume:
-            raise ValueError("volume: a report needs the name of its volume, got an empty one")
+            raise InputError("volume", "a report needs the name of its volume, got an empty one")
         object.__setattr__(self, "scan", self.scan or self.volume)
         object.__setattr__(self, "patient", self.patient or self.scan)
         for number in [n for n, _ in self.regions] + [
             n for step in self.steps for n in step.regions
         ]:
             if number not in REGIONS:
-                raise ValueError(
-                    f"regions: {self.volume} speaks of region {number!r}; the regions are 1 to"
-                    f" {len(REGIONS)}"
+                raise InputError(
+                    "regions",
+                    f"{self.volume} speaks of region {number!r}; the regions are 1 to"
+                    f" {len(REGIONS)}",
                 )
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-008

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 
 from ..evaluation.metrics import ConfidenceInterval, paired_mean_ci
 
@@ -30,11 +31,11 @@ def ranks(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
             f" {scores.shape} and {positive.shape}"
         )
     if not np.isfinite(scores).all():
-        raise ValueError("scores: some are NaN or infinite; check the features")
+        raise InputError("scores", "some are NaN or infinite; check the features")
     if not positive.any(1).all():
-        raise ValueError(
-            f"positive: query {int(np.argmin(positive.any(1)))} has no right candidate; leave"
-            " it out"
+        raise InputError(
+            "positive",
+            f"query {int(np.argmin(positive.any(1)))} has no right candidate; leave it out",
         )
     best = np.where(positive, scores, -np.inf).max(1, keepdims=True)
     return 1 + ((scores >= best) & ~positive).sum(1)
@@ -95,7 +96,7 @@ def retrieval(
             f" {tuple(image.shape)} and {tuple(text.shape)}"
         )
     if len(image) < 2:
-        raise ValueError(f"image: a search needs at least 2 cases, got {len(image)}")
+        raise InputError("image", f"a search needs at least 2 cases, got {len(image)}")
     scores = (
         (F.normalize(image.double(), dim=-1) @ F.normalize(text.double(), dim=-1).T).cpu().numpy()
     )
@@ -195,9 +196,10 @@ def label_scores(scores, labels, names, patients=None, draws: int = 400) -> Labe
     scores = np.asarray(scores, float)
     labels = np.asarray(labels, bool)
     if scores.shape != labels.shape or scores.ndim != 2 or len(names) != scores.shape[1]:
-        raise ValueError(
-            f"labels: expected (cases, labels) like the scores {scores.shape} and one name each,"
-            f" got {labels.shape} and {len(names)} names"
+        raise InputError(
+            "labels",
+            f"expected (cases, labels) like the scores {scores.shape} and one name each,"
+            f" got {labels.shape} and {len(names)} names",
         )
 
     def each(rows):
@@ -223,9 +225,10 @@ def prompt_scores(image: torch.Tensor, present: torch.Tensor, absent: torch.Tens
     prompts (L, E).
     """
     if present.shape != absent.shape or image.shape[-1] != present.shape[-1]:
-        raise ValueError(
-            f"prompts: expected two tensors (labels, {image.shape[-1]}), got {tuple(present.shape)}"
-            f" and {tuple(absent.shape)}"
+        raise InputError(
+            "prompts",
+            f"expected two tensors (labels, {image.shape[-1]}), got {tuple(present.shape)}"
+            f" and {tuple(absent.shape)}",
         )
     image, present, absent = (F.normalize(t.double(), dim=-1) for t in (image, present, absent))
     return (image @ (present - absent).T).cpu().numpy()
@@ -254,9 +257,9 @@ def negation_accuracy(scores, labels, patients=None, draws: int = 400) -> Negati
     scores = np.asarray(scores, float)
     labels = np.asarray(labels, bool)
     if scores.shape != labels.shape:
-        raise ValueError(f"labels: expected {scores.shape} like the scores, got {labels.shape}")
+        raise InputError("labels", f"expected {scores.shape} like the scores, got {labels.shape}")
     if labels.all() or not labels.any():
-        raise ValueError("labels: the test needs findings that are there and some that are not")
+        raise InputError("labels", "the test needs findings that are there and some that are not")
     right = np.where(labels, scores > 0, scores < 0) + 0.5 * (scores == 0)
 
     def mean(kind, rows):
@@ -325,9 +328,10 @@ def text_overlap(generated, references) -> dict[str, float]:
     """
     generated, references = list(generated), list(references)
     if not references or len(generated) != len(references):
-        raise ValueError(
-            f"references: expected one for each of {len(generated)} generated texts and at least"
-            f" one, got {len(references)}"
+        raise InputError(
+            "references",
+            f"expected one for each of {len(generated)} generated texts and at least"
+            f" one, got {len(references)}",
         )
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -359,14 +363,14 @@ def crg(predicted, labels) -> float:
     predicted = np.asarray(predicted, bool)
     labels = np.asarray(labels, bool)
     if predicted.shape != labels.shape:
-        raise ValueError(
-            f"predicted: expected {labels.shape} like the labels, got {predicted.shape}"
+        raise InputError(
+            "predicted", f"expected {labels.shape} like the labels, got {predicted.shape}"
         )
     true = int(labels.sum())
     if not 0 < true < labels.size:
-        raise ValueError(
-            f"labels: CRG needs findings that are there and some that are not, got {true} of"
-            f" {labels.size}"
+        raise InputError(
+            "labels",
+            f"CRG needs findings that are there and some that are not, got {true} of {labels.size}",
         )
     ratio = (labels.size - true) / (2 * true)
     best = (labels.size - true) / 2

@@ -7,6 +7,7 @@ __all__ = ['slice_biases', 'slice_attention', 'SliceAttention']
 
 # %% ../../nbs/ct_encoder/04_slice_attention.ipynb #cell-002
 import torch
+from ..core.errors import InputError
 from torch import nn
 
 from ..layers.relative_bias import biased_attention, relative_biases
@@ -17,7 +18,7 @@ def slice_biases(table: torch.Tensor, slices: int) -> torch.Tensor:
     each slab's queries and each slab's keys.
     """
     if slices < 1:
-        raise ValueError(f"slices: must be at least 1, got {slices}")
+        raise InputError("slices", f"must be at least 1, got {slices}")
     distance = (
         torch.arange(1 - slices, slices, device=table.device).abs().clamp_max(table.shape[-1] - 1)
     )
@@ -38,9 +39,10 @@ def slice_attention(
     tokens = q.shape[2]
     slices = bias.shape[-1]
     if bias.shape != (heads, slices, slices) or tokens % slices:
-        raise ValueError(
-            f"bias: {heads} heads and {tokens} tokens need ({heads}, slices, slices) with a number"
-            f" of slices that divides the tokens, got {tuple(bias.shape)}"
+        raise InputError(
+            "bias",
+            f"{heads} heads and {tokens} tokens need ({heads}, slices, slices) with a number"
+            f" of slices that divides the tokens, got {tuple(bias.shape)}",
         )
     return biased_attention(q, k, v, [bias], inner=tokens // slices)
 
@@ -53,7 +55,7 @@ class SliceAttention(nn.Module):
     def __init__(self, channels: int, heads: int, bins: int = 32, weight: float = 0.5):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+            raise InputError("heads", f"must divide the {channels} channels, got {heads}")
         self.heads, self.weight = heads, weight
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 # %% ../../nbs/ct_encoder/06_text_encoders.ipynb #cell-005
@@ -42,7 +43,7 @@ class TextTower(nn.Module):
         to `max_texts` texts.
         """
         if max_texts < 1:
-            raise ValueError(f"max_texts: the store must hold at least 1 text, got {max_texts}")
+            raise InputError("max_texts", f"the store must hold at least 1 text, got {max_texts}")
         self.frozen, self._max_texts = True, int(max_texts)
         return self.requires_grad_(False).eval()
 
@@ -51,12 +52,12 @@ class TextTower(nn.Module):
 
     def forward(self, texts: list[str]) -> TextFeatures:
         if isinstance(texts, str) or not len(texts):
-            raise ValueError(f"texts: expected a list of at least one text, got {texts!r}")
+            raise InputError("texts", f"expected a list of at least one text, got {texts!r}")
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(
-                    f"texts: text {i} is empty ({text!r}); leave cases without a text out of the"
-                    " batch"
+                raise InputError(
+                    "texts",
+                    f"text {i} is empty ({text!r}); leave cases without a text out of the batch",
                 )
         return self._recall(list(texts)) if self.frozen else self.read(list(texts))
 
@@ -93,7 +94,7 @@ class WordTokenizer:
             t: i for i, t in enumerate(["", "<text>", "<unknown>", *self.SIGNS, *self.words])
         }
         if len(self.number) != 3 + len(self.SIGNS) + len(self.words):
-            raise ValueError("words: a word stands twice in the list, or is a single sign")
+            raise InputError("words", "a word stands twice in the list, or is a single sign")
 
     @classmethod
     def fit(cls, texts, size: int = 4000) -> "WordTokenizer":
@@ -139,7 +140,7 @@ class TinyText(TextTower):
     ):
         super().__init__()
         if width % heads:
-            raise ValueError(f"heads: a width of {width} cannot be divided among {heads} heads")
+            raise InputError("heads", f"a width of {width} cannot be divided among {heads} heads")
         self.tokenizer = tokenizer
         self.width = width
         self.max_length = max_length
@@ -184,11 +185,12 @@ class FolderText(TextTower):
         super().__init__()
         folder = Path(folder).expanduser()
         if pooling not in POOLINGS:
-            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+            raise InputError("pooling", f"expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"folder: {folder} holds no config.json; give a local folder that was written by"
-                " save_pretrained, nothing is downloaded"
+            raise InputError(
+                "folder",
+                f"{folder} holds no config.json; give a local folder that was written by"
+                " save_pretrained, nothing is downloaded",
             )
         try:
             from transformers import AutoModel, AutoTokenizer
@@ -203,9 +205,10 @@ class FolderText(TextTower):
                 folder, local_files_only=True, use_safetensors=True
             )
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"folder: {folder} cannot be read as a transformers model with a tokenizer and"
-                f" model.safetensors ({str(error).splitlines()[0]})"
+            raise InputError(
+                "folder",
+                f"{folder} cannot be read as a transformers model with a tokenizer and"
+                f" model.safetensors ({str(error).splitlines()[0]})",
             ) from None
         self.width = self.model.config.hidden_size
         self.pooling = pooling

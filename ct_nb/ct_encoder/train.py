@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from ..core.errors import InputError
 from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 
@@ -163,7 +164,7 @@ CT_ENCODER_PRESETS = {
 
 def get_ct_encoder_preset(name: str) -> CTEncoderPreset:
     if name not in CT_ENCODER_PRESETS:
-        raise ValueError(f"preset: must be one of {', '.join(CT_ENCODER_PRESETS)}, got {name!r}.")
+        raise InputError("preset", f"must be one of {', '.join(CT_ENCODER_PRESETS)}, got {name!r}.")
     return CT_ENCODER_PRESETS[name]
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-008
@@ -189,13 +190,13 @@ class CTEncoderRun:
         steps = int(self.steps) if self.steps else s.trainer.steps
         text = self.text if self.text in ("tiny", "minilm") else str(Path(self.text).expanduser())
         if text not in ("tiny", "minilm") and not Path(text).is_dir():
-            raise ValueError(
-                f"text: must be 'tiny', 'minilm' or a folder of transformers, got {self.text!r}"
+            raise InputError(
+                "text", f"must be 'tiny', 'minilm' or a folder of transformers, got {self.text!r}"
             )
         if self.text_trained and text == "minilm":
-            raise ValueError(
-                "text_trained: minilm stays as it is; give a folder of transformers, or leave"
-                " text_trained out"
+            raise InputError(
+                "text_trained",
+                "minilm stays as it is; give a folder of transformers, or leave text_trained out",
             )
         self.settings = replace(
             s,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 
 # %% ../../nbs/data/07_augmentation.ipynb #cell-005
 @dataclass(frozen=True)
@@ -44,31 +45,34 @@ class VolumeAugmentation:
             "bone_hu",
         ):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"VolumeAugmentation: {name} must be zero or positive, got"
-                    f" {getattr(self, name)}"
+                raise InputError(
+                    "VolumeAugmentation",
+                    f"{name} must be zero or positive, got {getattr(self, name)}",
                 )
         if self.flip_probability > 1:
-            raise ValueError(
-                "VolumeAugmentation: flip_probability is a probability, got"
-                f" {self.flip_probability}"
+            raise InputError(
+                "VolumeAugmentation",
+                f"flip_probability is a probability, got {self.flip_probability}",
             )
         if self.scale >= 0.5:
-            raise ValueError(
-                "VolumeAugmentation: scale must be below 0.5 (half to one and a half times the"
-                f" size), got {self.scale}"
+            raise InputError(
+                "VolumeAugmentation",
+                "scale must be below 0.5 (half to one and a half times the"
+                f" size), got {self.scale}",
             )
         limit = FOLDING_LIMIT * self.elastic_spacing_mm
         if self.elastic_mm > limit:
-            raise ValueError(
-                f"VolumeAugmentation: elastic_mm of {self.elastic_mm} could fold the body onto"
+            raise InputError(
+                "VolumeAugmentation",
+                f"elastic_mm of {self.elastic_mm} could fold the body onto"
                 f" itself; with control points {self.elastic_spacing_mm} mm apart it must not"
-                f" exceed {limit:.1f}"
+                f" exceed {limit:.1f}",
             )
         if self.lung_hu > 100 or max(self.soft_hu, self.bone_hu) > 250:
-            raise ValueError(
-                "VolumeAugmentation: lung_hu must not exceed 100, soft_hu and bone_hu 250, or"
-                " tissues would change places"
+            raise InputError(
+                "VolumeAugmentation",
+                "lung_hu must not exceed 100, soft_hu and bone_hu 250, or"
+                " tissues would change places",
             )
 
     @classmethod

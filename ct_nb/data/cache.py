@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from ..core.errors import InputError
 
 import ct_nb
 from ..core.files import atomic_write
@@ -49,7 +50,7 @@ def code_digest(
     package = Path(ct_nb.__file__).parent
     files = sorted({file for pattern in patterns for file in package.glob(pattern)})
     if not files:
-        raise ValueError(f"code_digest: no file of ct_nb matches {patterns}")
+        raise InputError("code_digest", f"no file of ct_nb matches {patterns}")
     return content_digest(*(file.read_bytes() for file in files))
 
 # %% ../../nbs/data/06_cache.ipynb #cell-011

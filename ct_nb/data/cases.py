@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 from fastcore.basics import patch
 
 from .cache import MemoryCache, content_digest
@@ -108,8 +109,8 @@ class CTSource(Sequence):
             else []
         )
         if twice:
-            raise ValueError(
-                f"source: two cases are named {twice[0]!r}; give every case a name of its own"
+            raise InputError(
+                "source", f"two cases are named {twice[0]!r}; give every case a name of its own"
             )
 
     @property
@@ -163,15 +164,17 @@ class CTSource(Sequence):
 def __add__(first: CTSource, second: CTSource) -> CTSource:
     "The cases of both."
     if (first.size, first.side_mm) != (second.size, second.side_mm):
-        raise ValueError(
-            f"source: cubes of {first.size}³ in {first.side_mm:g} mm and of {second.size}³ in"
-            f" {second.side_mm:g} mm do not mix"
+        raise InputError(
+            "source",
+            f"cubes of {first.size}³ in {first.side_mm:g} mm and of {second.size}³ in"
+            f" {second.side_mm:g} mm do not mix",
         )
     shared = sorted(set(first.patients) & set(second.patients))
     if shared:
-        raise ValueError(
-            f"source: patient {shared[0]!r} is in two of the sources that are to be added; rename"
-            " it in one of them"
+        raise InputError(
+            "source",
+            f"patient {shared[0]!r} is in two of the sources that are to be added; rename"
+            " it in one of them",
         )
     return CTSource(
         first.cases + second.cases,
@@ -200,7 +203,7 @@ def from_list(
     labels = [None] * len(volumes) if labels is None else list(labels)
     for name, values in (("ids", ids), ("patients", patients), ("labels", labels)):
         if len(values) != len(volumes):
-            raise ValueError(f"from_list: {len(volumes)} volumes but {len(values)} {name}")
+            raise InputError("from_list", f"{len(volumes)} volumes but {len(values)} {name}")
     cases = []
     for id, patient, volume, label in zip(ids, patients, volumes, labels):
         cube = (
@@ -253,14 +256,16 @@ def split(
     patients = sorted(set(self.patients))
     if isinstance(validation, (int, float)):
         if not 0 < validation < 1:
-            raise ValueError(
-                "split: validation must be a share between 0 and 1, or names of patients, got"
-                f" {validation}"
+            raise InputError(
+                "split",
+                "validation must be a share between 0 and 1, or names of patients, got"
+                f" {validation}",
             )
         if len(patients) < 2:
-            raise ValueError(
-                f"split: {len(patients)} patient cannot be on both sides ({', '.join(patients)});"
-                " give two or more, or a patients.csv if cases of several patients share a name"
+            raise InputError(
+                "split",
+                f"{len(patients)} patient cannot be on both sides ({', '.join(patients)});"
+                " give two or more, or a patients.csv if cases of several patients share a name",
             )
         ranked = sorted(patients, key=lambda patient: _number(patient, seed))
         count = sum(_number(patient, seed) < validation for patient in patients)
@@ -269,14 +274,16 @@ def split(
         held_out = set(validation)
         unknown = sorted(set(validation) - set(patients))
         if unknown:
-            raise ValueError(
-                f"split: there is no patient {unknown[0]!r}; the source has"
-                f" {', '.join(patients[:8])}{', …' if len(patients) > 8 else ''}"
+            raise InputError(
+                "split",
+                f"there is no patient {unknown[0]!r}; the source has"
+                f" {', '.join(patients[:8])}{', …' if len(patients) > 8 else ''}",
             )
         if not 0 < len(held_out) < len(patients):
-            raise ValueError(
-                f"split: {len(held_out)} of {len(patients)} patients named for validation; leave at"
-                " least one on each side"
+            raise InputError(
+                "split",
+                f"{len(held_out)} of {len(patients)} patients named for validation; leave at"
+                " least one on each side",
             )
     sides = (
         [i for i, patient in enumerate(self.patients) if (patient in held_out) == side]

@@ -73,12 +73,13 @@ def _header(name: str, start: bytes, open_file: Callable):
                 header.get(tag)  # decoded here, where it may fail
     except Exception as error:  # pydicom raises whatever the damaged bytes lead to
         raise CTReadError(
-            f"{name}: is named like a DICOM file or starts like one but is damaged"
-            f" ({_first_line(error)}); copy it again"
+            name,
+            "is named like a DICOM file or starts like one but is damaged"
+            f" ({_first_line(error)}); copy it again",
         ) from None
     if len(header) == 0 or "SOPClassUID" not in header and "Rows" not in header:
         raise CTReadError(
-            f"{name}: is no DICOM file although it is named like one; take it out of the series"
+            name, "is no DICOM file although it is named like one; take it out of the series"
         )
     return header
 
@@ -99,30 +100,34 @@ def check_zip(archive: zipfile.ZipFile, name) -> list[zipfile.ZipInfo]:
         path = PurePosixPath(m.filename.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or path.parts[0].endswith(":"):
             raise CTReadError(
-                f"{name}: holds {m.filename!r}, a path that leads out of the archive; do not trust"
-                " it, pack the series again"
+                name,
+                f"holds {m.filename!r}, a path that leads out of the archive; do not trust"
+                " it, pack the series again",
             )
         if stat.S_ISLNK(m.external_attr >> 16):
-            raise CTReadError(f"{name}: holds {m.filename!r}, a link; pack the files themselves")
+            raise CTReadError(name, f"holds {m.filename!r}, a link; pack the files themselves")
         if m.flag_bits & 1:
             raise CTReadError(
-                f"{name}: is encrypted ({m.filename!r}); unpack it with its password and give the"
-                " folder"
+                name,
+                f"is encrypted ({m.filename!r}); unpack it with its password and give the folder",
             )
     if len(members) > MAX_ZIP_MEMBERS:
         raise CTReadError(
-            f"{name}: holds {len(members)} files, more than {MAX_ZIP_MEMBERS}; give the folder of"
-            " one series"
+            name,
+            f"holds {len(members)} files, more than {MAX_ZIP_MEMBERS}; give the folder of"
+            " one series",
         )
     if total > MAX_ZIP_BYTES:
         raise CTReadError(
-            f"{name}: unpacks to {total / 2**30:.1f} GiB, more than {MAX_ZIP_BYTES / 2**30:.0f}; "
-            "give the folder of one series"
+            name,
+            f"unpacks to {total / 2**30:.1f} GiB, more than {MAX_ZIP_BYTES / 2**30:.0f}; "
+            "give the folder of one series",
         )
     if total > MAX_ZIP_RATIO * max(packed, 1) and total > 2**20:
         raise CTReadError(
-            f"{name}: unpacks to {total / max(packed, 1):.0f} times its size, as no CT does (a zip"
-            " bomb?); do not trust it, pack the series again"
+            name,
+            f"unpacks to {total / max(packed, 1):.0f} times its size, as no CT does (a zip"
+            " bomb?); do not trust it, pack the series again",
         )
     return members
 
@@ -147,8 +152,9 @@ def _zip_slices(path) -> list[Slice]:
         raise
     except Exception as error:  # damaged bytes lead anywhere in zipfile and zlib
         raise CTReadError(
-            f"{path}: is damaged, cut short or no zip archive ({_first_line(error)}); copy or"
-            " download it again"
+            path,
+            f"is damaged, cut short or no zip archive ({_first_line(error)}); copy or"
+            " download it again",
         ) from None
     return found
 
@@ -208,11 +214,11 @@ def choose_series(
     )
     if series is not None:
         if series not in groups:
-            raise CTReadError(f"{path}: has no series {series}; choose one of {listed}")
+            raise CTReadError(path, f"has no series {series}; choose one of {listed}")
         return groups[series], notes
     if len(groups) > 1:
         raise CTReadError(
-            f"{path}: holds {len(groups)} CT series; choose one with series=UID: {listed}"
+            path, f"holds {len(groups)} CT series; choose one with series=UID: {listed}"
         )
     return images, notes
 
@@ -224,8 +230,9 @@ def _numbers(s: Slice, tag: str, count: int) -> np.ndarray:
         values = np.array([])
     if values.shape != (count,) or not np.isfinite(values).all():
         raise CTReadError(
-            f"{s.name}: has no usable {tag}, so it cannot be placed in space; export the series"
-            " again with its geometry"
+            s.name,
+            f"has no usable {tag}, so it cannot be placed in space; export the series"
+            " again with its geometry",
         )
     return values
 
@@ -236,7 +243,7 @@ def _number(s: Slice, tag: str, default: float) -> float:
         return default if value is None else float(value)
     except (TypeError, ValueError):
         raise CTReadError(
-            f"{s.name}: its {tag} is {value!r}, not a number; correct the header"
+            s.name, f"its {tag} is {value!r}, not a number; correct the header"
         ) from None
 
 # %% ../../nbs/data/02_dicom.ipynb #cell-016
@@ -248,8 +255,7 @@ def _check_alike(slices: list[Slice]) -> None:
     for s in slices:
         if _number(s, "NumberOfFrames", 1) > 1:
             raise CTReadError(
-                f"{s.name}: is a multi-frame DICOM file, which is not read; export one file per"
-                " slice"
+                s.name, "is a multi-frame DICOM file, which is not read; export one file per slice"
             )
         facts = {
             "size": np.array([_number(s, "Rows", 0), _number(s, "Columns", 0)]),
@@ -258,8 +264,9 @@ def _check_alike(slices: list[Slice]) -> None:
         }
         if (facts["pixel spacing"] <= 0).any():
             raise CTReadError(
-                f"{s.name}: its PixelSpacing is {facts['pixel spacing']} mm, it must be above 0;"
-                " correct the header"
+                s.name,
+                f"its PixelSpacing is {facts['pixel spacing']} mm, it must be above 0;"
+                " correct the header",
             )
         rows, columns = facts["orientation"].reshape(2, 3)
         if (
@@ -268,15 +275,17 @@ def _check_alike(slices: list[Slice]) -> None:
             or abs(rows @ columns) > 1e-2
         ):
             raise CTReadError(
-                f"{s.name}: its ImageOrientationPatient {facts['orientation'].tolist()} is no pair"
-                " of perpendicular unit vectors; correct the header"
+                s.name,
+                f"its ImageOrientationPatient {facts['orientation'].tolist()} is no pair"
+                " of perpendicular unit vectors; correct the header",
             )
         for fact, value in facts.items():
             usual, name = common.setdefault(fact, (value, s.name))
             if not np.allclose(value, usual, atol=1e-3 if fact != "pixel spacing" else 1e-5):
                 raise CTReadError(
-                    f"{s.name}: its {fact} is {value.tolist()}, that of {name} is {usual.tolist()};"
-                    " the series is mixed, separate its parts"
+                    s.name,
+                    f"its {fact} is {value.tolist()}, that of {name} is {usual.tolist()};"
+                    " the series is mixed, separate its parts",
                 )
 
 # %% ../../nbs/data/02_dicom.ipynb #cell-017
@@ -292,8 +301,9 @@ def _drop_duplicates(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
             copies.append(s)
         else:
             raise CTReadError(
-                f"{s.name}: lies at the same place as {kept[-1].name} ({s.position_mm:g} mm) but"
-                " shows something else; the series mixes acquisitions, separate them"
+                s.name,
+                f"lies at the same place as {kept[-1].name} ({s.position_mm:g} mm) but"
+                " shows something else; the series mixes acquisitions, separate them",
             )
     names = ", ".join(s.name for s in copies[:3]) + (", …" if len(copies) > 3 else "")
     return kept, (
@@ -325,8 +335,9 @@ def _check_even(path, slices: list[Slice]) -> None:
     whole = (counts > 1).all() and (np.abs(steps[odd] / usual - counts) < 0.2).all()
     if not (whole and 0 < len(odd) <= max(1, len(steps) / 4)):
         raise CTReadError(
-            f"{path}: its slice spacing is mixed, from {steps.min():.4g} to {steps.max():.4g} mm,"
-            f" it changes {between}; separate the parts of the series"
+            path,
+            f"its slice spacing is mixed, from {steps.min():.4g} to {steps.max():.4g} mm,"
+            f" it changes {between}; separate the parts of the series",
         )
     corners = [_numbers(s, "ImagePositionPatient", 3) for s in slices]
     missing = [
@@ -338,8 +349,9 @@ def _check_even(path, slices: list[Slice]) -> None:
         ", …" if len(missing) > 5 else ""
     )
     raise CTReadError(
-        f"{path}: {len(missing)} of its slices {'is' if len(missing) == 1 else 'are'} missing, at"
-        f" {places} mm, {between}, where slices lie {usual:.4g} mm apart; complete the series"
+        path,
+        f"{len(missing)} of its slices {'is' if len(missing) == 1 else 'are'} missing, at"
+        f" {places} mm, {between}, where slices lie {usual:.4g} mm apart; complete the series",
     )
 
 # %% ../../nbs/data/02_dicom.ipynb #cell-019
@@ -355,8 +367,9 @@ def arrange_slices(path, slices: list[Slice]) -> tuple[list[Slice], np.ndarray, 
     slices, notes = _drop_duplicates(sorted(slices, key=lambda s: s.position_mm))
     if len(slices) < 2:
         raise CTReadError(
-            f"{path}: holds one slice ({slices[0].name}), a volume needs at least two; give the"
-            " whole series"
+            path,
+            f"holds one slice ({slices[0].name}), a volume needs at least two; give the"
+            " whole series",
         )
     _check_even(path, slices)
     corners = np.array([_numbers(s, "ImagePositionPatient", 3) for s in slices])
@@ -402,17 +415,19 @@ def stored_values(s: Slice) -> np.ndarray:
     except Exception as error:  # as above: damaged bytes lead anywhere
         if compressed and isinstance(error, RuntimeError):
             raise CTReadError(
-                f"{s.name}: is compressed as {compressed} and cannot be decoded here; install the"
+                s.name,
+                f"is compressed as {compressed} and cannot be decoded here; install the"
                 " decoders (pip install 'pylibjpeg[all]') or decompress the series (gdcmconv"
-                " --raw)"
+                " --raw)",
             ) from None
         raise CTReadError(
-            f"{s.name}: its pixels are damaged or cut short ({_first_line(error)}); copy it again"
+            s.name, f"its pixels are damaged or cut short ({_first_line(error)}); copy it again"
         ) from None
     if pixels.ndim != 2:
         raise CTReadError(
-            f"{s.name}: its pixels are {pixels.shape}, a CT slice has one value per pixel; it is a"
-            " colour picture, not a CT"
+            s.name,
+            f"its pixels are {pixels.shape}, a CT slice has one value per pixel; it is a"
+            " colour picture, not a CT",
         )
     return pixels
 
@@ -425,8 +440,8 @@ def _rescale(s: Slice) -> tuple[float, float] | None:
     intercept = _number(s, "RescaleIntercept", 0)
     if slope == 0 or not np.isfinite([slope, intercept]).all():
         raise CTReadError(
-            f"{s.name}: its rescale slope is {slope:g} and its intercept {intercept:g}; correct the"
-            " header"
+            s.name,
+            f"its rescale slope is {slope:g} and its intercept {intercept:g}; correct the header",
         )
     return slope, intercept
 
@@ -457,8 +472,8 @@ def _to_hu(path, slices: list[Slice]) -> tuple[np.ndarray, list[str]]:
     elif len(rescaled) < len(slices):
         bare = next(s for s in slices if not _rescale(s))
         raise CTReadError(
-            f"{bare.name}: has no rescale slope and intercept while other slices have; export the"
-            " series again"
+            bare.name,
+            "has no rescale slope and intercept while other slices have; export the series again",
         )
     hu = np.empty(
         (len(slices), *(int(_number(slices[0], n, 0)) for n in ("Rows", "Columns"))),
@@ -471,8 +486,8 @@ def _to_hu(path, slices: list[Slice]) -> tuple[np.ndarray, list[str]]:
         stored = stored_values(s)
         if stored.shape != hu.shape[1:]:
             raise CTReadError(
-                f"{s.name}: holds {stored.shape} pixels, its header says {hu.shape[1:]}; copy it"
-                " again"
+                s.name,
+                f"holds {stored.shape} pixels, its header says {hu.shape[1:]}; copy it again",
             )
         slope, intercept = _rescale(s) or (1.0, 0.0)
         hu[k] = stored * slope + intercept

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..core.errors import FileError, InputError
 
 from .cache import MemoryCache, code_digest, content_digest, files_digest
 from .cases import Case, CTSource, block_mean, block_mode, sample_arrays
@@ -81,9 +82,10 @@ def read_patients(root: Path) -> dict[str, str]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         if not {"case", "patient"} <= set(rows.fieldnames or ()):
-            raise ValueError(
-                f"{path}: must have the columns case and patient, has"
-                f" {', '.join(rows.fieldnames or ()) or 'none'}"
+            raise FileError(
+                path,
+                "must have the columns case and patient, has"
+                f" {', '.join(rows.fieldnames or ()) or 'none'}",
             )
         return {row["case"].strip(): row["patient"].strip() for row in rows}
 
@@ -169,9 +171,10 @@ def read_label_names(path: Path) -> dict[int, str]:
                 for value, name in json.loads(file.read_text(encoding="utf-8")).items()
             }
         except (ValueError, AttributeError):
-            raise ValueError(
-                f"{file}: must be a JSON object of label values and their names, like {{\"1\":"
-                " \"lung left\"}"
+            raise FileError(
+                file,
+                "must be a JSON object of label values and their names, like {\"1\":"
+                " \"lung left\"}",
             ) from None
     return {}
 
@@ -191,7 +194,7 @@ def convert(
         measure = measure_thorax(volume, side_mm)
         cube = volume.to_grid(size, side_mm)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise FileError(path, f"{error}") from None
     moved = measure.center_mm[2] - cube.grid.center_mm[2]
     if hold_lungs and abs(moved) > 0.5:
         grid = Grid.cube(size, side_mm, measure.center_mm)
@@ -229,9 +232,10 @@ def fit_prepared(path: Path, size: int, side_mm: float) -> dict:
     grid = Grid(arrays["hu"].shape, arrays["affine"])
     factor = len(arrays["hu"]) // size
     if len(arrays["hu"]) % size or not np.isclose(grid.extent_mm[0], side_mm):
-        raise ValueError(
-            f"{path}: is prepared as {len(arrays['hu'])}³ in {grid.extent_mm[0]:g} mm, which does"
-            f" not give {size}³ in {side_mm:g} mm; prepare the data at this size"
+        raise FileError(
+            path,
+            f"is prepared as {len(arrays['hu'])}³ in {grid.extent_mm[0]:g} mm, which does"
+            f" not give {size}³ in {side_mm:g} mm; prepare the data at this size",
         )
     arrays["hu"] = np.rint(
         block_mean(torch.from_numpy(arrays["hu"]).float(), factor).numpy()
@@ -301,15 +305,16 @@ def read_folder(
     from tqdm.auto import tqdm
 
     if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error: must be 'raise' or 'skip', got {on_error!r}")
+        raise InputError("on_error", f"must be 'raise' or 'skip', got {on_error!r}")
     root = Path(path)
     cache = MemoryCache() if cache is None else cache
     rule = ThoraxRule() if thorax_only is True else thorax_only
     paths = find_cases(root)
     if not paths:
-        raise ValueError(
-            f"{root}: holds no CT; expected files ending in {', '.join(CT_SUFFIXES)}, or folders of"
-            " DICOM files"
+        raise FileError(
+            root,
+            f"holds no CT; expected files ending in {', '.join(CT_SUFFIXES)}, or folders of"
+            " DICOM files",
         )
     cases = []
     skipped = []
@@ -341,9 +346,10 @@ def read_folder(
             stacklevel=3,
         )
     if not cases:
-        raise ValueError(
-            f"{root}: none of its {len(paths)} cases can be used; the first, {skipped[0][0]}:"
-            f" {skipped[0][1]}"
+        raise FileError(
+            root,
+            f"none of its {len(paths)} cases can be used; the first, {skipped[0][0]}:"
+            f" {skipped[0][1]}",
         )
     return CTSource(_join_twins(cases, about), size, side_mm, skipped, cache)
 

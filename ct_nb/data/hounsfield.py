@@ -7,11 +7,12 @@ __all__ = ['MAX_VOXELS', 'CTReadError', 'air_and_tissue', 'check_hounsfield']
 
 # %% ../../nbs/data/00_hounsfield.ipynb #cell-002
 import numpy as np
+from ..core.errors import FileError
 
 from ..physics.volume import Volume
 
 # %% ../../nbs/data/00_hounsfield.ipynb #cell-004
-class CTReadError(ValueError):
+class CTReadError(FileError):
     """A file that cannot be read as a CT: one sentence that names the file, what is wrong with it
     and what to do.
     """
@@ -58,7 +59,7 @@ def check_hounsfield(hu: np.ndarray, name="volume") -> None:
             f"is not the CT of a body: no soft tissue near 0 HU, the values run from {low:.0f} to"
             f" {high:.0f}"
         )
-    raise CTReadError(f"{name}: {problem}; {advice}")
+    raise CTReadError(name, f"{problem}; {advice}")
 
 # %% ../../nbs/data/00_hounsfield.ipynb #cell-011
 MAX_VOXELS = 2**30  # 1024³
@@ -68,18 +69,21 @@ def _check_shape(name, shape) -> None:
     "`shape`: the counts a header claims, in any order."
     if len(shape) != 3:
         raise CTReadError(
-            f"{name}: has {len(shape)} dimensions {tuple(shape)}, a CT has 3; "
-            "save one volume (one time point, one channel) per file"
+            name,
+            f"has {len(shape)} dimensions {tuple(shape)}, a CT has 3; "
+            "save one volume (one time point, one channel) per file",
         )
     if min(shape) < 2:
         raise CTReadError(
-            f"{name}: is {' × '.join(map(str, shape))} voxels, a volume needs at least two along"
-            " each axis; give the whole series"
+            name,
+            f"is {' × '.join(map(str, shape))} voxels, a volume needs at least two along"
+            " each axis; give the whole series",
         )
     if np.prod(shape, dtype=float) > MAX_VOXELS:
         raise CTReadError(
-            f"{name}: its header claims {' × '.join(map(str, shape))} voxels, more than the 1024³"
-            " that are read; the header is damaged, or crop the scan"
+            name,
+            f"its header claims {' × '.join(map(str, shape))} voxels, more than the 1024³"
+            " that are read; the header is damaged, or crop the scan",
         )
 
 # %% ../../nbs/data/00_hounsfield.ipynb #cell-012
@@ -87,16 +91,16 @@ def _volume(name, hu, affine, notes) -> Volume:
     _check_shape(name, hu.shape)
     if hu.dtype.kind not in "iuf":
         raise CTReadError(
-            f"{name}: holds {hu.dtype} values, a CT holds one real number per voxel; convert it"
-            " to HU"
+            name, f"holds {hu.dtype} values, a CT holds one real number per voxel; convert it to HU"
         )
     hu = hu.astype(np.float32)
     if not np.isfinite(hu).all():
         raise CTReadError(
-            f"{name}: {np.count_nonzero(~np.isfinite(hu))} voxels are NaN or infinite; "
-            "replace them by a number (-1024 outside the field of view)"
+            name,
+            f"{np.count_nonzero(~np.isfinite(hu))} voxels are NaN or infinite; "
+            "replace them by a number (-1024 outside the field of view)",
         )
     try:
         return Volume(hu, affine, notes)
     except ValueError as error:
-        raise CTReadError(f"{name}: {error}") from None
+        raise CTReadError(name, f"{error}") from None

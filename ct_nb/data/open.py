@@ -11,6 +11,8 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+from ..core.errors import InputError
+
 import ct_nb
 from .cache import DiskCache, code_digest, content_digest
 from .cases import Case, CTSource, sample_arrays
@@ -22,7 +24,7 @@ def phantom_source(
 ) -> CTSource:
     "`count` phantoms with the seeds from `first_seed` on."
     if count < 1:
-        raise ValueError(f"phantoms: at least one is needed, got a count of {count}")
+        raise InputError("phantoms", f"at least one is needed, got a count of {count}")
     code = code_digest("physics/volume.py", "phantom/*.py", "core/regions.py")
     names = [f"phantom-{seed:05d}" for seed in range(first_seed, first_seed + count)]
     contents = [
@@ -73,8 +75,9 @@ def open_source(
                 read_folder(Path(part).expanduser(), size, side_mm, on_error, thorax_only, cache)
             )
         else:
-            raise ValueError(
-                f"data: {part!r} is neither 'phantom', 'phantom:COUNT' nor a folder or file that"
-                " exists; check the path"
+            raise InputError(
+                "data",
+                f"{part!r} is neither 'phantom', 'phantom:COUNT' nor a folder or file that"
+                " exists; check the path",
             )
     return functools.reduce(CTSource.__add__, sources)

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from ..core.errors import InputError
 from fastcore.script import call_parse
 
 from .cases import CTSource, sample_arrays
@@ -30,7 +31,7 @@ def prepare(
 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists already; choose another folder, or delete it first")
+        raise InputError(out, "exists already; choose another folder, or delete it first")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..core.errors import FileError
 from scipy.ndimage import median_filter
 
 from ..core.files import atomic_write
@@ -25,7 +26,7 @@ from ..physics.geometry_io import geometry_to_json
 KINDS = ("line_integrals", "intensity", "log_intensity")  # what the numbers of a radiograph can be
 
 
-class RadiographError(ValueError):
+class RadiographError(FileError):
     """A radiograph that cannot be used; the message is one sentence that names the file, what is
     wrong and what to do.
     """
@@ -51,14 +52,15 @@ class Radiograph:
         self.image = np.ascontiguousarray(self.image, dtype=np.float32)
         if self.image.ndim != 2 or 0 in self.image.shape:
             raise RadiographError(
-                f"{self.name}: a radiograph is one image of rows and columns, got the shape"
-                f" {self.image.shape}"
+                self.name,
+                f"a radiograph is one image of rows and columns, got the shape {self.image.shape}",
             )
         bad = int((~np.isfinite(self.image)).sum())
         if bad:
             raise RadiographError(
-                f"{self.name}: {bad} of {self.image.size} pixels are NaN or infinite; "
-                "mend the image, no number can be put in their place"
+                self.name,
+                f"{bad} of {self.image.size} pixels are NaN or infinite; "
+                "mend the image, no number can be put in their place",
             )
 
 # %% ../../nbs/data/04_radiographs.ipynb #cell-007
@@ -153,20 +155,22 @@ def to_line_integrals(
     """
     image = torch.as_tensor(image, dtype=torch.float32)
     if kind not in KINDS:
-        raise RadiographError(f"{name}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        raise RadiographError(name, f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "line_integrals":
         if inverted or i0 is not None:
             raise RadiographError(
-                f"{name}: i0 and inverted belong to kind='intensity' and 'log_intensity', and these"
-                " are told to be line integrals; drop one or the other"
+                name,
+                "i0 and inverted belong to kind='intensity' and 'log_intensity', and these"
+                " are told to be line integrals; drop one or the other",
             )
         return image if scale is None else image * scale
     if i0 == "border":
         air = find_direct_beam(image, bright=not inverted) if image.ndim == 2 else None
         if air is None:
             raise RadiographError(
-                f"{name}: no direct beam is seen at its border; give i0, the reading of the beam"
-                " beside the patient, as a number"
+                name,
+                "no direct beam is seen at its border; give i0, the reading of the beam"
+                " beside the patient, as a number",
             )
         i0 = air.level
         if kind == "intensity" and inverted and white is not None:
@@ -174,42 +178,47 @@ def to_line_integrals(
     if kind == "log_intensity":
         if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise RadiographError(
-                f"{name}: log intensities need scale, the line integral of one stored step (1 for"
-                f" natural logarithms, 2.303 for decimal ones), got {scale!r}"
+                name,
+                "log intensities need scale, the line integral of one stored step (1 for"
+                f" natural logarithms, 2.303 for decimal ones), got {scale!r}",
             )
         if i0 == "maximum":
             i0 = float(image.min() if inverted else image.max())
         if not isinstance(i0, (int, float)) or not np.isfinite(i0):
             raise RadiographError(
-                f"{name}: log intensities need i0, the number stored where the beam passes beside"
+                name,
+                "log intensities need i0, the number stored where the beam passes beside"
                 f" the patient, got {i0!r}; give it, \"maximum\" for the most X-rays, or \"border\""
-                " for what the border shows"
+                " for what the border shows",
             )
         return (image - i0) * scale if inverted else (i0 - image) * scale
     if scale is not None:
         raise RadiographError(
-            f"{name}: scale belongs to kind='line_integrals' and 'log_intensity'; give i0 for"
-            " intensities"
+            name,
+            "scale belongs to kind='line_integrals' and 'log_intensity'; give i0 for intensities",
         )
     if inverted:
         if white is None:
             raise RadiographError(
-                f"{name}: inverted needs white, the number of a white pixel (255 or 65535 in a"
-                " PNG); the file does not say it"
+                name,
+                "inverted needs white, the number of a white pixel (255 or 65535 in a"
+                " PNG); the file does not say it",
             )
         image = white - image
     if i0 == "maximum":
         i0 = float(image.max())
     if not isinstance(i0, (int, float)) or not 0 < i0 < float("inf"):
         raise RadiographError(
-            f"{name}: intensities need i0, the positive reading of the beam beside the patient, got"
-            f" {i0!r}; give the number, or \"maximum\" for the brightest pixel"
+            name,
+            "intensities need i0, the positive reading of the beam beside the patient, got"
+            f" {i0!r}; give the number, or \"maximum\" for the brightest pixel",
         )
     line_integrals = -(image / i0).clamp(min=1e-5).log()
     if float((line_integrals < -0.1).float().mean()) > 0.5:
         raise RadiographError(
-            f"{name}: most pixels are brighter than i0 = {i0:g} (their median is"
-            f" {float(image.median()):g}); i0 is too small, or the image is a negative (inverted)"
+            name,
+            f"most pixels are brighter than i0 = {i0:g} (their median is"
+            f" {float(image.median()):g}); i0 is too small, or the image is a negative (inverted)",
         )
     return line_integrals
 
@@ -232,12 +241,12 @@ def _read_png(path: Path) -> list[Radiograph]:
             text = picture.info.get(TEXT_KEY)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RadiographError(
-            f"{path}: cannot be read as PNG ({_because(error)}); write or fetch the file again"
+            path, f"cannot be read as PNG ({_because(error)}); write or fetch the file again"
         ) from None
     if mode not in ("L", "I;16", "I"):
         raise RadiographError(
-            f"{path}: is a colour or indexed PNG (mode {mode}); save it in greyscale with 8 or 16"
-            " bits"
+            path,
+            f"is a colour or indexed PNG (mode {mode}); save it in greyscale with 8 or 16 bits",
         )
     white = 255.0 if mode == "L" else 65535.0
     code = _checked_code(text, path) or _code_beside(path)
@@ -261,8 +270,9 @@ def _checked_code(text, where) -> dict | None:
         code = {"kind": None}
     if code["kind"] not in KINDS or not np.isfinite([code["scale"], code["offset"]]).all():
         raise RadiographError(
-            f"{where}: the note about the scale of its numbers is damaged ({str(text)[:60]!r}); "
-            "write the image again with write_radiographs"
+            where,
+            f"the note about the scale of its numbers is damaged ({str(text)[:60]!r}); "
+            "write the image again with write_radiographs",
         )
     return code
 
@@ -283,8 +293,9 @@ def _stacked(images: np.ndarray, path: Path, **known) -> list[Radiograph]:
     "(R, C) or (V, R, C) -> a list of radiographs."
     if images.dtype.kind not in "iuf" or images.ndim not in (2, 3):
         raise RadiographError(
-            f"{path}: must hold one image (R, C) or several (V, R, C) of numbers, got"
-            f" {images.dtype} {images.shape}"
+            path,
+            "must hold one image (R, C) or several (V, R, C) of numbers, got"
+            f" {images.dtype} {images.shape}",
         )
     if images.ndim == 2:
         return [Radiograph(images, str(path), **known)]
@@ -297,15 +308,16 @@ def _read_npz(path: Path) -> list[Radiograph]:
             kinds = [key for key in KINDS if key in content.files]
             if len(kinds) != 1:
                 raise RadiographError(
-                    f"{path}: must hold exactly one array named {' or '.join(KINDS)}, got"
-                    f" {content.files}; name the array by what its numbers are"
+                    path,
+                    f"must hold exactly one array named {' or '.join(KINDS)}, got"
+                    f" {content.files}; name the array by what its numbers are",
                 )
             images = content[kinds[0]]
     except RadiographError:
         raise
     except Exception as error:
         raise RadiographError(
-            f"{path}: cannot be read as npz ({_because(error)}); write or fetch the file again"
+            path, f"cannot be read as npz ({_because(error)}); write or fetch the file again"
         ) from None
     return _stacked(images, path, kind=kinds[0])
 
@@ -317,7 +329,7 @@ def _read_nifti(path: Path) -> list[Radiograph]:
         images = np.asarray(nibabel.load(path).dataobj)
     except Exception as error:
         raise RadiographError(
-            f"{path}: cannot be read as NIfTI ({_because(error)}); write or fetch the file again"
+            path, f"cannot be read as NIfTI ({_because(error)}); write or fetch the file again"
         ) from None
     return _stacked(
         images.squeeze().T if images.ndim > 3 or images.shape[-1] == 1 else images.T, path
@@ -332,12 +344,13 @@ def _read_dicom(path: Path) -> list[Radiograph]:
         stored = dataset.pixel_array.astype(np.float64)
     except Exception as error:
         raise RadiographError(
-            f"{path}: cannot be read as DICOM ({_because(error)}); export it uncompressed, or fetch"
-            " it again"
+            path,
+            f"cannot be read as DICOM ({_because(error)}); export it uncompressed, or fetch"
+            " it again",
         ) from None
     if int(getattr(dataset, "SamplesPerPixel", 1)) != 1:
         raise RadiographError(
-            f"{path}: is a colour DICOM; export the radiograph itself, not a screenshot of it"
+            path, "is a colour DICOM; export the radiograph itself, not a screenshot of it"
         )
     white = 2.0 ** int(dataset.BitsStored) - 1
     slope = float(getattr(dataset, "RescaleSlope", 1))
@@ -384,7 +397,7 @@ def open_radiographs(path) -> list[Radiograph]:
     "All images of one file: PNG (8 or 16 bits), npz, NIfTI or DICOM (also without an ending)."
     path = Path(path)
     if not path.is_file():
-        raise RadiographError(f"{path}: there is no such file; check the path")
+        raise RadiographError(path, "there is no such file; check the path")
     reader = next(
         (r for suffix, r in RADIOGRAPH_READERS.items() if path.name.lower().endswith(suffix)), None
     )
@@ -393,8 +406,7 @@ def open_radiographs(path) -> list[Radiograph]:
             is_dicom = file.read(132)[128:] == b"DICM"
         if not is_dicom:
             raise RadiographError(
-                f"{path}: unknown kind of file; a radiograph ends in"
-                f" {', '.join(RADIOGRAPH_READERS)}"
+                path, f"unknown kind of file; a radiograph ends in {', '.join(RADIOGRAPH_READERS)}"
             )
         reader = _read_dicom
     return reader(path)
@@ -405,8 +417,9 @@ def read_radiograph(path) -> Radiograph:
     images = open_radiographs(path)
     if len(images) != 1:
         raise RadiographError(
-            f"{path}: holds {len(images)} images where one is expected; use open_radiographs or"
-            " read_radiographs"
+            path,
+            f"holds {len(images)} images where one is expected; use open_radiographs or"
+            " read_radiographs",
         )
     return images[0]
 
@@ -444,15 +457,17 @@ def read_radiographs(
         got = image.image.shape
         if got != tuple(wanted):
             raise RadiographError(
-                f"{image.name}: has {got[0]}×{got[1]} pixels (rows × columns) but {whose} has"
+                image.name,
+                f"has {got[0]}×{got[1]} pixels (rows × columns) but {whose} has"
                 f" {wanted[0]}×{wanted[1]}; bring the images of one scan with their own geometry,"
-                " or change its pixels with geometry.rebinned"
+                " or change its pixels with geometry.rebinned",
             )
     if geometry is not None and len(images) != geometry.views:
         names = ", ".join(Path(image.name).name for image in images)
         raise RadiographError(
-            f"{names}: {len(images)} images for a geometry of {geometry.views} views; "
-            "give one image for each view, in its order"
+            names,
+            f"{len(images)} images for a geometry of {geometry.views} views; "
+            "give one image for each view, in its order",
         )
     for note in said:
         if notes is None:
@@ -466,7 +481,7 @@ def _files(paths) -> list[Path]:
     paths = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(p) for p in paths]
     if not paths:
         raise RadiographError(
-            "radiographs: the list of files is empty; give one image for each view"
+            "radiographs", "the list of files is empty; give one image for each view"
         )
     if len(paths) > 1 or not paths[0].is_dir():
         return paths
@@ -480,7 +495,7 @@ def _files(paths) -> list[Path]:
         ]
     except (OSError, ValueError, KeyError, TypeError):
         raise RadiographError(
-            f"{folder}: has no geometry.json that lists its images; name the image files themselves"
+            folder, "has no geometry.json that lists its images; name the image files themselves"
         ) from None
 
 
@@ -496,19 +511,20 @@ class _Found:
 def _found(image: Radiograph, kind: str | None, told: dict) -> _Found:
     if None not in (image.kind, kind) and image.kind != kind and not image.by_tag:
         raise RadiographError(
-            f"{image.name}: holds {image.kind} by its own word and {kind} by yours; drop yours, or"
-            " mend the file"
+            image.name,
+            f"holds {image.kind} by its own word and {kind} by yours; drop yours, or mend the file",
         )
     if image.kind == "line_integrals" and told.get("scale") is not None:
         raise RadiographError(
-            f"{image.name}: holds line integrals by its own word, with their scale; drop yours"
+            image.name, "holds line integrals by its own word, with their scale; drop yours"
         )
     low = float(image.image.min())
     high = float(image.image.max())
     if low == high and (image.kind is None or image.by_tag):
         raise RadiographError(
-            f"{image.name}: all {image.image.size} pixels are {low:g}, so there is no patient in"
-            " it; export the radiograph again"
+            image.name,
+            f"all {image.image.size} pixels are {low:g}, so there is no patient in"
+            " it; export the radiograph again",
         )
     inverted = told.get("inverted")
     if (kind or image.kind) == "line_integrals":
@@ -524,9 +540,10 @@ def _found(image: Radiograph, kind: str | None, told: dict) -> _Found:
         and image.inverted == air.bright
     ):
         raise RadiographError(
-            f"{image.name}: by its tags ({', '.join(image.notes)}) high numbers mean"
+            image.name,
+            f"by its tags ({', '.join(image.notes)}) high numbers mean"
             f" {'few' if image.inverted else 'many'} X-rays, but the direct beam at its border has"
-            f" {'high' if air.bright else 'low'} numbers; tell inverted (True or False)"
+            f" {'high' if air.bright else 'low'} numbers; tell inverted (True or False)",
         )
     if inverted is None:
         inverted = image.inverted
@@ -591,9 +608,10 @@ def _as_told(
             and told.get("scale") is None
         ):
             raise RadiographError(
-                f"{image.name}: line integrals stored as whole"
+                image.name,
+                "line integrals stored as whole"
                 f" numbers{f' up to {image.white:g}' if image.white else ''} need scale, the line"
-                " integral of one step"
+                " integral of one step",
             )
         if found.seen:
             said.append(
@@ -605,8 +623,9 @@ def _as_told(
     told.setdefault("white", image.white)
     if found.inverted is None and told.get("i0") is None:
         raise RadiographError(
-            f"{image.name}: whether high numbers mean many X-rays stands neither in the file{tags}"
-            " nor at its border; tell inverted (True or False), and i0"
+            image.name,
+            f"whether high numbers mean many X-rays stands neither in the file{tags}"
+            " nor at its border; tell inverted (True or False), and i0",
         )
     told["inverted"] = bool(found.inverted)
     air = find_direct_beam(image.image, not found.inverted)
@@ -624,8 +643,9 @@ def _as_told(
     )
     if found.kind == "log_intensity" and told.get("scale") is None:
         raise RadiographError(
-            f"{image.name}: pixels are {what}{why if found.seen else ''}, and nothing says how much"
-            " line integral one step is; give scale, or another kind if this is wrong"
+            image.name,
+            f"pixels are {what}{why if found.seen else ''}, and nothing says how much"
+            " line integral one step is; give scale, or another kind if this is wrong",
         )
     if kind and image.kind and kind != image.kind:
         said.append(f"{name}: taken for {what}, as told, against its tags{tags}.")
@@ -636,9 +656,10 @@ def _as_told(
     if told.get("i0") in (None, "border"):
         if air is None:
             raise RadiographError(
-                f"{image.name}: intensities need i0, the reading of the beam beside the patient,"
+                image.name,
+                "intensities need i0, the reading of the beam beside the patient,"
                 " and none is seen at its border; give the number, or \"maximum\" for the"
-                " brightest pixel"
+                " brightest pixel",
             )
         told["i0"] = (
             air.level
@@ -679,18 +700,20 @@ def write_radiographs(
     shape = (geometry.views, *geometry.detector_shape)
     if images.shape != shape:
         raise RadiographError(
-            f"write_radiographs: line_integrals must be {shape}, the geometry's (views, rows,"
-            f" columns), got {images.shape}"
+            "write_radiographs",
+            f"line_integrals must be {shape}, the geometry's (views, rows,"
+            f" columns), got {images.shape}",
         )
     if not np.isfinite(images).all():
         raise RadiographError(
-            f"write_radiographs: line_integrals hold {int((~np.isfinite(images)).sum())} NaN or"
-            " infinite values; nothing was written"
+            "write_radiographs",
+            f"line_integrals hold {int((~np.isfinite(images)).sum())} NaN or"
+            " infinite values; nothing was written",
         )
     names = list(names) if names else [f"xray_{v}" for v in range(len(images))]
     if len(set(names)) != len(images):
         raise RadiographError(
-            f"write_radiographs: names must be {len(images)} different ones, got {names}"
+            "write_radiographs", f"names must be {len(images)} different ones, got {names}"
         )
     content = json.loads(geometry_to_json(geometry))
     content["images"] = [

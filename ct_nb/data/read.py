@@ -35,9 +35,9 @@ def read_volume(
     """
     path = Path(path)
     if not path.exists():
-        raise CTReadError(f"{path}: there is no such file or folder; check the path")
+        raise CTReadError(path, "there is no such file or folder; check the path")
     if not os.access(path, os.R_OK):
-        raise CTReadError(f"{path}: may not be read by you; change its permissions")
+        raise CTReadError(path, "may not be read by you; change its permissions")
     reader = next(
         (r for suffix, r in CT_READERS.items() if path.name.lower().endswith(suffix)), None
     )
@@ -48,20 +48,21 @@ def read_volume(
         return read_dicom_folder(path, series)
     if path.suffix.lower() in (".dcm", ".ima"):
         raise CTReadError(
-            f"{path}: is one DICOM slice, a volume needs the series; give the folder it lies in"
+            path, "is one DICOM slice, a volume needs the series; give the folder it lies in"
         )
     if path.stat().st_size == 0:
-        raise CTReadError(f"{path}: is empty (0 bytes); copy or download it again")
+        raise CTReadError(path, "is empty (0 bytes); copy or download it again")
     if path.suffix.lower() == ".zip":
         return read_dicom_zip(path, series)
     if reader is None:
         raise CTReadError(
-            f"{path}: unknown kind of file; a CT is {', '.join(CT_READERS)}, a folder of DICOM"
-            " files or a .zip of one"
+            path,
+            f"unknown kind of file; a CT is {', '.join(CT_READERS)}, a folder of DICOM"
+            " files or a .zip of one",
         )
     if series is not None:
         raise CTReadError(
-            f"{path}: series={series!r} was asked for, but only DICOM has series; leave it out"
+            path, f"series={series!r} was asked for, but only DICOM has series; leave it out"
         )
     return reader(path)
 
@@ -77,8 +78,9 @@ def read_ct(path, series: str | None = None) -> Volume:
     check_hounsfield(volume.hu, "; ".join([str(path), *volume.notes]))
     if not 1 <= volume.grid.extent_mm.max() <= 4000:
         raise CTReadError(
-            f"{path}: is {_mm(volume.grid.extent_mm)} large, no patient is; its voxel spacing is"
-            " not in mm, correct it"
+            path,
+            f"is {_mm(volume.grid.extent_mm)} large, no patient is; its voxel spacing is"
+            " not in mm, correct it",
         )
     padding = volume.hu < -1024
     if padding.any():
@@ -101,8 +103,9 @@ def read_labels(path, grid: Grid) -> np.ndarray:
     values = np.unique(labels.hu)
     if values[0] < 0 or values[-1] > 255 or (values != np.round(values)).any():
         raise CTReadError(
-            f"{path}: holds values from {values[0]:g} to {values[-1]:g}, a label map holds whole"
-            " numbers from 0 to 255; is it the CT itself?"
+            path,
+            f"holds values from {values[0]:g} to {values[-1]:g}, a label map holds whole"
+            " numbers from 0 to 255; is it the CT itself?",
         )
     step = np.linalg.inv(labels.affine) @ grid.affine
     own, asked = labels.grid.bounds_mm, grid.bounds_mm
@@ -112,7 +115,7 @@ def read_labels(path, grid: Grid) -> np.ndarray:
             f" {grid.center_mm.round(1).tolist()} mm"
         )
         raise CTReadError(
-            f"{path}: lies elsewhere than its scan ({places}); use the map of this scan"
+            path, f"lies elsewhere than its scan ({places}); use the map of this scan"
         )
     matrix, offset = step[2::-1, 2::-1], step[2::-1, 3]  # in array order (z, y, x)
     return affine_transform(

@@ -29,13 +29,14 @@ def _read_nifti(path) -> Volume:
         raw = kind(start[: kind.template_dtype.itemsize], check=False)
         if raw["magic"].item()[:2] not in (b"n+", b"ni"):
             raise CTReadError(
-                f"{path}: is not a NIfTI file although it is named like one; check what it is"
+                path, "is not a NIfTI file although it is named like one; check what it is"
             )
         spacing = raw["pixdim"][1:4]
         if not (np.isfinite(spacing).all() and (spacing > 0).all()):
             raise CTReadError(
-                f"{path}: its voxel spacing is {_mm(spacing)}, it must be above 0; correct the"
-                " header (pixdim)"
+                path,
+                f"its voxel spacing is {_mm(spacing)}, it must be above 0; correct the"
+                " header (pixdim)",
             )
         image = nibabel.load(path)
         shape = image.shape
@@ -46,8 +47,9 @@ def _read_nifti(path) -> Volume:
         # deflate packs 1032 to 1 at best
         if claimed > Path(path).stat().st_size * (1032 if str(path).lower().endswith(".gz") else 1):
             raise CTReadError(
-                f"{path}: is cut short, its {Path(path).stat().st_size} bytes cannot hold"
-                f" {' × '.join(map(str, shape))} voxels; copy or download it again"
+                path,
+                f"is cut short, its {Path(path).stat().st_size} bytes cannot hold"
+                f" {' × '.join(map(str, shape))} voxels; copy or download it again",
             )
         hu = np.asarray(image.dataobj).reshape(shape, order="F")
         affine, notes = _nifti_affine(image.header)
@@ -55,8 +57,8 @@ def _read_nifti(path) -> Volume:
         raise
     except Exception as error:  # damaged bytes lead anywhere in nibabel, zlib and numpy
         raise CTReadError(
-            f"{path}: is damaged, cut short or not NIfTI ({_first_line(error)}); copy or download"
-            " it again"
+            path,
+            f"is damaged, cut short or not NIfTI ({_first_line(error)}); copy or download it again",
         ) from None
     return _volume(path, hu.transpose(2, 1, 0), affine, notes)
 
@@ -113,14 +115,16 @@ def _read_itk(path) -> Volume:
         _check_shape(path, shape)
         if reader.GetNumberOfComponents() != 1:
             raise CTReadError(
-                f"{path}: has {reader.GetNumberOfComponents()} values per voxel, a CT has one;"
-                " convert it to HU"
+                path,
+                f"has {reader.GetNumberOfComponents()} values per voxel, a CT has one;"
+                " convert it to HU",
             )
         image = reader.Execute()
     except RuntimeError as error:
         raise CTReadError(
-            f"{path}: is damaged, cut short or not what its name says ({_itk_reason(error)}); "
-            "copy or download it again"
+            path,
+            f"is damaged, cut short or not what its name says ({_itk_reason(error)}); "
+            "copy or download it again",
         ) from None
     size = image.GetDimension()
     affine = np.eye(4)
@@ -145,19 +149,20 @@ def _check_itk_header(path, fields: str) -> None:
         text = file.read(65536).split(end)[0].decode("latin-1")
     found = re.search(rf"^\s*(?:{fields})\s*[:=]\s*(.*)$", text, re.MULTILINE)
     if not re.match(r"NRRD|[\s\S]*NDims", text):
-        raise CTReadError(f"{path}: is empty or not what its name says; check what it is")
+        raise CTReadError(path, "is empty or not what its name says; check what it is")
     if found is None:
         raise CTReadError(
-            f"{path}: its header gives no voxel spacing; add the spacing in mm"
-            f" ({fields.split('|')[0]})"
+            path,
+            f"its header gives no voxel spacing; add the spacing in mm ({fields.split('|')[0]})",
         )
     # directions carry signs by right, and ITK itself refuses lengths of zero
     if "(" in found[1]:
         return
     if any(float(v) <= 0 for v in re.findall(r"[-+]?[\d.]+(?:[eE][-+]?\d+)?", found[1])):
         raise CTReadError(
-            f"{path}: its voxel spacing is {' × '.join(found[1].split())} mm, it must be above 0;"
-            " correct the header"
+            path,
+            f"its voxel spacing is {' × '.join(found[1].split())} mm, it must be above 0;"
+            " correct the header",
         )
 
 # %% ../../nbs/data/01_readers.ipynb #cell-012
@@ -167,17 +172,19 @@ def _read_npz(path) -> Volume:
             missing = {"hu", "affine"} - set(arrays.files)
             if missing:
                 raise CTReadError(
-                    f"{path}: has no array named {' and '.join(sorted(missing))} (it has"
-                    f" {', '.join(arrays.files) or 'none'}); save hu (D, H, W) and affine (4, 4)"
+                    path,
+                    f"has no array named {' and '.join(sorted(missing))} (it has"
+                    f" {', '.join(arrays.files) or 'none'}); save hu (D, H, W) and affine (4, 4)",
                 )
             if max(i.file_size for i in arrays.zip.infolist()) > 8 * MAX_VOXELS + 4096:
-                raise CTReadError(f"{path}: unpacks to more than 1024³ voxels; crop the scan")
+                raise CTReadError(path, "unpacks to more than 1024³ voxels; crop the scan")
             hu, affine = arrays["hu"], arrays["affine"]
     except CTReadError:
         raise
     except Exception as error:  # as above
         raise CTReadError(
-            f"{path}: is damaged, cut short or not an npz file ({_first_line(error)}); copy or save"
-            " it again"
+            path,
+            f"is damaged, cut short or not an npz file ({_first_line(error)}); copy or save"
+            " it again",
         ) from None
     return _volume(path, hu, affine, [])

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 from fastcore.basics import patch
 
 from ..core.seeding import seeded_generator
@@ -50,9 +51,10 @@ class XrayPairs(torch.utils.data.Dataset):
         size = int(size)
         render_size = int(source.size if render_size is None else render_size)
         if render_size % size or source.size % render_size:
-            raise ValueError(
-                "XrayPairs: size must divide render_size and render_size the source's size, got"
-                f" {size}, {render_size} and {source.size}"
+            raise InputError(
+                "XrayPairs",
+                "size must divide render_size and render_size the source's size, got"
+                f" {size}, {render_size} and {source.size}",
             )
         self.source = source
         self.size = size
@@ -67,8 +69,9 @@ class XrayPairs(torch.utils.data.Dataset):
             self.grid
         )
         if self.geometry.batch_shape:
-            raise ValueError(
-                f"XrayPairs: geometry must be of one scan, got a batch {self.geometry.batch_shape}"
+            raise InputError(
+                "XrayPairs",
+                f"geometry must be of one scan, got a batch {self.geometry.batch_shape}",
             )
         self.cache = None if cache_dir is None else DiskCache(cache_dir)
         self._code = code_digest("physics/*.py", "data/xray_pairs.py", "data/cases.py")

@@ -8,6 +8,7 @@ __all__ = ['DECODERS', 'Decoder', 'make_decoder', 'UNetDecoder']
 # %% ../../nbs/drr2ct/05_decoder.ipynb #cell-002
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from ..layers.blocks import ResidualBlock, channels_inner, group_norm
@@ -52,7 +53,7 @@ class Decoder(nn.Module):
 def make_decoder(name: str, channels: tuple[int, ...], outputs: int = 1, **settings) -> Decoder:
     "The decoder of that name; `settings` are its own."
     if name not in DECODERS:
-        raise ValueError(f"decoder: must be one of {', '.join(sorted(DECODERS))}, got {name!r}")
+        raise InputError("decoder", f"must be one of {', '.join(sorted(DECODERS))}, got {name!r}")
     return DECODERS[name](tuple(channels), outputs, **settings)
 
 # %% ../../nbs/drr2ct/05_decoder.ipynb #cell-007

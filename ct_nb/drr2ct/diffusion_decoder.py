@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from .decoder import Decoder
@@ -40,11 +41,11 @@ class DiffusionDecoder(Decoder, name="diffusion"):
     ):
         super().__init__()
         if outputs != 1:
-            raise ValueError(f"outputs: the diffusion decoder draws one volume, got {outputs}")
+            raise InputError("outputs", f"the diffusion decoder draws one volume, got {outputs}")
         if not 1 <= sampling_steps <= training_steps:
-            raise ValueError(
-                f"sampling_steps: must be from 1 to the {training_steps} training_steps, got"
-                f" {sampling_steps}"
+            raise InputError(
+                "sampling_steps",
+                f"must be from 1 to the {training_steps} training_steps, got {sampling_steps}",
             )
         size = 16 * 2 ** (len(channels) - 1)
         levels = (size // token_grid(size)).bit_length()
@@ -82,7 +83,7 @@ class DiffusionDecoder(Decoder, name="diffusion"):
             x = self.up[level](x) + grids[level]
         size, batch = self.denoiser.config.size, len(latent)
         if x.shape[-1] != size:
-            raise ValueError(f"grids: this decoder is for {size}³ voxels, got {x.shape[-1]}³")
+            raise InputError("grids", f"this decoder is for {size}³ voxels, got {x.shape[-1]}³")
         return Conditioning(
             self.to_prior(F.silu(x)),
             self.denoiser.camera(geometry),

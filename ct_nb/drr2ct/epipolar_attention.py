@@ -10,6 +10,7 @@ from collections import OrderedDict
 from functools import lru_cache
 
 import torch
+from ..core.errors import InputError
 from torch import nn
 
 from ..layers.blocks import keep_variance
@@ -24,7 +25,7 @@ class EpipolarNeighbours:
 
     def __init__(self, neighbours: int = 32, limit_bytes: int = 2**26):
         if neighbours < 1:
-            raise ValueError(f"neighbours: must be at least 1, got {neighbours}")
+            raise InputError("neighbours", f"must be at least 1, got {neighbours}")
         self.neighbours = neighbours
         self.limit_bytes = limit_bytes
         self.kept = OrderedDict()
@@ -100,9 +101,10 @@ def squares(rows: int, columns: int, side: int) -> torch.Tensor:
 def require_views(geometry: ConeBeam, batch: int, views: int) -> None:
     "ValueError unless the geometry describes `batch` scans of `views` views."
     if geometry.batch_shape != (batch,) or geometry.views != views:
-        raise ValueError(
-            f"geometry: features of {batch} scans of {views} views need batch shape ({batch},) and"
-            f" {views} views, got {geometry.batch_shape} and {geometry.views}"
+        raise InputError(
+            "geometry",
+            f"features of {batch} scans of {views} views need batch shape ({batch},) and"
+            f" {views} views, got {geometry.batch_shape} and {geometry.views}",
         )
 
 
@@ -116,7 +118,7 @@ class EpipolarAttention(nn.Module):
     ):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+            raise InputError("heads", f"must divide the {channels} channels, got {heads}")
         self.heads = heads
         self.side = own
         self.find = EpipolarNeighbours(neighbours)

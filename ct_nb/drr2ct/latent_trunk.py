@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,7 +66,7 @@ class WindowAttention3d(nn.Module):
     def __init__(self, channels: int, heads: int, window: int = 4, shift: int = 0):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads: {channels} channels cannot be divided among {heads} heads")
+            raise InputError("heads", f"{channels} channels cannot be divided among {heads} heads")
         self.heads = heads
         self.window = window
         self.shift = shift % window
@@ -76,9 +77,10 @@ class WindowAttention3d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape = tuple(x.shape[1:4])
         if any(n % self.window for n in shape):
-            raise ValueError(
-                f"grid: its size must be a multiple of the window, {self.window}, got {shape};"
-                " choose another grid or window"
+            raise InputError(
+                "grid",
+                f"its size must be a multiple of the window, {self.window}, got {shape};"
+                " choose another grid or window",
             )
         shift = tuple(self.shift if n > self.window else 0 for n in shape)
         if any(shift):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 import ct_nb.drr2ct.diffusion_decoder  # registers its decoder, as the next line does
@@ -80,18 +81,20 @@ class DRR2CTConfig(Config):
         ):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.window not in WINDOWS:
-            raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+            raise InputError("window", f"must be one of {', '.join(WINDOWS)}, got {self.window!r}")
         if self.xray_normalization not in ("dataset", "scan"):
-            raise ValueError(
-                f"xray_normalization: must be 'dataset' or 'scan', got {self.xray_normalization!r}"
+            raise InputError(
+                "xray_normalization",
+                f"must be 'dataset' or 'scan', got {self.xray_normalization!r}",
             )
         if self.size % 2 ** (len(self.grid_channels) - 1):
-            raise ValueError(
-                f"size: must be a multiple of {2 ** (len(self.grid_channels) - 1)} with"
-                f" {len(self.grid_channels)} grid_channels, got {self.size}"
+            raise InputError(
+                "size",
+                f"must be a multiple of {2 ** (len(self.grid_channels) - 1)} with"
+                f" {len(self.grid_channels)} grid_channels, got {self.size}",
             )
         if self.latent_size % 4:
-            raise ValueError(f"latent_size: must be a multiple of 4, got {self.latent_size}")
+            raise InputError("latent_size", f"must be a multiple of 4, got {self.latent_size}")
 
     @classmethod
     def preset(cls, name: str) -> "DRR2CTConfig":
@@ -138,7 +141,7 @@ class DRR2CTConfig(Config):
             ),
         }
         if name not in presets:
-            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+            raise InputError("preset", f"must be one of {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
 
 # %% ../../nbs/drr2ct/06_network.ipynb #cell-006
@@ -289,9 +292,10 @@ class DRR2CT(nn.Module):
         ValueError for a decoder that does not sample.
         """
         if guide is not None and self.config.decoder != "diffusion":
-            raise ValueError(
-                f"guide: the decoder {self.config.decoder!r} makes no guesses that could be moved;"
-                " leave it out, the consistency layer serves here"
+            raise InputError(
+                "guide",
+                f"the decoder {self.config.decoder!r} makes no guesses that could be moved;"
+                " leave it out, the consistency layer serves here",
             )
         geometry = self._checked(xrays, geometry)
         with torch.no_grad():

@@ -10,6 +10,7 @@ import zlib
 from dataclasses import dataclass, replace
 
 import torch
+from ..core.errors import InputError
 from torch import nn
 
 from .epipolar_attention import EpipolarAttention, EpipolarNeighbours
@@ -98,7 +99,7 @@ def get_stages(names: str = "all") -> tuple[Stage, ...]:
     known = {stage.name: stage for stage in STAGES}
     chosen = list(known) if names == "all" else str(names).replace(",", " ").split()
     if not chosen or set(chosen) - set(known):
-        raise ValueError(f"stage: must be 'all' or some of {', '.join(known)}, got {names!r}")
+        raise InputError("stage", f"must be 'all' or some of {', '.join(known)}, got {names!r}")
     return tuple(known[name] for name in chosen)
 
 # %% ../../nbs/drr2ct/07_objective.ipynb #cell-007

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from .network import DRR2CT, DRR2CTConfig
 from ct_nb.evaluation.inference import (
@@ -92,7 +93,7 @@ def reconstruct(
     not believe; where it is small, that alone is no reason to believe.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
-        raise ValueError(f"samples: must be a whole number from 0 up, got {samples!r}.")
+        raise InputError("samples", f"must be a whole number from 0 up, got {samples!r}.")
     limit = residual_limit(expected_residual)
     xrays, geometry, moved, notes = center_on_patient(xrays, geometry, model.config.size, side_mm)
     device = next(model.parameters()).device

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from ..physics.geometry import ConeBeam
@@ -213,9 +214,10 @@ class Volumization(nn.Module):
         """
         batch, views, _, h, w = features.shape
         if geometry.batch_shape != (batch,) or geometry.views != views:
-            raise ValueError(
-                f"geometry: features of {batch} scans with {views} views came with a geometry of"
-                f" batch shape {geometry.batch_shape} and {geometry.views} views"
+            raise InputError(
+                "geometry",
+                f"features of {batch} scans with {views} views came with a geometry of"
+                f" batch shape {geometry.batch_shape} and {geometry.views} views",
             )
         denser = -(-self.size // min(h, w))
         # waves of depth need more digits than half precision has

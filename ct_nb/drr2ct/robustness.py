@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ..core.errors import InputError
 
 from ..core.files import atomic_write, write_json
 from ..core.plot_style import BASELINE, FAINT, INK, MODEL, MUTED, plot_style
@@ -271,11 +272,11 @@ def robustness(
     from tqdm.auto import tqdm
 
     if len(pairs) == 0:
-        raise ValueError(
-            "pairs: there are no cases to judge on; hold at least one patient out of training"
+        raise InputError(
+            "pairs", "there are no cases to judge on; hold at least one patient out of training"
         )
     if len({c.name for c in conditions}) < len(conditions) or not conditions:
-        raise ValueError("conditions: needs at least one, each with a name of its own")
+        raise InputError("conditions", "needs at least one, each with a name of its own")
     if isinstance(predictor, torch.nn.Module):
         predictor = ModelPredictor(predictor.eval())
     items = [pairs[n] for n in range(len(pairs))]

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from ..core.errors import FileError, InputError
 from fastcore.script import Param, call_parse
 
 from ..core.files import atomic_write
@@ -119,7 +120,7 @@ DRR2CT_PRESETS = {
 
 def get_drr2ct_preset(name: str) -> DRR2CTPreset:
     if name not in DRR2CT_PRESETS:
-        raise ValueError(f"preset: must be one of {', '.join(DRR2CT_PRESETS)}, got {name!r}.")
+        raise InputError("preset", f"must be one of {', '.join(DRR2CT_PRESETS)}, got {name!r}.")
     return DRR2CT_PRESETS[name]
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-007
@@ -161,9 +162,10 @@ class DRR2CTRun:
             self.settings = replace(self.settings, stages=get_stages(self.stage))
         if self.start is None and self.settings.stages[0].name != "joint":
             if not (self.out / WEIGHTS_FILE).is_file():
-                raise ValueError(
-                    f"stage: {self.settings.stages[0].name} goes on from a trained network, and"
-                    f" {self.out} holds none; train the stage joint first or name one by start"
+                raise InputError(
+                    "stage",
+                    f"{self.settings.stages[0].name} goes on from a trained network, and"
+                    f" {self.out} holds none; train the stage joint first or name one by start",
                 )
             self.start = str(self.out)
 
@@ -293,9 +295,10 @@ def build(self: DRR2CTRun, progress: bool = True) -> DRR2CT:
     if self.start is not None:
         self.model = load_drr2ct(self.start)
         if self.model.config.size != s.network.size:
-            raise ValueError(
-                f"start: {self.start} reconstructs {self.model.config.size}³ voxels, the preset"
-                f" {self.preset} {s.network.size}³; take the same preset"
+            raise InputError(
+                "start",
+                f"{self.start} reconstructs {self.model.config.size}³ voxels, the preset"
+                f" {self.preset} {s.network.size}³; take the same preset",
             )
         return self.model
     self.model = DRR2CT(replace(s.network, xray_mean=statistics["mean"], xray_std=statistics["sd"]))
@@ -489,9 +492,9 @@ def judge(
     out = self.out if out is None else Path(out)
     seen = sorted(set(pairs.patients) & set(self.fitted.patients))
     if seen:
-        raise ValueError(
-            f"{self.out}: {seen[0]} was trained on, so judging on it would say nothing; take other"
-            " cases."
+        raise InputError(
+            self.out,
+            f"{seen[0]} was trained on, so judging on it would say nothing; take other cases.",
         )
     return evaluate(
         [
@@ -514,9 +517,10 @@ def load_run(folder) -> DRR2CTRun:
     config = read_config(folder, system="drr2ct")
     run = DRR2CTRun(config["preset"], config["data"], folder, config["seed"]).open()
     if run.fitted.source.fingerprint() != config["training"]["fingerprint"]:
-        raise ValueError(
-            f"{folder}: was trained on other data than {config['data']} holds today; judge it where"
-            " its data are."
+        raise FileError(
+            folder,
+            f"was trained on other data than {config['data']} holds today; judge it where"
+            " its data are.",
         )
     run.floors = fit_baselines(run.fitted)
     run.model = load_drr2ct(folder)

@@ -12,6 +12,7 @@ from math import pi
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -99,7 +100,7 @@ class WindowAttention(nn.Module):
     def __init__(self, channels: int, heads: int, window: int = 8, shift: int = 0):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+            raise InputError("heads", f"must divide the {channels} channels, got {heads}")
         self.heads = heads
         self.window = window
         self.shift = shift
@@ -296,17 +297,17 @@ class ViewPyramid(nn.Module):
             ("lifted", lifted, 3),
         ):
             if len(given) != count or min(given) < 1:
-                raise ValueError(
-                    f"{name}: must be {count} numbers of at least 1, got {tuple(given)}"
-                )
+                raise InputError(name, f"must be {count} numbers of at least 1, got {tuple(given)}")
         if set(epipolar_strides) - {4, 8, 16, 32}:
-            raise ValueError(
-                f"epipolar_strides: must be among 4, 8, 16 and 32, got {tuple(epipolar_strides)}"
+            raise InputError(
+                "epipolar_strides", f"must be among 4, 8, 16 and 32, got {tuple(epipolar_strides)}"
             )
         if window < 2:
-            raise ValueError(f"window: must be at least 2 tokens, got {window}")
+            raise InputError("window", f"must be at least 2 tokens, got {window}")
         if keep_tokens is not None and keep_tokens < 1:
-            raise ValueError(f"keep_tokens: must be at least 1, or None for all, got {keep_tokens}")
+            raise InputError(
+                "keep_tokens", f"must be at least 1, or None for all, got {keep_tokens}"
+            )
         self.checkpoint = checkpoint
         heads = [head_count(c, h) for c, h in zip(widths, heads)]
         self.patch = nn.Conv2d(images, widths[0], 4, stride=4)
@@ -355,9 +356,10 @@ class ViewPyramid(nn.Module):
     def forward(self, images: torch.Tensor, geometry: ConeBeam) -> list[torch.Tensor]:
         batch, views, _, rows, columns = images.shape
         if rows % 32 or columns % 32:
-            raise ValueError(
-                f"xrays: rows and columns must be multiples of 32, got {rows}×{columns}; resample"
-                " the X-rays and the geometry"
+            raise InputError(
+                "xrays",
+                f"rows and columns must be multiples of 32, got {rows}×{columns}; resample"
+                " the X-rays and the geometry",
             )
         require_views(geometry, batch, views)
         run = (

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 
 from ..physics.geometry import ConeBeam
 from ..physics.volume import AIR_HU, hu_to_mu, mu_to_hu
@@ -49,9 +50,10 @@ class MeanAtlas:
 
     def predict(self, xrays, geometry):
         if tuple(self.hu.shape) != geometry.grid.shape:
-            raise ValueError(
-                f"{self.name}: fitted on volumes of {tuple(self.hu.shape)} and asked for"
-                f" {geometry.grid.shape}; fit it on pairs of this size"
+            raise InputError(
+                self.name,
+                f"fitted on volumes of {tuple(self.hu.shape)} and asked for"
+                f" {geometry.grid.shape}; fit it on pairs of this size",
             )
         return self.hu.to(xrays)
 
@@ -84,19 +86,21 @@ class NearestNeighbour:
         "Indices of the training cases, nearest first, for line integrals (V, R, C)."
         query = self._reduced(xrays)
         if query.shape != self.library.shape[1:]:
-            raise ValueError(
-                f"{self.name}: fitted on X-rays of {tuple(self.library.shape[1:])} (views, rows,"
+            raise InputError(
+                self.name,
+                f"fitted on X-rays of {tuple(self.library.shape[1:])} (views, rows,"
                 f" columns; reduced) and asked about {tuple(query.shape)}; fit it on pairs with the"
-                " same views"
+                " same views",
             )
         return ((self.library - query) / self.sd).square().sum((1, 2, 3)).argsort()
 
     def predict(self, xrays, geometry):
         found = self.volumes[int(self.ranking(xrays)[0])]
         if tuple(found.shape) != geometry.grid.shape:
-            raise ValueError(
-                f"{self.name}: fitted on volumes of {tuple(found.shape)} and asked for"
-                f" {geometry.grid.shape}; fit it on pairs of this size"
+            raise InputError(
+                self.name,
+                f"fitted on volumes of {tuple(found.shape)} and asked for"
+                f" {geometry.grid.shape}; fit it on pairs of this size",
             )
         return found.to(xrays)
 
@@ -168,9 +172,10 @@ class AtlasDataConsistency:
         from ct_nb.physics.solvers import data_consistency
 
         if tuple(self.mu.shape) != geometry.grid.shape:
-            raise ValueError(
-                f"{self.name}: fitted on volumes of {tuple(self.mu.shape)} and asked for"
-                f" {geometry.grid.shape}; fit it on pairs of this size"
+            raise InputError(
+                self.name,
+                f"fitted on volumes of {tuple(self.mu.shape)} and asked for"
+                f" {geometry.grid.shape}; fit it on pairs of this size",
             )
         mu = self.mu.to(xrays)
         spread = None if self.spread is None else self.spread.to(xrays)
@@ -198,7 +203,7 @@ def fit_baselines(
     there are none.
     """
     if len(train_pairs) == 0:
-        raise ValueError("train_pairs: there are no cases to fit the floors to")
+        raise InputError("train_pairs", "there are no cases to fit the floors to")
     energy_kev = getattr(train_pairs, "energy_kev", 60.0) if energy_kev is None else energy_kev
     chosen = (
         torch.linspace(0, len(train_pairs) - 1, min(limit, len(train_pairs)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from ct_nb.evaluation.metrics import (
     TISSUE_BANDS_HU,
@@ -191,19 +192,21 @@ def onto_truth(pred: Volume, truth: Volume) -> tuple[Volume, Volume, tuple, list
         -1
     )
     if not covered.any():
-        raise ValueError(
-            f"pred: its box (centre {_mm(pred.grid.center_mm)}, size {_mm(pred.grid.extent_mm)})"
+        raise InputError(
+            "pred",
+            f"its box (centre {_mm(pred.grid.center_mm)}, size {_mm(pred.grid.extent_mm)})"
             f" does not touch the truth's (centre {_mm(truth.grid.center_mm)}, size"
-            f" {_mm(truth.grid.extent_mm)}); are they of one patient and in one frame?"
+            f" {_mm(truth.grid.extent_mm)}); are they of one patient and in one frame?",
         )
     box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(covered))
     cut_affine = truth.affine.copy()
     cut_affine[:3, 3] = truth.grid.index_to_mm([s.start for s in box[::-1]])
     cut = Volume(truth.hu[box], cut_affine)
     if min(cut.hu.shape) < 11:
-        raise ValueError(
-            f"pred: it covers only {cut.hu.shape} voxels of the truth; a comparison needs at least"
-            " 11 along each axis"
+        raise InputError(
+            "pred",
+            f"it covers only {cut.hu.shape} voxels of the truth; a comparison needs at least"
+            " 11 along each axis",
         )
     notes = [
         f"the prediction ({'×'.join(map(str, pred.grid.shape))} at {_mm(pred.grid.spacing_mm)}) was"
@@ -238,12 +241,12 @@ def evaluate_volumes(
     }
     for name, array in given.items():
         if array.shape != truth.grid.shape:
-            raise ValueError(
-                f"{name}: expected one label per voxel of the truth {truth.grid.shape}, got"
-                f" {array.shape}"
+            raise InputError(
+                name,
+                f"expected one label per voxel of the truth {truth.grid.shape}, got {array.shape}",
             )
     if pred_labels is not None and labels is None:
-        raise ValueError("pred_labels: labels of the truth are needed too, to compare with")
+        raise InputError("pred_labels", "labels of the truth are needed too, to compare with")
     pred, truth, box, notes = onto_truth(pred, truth)
     notes = notes + [f"truth: {n}" for n in truth.notes] + [f"prediction: {n}" for n in pred.notes]
     if lpips is None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from ..physics.detector import binned
 from ..physics.geometry import ConeBeam
@@ -66,9 +67,10 @@ def residual_limit(
         return residual_limit(read_config(expected, system="drr2ct").get("residual"))
     limit = expected.get("limit")
     if not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
-        raise ValueError(
-            "expected_residual: must be {'median': m, 'limit': q} with a positive limit, got"
-            f" {expected}; train the run again, or leave it out."
+        raise InputError(
+            "expected_residual",
+            "must be {'median': m, 'limit': q} with a positive limit, got"
+            f" {expected}; train the run again, or leave it out.",
         )
     return float(limit)
 
@@ -123,18 +125,20 @@ def _checked_xrays(xrays, geometry: ConeBeam) -> torch.Tensor:
     xrays = torch.as_tensor(np.asarray(xrays), dtype=torch.float32)
     expected = (geometry.views, *geometry.detector_shape)
     if tuple(xrays.shape) != expected:
-        raise ValueError(
-            f"xrays: the geometry describes {expected[0]} views of {expected[1]}×{expected[2]}"
+        raise InputError(
+            "xrays",
+            f"the geometry describes {expected[0]} views of {expected[1]}×{expected[2]}"
             f" pixels, got shape {tuple(xrays.shape)}; give the X-rays in the order of the"
-            " geometry's views, or the geometry they were taken with."
+            " geometry's views, or the geometry they were taken with.",
         )
     if not torch.isfinite(xrays).all():
-        raise ValueError("xrays: there are NaN or infinite values; mend or mask them first.")
+        raise InputError("xrays", "there are NaN or infinite values; mend or mask them first.")
     for view, image in enumerate(xrays):
         if image.min() == image.max():
-            raise ValueError(
-                f"xrays: view {view} is {float(image.min()):g} everywhere, so there is no patient"
-                " in it; give the X-ray again."
+            raise InputError(
+                "xrays",
+                f"view {view} is {float(image.min()):g} everywhere, so there is no patient"
+                " in it; give the X-ray again.",
             )
     return xrays
 

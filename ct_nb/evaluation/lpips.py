@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import FileError, InputError
 
 from .metrics import CHEST, as_pair
 from ..physics.volume import Window
@@ -32,9 +33,10 @@ class LPIPS:
         try:
             self.weights = {k: v.float().to(device) for k, v in load_file(str(path)).items()}
         except Exception as error:
-            raise ValueError(
-                f"{path}: not a safetensors file that can be read ({error}); give the LPIPS weights"
-                " as safetensors."
+            raise FileError(
+                path,
+                f"not a safetensors file that can be read ({error}); give the LPIPS weights"
+                " as safetensors.",
             ) from None
         for (index, *_), channels, head in zip(LAYERS, CHANNELS, range(5)):
             for key, shape in (
@@ -44,9 +46,10 @@ class LPIPS:
             ):
                 found = tuple(self.weights[key].shape) if key in self.weights else None
                 if found is None or found[: len(shape)] != shape:
-                    raise ValueError(
-                        f"{path}: {key} should begin with shape {shape}, got {found}; see the list"
-                        " of names in ct_nb.evaluation.lpips."
+                    raise FileError(
+                        path,
+                        f"{key} should begin with shape {shape}, got {found}; see the list"
+                        " of names in ct_nb.evaluation.lpips.",
                     )
         self.path = Path(path)
 
@@ -68,8 +71,8 @@ class LPIPS:
     def images(self, a, b) -> torch.Tensor:
         "Distances (N,) of RGB images (N, 3, H, W) in [-1, 1], 31 pixels a side or more."
         if min(a.shape[-2:]) < 31:
-            raise ValueError(
-                f"lpips: AlexNet needs slices of at least 31×31 pixels, got {tuple(a.shape[-2:])}"
+            raise InputError(
+                "lpips", f"AlexNet needs slices of at least 31×31 pixels, got {tuple(a.shape[-2:])}"
             )
         pairs = zip(self._features(a), self._features(b))
         return sum(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from ..physics.volume import WINDOWS, Window, hu_to_mu
 
@@ -29,12 +30,12 @@ def as_volume(hu, name: str = "hu") -> torch.Tensor:
     if not hu.is_floating_point():
         hu = hu.float()
     if hu.ndim != 3:
-        raise ValueError(f"{name}: expected a volume (D, H, W), got shape {tuple(hu.shape)}")
+        raise InputError(name, f"expected a volume (D, H, W), got shape {tuple(hu.shape)}")
     bad = int((~torch.isfinite(hu)).sum())
     if bad:
-        raise ValueError(
-            f"{name}: {bad} of {hu.numel()} voxels are NaN or infinite; a metric of it would mean"
-            " nothing"
+        raise InputError(
+            name,
+            f"{bad} of {hu.numel()} voxels are NaN or infinite; a metric of it would mean nothing",
         )
     return hu.detach()
 
@@ -71,7 +72,9 @@ def _masked(difference, mask):
         return difference.double()
     mask = torch.as_tensor(mask, device=difference.device)
     if mask.shape != difference.shape:
-        raise ValueError(f"mask: expected shape {tuple(difference.shape)}, got {tuple(mask.shape)}")
+        raise InputError(
+            "mask", f"expected shape {tuple(difference.shape)}, got {tuple(mask.shape)}"
+        )
     return difference[mask.bool()].double()
 
 
@@ -133,8 +136,8 @@ def ssim_map(pred, truth, window: Window = CHEST) -> torch.Tensor:
     """
     pred, truth = as_pair(pred, truth, window)
     if min(truth.shape) < SSIM_TAPS:
-        raise ValueError(
-            f"ssim: needs at least {SSIM_TAPS} voxels along each axis, got {tuple(truth.shape)}"
+        raise InputError(
+            "ssim", f"needs at least {SSIM_TAPS} voxels along each axis, got {tuple(truth.shape)}"
         )
     a, b = ((v.double() - window.low_hu) / window.width_hu for v in (pred, truth))
     mean_a, mean_b, aa, bb, ab = _gaussian_mean(torch.stack([a, b, a * a, b * b, a * b]))
@@ -177,9 +180,10 @@ def drr_error(pred, line_integrals, geometry, energy_kev: float = 60.0) -> float
     measured = torch.as_tensor(line_integrals).to(mu)
     projected = project(mu, geometry)
     if projected.shape != measured.shape:
-        raise ValueError(
-            f"line_integrals: expected (V, R, C) = {tuple(projected.shape)} as geometry says, got"
-            f" {tuple(measured.shape)}"
+        raise InputError(
+            "line_integrals",
+            f"expected (V, R, C) = {tuple(projected.shape)} as geometry says, got"
+            f" {tuple(measured.shape)}",
         )
     return _relative((projected - measured).double(), measured.double()).item()
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from ..core.errors import InputError
 
 from ..core.files import atomic_write, write_json
 from ..core.plot_style import BASELINE, FAINT, INK, MODEL, MUTED, plot_style
@@ -483,12 +484,12 @@ def evaluate(
 
     names = [p.name for p in predictors]
     if len(set(names)) < len(names) or not names:
-        raise ValueError(
-            f"predictors: needs at least one, each with a name of its own, got {names}"
+        raise InputError(
+            "predictors", f"needs at least one, each with a name of its own, got {names}"
         )
     if len(pairs) == 0:
-        raise ValueError(
-            "pairs: there are no cases to judge on; hold at least one patient out of training"
+        raise InputError(
+            "pairs", "there are no cases to judge on; hold at least one patient out of training"
         )
     lpips = LPIPS(lpips_weights) if lpips_weights else None
     energy_kev = getattr(pairs, "energy_kev", 60.0) if energy_kev is None else energy_kev

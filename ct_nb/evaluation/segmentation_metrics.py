@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from ..physics.volume import Grid
 
@@ -37,8 +38,8 @@ def body_mask(hu, grid: Grid, bridge_mm: float = 10.0) -> np.ndarray:
 
     dense = _array(hu) > BODY_HU
     if dense.shape != grid.shape:
-        raise ValueError(
-            f"body_mask: hu is {dense.shape} and the grid {grid.shape}; they must be the same"
+        raise InputError(
+            "body_mask", f"hu is {dense.shape} and the grid {grid.shape}; they must be the same"
         )
     ball = _ball(bridge_mm / 2, grid.spacing_mm)
     # a body that leaves the cube is not cut there
@@ -70,7 +71,7 @@ def dice(pred_mask, truth_mask) -> float:
     a = _array(pred_mask).astype(bool)
     b = _array(truth_mask).astype(bool)
     if a.shape != b.shape:
-        raise ValueError(f"dice: the masks must have one shape, got {a.shape} and {b.shape}")
+        raise InputError("dice", f"the masks must have one shape, got {a.shape} and {b.shape}")
     total = int(a.sum()) + int(b.sum())
     return 2 * int((a & b).sum()) / total if total else math.nan
 
@@ -90,7 +91,7 @@ def hd95_mm(pred_mask, truth_mask, spacing_mm) -> float:
     a = _array(pred_mask).astype(bool)
     b = _array(truth_mask).astype(bool)
     if a.shape != b.shape:
-        raise ValueError(f"hd95_mm: the masks must have one shape, got {a.shape} and {b.shape}")
+        raise InputError("hd95_mm", f"the masks must have one shape, got {a.shape} and {b.shape}")
     if not a.any() or not b.any():
         return math.nan
     # distances need no voxel outside the union

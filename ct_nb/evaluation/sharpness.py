@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 
 from .case_metrics import Metric
 from .metrics import CHEST, as_pair
@@ -49,7 +50,7 @@ def edges(pred, truth, window: Window = CHEST, share: float = 0.05) -> Edges:
     edges, those where the truth's gradient is largest. NaN for a truth without any.
     """
     if not 0 < share < 1:
-        raise ValueError(f"share: a part of the voxels between 0 and 1, got {share}")
+        raise InputError("share", f"a part of the voxels between 0 and 1, got {share}")
     pred, truth = as_pair(pred, truth, window)
     p, t = _gradient(pred.double()), _gradient(truth.double())
     steep = t.square().sum(0)
@@ -84,12 +85,14 @@ def spectra(
     bins as the shortest side has frequencies unless given.
     """
     if not spacing_mm > 0:
-        raise ValueError(f"spacing_mm: must be positive, got {spacing_mm}")
+        raise InputError("spacing_mm", f"must be positive, got {spacing_mm}")
     pair = as_pair(pred, truth, window)
     shape = tuple(truth.shape)
     bins = bins or min(shape) // 2
     if not 1 <= bins <= min(shape) // 2:
-        raise ValueError(f"bins: volumes of {shape} have 1 to {min(shape) // 2} shells, got {bins}")
+        raise InputError(
+            "bins", f"volumes of {shape} have 1 to {min(shape) // 2} shells, got {bins}"
+        )
     device, count = pair[0].device, math.prod(shape)
     z, y, x = (
         torch.hann_window(n + 2, periodic=False, dtype=torch.float64, device=device)[1:-1]
@@ -175,7 +178,7 @@ def null_space_added(
     together, to whole voxels; `iterations` of the solver split each volume.
     """
     if not block_mm > 0:
-        raise ValueError(f"block_mm: must be positive, got {block_mm}")
+        raise InputError("block_mm", f"must be positive, got {block_mm}")
     refined, truth = as_pair(refined, truth)
     coarse, _ = as_pair(coarse, truth)
     mu = [hu_to_mu(v.float(), energy_kev) for v in (refined, coarse, truth)]
@@ -263,9 +266,10 @@ def sharpness_scores(
     "The columns of `SHARPNESS_METRICS`. ValueError where the volumes do not fit together."
     refined, truth = as_pair(refined, truth)
     if tuple(truth.shape) != geometry.grid.shape:
-        raise ValueError(
-            f"truth: expected the geometry's grid {geometry.grid.shape}, got {tuple(truth.shape)};"
-            " use `geometry.on(grid)`"
+        raise InputError(
+            "truth",
+            f"expected the geometry's grid {geometry.grid.shape}, got {tuple(truth.shape)};"
+            " use `geometry.on(grid)`",
         )
     if spectrum is None:
         spectrum = spectra(refined, truth, float(geometry.grid.spacing_mm.max()), window)

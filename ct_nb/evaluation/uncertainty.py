@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from ..core.errors import InputError
 
 from .metrics import CHEST, ConfidenceInterval, paired_mean_ci
 from ..physics.geometry import ConeBeam
@@ -31,9 +32,9 @@ def prediction_factor(level: float, samples: int) -> float:
     from scipy.stats import t
 
     if not 0 < level < 1:
-        raise ValueError(f"level: must lie between 0 and 1, got {level}")
+        raise InputError("level", f"must lie between 0 and 1, got {level}")
     if samples < 2:
-        raise ValueError(f"samples: an interval needs at least 2, got {samples}")
+        raise InputError("samples", f"an interval needs at least 2, got {samples}")
     return float(t.ppf((1 + level) / 2, samples - 1)) * math.sqrt(1 + 1 / samples)
 
 # %% ../../nbs/evaluation/06_uncertainty.ipynb #cell-010
@@ -61,9 +62,10 @@ class SampleSummary:
     def __getitem__(self, index: int) -> "SampleSummary":
         "One case of a batch."
         if self.mean.ndim != 4:
-            raise ValueError(
-                f"summary: it is of one volume {tuple(self.mean.shape)}, there is no batch to take"
-                " a case from"
+            raise InputError(
+                "summary",
+                f"it is of one volume {tuple(self.mean.shape)}, there is no batch to take"
+                " a case from",
             )
         return replace(
             self,
@@ -92,7 +94,7 @@ def _each(samples) -> Iterable[torch.Tensor]:
                 + (f" after {tuple(first)}" if number else "")
             )
         if not torch.isfinite(sample).all():
-            raise ValueError(f"samples: sample {number} has NaN or infinite voxels")
+            raise InputError("samples", f"sample {number} has NaN or infinite voxels")
         yield sample
 
 
@@ -113,7 +115,7 @@ def summarize_samples(samples) -> SampleSummary:
         lowest = torch.minimum(lowest, sample)
         highest = torch.maximum(highest, sample)
     if count < 2:
-        raise ValueError(f"samples: a spread needs at least 2, got {count}")
+        raise InputError("samples", f"a spread needs at least 2, got {count}")
     return SampleSummary(mean, (squares / (count - 1)).sqrt(), lowest, highest, count)
 
 # %% ../../nbs/evaluation/06_uncertainty.ipynb #cell-014
@@ -123,19 +125,20 @@ def _selected(
     "Truth in the window and the mask, of the summary's shape."
     truth = torch.as_tensor(truth).detach().to(summary.mean)
     if truth.shape != summary.mean.shape:
-        raise ValueError(
-            f"truth: expected shape {tuple(summary.mean.shape)} as the samples have, got"
-            f" {tuple(truth.shape)}"
+        raise InputError(
+            "truth",
+            f"expected shape {tuple(summary.mean.shape)} as the samples have, got"
+            f" {tuple(truth.shape)}",
         )
     if not torch.isfinite(truth).all():
-        raise ValueError("truth: there are NaN or infinite voxels")
+        raise InputError("truth", "there are NaN or infinite voxels")
     mask = (
         torch.ones_like(truth, dtype=torch.bool)
         if mask is None
         else torch.as_tensor(mask, device=truth.device).bool()
     )
     if mask.shape != truth.shape:
-        raise ValueError(f"mask: expected shape {tuple(truth.shape)}, got {tuple(mask.shape)}")
+        raise InputError("mask", f"expected shape {tuple(truth.shape)}, got {tuple(mask.shape)}")
     return truth.clip(window.low_hu, window.high_hu), mask
 
 
@@ -220,9 +223,10 @@ def reliability(rows: list[dict], region: str = "body") -> list[Reliability]:
     """
     chosen = [row for row in rows if row["region"] == region]
     if not chosen:
-        raise ValueError(
-            f"region: there are no rows of {region!r}, only of"
-            f" {', '.join(sorted({row['region'] for row in rows})) or 'nothing'}"
+        raise InputError(
+            "region",
+            f"there are no rows of {region!r}, only of"
+            f" {', '.join(sorted({row['region'] for row in rows})) or 'nothing'}",
         )
     found = []
     for level in sorted({row["level"] for row in chosen}):
@@ -273,12 +277,15 @@ class Calibration:
         ValueError for another number of samples, or a summary that is calibrated already.
         """
         if summary.samples != self.samples:
-            raise ValueError(
-                f"summary: the calibration was fitted on {self.samples} samples a case, got"
-                f" {summary.samples}; draw as many"
+            raise InputError(
+                "summary",
+                f"the calibration was fitted on {self.samples} samples a case, got"
+                f" {summary.samples}; draw as many",
             )
         if summary.scale != 1:
-            raise ValueError(f"summary: it is calibrated already, by a factor of {summary.scale:g}")
+            raise InputError(
+                "summary", f"it is calibrated already, by a factor of {summary.scale:g}"
+            )
         return replace(
             summary, standard_deviation=summary.standard_deviation * self.scale, scale=self.scale
         )
@@ -305,14 +312,15 @@ def calibrate(
     for summary, truth, mask, patient in cases:
         truth, mask = _selected(summary, truth, mask, window)
         if summary.scale != 1:
-            raise ValueError(
-                f"cases: a summary of {patient} is calibrated already; fit on the samples as they"
-                " were drawn"
+            raise InputError(
+                "cases",
+                f"a summary of {patient} is calibrated already; fit on the samples as they"
+                " were drawn",
             )
         error = (truth - summary.mean).abs()[mask].double()
         half = summary.half_width(level)[mask].double()
         if not len(error):
-            raise ValueError(f"cases: the mask of {patient} is empty")
+            raise InputError("cases", f"the mask of {patient} is empty")
         scores = torch.where(error > 0, error / half, 0.0).sort().values
         if len(scores) > SCORES_KEPT:
             scores = scores[
@@ -326,13 +334,15 @@ def calibrate(
         counts.add(summary.samples)
     needed = math.ceil(level / (1 - level) - 1e-9)
     if len(by_patient) < needed:
-        raise ValueError(
-            f"cases: a promise of {level:.0%} needs at least {needed} patients, got"
-            f" {len(by_patient)}; lower the level or hold out more"
+        raise InputError(
+            "cases",
+            f"a promise of {level:.0%} needs at least {needed} patients, got"
+            f" {len(by_patient)}; lower the level or hold out more",
         )
     if len(counts) > 1:
-        raise ValueError(
-            f"cases: all need the same number of samples, got {', '.join(map(str, sorted(counts)))}"
+        raise InputError(
+            "cases",
+            f"all need the same number of samples, got {', '.join(map(str, sorted(counts)))}",
         )
     scores = torch.cat([s for group in by_patient.values() for s in group])
     weights = torch.cat(
@@ -348,10 +358,11 @@ def calibrate(
     place = int((weights[order].cumsum(0) < level - 1e-9).sum())
     scale = float(scores[order[min(place, len(order) - 1)]])
     if not 0 < scale < math.inf:
-        raise ValueError(
-            "cases: the samples of too many voxels agree exactly and are"
+        raise InputError(
+            "cases",
+            "the samples of too many voxels agree exactly and are"
             f" {'right' if scale == 0 else 'wrong'}, so no factor on their spread gives"
-            f" {level:.0%}; use a mask"
+            f" {level:.0%}; use a mask",
         )
     return Calibration(scale, level, len(by_patient), counts.pop())
 
@@ -379,9 +390,10 @@ def hallucination_map(
     def unseen():
         for sample in _each(samples):
             if tuple(sample.shape[-3:]) != tuple(geometry.grid.shape):
-                raise ValueError(
-                    f"samples: the geometry's grid is (D, H, W) = {tuple(geometry.grid.shape)}, got"
-                    f" {tuple(sample.shape[-3:])}; use geometry.on(grid)"
+                raise InputError(
+                    "samples",
+                    f"the geometry's grid is (D, H, W) = {tuple(geometry.grid.shape)}, got"
+                    f" {tuple(sample.shape[-3:])}; use geometry.on(grid)",
                 )
             # proportional to attenuation, so the energy of the X-rays cancels
             part = null_component(sample + 1000, geometry, iterations, tolerance)

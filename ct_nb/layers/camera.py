@@ -8,6 +8,7 @@ __all__ = ['CAMERA_NUMBERS', 'CAMERA_FEATURES', 'camera_tokens', 'MeanCamera']
 # %% ../../nbs/layers/01_camera.ipynb #cell-002
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from ..physics.geometry import ConeBeam
@@ -56,7 +57,8 @@ class MeanCamera(nn.Module):
 
     def forward(self, geometry: ConeBeam | None) -> torch.Tensor:
         if geometry is None:
-            raise ValueError(
-                "geometry: this decoder listens to the cameras; give it the geometry of the X-rays"
+            raise InputError(
+                "geometry",
+                "this decoder listens to the cameras; give it the geometry of the X-rays",
             )
         return F.silu(self.layer(camera_tokens(geometry).to(self.layer.weight))).mean(-2)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,8 +48,8 @@ class Conditioning(NamedTuple):
         "The condition of the n³ voxels from (z0, y0, x0)."
         size = self.prior.shape[-1]
         if min(z0, y0, x0) < 0 or n < 1 or max(z0, y0, x0) + n > size:
-            raise ValueError(
-                f"crop: a patch of {n}³ at ({z0}, {y0}, {x0}) does not fit into {size}³ voxels"
+            raise InputError(
+                "crop", f"a patch of {n}³ at ({z0}, {y0}, {x0}) does not fit into {size}³ voxels"
             )
 
         def cut(t):
@@ -99,13 +100,14 @@ class DenoiserConfig(Config):
     def __post_init__(self):
         object.__setattr__(self, "channels", tuple(self.channels))
         if len(self.channels) != self.levels:
-            raise ValueError(
-                f"channels: {self.size}³ voxels and {token_grid(self.size)}³ tokens need"
-                f" {self.levels} numbers, one a level, got {len(self.channels)}"
+            raise InputError(
+                "channels",
+                f"{self.size}³ voxels and {token_grid(self.size)}³ tokens need"
+                f" {self.levels} numbers, one a level, got {len(self.channels)}",
             )
         if self.token_channels % self.heads:
-            raise ValueError(
-                f"heads: must divide the {self.token_channels} token_channels, got {self.heads}"
+            raise InputError(
+                "heads", f"must divide the {self.token_channels} token_channels, got {self.heads}"
             )
 
     @property
@@ -154,7 +156,7 @@ class DenoiserConfig(Config):
             ),
         }
         if name not in presets:
-            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+            raise InputError("preset", f"must be one of {', '.join(presets)}, got {name!r}")
         levels = (size // token_grid(size)).bit_length()
         return cls(
             **{
@@ -312,10 +314,11 @@ class Denoiser(nn.Module):
         if (extra is None) != (wanted == 0) or (
             extra is not None and tuple(extra.shape) != (batch, wanted, n, n, n)
         ):
-            raise ValueError(
-                "extra: this network takes"
+            raise InputError(
+                "extra",
+                "this network takes"
                 f" {f'({batch}, {wanted}, {n}, {n}, {n})' if wanted else 'none'}, got"
-                f" {None if extra is None else tuple(extra.shape)}"
+                f" {None if extra is None else tuple(extra.shape)}",
             )
 
     def _checked(self, x_t, time, condition):
@@ -325,24 +328,26 @@ class Denoiser(nn.Module):
         batch = len(x_t)
         n = x_t.shape[-1]
         if x_t.ndim != 5 or tuple(x_t.shape[1:]) != (1, n, n, n) or n % step or not 0 < n <= size:
-            raise ValueError(
-                f"x_t: must be (B, 1, n, n, n) with n = {size}, or for patches a smaller multiple"
-                f" of {step}, got {tuple(x_t.shape)}"
+            raise InputError(
+                "x_t",
+                f"must be (B, 1, n, n, n) with n = {size}, or for patches a smaller multiple"
+                f" of {step}, got {tuple(x_t.shape)}",
             )
         if tuple(time.shape) != (batch,):
-            raise ValueError(
-                f"time: must be ({batch},), one for each volume, got {tuple(time.shape)}"
+            raise InputError(
+                "time", f"must be ({batch},), one for each volume, got {tuple(time.shape)}"
             )
         if not time.is_meta and not bool(((time >= 0) & (time <= 1)).all()):
-            raise ValueError(
-                f"time: must be normalised to 0 to 1, got {float(time.min()):g} to"
-                f" {float(time.max()):g}"
+            raise InputError(
+                "time",
+                f"must be normalised to 0 to 1, got {float(time.min()):g} to {float(time.max()):g}",
             )
         if condition is None:
             if n != size:
-                raise ValueError(
-                    f"condition: a patch of {n}³ of {size}³ voxels must be told where it lies; give"
-                    " condition.crop(...), or condition.crop(...).dropped()"
+                raise InputError(
+                    "condition",
+                    f"a patch of {n}³ of {size}³ voxels must be told where it lies; give"
+                    " condition.crop(...), or condition.crop(...).dropped()",
                 )
 
             def empty(channels):
@@ -359,9 +364,10 @@ class Denoiser(nn.Module):
                 torch.zeros(batch, 3, device=x_t.device),
             )
         if tuple(condition.prior.shape) != (batch, DEPTH_PRIOR_CHANNELS, n, n, n):
-            raise ValueError(
-                f"condition: its prior must be ({batch}, {DEPTH_PRIOR_CHANNELS}, {n}, {n}, {n}) for"
-                f" this x_t, got {tuple(condition.prior.shape)}"
+            raise InputError(
+                "condition",
+                f"its prior must be ({batch}, {DEPTH_PRIOR_CHANNELS}, {n}, {n}, {n}) for"
+                f" this x_t, got {tuple(condition.prior.shape)}",
             )
         self._require_extra(condition.extra, batch, n)
         return condition

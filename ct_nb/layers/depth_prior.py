@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -104,9 +105,10 @@ class DepthPrior(nn.Module):
         )
         rows, columns = images.shape[-2:]
         if rows % 4 or columns % 4:
-            raise ValueError(
-                f"xrays: rows and columns must be multiples of 4, got {rows}×{columns} after"
-                f" binning to at most {2 * self.size}; resample the X-rays and the geometry"
+            raise InputError(
+                "xrays",
+                f"rows and columns must be multiples of 4, got {rows}×{columns} after"
+                f" binning to at most {2 * self.size}; resample the X-rays and the geometry",
             )
         return images, geometry
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from ..core.errors import InputError
 from fastcore.basics import patch
 
 from ..core.config import Config
@@ -35,23 +36,24 @@ class DiffusionConfig(Config):
 
     def __post_init__(self):
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2:
-            raise ValueError(f"steps: must be an integer from 2 on, got {self.steps!r}")
+            raise InputError("steps", f"must be an integer from 2 on, got {self.steps!r}")
         if self.prediction not in PREDICTIONS:
-            raise ValueError(
-                f"prediction: must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
+            raise InputError(
+                "prediction", f"must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
             )
         if self.clamp is not None and not self.clamp > 0:
-            raise ValueError(f"clamp: must be positive or None, got {self.clamp!r}")
+            raise InputError("clamp", f"must be positive or None, got {self.clamp!r}")
         if not self.min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma: must be positive, got {self.min_snr_gamma!r}")
+            raise InputError("min_snr_gamma", f"must be positive, got {self.min_snr_gamma!r}")
         if not 0 <= self.condition_dropout <= 1:
-            raise ValueError(
-                f"condition_dropout: must be from 0 to 1, got {self.condition_dropout!r}"
+            raise InputError(
+                "condition_dropout", f"must be from 0 to 1, got {self.condition_dropout!r}"
             )
         if self.prediction == "epsilon" and self.zero_snr:
-            raise ValueError(
-                "zero_snr: at the last step the noise is all there is and 'epsilon' says nothing"
-                " about x0; choose 'v' or 'x0', or zero_snr=False"
+            raise InputError(
+                "zero_snr",
+                "at the last step the noise is all there is and 'epsilon' says nothing"
+                " about x0; choose 'v' or 'x0', or zero_snr=False",
             )
 
     @property
@@ -76,7 +78,7 @@ def cosine_alphas_cumprod(steps: int, zero_snr: bool = True) -> torch.Tensor:
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-010
 def _check_shape(name: str, x: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name}: must have shape {tuple(shape)}, got {tuple(x.shape)}")
+        raise InputError(name, f"must have shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
 class Diffusion:
@@ -97,9 +99,10 @@ class Diffusion:
     def _valid(self, step) -> torch.Tensor:
         step = torch.as_tensor(step)
         if step.dtype.is_floating_point or step.dtype == torch.bool or step.ndim > 1:
-            raise ValueError(
-                f"step: must be an integer or a tensor (B,) of integers, got {step.dtype} of shape"
-                f" {tuple(step.shape)}"
+            raise InputError(
+                "step",
+                f"must be an integer or a tensor (B,) of integers, got {step.dtype} of shape"
+                f" {tuple(step.shape)}",
             )
         # elsewhere a look would wait for the device
         if (
@@ -107,9 +110,10 @@ class Diffusion:
             and step.numel()
             and not 0 <= int(step.min()) <= int(step.max()) < self.config.steps
         ):
-            raise ValueError(
-                f"step: must be from 0 to {self.config.steps - 1}, got {int(step.min())} to"
-                f" {int(step.max())}"
+            raise InputError(
+                "step",
+                f"must be from 0 to {self.config.steps - 1}, got {int(step.min())} to"
+                f" {int(step.max())}",
             )
         return step
 
@@ -141,7 +145,7 @@ def _scales(self: Diffusion, step, x: torch.Tensor) -> tuple[torch.Tensor, torch
         ).to(*key)
     step = self._valid(step).to(x.device).reshape(-1)
     if len(step) not in (1, len(x)):
-        raise ValueError(f"step: {len(step)} of them for a batch of {len(x)}")
+        raise InputError("step", f"{len(step)} of them for a batch of {len(x)}")
     return tuple(self._tables[key][:, step].reshape(2, -1, *[1] * (x.ndim - 1)))
 
 
@@ -223,9 +227,10 @@ def sampling_steps(self: Diffusion, steps: int, last: int | None = None) -> list
     """
     last = self.config.steps - 1 if last is None else last
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= last + 1:
-        raise ValueError(
-            f"steps: must be an integer from 1 to {last + 1}, the training steps there are to"
-            f" visit, got {steps!r}"
+        raise InputError(
+            "steps",
+            f"must be an integer from 1 to {last + 1}, the training steps there are to"
+            f" visit, got {steps!r}",
         )
     return [round((last + 1) * (steps - k) / steps) - 1 for k in range(steps)]
 
@@ -262,9 +267,8 @@ def _finite(name: str, x: torch.Tensor, shape: tuple[int, ...], where: str) -> t
     _check_shape(f"{name} at {where}", x, shape)
     bad = x.numel() - int(torch.isfinite(x).sum())
     if bad:
-        raise ValueError(
-            f"{name}: {bad} of {x.numel()} values at {where} are NaN or infinite; sampling stops"
-            " here"
+        raise InputError(
+            name, f"{bad} of {x.numel()} values at {where} are NaN or infinite; sampling stops here"
         )
     return x
 
@@ -275,7 +279,7 @@ def _begin(
 ) -> tuple[torch.Tensor, list[int]]:
     "The first x_t of a sampler and the steps it visits."
     if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"shape: must be positive integers (B, …), got {shape}")
+        raise InputError("shape", f"must be positive integers (B, …), got {shape}")
     if noise is None:
         noise = torch.randn(
             shape, generator=generator, device=generator.device if generator else device
@@ -287,7 +291,7 @@ def _begin(
     x0, time = start
     _check_shape("start", x0, shape)
     if not 0 < time <= 1:
-        raise ValueError(f"start: its time must lie in (0, 1], got {time!r}")
+        raise InputError("start", f"its time must lie in (0, 1], got {time!r}")
     visited = self.sampling_steps(steps, round(time * (self.config.steps - 1)))
     return self.noised(x0.to(noise), noise, visited[0]), visited
 
@@ -321,13 +325,14 @@ def sample(
     counts, and as soon as a network returns NaN.
     """
     if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        raise InputError("sampler", f"must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if not math.isfinite(guidance):
-        raise ValueError(f"guidance: must be finite, got {guidance!r}")
+        raise InputError("guidance", f"must be finite, got {guidance!r}")
     if guidance != 1 and unconditional is None:
-        raise ValueError(
-            f"unconditional: guidance {guidance:g} needs the network without its condition; pass"
-            " it, or guidance=1"
+        raise InputError(
+            "unconditional",
+            f"guidance {guidance:g} needs the network without its condition; pass"
+            " it, or guidance=1",
         )
     x, visited = self._begin(tuple(shape), steps, noise, start, generator, device)
     # a single step is x0_hat itself

@@ -10,6 +10,7 @@ __all__ = ['TOKEN_GRIDS', 'SINUSOIDS', 'TIME_CHANNELS', 'token_grid', 'overlap_w
 from math import pi
 
 import torch
+from ..core.errors import InputError
 from torch import nn
 
 # %% ../../nbs/layers/03_embeddings.ipynb #cell-005
@@ -19,8 +20,8 @@ TOKEN_GRIDS = {16: 4, 32: 8, 64: 16, 128: 24, 256: 32}
 def token_grid(size: int) -> int:
     "Tokens a side for a volume of size³ voxels; ValueError for a size without one."
     if size not in TOKEN_GRIDS:
-        raise ValueError(
-            f"size: must be one of {', '.join(map(str, TOKEN_GRIDS))} voxels a side, got {size}"
+        raise InputError(
+            "size", f"must be one of {', '.join(map(str, TOKEN_GRIDS))} voxels a side, got {size}"
         )
     return TOKEN_GRIDS[size]
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 # %% ../../nbs/layers/04_relative_bias.ipynb #cell-005
@@ -65,9 +66,10 @@ def biased_attention(
     if inner * torch.Size(shape).numel() != tokens or any(
         bias.shape != (heads, n, n) for bias, n in zip(biases, shape)
     ):
-        raise ValueError(
-            f"biases: {tokens} tokens and {heads} heads need a ({heads}, n, n) for each axis and"
-            f" {tokens // inner} as the product of the n, got {[tuple(b.shape) for b in biases]}"
+        raise InputError(
+            "biases",
+            f"{tokens} tokens and {heads} heads need a ({heads}, n, n) for each axis and"
+            f" {tokens // inner} as the product of the n, got {[tuple(b.shape) for b in biases]}",
         )
     values = v.shape[-1]
     q, k = append_bias_columns(q, k, biases, inner)
@@ -82,7 +84,7 @@ def relative_biases(offsets: torch.Tensor, size: int) -> torch.Tensor:
     """
     most = (offsets.shape[-1] + 1) // 2
     if not 1 <= size <= most:
-        raise ValueError(f"size: these offsets are for 1 to {most} tokens an axis, got {size}")
+        raise InputError("size", f"these offsets are for 1 to {most} tokens an axis, got {size}")
     place = torch.arange(size, device=offsets.device)
     return offsets[..., place[:, None] - place + most - 1]
 
@@ -95,7 +97,7 @@ class BiasedAttention(nn.Module):
     def __init__(self, channels: int, heads: int, size: int):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads: must divide the {channels} channels, got {heads}")
+            raise InputError("heads", f"must divide the {channels} channels, got {heads}")
         self.heads = heads
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
@@ -104,7 +106,7 @@ class BiasedAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n = round(x.shape[1] ** (1 / 3))
         if n**3 != x.shape[1]:
-            raise ValueError(f"x: tokens must be those of a cubic grid, got {x.shape[1]}")
+            raise InputError("x", f"tokens must be those of a cubic grid, got {x.shape[1]}")
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.out(
             biased_attention(q, k, v, relative_biases(self.offsets, n).unbind())

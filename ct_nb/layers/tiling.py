@@ -9,6 +9,7 @@ __all__ = ['tile_starts', 'tile_weights', 'blend_tiles']
 from collections.abc import Callable
 
 import torch
+from ..core.errors import InputError
 
 # %% ../../nbs/layers/08_tiling.ipynb #cell-005
 def tile_starts(size: int, patch: int, overlap: int) -> list[int]:
@@ -31,7 +32,7 @@ def tile_weights(size: int, starts: list[int], patch: int, overlap: int, halo: i
     1 at every voxel.
     """
     if 2 * halo >= overlap and len(starts) > 1:
-        raise ValueError(f"halo: must be below half the overlap of {overlap}, got {halo}")
+        raise InputError("halo", f"must be below half the overlap of {overlap}, got {halo}")
     place = torch.arange(patch) + 0.5
     rise, fall = ((edge - halo) / (overlap - 2 * halo) for edge in (place, patch - place))
     weights = torch.stack(

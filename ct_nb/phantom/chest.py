@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
+from ..core.errors import InputError
 
 from .anatomy import Anatomy, diaphragm
 from .lesion_painting import before_vessels, paint_lesion
@@ -86,16 +87,17 @@ def phantom(seed: int, size: int = 64, side_mm: float = 320.0) -> Phantom:
 def check_request(seed, size, side_mm):
     "Raise ValueError when there is no such phantom."
     if not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(
-            f"phantom: seed must be a whole number, 0 or more, got {seed!r}; try seed=0"
+        raise InputError(
+            "phantom", f"seed must be a whole number, 0 or more, got {seed!r}; try seed=0"
         )
     if not isinstance(size, Integral) or size < 8:
-        raise ValueError(
-            f"phantom: size must be a whole number of voxels, 8 or more, got {size!r}; try size=64"
+        raise InputError(
+            "phantom",
+            f"size must be a whole number of voxels, 8 or more, got {size!r}; try size=64",
         )
     if not 0 < side_mm < np.inf:
-        raise ValueError(
-            f"phantom: side_mm must be a positive number, got {side_mm!r}; try side_mm=320.0"
+        raise InputError(
+            "phantom", f"side_mm must be a positive number, got {side_mm!r}; try side_mm=320.0"
         )
 
 # %% ../../nbs/phantom/08_chest.ipynb #cell-008

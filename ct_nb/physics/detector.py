@@ -8,6 +8,7 @@ __all__ = ['require_fit', 'fitting_geometry', 'binned']
 # %% ../../nbs/physics/01d_detector.ipynb #cell-002
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 
 from .geometry import ConeBeam
 
@@ -17,21 +18,24 @@ def require_fit(xrays: torch.Tensor, geometry: ConeBeam) -> None:
     views and detector are those of X-rays (B, V, R, C).
     """
     if not isinstance(geometry, ConeBeam):
-        raise ValueError(
-            "geometry: X-rays say nothing of a voxel without the ConeBeam that they were taken"
-            f" with, got {type(geometry).__name__}"
+        raise InputError(
+            "geometry",
+            "X-rays say nothing of a voxel without the ConeBeam that they were taken"
+            f" with, got {type(geometry).__name__}",
         )
     views = geometry.views
     rows, columns = geometry.detector_shape
     if xrays.ndim != 4 or tuple(xrays.shape[1:]) != (views, rows, columns):
-        raise ValueError(
-            f"xrays: the geometry describes (B, V, R, C) = (B, {views}, {rows}, {columns}), got"
-            f" {tuple(xrays.shape)}"
+        raise InputError(
+            "xrays",
+            f"the geometry describes (B, V, R, C) = (B, {views}, {rows}, {columns}), got"
+            f" {tuple(xrays.shape)}",
         )
     if geometry.batch_shape not in ((), (len(xrays),)):
-        raise ValueError(
-            f"geometry: its batch shape must be () or ({len(xrays)},), that of the X-rays, got"
-            f" {geometry.batch_shape}"
+        raise InputError(
+            "geometry",
+            f"its batch shape must be () or ({len(xrays)},), that of the X-rays, got"
+            f" {geometry.batch_shape}",
         )
 
 

@@ -74,8 +74,8 @@ def nearest_on_epipolar_line(
     count = token_shape[0] * token_shape[1]
     if not 1 <= k <= count:
         raise GeometryError(
-            f"nearest_on_epipolar_line: k must be 1 to {count}, the tokens of"
-            f" {tuple(token_shape)}, got {k}"
+            "nearest_on_epipolar_line",
+            f"k must be 1 to {count}, the tokens of {tuple(token_shape)}, got {k}",
         )
     exact = geometry.to(torch.float64)
     uv = exact.token_uv(token_shape).reshape(-1, 2)

@@ -12,12 +12,13 @@ from functools import reduce
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 from fastcore.basics import patch
 
 from .volume import Grid
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-005
-class GeometryError(ValueError):
+class GeometryError(InputError):
     """A geometry that cannot be used; the message is one sentence that says what is wrong and what
     to do.
     """
@@ -45,13 +46,15 @@ def _checked_vectors(geometry) -> dict[str, torch.Tensor]:
     for name, v in vectors.items():
         if v.ndim < 2 or v.shape[-1] != 3 or v.shape[-2] < 1:
             raise GeometryError(
-                f"ConeBeam: {name} must be (*batch, views, 3) with at least one view, got shape"
-                f" {tuple(v.shape)}"
+                "ConeBeam",
+                f"{name} must be (*batch, views, 3) with at least one view, got shape"
+                f" {tuple(v.shape)}",
             )
         if tuple(v.shape) != shape:
             raise GeometryError(
-                f"ConeBeam: {name} has shape {tuple(v.shape)} but source_mm has {shape}; give every"
-                " view all four vectors"
+                "ConeBeam",
+                f"{name} has shape {tuple(v.shape)} but source_mm has {shape}; give every"
+                " view all four vectors",
             )
     # one transfer, one decision: the checks cost a single synchronisation on a GPU
     with torch.no_grad():
@@ -60,8 +63,9 @@ def _checked_vectors(geometry) -> dict[str, torch.Tensor]:
         )
         if not bool(torch.isfinite(source + center + column + row).all()):
             raise GeometryError(
-                "ConeBeam: the source, detector or pixel steps hold NaN or infinity; "
-                "check the numbers the geometry was built from"
+                "ConeBeam",
+                "the source, detector or pixel steps hold NaN or infinity; "
+                "check the numbers the geometry was built from",
             )
         ray = center - source
         volume = (torch.linalg.cross(column, row) * ray).sum(-1).abs()
@@ -69,9 +73,10 @@ def _checked_vectors(geometry) -> dict[str, torch.Tensor]:
         flat = (volume <= 1e-6 * size).nonzero()
     if len(flat):
         raise GeometryError(
-            f"ConeBeam: in view {int(flat[0, -1])} the source lies in the detector's plane, "
+            "ConeBeam",
+            f"in view {int(flat[0, -1])} the source lies in the detector's plane, "
             "or the pixel steps are zero or parallel; "
-            "no ray can reach this detector"
+            "no ray can reach this detector",
         )
     return vectors
 
@@ -102,11 +107,11 @@ class ConeBeam:
         shape = tuple(int(n) for n in self.detector_shape)
         if len(shape) != 2 or min(shape) < 1:
             raise GeometryError(
-                "ConeBeam: detector_shape must be (rows, columns), both positive, got"
-                f" {self.detector_shape}"
+                "ConeBeam",
+                f"detector_shape must be (rows, columns), both positive, got {self.detector_shape}",
             )
         if not isinstance(self.grid, Grid):
-            raise GeometryError(f"ConeBeam: grid must be a Grid, got {type(self.grid).__name__}")
+            raise GeometryError("ConeBeam", f"grid must be a Grid, got {type(self.grid).__name__}")
         object.__setattr__(self, "detector_shape", shape)
 
     @property
@@ -208,8 +213,8 @@ def orbit(
     to_isocenter, to_detector, pixel = (distance[..., None] for distance in numbers[3:])
     if not bool((to_isocenter > 0).all() and (to_detector > 0).all() and (pixel > 0).all()):
         raise GeometryError(
-            "ConeBeam.orbit: source_to_isocenter_mm, source_to_detector_mm and pixel_mm must be"
-            " positive"
+            "ConeBeam.orbit",
+            "source_to_isocenter_mm, source_to_detector_mm and pixel_mm must be positive",
         )
     normal = _direction(azimuth, elevation)
     column, row = _upright(azimuth, normal)
@@ -292,7 +297,7 @@ def stack(cls: ConeBeam, geometries: Sequence[ConeBeam]) -> ConeBeam:
     """
     geometries = list(geometries)
     if not geometries:
-        raise GeometryError("ConeBeam.stack: the list of geometries is empty")
+        raise GeometryError("ConeBeam.stack", "the list of geometries is empty")
     first = geometries[0]
     for b, g in enumerate(geometries):
 
@@ -306,8 +311,9 @@ def stack(cls: ConeBeam, geometries: Sequence[ConeBeam]) -> ConeBeam:
         ):
             if of(g) != of(first):
                 raise GeometryError(
-                    f"ConeBeam.stack: geometry {b} differs from geometry 0 in its {what} ({of(g)},"
-                    f" expected {of(first)}); batch only like with like"
+                    "ConeBeam.stack",
+                    f"geometry {b} differs from geometry 0 in its {what} ({of(g)},"
+                    f" expected {of(first)}); batch only like with like",
                 )
     return replace(first, **{n: torch.stack([getattr(g, n) for g in geometries]) for n in VECTORS})
 
@@ -317,7 +323,7 @@ def __getitem__(self: ConeBeam, index) -> ConeBeam:
     "One scan of a batch, the inverse of `stack`; views are chosen with `select`."
     if not self.batch_shape:
         raise GeometryError(
-            "ConeBeam: this geometry has no batch to index; choose views with .select([...])"
+            "ConeBeam", "this geometry has no batch to index; choose views with .select([...])"
         )
     return self._map(lambda t: t[index])
 
@@ -411,8 +417,9 @@ def project_points(self: ConeBeam, points_mm: torch.Tensor) -> tuple[torch.Tenso
         n not in (1, b) for n, b in zip(points.shape, self.batch_shape)
     ):
         raise GeometryError(
-            "ConeBeam.project_points: points_mm must be (*points, 3) or (*batch, *points, 3) "
-            f"with batch {self.batch_shape}, got {tuple(points_mm.shape)}"
+            "ConeBeam.project_points",
+            "points_mm must be (*points, 3) or (*batch, *points, 3) "
+            f"with batch {self.batch_shape}, got {tuple(points_mm.shape)}",
         )
     points = points.reshape(*points.shape[:lead], 1, -1, 3)
     matrices = self.matrices()
@@ -448,20 +455,22 @@ def from_matrices(
     P = P if P.is_floating_point() else P.to(torch.float64)
     if P.ndim < 3 or P.shape[-2:] != (3, 4):
         raise GeometryError(
-            f"ConeBeam.from_matrices: matrices must be (*batch, views, 3, 4), got {tuple(P.shape)}"
+            "ConeBeam.from_matrices",
+            f"matrices must be (*batch, views, 3, 4), got {tuple(P.shape)}",
         )
     if (source_to_detector_mm is None) == (pixel_mm is None):
         raise GeometryError(
-            "ConeBeam.from_matrices: give exactly one of source_to_detector_mm and pixel_mm; "
-            "a matrix alone does not fix the detector's distance"
+            "ConeBeam.from_matrices",
+            "give exactly one of source_to_detector_mm and pixel_mm; "
+            "a matrix alone does not fix the detector's distance",
         )
     left = P[..., :3].detach()
     if not bool(torch.isfinite(P).all()) or bool(
         (torch.linalg.det(left).abs() <= 1e-12 * left.norm(dim=-1).prod(-1)).any()
     ):
         raise GeometryError(
-            "ConeBeam.from_matrices: a matrix is not finite or its left 3×3 part is singular, so it"
-            " has no source point"
+            "ConeBeam.from_matrices",
+            "a matrix is not finite or its left 3×3 part is singular, so it has no source point",
         )
     inverse = torch.linalg.inv(P[..., :3])
     source = -(inverse @ P[..., 3:])[..., 0]
@@ -471,8 +480,9 @@ def from_matrices(
     depth = (P[..., 2, :3] * center).sum(-1) + P[..., 2, 3]
     if bool((depth == 0).any()):
         raise GeometryError(
-            "ConeBeam.from_matrices: the grid's centre lies in the plane of a source, "
-            "so it is not known which side is in front"
+            "ConeBeam.from_matrices",
+            "the grid's centre lies in the plane of a source, "
+            "so it is not known which side is in front",
         )
     size, known = (ray, source_to_detector_mm) if pixel_mm is None else (column, pixel_mm)
     scale = (
@@ -519,7 +529,8 @@ def require_hits(self: ConeBeam) -> ConeBeam:
         )
         middle = [round(float(x)) for x in self.grid.center_mm]
         raise GeometryError(
-            f"ConeBeam: no ray of {where} meets the grid (centre {middle} mm, source {source} mm,"
-            f" detector {center} mm); check the signs and that both are in the same LPS frame"
+            "ConeBeam",
+            f"no ray of {where} meets the grid (centre {middle} mm, source {source} mm,"
+            f" detector {center} mm); check the signs and that both are in the same LPS frame",
         )
     return self

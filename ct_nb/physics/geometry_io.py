@@ -31,8 +31,9 @@ def geometry_to_json(geometry: ConeBeam) -> str:
     "One scan's geometry as JSON text that explains itself; every number comes back exactly."
     if geometry.batch_shape:
         raise GeometryError(
-            f"geometry_to_json: a file holds one scan and this is a batch {geometry.batch_shape};"
-            " save each geometry[b]"
+            "geometry_to_json",
+            f"a file holds one scan and this is a batch {geometry.batch_shape};"
+            " save each geometry[b]",
         )
     vectors = {
         name: getattr(geometry, name).detach().to("cpu", torch.float64).tolist() for name in VECTORS
@@ -192,7 +193,7 @@ def geometry_from_json(
             content, {"detector_shape": _counts(content, "detector_shape", 2), "grid": grid}
         )
     except ValueError as error:
-        raise GeometryError(f"{name}: {error}") from None
+        raise GeometryError(name, f"{error}") from None
 
 
 def load_geometry(path, grid: Grid | None = None) -> ConeBeam:
@@ -203,11 +204,11 @@ def load_geometry(path, grid: Grid | None = None) -> ConeBeam:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise GeometryError(
-            f"{path}: this is no text file; a geometry is JSON, written by save_geometry"
+            path, "this is no text file; a geometry is JSON, written by save_geometry"
         ) from None
     except OSError as error:
         raise GeometryError(
-            f"{path}: the geometry file cannot be read ({error.strerror}); check the path"
+            path, f"the geometry file cannot be read ({error.strerror}); check the path"
         ) from None
     return geometry_from_json(text, grid, name=str(path))
 
@@ -231,7 +232,7 @@ def _tag(dataset, keyword: str, name: str, given, hint: str):
         return given
     value = getattr(dataset, keyword, None)
     if value in (None, ""):
-        raise GeometryError(f"{name}: the DICOM tag {keyword} is missing; give {hint}")
+        raise GeometryError(name, f"the DICOM tag {keyword} is missing; give {hint}")
     return value
 
 
@@ -239,13 +240,14 @@ def _pose_angles(dataset, name: str) -> tuple[float, float]:
     "Primary and secondary angle in degrees."
     if getattr(dataset, "PositionerMotion", "STATIC") == "DYNAMIC":
         raise GeometryError(
-            f"{name}: the C-arm moved during this run; split it into frames with an angle each"
+            name, "the C-arm moved during this run; split it into frames with an angle each"
         )
     for keyword in ("DetectorPrimaryAngle", "DetectorSecondaryAngle"):
         if abs(float(getattr(dataset, keyword, None) or 0.0)) > 0.1:
             raise GeometryError(
-                f"{name}: {keyword} says that the detector is tilted against the beam; "
-                "build this geometry with ConeBeam(...)"
+                name,
+                f"{keyword} says that the detector is tilted against the beam; "
+                "build this geometry with ConeBeam(...)",
             )
     position = getattr(dataset, "ViewPosition", None)
     if getattr(dataset, "PositionerPrimaryAngle", None) is None and position in VIEW_POSITIONS:
@@ -274,8 +276,9 @@ def _image_axes(
         wanted = []
     if len(wanted) != 2:
         raise GeometryError(
-            f"{name}: PatientOrientation {list(letters)} is not two words of the letters"
-            f" {''.join(LETTERS)}; correct or empty that tag"
+            name,
+            f"PatientOrientation {list(letters)} is not two words of the letters"
+            f" {''.join(LETTERS)}; correct or empty that tag",
         )
     choices = [
         (a * first, b * second)
@@ -290,8 +293,9 @@ def _image_axes(
     best = max(choices, key=match)
     if match(best) < 0.5:
         raise GeometryError(
-            f"{name}: PatientOrientation {list(letters)} contradicts the C-arm angles; correct or"
-            " empty that tag"
+            name,
+            f"PatientOrientation {list(letters)} contradicts the C-arm angles; correct or"
+            " empty that tag",
         )
     return best
 
@@ -319,8 +323,9 @@ def geometry_from_dicom(
     shapes = [view.detector_shape for view in views]
     if len(set(shapes)) != 1:
         raise GeometryError(
-            f"geometry_from_dicom: the radiographs must have one size, got {shapes}; "
-            "resample them to one, or reconstruct them apart"
+            "geometry_from_dicom",
+            f"the radiographs must have one size, got {shapes}; "
+            "resample them to one, or reconstruct them apart",
         )
     return ConeBeam(
         **{n: torch.cat([getattr(view, n) for view in views]) for n in VECTORS},
@@ -375,4 +380,4 @@ def _read_tags(path):
     try:
         return pydicom.dcmread(path, stop_before_pixels=True)
     except (OSError, pydicom.errors.InvalidDicomError) as error:
-        raise GeometryError(f"{path}: cannot be read as DICOM ({error})") from None
+        raise GeometryError(path, f"cannot be read as DICOM ({error})") from None

@@ -12,6 +12,7 @@ import weakref
 from dataclasses import replace
 
 import torch
+from ..core.errors import InputError
 
 from . import joseph_reference as joseph
 from .geometry import ConeBeam
@@ -59,7 +60,7 @@ def _backend(name: str | None, device: torch.device):
     "The module that computes: the named one, or the fastest that this machine has for the device."
     if name is not None:
         if name not in _MODULES:
-            raise ValueError(f"backend: expected one of {', '.join(_MODULES)}, got {name!r}")
+            raise InputError("backend", f"expected one of {', '.join(_MODULES)}, got {name!r}")
         return importlib.import_module(_MODULES[name])
     name = {"cpu": "numba", "cuda": "triton"}.get(device.type, "torch")
     try:
@@ -163,14 +164,16 @@ def _check(name: str, tensor, geometry, last: tuple, words: str):
         )
     n = len(last)
     if tuple(tensor.shape[-n:]) != last or tensor.ndim < n:
-        raise ValueError(
-            f"{name}: expected shape (*batch, {', '.join(map(str, last))}) = (*batch, {words}) of"
-            f" the geometry, got {tuple(tensor.shape)}"
+        raise InputError(
+            name,
+            f"expected shape (*batch, {', '.join(map(str, last))}) = (*batch, {words}) of"
+            f" the geometry, got {tuple(tensor.shape)}",
         )
     if geometry.batch_shape not in ((), tuple(tensor.shape[:-n])):
-        raise ValueError(
-            f"{name}: its batch shape {tuple(tensor.shape[:-n])} must equal the geometry's"
-            f" {geometry.batch_shape}, or the geometry must have none"
+        raise InputError(
+            name,
+            f"its batch shape {tuple(tensor.shape[:-n])} must equal the geometry's"
+            f" {geometry.batch_shape}, or the geometry must have none",
         )
 
 # %% ../../nbs/physics/05_projector.ipynb #cell-013

@@ -9,6 +9,7 @@ __all__ = ['minimum_norm', 'range_component', 'null_component', 'sirt', 'fdk', '
 import math
 
 import torch
+from ..core.errors import InputError
 
 from .geometry import ConeBeam
 from .projector import backproject, project
@@ -59,15 +60,17 @@ def _check(geometry: ConeBeam, image=None, mu=None):
     if image is not None:
         expected = (geometry.views, *geometry.detector_shape)
         if tuple(image.shape[-3:]) != expected:
-            raise ValueError(
-                "image: the geometry describes X-rays of shape (views, rows, columns) ="
+            raise InputError(
+                "image",
+                "the geometry describes X-rays of shape (views, rows, columns) ="
                 f" {expected}, got {tuple(image.shape[-3:])}; give the X-rays and the geometry they"
-                " were taken with"
+                " were taken with",
             )
     if mu is not None and tuple(mu.shape[-3:]) != tuple(geometry.grid.shape):
-        raise ValueError(
-            f"mu: the geometry's grid is (D, H, W) = {tuple(geometry.grid.shape)}, got"
-            f" {tuple(mu.shape[-3:])}; use `geometry.on(grid)`"
+        raise InputError(
+            "mu",
+            f"the geometry's grid is (D, H, W) = {tuple(geometry.grid.shape)}, got"
+            f" {tuple(mu.shape[-3:])}; use `geometry.on(grid)`",
         )
 
 # %% ../../nbs/physics/06_solvers.ipynb #cell-010
@@ -179,10 +182,11 @@ def _circular_orbit(geometry: ConeBeam):
         along(g.row_step_mm, axis).abs() - 1,
     ]
     if g.views < 3 or max(float(c.abs().max()) for c in checks) > 1e-3:
-        raise ValueError(
-            "geometry: FDK needs at least 3 views spaced evenly over a full circle about one axis"
+        raise InputError(
+            "geometry",
+            "FDK needs at least 3 views spaced evenly over a full circle about one axis"
             f" with the detector upright, got {g.views} views that are not; use `sirt` or"
-            " `minimum_norm`"
+            " `minimum_norm`",
         )
     return (t[..., :1, None, None] for t in (R[..., 0:1], S[..., 0:1], pu[..., 0:1], pv[..., 0:1]))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..core.errors import FileError, InputError
 
 from ..core.files import atomic_write
 
@@ -33,21 +34,26 @@ class Grid:
         shape = tuple(int(n) for n in self.shape)
         affine = np.array(self.affine, dtype=np.float64)
         if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(
-                f"Grid: shape must be three positive counts (D, H, W), got {self.shape}; give the"
-                " voxels along z, y and x"
+            raise InputError(
+                "Grid",
+                f"shape must be three positive counts (D, H, W), got {self.shape}; give the"
+                " voxels along z, y and x",
             )
         if affine.shape != (4, 4):
-            raise ValueError(
-                f"Grid: the affine must be 4×4, got shape {affine.shape}; give the map from voxel"
-                " index (x, y, z, 1) to mm"
+            raise InputError(
+                "Grid",
+                f"the affine must be 4×4, got shape {affine.shape}; give the map from voxel"
+                " index (x, y, z, 1) to mm",
             )
         if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-            raise ValueError("Grid: the affine is singular or not finite; check the voxel spacing")
+            raise InputError(
+                "Grid", "the affine is singular or not finite; check the voxel spacing"
+            )
         if not np.allclose(affine[3], [0, 0, 0, 1]):
-            raise ValueError(
-                f"Grid: the affine's last row must be 0, 0, 0, 1, got {affine[3].tolist()}; is it"
-                " transposed?"
+            raise InputError(
+                "Grid",
+                f"the affine's last row must be 0, 0, 0, 1, got {affine[3].tolist()}; is it"
+                " transposed?",
             )
         affine.setflags(write=False)
         object.__setattr__(self, "shape", shape)
@@ -162,8 +168,8 @@ def get_window(window: "str | Window") -> Window:
     if isinstance(window, Window):
         return window
     if window not in WINDOWS:
-        raise ValueError(
-            f"window: there is none named {window!r}; choose one of {', '.join(WINDOWS)}"
+        raise InputError(
+            "window", f"there is none named {window!r}; choose one of {', '.join(WINDOWS)}"
         )
     return WINDOWS[window]
 
@@ -198,9 +204,10 @@ def mu_water_per_mm(energy_kev: float) -> float:
     Outside the table: `ValueError`.
     """
     if not WATER_KEV[0] <= energy_kev <= WATER_KEV[-1]:
-        raise ValueError(
-            "energy_kev: must lie between 10 and 500 keV, where the table of water is, got"
-            f" {energy_kev}; diagnostic X-rays have 30 to 120"
+        raise InputError(
+            "energy_kev",
+            "must lie between 10 and 500 keV, where the table of water is, got"
+            f" {energy_kev}; diagnostic X-rays have 30 to 120",
         )
     return float(
         np.exp(np.interp(np.log(energy_kev), np.log(WATER_KEV), np.log(WATER_PER_CM))) / 10
@@ -331,9 +338,10 @@ def find_body(volume, spacing_mm: float = 5.0) -> tuple[np.ndarray, Grid]:
     solid = np.stack([binary_fill_holes(s) for s in binary_opening(tissue, cross)])
     parts, number = label(binary_opening(solid, cross, iterations=2)[2:-2, 2:-2, 2:-2])
     if number == 0:
-        raise ValueError(
-            f"volume: no body in it (nothing larger than {4 * spacing_mm:g} mm above -300 HU); is"
-            " it a CT of a patient in HU?"
+        raise InputError(
+            "volume",
+            f"no body in it (nothing larger than {4 * spacing_mm:g} mm above -300 HU); is"
+            " it a CT of a patient in HU?",
         )
     return parts == 1 + np.bincount(parts.ravel())[1:].argmax(), grid
 
@@ -355,8 +363,8 @@ class Volume:
     def __post_init__(self):
         self.hu = np.ascontiguousarray(self.hu, dtype=np.float32)
         if self.hu.ndim != 3:
-            raise ValueError(
-                f"Volume: hu must be (D, H, W), got shape {self.hu.shape}; give one volume"
+            raise InputError(
+                "Volume", f"hu must be (D, H, W), got shape {self.hu.shape}; give one volume"
             )
         self.affine = Grid(self.hu.shape, self.affine).affine
 
@@ -433,8 +441,8 @@ def save_volume(volume: Volume, path) -> None:
     }
     writer = next((w for suffix, w in writers.items() if path.name.lower().endswith(suffix)), None)
     if writer is None:
-        raise ValueError(
-            f"{path}: unknown kind of file; choose a name that ends in {', '.join(writers)}"
+        raise FileError(
+            path, f"unknown kind of file; choose a name that ends in {', '.join(writers)}"
         )
     with atomic_write(path) as temporary:
         writer(temporary, hu, volume.affine)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from ..core.errors import InputError
 
 from .geometry import ConeBeam
 from .pose_errors import jitter_pose
@@ -43,16 +44,18 @@ class XrayNoise:
     def __post_init__(self):
         _check_widths(self, readout_photons=1e9, exposure_sd=3, beam_quality_sd=0.3, cutout_mm=1e4)
         if self.photons_per_pixel is not None and not 1 <= self.photons_per_pixel <= 1e12:
-            raise ValueError(
-                "XrayNoise: photons_per_pixel must lie between 1 and 1e12, or be None for no"
-                f" quantum noise, got {self.photons_per_pixel}"
+            raise InputError(
+                "XrayNoise",
+                "photons_per_pixel must lie between 1 and 1e12, or be None for no"
+                f" quantum noise, got {self.photons_per_pixel}",
             )
         if self.readout_photons and self.photons_per_pixel is None:
-            raise ValueError("XrayNoise: readout_photons needs photons_per_pixel; give both")
+            raise InputError("XrayNoise", "readout_photons needs photons_per_pixel; give both")
         if not 0 < self.floor_photons <= (self.photons_per_pixel or math.inf):
-            raise ValueError(
-                "XrayNoise: floor_photons must be above 0 and at most photons_per_pixel, got"
-                f" {self.floor_photons}"
+            raise InputError(
+                "XrayNoise",
+                "floor_photons must be above 0 and at most photons_per_pixel, got"
+                f" {self.floor_photons}",
             )
 
     @classmethod

@@ -9,6 +9,7 @@ __all__ = ['IdentityBaseline', 'gaussian_high_pass', 'UnsharpMask', 'DataConsist
 import math
 
 import torch
+from ..core.errors import InputError
 
 from ..evaluation.baselines import AtlasDataConsistency
 from ..evaluation.metrics import as_pair
@@ -56,7 +57,7 @@ class UnsharpMask:
 
     def __init__(self, amount: float = 1.0, sigma_voxels: float = 1.0):
         if not sigma_voxels > 0:
-            raise ValueError(f"sigma_voxels: must be positive, got {sigma_voxels}")
+            raise InputError("sigma_voxels", f"must be positive, got {sigma_voxels}")
         self.settings = {"amount": amount, "sigma_voxels": sigma_voxels}
 
     @classmethod
@@ -77,7 +78,7 @@ class UnsharpMask:
                 down[k] += h.square().sum().cpu()
             count += 1
         if count == 0:
-            raise ValueError("pairs: there are no training pairs to fit the mask to")
+            raise InputError("pairs", "there are no training pairs to fit the mask to")
         # what the squared error falls by
         best = int((up.square() / down.clamp_min(1e-12)).argmax())
         return cls((up[best] / down[best].clamp_min(1e-12)).item(), sigmas[best])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 from torch.utils.data import DataLoader, Dataset
 
 from ..cascade.train import SamplePredictor, Sampler, load_cascade
@@ -53,9 +54,10 @@ def earlier_runs(folder, visited: tuple = ()) -> list[dict]:
             if place.is_dir()
         ]
         if not found:
-            raise ValueError(
-                f"coarse: {folder} goes on from {config[word]}, which is not there, so nobody can"
-                " say which patients it knows; put it back"
+            raise InputError(
+                "coarse",
+                f"{folder} goes on from {config[word]}, which is not there, so nobody can"
+                " say which patients it knows; put it back",
             )
         if found[0].resolve() not in visited:
             configs += earlier_runs(found[0], visited)
@@ -126,9 +128,10 @@ class FrozenCoarse:
             run = run.resolve().parents[1]
             last = config["network"]["network"]["size"]
             if not (run / CONFIG_FILE).is_file():
-                raise ValueError(
-                    f"coarse: {folder} is a stage of a cascade, which is not in {run} (yet); finish"
-                    " the cascade's training, or leave the stage where it was"
+                raise InputError(
+                    "coarse",
+                    f"{folder} is a stage of a cascade, which is not in {run} (yet); finish"
+                    " the cascade's training, or leave the stage where it was",
                 )
             config = read_config(run, system="cascade")
         self.preset = config["preset"]
@@ -230,9 +233,10 @@ class CoarseFiles:
         )
         self.files = {name: path for path in found if (name := _case_name(path)) is not None}
         if not self.files:
-            raise ValueError(
-                f"coarse: {folder} holds neither a trained run (config.json and model.safetensors)"
-                " nor coarse CTs named after their cases, like CASE.nii.gz; name another folder"
+            raise InputError(
+                "coarse",
+                f"{folder} holds neither a trained run (config.json and model.safetensors)"
+                " nor coarse CTs named after their cases, like CASE.nii.gz; name another folder",
             )
         self.size = read_ct(next(iter(self.files.values()))).hu.shape[0]
 
@@ -263,15 +267,17 @@ class CoarseFiles:
                     *grid.center_mm, grid.extent_mm.max()
                 )
 
-            raise ValueError(
-                f"coarse: {path} is on {say(volume.grid)}, its case on {say(expected)}; resample"
-                " the file onto the cube of its case"
+            raise InputError(
+                "coarse",
+                f"{path} is on {say(volume.grid)}, its case on {say(expected)}; resample"
+                " the file onto the cube of its case",
             )
         if (cut := _cut_off(volume.hu)) is not None:
-            raise ValueError(
-                f"coarse: {path} has nothing above {volume.hu.max():.0f} HU and much of it exactly"
+            raise InputError(
+                "coarse",
+                f"{path} has nothing above {volume.hu.max():.0f} HU and much of it exactly"
                 f" there, as if clipped by {cut}; a refiner takes the whole window chest, −1024 to"
-                " 1024 HU, so write the file again without the clip"
+                " 1024 HU, so write the file again without the clip",
             )
         return volume.tensor().float()
 
@@ -318,10 +324,11 @@ def open_coarse(coarse, size: int = 64) -> "FrozenCoarse | CoarseFiles | Classic
     if str(coarse) in CLASSICAL and not folder.is_dir():
         return ClassicalCoarse(str(coarse), size)
     if not folder.is_dir():
-        raise ValueError(
-            f"coarse: there is no folder {folder}; run `make demo` first, which trains system A"
+        raise InputError(
+            "coarse",
+            f"there is no folder {folder}; run `make demo` first, which trains system A"
             f" into runs/drr2ct, name the folder of another run, or take {' or '.join(CLASSICAL)},"
-            " which need none"
+            " which need none",
         )
     return FrozenCoarse(folder) if (Path(folder) / "config.json").is_file() else CoarseFiles(folder)
 
@@ -344,7 +351,7 @@ class CoarsePairs(Dataset):
 
     def __init__(self, data: RepeatedConcatDataset, coarse, draws: int = 1, cache_dir=None):
         if draws < 1:
-            raise ValueError(f"draws: each case is drawn at least once, got {draws}")
+            raise InputError("draws", f"each case is drawn at least once, got {draws}")
         self.data = data
         self.coarse = coarse
         self.draws = draws
@@ -403,9 +410,10 @@ class CoarsePairs(Dataset):
     def _arrays(self, item: dict) -> dict:
         coarse = self.coarse.answer(item)
         if coarse.shape != item["hu"].shape:
-            raise ValueError(
-                f"coarse: its volumes are {tuple(coarse.shape)}, the cases"
-                f" {tuple(item['hu'].shape)}; take cases of the coarse model's size"
+            raise InputError(
+                "coarse",
+                f"its volumes are {tuple(coarse.shape)}, the cases"
+                f" {tuple(item['hu'].shape)}; take cases of the coarse model's size",
             )
         return {
             "hu": _whole(item["hu"]),
@@ -420,8 +428,8 @@ class CoarsePairs(Dataset):
         the scoreboard's predictors start from.
         """
         if self._last is None or not torch.equal(self._last["xrays"], xrays):
-            raise ValueError(
-                "xrays: these are not the X-rays of the last item; ask for the item first"
+            raise InputError(
+                "xrays", "these are not the X-rays of the last item; ask for the item first"
             )
         return self._last["coarse"]
 

@@ -9,6 +9,7 @@ __all__ = ['refinement_figure', 'spectrum_figure', 'draw_run', 'main']
 import json
 from pathlib import Path
 
+from ..core.errors import InputError
 from fastcore.script import call_parse
 
 from ..core.plot_style import BASELINE, FAINT, MODEL, MUTED, SERIES, TRUTH, plot_style
@@ -41,9 +42,10 @@ def refinement_figure(
 
     for name, volume in (("coarse", coarse), ("refined", refined)):
         if volume.grid != truth.grid:
-            raise ValueError(
-                f"{name}: it is on another grid than the truth; resample it with"
-                " .resample_onto(truth.grid)"
+            raise InputError(
+                name,
+                "it is on another grid than the truth; resample it with"
+                " .resample_onto(truth.grid)",
             )
     window = get_window(window)
 
@@ -107,8 +109,9 @@ def spectrum_figure(
     names = tuple(found["power"]) if names is None else names
     unknown = [name for name in names if name not in found["power"]]
     if unknown:
-        raise ValueError(
-            f"names: there is no spectrum of {unknown[0]!r}; there are {', '.join(found['power'])}"
+        raise InputError(
+            "names",
+            f"there is no spectrum of {unknown[0]!r}; there are {', '.join(found['power'])}",
         )
     others = iter(colour for colour in SERIES if colour not in (MODEL, BASELINE, TRUTH))
     looks = {
@@ -154,9 +157,10 @@ def draw_run(out) -> list[Path]:
 
     out = Path(out)
     if not (out / "refinement.json").is_file():
-        raise ValueError(
-            f"out: {out} holds no refinement.json, so it is no run of a refiner that was judged;"
-            " name the folder that the run wrote"
+        raise InputError(
+            "out",
+            f"{out} holds no refinement.json, so it is no run of a refiner that was judged;"
+            " name the folder that the run wrote",
         )
 
     def read(path):

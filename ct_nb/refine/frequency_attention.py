@@ -10,6 +10,7 @@ from math import log
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from ..layers.embeddings import SINUSOIDS, sinusoids
@@ -27,9 +28,9 @@ class FrequencyAttention(nn.Module):
     def __init__(self, channels: int, hidden: int = 32, shells: int = 8, most: float = 4.0):
         super().__init__()
         if shells < 2:
-            raise ValueError(f"shells: need at least 2, got {shells}")
+            raise InputError("shells", f"need at least 2, got {shells}")
         if not most > 1:
-            raise ValueError(f"most: the largest gain must be above 1, got {most}")
+            raise InputError("most", f"the largest gain must be above 1, got {most}")
         self.channels = channels
         self.shells = shells
         self.largest = log(most)
@@ -69,9 +70,10 @@ class FrequencyAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 5 or x.shape[1] != self.channels or min(x.shape[2:]) < 2:
-            raise ValueError(
-                f"x: expected (B, {self.channels}, D, H, W) with at least 2 voxels a side, got"
-                f" {tuple(x.shape)}"
+            raise InputError(
+                "x",
+                f"expected (B, {self.channels}, D, H, W) with at least 2 voxels a side, got"
+                f" {tuple(x.shape)}",
             )
         with torch.autocast(x.device.type, enabled=False):
             spectrum = torch.fft.rfftn(x.float(), dim=(-3, -2, -1), norm="ortho")

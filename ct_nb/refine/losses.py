@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from ..physics.fourier import multiplicity
@@ -40,8 +41,8 @@ def frequency_error(
     window's width, mean over cases; tensors (B, D, H, W) in HU.
     """
     if not 0 < share <= 1:
-        raise ValueError(
-            f"share: the volumes cover a part of the cube's side above 0 and up to 1, got {share}"
+        raise InputError(
+            "share", f"the volumes cover a part of the cube's side above 0 and up to 1, got {share}"
         )
     with torch.autocast(prediction_hu.device.type, enabled=False):
         difference = to_window(prediction_hu.float(), window) - to_window(truth_hu.float(), window)
@@ -130,8 +131,8 @@ def paste_patch(
     """
     n, size = patch_hu.shape[-1], coarse_hu.shape[-1]
     if min(corner) < 0 or max(corner) + n > size:
-        raise ValueError(
-            f"corner: a patch of {n}³ at {tuple(corner)} does not fit into {size}³ voxels"
+        raise InputError(
+            "corner", f"a patch of {n}³ at {tuple(corner)} does not fit into {size}³ voxels"
         )
     whole, (z, y, x) = coarse_hu.to(patch_hu).clone(), corner
     whole[..., z : z + n, y : y + n, x : x + n] = patch_hu
@@ -151,7 +152,9 @@ class RefinementWeights:
     def __post_init__(self):
         for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
             if not 0 <= value < math.inf:
-                raise ValueError(f"RefinementWeights: {name} must be zero or positive, got {value}")
+                raise InputError(
+                    "RefinementWeights", f"{name} must be zero or positive, got {value}"
+                )
 
 # %% ../../nbs/refine/02_losses.ipynb #cell-018
 def refinement_loss(
@@ -173,14 +176,15 @@ def refinement_loss(
     ValueError where shapes differ or what a term needs is missing.
     """
     if refined_hu.shape != truth_hu.shape:
-        raise ValueError(
-            f"refinement_loss: refined {tuple(refined_hu.shape)} and truth {tuple(truth_hu.shape)}"
-            " differ in shape"
+        raise InputError(
+            "refinement_loss",
+            f"refined {tuple(refined_hu.shape)} and truth {tuple(truth_hu.shape)} differ in shape",
         )
     if weights.perceptual and features is None:
-        raise ValueError(
-            "features: the perceptual term has a weight but no network was given; give"
-            " `RandomFeatures()` or set its weight to 0"
+        raise InputError(
+            "features",
+            "the perceptual term has a weight but no network was given; give"
+            " `RandomFeatures()` or set its weight to 0",
         )
     if weights.consistency and (xrays is None or geometry is None):
         raise ValueError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from ..core.config import Config
@@ -45,29 +46,30 @@ class RefinerConfig(Config):
         object.__setattr__(self, "channels", tuple(self.channels))
         step = self.step
         if self.window not in WINDOWS:
-            raise ValueError(f"window: must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+            raise InputError("window", f"must be one of {', '.join(WINDOWS)}, got {self.window!r}")
         if len(self.channels) < 2 or self.blocks < 1:
             raise ValueError(
                 f"channels, blocks: need at least two and one, got {self.channels} and"
                 f" {self.blocks}"
             )
         if self.size % step:
-            raise ValueError(
-                f"size: must be a multiple of {step} with {len(self.channels)} channels, got"
-                f" {self.size}"
+            raise InputError(
+                "size",
+                f"must be a multiple of {step} with {len(self.channels)} channels, got {self.size}",
             )
         if not self.limit_hu > 0:
-            raise ValueError(f"limit_hu: must be positive, got {self.limit_hu}")
+            raise InputError("limit_hu", f"must be positive, got {self.limit_hu}")
         if self.patch is not None:
             if self.patch % step or not 0 < self.patch < self.size:
-                raise ValueError(
-                    f"patch: must be a multiple of {step} below {self.size}, got {self.patch}"
+                raise InputError(
+                    "patch", f"must be a multiple of {step} below {self.size}, got {self.patch}"
                 )
             starts = tile_starts(self.size, self.patch, self.shared)
             if any(start % step for start in starts):
-                raise ValueError(
-                    f"overlap: patches would begin at {starts}, which are not multiples of {step};"
-                    " choose another patch or overlap"
+                raise InputError(
+                    "overlap",
+                    f"patches would begin at {starts}, which are not multiples of {step};"
+                    " choose another patch or overlap",
                 )
 
     @property
@@ -93,7 +95,7 @@ class RefinerConfig(Config):
             "paper": dict(channels=(32, 64, 112, 160), prior_features=32, hidden=64),
         }
         if name not in presets:
-            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+            raise InputError("preset", f"must be one of {', '.join(presets)}, got {name!r}")
         size = size or presets[name].get("size", 64)
         return cls(**{**presets[name], "size": size, "patch": 64 if size > 64 else None})
 
@@ -171,27 +173,30 @@ class Refiner(nn.Module):
         """
         c, size = self.config, self.config.size
         if coarse_hu.ndim != 4 or tuple(coarse_hu.shape[1:]) != (size,) * 3:
-            raise ValueError(
-                f"coarse_hu: this refiner is for volumes (B, {size}, {size}, {size}), got"
-                f" {tuple(coarse_hu.shape)}; resample the volume, or train a refiner for its grid"
+            raise InputError(
+                "coarse_hu",
+                f"this refiner is for volumes (B, {size}, {size}, {size}), got"
+                f" {tuple(coarse_hu.shape)}; resample the volume, or train a refiner for its grid",
             )
         if not torch.isfinite(coarse_hu).all():
-            raise ValueError("coarse_hu: there are NaN or infinite values in the coarse volume")
+            raise InputError("coarse_hu", "there are NaN or infinite values in the coarse volume")
         if coarse_hu.abs().amax() <= 2:
-            raise ValueError(
-                "coarse_hu: expected Hounsfield units, got values from"
+            raise InputError(
+                "coarse_hu",
+                "expected Hounsfield units, got values from"
                 f" {float(coarse_hu.min()):.3g} to {float(coarse_hu.max()):.3g}, as in a network's"
-                " range; use `Window.to_hu` first"
+                " range; use `Window.to_hu` first",
             )
         if window is not None and get_window(window) != self.window:
-            raise ValueError(
-                f"window: this refiner was made for coarse volumes in the window {c.window!r}, got"
-                f" {get_window(window).name!r}; take a coarse model of that window"
+            raise InputError(
+                "window",
+                f"this refiner was made for coarse volumes in the window {c.window!r}, got"
+                f" {get_window(window).name!r}; take a coarse model of that window",
             )
         if energy_kev is not None and energy_kev != c.energy_kev:
-            raise ValueError(
-                f"energy_kev: this refiner was made for X-rays of {c.energy_kev:g} keV, got"
-                f" {energy_kev:g}"
+            raise InputError(
+                "energy_kev",
+                f"this refiner was made for X-rays of {c.energy_kev:g} keV, got {energy_kev:g}",
             )
         if xrays is None or geometry is None:
             raise ValueError(
@@ -200,11 +205,11 @@ class Refiner(nn.Module):
                 " nothing to refine from"
             )
         if len(xrays) != len(coarse_hu):
-            raise ValueError(
-                f"xrays: there are {len(coarse_hu)} coarse volumes and X-rays of {len(xrays)}"
+            raise InputError(
+                "xrays", f"there are {len(coarse_hu)} coarse volumes and X-rays of {len(xrays)}"
             )
         if not torch.isfinite(xrays).all():
-            raise ValueError("xrays: there are NaN or infinite values; mend or mask them first")
+            raise InputError("xrays", "there are NaN or infinite values; mend or mask them first")
 
     def seen(
         self,
@@ -272,14 +277,16 @@ class Refiner(nn.Module):
         c = self.config
         if corner is not None:
             if c.patch is None:
-                raise ValueError(
-                    "corner: this refiner has no patches; leave it out, or set `patch` in the"
-                    " configuration"
+                raise InputError(
+                    "corner",
+                    "this refiner has no patches; leave it out, or set `patch` in the"
+                    " configuration",
                 )
             if any(start % c.step or not 0 <= start <= c.size - c.patch for start in corner):
-                raise ValueError(
-                    f"corner: must be multiples of {c.step} from 0 to {c.size - c.patch}, got"
-                    f" {tuple(corner)}"
+                raise InputError(
+                    "corner",
+                    f"must be multiples of {c.step} from 0 to {c.size - c.patch}, got"
+                    f" {tuple(corner)}",
                 )
             return self._cut(coarse_hu, corner) + self.residual(
                 self.seen(coarse_hu, xrays, geometry, corner)

@@ -9,6 +9,7 @@ __all__ = ['ConsistencySettings', 'RefinementModel', 'load_refiner', 'refine_rec
 from dataclasses import dataclass, replace
 
 import torch
+from ..core.errors import InputError
 from torch import nn
 
 from ..core.config import Config
@@ -166,18 +167,20 @@ def refine_reconstruction(
     refiner's.
     """
     if found.xrays is None or found.geometry is None:
-        raise ValueError(
-            "found: a refiner takes its detail from X-rays, and this reconstruction has none with"
-            " it; reconstruct again and refine what `reconstruct` returns"
+        raise InputError(
+            "found",
+            "a refiner takes its detail from X-rays, and this reconstruction has none with"
+            " it; reconstruct again and refine what `reconstruct` returns",
         )
     size = refiner.config.size
     expected = Grid.cube(size, side_mm, found.geometry.grid.center_mm)
     if found.volume.grid != expected:
         grid = found.volume.grid
-        raise ValueError(
-            f"found: the reconstruction has {'×'.join(map(str, grid.shape))} voxels of"
+        raise InputError(
+            "found",
+            f"the reconstruction has {'×'.join(map(str, grid.shape))} voxels of"
             f" {grid.spacing_mm.max():.2f} mm, this refiner is for {size}×{size}×{size} of"
-            f" {side_mm / size:.2f} mm; take a refiner that was trained on this coarse model"
+            f" {side_mm / size:.2f} mm; take a refiner that was trained on this coarse model",
         )
     xrays, _, moved, _ = center_on_patient(found.xrays, found.geometry, size, side_mm)
     alone = refiner.refine(

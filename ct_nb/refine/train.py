@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from ..core.errors import InputError
 from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 from torch import nn
@@ -130,7 +131,7 @@ REFINEMENT_PRESETS = {
 
 def get_refinement_preset(name: str) -> RefinementPreset:
     if name not in REFINEMENT_PRESETS:
-        raise ValueError(f"preset: must be one of {', '.join(REFINEMENT_PRESETS)}, got {name!r}.")
+        raise InputError("preset", f"must be one of {', '.join(REFINEMENT_PRESETS)}, got {name!r}.")
     return REFINEMENT_PRESETS[name]
 
 # %% ../../nbs/refine/06_train.ipynb #cell-008
@@ -158,9 +159,10 @@ class RefinementRun:
         if self.features is None:
             self.features = RandomFeatures(self.seed)
         if not isinstance(getattr(self.features, "name", None), str):
-            raise ValueError(
-                "features: a network for the perceptual term needs a `name`, which the run's"
-                " config.json tells; give it one"
+            raise InputError(
+                "features",
+                "a network for the perceptual term needs a `name`, which the run's"
+                " config.json tells; give it one",
             )
         given = self.settings
         self.settings = get_refinement_preset(self.preset) if given is None else given
@@ -177,9 +179,10 @@ class RefinementRun:
             )
         for name, value in told.items():
             if getattr(self.settings.network, name) != value:
-                raise ValueError(
-                    f"settings: the refiner is for {name} {getattr(self.settings.network, name)},"
-                    f" the coarse volumes of {self.coarse} have {value}; both must be the same"
+                raise InputError(
+                    "settings",
+                    f"the refiner is for {name} {getattr(self.settings.network, name)},"
+                    f" the coarse volumes of {self.coarse} have {value}; both must be the same",
                 )
         trainer = self.settings.trainer
         self.consistency = ConsistencySettings.of(self.source.drr2ct or self._system_a().network)
@@ -243,10 +246,11 @@ class RefinementRun:
 
         shared = known_of(self.validation, self.validation.patients)
         if shared:
-            raise ValueError(
-                f"coarse: {self.coarse} was trained on {shared[0]}, a patient that this refiner"
+            raise InputError(
+                "coarse",
+                f"{self.coarse} was trained on {shared[0]}, a patient that this refiner"
                 " would be judged on; take the same data and seed as it did, or another coarse"
-                " model"
+                " model",
             )
         self.known_training = (
             known_of(self.cases.fitted, self.cases.fitted.ids) if self.cases.is_real else []
@@ -264,10 +268,11 @@ class RefinementRun:
             self.validation = here(self.validation)
             for side, pairs in (("train on", training), ("judge on", self.validation)):
                 if len(pairs) == 0:
-                    raise ValueError(
-                        f"coarse: {self.coarse} has no file for any of the cases to {side}; name"
+                    raise InputError(
+                        "coarse",
+                        f"{self.coarse} has no file for any of the cases to {side}; name"
                         " the files after the cases, like"
-                        f" {(self.cases.fitted if side == 'train on' else self.cases.validation).ids[0]}.nii.gz"
+                        f" {(self.cases.fitted if side == 'train on' else self.cases.validation).ids[0]}.nii.gz",
                     )
             data = RepeatedConcatDataset((training, 1))
         else:
@@ -629,21 +634,23 @@ def on_others(self: RefinementRun, refiner, data: str) -> RefinementRun:
         patient for id, patient in zip(source.ids, source.patients) if known & {id, patient}
     )
     if not len(source):
-        raise ValueError(
-            f"data: {self.coarse} has no file for any case of {data}; name the files after the"
-            " cases"
+        raise InputError(
+            "data",
+            f"{self.coarse} has no file for any case of {data}; name the files after the cases",
         )
     if shared:
-        raise ValueError(
-            f"data: {refiner} or its coarse model was trained on {shared[0]} of {data}; judge it on"
-            " patients that neither has seen"
+        raise InputError(
+            "data",
+            f"{refiner} or its coarse model was trained on {shared[0]} of {data}; judge it on"
+            " patients that neither has seen",
         )
     model, ours = load_refiner(refiner), self.settings.network
     for name in ("size", "window", "energy_kev"):
         if getattr(model.config, name) != getattr(ours, name):
-            raise ValueError(
-                f"refiner: {refiner} is for {name} {getattr(model.config, name)}, this run has"
-                f" {getattr(ours, name)}; open the run as the refiner's was"
+            raise InputError(
+                "refiner",
+                f"{refiner} is for {name} {getattr(model.config, name)}, this run has"
+                f" {getattr(ours, name)}; open the run as the refiner's was",
             )
     self.model, self.judged = model, CoarsePairs(
         RepeatedConcatDataset((self.cases._pairs(source), 1)), self.source, 1, default_cache_dir()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from .slice_profile import SliceAxis, SliceProfile, slice_profile_matrix
 
@@ -36,9 +37,10 @@ def along_z(matrix, x: torch.Tensor) -> torch.Tensor:
     """
     matrix = torch.as_tensor(matrix, dtype=torch.float64, device=x.device)
     if x.ndim < 3 or matrix.ndim < 2 or matrix.shape[-1] != x.shape[-3]:
-        raise ValueError(
-            f"x: a matrix of {tuple(matrix.shape)} acts on slices (…, {matrix.shape[-1]}, H, W),"
-            f" got {tuple(x.shape)}"
+        raise InputError(
+            "x",
+            f"a matrix of {tuple(matrix.shape)} acts on slices (…, {matrix.shape[-1]}, H, W),"
+            f" got {tuple(x.shape)}",
         )
     parts = [
         _times(matrix, x[..., rows, :]).to(x.dtype)
@@ -59,7 +61,7 @@ def interpolation_matrix(
     D positions of `thin_axis`.
     """
     if kind not in INTERPOLATIONS:
-        raise ValueError(f"kind: must be one of {', '.join(INTERPOLATIONS)}, got {kind!r}")
+        raise InputError("kind", f"must be one of {', '.join(INTERPOLATIONS)}, got {kind!r}")
     known = thick_axis.positions_mm
     wanted = np.clip(thin_axis.positions_mm, known[0], known[-1])
     unit = np.eye(len(known))
@@ -91,7 +93,7 @@ def smooth_covariance(
 ) -> torch.Tensor:
     "(D, D) float64: e^(−|z − z'|/length), how alike the errors of two thin slices are."
     if not length_mm > 0:
-        raise ValueError(f"length_mm: must be positive, got {length_mm}")
+        raise InputError("length_mm", f"must be positive, got {length_mm}")
     z = torch.from_numpy(thin_axis.positions_mm)
     return torch.exp(-(z[:, None] - z).abs() / length_mm)
 
@@ -103,21 +105,24 @@ RANK_TOLERANCE = 1e-9
 def _check_slabs(thin, thick, matrix, noise_hu, spread) -> None:
     depth, slabs = (x.shape[-3] if x.ndim >= 3 else None for x in (thin, thick))
     if matrix.ndim < 2 or tuple(matrix.shape[-2:]) != (slabs, depth):
-        raise ValueError(
-            f"matrix: {slabs} thick and {depth} thin slices need ({slabs}, {depth}), got"
-            f" {tuple(matrix.shape)}"
+        raise InputError(
+            "matrix",
+            f"{slabs} thick and {depth} thin slices need ({slabs}, {depth}), got"
+            f" {tuple(matrix.shape)}",
         )
     if thin.shape[-2:] != thick.shape[-2:] or thin.shape[:-3] != thick.shape[:-3]:
-        raise ValueError(
-            f"thick: must be {(*thin.shape[:-3], slabs, *thin.shape[-2:])} beside thin slices of"
-            f" {tuple(thin.shape)}, got {tuple(thick.shape)}"
+        raise InputError(
+            "thick",
+            f"must be {(*thin.shape[:-3], slabs, *thin.shape[-2:])} beside thin slices of"
+            f" {tuple(thin.shape)}, got {tuple(thick.shape)}",
         )
     if not 0 <= noise_hu < float("inf"):
-        raise ValueError(f"noise_hu: must be 0 or more, got {noise_hu}")
+        raise InputError("noise_hu", f"must be 0 or more, got {noise_hu}")
     if spread is not None and tuple(spread.shape[-2:]) != (depth, depth):
-        raise ValueError(
-            f"spread: must be a covariance ({depth}, {depth}) of the thin slices, got"
-            f" {tuple(spread.shape)}"
+        raise InputError(
+            "spread",
+            f"must be a covariance ({depth}, {depth}) of the thin slices, got"
+            f" {tuple(spread.shape)}",
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 from torch.utils.data import Dataset
 
 import ct_nb
@@ -123,7 +124,7 @@ def drop_unusable(
         except (ValueError, OSError) as error:
             reasons.append(f"{case.id}: {error}")
     if not good and reasons:
-        raise ValueError(f"data: none of its {len(source)} scans can be used; {reasons[0]}")
+        raise InputError("data", f"none of its {len(source)} scans can be used; {reasons[0]}")
     return (source.subset(good) if reasons else source), reasons
 
 # %% ../../nbs/slices/02_crops.ipynb #cell-011
@@ -230,7 +231,7 @@ class SliceCrops(Dataset):
     def __init__(self, pairs: StackPairs, coarsest: float = 1.5, choices: int = 4):
         for name, value in (("coarsest", coarsest), ("choices", choices)):
             if not value >= 1:
-                raise ValueError(f"{name}: must be 1 or more, got {value}")
+                raise InputError(name, f"must be 1 or more, got {value}")
         self.pairs = pairs
         self.coarsest = coarsest
         self.choices = choices

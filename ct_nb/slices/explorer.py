@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 from ipywidgets import HTML, Dropdown, FloatSlider, HBox, Layout, VBox
 
 from ..core.plot_style import MODEL, MUTED, TRUTH, plot_style
@@ -229,8 +230,8 @@ class SliceExplorer(VBox):
         width: int = 235,  # of a picture on the page, in its pixels
     ):
         if not scans:
-            raise ValueError(
-                "scans: there is none to explore; give name → function that loads a Volume"
+            raise InputError(
+                "scans", "there is none to explore; give name → function that loads a Volume"
             )
         self.networks = networks or SliceNetworks()
         self._shelf = ScanCache(scans)
@@ -241,9 +242,10 @@ class SliceExplorer(VBox):
         self._lock = threading.RLock()
         self._moving = False
         if answer not in (*INTERPOLATION_NAMES, *self.networks.thinners):
-            raise ValueError(
-                f"answer: there is none named {answer!r}; choose one of"
-                f" {', '.join((*INTERPOLATION_NAMES, *self.networks.thinners))}"
+            raise InputError(
+                "answer",
+                f"there is none named {answer!r}; choose one of"
+                f" {', '.join((*INTERPOLATION_NAMES, *self.networks.thinners))}",
             )
 
         def menu(options, value, name):

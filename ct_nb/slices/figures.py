@@ -9,6 +9,7 @@ __all__ = ['SHOWN', 'ERROR_HU', 'DETAIL_MM', 'FIGURE_CHANGE_LIMIT_HU', 'LOOK', '
 from collections.abc import Mapping
 
 import numpy as np
+from ..core.errors import InputError
 
 from ..core.plot_style import MUTED, plot_style
 from ..physics.volume import Volume, get_window
@@ -143,8 +144,8 @@ def latent_figure(
 
     for name, hu in found.items():
         if tuple(hu.shape) != truth.hu.shape:
-            raise ValueError(
-                f"found: {name!r} has the shape {tuple(hu.shape)}, the truth {truth.hu.shape}"
+            raise InputError(
+                "found", f"{name!r} has the shape {tuple(hu.shape)}, the truth {truth.hu.shape}"
             )
     window = get_window(window)
     made = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from ..core.seeding import seeded_generator
 from ..data.cache import content_digest
@@ -45,8 +46,8 @@ def portions(
     each is a multiple of `step`. Together they hold every thin slice.
     """
     if core < 1 or halo < 1:
-        raise ValueError(
-            f"portions: core and halo must be 1 thick slice or more, got {core} and {halo}"
+        raise InputError(
+            "portions", f"core and halo must be 1 thick slice or more, got {core} and {halo}"
         )
     count = math.ceil(thick.count / core)
     place = thin.positions_mm
@@ -111,7 +112,7 @@ def in_portions(
                 else max(p.stop - halo - bar.n, 0)
             )
     if not bool((total > 0).all()):
-        raise ValueError("thin_axis: no portion reaches some of the thin slices")
+        raise InputError("thin_axis", "no portion reaches some of the thin slices")
     return out.div_(total[:, None, None])
 
 # %% ../../nbs/slices/08_inference.ipynb #cell-011
@@ -145,9 +146,9 @@ class _InPortions:
 
     def _check(self) -> None:
         if not 0 < self.memory_gib < math.inf:
-            raise ValueError(f"memory_gib: must be a number above 0, got {self.memory_gib!r}")
+            raise InputError("memory_gib", f"must be a number above 0, got {self.memory_gib!r}")
         if not 0 <= self.noise_hu < math.inf:
-            raise ValueError(f"noise_hu: must be 0 or more, got {self.noise_hu!r}")
+            raise InputError("noise_hu", f"must be 0 or more, got {self.noise_hu!r}")
 
     def plan(
         self, rows: int, columns: int, thick_axis: SliceAxis, thin_axis: SliceAxis
@@ -274,7 +275,7 @@ class DiffusionInterpolator(_InPortions):
     def __post_init__(self):
         self._check()
         if self.count < 1:
-            raise ValueError(f"count: the mean is of 1 draw (sample) or more, got {self.count!r}")
+            raise InputError("count", f"the mean is of 1 draw (sample) or more, got {self.count!r}")
 
     @property
     def settings(self) -> dict:
@@ -364,31 +365,35 @@ def check_scan(volume: Volume, spacing_mm: float, name="volume") -> SliceAxis:
     another axis, or more thin slices than there is room for.
     """
     if not (math.isfinite(spacing_mm) and spacing_mm > 0):
-        raise ValueError(f"spacing_mm: must be above 0, got {spacing_mm!r}")
+        raise InputError("spacing_mm", f"must be above 0, got {spacing_mm!r}")
     if len(volume.hu) < 2:
-        raise ValueError(
-            f"{name}: holds one slice; there is nothing between one slice and the next, give the"
-            " whole series"
+        raise InputError(
+            name,
+            "holds one slice; there is nothing between one slice and the next, give the"
+            " whole series",
         )
     axis = SliceAxis.along(volume.grid)
     across = volume.grid.spacing_mm[:2]
     if max(across) > 1.05 * axis.spacing_mm and min(across) < 0.95 * max(across):
-        raise ValueError(
-            f"{name}: its slices are {axis.spacing_mm:.4g} mm apart along the first axis, its"
+        raise InputError(
+            name,
+            f"its slices are {axis.spacing_mm:.4g} mm apart along the first axis, its"
             f" pixels {across[0]:.4g} × {across[1]:.4g} mm; the thick slices lie along another"
-            " axis, save it with these last (NIfTI: third index)"
+            " axis, save it with these last (NIfTI: third index)",
         )
     if axis.spacing_mm <= spacing_mm * 1.05:
-        raise ValueError(
-            f"{name}: its slices are {axis.spacing_mm:.4g} mm apart already, {spacing_mm:.4g} mm"
-            " were asked for; ask for a smaller spacing_mm, or use the scan as it is"
+        raise InputError(
+            name,
+            f"its slices are {axis.spacing_mm:.4g} mm apart already, {spacing_mm:.4g} mm"
+            " were asked for; ask for a smaller spacing_mm, or use the scan as it is",
         )
     count = math.ceil(axis.length_mm / spacing_mm)
     rows, columns = volume.hu.shape[1:]
     if count > MOST_SLICES or count * rows * columns > MAX_VOXELS:
-        raise ValueError(
-            f"spacing_mm: {name} would become {count} slices of {rows} × {columns} pixels, at most"
-            f" {MOST_SLICES} slices and 1024³ voxels are made; ask for a larger spacing_mm"
+        raise InputError(
+            "spacing_mm",
+            f"{name} would become {count} slices of {rows} × {columns} pixels, at most"
+            f" {MOST_SLICES} slices and 1024³ voxels are made; ask for a larger spacing_mm",
         )
     return axis
 
@@ -414,9 +419,10 @@ def check_training_range(
             f" {high:.4g} mm"
         )
         if not anyway:
-            raise ValueError(
-                f"{name}: {sentence}; train on thicker ones, or set anyway (--anyway) for an answer"
-                " that nobody tested"
+            raise InputError(
+                name,
+                f"{sentence}; train on thicker ones, or set anyway (--anyway) for an answer"
+                " that nobody tested",
             )
         notes.append(f"{sentence}: nobody tested this")
     elif axis.spacing_mm < low / 1.02:

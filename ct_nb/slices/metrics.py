@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from ..core.errors import InputError
 
 from ..core.files import atomic_write, write_json
 from ..evaluation.case_metrics import METRICS, Metric
@@ -43,8 +44,8 @@ def slice_noise(hu: torch.Tensor) -> torch.Tensor:
     estimation. Fewer than 3 rows or columns: `ValueError`.
     """
     if hu.ndim != 3 or min(hu.shape[1:]) < 3:
-        raise ValueError(
-            f"slice_noise: needs slices of 3 × 3 pixels or more, got {tuple(hu.shape)}"
+        raise InputError(
+            "slice_noise", f"needs slices of 3 × 3 pixels or more, got {tuple(hu.shape)}"
         )
 
     def second(x):
@@ -91,7 +92,7 @@ def z_edges(pred, truth, window: Window = CHEST, share: float = 0.05) -> Edges:
     those where the truth's is largest. NaN for a truth without any.
     """
     if not 0 < share < 1:
-        raise ValueError(f"share: a part of the steps between 0 and 1, got {share}")
+        raise InputError("share", f"a part of the steps between 0 and 1, got {share}")
     pred, truth = as_pair(pred, truth, window)
     p, t = pred.diff(dim=0).double(), truth.diff(dim=0).double()
     if not t.numel():
@@ -217,7 +218,9 @@ class Interpolation:
 
     def __post_init__(self):
         if self.name not in INTERPOLATIONS:
-            raise ValueError(f"name: must be one of {', '.join(INTERPOLATIONS)}, got {self.name!r}")
+            raise InputError(
+                "name", f"must be one of {', '.join(INTERPOLATIONS)}, got {self.name!r}"
+            )
 
     def thin(self, thick, thick_axis, thin_axis, profile):
         return interpolate_slices(thick, thick_axis, thin_axis, self.name)
@@ -421,12 +424,12 @@ def evaluate_slices(
 
     names = [p.name for p in predictors]
     if len(set(names)) < len(names) or not names:
-        raise ValueError(
-            f"predictors: needs at least one, each with a name of its own, got {names}"
+        raise InputError(
+            "predictors", f"needs at least one, each with a name of its own, got {names}"
         )
     if not len(items):
-        raise ValueError(
-            "items: there are no cases to judge on; hold at least one patient out of training"
+        raise InputError(
+            "items", "there are no cases to judge on; hold at least one patient out of training"
         )
     rows = []
     for number in tqdm(range(len(items)), desc="judging", unit="case", disable=not progress):

@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 
 from ..core.config import Config
@@ -33,14 +34,15 @@ from .vae import SliceVAE, SliceVAEConfig, depth_to_space, space_to_depth
 def _measured(thick: torch.Tensor, thick_axis) -> None:
     counts = {axis.count for axis in one_each("thick_axis", thick_axis, SliceAxis, len(thick))}
     if thick.ndim != 4 or counts != {thick.shape[1]}:
-        raise ValueError(
-            f"thick: axes of {sorted(counts)} slices need (B, K, H, W) with as many, HU, got"
-            f" {tuple(thick.shape)}"
+        raise InputError(
+            "thick",
+            f"axes of {sorted(counts)} slices need (B, K, H, W) with as many, HU, got"
+            f" {tuple(thick.shape)}",
         )
     if not thick.is_meta and not bool(torch.isfinite(thick).all()):
-        raise ValueError(
-            "thick: holds NaN or infinite values; replace them by air (-1024 HU) or by what lies"
-            " around"
+        raise InputError(
+            "thick",
+            "holds NaN or infinite values; replace them by air (-1024 HU) or by what lies around",
         )
 
 
@@ -102,11 +104,13 @@ class SliceRegressorConfig(Config):
     def __post_init__(self):
         get_window(self.window)
         if self.start not in SLICE_STARTS:
-            raise ValueError(f"start: must be one of {', '.join(SLICE_STARTS)}, got {self.start!r}")
+            raise InputError(
+                "start", f"must be one of {', '.join(SLICE_STARTS)}, got {self.start!r}"
+            )
         if self.fold < 1:
-            raise ValueError(f"fold: must be 1 or more, got {self.fold}")
+            raise InputError("fold", f"must be 1 or more, got {self.fold}")
         if not self.residual_scale > 0:
-            raise ValueError(f"residual_scale: must be positive, got {self.residual_scale}")
+            raise InputError("residual_scale", f"must be positive, got {self.residual_scale}")
 
     @classmethod
     def preset(cls, name: str) -> "SliceRegressorConfig":
@@ -183,7 +187,7 @@ class SliceRegressor(nn.Module):
             self.config.fold * n for n in (self.config.network.plane_step, self.config.network.halo)
         )
         if tile < 1 or tile % step:
-            raise ValueError(f"tile: must be a multiple of {step} pixels, got {tile}")
+            raise InputError("tile", f"must be a multiple of {step} pixels, got {tile}")
         out, rows, columns = start.clone(), *thick.shape[-2:]
         for top, left in product(range(0, rows, tile), range(0, columns, tile)):
             y, x = max(top - halo, 0), max(left - halo, 0)
@@ -209,8 +213,8 @@ class SliceRegressor(nn.Module):
         """
         found = self(thick, thick_axis, thin_axis, profile)
         if found.shape != thin.shape:
-            raise ValueError(
-                f"thin: the axes describe {tuple(found.shape)}, got {tuple(thin.shape)}"
+            raise InputError(
+                "thin", f"the axes describe {tuple(found.shape)}, got {tuple(thin.shape)}"
             )
         truth = thin.clamp(self.window.low_hu, self.window.high_hu)
         unit = self.window.width_hu / 2 * self.config.residual_scale
@@ -233,7 +237,9 @@ class SliceDiffusionConfig(Config):
 
     def __post_init__(self):
         if self.start not in SLICE_STARTS:
-            raise ValueError(f"start: must be one of {', '.join(SLICE_STARTS)}, got {self.start!r}")
+            raise InputError(
+                "start", f"must be one of {', '.join(SLICE_STARTS)}, got {self.start!r}"
+            )
 
     @classmethod
     def preset(cls, name: str) -> "SliceDiffusionConfig":
@@ -254,7 +260,7 @@ class SliceDiffusion(nn.Module):
         self.diffusion = Diffusion(config.diffusion)
         latent = config.vae.latent_channels
         if vae is not None and vae.config != config.vae:
-            raise ValueError(f"vae: must be of config.vae, {config.vae}, got {vae.config}")
+            raise InputError("vae", f"must be of config.vae, {config.vae}, got {vae.config}")
         self.vae = (SliceVAE(config.vae) if vae is None else vae).eval().requires_grad_(False)
         # the noisy residual, E(Ly), its four neighbours, ones
         self.network = SliceNetwork(
@@ -314,9 +320,10 @@ class SliceDiffusion(nn.Module):
             total = total + z.square().sum((0, 2, 3, 4))
             count = count + z.numel() // z.shape[1]
         if not count or not bool((total > 0).all()):
-            raise ValueError(
-                "batches: the residuals do not vary, which gives no scale; measure it on thin"
-                " slices that differ from their start"
+            raise InputError(
+                "batches",
+                "the residuals do not vary, which gives no scale; measure it on thin"
+                " slices that differ from their start",
             )
         self.residual_scale.copy_((count / total).sqrt().view(1, -1, 1, 1, 1))
         return self
@@ -340,8 +347,8 @@ class SliceDiffusion(nn.Module):
                 thick, thick_axis, thin_axis, profile
             )
         if start.shape != thin.shape:
-            raise ValueError(
-                f"thin: the axes describe {tuple(start.shape)}, got {tuple(thin.shape)}"
+            raise InputError(
+                "thin", f"the axes describe {tuple(start.shape)}, got {tuple(thin.shape)}"
             )
         z0 = self.residual(thin, latent)
         condition, _ = self.diffusion.drop(condition, generator)

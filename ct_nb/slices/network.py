@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,9 +48,9 @@ def one_each(name: str, given, kind: type, batch: int) -> list:
         else list(given) if isinstance(given, Sequence) else [given]
     )
     if len(things) != batch or not all(isinstance(thing, kind) for thing in things):
-        raise ValueError(
-            f"{name}: must be one {kind.__name__} or a list of {batch}, one for each case, got"
-            f" {given!r}"
+        raise InputError(
+            name,
+            f"must be one {kind.__name__} or a list of {batch}, one for each case, got {given!r}",
         )
     return things
 
@@ -101,9 +102,10 @@ def slice_positions(
         )
     )
     if len({axis.count for axis in thick}) > 1:
-        raise ValueError(
-            "thick_axis: all cases of a batch need the same number of thick slices, got"
-            f" {[axis.count for axis in thick]}"
+        raise InputError(
+            "thick_axis",
+            "all cases of a batch need the same number of thick slices, got"
+            f" {[axis.count for axis in thick]}",
         )
     matrices = [
         (
@@ -201,16 +203,18 @@ class SliceNetworkConfig(Config):
             ("features", self.features),
         ):
             if value < 1:
-                raise ValueError(f"{name}: must be 1 or more, got {value}")
+                raise InputError(name, f"must be 1 or more, got {value}")
         if not 0 <= self.depth_halvings < len(self.channels):
-            raise ValueError(
-                f"depth_halvings: {len(self.channels)} levels can halve the depth 0 to"
-                f" {len(self.channels) - 1} times, got {self.depth_halvings}"
+            raise InputError(
+                "depth_halvings",
+                f"{len(self.channels)} levels can halve the depth 0 to"
+                f" {len(self.channels) - 1} times, got {self.depth_halvings}",
             )
         if self.channels[-1] % self.heads:
-            raise ValueError(
-                f"heads: must divide the {self.channels[-1]} channels of the coarsest level, got"
-                f" {self.heads}"
+            raise InputError(
+                "heads",
+                f"must divide the {self.channels[-1]} channels of the coarsest level, got"
+                f" {self.heads}",
             )
 
     @property
@@ -259,7 +263,7 @@ class SliceNetworkConfig(Config):
             ),
         }
         if name not in presets:
-            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+            raise InputError("preset", f"must be one of {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
 
 # %% ../../nbs/slices/05_network.ipynb #cell-016
@@ -363,20 +367,22 @@ class SliceNetwork(nn.Module):
 
     def _checked(self, x, places, time):
         if x.ndim != 5 or x.shape[1] != self.inputs or min(x.shape) < 1:
-            raise ValueError(
-                f"x: must be (B, {self.inputs}, D, H, W) with nothing empty, got {tuple(x.shape)}"
+            raise InputError(
+                "x", f"must be (B, {self.inputs}, D, H, W) with nothing empty, got {tuple(x.shape)}"
             )
         if places.features.shape[:2] != (len(x), x.shape[2]):
-            raise ValueError(
-                f"places: {len(x)} cases of {x.shape[2]} thin slices came, the places are of"
-                f" {places.features.shape[0]} of {places.features.shape[1]}"
+            raise InputError(
+                "places",
+                f"{len(x)} cases of {x.shape[2]} thin slices came, the places are of"
+                f" {places.features.shape[0]} of {places.features.shape[1]}",
             )
         if (time is None) != (self.time is None) or (
             time is not None and tuple(time.shape) != (len(x),)
         ):
-            raise ValueError(
-                "time: this network takes"
+            raise InputError(
+                "time",
+                "this network takes"
                 f" {'none' if self.time is None else f'({len(x)},), one for each case'}, got"
-                f" {None if time is None else tuple(time.shape)}"
+                f" {None if time is None else tuple(time.shape)}",
             )
         return len(x), *x.shape[2:]

@@ -8,6 +8,8 @@ __all__ = ['open_stacks']
 # %% ../../nbs/slices/01e_open.ipynb #cell-002
 from pathlib import Path
 
+from ..core.errors import InputError
+
 from ..data.open import phantom_source
 from .paired_stacks import StackSource
 from .pe_archive import pe_archive
@@ -41,9 +43,10 @@ def open_stacks(
         elif Path(part).expanduser().exists():
             found = thin_folder(Path(part).expanduser(), most_spacing_mm)
         else:
-            raise ValueError(
-                f"data: {part!r} is neither 'phantom:COUNT', 'pe:FOLDER', 'rplhr:FOLDER' nor a"
-                " folder of thin CT that exists; check the path"
+            raise InputError(
+                "data",
+                f"{part!r} is neither 'phantom:COUNT', 'pe:FOLDER', 'rplhr:FOLDER' nor a"
+                " folder of thin CT that exists; check the path",
             )
         cases += found.cases
     return StackSource(cases)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from ..core.errors import InputError
 
 from ..data.cases import CTSource, _number
 from ..physics.volume import Grid, Volume, resample
@@ -48,8 +49,8 @@ class StackSource(Sequence):
         self.cases = list(cases)
         twice = sorted(id for id in set(self.ids) if self.ids.count(id) > 1)
         if twice:
-            raise ValueError(
-                f"source: two scans are named {twice[0]!r}; give every scan a name of its own"
+            raise InputError(
+                "source", f"two scans are named {twice[0]!r}; give every scan a name of its own"
             )
 
     @property
@@ -102,8 +103,8 @@ def side_counts(count: int, shares=PE_SHARES) -> tuple[int, ...]:
     Fewer patients than sides: `ValueError`.
     """
     if count < len(shares):
-        raise ValueError(
-            f"split: {count} patients do not fill {len(shares)} sides; give {len(shares)} or more"
+        raise InputError(
+            "split", f"{count} patients do not fill {len(shares)} sides; give {len(shares)} or more"
         )
     exact = [count * share / sum(shares) for share in shares]
     counts = [max(math.floor(e), 1) for e in exact]

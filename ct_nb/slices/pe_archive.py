@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.errors import FileError
+
 from ..data.dicom import arrange_slices, choose_series, dicom_slices
 from ..data.folders import read_patients, stem
 from ..data.hounsfield import CTReadError
@@ -98,8 +100,7 @@ def choose_pair(path, found: list[SeriesFound], left_out=()) -> tuple[SeriesFoun
         )
         reasons = f" (left out: {'; '.join(left_out)})" if left_out else ""
         raise CTReadError(
-            f"{path}: must hold a thick and a thin CT series, holds {seen}{reasons}; complete"
-            " the zip"
+            path, f"must hold a thick and a thin CT series, holds {seen}{reasons}; complete the zip"
         )
 
     def near(spacing):
@@ -122,7 +123,7 @@ def read_pair(path, id: str, patient: str) -> ThinStack:
     try:
         stack = pair_stack(id, patient, *volumes, thick.thickness_mm)
     except ValueError as error:
-        raise CTReadError(f"{path}: {error}") from None
+        raise CTReadError(path, f"{error}") from None
     stack.notes += (*thick.notes, *left_out)
     return stack
 
@@ -145,7 +146,7 @@ def pe_archive(root) -> StackSource:
         if p.suffix.lower() == ".zip" and p.is_file() and not p.name.startswith(".")
     )
     if not paths:
-        raise ValueError(f"{root}: holds no zip; expected an archive of one DICOM zip a patient")
+        raise FileError(root, "holds no zip; expected an archive of one DICOM zip a patient")
     listed, cases = read_patients(root), []
     for path in paths:
         name = path.relative_to(root).as_posix()

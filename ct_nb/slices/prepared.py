@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from ..core.errors import FileError, InputError
 
 from ..core.files import atomic_write, write_json
 from ..data.cache import content_digest
@@ -87,9 +88,10 @@ def read_stack(folder) -> ThinStack:
     "A prepared scan; its arrays are maps of the files, int16 HU. Not whole: `ValueError`."
     about = read_about(Path(folder))
     if about is None:
-        raise ValueError(
-            f"{folder}: is no prepared scan or was cut short; prepare the archive again, what is"
-            " whole is kept"
+        raise FileError(
+            folder,
+            "is no prepared scan or was cut short; prepare the archive again, what is"
+            " whole is kept",
         )
 
     def array(name):
@@ -190,9 +192,10 @@ def _on_dask(cases: list[StackCase], out: Path, workers: int | None, scheduler: 
         from dask.distributed import Client, LocalCluster, as_completed
         from distributed.system import MEMORY_LIMIT
     except ImportError:
-        raise ValueError(
-            "workers: preparing with several processes needs Dask; install it (pip install dask"
-            " distributed), or give workers=0 to do without"
+        raise InputError(
+            "workers",
+            "preparing with several processes needs Dask; install it (pip install dask"
+            " distributed), or give workers=0 to do without",
         ) from None
     with contextlib.ExitStack() as closing:
         if scheduler is None:
@@ -292,7 +295,7 @@ def prepare_stacks(
     from tqdm.auto import tqdm
 
     if workers is not None and workers < 0:
-        raise ValueError(f"workers: must be 0 or more, got {workers}")
+        raise InputError("workers", f"must be 0 or more, got {workers}")
     out = Path(out).expanduser().resolve()
     known = (
         json.loads((out / "slabs.json").read_text(encoding="utf-8"))["sides"]
@@ -300,7 +303,7 @@ def prepare_stacks(
         else {}
     )
     if out.exists() and (not out.is_dir() or not known and any(out.iterdir())):
-        raise ValueError(f"{out}: exists already and is no prepared folder; choose another")
+        raise InputError(out, "exists already and is no prepared folder; choose another")
     sides = stack_sides(source, shares, seed, known)
     write_json(
         out / "slabs.json",
@@ -329,9 +332,9 @@ def prepared_stacks(out) -> StackSource:
     "The scans of a prepared folder, on the sides they were given. None there: `ValueError`."
     out = Path(out)
     if not (out / "slabs.json").is_file():
-        raise ValueError(
-            f"{out}: is no prepared folder (it has no slabs.json); prepare one with"
-            " ct_nb.slices.prepared"
+        raise InputError(
+            out,
+            "is no prepared folder (it has no slabs.json); prepare one with ct_nb.slices.prepared",
         )
     sides = json.loads((out / "slabs.json").read_text(encoding="utf-8"))["sides"]
     found = [
@@ -352,5 +355,5 @@ def prepared_stacks(out) -> StackSource:
         if about
     ]
     if not cases:
-        raise ValueError(f"{out}: none of its scans could be prepared; its report.csv says why")
+        raise InputError(out, "none of its scans could be prepared; its report.csv says why")
     return StackSource(cases)

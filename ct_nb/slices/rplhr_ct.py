@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 import torch
+from ..core.errors import FileError, InputError
 
 from ..data.folders import stem
 from ..data.hounsfield import CTReadError
@@ -35,14 +36,16 @@ def read_rplhr(thin_path, thick_path, id: str, window: "str | Window" = "chest")
         low, high = float(volume.hu.min()), float(volume.hu.max())
         if low < -1e-3 or high > 1 + 1e-3:
             raise CTReadError(
-                f"{path}: its values run from {low:g} to {high:g}, RPLHR-CT is stored in [0, 1];"
-                " read it as a folder of thin CT if it is in HU"
+                path,
+                f"its values run from {low:g} to {high:g}, RPLHR-CT is stored in [0, 1];"
+                " read it as a folder of thin CT if it is in HU",
             )
     count = RPLHR_RATIO * (len(thick.hu) - 1) + 1
     if abs(len(thin.hu) - count) >= RPLHR_RATIO or thin.hu.shape[1:] != thick.hu.shape[1:]:
         raise CTReadError(
-            f"{thin_path}: has {thin.hu.shape} voxels beside {thick.hu.shape} thick ones, about"
-            f" {count} slices of the same size were expected; are the two of one case?"
+            thin_path,
+            f"has {thin.hu.shape} voxels beside {thick.hu.shape} thick ones, about"
+            f" {count} slices of the same size were expected; are the two of one case?",
         )
     rows, columns = (float(v) for v in thin.grid.spacing_mm[1::-1])
     return ThinStack(
@@ -87,9 +90,8 @@ def rplhr(root, window: "str | Window" = "chest") -> StackSource:
             for name, path in names["1mm"].items()
         ]
     if not cases:
-        raise ValueError(
-            f"{root}: holds no train, val or test with 1mm and 5mm in it; give the folder of"
-            " RPLHR-CT"
+        raise FileError(
+            root, "holds no train, val or test with 1mm and 5mm in it; give the folder of RPLHR-CT"
         )
     return StackSource(cases)
 
@@ -124,9 +126,10 @@ def rplhr_scores(
     """
     predicted, truth = (torch.as_tensor(v, dtype=torch.float64) for v in (predicted, truth))
     if predicted.shape != truth.shape or predicted.ndim != 3 or len(truth) <= 2 * RPLHR_BORDER:
-        raise ValueError(
-            f"rplhr_scores: needs two (D, H, W) of one shape and more than {2 * RPLHR_BORDER}"
-            f" slices, got {tuple(predicted.shape)} and {tuple(truth.shape)}"
+        raise InputError(
+            "rplhr_scores",
+            f"needs two (D, H, W) of one shape and more than {2 * RPLHR_BORDER}"
+            f" slices, got {tuple(predicted.shape)} and {tuple(truth.shape)}",
         )
     predicted, truth = (v[RPLHR_BORDER:-RPLHR_BORDER] for v in (predicted.clamp(0, 1), truth))
     error = (predicted - truth).square().mean().item()

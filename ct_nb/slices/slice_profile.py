@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 from fastcore.basics import patch
 
 from ..core.seeding import seeded_generator
@@ -34,14 +35,15 @@ class SliceAxis:
         if not (
             math.isfinite(self.first_mm) and math.isfinite(self.spacing_mm) and self.spacing_mm > 0
         ):
-            raise ValueError(
-                "SliceAxis: needs a finite first_mm and a spacing_mm above 0, got"
+            raise InputError(
+                "SliceAxis",
+                "needs a finite first_mm and a spacing_mm above 0, got"
                 f" {self.first_mm!r} and {self.spacing_mm!r}; take both from the positions of the"
-                " slices"
+                " slices",
             )
         if int(self.count) != self.count or self.count < 1:
-            raise ValueError(
-                f"SliceAxis: count must be a whole number, 1 or more, got {self.count!r}"
+            raise InputError(
+                "SliceAxis", f"count must be a whole number, 1 or more, got {self.count!r}"
             )
         object.__setattr__(self, "count", int(self.count))
 
@@ -94,11 +96,11 @@ class SliceProfile:
 
     def __post_init__(self):
         if self.shape not in ("rectangular", "gaussian"):
-            raise ValueError(
-                f"SliceProfile: shape must be 'rectangular' or 'gaussian', got {self.shape!r}"
+            raise InputError(
+                "SliceProfile", f"shape must be 'rectangular' or 'gaussian', got {self.shape!r}"
             )
         if not (math.isfinite(self.width_mm) and self.width_mm > 0):
-            raise ValueError(f"SliceProfile: width_mm must be above 0, got {self.width_mm!r}")
+            raise InputError("SliceProfile", f"width_mm must be above 0, got {self.width_mm!r}")
 
     @property
     def reach_mm(self) -> float:
@@ -126,7 +128,7 @@ def thin_axis(thick: SliceAxis, thin_spacing_mm: float, convention: str = "slabs
     (r·(d − 1) + 1). Another convention, or a spacing not above 0: `ValueError`.
     """
     if not (math.isfinite(thin_spacing_mm) and thin_spacing_mm > 0):
-        raise ValueError(f"thin_axis: thin_spacing_mm must be above 0, got {thin_spacing_mm!r}")
+        raise InputError("thin_axis", f"thin_spacing_mm must be above 0, got {thin_spacing_mm!r}")
     if convention == "slabs":
         count = max(round(thick.length_mm / thin_spacing_mm), 1)
         middle = thick.first_mm + thick.spacing_mm * (thick.count - 1) / 2
@@ -137,7 +139,7 @@ def thin_axis(thick: SliceAxis, thin_spacing_mm: float, convention: str = "slabs
             thin_spacing_mm,
             math.floor(thick.spacing_mm * (thick.count - 1) / thin_spacing_mm + 1e-6) + 1,
         )
-    raise ValueError(f"thin_axis: convention must be 'slabs' or 'centres', got {convention!r}")
+    raise InputError("thin_axis", f"convention must be 'slabs' or 'centres', got {convention!r}")
 
 # %% ../../nbs/slices/00_slice_profile.ipynb #cell-015
 def slice_profile_matrix(thin: SliceAxis, thick: SliceAxis, profile: SliceProfile) -> np.ndarray:
@@ -150,10 +152,11 @@ def slice_profile_matrix(thin: SliceAxis, thick: SliceAxis, profile: SliceProfil
     total = matrix.sum(axis=1, keepdims=True)
     blind = np.flatnonzero(total[:, 0] < 1e-6)
     if len(blind):
-        raise ValueError(
-            f"slab_matrix: thick slice {blind[0]} at {thick.positions_mm[blind[0]]:g} mm sees none"
+        raise InputError(
+            "slab_matrix",
+            f"thick slice {blind[0]} at {thick.positions_mm[blind[0]]:g} mm sees none"
             f" of the thin slices, which fill {thin.edges_mm[0]:g} to {thin.edges_mm[-1]:g} mm;"
-            " leave it out, or check that both axes are measured from one origin"
+            " leave it out, or check that both axes are measured from one origin",
         )
     return matrix / total
 
@@ -164,9 +167,10 @@ def average_slices(
 ):  # (…, K, H, W), of the kind of `thin`
     "Thick slices from thin ones. Shapes that do not fit: `ValueError`."
     if thin.ndim < 3 or thin.shape[-3] != matrix.shape[-1]:
-        raise ValueError(
-            f"thicken: thin must be (…, D, H, W) with D = {matrix.shape[-1]} as the matrix has"
-            f" columns, got shape {tuple(thin.shape)}"
+        raise InputError(
+            "thicken",
+            f"thin must be (…, D, H, W) with D = {matrix.shape[-1]} as the matrix has"
+            f" columns, got shape {tuple(thin.shape)}",
         )
     if torch.is_tensor(thin):
         matrix = torch.as_tensor(
@@ -211,10 +215,11 @@ def place_slices(
     margin = _margin(spacing_mm, profile)
     count = math.floor((thin.length_mm - offset_mm - 2 * margin) / spacing_mm + 1e-6) + 1
     if count < 1 or offset_mm < 0:
-        raise ValueError(
-            f"fit_slabs: thin slices over {thin.length_mm:g} mm hold no slab that needs"
+        raise InputError(
+            "fit_slabs",
+            f"thin slices over {thin.length_mm:g} mm hold no slab that needs"
             f" {2 * margin:g} mm at an offset of {offset_mm:g} mm; use thinner slabs or a longer"
-            " scan"
+            " scan",
         )
     return SliceAxis(float(thin.edges_mm[0] + margin + offset_mm), spacing_mm, count)
 
@@ -297,12 +302,13 @@ class ThickSliceRange:
         for name, least in (("spacing_mm", 1e-6), ("width", 1e-6), ("offset", 0.0)):
             low, high = getattr(self, name)
             if not least <= low <= high < math.inf:
-                raise ValueError(
-                    f"SlabRange: {name} must be (low, high) with {'0 ≤' if least == 0 else '0 <'}"
-                    f" low ≤ high, got {(low, high)}"
+                raise InputError(
+                    "SlabRange",
+                    f"{name} must be (low, high) with {'0 ≤' if least == 0 else '0 <'}"
+                    f" low ≤ high, got {(low, high)}",
                 )
         if not self.shapes:
-            raise ValueError("SlabRange: shapes is empty; name 'rectangular', 'gaussian' or both")
+            raise InputError("SlabRange", "shapes is empty; name 'rectangular', 'gaussian' or both")
         for shape in self.shapes:
             SliceProfile(1.0, shape)
 
@@ -344,9 +350,9 @@ class StackPairs(torch.utils.data.Dataset):
         self.seed = seed
         self.size = (size, size) if isinstance(size, int) else size
         if count is not None and count < 1:
-            raise ValueError(f"SlabPairs: count must be 1 thick slice or more, got {count}")
+            raise InputError("SlabPairs", f"count must be 1 thick slice or more, got {count}")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise ValueError(f"SlabPairs: size must be rows and columns, got {size!r}")
+            raise InputError("SlabPairs", f"size must be rows and columns, got {size!r}")
 
     def __len__(self):
         return len(self.source)
@@ -374,17 +380,19 @@ def _simulated(self: StackPairs, stack: ThinStack, generator) -> tuple[SliceAxis
     spacing, profile, offset = self.slabs.draw(generator)
     step = stack.thin_axis.spacing_mm
     if spacing < step * (1 - 1e-6):
-        raise ValueError(
-            f"SlabPairs: {stack.id} has slices {step:g} mm apart, thicker than the {spacing:g} mm"
-            " that are to be simulated; leave it out or simulate thicker ones"
+        raise InputError(
+            "SlabPairs",
+            f"{stack.id} has slices {step:g} mm apart, thicker than the {spacing:g} mm"
+            " that are to be simulated; leave it out or simulate thicker ones",
         )
     thick = place_slices(stack.thin_axis, spacing, profile, offset * step)
     if self.count is None:
         return thick, profile
     if thick.count < self.count:
-        raise ValueError(
-            f"SlabPairs: {stack.id} is {stack.thin_axis.length_mm:g} mm long and holds"
-            f" {thick.count} of the {self.count} slabs of {spacing:g} mm asked for; lower count"
+        raise InputError(
+            "SlabPairs",
+            f"{stack.id} is {stack.thin_axis.length_mm:g} mm long and holds"
+            f" {thick.count} of the {self.count} slabs of {spacing:g} mm asked for; lower count",
         )
     free = (
         stack.thin_axis.length_mm
@@ -416,9 +424,10 @@ def _measured(self: StackPairs, stack: ThinStack, generator) -> tuple[int, int]:
     )
     least = self.count or 1
     if len(over) < least:
-        raise ValueError(
-            f"SlabPairs: {len(over)} of the {stack.thick_axis.count} thick slices of {stack.id} lie"
-            f" wholly over its thin ones, {least} are needed; lower count or leave it out"
+        raise InputError(
+            "SlabPairs",
+            f"{len(over)} of the {stack.thick_axis.count} thick slices of {stack.id} lie"
+            f" wholly over its thin ones, {least} are needed; lower count or leave it out",
         )
     if self.count is None:
         return int(over[0]), int(over[-1]) + 1
@@ -445,9 +454,10 @@ def at(self: StackPairs, epoch: int, index: int) -> dict:
     shape = stack.thin.shape[-2:]
     size = shape if self.size is None else self.size
     if size[0] > shape[0] or size[1] > shape[1]:
-        raise ValueError(
-            f"SlabPairs: {stack.id} has slices of {shape[0]} × {shape[1]} pixels, a crop of"
-            f" {size[0]} × {size[1]} does not fit; lower size"
+        raise InputError(
+            "SlabPairs",
+            f"{stack.id} has slices of {shape[0]} × {shape[1]} pixels, a crop of"
+            f" {size[0]} × {size[1]} does not fit; lower size",
         )
     row, column = (_integer(n - m, generator) for n, m in zip(shape, size))
     window = (slice(row, row + size[0]), slice(column, column + size[1]))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from ..core.files import write_json
 from ..data.dicom import choose_series, dicom_slices
@@ -71,9 +72,10 @@ def interpolate_volume(
     axis = check_scan(volume, spacing_mm, name)
     profile = profile or SliceProfile(axis.spacing_mm)
     if profile.width_mm > axis.length_mm:
-        raise ValueError(
-            f"width_mm: a profile of {profile.width_mm:.4g} mm is wider than {name} is long,"
-            f" {axis.length_mm:.4g} mm; give the thickness of one slice"
+        raise InputError(
+            "width_mm",
+            f"a profile of {profile.width_mm:.4g} mm is wider than {name} is long,"
+            f" {axis.length_mm:.4g} mm; give the thickness of one slice",
         )
     notes = [*volume.notes, *check_training_range(axis, profile, spacing_mm, seen, anyway, name)]
     fine = thin_axis(axis, spacing_mm, convention)
@@ -146,20 +148,26 @@ def check_output_path(out: Path, path) -> str:
         None,
     )
     if ending is None:
-        raise ValueError(
-            f"out: unknown kind of file {out.name!r}; choose a name that ends in .nii.gz, .nii,"
-            " .nrrd, .mha or .npz"
+        raise InputError(
+            "out",
+            f"unknown kind of file {out.name!r}; choose a name that ends in .nii.gz, .nii,"
+            " .nrrd, .mha or .npz",
         )
     if out.is_dir():
-        raise ValueError(f"out: {out} is a folder; choose the name of a file")
+        raise InputError("out", f"{out} is a folder; choose the name of a file")
     if out.exists() and Path(path).exists() and os.path.samefile(out, path):
-        raise ValueError(f"out: {out} is the scan itself, which would be lost; choose another name")
+        raise InputError(
+            "out", f"{out} is the scan itself, which would be lost; choose another name"
+        )
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir():
-        raise ValueError(f"out: {out} cannot be written, {above} is a file; choose another folder")
+        raise InputError(
+            "out", f"{out} cannot be written, {above} is a file; choose another folder"
+        )
     if not os.access(above, os.W_OK):
-        raise ValueError(
-            f"out: {out} cannot be written, {above} is not yours to write to; choose another folder"
+        raise InputError(
+            "out",
+            f"{out} cannot be written, {above} is not yours to write to; choose another folder",
         )
     return ending
 
@@ -198,14 +206,15 @@ def interpolate_file(
         SliceAxis(0.0, 1.0, 2), 1.0, convention
     )
     if model not in (None, *MODELS):
-        raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {model!r}")
+        raise InputError("model", f"must be one of {', '.join(MODELS)}, got {model!r}")
     trained = load_slices(weights)
     model = model or ("regressor" if trained.regressor is not None else "mean")
     if (trained.regressor if model == "regressor" else trained.diffusion) is None:
-        raise ValueError(
-            f"model: {weights} holds no trained"
+        raise InputError(
+            "model",
+            f"{weights} holds no trained"
             f" {'regressor' if model == 'regressor' else 'diffusion model'}; train it, or choose"
-            " another model"
+            " another model",
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kept = dict(consistent=consistent, noise_hu=noise_hu, memory_gib=memory_gib, progress=progress)

@@ -9,6 +9,8 @@ __all__ = ['read_thin', 'thin_folder']
 import functools
 from pathlib import Path
 
+from ..core.errors import FileError
+
 from ..data.folders import find_cases, name_cases
 from ..data.hounsfield import CTReadError
 from ..data.read import read_ct
@@ -22,8 +24,9 @@ def read_thin(path, id: str, patient: str, most_spacing_mm: float = 1.5) -> Thin
     axis = SliceAxis.along(volume.grid)
     if axis.spacing_mm > most_spacing_mm * (1 + 1e-3):
         raise CTReadError(
-            f"{path}: its slices are {axis.spacing_mm:.4g} mm apart, at most {most_spacing_mm:g} mm"
-            " count as thin; leave it out or raise most_spacing_mm"
+            path,
+            f"its slices are {axis.spacing_mm:.4g} mm apart, at most {most_spacing_mm:g} mm"
+            " count as thin; leave it out or raise most_spacing_mm",
         )
     rows, columns = (float(v) for v in volume.grid.spacing_mm[1::-1])
     return ThinStack(
@@ -42,7 +45,7 @@ def thin_folder(root, most_spacing_mm: float = 1.5) -> StackSource:
     root = Path(root)
     paths = find_cases(root)
     if not paths:
-        raise ValueError(f"{root}: holds no CT")
+        raise FileError(root, "holds no CT")
     return StackSource(
         StackCase(
             f.id,

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from ..core.errors import InputError
 from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 from torch import nn
@@ -165,7 +166,7 @@ SLICES_PRESETS = {
 
 def get_slices_preset(name: str) -> SlicesPreset:
     if name not in SLICES_PRESETS:
-        raise ValueError(f"preset: must be one of {', '.join(SLICES_PRESETS)}, got {name!r}.")
+        raise InputError("preset", f"must be one of {', '.join(SLICES_PRESETS)}, got {name!r}.")
     return SLICES_PRESETS[name]
 
 # %% ../../nbs/slices/10_train.ipynb #cell-007
@@ -180,7 +181,7 @@ class SliceModels(nn.Module):
     ):
         super().__init__()
         if regressor is None and diffusion is None:
-            raise ValueError("SliceModels: needs a regressor, a diffusion model, or both")
+            raise InputError("SliceModels", "needs a regressor, a diffusion model, or both")
         self.regressor = regressor
         self.diffusion = diffusion
         self.about = about or {}
@@ -243,8 +244,8 @@ class SlicesRun:
     def __post_init__(self):
         self.out, self.seed = Path(self.out), int(self.seed)
         if self.model not in ("both", *SLICE_MODEL_NAMES):
-            raise ValueError(
-                f"model: must be both, {' or '.join(SLICE_MODEL_NAMES)}, got {self.model!r}"
+            raise InputError(
+                "model", f"must be both, {' or '.join(SLICE_MODEL_NAMES)}, got {self.model!r}"
             )
         s = get_slices_preset(self.preset) if self.settings is None else self.settings
 
@@ -302,9 +303,10 @@ class SlicesRun:
             ]
             known = sorted(set(held_out) & set(known.get("patients", known["cases"])))
             if known:
-                raise ValueError(
-                    f"vae: {self.vae} was trained on {known[0]}, which would be judged here; take"
-                    " the same data and seed as it did"
+                raise InputError(
+                    "vae",
+                    f"{self.vae} was trained on {known[0]}, which would be judged here; take"
+                    " the same data and seed as it did",
                 )
         return self
 

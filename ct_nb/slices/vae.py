@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -90,15 +91,16 @@ class LinearAutoencoder(nn.Module):
             total = total + blocks.sum(0)
             square = square + blocks.T @ blocks
         if not count:
-            raise ValueError("crops: none came; the linear start is measured on at least one")
+            raise InputError("crops", "none came; the linear start is measured on at least one")
         mean, latent = total / count, self.narrow.out_channels
         values, vectors = torch.linalg.eigh(square / count - mean.outer(mean))
         values = values.flip(0)[:latent]
         vectors = vectors.flip(1)[:, :latent]
         if not values[0] > 1e-8:
-            raise ValueError(
-                f"crops: their {count} blocks of 8×8 pixels do not vary; give crops with a patient"
-                " in them"
+            raise InputError(
+                "crops",
+                f"their {count} blocks of 8×8 pixels do not vary; give crops with a patient"
+                " in them",
             )
         scale = values.clamp_min(1e-6 * values[0]).sqrt()
         # eigenvectors have no sign of their own
@@ -160,12 +162,13 @@ class SliceVAEConfig(Config):
 
     def __post_init__(self):
         if self.fold not in (1, 2, 4, 8):
-            raise ValueError(f"fold: must be 1, 2, 4 or 8, got {self.fold!r}")
+            raise InputError("fold", f"must be 1, 2, 4 or 8, got {self.fold!r}")
         levels = (REDUCTION // self.fold).bit_length()
         if len(self.channels) != levels:
-            raise ValueError(
-                f"channels: a fold of {self.fold} needs {levels} numbers, one for each resolution"
-                f" down to 1/8, got {len(self.channels)}"
+            raise InputError(
+                "channels",
+                f"a fold of {self.fold} needs {levels} numbers, one for each resolution"
+                f" down to 1/8, got {len(self.channels)}",
             )
         for name, value in (
             ("channels", min(self.channels)),
@@ -173,7 +176,7 @@ class SliceVAEConfig(Config):
             ("latent_channels", self.latent_channels),
         ):
             if value < 1:
-                raise ValueError(f"{name}: must be 1 or more, got {value}")
+                raise InputError(name, f"must be 1 or more, got {value}")
         get_window(self.window)
 
     @property
@@ -210,7 +213,7 @@ class SliceVAEConfig(Config):
             "paper": dict(fold=1, channels=(32, 128, 256, 512), blocks=2, recompute=True),
         }
         if name not in presets:
-            raise ValueError(f"preset: must be one of {', '.join(presets)}, got {name!r}")
+            raise InputError("preset", f"must be one of {', '.join(presets)}, got {name!r}")
         return cls(**presets[name])
 
 # %% ../../nbs/slices/03_vae.ipynb #cell-019
@@ -304,14 +307,16 @@ class SliceVAE(nn.Module):
 
     def _require_slices(self, x):
         if x.ndim != 5 or x.shape[1] != 1 or min(x.shape) < 1 or not x.is_floating_point():
-            raise ValueError(
-                "x: slices must be a float tensor (B, 1, D, H, W) with nothing empty, got"
-                f" {tuple(x.shape)} {x.dtype}"
+            raise InputError(
+                "x",
+                "slices must be a float tensor (B, 1, D, H, W) with nothing empty, got"
+                f" {tuple(x.shape)} {x.dtype}",
             )
         if not x.is_meta and not float(x.detach().abs().amax()) <= RANGE_LIMIT:
-            raise ValueError(
-                f"x: slices must be in network range, −1 to 1, got {float(x.min()):g} to"
-                f" {float(x.max()):g}; apply vae.window.to_network to HU"
+            raise InputError(
+                "x",
+                f"slices must be in network range, −1 to 1, got {float(x.min()):g} to"
+                f" {float(x.max()):g}; apply vae.window.to_network to HU",
             )
 
     def image_size(self, z: torch.Tensor, size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -319,16 +324,18 @@ class SliceVAE(nn.Module):
         `size` is not a size of theirs.
         """
         if z.ndim != 5 or z.shape[1] != self.config.latent_channels or min(z.shape) < 1:
-            raise ValueError(
-                f"z: latents must be (B, {self.config.latent_channels}, D, h, w) with nothing"
-                f" empty, got {tuple(z.shape)}"
+            raise InputError(
+                "z",
+                f"latents must be (B, {self.config.latent_channels}, D, h, w) with nothing"
+                f" empty, got {tuple(z.shape)}",
             )
         whole = tuple(REDUCTION * n for n in z.shape[-2:])
         size = whole if size is None else tuple(size)
         if len(size) != 2 or any(not 0 <= n - m < REDUCTION for n, m in zip(whole, size)):
-            raise ValueError(
-                f"size: {z.shape[-2]}×{z.shape[-1]} latents are {whole[0] - 7} to {whole[0]} rows"
-                f" and {whole[1] - 7} to {whole[1]} columns, got {size}"
+            raise InputError(
+                "size",
+                f"{z.shape[-2]}×{z.shape[-1]} latents are {whole[0] - 7} to {whole[0]} rows"
+                f" and {whole[1] - 7} to {whole[1]} columns, got {size}",
             )
         return size
 
@@ -353,12 +360,13 @@ def measure_scale(self: SliceVAE, batches: Iterable[torch.Tensor]) -> SliceVAE:
         total = total + mean.sum((0, 2, 3, 4))
         square = square + (mean.square() + log_variance.exp()).sum((0, 2, 3, 4))
     if not count:
-        raise ValueError("batches: none came; the scale is measured on at least one")
+        raise InputError("batches", "none came; the scale is measured on at least one")
     variance = square / count - (total / count).square()
     if not bool(torch.isfinite(variance).all()):
-        raise ValueError(
-            f"batches: the variances of the latents are {variance.tolist()}, which gives no scale;"
-            " the weights are not finite, train again with a lower learning rate"
+        raise InputError(
+            "batches",
+            f"the variances of the latents are {variance.tolist()}, which gives no scale;"
+            " the weights are not finite, train again with a lower learning rate",
         )
     self.latent_mean.copy_((total / count).view(1, -1, 1, 1, 1))
     self.latent_scale.copy_(variance.rsqrt().view(1, -1, 1, 1, 1))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 
 from ..core.files import atomic_write, write_json
 from ct_nb.evaluation.metrics import (
@@ -51,9 +52,9 @@ def slice_ssim(pred_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window) ->
     Slices below 11×11 pixels: `ValueError`.
     """
     if min(truth_hu.shape[-2:]) < SSIM_TAPS:
-        raise ValueError(
-            f"slice_ssim: needs at least {SSIM_TAPS}×{SSIM_TAPS} pixels, got"
-            f" {tuple(truth_hu.shape[-2:])}"
+        raise InputError(
+            "slice_ssim",
+            f"needs at least {SSIM_TAPS}×{SSIM_TAPS} pixels, got {tuple(truth_hu.shape[-2:])}",
         )
     a, b = (to_window(hu.float(), window) for hu in (pred_hu, truth_hu))
     # a variance is a small difference of large numbers

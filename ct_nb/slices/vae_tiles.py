@@ -12,6 +12,7 @@ from itertools import product
 from math import ceil
 
 import torch
+from ..core.errors import InputError
 
 from ..layers.latent import Latent
 from .vae import REDUCTION, SliceVAE, SliceVAEConfig
@@ -106,9 +107,10 @@ def plan_tiles(
             *(min(2 * h + 1, n) for h, n in zip(halo[1:], shape[1:])),
             bytes_a_number,
         )
-        raise ValueError(
-            f"memory_bytes: the smallest tile of this network takes {least / 2 ** 20:.0f} MiB, got"
-            f" {memory_bytes / 2 ** 20:.0f} MiB; allow more or take a network with fewer channels"
+        raise InputError(
+            "memory_bytes",
+            f"the smallest tile of this network takes {least / 2 ** 20:.0f} MiB, got"
+            f" {memory_bytes / 2 ** 20:.0f} MiB; allow more or take a network with fewer channels",
         )
     return best[1]
 
@@ -130,7 +132,9 @@ def encode_tiled(
 ) -> Latent:
     "`vae.encode(x)`, on the device of `x`, in tiles."
     if x.ndim != 5:
-        raise ValueError(f"x: slices must be a float tensor (B, 1, D, H, W), got {tuple(x.shape)}")
+        raise InputError(
+            "x", f"slices must be a float tensor (B, 1, D, H, W), got {tuple(x.shape)}"
+        )
     c, device = vae.config, next(vae.parameters()).device
     shape = (x.shape[2], *(ceil(n / REDUCTION) for n in x.shape[-2:]))
     found = Latent(*(x.new_empty(len(x), c.latent_channels, *shape) for _ in range(2)))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 from torch import nn
@@ -39,9 +40,10 @@ from ..training.trainer import Trainer, TrainerConfig, TrainingStopped
 def check_crop(name: str, shape, crop: tuple[int, int, int]) -> None:
     "`ValueError` where a volume of this shape is smaller than the crop."
     if any(n < m for n, m in zip(shape, crop)):
-        raise ValueError(
-            f"{name}: a crop of {'×'.join(map(str, crop))} does not fit into"
-            f" {'×'.join(map(str, shape))}; leave it out or take smaller crops"
+        raise InputError(
+            name,
+            f"a crop of {'×'.join(map(str, crop))} does not fit into"
+            f" {'×'.join(map(str, shape))}; leave it out or take smaller crops",
         )
 
 
@@ -127,12 +129,15 @@ class VAEPreset:
 
     def __post_init__(self):
         if min(self.crop[1:]) < SSIM_TAPS:
-            raise ValueError(f"crop: needs at least {SSIM_TAPS} rows and columns, got {self.crop}")
+            raise InputError(
+                "crop", f"needs at least {SSIM_TAPS} rows and columns, got {self.crop}"
+            )
         if self.loss.adversary and min(self.crop) < 2**self.adversary_layers:
-            raise ValueError(
-                f"crop: a critic of {self.adversary_layers} layers needs"
+            raise InputError(
+                "crop",
+                f"a critic of {self.adversary_layers} layers needs"
                 f" {2 ** self.adversary_layers} slices, rows and columns, got {self.crop}; take"
-                " fewer adversary_layers"
+                " fewer adversary_layers",
             )
 
 
@@ -221,7 +226,7 @@ VAE_PRESETS = {
 
 def get_vae_preset(name: str) -> VAEPreset:
     if name not in VAE_PRESETS:
-        raise ValueError(f"preset: must be one of {', '.join(VAE_PRESETS)}, got {name!r}.")
+        raise InputError("preset", f"must be one of {', '.join(VAE_PRESETS)}, got {name!r}.")
     return VAE_PRESETS[name]
 
 # %% ../../nbs/slices/03c_vae_train.ipynb #cell-010
@@ -338,8 +343,8 @@ class VAERun:
                 if len(part)
             }
             if "train" not in found:
-                raise ValueError(
-                    f"data: {self.data} holds no scans to train on; give the whole set"
+                raise InputError(
+                    "data", f"{self.data} holds no scans to train on; give the whole set"
                 )
             self.left_out = sum((reasons for _, reasons in found.values()), [])
             training, validation, test = (

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -25,7 +26,7 @@ class PatchDiscriminator3d(nn.Module):
     def __init__(self, channels: int = 16, layers: int = 3, inputs: int = 1):
         super().__init__()
         if layers < 1:
-            raise ValueError(f"PatchDiscriminator3d: needs at least one layer, got {layers}")
+            raise InputError("PatchDiscriminator3d", f"needs at least one layer, got {layers}")
         widths = [inputs, *(channels * 2 ** min(k, 3) for k in range(layers))]
         self.layers = nn.ModuleList(
             spectral_norm(nn.Conv3d(a, b, 4, stride=2, padding=1))
@@ -40,9 +41,10 @@ class PatchDiscriminator3d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 5 or min(x.shape[2:]) < 2 ** len(self.layers):
-            raise ValueError(
-                "PatchDiscriminator3d: expected volumes (B, C, D, H, W) of at least"
-                f" {2 ** len(self.layers)} voxels a side, got {tuple(x.shape)}"
+            raise InputError(
+                "PatchDiscriminator3d",
+                "expected volumes (B, C, D, H, W) of at least"
+                f" {2 ** len(self.layers)} voxels a side, got {tuple(x.shape)}",
             )
         for layer in self.layers:
             x = F.leaky_relu(layer(x), 0.2)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..core.errors import FileError, InputError
 
 from ..core.files import atomic_write, write_json
 
@@ -35,7 +36,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
 
-class WeightsError(ValueError):
+class WeightsError(FileError):
     "Weights that are missing, broken or of another model; the message is one sentence."
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-006
@@ -50,7 +51,7 @@ def save_weights(
 
     missing = {"system", "network"} - config.keys()
     if missing:
-        raise ValueError(f"save_weights: config lacks {sorted(missing)}.")
+        raise InputError("save_weights", f"config lacks {sorted(missing)}.")
     tensors = {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in model.state_dict().items()
@@ -65,24 +66,24 @@ def read_config(folder, system: str | tuple[str, ...] | None = None) -> dict:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise WeightsError(
-            f"{path}: no such file; give the folder that a training run wrote (it holds"
-            f" {CONFIG_FILE} and {WEIGHTS_FILE})."
+            path,
+            "no such file; give the folder that a training run wrote (it holds"
+            f" {CONFIG_FILE} and {WEIGHTS_FILE}).",
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(
-            f"{path}: is not readable JSON ({error}); the file is damaged."
-        ) from None
+        raise WeightsError(path, f"is not readable JSON ({error}); the file is damaged.") from None
     if not isinstance(config, dict) or "system" not in config or "network" not in config:
         raise WeightsError(
-            f"{path}: has no 'system' and 'network' entries, so it was not written by ct_nb."
+            path, "has no 'system' and 'network' entries, so it was not written by ct_nb."
         )
     wanted = (system,) if isinstance(system, str) else system
     if wanted is not None and config["system"] not in wanted:
         raise WeightsError(
-            f"{path}: these are weights of the system '{config['system']}', but"
-            f" {' or '.join(map(repr, wanted))} was asked for."
+            path,
+            f"these are weights of the system '{config['system']}', but"
+            f" {' or '.join(map(repr, wanted))} was asked for.",
         )
     return config
 
@@ -98,29 +99,31 @@ def load_weights(
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise WeightsError(
-            f"{path}: no such file; the training run that made this folder has not finished."
+            path, "no such file; the training run that made this folder has not finished."
         )
     try:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{path}: is not a whole safetensors file ({error}); copy or train it again."
+            path, f"is not a whole safetensors file ({error}); copy or train it again."
         ) from None
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             raise WeightsError(
-                f"{path}: lacks the tensor '{name}', so these are weights of another model."
+                path, f"lacks the tensor '{name}', so these are weights of another model."
             )
         if name not in wanted:
             raise WeightsError(
-                f"{path}: holds the tensor '{name}' that the model does not have, so these are"
-                " weights of another model."
+                path,
+                f"holds the tensor '{name}' that the model does not have, so these are"
+                " weights of another model.",
             )
         if found[name].shape != wanted[name].shape:
             raise WeightsError(
-                f"{path}: tensor '{name}' has shape {tuple(found[name].shape)}, the model needs"
-                f" {tuple(wanted[name].shape)}; these are weights of another model."
+                path,
+                f"tensor '{name}' has shape {tuple(found[name].shape)}, the model needs"
+                f" {tuple(wanted[name].shape)}; these are weights of another model.",
             )
     model.load_state_dict(found)
 
@@ -173,6 +176,7 @@ def load_state(folder) -> dict | None:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(
-            f"{path}: is not a whole training state ({type(error).__name__}); delete it to start"
-            " again from step 0."
+            path,
+            f"is not a whole training state ({type(error).__name__}); delete it to start"
+            " again from step 0.",
         ) from error

@@ -9,6 +9,7 @@ __all__ = ['random_states', 'cached_backward']
 from collections.abc import Callable
 
 import torch
+from ..core.errors import InputError
 
 # %% ../../nbs/training/03_gradient_cache.ipynb #cell-004
 def random_states() -> list[torch.Tensor]:
@@ -30,7 +31,7 @@ def cached_backward(
     afterwards.
     """
     if not chunks:
-        raise ValueError("chunks: there is nothing to encode, got none")
+        raise InputError("chunks", "there is nothing to encode, got none")
     states, leaves = [], []
     for chunk in chunks:
         states.append(random_states())

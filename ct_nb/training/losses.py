@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from ..core.errors import InputError
 
 from ..physics.volume import WINDOWS, Window
 
@@ -103,7 +104,7 @@ class LossWeights:
     def __post_init__(self):
         for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
             if not 0 <= value < math.inf:
-                raise ValueError(f"LossWeights: {name} must be zero or positive, got {value}")
+                raise InputError("LossWeights", f"{name} must be zero or positive, got {value}")
 
 # %% ../../nbs/training/00_losses.ipynb #cell-025
 Term = torch.Tensor | Callable[[], torch.Tensor]
@@ -117,9 +118,10 @@ def weighted_sum(
     """
     unknown = sorted(set(terms) - {field.name for field in fields(weights)})
     if unknown:
-        raise ValueError(
-            f"weighted_sum: there is no weight for {', '.join(unknown)}; the names are"
-            f" {', '.join(field.name for field in fields(weights))}"
+        raise InputError(
+            "weighted_sum",
+            f"there is no weight for {', '.join(unknown)}; the names are"
+            f" {', '.join(field.name for field in fields(weights))}",
         )
     parts = {
         name: term() if callable(term) else term
@@ -127,9 +129,10 @@ def weighted_sum(
         if getattr(weights, name)
     }
     if not parts:
-        raise ValueError(
-            f"weighted_sum: all weights of {', '.join(terms)} are 0, so nothing would be learned;"
-            " give one of them a weight"
+        raise InputError(
+            "weighted_sum",
+            f"all weights of {', '.join(terms)} are 0, so nothing would be learned;"
+            " give one of them a weight",
         )
     return sum(getattr(weights, name) * value for name, value in parts.items()), {
         name: value.item() for name, value in parts.items()
@@ -149,9 +152,10 @@ def reconstruction_loss(
     The adversary's weight is for whoever calls the adversary.
     """
     if prediction_hu.shape != truth_hu.shape:
-        raise ValueError(
-            f"reconstruction_loss: prediction {tuple(prediction_hu.shape)} and truth"
-            f" {tuple(truth_hu.shape)} differ in shape."
+        raise InputError(
+            "reconstruction_loss",
+            f"prediction {tuple(prediction_hu.shape)} and truth"
+            f" {tuple(truth_hu.shape)} differ in shape.",
         )
     functions = {
         "absolute": absolute_error,
@@ -169,8 +173,9 @@ def reconstruction_loss(
         if field.name not in (*terms, "adversary") and getattr(weights, field.name)
     ]
     if missing:
-        raise ValueError(
-            f"reconstruction_loss: {', '.join(missing)} has a weight but was not handed over; add"
-            " it to `others` or set its weight to 0"
+        raise InputError(
+            "reconstruction_loss",
+            f"{', '.join(missing)} has a weight but was not handed over; add"
+            " it to `others` or set its weight to 0",
         )
     return weighted_sum(weights, terms)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ..core.errors import InputError
 from scipy.special import betaincinv
 
 from ..physics.detector import binned
@@ -35,9 +36,10 @@ def _relative_error(
     )
     expected = (len(hu), geometry.views, *geometry.detector_shape)
     if tuple(xrays.shape) != expected:
-        raise ValueError(
-            f"xrays: the prediction and the geometry ask for (B, V, R, C) = {expected}, got"
-            f" {tuple(xrays.shape)}"
+        raise InputError(
+            "xrays",
+            f"the prediction and the geometry ask for (B, V, R, C) = {expected}, got"
+            f" {tuple(xrays.shape)}",
         )
     measured, geometry = binned(xrays.float(), geometry, most)
     mu = (1 + hu.float() / 1000) * float(hu_to_mu(0.0, energy_kev))
@@ -60,7 +62,7 @@ def drr_cycle_error(
     perfect, 1 is what an empty volume gets.
     """
     if sigma < 0:
-        raise ValueError(f"sigma: must be zero or positive, got {sigma}")
+        raise InputError("sigma", f"must be zero or positive, got {sigma}")
     errors = _relative_error(prediction_hu, xrays, geometry, energy_kev, sigma, most)
     if extra_view is not None:
         errors = torch.cat(
@@ -142,9 +144,10 @@ def cross_view_infonce(
     log B is what chance gets.
     """
     if view_tokens.ndim != 3 or latent_tokens.shape != (len(view_tokens), view_tokens.shape[2]):
-        raise ValueError(
-            "cross_view_infonce: expected view tokens (B, V, C) and latent tokens (B, C), got"
-            f" {tuple(view_tokens.shape)} and {tuple(latent_tokens.shape)}"
+        raise InputError(
+            "cross_view_infonce",
+            "expected view tokens (B, V, C) and latent tokens (B, C), got"
+            f" {tuple(view_tokens.shape)} and {tuple(latent_tokens.shape)}",
         )
     views, latents = (
         gather_batches(F.normalize(tokens.float(), dim=-1))
@@ -175,12 +178,13 @@ def mask_patches(
     """
     rows, columns = images.shape[-2:]
     if images.ndim < 4 or rows % patch or columns % patch:
-        raise ValueError(
-            f"mask_patches: expected (B, V, …, R, C) with R and C multiples of the patch, {patch},"
-            f" got {tuple(images.shape)}"
+        raise InputError(
+            "mask_patches",
+            f"expected (B, V, …, R, C) with R and C multiples of the patch, {patch},"
+            f" got {tuple(images.shape)}",
         )
     if not 0 <= share < 1:
-        raise ValueError(f"mask_patches: share must lie in [0, 1), got {share}")
+        raise InputError("mask_patches", f"share must lie in [0, 1), got {share}")
     batch, views, down, across = *images.shape[:2], rows // patch, columns // patch
     order = torch.rand(
         (batch, views, down * across),
@@ -208,9 +212,9 @@ def masked_error(
 ) -> torch.Tensor:
     "Mean squared difference over the hidden pixels alone; 0 where nothing is hidden."
     if predicted.shape != truth.shape:
-        raise ValueError(
-            f"masked_error: predicted {tuple(predicted.shape)} and truth {tuple(truth.shape)}"
-            " differ in shape"
+        raise InputError(
+            "masked_error",
+            f"predicted {tuple(predicted.shape)} and truth {tuple(truth.shape)} differ in shape",
         )
     mask = mask.expand_as(truth)
     return ((predicted - truth).square() * mask).sum() / mask.sum().clamp_min(1)
@@ -224,10 +228,11 @@ def distillation_error(
     "1 − cosine between the features at every place, mean over places, then over levels; 0 to 2."
     student, teacher = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (student, teacher))
     if [x.shape for x in student] != [x.shape for x in teacher] or not student:
-        raise ValueError(
-            "distillation_error: student and teacher must have the same levels, got"
+        raise InputError(
+            "distillation_error",
+            "student and teacher must have the same levels, got"
             f" {[tuple(x.shape) for x in student]} and {[tuple(x.shape) for x in teacher]}; give"
-            " the student a projection to the teacher's channels"
+            " the student a projection to the teacher's channels",
         )
     return torch.stack(
         [
@@ -249,10 +254,11 @@ def _require_one_pose(geometry: ConeBeam) -> None:
             ]
         ).amax(0)
     if bool((apart > 1e-3).any()):
-        raise ValueError(
-            f"mixup: the X-rays of case {int(apart.argmax())} were taken from another pose than"
+        raise InputError(
+            "mixup",
+            f"the X-rays of case {int(apart.argmax())} were taken from another pose than"
             " those of case 0, so their mixture is the X-ray of no volume; mix only cases that"
-            " share a geometry"
+            " share a geometry",
         )
 
 
@@ -268,9 +274,9 @@ def mixup(
     Beta(alpha, alpha); the others as they were.
     """
     if alpha <= 0 or not 0 <= probability <= 1:
-        raise ValueError(
-            f"mixup: alpha must be positive and probability in [0, 1], got {alpha} and"
-            f" {probability}"
+        raise InputError(
+            "mixup",
+            f"alpha must be positive and probability in [0, 1], got {alpha} and {probability}",
         )
     _require_one_pose(geometry)
     count = len(volumes_hu)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from ..core.errors import InputError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -66,11 +67,12 @@ class ResumableSampler(Sampler):
         processes: int = 1,
     ):
         if count < 1:
-            raise ValueError("CaseOrder: the training set is empty; give at least one case.")
+            raise InputError("CaseOrder", "the training set is empty; give at least one case.")
         if batch_size % processes:
-            raise ValueError(
-                f"CaseOrder: batch_size {batch_size} cannot be shared by {processes} processes;"
-                " make it a multiple."
+            raise InputError(
+                "CaseOrder",
+                f"batch_size {batch_size} cannot be shared by {processes} processes;"
+                " make it a multiple.",
             )
         self.count = count
         self.batch_size = batch_size
@@ -279,18 +281,19 @@ def _restore(self: Trainer, state: dict) -> int:
         "seed",
     ):
         if state["config"][name] != mine[name]:
-            raise ValueError(
-                f"{self.out}: the checkpoint was made with {name}={state['config'][name]}, this run"
+            raise InputError(
+                self.out,
+                f"the checkpoint was made with {name}={state['config'][name]}, this run"
                 f" asks for {mine[name]}; resume with the same settings or choose another output"
-                " folder."
+                " folder.",
             )
     try:
         self.plain_model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{self.out}: the checkpoint is of another network; choose another output folder."
+        raise InputError(
+            self.out, "the checkpoint is of another network; choose another output folder."
         ) from error
     set_random_state(state["random"])
     self.pieces = state["pieces"]

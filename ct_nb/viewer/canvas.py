@@ -16,6 +16,7 @@ from functools import lru_cache
 import anywidget
 import numpy as np
 import traitlets
+from ..core.errors import InputError
 
 from ..physics.volume import get_window
 from .figures import BRIGHT, orientation_marks, scale_bar
@@ -176,9 +177,10 @@ class ImageCanvas(anywidget.AnyWidget):
             or pixels.ndim not in (2, 3)
             or pixels.shape[2:] not in ((), (3,))
         ):
-            raise ValueError(
-                f"pixels: expected uint8 (rows, columns) or (rows, columns, 3), got {pixels.dtype}"
-                f" {pixels.shape}; see `to_uint8` and `apply_colormap`"
+            raise InputError(
+                "pixels",
+                f"expected uint8 (rows, columns) or (rows, columns, 3), got {pixels.dtype}"
+                f" {pixels.shape}; see `to_uint8` and `apply_colormap`",
             )
         data = pixels.tobytes()
         self.frame = {

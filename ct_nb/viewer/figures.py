@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from ..core.files import atomic_write
 from ..core.plot_style import FAINT, MUTED, SERIES, plot_style
@@ -91,14 +92,15 @@ def orientation_marks(axis, ends) -> None:
     bottom; an empty one is left out. ValueError for another plane or number.
     """
     if isinstance(ends, str) and ends not in ENDS:
-        raise ValueError(
-            f"ends: there is no plane named {ends!r}; choose one of {', '.join(PLANES)}, or give"
-            " four letters"
+        raise InputError(
+            "ends",
+            f"there is no plane named {ends!r}; choose one of {', '.join(PLANES)}, or give"
+            " four letters",
         )
     letters = ENDS[ends] if isinstance(ends, str) else tuple(ends)
     if len(letters) != 4:
-        raise ValueError(
-            f"ends: expected letters for left, right, top and bottom, got {len(letters)}"
+        raise InputError(
+            "ends", f"expected letters for left, right, top and bottom, got {len(letters)}"
         )
     places = (
         (0.02, 0.5, "left", "center"),
@@ -266,8 +268,9 @@ def checked_xrays(xrays, geometry: ConeBeam) -> np.ndarray:
         *geometry.detector_shape,
     )
     if images.shape != expected:
-        raise ValueError(
-            f"xrays: the geometry describes (views, rows, columns) = {expected}, got {images.shape}"
+        raise InputError(
+            "xrays",
+            f"the geometry describes (views, rows, columns) = {expected}, got {images.shape}",
         )
     return images
 
@@ -333,9 +336,10 @@ def comparison_figure(
     images = checked_xrays(xrays, geometry)
     for name, volume in predictions.items():
         if volume.grid != truth.grid:
-            raise ValueError(
-                f"predictions: {name!r} is on another grid than the truth; resample it with"
-                " .resample_onto(truth.grid)"
+            raise InputError(
+                "predictions",
+                f"{name!r} is on another grid than the truth; resample it with"
+                " .resample_onto(truth.grid)",
             )
     first = next(iter(predictions))
     rows = {"CT": truth} | {
@@ -409,8 +413,8 @@ def training_figure(history):
     else:
         rows = getattr(history, "rows", history)
     if not rows:
-        raise ValueError(
-            "history: there is nothing in it yet; train for at least one logging interval"
+        raise InputError(
+            "history", "there is nothing in it yet; train for at least one logging interval"
         )
     series = {
         name: ([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r])

@@ -8,6 +8,7 @@ __all__ = ['BONE_HU', 'SKIN_HU', 'surface_mesh', 'geometry_figure']
 # %% ../../nbs/viewer/01_geometry_figure.ipynb #cell-003
 import numpy as np
 import torch
+from ..core.errors import InputError
 
 from ..core.plot_style import SERIES, plot_style
 from ..physics.geometry import ConeBeam
@@ -394,9 +395,9 @@ def geometry_figure(
     import matplotlib.pyplot as plt
 
     if geometry.batch_shape:
-        raise ValueError(
-            f"geometry_figure: draws one scan and this geometry is a batch {geometry.batch_shape};"
-            " pass geometry[b]"
+        raise InputError(
+            "geometry_figure",
+            f"draws one scan and this geometry is a batch {geometry.batch_shape}; pass geometry[b]",
         )
     geometry = geometry.detach().to("cpu", torch.float64)
     body = (
@@ -414,9 +415,9 @@ def geometry_figure(
             hu_to_mu(fine.tensor()), geometry.on(fine.grid).rebinned(pixels).to(torch.float32)
         )
     if xrays is not None and len(xrays) != geometry.views:
-        raise ValueError(
-            f"geometry_figure: xrays holds {len(xrays)} images for {geometry.views} views; give one"
-            " for each"
+        raise InputError(
+            "geometry_figure",
+            f"xrays holds {len(xrays)} images for {geometry.views} views; give one for each",
         )
     images = None if xrays is None else torch.as_tensor(xrays).detach().cpu()
     names = names or [

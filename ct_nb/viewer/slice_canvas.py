@@ -7,6 +7,7 @@ __all__ = ['AXES', 'to_patient_axes', 'SliceCanvas', 'value_at']
 
 # %% ../../nbs/viewer/03_slice_canvas.ipynb #cell-002
 import numpy as np
+from ..core.errors import InputError
 
 from ..physics.volume import AIR_HU, Grid, Volume
 from .canvas import ImageCanvas, line_mark, to_uint8
@@ -20,9 +21,10 @@ def to_patient_axes(volume: Volume, *labels: np.ndarray) -> tuple:
     """
     for array in labels:
         if array.shape != volume.hu.shape:
-            raise ValueError(
-                f"labels: expected the volume's shape {volume.hu.shape}, got {array.shape};"
-                " resample them onto the volume's grid"
+            raise InputError(
+                "labels",
+                f"expected the volume's shape {volume.hu.shape}, got {array.shape};"
+                " resample them onto the volume's grid",
             )
     linear = volume.affine[:3, :3]
     shape = np.array(volume.hu.shape[::-1])
@@ -72,19 +74,21 @@ class SliceCanvas(ImageCanvas):
     ):
         arrays = [arrays] if isinstance(arrays, np.ndarray) else list(arrays)
         if plane not in AXES:
-            raise ValueError(
-                f"plane: there is none named {plane!r}; choose one of {', '.join(PLANES)}"
+            raise InputError(
+                "plane", f"there is none named {plane!r}; choose one of {', '.join(PLANES)}"
             )
         if not np.allclose(grid.affine[:3, :3], np.diag(grid.spacing_mm)):
-            raise ValueError(
-                "grid: its axes do not run along left, back and head; give what `to_patient_axes`"
-                " returns"
+            raise InputError(
+                "grid",
+                "its axes do not run along left, back and head; give what `to_patient_axes`"
+                " returns",
             )
         wrong = [array.shape for array in arrays if array.shape != grid.shape]
         if wrong or not arrays:
-            raise ValueError(
-                f"arrays: expected arrays of the grid's shape {grid.shape}, got"
-                f" {wrong[0] if wrong else 'none'}"
+            raise InputError(
+                "arrays",
+                f"expected arrays of the grid's shape {grid.shape}, got"
+                f" {wrong[0] if wrong else 'none'}",
             )
         self.grid = grid
         self.arrays = arrays

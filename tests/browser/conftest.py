@@ -4,10 +4,9 @@ import signal
 import time
 from pathlib import Path
 
+import lab
 import pytest
 import torch
-
-import lab
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES: list[str] = []
@@ -55,12 +54,18 @@ def save_untrained(runs: Path) -> None:
     trained: what is tested is the page.
     """
     from dataclasses import replace
-    from ct_nb.training.checkpoints import save_weights
+
     from ct_nb.ct_encoder.model import ScanLanguage
     from ct_nb.ct_encoder.train import get_ct_encoder_preset
+    from ct_nb.slices.models import (
+        SliceDiffusion,
+        SliceDiffusionConfig,
+        SliceRegressor,
+        SliceRegressorConfig,
+    )
     from ct_nb.slices.train import SliceModels
-    from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
     from ct_nb.slices.vae import SliceVAE
+    from ct_nb.training.checkpoints import save_weights
 
     torch.manual_seed(0)
     language = ScanLanguage(replace(get_ct_encoder_preset("smoke").network, words=("lobe", "lung")))
@@ -100,15 +105,15 @@ def save_untrained_reconstruction(runs: Path) -> None:
     """System A with a refiner and a cascade, all at 32³, and two samples of the explorer's patient,
     which it finds kept.
     """
-    from ct_nb.training.checkpoints import save_weights
-    from ct_nb.refine.pipeline import RefinementModel
+    from ct_nb.app.compare import reconstruct_all
     from ct_nb.cascade.network import Cascade, CascadeConfig, StageConfig
+    from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
     from ct_nb.layers.denoiser import DenoiserConfig
     from ct_nb.layers.diffusion import DiffusionConfig
-    from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
-    from ct_nb.refine.network import RefinerConfig
     from ct_nb.phantom.chest import phantom
-    from ct_nb.app.compare import reconstruct_all
+    from ct_nb.refine.network import RefinerConfig
+    from ct_nb.refine.pipeline import RefinementModel
+    from ct_nb.training.checkpoints import save_weights
 
     others = torch.stack([phantom(seed, 32).volume.tensor() for seed in range(20, 26)])
     coarse = DRR2CT(DRR2CTConfig.preset("smoke"))

@@ -2,12 +2,11 @@
 
 import subprocess
 
+import lab
 import nbformat
 import numpy as np
 import psutil
 import pytest
-
-import lab
 
 SLIDERS = """
 import io, time

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from refusals import refused
 
-from ct_nb.physics.xray_noise import XrayNoise, add_xray_noise
-from ct_nb.evaluation.inference import view_residuals
 from ct_nb.cascade.guidance import MODES, XrayGuidance, ray_variance, weighted_step
+from ct_nb.evaluation.inference import view_residuals
 from ct_nb.physics.detector import binned
 from ct_nb.physics.geometry import ConeBeam
+from ct_nb.physics.pose_errors import jitter_pose
 from ct_nb.physics.projector import backproject, project
 from ct_nb.physics.solvers import data_consistency
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
-from ct_nb.physics.pose_errors import jitter_pose
+from ct_nb.physics.xray_noise import XrayNoise, add_xray_noise
 
 TINY = ConeBeam.orbit(
     [0.0, 70.0], [0.0, 20.0], grid=Grid.cube(6), detector_shape=(7, 7), pixel_mm=80.0
@@ -206,10 +207,10 @@ def test_noise_in_every_shape():
         torch.ones(3, 2, 32),
         torch.ones(1, 3, 2, 32, 32),
     ):
-        with pytest.raises(ValueError, match="noise: expected a number or the shape"):
+        with refused("noise"):
             ray_variance(image, PAIR, wrong)
     for wrong in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match="noise: a standard deviation"):
+        with refused("noise"):
             ray_variance(image, PAIR, wrong)
 
 
@@ -337,7 +338,9 @@ def test_explains_is_the_residual_of_each_view():
 
 def test_a_batch_is_its_patients_and_one_patient_serves_many_samples():
     guess, _, clean = chests(PAIR, batch=3)
-    turned = ConeBeam.stack([PAIR, jitter_pose(PAIR, torch.Generator().manual_seed(0), 5.0, 5.0), PAIR])
+    turned = ConeBeam.stack(
+        [PAIR, jitter_pose(PAIR, torch.Generator().manual_seed(0), 5.0, 5.0), PAIR]
+    )
     for mode in ("soft", "exact"):
         together = XrayGuidance(clean, turned, mode=mode, noise=0.05)(guess)
         for b in range(3):
@@ -461,7 +464,7 @@ def test_wrong_settings_in_one_sentence(change, message):
 def test_wrong_volumes_in_one_sentence(mode, shape):
     guide = XrayGuidance(torch.ones(2, 2, 32, 32), PAIR, mode=mode)
     for function in (guide, guide.explains):
-        with pytest.raises(ValueError, match=r"x0: expected \(2, 1, 16, 16, 16\)"):
+        with refused("x0"):
             function(torch.zeros(shape))
 
 

@@ -6,17 +6,35 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refusals import refused
 
-from ct_nb.cascade.train import CASCADE_PRESETS, V_LEARNING_RATE, CascadeRun, Sampler, sanity_checks, load_cascade
-from ct_nb.training.trainer import TrainingStopped
-from ct_nb.cascade.network import SMALLEST_SCALE, Cascade, CascadeConfig, CascadeStage, ResidualStd, StageConfig, physics_error, resized, local_log_std
-from ct_nb.layers.tiling import blend_tiles, tile_starts, tile_weights
+from ct_nb.cascade.network import (
+    SMALLEST_SCALE,
+    Cascade,
+    CascadeConfig,
+    CascadeStage,
+    ResidualStd,
+    StageConfig,
+    local_log_std,
+    physics_error,
+    resized,
+)
+from ct_nb.cascade.train import (
+    CASCADE_PRESETS,
+    V_LEARNING_RATE,
+    CascadeRun,
+    Sampler,
+    load_cascade,
+    sanity_checks,
+)
 from ct_nb.layers.denoiser import DenoiserConfig
 from ct_nb.layers.diffusion import DiffusionConfig
-from ct_nb.physics.geometry import ConeBeam
+from ct_nb.layers.tiling import blend_tiles, tile_starts, tile_weights
 from ct_nb.phantom.chest import phantom
+from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
+from ct_nb.training.trainer import TrainingStopped
 
 STAGE = StageConfig(
     DenoiserConfig.preset("smoke", 16, condition_channels=2), DiffusionConfig(steps=20)
@@ -183,7 +201,7 @@ def test_blended_is_whole_for_a_convolution_and_only_with_the_halo():
     cut = lambda z, y, w, n: layer(x[..., z : z + n, y : y + n, w : w + n])
     assert torch.allclose(blend_tiles(cut, 24, 12, 6, 2), layer(x), atol=1e-6)
     assert not torch.allclose(blend_tiles(cut, 24, 12, 6, 0), layer(x), atol=1e-3)
-    with pytest.raises(ValueError, match="halo: must be below half the overlap"):
+    with refused("halo"):
         blend_tiles(cut, 24, 12, 6, 3)
     with pytest.raises(ValueError, match="patch, overlap: need"):
         blend_tiles(cut, 24, 12, 8)
@@ -330,27 +348,27 @@ def test_the_two_losses_do_not_move_each_others_networks(cascade, monkeypatch):
 
 def test_bad_input_is_a_sentence(cascade):
     hu, xrays, geometry = scene((1,), 32)
-    with pytest.raises(ValueError, match="geometry: .* without the ConeBeam"):
+    with refused("geometry"):
         cascade.sample(xrays, None, guidance="off")
-    with pytest.raises(ValueError, match="xrays: there are NaN"):
+    with refused("xrays"):
         cascade.sample(xrays * torch.nan, geometry)
-    with pytest.raises(ValueError, match="xrays: the geometry describes"):
+    with refused("xrays"):
         cascade.sample(xrays[:, :1], geometry)
-    with pytest.raises(ValueError, match="steps: must be an integer from 1 to 20"):
+    with refused("steps"):
         cascade.sample(xrays, geometry, steps=21)
-    with pytest.raises(ValueError, match="mode: must be one of off, soft, exact"):
+    with refused("mode"):
         cascade.sample(xrays, geometry, guidance="hard")
-    with pytest.raises(ValueError, match="coarse_hu: there are NaN"):
+    with refused("coarse_hu"):
         cascade.sample(xrays, geometry, coarse_hu=torch.full((1, 16, 16, 16), torch.nan))
-    with pytest.raises(ValueError, match="hu: this stage is for 16³ voxels, got"):
+    with refused("hu"):
         cascade.stages[0].loss(hu, xrays, geometry, hu)
-    with pytest.raises(ValueError, match="window: must be one of"):
+    with refused("window"):
         replace(STAGE, window="bones")
-    with pytest.raises(ValueError, match="network: a stage's network takes 2"):
+    with refused("network"):
         StageConfig(DenoiserConfig.preset("smoke", 16))
-    with pytest.raises(ValueError, match="stages: must be one or more, each larger"):
+    with refused("stages"):
         CascadeConfig((STAGE, STAGE))
-    with pytest.raises(ValueError, match="stages: all must have one window"):
+    with refused("stages"):
         CascadeConfig(
             (
                 STAGE,
@@ -368,13 +386,13 @@ def test_bad_input_is_a_sentence(cascade):
         ),
     ):
         CascadeConfig((STAGE,), "drr2ct", {"window": "full", "energy_kev": 60.0})
-    with pytest.raises(ValueError, match="start: its window and energy are chest and 80 keV"):
+    with refused("start"):
         CascadeConfig((STAGE,), "prior", {"energy_kev": 80.0})
-    with pytest.raises(ValueError, match="start: must be one of prior, drr2ct"):
+    with refused("start"):
         CascadeConfig((STAGE,), "nothing")
-    with pytest.raises(ValueError, match="preset: must be one of smoke, cpu, gpu, paper"):
+    with refused("preset"):
         CascadeRun("huge")
-    with pytest.raises(ValueError, match="stage: must be one of 16, 32, 64"):
+    with refused("stage"):
         CascadeRun("smoke", stage=48)
 
 
@@ -390,8 +408,8 @@ def test_a_collapsed_output_stops_the_run():
 
 
 def test_a_coarse_model_that_knows_the_judged_cases_is_refused(tmp_path):
-    from ct_nb.training.checkpoints import save_weights
     from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
+    from ct_nb.training.checkpoints import save_weights
 
     model = DRR2CT(DRR2CTConfig.preset("smoke"))
     judged = CascadeRun("smoke").open().validation.ids
@@ -409,10 +427,7 @@ def test_a_coarse_model_that_knows_the_judged_cases_is_refused(tmp_path):
         (["another scan"], CascadeRun("smoke").open().validation.patients[:1]),
     ):
         save(cases, patients)
-        with pytest.raises(
-            ValueError,
-            match="coarse: .* was trained on phantom-.* or its patient, who would be judged here",
-        ):
+        with refused("coarse"):
             CascadeRun("smoke", coarse=str(tmp_path)).open()
     save(["phantom-09999"])
     run = CascadeRun("smoke", "phantom:30", coarse=str(tmp_path)).open()

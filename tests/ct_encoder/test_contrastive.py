@@ -7,11 +7,26 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from refusals import refused
 from torch import multiprocessing
 
 from ct_nb.ct_encoder import contrastive as alignment
+from ct_nb.ct_encoder.contrastive import (
+    ContrastiveLoss,
+    EquivalenceKeys,
+    GlobalPairs,
+    StepAttention,
+    StepPairs,
+    Temperature,
+    anchor_loss,
+    equivalence_keys,
+    info_nce,
+    inside_regions,
+    is_positive_pair,
+    row_losses,
+    step_nce,
+)
 from ct_nb.training import gradient_cache as gradient_caching
-from ct_nb.ct_encoder.contrastive import ContrastiveLoss, EquivalenceKeys, GlobalPairs, StepAttention, StepPairs, Temperature, anchor_loss, info_nce, inside_regions, row_losses, is_positive_pair, step_nce, equivalence_keys
 from ct_nb.training.gradient_cache import cached_backward
 
 
@@ -59,7 +74,8 @@ def test_twins_are_no_negatives():
         info_nce(features, features, 50.0, twins) < 1e-6
         and info_nce(features, features, 50.0) > 0.3
     )
-    normal = EquivalenceKeys(torch.arange(4), torch.tensor([5, 5, -1, -1]))  # other words, both normal
+    # other words, both normal
+    normal = EquivalenceKeys(torch.arange(4), torch.tensor([5, 5, -1, -1]))
     assert info_nce(features, features, 50.0, normal) < 1e-6
 
 
@@ -403,7 +419,7 @@ def test_bad_input(layer):
         info_nce(random(0, 3, 4), random(0, 3, 5), 1.0)
     with pytest.raises(ValueError, match="keys"):
         info_nce(random(0, 3, 4), random(0, 3, 4), 1.0, no_twins(2))
-    with pytest.raises(ValueError, match="case: 4 steps"):
+    with refused("case"):
         step_nce(layer, text, torch.zeros(3, dtype=torch.long), patches, 1.0)
     with pytest.raises(ValueError, match="numbers 0 to 2"):
         step_nce(layer, text, torch.tensor([0, 1, 2, 3]), patches, 1.0)

@@ -8,14 +8,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from places import REAL_CT
+from refusals import refused
 
 import ct_nb.ct_encoder.encoder as module
-from ct_nb.ct_encoder.encoder import CTEncoder, CTEncoderConfig, EncoderBlock, FeaturePyramid, Positions, body_box, patch_embedding, prepare_scan
-from ct_nb.phantom.chest import phantom
+from ct_nb.ct_encoder.encoder import (
+    CTEncoder,
+    CTEncoderConfig,
+    EncoderBlock,
+    FeaturePyramid,
+    Positions,
+    body_box,
+    patch_embedding,
+    prepare_scan,
+)
 from ct_nb.data.hounsfield import CTReadError
 from ct_nb.data.read import read_ct
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Grid, Volume
-from places import REAL_CT
 
 SMOKE = CTEncoderConfig.preset("smoke")
 REAL = REAL_CT
@@ -339,8 +349,9 @@ def test_autocast():
 
 
 def test_config_round_trip_and_weights(tmp_path):
-    from ct_nb.training.checkpoints import load_weights, save_weights
     import json
+
+    from ct_nb.training.checkpoints import load_weights, save_weights
 
     model = seeded(window="lung").eval()
     save_weights(tmp_path, model, {"system": "ct_encoder", "network": model.config.to_dict()})
@@ -384,7 +395,7 @@ def test_config_refuses(settings, words):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="preset: must be one of"):
+    with refused("preset"):
         CTEncoderConfig.preset("large")
     with pytest.raises(ValueError, match="unknown settings colour"):
         CTEncoderConfig.from_dict({"colour": 1})

@@ -8,17 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.ct_encoder.reports import RadiologyReport, ReasoningStep
+from ct_nb.core.regions import REGIONS
 from ct_nb.ct_encoder import evaluation as language_scores
 from ct_nb.ct_encoder.contrastive import inside_regions
-from ct_nb.ct_encoder.evaluation import evaluate_language, label_names, encode_scans
-from ct_nb.ct_encoder.model import label_regions, region_prompts, target_text
 from ct_nb.ct_encoder.dataset import Finding, ScanCase, ScanReports
-from ct_nb.ct_encoder.report_decoder import decode, label_shares
 from ct_nb.ct_encoder.encoder import CTEncoderConfig, Encoding
+from ct_nb.ct_encoder.evaluation import encode_scans, evaluate_language, label_names
+from ct_nb.ct_encoder.model import label_regions, region_prompts, target_text
 from ct_nb.ct_encoder.region_attention import patch_overlaps
+from ct_nb.ct_encoder.report_decoder import decode, label_shares
+from ct_nb.ct_encoder.reports import RadiologyReport, ReasoningStep
 from ct_nb.ct_encoder.text_encoders import WordTokenizer
-from ct_nb.core.regions import REGIONS
 from ct_nb.phantom.chest import phantom
 
 # three batches of eight; regions on every map
@@ -40,7 +40,10 @@ def make_report(i):
         2: f"{'' if effusion else 'No '}pleural effusion in the left lower lobe. Slice {i}.",
     } | {n: f"Fissure {i} of the {REGIONS[n][0]} runs as drawn." for n in (3, 4, 5)}
     steps = (
-        *[ReasoningStep(f"Looking at the {REGIONS[n][0]}.", (REGIONS[n][0],), (n,)) for n in (1, 3, 5)],
+        *[
+            ReasoningStep(f"Looking at the {REGIONS[n][0]}.", (REGIONS[n][0],), (n,))
+            for n in (1, 3, 5)
+        ],
         ReasoningStep(
             f"Conclusion: {'a' if nodule else 'no'} lung nodule. There is"
             f" {'a' if effusion else 'no'} pleural effusion. Case {i}."
@@ -210,7 +213,9 @@ class Oracle:
 
     def write(self, seen):
         return [
-            decode(self.writer.tokenizer, self.writer.tokenizer.encode(target_text(self.reports[i])))
+            decode(
+                self.writer.tokenizer, self.writer.tokenizer.encode(target_text(self.reports[i]))
+            )
             for i in seen.tokens[:, 0, 0].long().tolist()
         ]
 

@@ -7,21 +7,44 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
-from ct_nb.ct_encoder.reports import RadiologyReport, ReasoningStep
-from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slice_profile_matrix, average_slices
-from ct_nb.training.checkpoints import save_weights
+from ct_nb.ct_encoder import explorer as explore_steps
+from ct_nb.ct_encoder.explorer import (
+    AttentionSources,
+    StepExplorer,
+    inside_step,
+    open_step_scans,
+    outline,
+    patch_shares,
+    phantom_scan,
+    report_steps,
+    step_figures,
+    typed_step,
+)
 from ct_nb.ct_encoder.model import ScanLanguage
+from ct_nb.ct_encoder.reports import RadiologyReport, ReasoningStep
 from ct_nb.ct_encoder.train import get_ct_encoder_preset
-from ct_nb.slices.train import SliceModels
-from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
-from ct_nb.slices.vae import SliceVAE
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Grid, Volume
 from ct_nb.slices import explorer as explore_slices
-from ct_nb.ct_encoder import explorer as explore_steps
-from ct_nb.slices.explorer import INTERPOLATION_NAMES, SliceNetworks, SliceExplorer, ThickCut, open_thin_scans
-from ct_nb.ct_encoder.explorer import AttentionSources, StepExplorer, inside_step, open_step_scans, outline, typed_step, patch_shares, phantom_scan, report_steps, step_figures
+from ct_nb.slices.explorer import (
+    INTERPOLATION_NAMES,
+    SliceExplorer,
+    SliceNetworks,
+    ThickCut,
+    open_thin_scans,
+)
+from ct_nb.slices.models import (
+    SliceDiffusion,
+    SliceDiffusionConfig,
+    SliceRegressor,
+    SliceRegressorConfig,
+)
+from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, average_slices, slice_profile_matrix
+from ct_nb.slices.train import SliceModels
+from ct_nb.slices.vae import SliceVAE
+from ct_nb.training.checkpoints import save_weights
 from ct_nb.viewer.slice_canvas import SliceCanvas
 
 SMOKE = get_ct_encoder_preset("smoke").network
@@ -276,17 +299,19 @@ def test_the_figure_says_who_was_asked(scan, untrained):
     )
     assert texts.count("[region that it names, nothing learnt]") == 2
     plt.close(figure)
-    with pytest.raises(ValueError, match="scans: there is none"):
+    with refused("scans"):
         StepExplorer({}, untrained)
 
 
 def test_reports_without_steps_and_folders(tmp_path):
     said = RadiologyReport("v", regions=((3, "A nodule."), (7, "Normal.")))
     assert [step.regions for step in report_steps(said)] == [(3,), (7,)]
-    assert report_steps(RadiologyReport("v", findings="Fluid in the right lower lobe. The liver is normal."))[
-        0
-    ] == ReasoningStep("Fluid in the right lower lobe.", (), (5,))
-    assert report_steps(replace(said, steps=(ReasoningStep("Only this."),))) == (ReasoningStep("Only this."),)
+    assert report_steps(
+        RadiologyReport("v", findings="Fluid in the right lower lobe. The liver is normal.")
+    )[0] == ReasoningStep("Fluid in the right lower lobe.", (), (5,))
+    assert report_steps(replace(said, steps=(ReasoningStep("Only this."),))) == (
+        ReasoningStep("Only this."),
+    )
     for seed in (1, 2):
         phantom(seed, 32).volume.save(tmp_path / f"train_{seed}_a_1.nii.gz")
     with open(tmp_path / "train_reports.csv", "w", newline="") as file:
@@ -343,7 +368,9 @@ def make(thin, networks=None, **settings):
 def test_the_cut_is_what_the_scan_would_give(thin):
     cut = ThickCut.over(SliceAxis.along(thin.grid), 12.0)
     part = thin.hu[cut.first : cut.first + cut.thin_axis.count]
-    whole = average_slices(part, slice_profile_matrix(cut.thin_axis, cut.thick_axis, SliceProfile(12.0)))
+    whole = average_slices(
+        part, slice_profile_matrix(cut.thin_axis, cut.thick_axis, SliceProfile(12.0))
+    )
     explorer = make(thin)
     for name, along in (("coronal", 1), ("sagittal", 2)):
         explorer.cut.value = name
@@ -354,7 +381,10 @@ def test_the_cut_is_what_the_scan_would_give(thin):
 def test_only_what_is_consistent_adds_up(thin):
     cut = ThickCut.over(SliceAxis.along(thin.grid), 12.0, "gaussian")
     truth = thin.hu[cut.first : cut.first + cut.thin_axis.count, 24].astype(float)
-    found = {name: cut.figures(cut.back[name] @ (cut.mean @ truth), truth) for name in INTERPOLATION_NAMES}
+    found = {
+        name: cut.figures(cut.back[name] @ (cut.mean @ truth), truth)
+        for name in INTERPOLATION_NAMES
+    }
     assert (
         found["back-projection"]["reaveraged_hu"] < 1e-6
         and min(found[name]["reaveraged_hu"] for name in ("linear", "cubic")) > 5
@@ -549,9 +579,9 @@ def test_a_network_that_fails_is_said_to(thin):
 def test_bad_calls_and_the_figure(thin, tmp_path):
     import matplotlib.pyplot as plt
 
-    with pytest.raises(ValueError, match="scans: there is none"):
+    with refused("scans"):
         SliceExplorer({})
-    with pytest.raises(ValueError, match="answer: there is none named 'regressor'"):
+    with refused("answer"):
         make(thin, answer="regressor")
     assert (
         "papermill nbs/train_slices.ipynb runs/train_slices.ipynb"

@@ -5,8 +5,18 @@ import pytest
 import torch
 
 from ct_nb.ct_encoder.contrastive import equivalence_keys
-from ct_nb.ct_encoder.grounding import centre_prior, correlations, grounding_scores, locate, preprocessing_check, random_location, region_text_accuracy, step_patch_correlation, top_patches
 from ct_nb.ct_encoder.encoder import CTEncoderConfig
+from ct_nb.ct_encoder.grounding import (
+    centre_prior,
+    correlations,
+    grounding_scores,
+    locate,
+    preprocessing_check,
+    random_location,
+    region_text_accuracy,
+    step_patch_correlation,
+    top_patches,
+)
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Volume
 

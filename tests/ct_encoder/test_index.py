@@ -5,9 +5,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ct_nb.ct_encoder.index import WHOLE, EmbeddingIndex, embed_scan, embed_scans, open_index, search
-from ct_nb.ct_encoder.train import CTEncoderRun, load_ct_encoder
 from ct_nb.core.regions import REGIONS
+from ct_nb.ct_encoder.index import (
+    WHOLE,
+    EmbeddingIndex,
+    embed_scan,
+    embed_scans,
+    open_index,
+    search,
+)
+from ct_nb.ct_encoder.train import CTEncoderRun, load_ct_encoder
 from ct_nb.phantom.chest import phantom
 
 

@@ -7,8 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from ct_nb.ct_encoder import report_decoder as cot
-from ct_nb.ct_encoder.report_decoder import ReportDecoder, Memory, RegionSegmentation, stated_findings, decode, generate, label_shares, region_dice, segmentation_loss
 from ct_nb.ct_encoder.region_attention import patch_overlaps
+from ct_nb.ct_encoder.report_decoder import (
+    Memory,
+    RegionSegmentation,
+    ReportDecoder,
+    decode,
+    generate,
+    label_shares,
+    region_dice,
+    segmentation_loss,
+    stated_findings,
+)
 from ct_nb.ct_encoder.text_encoders import WordTokenizer
 
 TEXTS = [

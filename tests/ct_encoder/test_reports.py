@@ -6,13 +6,39 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from ct_files import write_stored
+from refusals import refused
 
 from ct_nb.ct_encoder import reports as vocabulary
-from ct_files import write_stored
-from ct_nb.ct_encoder.report_readers import ct_rate_hu, ct_rate_name, ct_rate_path, ct_rate_reports, ct_rate_rescale, ct_rate_root, tidy_text, is_conversations, make_step, omniabnorm_reports, phantom_report, radgenome_reports, read_ct_rate, read_records, split_steps
-from ct_nb.ct_encoder.reports import CT_RATE_LABELS, FINDINGS, RadiologyReport, clauses, find_mentions, finding_states, is_normal, region_texts
-from ct_nb.phantom.chest import phantom
+from ct_nb.ct_encoder.report_readers import (
+    ct_rate_hu,
+    ct_rate_name,
+    ct_rate_path,
+    ct_rate_reports,
+    ct_rate_rescale,
+    ct_rate_root,
+    is_conversations,
+    make_step,
+    omniabnorm_reports,
+    phantom_report,
+    radgenome_reports,
+    read_ct_rate,
+    read_records,
+    split_steps,
+    tidy_text,
+)
+from ct_nb.ct_encoder.reports import (
+    CT_RATE_LABELS,
+    FINDINGS,
+    RadiologyReport,
+    clauses,
+    find_mentions,
+    finding_states,
+    is_normal,
+    region_texts,
+)
 from ct_nb.data.hounsfield import CTReadError
+from ct_nb.phantom.chest import phantom
 
 PAGE = {  # a clause of free text: (region, negated) of each mention
     "Trachea and both main bronchi are open.": {(6, False)},
@@ -128,7 +154,7 @@ def test_labels_and_regions():
         (16, "No liver cyst. The liver is normal."),
         (17, "Normal spleen."),
     )
-    with pytest.raises(ValueError, match="regions: v speaks of region 0"):
+    with refused("regions"):
         RadiologyReport("v", regions=((0, "x"),))
     with pytest.raises(ValueError, match="volume"):
         RadiologyReport("")

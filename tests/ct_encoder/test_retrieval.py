@@ -7,7 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.ct_encoder.retrieval import auroc, bootstrap, chance_recall, crg, label_scores, linear_probe, negation_accuracy, prompt_pairs, prompt_scores, ranks, retrieval, proportion_ci, text_overlap
+from ct_nb.ct_encoder.retrieval import (
+    auroc,
+    bootstrap,
+    chance_recall,
+    crg,
+    label_scores,
+    linear_probe,
+    negation_accuracy,
+    prompt_pairs,
+    prompt_scores,
+    proportion_ci,
+    ranks,
+    retrieval,
+    text_overlap,
+)
 
 
 def random(seed, *shape):

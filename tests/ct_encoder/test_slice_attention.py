@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ct_nb.layers.relative_bias import biased_attention
 from ct_nb.ct_encoder.slice_attention import SliceAttention, slice_attention, slice_biases
+from ct_nb.layers.relative_bias import biased_attention
 
 
 def random(seed, *shape, dtype=torch.float64):
@@ -219,9 +220,9 @@ def test_the_layer_weighs_its_table_by_a_half():
 def test_refusals():
     q = random(0, 1, 2, 12, 4)
     for bias in (torch.zeros(2, 5, 5), torch.zeros(3, 4, 4), torch.zeros(2, 4, 3)):
-        with pytest.raises(ValueError, match="bias: 2 heads and 12 tokens"):
+        with refused("bias"):
             slice_attention(q, q, q, bias)
-    with pytest.raises(ValueError, match="heads: must divide the 10 channels, got 3"):
+    with refused("heads"):
         SliceAttention(10, 3)
-    with pytest.raises(ValueError, match="slices: must be at least 1"):
+    with refused("slices"):
         slice_biases(torch.zeros(2, 4), 0)

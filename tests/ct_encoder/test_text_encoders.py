@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from ct_nb.ct_encoder import text_encoders as towers
-from ct_nb.ct_encoder.text_encoders import FolderText, TinyText, WordTokenizer, mean_pool_tokens, minilm, negation_gap
+from ct_nb.ct_encoder.text_encoders import (
+    FolderText,
+    TinyText,
+    WordTokenizer,
+    mean_pool_tokens,
+    minilm,
+    negation_gap,
+)
 
 TEXTS = [
     "No pleural effusion.",
@@ -88,7 +95,9 @@ def test_padding_says_nothing(tiny):
 
 def test_masked_mean():
     assert torch.equal(
-        mean_pool_tokens(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]])),
+        mean_pool_tokens(
+            torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]])
+        ),
         torch.tensor([[2.0]]),
     )
 

@@ -11,27 +11,53 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from ct_files import write_stored, write_table
-from ct_nb.data.cache import DiskCache
+from places import ROOT
+from refusals import refused
+
+from ct_nb.core.regions import REGIONS
 from ct_nb.core.seeding import seeded_generator
-from ct_nb.ct_encoder.reports import CT_RATE_LABELS, RadiologyReport, ReasoningStep
 from ct_nb.ct_encoder import dataset as scan_reports
-from ct_nb.ct_encoder.contrastive import is_positive_pair, equivalence_keys
-from ct_nb.training.checkpoints import WeightsError
-from ct_nb.training.gradient_cache import cached_backward
-from ct_nb.ct_encoder.model import ScanLanguage, ScanLanguageConfig, all_texts, negation_loss, draw_regions, label_regions, target_text, region_finding_states, sentences_by_region, scan_finding_states, equivalence_scope
-from ct_nb.ct_encoder.dataset import ScanReports, collate_scans, folder_cases, open_scans, phantom_cases, read_reports, shift_scan
-from ct_nb.training.trainer import Trainer, TrainerConfig, _pieces
-from ct_nb.ct_encoder.train import CT_ENCODER_PRESETS, CTEncoderRun, get_ct_encoder_preset, load_ct_encoder
-from ct_nb.ct_encoder.report_decoder import stated_findings
+from ct_nb.ct_encoder.contrastive import equivalence_keys, is_positive_pair
+from ct_nb.ct_encoder.dataset import (
+    ScanReports,
+    collate_scans,
+    folder_cases,
+    open_scans,
+    phantom_cases,
+    read_reports,
+    shift_scan,
+)
 from ct_nb.ct_encoder.encoder import CTEncoderConfig
+from ct_nb.ct_encoder.model import (
+    ScanLanguage,
+    ScanLanguageConfig,
+    all_texts,
+    draw_regions,
+    equivalence_scope,
+    label_regions,
+    negation_loss,
+    region_finding_states,
+    scan_finding_states,
+    sentences_by_region,
+    target_text,
+)
+from ct_nb.ct_encoder.report_decoder import stated_findings
+from ct_nb.ct_encoder.reports import CT_RATE_LABELS, RadiologyReport, ReasoningStep
 from ct_nb.ct_encoder.slice_attention import slice_attention, slice_biases
 from ct_nb.ct_encoder.text_encoders import WordTokenizer
-from ct_nb.core.regions import REGIONS
+from ct_nb.ct_encoder.train import (
+    CT_ENCODER_PRESETS,
+    CTEncoderRun,
+    get_ct_encoder_preset,
+    load_ct_encoder,
+)
+from ct_nb.data.cache import DiskCache
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Volume
-from places import ROOT
+from ct_nb.training.checkpoints import WeightsError
+from ct_nb.training.gradient_cache import cached_backward
+from ct_nb.training.trainer import Trainer, TrainerConfig, _pieces
 
 CONFIG = CTEncoderConfig.preset("smoke")
 
@@ -100,14 +126,18 @@ def test_claims_are_what_the_report_says(data):
     seen = set()
     for i in range(6):
         report = data.facts(i)["report"]
-        asked, texts = region_finding_states(report), dict(report.regions)
+        asked = region_finding_states(report)
+        texts = dict(report.regions)
         assert (
             len(set(asked))
             == len(asked)
             == sum(region in label_regions(name) for region in texts for name in report.labels)
         )
         for region, name, there in asked:
-            assert region in label_regions(name) and there == stated_findings(texts[region], [name])[name]
+            assert (
+                region in label_regions(name)
+                and there == stated_findings(texts[region], [name])[name]
+            )
         anywhere = dict(scan_finding_states(asked))
         assert anywhere == {name: any(t for _, n, t in asked if n == name) for _, name, _ in asked}
         seen |= {there for *_, there in asked}
@@ -125,12 +155,12 @@ def test_the_claim_loss_is_of_the_sentence_that_is_true():
     logit = 5 * (unit(image)[:, None] * unit(text)).sum(-1)
     yes, no = (-logit.log_softmax(1)).unbind(1)  # two sentences, one of which is true
     # there and not there count alike, however many
-    assert negation_loss(image, text, torch.tensor([True, False, False]), 5.0).item() == pytest.approx(
-        (yes[0] + (no[1] + no[2]) / 2).item() / 2, rel=1e-5
-    )
-    assert negation_loss(image, text, torch.tensor([True, True, True]), 5.0).item() == pytest.approx(
-        yes.mean().item() / 2, rel=1e-5
-    )
+    assert negation_loss(
+        image, text, torch.tensor([True, False, False]), 5.0
+    ).item() == pytest.approx((yes[0] + (no[1] + no[2]) / 2).item() / 2, rel=1e-5)
+    assert negation_loss(
+        image, text, torch.tensor([True, True, True]), 5.0
+    ).item() == pytest.approx(yes.mean().item() / 2, rel=1e-5)
     assert negation_loss(image[:0], text[:0], torch.zeros(0, dtype=torch.bool), 5.0) == 0
 
 
@@ -141,7 +171,9 @@ def test_no_mass_beside_a_nodule_is_no_normal_chest():
     liver = ReasoningStep("The liver is normal.", regions=(16,))
     heart = ReasoningStep("The heart is normal.", regions=(7,))
     same_as = lambda *pairs: (lambda keys: is_positive_pair(keys, keys)[0, 1].item())(
-        equivalence_keys([step.text for step, _, _ in pairs], [equivalence_scope(*pair) for pair in pairs])
+        equivalence_keys(
+            [step.text for step, _, _ in pairs], [equivalence_scope(*pair) for pair in pairs]
+        )
     )
     conclusion = ReasoningStep("Conclusion: No acute abnormality of the chest.")
     assert same_as((without, well, "b"), (conclusion, well, "c"))
@@ -345,7 +377,9 @@ def test_maps_that_are_told_are_a_little_off(data, model):
         model.config = replace(config, hidden_maps=0.0, map_error_mm=20.0)
         assert [round(20 / s) for s in CONFIG.spacing_mm] == [1, 2, 2]
         for seed in range(40):
-            told, hidden = model.augmented_maps(regions, [seeded_generator(seed, i) for i in range(6)])
+            told, hidden = model.augmented_maps(
+                regions, [seeded_generator(seed, i) for i in range(6)]
+            )
             assert not hidden.any() and (told[5] == CONFIG.body).all()
             for one, exact in zip(told[:5], regions):
                 fits = [
@@ -369,10 +403,12 @@ def test_maps_that_are_told_are_a_little_off(data, model):
         told, hidden = model.augmented_maps(regions, [seeded_generator(0, i) for i in range(6)])
         assert hidden.all() and (told == CONFIG.body).all()
         model.config = replace(config, hidden_maps=0.0, map_error_mm=0.0)
-        assert torch.equal(model.augmented_maps(regions, [seeded_generator(0, i) for i in range(6)])[0], regions)
+        assert torch.equal(
+            model.augmented_maps(regions, [seeded_generator(0, i) for i in range(6)])[0], regions
+        )
     finally:
         model.config = config
-    with pytest.raises(ValueError, match="map_error_mm: must not be negative"):
+    with refused("map_error_mm"):
         ScanLanguageConfig(map_error_mm=-1.0)
 
 
@@ -981,12 +1017,13 @@ def test_a_frozen_tower_is_no_part_of_the_weights(data, model, tmp_path):
             ["no nodule."]
         ),
     )
-    with pytest.raises(ValueError, match="text_trained: minilm stays"):
+    with refused("text_trained"):
         CTEncoderRun("smoke", text="minilm", text_trained=True)
 
 
 def test_the_bench_measures_the_networks_that_are_trained(tmp_path, monkeypatch):
     import nbformat
+
     from ct_nb.ct_encoder import encoder as ct_encoder
 
     preset = CT_ENCODER_PRESETS["smoke"]

@@ -10,8 +10,8 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-
 from ct_files import affine_of, body, change, dicom_slice, write_series
+
 from ct_nb.data import dicom as dicom_module
 from ct_nb.data.hounsfield import MAX_VOXELS, CTReadError, check_hounsfield
 from ct_nb.data.read import read_ct

@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.data.radiographs import Radiograph, RadiographError, find_direct_beam, open_radiographs, read_radiograph, read_radiographs, to_line_integrals, write_radiographs
+from ct_nb.data.radiographs import (
+    Radiograph,
+    RadiographError,
+    find_direct_beam,
+    open_radiographs,
+    read_radiograph,
+    read_radiographs,
+    to_line_integrals,
+    write_radiographs,
+)
 from ct_nb.physics.geometry import ConeBeam
-from ct_nb.physics.geometry_io import geometry_from_json
-from ct_nb.physics.geometry_io import load_geometry
+from ct_nb.physics.geometry_io import geometry_from_json, load_geometry
 
 GEOMETRY = ConeBeam.biplanar(detector_shape=(20, 30), pixel_mm=10.0)
 # noise makes some a little negative

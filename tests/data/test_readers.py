@@ -7,9 +7,9 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+from ct_files import affine_of, body, change, dicom_slice, write_series
 from scipy.spatial.transform import Rotation
 
-from ct_files import affine_of, body, change, dicom_slice, write_series
 from ct_nb.data.hounsfield import CTReadError
 from ct_nb.data.read import read_ct, read_labels, read_volume
 from ct_nb.physics.volume import AIR_HU, FLIP_XY, Grid, Volume

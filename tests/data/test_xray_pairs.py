@@ -11,15 +11,22 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ct_nb.data.augmentation import FOLDING_LIMIT, VolumeAugmentation, augment, elastic_displacement
-from ct_nb.physics.xray_noise import PoseNoise, XrayNoise, add_xray_noise, cut_out, move_detector, perturb_pose
-from ct_nb.data.xray_pairs import XrayPairs, collate, xray_statistics
 from ct_nb.core.seeding import seeded_generator
-from ct_nb.physics.drr import render_drr
+from ct_nb.data.augmentation import FOLDING_LIMIT, VolumeAugmentation, augment, elastic_displacement
 from ct_nb.data.cases import CTSource
+from ct_nb.data.xray_pairs import XrayPairs, collate, xray_statistics
+from ct_nb.physics.drr import render_drr
 from ct_nb.physics.geometry import ConeBeam
-from ct_nb.physics.volume import Grid, Volume
 from ct_nb.physics.pose_errors import translate
+from ct_nb.physics.volume import Grid, Volume
+from ct_nb.physics.xray_noise import (
+    PoseNoise,
+    XrayNoise,
+    add_xray_noise,
+    cut_out,
+    move_detector,
+    perturb_pose,
+)
 
 POINTS = Grid.cube(32, 320.0).centers_mm()
 VIEWS = ConeBeam.biplanar(detector_shape=(24, 24), pixel_mm=20.0)

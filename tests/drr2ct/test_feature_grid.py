@@ -6,15 +6,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 
-from ct_nb.layers.blocks import keep_variance
-from ct_nb.layers.latent import LOG_VARIANCE_RANGE, Latent, VariationalBottleneck
-from ct_nb.drr2ct.latent_trunk import LatentTrunk, SwinBlock3d, WindowAttention3d, from_windows, to_windows
 from ct_nb.drr2ct.decoder import DECODERS, UNetDecoder, make_decoder
 from ct_nb.drr2ct.diffusion_decoder import DiffusionDecoder
-from ct_nb.drr2ct.implicit import ImplicitDecoder, box_points, voxel_points
 from ct_nb.drr2ct.feature_grid import LatentGrid
+from ct_nb.drr2ct.implicit import ImplicitDecoder, box_points, voxel_points
+from ct_nb.drr2ct.latent_trunk import (
+    LatentTrunk,
+    SwinBlock3d,
+    WindowAttention3d,
+    from_windows,
+    to_windows,
+)
 from ct_nb.drr2ct.ray_marching import Volumization, confident_moments, octaves, ray_samples, splat
+from ct_nb.layers.blocks import keep_variance
+from ct_nb.layers.latent import LOG_VARIANCE_RANGE, Latent, VariationalBottleneck
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid
 
@@ -543,11 +550,11 @@ def test_the_diffusion_decoder_behind_the_door():
         again = decoder(grids[-1], grids, geometry)
         drawn = decoder(grids[-1], grids, geometry, draw=True)
     assert torch.equal(same, again) and not torch.equal(same, drawn)
-    with pytest.raises(ValueError, match="sampling_steps: must be from 1 to the 250"):
+    with refused("sampling_steps"):
         make_decoder("diffusion", (8,), sampling_steps=251)
-    with pytest.raises(ValueError, match="outputs: the diffusion decoder draws one volume, got 2"):
+    with refused("outputs"):
         make_decoder("diffusion", (8,), 2)
-    with pytest.raises(ValueError, match="grids: this decoder is for 16³ voxels, got 4³"):
+    with refused("grids"):
         decoder(levels((8,), batch=2)[0], levels((8,), batch=2), geometry)
 
 

@@ -5,10 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from ct_nb.drr2ct.model_size import PARTS, buffer_bytes, count_activations, measure, outlined, parameter_counts, scene, size_table
-from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
 from places import ROOT
+
+from ct_nb.drr2ct.model_size import (
+    PARTS,
+    buffer_bytes,
+    count_activations,
+    measure,
+    outlined,
+    parameter_counts,
+    scene,
+    size_table,
+)
+from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
 
 SMOKE = DRR2CTConfig.preset("smoke")
 
@@ -120,6 +129,7 @@ def test_paper_takes_a_real_step_at_a_small_size():
 def test_accelerate_reads_the_configuration_that_ships():
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
     from ct_nb.drr2ct.train import get_drr2ct_preset
 
     path = str(ROOT / "launch" / "paper.yaml")

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refusals import refused
 
-from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
 from ct_nb.cascade.guidance import XrayGuidance
-from ct_nb.physics.geometry import ConeBeam
+from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
 from ct_nb.phantom.chest import phantom
+from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import Grid, hu_to_mu
 
@@ -229,5 +230,5 @@ def test_guidance_reaches_the_guesses_of_a_sampling_decoder():
         )
     error = lambda hu: float((project(hu_to_mu(hu), geometry) - xrays).norm() / xrays.norm())
     assert error(guided) < 0.5 * error(free)
-    with pytest.raises(ValueError, match="guide: the decoder 'unet' makes no guesses"):
+    with refused("guide"):
         network()(xrays, geometry, guide=XrayGuidance(xrays, geometry))

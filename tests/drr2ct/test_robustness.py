@@ -6,10 +6,20 @@ import json
 import pytest
 import torch
 
-from ct_nb.data.xray_pairs import XrayPairs
 from ct_nb.data.open import phantom_source
+from ct_nb.data.xray_pairs import XrayPairs
+from ct_nb.drr2ct.robustness import (
+    PERTURBATIONS,
+    REFERENCE,
+    Perturbation,
+    Robustness,
+    nominal_geometry,
+    perturbed_xrays,
+    rendered,
+    residuals,
+    robustness,
+)
 from ct_nb.evaluation.baselines import SIRT
-from ct_nb.drr2ct.robustness import PERTURBATIONS, REFERENCE, Perturbation, Robustness, perturbed_xrays, rendered, residuals, robustness, nominal_geometry
 from ct_nb.physics.geometry import ConeBeam, GeometryError
 from ct_nb.physics.volume import Grid
 
@@ -205,7 +215,10 @@ def test_what_is_written(tmp_path, limit):
 
 def test_one_view_and_four_reach_a_predictor(pairs):
     board = robustness(
-        SIRT(5), pairs, [c for c in PERTURBATIONS if c.group in ("reference", "views")], progress=False
+        SIRT(5),
+        pairs,
+        [c for c in PERTURBATIONS if c.group in ("reference", "views")],
+        progress=False,
     )
     means = [row["psnr"] for row in board.summary()]
     assert means[3] < means[0] < means[1]  # one, two, four views
@@ -220,5 +233,8 @@ def test_errors_are_sentences(pairs):
         )
     with pytest.raises(GeometryError):
         perturbed_xrays(
-            Perturbation("off", "far", 1.0, down_mm=1e5), *rendered(pairs, 0, [REFERENCE])[None], 0, 0
+            Perturbation("off", "far", 1.0, down_mm=1e5),
+            *rendered(pairs, 0, [REFERENCE])[None],
+            0,
+            0,
         )

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ct_nb.drr2ct.predict import load_drr2ct
 from ct_nb.drr2ct.objective import STAGES, DRR2CTObjective, get_stages
+from ct_nb.drr2ct.predict import load_drr2ct
 from ct_nb.drr2ct.train import DRR2CTRun, get_drr2ct_preset
 
 SMOKE = get_drr2ct_preset("smoke")

@@ -7,15 +7,24 @@ import time
 
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 
 from ct_nb.drr2ct.epipolar_attention import EpipolarAttention, EpipolarNeighbours, squares
-from ct_nb.drr2ct.view_encoder import ViewBlock, ViewPyramid, WindowAttention, head_count, sinusoidal_positions, top_k_tokens, window_labels
+from ct_nb.drr2ct.view_encoder import (
+    ViewBlock,
+    ViewPyramid,
+    WindowAttention,
+    head_count,
+    sinusoidal_positions,
+    top_k_tokens,
+    window_labels,
+)
 from ct_nb.layers.camera import camera_tokens
+from ct_nb.physics.epipolar import nearest_on_epipolar_line
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import Grid
-from ct_nb.physics.epipolar import nearest_on_epipolar_line
 
 SMALL = dict(channels=(16, 32, 48, 64), lifted=(4, 8, 12), depths=(2, 1, 1, 1))
 
@@ -151,7 +160,11 @@ def test_strongest_takes_the_largest_norms():
     assert (kept.flatten(1).sum(1) == 7).all() and all(
         norm[b][kept[b]].min() >= norm[b][~kept[b]].max() for b in range(3)
     )
-    assert top_k_tokens(x, 20) is None and top_k_tokens(x, 10**9) is None and top_k_tokens(x, None) is None
+    assert (
+        top_k_tokens(x, 20) is None
+        and top_k_tokens(x, 10**9) is None
+        and top_k_tokens(x, None) is None
+    )
 
 
 def test_positions_at_any_size():
@@ -162,7 +175,9 @@ def test_positions_at_any_size():
         if channels >= 16:
             assert torch.pdist(code.flatten(0, 1)[:2048]).min() > 1e-3
     assert torch.allclose(
-        sinusoidal_positions(40, 24, 16, like)[4:-4, 8:-8], sinusoidal_positions(32, 8, 16, like), atol=1e-6
+        sinusoidal_positions(40, 24, 16, like)[4:-4, 8:-8],
+        sinusoidal_positions(32, 8, 16, like),
+        atol=1e-6,
     )
 
 
@@ -346,7 +361,7 @@ def test_settings_that_cannot_be_are_a_sentence(settings, words):
 def test_images_that_do_not_fit_are_a_sentence():
     with pytest.raises(ValueError, match="multiples of 32"):
         pyramid()(torch.zeros(1, 2, 2, 100, 64), cameras((0.0, 90.0), 1, (100, 64)))
-    with pytest.raises(ValueError, match="geometry: .* 1 scans of 2 views"):
+    with refused("geometry"):
         pyramid()(torch.zeros(1, 2, 2, 64, 64), cameras((0.0, 90.0, 30.0)))
 
 
@@ -665,7 +680,7 @@ def test_memory_grows_with_the_neighbours_and_not_with_the_square_of_the_tokens(
 def test_a_geometry_that_does_not_fit_is_a_sentence():
     block = EpipolarAttention(8, 2)
     for where in (cameras((0.0,)), cameras((0.0, 90.0), 2), ConeBeam.orbit([0.0, 90.0])):
-        with pytest.raises(ValueError, match="geometry: .* 1 scans of 2 views"):
+        with refused("geometry"):
             block(torch.zeros(1, 2, 8, 4, 4), where)
     with pytest.raises(ValueError, match="heads"):
         EpipolarAttention(9, 2)

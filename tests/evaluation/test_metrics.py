@@ -7,10 +7,32 @@ import sys
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from ct_nb.evaluation.lpips import CHANNELS, LPIPS
-from ct_nb.evaluation.segmentation_metrics import body_mask, dice, hd95_mm, mask_metrics, threshold_masks
-from ct_nb.evaluation.metrics import CHEST, X2CT, as_pair, bias_hu, by_patient, legacy_x2ct_psnr, mae_hu, mean_sd, paired_mean_ci, psnr, psnr_x2ct_honest, ssim, ssim_map, tissue_errors
+from ct_nb.evaluation.metrics import (
+    CHEST,
+    X2CT,
+    as_pair,
+    bias_hu,
+    by_patient,
+    legacy_x2ct_psnr,
+    mae_hu,
+    mean_sd,
+    paired_mean_ci,
+    psnr,
+    psnr_x2ct_honest,
+    ssim,
+    ssim_map,
+    tissue_errors,
+)
+from ct_nb.evaluation.segmentation_metrics import (
+    body_mask,
+    dice,
+    hd95_mm,
+    mask_metrics,
+    threshold_masks,
+)
 from ct_nb.physics.volume import Grid
 
 
@@ -204,7 +226,7 @@ def test_refusals_name_the_argument():
     good = np.zeros((12, 12, 12), np.float32)
     bad = good.copy()
     bad[0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="pred: 1 of 1728 voxels are NaN"):
+    with refused("pred"):
         psnr(bad, good)
     with pytest.raises(ValueError, match=r"one shape, got \(11, 12, 12\) and \(12, 12, 12\)"):
         mae_hu(good[1:], good)
@@ -212,7 +234,7 @@ def test_refusals_name_the_argument():
         as_pair(good[None], good[None])
     with pytest.raises(ValueError, match="at least 11 voxels"):
         ssim(good[:5], good[:5])
-    with pytest.raises(ValueError, match="mask: expected shape"):
+    with refused("mask"):
         mae_hu(good, good, np.ones((3, 3, 3), bool))
 
 
@@ -297,8 +319,8 @@ def test_lpips_refuses_other_files_by_name(tmp_path):
 
 def test_metrics_import_without_monai():
     code = (
-        "import sys; sys.modules['monai'] = None; import ct_nb.evaluation.metrics as m, numpy as np; v ="
-        " np.zeros((12,)*3); print(m.psnr(v + 1, v), m.ssim(v, v))"
+        "import sys; sys.modules['monai'] = None; import ct_nb.evaluation.metrics as m, numpy as"
+        " np; v = np.zeros((12,)*3); print(m.psnr(v + 1, v), m.ssim(v, v))"
     )
     assert subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -8,15 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 
-from ct_nb.evaluation.baselines import AtlasDataConsistency, MeanAtlas, NearestNeighbour, fit_baselines
-from ct_nb.evaluation.metrics import drr_error, held_out_drr_error, null_space_error
+from ct_nb.evaluation.baselines import (
+    AtlasDataConsistency,
+    MeanAtlas,
+    NearestNeighbour,
+    fit_baselines,
+)
 from ct_nb.evaluation.case_metrics import evaluate_volumes
+from ct_nb.evaluation.metrics import drr_error, held_out_drr_error, null_space_error
 from ct_nb.evaluation.scoreboard import Scoreboard, evaluate, held_out_views
 from ct_nb.physics.geometry import ConeBeam
+from ct_nb.physics.geometry_io import geometry_from_json
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import Grid, Volume, hu_to_mu
-from ct_nb.physics.geometry_io import geometry_from_json
 
 NAMES = ["air", "mean_atlas", "nearest_neighbour", "minimum_norm", "sirt", "atlas_consistent"]
 
@@ -360,9 +366,9 @@ def test_refusals_name_the_predictor_or_argument(held_out, training):
             ),
         ):
             floor.predict(other["xrays"], other["geometry"])
-    with pytest.raises(ValueError, match="nearest_neighbour: fitted on X-rays"):
+    with refused("nearest_neighbour"):
         fit_baselines(training)[2].predict(other["xrays"][:1], other["geometry"].select([0]))
-    with pytest.raises(ValueError, match="line_integrals: expected"):
+    with refused("line_integrals"):
         drr_error(held_out[0]["hu"], held_out[0]["xrays"][:1], held_out[0]["geometry"])
 
 
@@ -417,7 +423,7 @@ def test_labels_of_one_side_give_hu_and_of_both_give_overlap():
         and both[20]["detected"] == 0
         and math.isnan(both[20]["hd95_mm"])
     )
-    with pytest.raises(ValueError, match="labels: expected one label per voxel"):
+    with refused("labels"):
         evaluate_volumes(pred, truth, labels[1:])
     with pytest.raises(ValueError, match="labels of the truth are needed"):
         evaluate_volumes(pred, truth, None, labels)

@@ -5,15 +5,29 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 
 from ct_nb.evaluation.baselines import AtlasDataConsistency
-from ct_nb.evaluation.sharpness import SHARPNESS_METRICS, _parts, edges, null_space_added, sharpness_scores, spectra, spectrum_error_db
-from ct_nb.refine.baselines import DataConsistencyBaseline, IdentityBaseline, UnsharpMask, gaussian_high_pass
-from ct_nb.physics.geometry import ConeBeam
+from ct_nb.evaluation.sharpness import (
+    SHARPNESS_METRICS,
+    _parts,
+    edges,
+    null_space_added,
+    sharpness_scores,
+    spectra,
+    spectrum_error_db,
+)
 from ct_nb.phantom.chest import phantom
+from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.solvers import range_component
 from ct_nb.physics.volume import Grid, hu_to_mu, mu_to_hu
+from ct_nb.refine.baselines import (
+    DataConsistencyBaseline,
+    IdentityBaseline,
+    UnsharpMask,
+    gaussian_high_pass,
+)
 
 
 def random(seed, *shape):
@@ -228,7 +242,7 @@ def test_unsharp_mask_is_the_best_of_its_kind(chest):
     assert error(mask) < error(UnsharpMask(0.0)) and amount > 0
     noisy = truth + 200 * random(9, 16, 16, 16)
     assert UnsharpMask.fit([(noisy, truth)]).settings["amount"] < 0  # smoothing is better
-    with pytest.raises(ValueError, match="pairs: "):
+    with refused("pairs"):
         UnsharpMask.fit([])
 
 

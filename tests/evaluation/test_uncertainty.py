@@ -5,15 +5,29 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm, t as student
+from refusals import refused
+from scipy.stats import norm
+from scipy.stats import t as student
 
 import ct_nb.evaluation.uncertainty as uncertainty
-from ct_nb.evaluation.uncertainty import LEVELS, Calibration, SampleSummary, calibrate, coverage, hallucination_map, prediction_factor, range_coverage, reliability, summarize_samples, uncertainty_rows
+from ct_nb.cascade.figures import reliability_figure, uncertainty_figure
 from ct_nb.cascade.guidance import XrayGuidance
+from ct_nb.evaluation.uncertainty import (
+    LEVELS,
+    Calibration,
+    SampleSummary,
+    calibrate,
+    coverage,
+    hallucination_map,
+    prediction_factor,
+    range_coverage,
+    reliability,
+    summarize_samples,
+    uncertainty_rows,
+)
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, Volume, hu_to_mu
-from ct_nb.cascade.figures import reliability_figure, uncertainty_figure
 
 FULL = WINDOWS["full"]
 TINY = ConeBeam.orbit(
@@ -82,9 +96,9 @@ def test_prediction_factor_in_numbers():
     assert prediction_factor(0.95, 5) == pytest.approx(2.7764451 * math.sqrt(1.2), rel=1e-6)
     assert prediction_factor(0.8, 10**6) == pytest.approx(1.2815516, rel=1e-4)
     for level in (0.0, 1.0, -1, 95):
-        with pytest.raises(ValueError, match="level: must lie"):
+        with refused("level"):
             prediction_factor(level, 5)
-    with pytest.raises(ValueError, match="samples: an interval needs"):
+    with refused("samples"):
         prediction_factor(0.5, 1)
 
 
@@ -197,11 +211,11 @@ def test_rows_of_whole_and_body():
 def test_wrong_truth_and_mask():
     samples, truth = model(0)
     summary = summarize_samples(samples)[0]
-    with pytest.raises(ValueError, match="truth: expected shape"):
+    with refused("truth"):
         coverage(summary, truth)
-    with pytest.raises(ValueError, match="mask: expected shape"):
+    with refused("mask"):
         coverage(summary, truth[0], torch.ones(4, 4, 4))
-    with pytest.raises(ValueError, match="truth: there are NaN"):
+    with refused("truth"):
         coverage(summary, truth[0] * math.nan)
     with pytest.raises(ValueError, match="no batch"):
         summary[0]
@@ -268,9 +282,7 @@ def test_cases_of_a_patient_count_once_and_one_patient_gives_no_interval():
         and math.isnan(alone.coverage.low)
         and "1 patient:" in str(alone)
     )
-    with pytest.raises(
-        ValueError, match="region: there are no rows of 'heart', only of body, whole"
-    ):
+    with refused("region"):
         reliability(rows, "heart")
     sure = reliability(rows_of(20.0, patients=3))[2]
     assert sure.coverage.high <= 1
@@ -480,12 +492,9 @@ def test_exactly_guided_samples_disagree_in_the_null_space_alone():
 
 
 def test_samples_on_another_grid():
-    with pytest.raises(
-        ValueError,
-        match=r"samples: the geometry's grid is \(D, H, W\) = \(6, 6, 6\), got \(8, 8, 8\)",
-    ):
+    with refused("samples"):
         hallucination_map(torch.zeros(3, 8, 8, 8), TINY)
-    with pytest.raises(ValueError, match="samples: a spread needs at least 2"):
+    with refused("samples"):
         hallucination_map(torch.zeros(1, 6, 6, 6), TINY)
 
 
@@ -548,7 +557,7 @@ def test_pictures_draw_what_they_are_given(tmp_path):
     )
     plt.close("all")
     for wrong in ([], {}, {"a": []}):
-        with pytest.raises(ValueError, match="found: there is no level"):
+        with refused("found"):
             reliability_figure(wrong)
     with pytest.raises(ValueError, match="one sample: expected the truth's shape"):
         uncertainty_figure(Volume(truth[0].numpy(), TINY.grid.affine), summary, samples[0], found)

@@ -5,9 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refusals import refused
 
 from ct_nb.layers import diffusion as module
-from ct_nb.layers.diffusion import PREDICTIONS, SAMPLERS, Diffusion, DiffusionConfig, cosine_alphas_cumprod, respaced
+from ct_nb.layers.diffusion import (
+    PREDICTIONS,
+    SAMPLERS,
+    Diffusion,
+    DiffusionConfig,
+    cosine_alphas_cumprod,
+    respaced,
+)
 
 # (weight, mean, standard deviation) of each mode
 ONE = ((1.0, 0.3, 0.2),)
@@ -376,7 +384,7 @@ def test_velocity_at_both_ends():
 
 
 def test_epsilon_and_zero_snr():
-    with pytest.raises(ValueError, match="zero_snr: .*'epsilon' says nothing about x0"):
+    with refused("zero_snr"):
         DiffusionConfig(prediction="epsilon", zero_snr=True)
     short = Diffusion(replace(DiffusionConfig(), prediction="epsilon"))
     assert 0 < short.alphas_cumprod[-1] < 1e-7 and DEFAULT.alphas_cumprod[-1] == 0
@@ -892,14 +900,14 @@ def test_nan_stops_and_names_the_step(sampler):
 def test_bad_steps_and_shapes():
     x = torch.zeros(3, 4)
     for step in (-1, 250, torch.tensor([0, 1, 250])):
-        with pytest.raises(ValueError, match="step: must be from 0 to 249"):
+        with refused("step"):
             DEFAULT.noised(x, x, step)
-        with pytest.raises(ValueError, match="step: must be from 0 to 249"):
+        with refused("step"):
             DEFAULT.time(step)
     for step in (0.5, torch.zeros(3, 1, dtype=torch.long), True):
-        with pytest.raises(ValueError, match="step: must be an integer or a tensor"):
+        with refused("step"):
             DEFAULT.to_x0(x, x, step)
-    with pytest.raises(ValueError, match="step: 2 of them for a batch of 3"):
+    with refused("step"):
         DEFAULT.noised(x, x, torch.tensor([0, 1]))
     for call in (DEFAULT.noised, DEFAULT.target, DEFAULT.to_x0, DEFAULT.to_noise):
         with pytest.raises(ValueError, match="must have shape"):

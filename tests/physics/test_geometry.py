@@ -8,20 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from ct_nb.physics.epipolar import epipolar_lines, fundamental_matrix, nearest_on_epipolar_line
 from ct_nb.physics.geometry import VECTORS, ConeBeam, GeometryError
+from ct_nb.physics.geometry_io import (
+    geometry_from_dicom,
+    geometry_from_json,
+    geometry_to_json,
+    load_geometry,
+    save_geometry,
+)
+from ct_nb.physics.pose_errors import jitter_pose, miscalibrate_view, rotate, translate
 from ct_nb.physics.volume import Grid
-from ct_nb.physics.epipolar import epipolar_lines
-from ct_nb.physics.epipolar import fundamental_matrix
-from ct_nb.physics.geometry_io import geometry_from_dicom
-from ct_nb.physics.geometry_io import geometry_from_json
-from ct_nb.physics.geometry_io import geometry_to_json
-from ct_nb.physics.pose_errors import jitter_pose
-from ct_nb.physics.geometry_io import load_geometry
-from ct_nb.physics.pose_errors import miscalibrate_view
-from ct_nb.physics.epipolar import nearest_on_epipolar_line
-from ct_nb.physics.pose_errors import rotate
-from ct_nb.physics.geometry_io import save_geometry
-from ct_nb.physics.pose_errors import translate
 
 GRID = Grid.cube(16, 320.0, (12.0, -30.0, 450.0))  # off the origin: a frame mix-up shows
 
@@ -375,8 +372,10 @@ def test_rigid_motion_is_the_patient_moving_the_other_way():
         translate(g, (3.0, -4.0, 5.0)).project_points(points)[0],
         g.project_points(points - torch.tensor([3.0, -4, 5]).double())[0],
     )
-    back = rotate(rotate(g, (3.0, 4.0, -5.0), center_mm=(1.0, 2.0, 3.0)), 
-        (-3.0, -4.0, 5.0), center_mm=(1.0, 2.0, 3.0)
+    back = rotate(
+        rotate(g, (3.0, 4.0, -5.0), center_mm=(1.0, 2.0, 3.0)),
+        (-3.0, -4.0, 5.0),
+        center_mm=(1.0, 2.0, 3.0),
     )
     assert differences(back, g) < 1e-9
 
@@ -535,7 +534,9 @@ def test_nearest_tokens_of_a_batch_in_strips():
     g = ConeBeam.stack([odd_views(seed=s) for s in range(3)])
     got = nearest_on_epipolar_line(g, 1, 2, (40, 40), 8)  # 3 × 1600² distances: more than one strip
     assert got.shape == (3, 1600, 8) and got.dtype == torch.int64
-    assert all(torch.equal(got[b], nearest_on_epipolar_line(g[b], 1, 2, (40, 40), 8)) for b in range(3))
+    assert all(
+        torch.equal(got[b], nearest_on_epipolar_line(g[b], 1, 2, (40, 40), 8)) for b in range(3)
+    )
 
 
 def test_degenerate_pairs_fall_back_to_position():
@@ -550,13 +551,20 @@ def test_degenerate_pairs_fall_back_to_position():
         detector_center_mm=g.detector_center_mm
         + torch.tensor([[0.0, 0, 0], [64.0, 0, 0], [0, 0, 0]]),
     )
-    assert torch.equal(nearest_on_epipolar_line(shifted, 0, 1, (8, 8), 1)[1:8, 0], torch.arange(0, 7))
+    assert torch.equal(
+        nearest_on_epipolar_line(shifted, 0, 1, (8, 8), 1)[1:8, 0], torch.arange(0, 7)
+    )
     for pair in ((0, 2), (2, 0)):
         assert (
             torch.isfinite(fundamental_matrix(g, *pair)).all()
             and torch.isfinite(epipolar_lines(g, *pair, g.token_uv((3, 3)).reshape(-1, 2))).all()
         )
-        assert nearest_on_epipolar_line(g, *pair, (9, 9), 81).sort(-1).values.eq(torch.arange(81)).all()
+        assert (
+            nearest_on_epipolar_line(g, *pair, (9, 9), 81)
+            .sort(-1)
+            .values.eq(torch.arange(81))
+            .all()
+        )
     source = g.source_mm.clone().requires_grad_()
     assert torch.isfinite(
         torch.autograd.grad(fundamental_matrix(replace(g, source_mm=source), 0, 1).sum(), source)[0]
@@ -845,8 +853,8 @@ def plt():
 
 
 def test_figure_of_any_geometry(plt):
-    from ct_nb.viewer.geometry_figure import geometry_figure
     from ct_nb.physics.volume import Volume
+    from ct_nb.viewer.geometry_figure import geometry_figure
 
     oblique = Grid(
         (12, 14, 16),
@@ -877,6 +885,7 @@ def test_figure_of_any_geometry(plt):
 
 def test_xray_hangs_on_its_detector_as_its_pixels_lie(plt):
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+
     from ct_nb.viewer.geometry_figure import geometry_figure
 
     g = ConeBeam.orbit([25.0], [10.0], [15.0], detector_shape=(4, 6), pixel_mm=50.0)

@@ -1,14 +1,13 @@
 """The projector pair: transpose, gradients, agreement of the backends, and rays that are hard on a ray tracer."""
 
+import numpy as np
 import pytest
 import torch
 
 from ct_nb.physics.geometry import ConeBeam
+from ct_nb.physics.pose_errors import translate
 from ct_nb.physics.projector import backproject, project
 from ct_nb.physics.volume import Grid
-
-import numpy as np
-from ct_nb.physics.pose_errors import translate
 
 BACKENDS = ("torch", "numba")
 
@@ -128,8 +127,8 @@ def test_hard_rays_are_finite(backend):
     hard = {
         "misses": translate(views(box=box), [2000.0, 0.0, 0.0]),
         "grazes": translate(views(box=box), [40.0, 40.0, 40.0]),
-        "in a plane": (
-            translate(views(box=box, detector_shape=(9, 9), azimuth_deg=[0.0]), [5.0, 0.0, 5.0])
+        "in a plane": translate(
+            views(box=box, detector_shape=(9, 9), azimuth_deg=[0.0]), [5.0, 0.0, 5.0]
         ),
         "source inside": views(box=box, source_to_isocenter_mm=10.0, source_to_detector_mm=200.0),
         "detector in front": views(

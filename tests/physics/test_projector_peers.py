@@ -21,11 +21,11 @@ from peers.harness import (
     relative_l2,
     write_scene,
 )
+from places import ROOT
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import Grid
-from places import ROOT
 
 PEERS_PYTHON = os.environ.get("CT_NB_PEERS_PYTHON", sys.executable)
 VIEWS = ("frontal", "tilted", "diagonal")

@@ -3,10 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import backproject, project
-from ct_nb.physics.solvers import fdk, data_consistency, minimum_norm, null_component, range_component, sirt
+from ct_nb.physics.solvers import (
+    data_consistency,
+    fdk,
+    minimum_norm,
+    null_component,
+    range_component,
+    sirt,
+)
 from ct_nb.physics.volume import Grid
 
 TINY = ConeBeam.orbit(
@@ -246,11 +254,11 @@ def test_fdk_refuses_what_is_not_a_circle(geometry):
 
 def test_wrong_shapes_are_a_sentence():
     image = torch.zeros(2, 48, 48)
-    with pytest.raises(ValueError, match="image: the geometry describes"):
+    with refused("image"):
         minimum_norm(torch.zeros(3, 48, 48), PAIR)
-    with pytest.raises(ValueError, match="mu: the geometry's grid"):
+    with refused("mu"):
         null_component(torch.zeros(8, 8, 8), PAIR)
-    with pytest.raises(ValueError, match="mu: the geometry's grid"):
+    with refused("mu"):
         data_consistency(torch.zeros(8, 8, 8), image, PAIR)
-    with pytest.raises(ValueError, match="image: the geometry describes"):
+    with refused("image"):
         sirt(torch.zeros(2, 32, 48), PAIR)

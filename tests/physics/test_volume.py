@@ -6,13 +6,23 @@ import time
 import numpy as np
 import pytest
 import torch
+from ct_files import affine_of, body
 from scipy.spatial.transform import Rotation
 
-from ct_files import affine_of, body
-from ct_nb.physics import volume as volume_module
-from ct_nb.data.read import read_ct
-from ct_nb.physics.volume import AIR_HU, WINDOWS, Grid, Volume, get_window, hu_to_mu, mu_to_hu, mu_water_per_mm, resample
 from ct_nb.core.files import atomic_write
+from ct_nb.data.read import read_ct
+from ct_nb.physics import volume as volume_module
+from ct_nb.physics.volume import (
+    AIR_HU,
+    WINDOWS,
+    Grid,
+    Volume,
+    get_window,
+    hu_to_mu,
+    mu_to_hu,
+    mu_water_per_mm,
+    resample,
+)
 
 
 def oblique(spacing=(1.7, 2.3, 3.1), angles=(20, -15, 40), origin=(10, -20, 300)) -> np.ndarray:

@@ -9,8 +9,9 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from ct_nb.physics.geometry_io import load_geometry
 from places import ROOT
+
+from ct_nb.physics.geometry_io import load_geometry
 
 BIN = Path(sys.executable).parent
 
@@ -257,9 +258,9 @@ def test_reconstruct_and_evaluate_recipes(trained, tmp_path):
 
 def test_console_from_ct_to_ct(trained, tmp_path):
     out, _ = trained
-    from ct_nb.physics.geometry import ConeBeam
-    from ct_nb.phantom.chest import phantom
     from ct_nb.data.read import read_ct
+    from ct_nb.phantom.chest import phantom
+    from ct_nb.physics.geometry import ConeBeam
     from ct_nb.physics.volume import Grid, Volume
 
     Volume(phantom(11, 64).volume.hu, Grid.cube(64, center_mm=(12, -30, 250)).affine).save(
@@ -314,9 +315,10 @@ def test_console_errors_are_one_sentence(words, sentence, tmp_path):
 
 def test_console_wrong_count_and_wrong_weights(trained, tmp_path):
     out, _ = trained
-    from ct_nb.training.checkpoints import save_weights
-    from ct_nb.physics.geometry import ConeBeam
     import torch
+
+    from ct_nb.physics.geometry import ConeBeam
+    from ct_nb.training.checkpoints import save_weights
 
     run(
         sys.executable,

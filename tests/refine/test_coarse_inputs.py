@@ -6,21 +6,21 @@ import sys
 
 import pytest
 import torch
+from refinement_runs import NETWORK, cache, save_coarse, volumes  # noqa: F401 (cache is a fixture)
 
-from ct_nb.data.open import open_source
-from ct_nb.core.files import write_json
-from ct_nb.refine import coarse_inputs as coarse_module
-from ct_nb.evaluation.baselines import SIRT
-from ct_nb.training.checkpoints import save_weights
-from ct_nb.refine.coarse_inputs import coarse_code, known_cases, known_patients, open_coarse
-from ct_nb.drr2ct.train import DRR2CTRun
-from ct_nb.cascade.train import Sampler
-from ct_nb.refine.train import RefinementRun
 from ct_nb.cascade.network import Cascade, CascadeConfig, StageConfig
+from ct_nb.cascade.train import Sampler
+from ct_nb.core.files import write_json
+from ct_nb.data.open import open_source
+from ct_nb.drr2ct.train import DRR2CTRun
+from ct_nb.evaluation.baselines import SIRT
 from ct_nb.layers.denoiser import DenoiserConfig
 from ct_nb.layers.diffusion import DiffusionConfig
 from ct_nb.phantom.chest import phantom
-from refinement_runs import NETWORK, cache, save_coarse, volumes  # noqa: F401 (cache is a fixture)
+from ct_nb.refine import coarse_inputs as coarse_module
+from ct_nb.refine.coarse_inputs import coarse_code, known_cases, known_patients, open_coarse
+from ct_nb.refine.train import RefinementRun
+from ct_nb.training.checkpoints import save_weights
 
 # patients
 
@@ -246,8 +246,8 @@ def test_a_change_of_a_network_changes_what_is_kept(monkeypatch):
     )
     assert coarse_code() == "digest"
     program = (
-        "import sys, ct_nb.drr2ct.predict, ct_nb.cascade.train; print(*(name for name in sys.modules"
-        " if name.startswith('ct_nb.')))"
+        "import sys, ct_nb.drr2ct.predict, ct_nb.cascade.train; print(*(name for name in"
+        " sys.modules if name.startswith('ct_nb.')))"
     )
     loaded = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -2,9 +2,9 @@
 
 import pytest
 
-from ct_nb.refine.evaluation import REFINEMENT_MAIN, RefinementScoreboard
 from ct_nb.evaluation.scoreboard import board_content
 from ct_nb.evaluation.sharpness import SHARPNESS_METRICS
+from ct_nb.refine.evaluation import REFINEMENT_MAIN, RefinementScoreboard
 
 PREDICTORS = ("refined", "coarse", "unsharp_mask", "consistency_alone")
 

@@ -4,8 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ct_nb.physics.volume import Grid, Volume
-from ct_nb.viewer.figures import ERROR_HU, PLANES, along_lps, plane
 from ct_nb.refine.figures import refinement_figure
+from ct_nb.viewer.figures import ERROR_HU, PLANES, along_lps, plane
 
 
 def three():

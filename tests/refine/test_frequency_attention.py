@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from refusals import refused
 
 import ct_nb.refine.frequency_attention as module
-from ct_nb.refine.frequency_attention import FrequencyAttention, HighPass, laplacian
 from ct_nb.physics.fourier import band_power, bands, frequencies, multiplicity, radial_frequency
+from ct_nb.refine.frequency_attention import FrequencyAttention, HighPass, laplacian
 
 AXES = (-3, -2, -1)
 
@@ -146,13 +147,13 @@ def test_half_precision_is_computed_in_single():
 
 
 def test_what_does_not_fit_gets_a_sentence():
-    with pytest.raises(ValueError, match=r"x: expected \(B, 3, D, H, W\)"):
+    with refused("x"):
         FrequencyAttention(3)(random(0, 1, 2, 4, 4, 4))
-    with pytest.raises(ValueError, match="x: expected"):
+    with refused("x"):
         FrequencyAttention(3)(random(0, 1, 3, 1, 4, 4))
-    with pytest.raises(ValueError, match="most: "):
+    with refused("most"):
         FrequencyAttention(3, most=1.0)
-    with pytest.raises(ValueError, match="shells: "):
+    with refused("shells"):
         FrequencyAttention(3, shells=1)
 
 

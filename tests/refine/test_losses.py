@@ -6,11 +6,21 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 
-from ct_nb.refine.losses import RandomFeatures, RefinementWeights, frequency_error, frequency_weight, laplacian_error, paste_patch, perceptual_error, refinement_loss
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
+from ct_nb.refine.losses import (
+    RandomFeatures,
+    RefinementWeights,
+    frequency_error,
+    frequency_weight,
+    laplacian_error,
+    paste_patch,
+    perceptual_error,
+    refinement_loss,
+)
 
 CHEST = WINDOWS["chest"]
 NAMES = [f.name for f in fields(RefinementWeights)]
@@ -182,7 +192,7 @@ def test_share_of_the_cube():
     assert (
         abs(frequency_error(a, b, CHEST).item() / frequency_error(*whole, CHEST).item() - 1) > 0.02
     )
-    with pytest.raises(ValueError, match="share: "):
+    with refused("share"):
         frequency_error(a, b, CHEST, share=0.0)
 
 
@@ -264,7 +274,7 @@ def test_a_patch_is_judged_in_its_volume(scene):
     loss.backward()
     assert patch.grad.abs().max() > 0
     for wrong in ((9, 0, 0), (-1, 0, 0)):
-        with pytest.raises(ValueError, match="corner: a patch of 8³"):
+        with refused("corner"):
             paste_patch(patch, truth, wrong)
 
 

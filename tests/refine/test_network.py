@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.refine import network as refine
 from ct_nb.layers.tiling import tile_starts
-from ct_nb.refine.network import SEEN_CHANNELS, Refiner, RefinerConfig
-from ct_nb.physics.geometry import ConeBeam
 from ct_nb.phantom.chest import phantom
+from ct_nb.physics.geometry import ConeBeam
+from ct_nb.physics.pose_errors import rotate
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
-from ct_nb.physics.pose_errors import rotate
+from ct_nb.refine import network as refine
+from ct_nb.refine.network import SEEN_CHANNELS, Refiner, RefinerConfig
 
 SMOKE = RefinerConfig.preset("smoke")
 

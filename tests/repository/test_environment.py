@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
-
 from lock_requirements import LOCK, ROOT, asked, faults, locked
+from packaging.requirements import Requirement
 
 
 def environment_faults(text: str) -> list[str]:

@@ -4,11 +4,10 @@ import re
 from html import escape
 from pathlib import Path
 
+import build_site
 import nbformat
 import pytest
 import yaml
-
-import build_site
 from build_site import ROOT, html_of, notebooks
 
 FLOORS = ("physics", "data", "nets", "learn", "view")

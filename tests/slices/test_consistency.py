@@ -4,9 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slice_profile_matrix, average_slices, thin_axis
 from ct_nb.slices import consistency as module
-from ct_nb.slices.consistency import along_z, back_projection, back_projection_matrix, interpolate_slices, interpolation_matrix, slice_data_consistency, smooth_covariance
+from ct_nb.slices.consistency import (
+    along_z,
+    back_projection,
+    back_projection_matrix,
+    interpolate_slices,
+    interpolation_matrix,
+    slice_data_consistency,
+    smooth_covariance,
+)
+from ct_nb.slices.slice_profile import (
+    SliceAxis,
+    SliceProfile,
+    average_slices,
+    slice_profile_matrix,
+    thin_axis,
+)
 
 THICK = SliceAxis(-13.0, 5.0, 8)
 
@@ -68,7 +82,11 @@ def test_extreme_values_still_come_back():
     guess = torch.where(random(2, fine.count, 16, 16) > 0, 30000.0, -1024.0)
     thick = torch.where(random(3, 8, 16, 16) > 0, 3071.0, -1024.0)
     assert (
-        far(matrix, slice_data_consistency(guess, thick, matrix, spread=smooth_covariance(fine)), thick)
+        far(
+            matrix,
+            slice_data_consistency(guess, thick, matrix, spread=smooth_covariance(fine)),
+            thick,
+        )
         < 1e-2
     )
 
@@ -139,7 +157,9 @@ def test_in_place_is_the_same_without_a_second_volume():
         moved = guess.clone()
         apart = slice_data_consistency(guess, thick, matrix, noise, smooth_covariance(fine))
         assert (
-            slice_data_consistency(moved, thick, matrix, noise, smooth_covariance(fine), in_place=True)
+            slice_data_consistency(
+                moved, thick, matrix, noise, smooth_covariance(fine), in_place=True
+            )
             is moved
             and torch.equal(moved, apart)
             and not torch.equal(apart, guess)
@@ -162,7 +182,8 @@ def test_gradients():
         for k, n in ((0, fine.count), (1, 3))
     )
     assert torch.autograd.gradcheck(
-        lambda a, b: slice_data_consistency(a, b, matrix, spread=smooth_covariance(fine)), (guess, thick)
+        lambda a, b: slice_data_consistency(a, b, matrix, spread=smooth_covariance(fine)),
+        (guess, thick),
     )
     assert torch.autograd.gradcheck(
         lambda b: interpolate_slices(b, SliceAxis(0.0, 5.0, 3), fine, "cubic"), (thick,)

@@ -12,15 +12,38 @@ from ct_files import body, pair_members, write_series, zipped
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slice_profile_matrix, average_slices, thin_axis
-from ct_nb.training.checkpoints import WeightsError, save_weights
-from ct_nb.slices.thin_ct_files import header_width, interpolate_file, thin_slice_affine, interpolate_volume
-from ct_nb.slices.inference import DiffusionInterpolator, RegressorInterpolator, check_scan, check_training_range, in_portions, portions
-from ct_nb.slices.train import SliceModels
-from ct_nb.slices.consistency import interpolate_slices
-from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig
 from ct_nb.data.read import read_volume
 from ct_nb.physics.volume import Volume
+from ct_nb.slices.consistency import interpolate_slices
+from ct_nb.slices.inference import (
+    DiffusionInterpolator,
+    RegressorInterpolator,
+    check_scan,
+    check_training_range,
+    in_portions,
+    portions,
+)
+from ct_nb.slices.models import (
+    SliceDiffusion,
+    SliceDiffusionConfig,
+    SliceRegressor,
+    SliceRegressorConfig,
+)
+from ct_nb.slices.slice_profile import (
+    SliceAxis,
+    SliceProfile,
+    average_slices,
+    slice_profile_matrix,
+    thin_axis,
+)
+from ct_nb.slices.thin_ct_files import (
+    header_width,
+    interpolate_file,
+    interpolate_volume,
+    thin_slice_affine,
+)
+from ct_nb.slices.train import SliceModels
+from ct_nb.training.checkpoints import WeightsError, save_weights
 
 SEEN = {"thick_mm": [4.0, 6.0], "width": [0.8, 1.2], "thin_mm": [1.0, 1.9]}
 
@@ -241,7 +264,9 @@ def test_shared_draws_are_of_one_scan(diffusion):
     assert (
         not torch.equal(thinner.thin(*other), first)
         and len(known) == 1
-        and torch.equal(DiffusionInterpolator(diffusion, steps=1).thin(*other), thinner.thin(*other))
+        and torch.equal(
+            DiffusionInterpolator(diffusion, steps=1).thin(*other), thinner.thin(*other)
+        )
     )
 
 
@@ -344,13 +369,16 @@ def test_the_frame_is_the_inputs(scan, regressor):
         positions(volume.grid), found.thick_axis.positions_mm
     )
     back = average_slices(
-        torch.from_numpy(thin.hu), slice_profile_matrix(found.thin_axis, found.thick_axis, found.profile)
+        torch.from_numpy(thin.hu),
+        slice_profile_matrix(found.thin_axis, found.thick_axis, found.profile),
     )
     assert (back - volume.tensor()).abs().max() < 1 and abs(
         found.reaveraged_hu - float((back - volume.tensor()).abs().max())
     ) < 1e-3
     assert np.array_equal(thin.hu, thin.hu.round())
-    centres = interpolate_volume(volume, RegressorInterpolator(regressor), 1.0, convention="centres").volume
+    centres = interpolate_volume(
+        volume, RegressorInterpolator(regressor), 1.0, convention="centres"
+    ).volume
     assert len(centres.hu) == 56 and np.allclose(
         centres.grid.index_to_mm([0, 0, 0]), volume.grid.index_to_mm([0, 0, 0])
     )
@@ -394,7 +422,9 @@ def test_a_dicom_series_goes_in_with_the_thickness_of_its_header(run, tmp_path):
     assert header_width(tmp_path / "series", axis) == (6.0, []) and header_width(
         tmp_path / "a.nii.gz", axis
     ) == (None, [])
-    found = interpolate_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False)
+    found = interpolate_file(
+        tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False
+    )
     assert (
         found.profile == SliceProfile(6.0)
         and found.thick_axis.spacing_mm == 5
@@ -469,7 +499,9 @@ def test_a_thickness_that_cannot_be_true_is_said_and_not_used(claimed, run, tmp_
         z_mm=[0.0, 5.0],
         SliceThickness=claimed,
     )
-    found = interpolate_file(tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False)
+    found = interpolate_file(
+        tmp_path / "series", tmp_path / "thin.nii.gz", run, 1.0, progress=False
+    )
     assert found.profile == SliceProfile(5.0) and any(
         f"SliceThickness of {claimed} mm cannot be that of slices 5 mm apart" in note
         for note in found.notes
@@ -487,7 +519,9 @@ def sentence(call, kind=ValueError) -> str:
 def test_what_cannot_be_done_is_said(scan, run, regressor, tmp_path):
     volume, path = scan
     out = tmp_path / "out" / "x.nii.gz"
-    go = lambda p=path, spacing=1.0, **more: interpolate_file(p, out, run, spacing, progress=False, **more)
+    go = lambda p=path, spacing=1.0, **more: interpolate_file(
+        p, out, run, spacing, progress=False, **more
+    )
     save = (
         lambda name, array, affine: nibabel.save(
             nibabel.Nifti1Image(array, affine), tmp_path / name
@@ -533,7 +567,9 @@ def test_settings_without_sense_are_refused_before_a_scan_is_read(scan, run, tmp
     "Minutes of work must not end with a sentence that could have been said at once."
     _, path = scan
     out, was = tmp_path / "out" / "x.nii.gz", path.read_bytes()
-    go = lambda **more: interpolate_file(**dict(path=path, out=out, weights=run, progress=False) | more)
+    go = lambda **more: interpolate_file(
+        **dict(path=path, out=out, weights=run, progress=False) | more
+    )
     read = []
     monkeypatch.setattr("ct_nb.slices.thin_ct_files.read_ct", lambda *given: read.append(given))
     for value in (0.0, -1.0, float("nan"), float("inf")):
@@ -672,7 +708,10 @@ def test_thicker_slices_go_on_when_told_to_and_the_note_says_so(run, tmp_path, s
         "finer detail is only interpolated" in notes(SliceProfile(5.0), 0.5, SEEN)[0]
         and "profile is 9 mm" in notes(SliceProfile(9.0), 1.0, SEEN)[0]
     )
-    assert "thinner than" in check_training_range(SliceAxis(0, 3.0, 9), SliceProfile(3.0), 1.0, SEEN)[0]
+    assert (
+        "thinner than"
+        in check_training_range(SliceAxis(0, 3.0, 9), SliceProfile(3.0), 1.0, SEEN)[0]
+    )
 
 
 def test_a_run_without_the_model_that_is_asked_for(regressor, scan, tmp_path):

@@ -9,14 +9,35 @@ import pytest
 import torch
 
 import ct_nb.slices.metrics as scores
-from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, slice_profile_matrix, average_slices, thin_axis
-from ct_nb.evaluation.metrics import CHEST, psnr, ssim
 from ct_nb.evaluation.case_metrics import METRICS
+from ct_nb.evaluation.metrics import CHEST, psnr, ssim
 from ct_nb.evaluation.scoreboard import Scoreboard, summarize_metric
-from ct_nb.slices.metrics import BackProjection, UPPER_BOUNDS, Interpolation, SLICE_MAIN, SLICE_METRICS, SliceScoreboard, evaluate_slices, targets_met, slice_baselines, slice_noise, slice_scores, step_scores, vae_upper_bounds, z_edges
-from ct_nb.slices.vae_metrics import volume_ssim
-from ct_nb.slices.vae_metrics import vae_scores as vae_figures
+from ct_nb.slices.metrics import (
+    SLICE_MAIN,
+    SLICE_METRICS,
+    UPPER_BOUNDS,
+    BackProjection,
+    Interpolation,
+    SliceScoreboard,
+    evaluate_slices,
+    slice_baselines,
+    slice_noise,
+    slice_scores,
+    step_scores,
+    targets_met,
+    vae_upper_bounds,
+    z_edges,
+)
+from ct_nb.slices.slice_profile import (
+    SliceAxis,
+    SliceProfile,
+    average_slices,
+    slice_profile_matrix,
+    thin_axis,
+)
 from ct_nb.slices.vae import SliceVAE, SliceVAEConfig
+from ct_nb.slices.vae_metrics import vae_scores as vae_figures
+from ct_nb.slices.vae_metrics import volume_ssim
 
 THICK, PROFILE = SliceAxis(2.5, 5.0, 6), SliceProfile(5.0)
 THIN = thin_axis(THICK, 1.0)
@@ -198,13 +219,17 @@ def test_the_columns_of_other_boards_are_left_alone():
         {"case": "a", "patient": "a", "predictor": "model", "psnr": 30.0, "step_error_hu": 4.0},
         {"case": "a", "patient": "a", "predictor": "linear", "psnr": 20.0, "step_error_hu": 5.0},
     ]
-    assert Scoreboard(rows).metrics == ["psnr"] and SliceScoreboard(rows, model="model").metrics == [
+    assert Scoreboard(rows).metrics == ["psnr"] and SliceScoreboard(
+        rows, model="model"
+    ).metrics == [
         "psnr",
         "step_error_hu",
     ]
     assert "step error, HU ↓" in SliceScoreboard(
         rows, model="model"
-    ).table() and "better by 1.0 [-, -]" in summarize_metric(SliceScoreboard(rows, model="model"), "step_error_hu")
+    ).table() and "better by 1.0 [-, -]" in summarize_metric(
+        SliceScoreboard(rows, model="model"), "step_error_hu"
+    )
 
 
 def test_floors_are_read_as_their_names_say():

@@ -6,12 +6,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ct_nb.slices.slice_profile import SliceAxis, SliceProfile, collate_stacks, slice_profile_matrix, average_slices, thin_axis
-from ct_nb.slices import models as module
 from ct_nb.layers.diffusion import DiffusionConfig
+from ct_nb.slices import models as module
 from ct_nb.slices.consistency import back_projection, interpolate_slices
+from ct_nb.slices.models import (
+    SliceDiffusion,
+    SliceDiffusionConfig,
+    SliceRegressor,
+    SliceRegressorConfig,
+    thick_neighbours,
+)
 from ct_nb.slices.network import NEIGHBOURS, SliceNetwork, SliceNetworkConfig, slice_positions
-from ct_nb.slices.models import SliceDiffusion, SliceDiffusionConfig, SliceRegressor, SliceRegressorConfig, thick_neighbours
+from ct_nb.slices.slice_profile import (
+    SliceAxis,
+    SliceProfile,
+    average_slices,
+    collate_stacks,
+    slice_profile_matrix,
+    thin_axis,
+)
 from ct_nb.slices.vae import SliceVAE
 
 THICK, PROFILE = SliceAxis(4.0, 5.0, 3), SliceProfile(5.0)
@@ -536,9 +549,14 @@ def test_draws():
         and torch.equal(torch.get_rng_state(), before)
     )
     assert (
-        (average_slices(one.double(), slice_profile_matrix(THIN, THICK, PROFILE)) - thick).abs().max()
+        (average_slices(one.double(), slice_profile_matrix(THIN, THICK, PROFILE)) - thick)
+        .abs()
+        .max()
         < 1e-2
-        < (average_slices(draw(0, consistent=False), slice_profile_matrix(THIN, THICK, PROFILE)) - thick)
+        < (
+            average_slices(draw(0, consistent=False), slice_profile_matrix(THIN, THICK, PROFILE))
+            - thick
+        )
         .abs()
         .max()
     )
@@ -581,7 +599,13 @@ def test_the_scale_is_measured_a_channel_its_own():
     for k in range(2):
         thin = hu(k, 2, 12, 16, 16)
         batches.append(
-            (thin, average_slices(thin, slice_profile_matrix(THIN, THICK, PROFILE)), THICK, THIN, PROFILE)
+            (
+                thin,
+                average_slices(thin, slice_profile_matrix(THIN, THICK, PROFILE)),
+                THICK,
+                THIN,
+                PROFILE,
+            )
         )
     model.measure_scale(batches)
     z = torch.cat([model.residual(thin, model.conditioned(*given)[2]) for thin, *given in batches])

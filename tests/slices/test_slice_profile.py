@@ -6,9 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from ct_nb.slices.slice_profile import StackPairs, ThickSliceRange, SliceAxis, SliceProfile, ThinStack, collate_stacks, place_slices, from_unit, slice_profile_matrix, average_slices, thin_axis, to_unit, covering_thin_slices
 from ct_nb.data.read import read_ct
 from ct_nb.physics.volume import Grid, get_window
+from ct_nb.slices.slice_profile import (
+    SliceAxis,
+    SliceProfile,
+    StackPairs,
+    ThickSliceRange,
+    ThinStack,
+    average_slices,
+    collate_stacks,
+    covering_thin_slices,
+    from_unit,
+    place_slices,
+    slice_profile_matrix,
+    thin_axis,
+    to_unit,
+)
 
 PROFILES = [
     SliceProfile(width, shape) for width in (3.0, 5.0, 7.5) for shape in ("rectangular", "gaussian")
@@ -74,12 +88,17 @@ def test_a_naive_index_box_fails_the_ramp():
     whole = SliceAxis(2.5, 5.0, 13)  # the one case it is right for
     assert np.allclose(index_box(thin, whole), slice_profile_matrix(thin, whole, SliceProfile(5.0)))
     # and not where slabs overlap
-    assert np.abs(index_box(thin, whole) - slice_profile_matrix(thin, whole, SliceProfile(6.5))).max() > 0.01
+    assert (
+        np.abs(index_box(thin, whole) - slice_profile_matrix(thin, whole, SliceProfile(6.5))).max()
+        > 0.01
+    )
 
 
 def test_entries_by_hand():
     thin = SliceAxis(0.0, 1.0, 10)
-    row = lambda centre, width: slice_profile_matrix(thin, SliceAxis(centre, 1.0, 1), SliceProfile(width))[0]
+    row = lambda centre, width: slice_profile_matrix(
+        thin, SliceAxis(centre, 1.0, 1), SliceProfile(width)
+    )[0]
     assert np.allclose(row(4.0, 3.0), [0, 0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0, 0])
     # centre offset: half a cell at either end
     assert np.allclose(row(4.5, 3.0), np.array([0, 0, 0, 0.5, 1, 1, 0.5, 0, 0, 0]) / 3)
@@ -111,7 +130,9 @@ def test_gaussian_rows_are_gaussian_sums():
 def test_overlap_and_gaps():
     thin = SliceAxis(0.5, 1.0, 60)
     thick = SliceAxis(12.5, 5.0, 7)
-    seen = lambda width: (slice_profile_matrix(thin, thick, SliceProfile(width))[:, 10:45] > 1e-9).sum(0)
+    seen = lambda width: (
+        slice_profile_matrix(thin, thick, SliceProfile(width))[:, 10:45] > 1e-9
+    ).sum(0)
     assert (
         (seen(5.0) == 1).all()
         and seen(9.0).max() == 2
@@ -143,11 +164,15 @@ def test_only_positions_against_each_other_count():
 
 
 def test_kinds_shapes_and_batches():
-    matrix = slice_profile_matrix(SliceAxis(0.0, 1.0, 20), SliceAxis(4.0, 5.0, 3), SliceProfile(6.0))
+    matrix = slice_profile_matrix(
+        SliceAxis(0.0, 1.0, 20), SliceAxis(4.0, 5.0, 3), SliceProfile(6.0)
+    )
     thin = np.random.default_rng(0).normal(size=(2, 1, 20, 3, 4)).astype(np.float32)
     out = average_slices(thin, matrix)
     assert out.shape == (2, 1, 3, 3, 4) and out.dtype == np.float32
-    assert torch.allclose(average_slices(torch.from_numpy(thin), matrix), torch.from_numpy(out), atol=1e-6)
+    assert torch.allclose(
+        average_slices(torch.from_numpy(thin), matrix), torch.from_numpy(out), atol=1e-6
+    )
     assert np.allclose(out[1, 0, 2, 1, 3], matrix[2] @ thin[1, 0, :, 1, 3], atol=1e-6)
     whole = average_slices((thin[0, 0] * 1000).astype(np.int16), matrix)
     assert whole.dtype == np.float32 and np.allclose(
@@ -228,10 +253,15 @@ def test_axes_of_grids():
         (lambda: thin_axis(SliceAxis(0.0, 5.0, 3), 0.0), "thin_spacing_mm must be above 0"),
         (lambda: thin_axis(SliceAxis(0.0, 5.0, 3), 1.0, "edges"), "convention must be"),
         (
-            lambda: slice_profile_matrix(SliceAxis(0.0, 1.0, 9), SliceAxis(0.0, 5.0, 4), SliceProfile(2.0)),
+            lambda: slice_profile_matrix(
+                SliceAxis(0.0, 1.0, 9), SliceAxis(0.0, 5.0, 4), SliceProfile(2.0)
+            ),
             "thick slice 2 at 10 mm sees none",
         ),
-        (lambda: average_slices(np.zeros((8, 2, 2)), np.zeros((2, 9))), r"with D = 9 .* \(8, 2, 2\)"),
+        (
+            lambda: average_slices(np.zeros((8, 2, 2)), np.zeros((2, 9))),
+            r"with D = 9 .* \(8, 2, 2\)",
+        ),
         (lambda: average_slices(np.zeros(9), np.zeros((2, 9))), "thin must be"),
         (
             lambda: place_slices(SliceAxis(0.0, 1.0, 9), 5.0, SliceProfile(12.0)),
@@ -312,7 +342,9 @@ def test_whole_stacks_and_both_ends_are_reached():
     item = StackPairs(source)[0]
     assert item["thick"].shape == (10, 12, 10) and item["thin"].shape == (50, 12, 10)
     assert np.allclose(item["thick"][3, 2, 4], source[0].thin[15:20, 2, 4].mean(), atol=1e-4)
-    starts = {StackPairs(source, count=10, seed=seed)[0]["thin_axis"].first_mm for seed in range(40)}
+    starts = {
+        StackPairs(source, count=10, seed=seed)[0]["thin_axis"].first_mm for seed in range(40)
+    }
     assert starts == {100.0, 101.0, 102.0}  # three places for 50 mm in 52
 
 

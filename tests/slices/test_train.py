@@ -8,22 +8,39 @@ import numpy as np
 import pytest
 import torch
 from ct_files import body, pair_members, zipped
+from refusals import refused
 
 import ct_nb.slices.train as training
 import ct_nb.slices.vae_train as vae_training
-from ct_nb.slices.rplhr_ct import rplhr, rplhr_scores
+from ct_nb.physics.volume import Volume
+from ct_nb.slices.crops import CachedStacks, SliceCrops, resample_thin
+from ct_nb.slices.figures import slices_cut_figure
+from ct_nb.slices.models import SliceDiffusion, SliceRegressor
 from ct_nb.slices.open import open_stacks
 from ct_nb.slices.prepared import prepare_stacks
-from ct_nb.slices.slice_profile import StackPairs, ThickSliceRange, SliceAxis, SliceProfile, collate_stacks, slice_profile_matrix, average_slices, to_unit
-from ct_nb.slices.crops import CachedStacks, SliceCrops, resample_thin
-from ct_nb.training.checkpoints import WeightsError
+from ct_nb.slices.rplhr_ct import rplhr, rplhr_scores
+from ct_nb.slices.slice_profile import (
+    SliceAxis,
+    SliceProfile,
+    StackPairs,
+    ThickSliceRange,
+    average_slices,
+    collate_stacks,
+    slice_profile_matrix,
+    to_unit,
+)
 from ct_nb.slices.thin_ct_files import interpolate_file
-from ct_nb.slices.train import SLICES_PRESETS, SliceModels, SlicesRun, _Learner, get_slices_preset, load_slices
+from ct_nb.slices.train import (
+    SLICES_PRESETS,
+    SliceModels,
+    SlicesRun,
+    _Learner,
+    get_slices_preset,
+    load_slices,
+)
 from ct_nb.slices.vae_train import VAERun
-from ct_nb.slices.models import SliceDiffusion, SliceRegressor
-from ct_nb.physics.volume import Volume
+from ct_nb.training.checkpoints import WeightsError
 from ct_nb.viewer.figures import training_figure
-from ct_nb.slices.figures import slices_cut_figure
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +226,9 @@ def test_one_of_the_two_alone(done, tmp_path):
 
 
 def test_bad_settings_get_a_sentence(done, tmp_path):
-    with pytest.raises(ValueError, match="preset: must be one of"):
+    with refused("preset"):
         get_slices_preset("huge")
-    with pytest.raises(ValueError, match="model: must be both"):
+    with refused("model"):
         SlicesRun("smoke", model="gan")
     with pytest.raises(ValueError, match="needs a regressor"):
         SliceModels()

@@ -9,16 +9,35 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from places import PROGRAMS
 
-from ct_nb.training.adversarial import Adversary, PatchDiscriminator3d, adaptive_weight, discriminator_hinge, generator_hinge
-from ct_nb.training.projection_losses import cross_view_infonce, distillation_error, drr_cycle_error, mask_patches, masked_error, mixup, third_view
-from ct_nb.training.losses import LossWeights, kl_weight, reconstruction_loss, weighted_sum, to_window
 from ct_nb.physics.geometry import ConeBeam
+from ct_nb.physics.pose_errors import rotate, translate
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
-from ct_nb.physics.pose_errors import rotate
-from ct_nb.physics.pose_errors import translate
-from places import PROGRAMS
+from ct_nb.training.adversarial import (
+    Adversary,
+    PatchDiscriminator3d,
+    adaptive_weight,
+    discriminator_hinge,
+    generator_hinge,
+)
+from ct_nb.training.losses import (
+    LossWeights,
+    kl_weight,
+    reconstruction_loss,
+    to_window,
+    weighted_sum,
+)
+from ct_nb.training.projection_losses import (
+    cross_view_infonce,
+    distillation_error,
+    drr_cycle_error,
+    mask_patches,
+    masked_error,
+    mixup,
+    third_view,
+)
 
 CHEST = WINDOWS["chest"]
 PROGRAM = PROGRAMS / "gather_tokens.py"
@@ -34,9 +53,12 @@ def scene(batch=2, size=16, pixels=24, dtype=torch.float32):
     """
     geometry = ConeBeam.stack(
         [
-            rotate(ConeBeam.biplanar(
-                grid=Grid.cube(size), detector_shape=(pixels, pixels), pixel_mm=500 / pixels
-            ), [0.0, 0.0, 7.0 * b])
+            rotate(
+                ConeBeam.biplanar(
+                    grid=Grid.cube(size), detector_shape=(pixels, pixels), pixel_mm=500 / pixels
+                ),
+                [0.0, 0.0, 7.0 * b],
+            )
             for b in range(batch)
         ]
     ).to(dtype)

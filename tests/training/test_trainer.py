@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import PROGRAMS
 
 from ct_nb.core.files import atomic_write
-from ct_nb.training.checkpoints import STATE_FILE, WeightsError, load_state, load_weights, read_config, save_weights
-from places import PROGRAMS
+from ct_nb.training.checkpoints import (
+    STATE_FILE,
+    WeightsError,
+    load_state,
+    load_weights,
+    read_config,
+    save_weights,
+)
 
 PROGRAM = PROGRAMS / "train_line.py"
 
@@ -89,7 +96,9 @@ def test_two_processes_that_share_the_optimizer_give_it_too(tmp_path, undisturbe
 
 def test_resume_with_other_settings_is_refused(tmp_path):
     from dataclasses import replace
+
     from programs.train_line import Points, collate, step
+
     from ct_nb.training.trainer import Trainer, TrainerConfig
 
     config = TrainerConfig(steps=4, batch_size=2, checkpoint_every=2, validate_every=0)
@@ -107,6 +116,7 @@ def test_resume_with_other_settings_is_refused(tmp_path):
 
 def test_out_of_memory_cuts_the_batch_and_keeps_the_step(tmp_path):
     from programs.train_line import Points, collate, step
+
     from ct_nb.training.trainer import Trainer, TrainerConfig
 
     def hungry(model, batch, number):
@@ -126,6 +136,7 @@ def test_out_of_memory_cuts_the_batch_and_keeps_the_step(tmp_path):
 
 def test_a_step_is_told_its_number(tmp_path):
     from programs.train_line import Points, collate, step
+
     from ct_nb.training.trainer import Trainer, TrainerConfig
 
     told = []
@@ -147,6 +158,7 @@ def test_a_step_is_told_its_number(tmp_path):
 
 def test_out_of_memory_on_one_case_lightens_the_network_and_says_so(tmp_path, capsys):
     from programs.train_line import Points, collate, step
+
     from ct_nb.training.trainer import Trainer, TrainerConfig
 
     model = torch.nn.Linear(8, 1)

@@ -17,12 +17,25 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from places import ROOT
+from refusals import refused
 
+from ct_nb.core.plot_style import BASELINE, MODEL, SERIES, TRUTH
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
-from ct_nb.core.plot_style import BASELINE, MODEL, SERIES, TRUTH
-from ct_nb.viewer.figures import along_lps, comparison_figure, orientation_marks, plane, save_figure, scale_bar, slices_figure, training_figure, view_name, xray_ends, xrays_figure
-from places import ROOT
+from ct_nb.viewer.figures import (
+    along_lps,
+    comparison_figure,
+    orientation_marks,
+    plane,
+    save_figure,
+    scale_bar,
+    slices_figure,
+    training_figure,
+    view_name,
+    xray_ends,
+    xrays_figure,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,9 +112,7 @@ def test_comparison_says_what_it_compares():
     assert "model   20.0 dB" in labels and "sirt   40.0 dB" in labels and "model − CT" in labels
     with pytest.raises(ValueError, match="'model' is on another grid"):
         comparison_figure(np.ones((2, 6, 6)), geometry, cube(), {"model": cube(size=13)})
-    with pytest.raises(
-        ValueError, match=r"xrays: the geometry describes .* = \(2, 6, 6\), got \(3, 6, 6\)"
-    ):
+    with refused("xrays"):
         comparison_figure(np.ones((3, 6, 6)), geometry, cube(), {"model": cube()})
     with pytest.raises(ValueError, match="window"):
         slices_figure(cube(), "no such window")
@@ -117,7 +128,7 @@ def test_training_figure_takes_history_rows_or_file(tmp_path):
     for history in (rows, SimpleNamespace(rows=rows), tmp_path / "history.jsonl"):
         titles = [a.get_title(loc="left") for a in training_figure(history).axes]
         assert titles == ["loss", "its parts", "validation psnr", "gradient norm"]
-    with pytest.raises(ValueError, match="history: there is nothing in it yet"):
+    with refused("history"):
         training_figure([])
 
 
@@ -134,9 +145,7 @@ def test_saved_figures_are_whole_and_still_shown(tmp_path):
 # ---------------------------------------------------------------- all figures of the library
 def public_figures() -> dict[str, callable]:
     "Module (without ct_nb) and name → every public function `…_figure` that the library exports."
-    known = runpy.run_path(str(ROOT / "ct_nb" / "_modidx.py"))["d"][
-        "syms"
-    ]
+    known = runpy.run_path(str(ROOT / "ct_nb" / "_modidx.py"))["d"]["syms"]
     names = [
         (module, name.removeprefix(module + "."))
         for module, symbols in known.items()
@@ -324,7 +333,9 @@ def slab_item():
     from ct_nb.slices.open import open_stacks
     from ct_nb.slices.slice_profile import StackPairs, ThickSliceRange
 
-    return StackPairs(open_stacks("phantom:1", size=24, side_mm=192.0), ThickSliceRange((24.0, 24.0)))[0]
+    return StackPairs(
+        open_stacks("phantom:1", size=24, side_mm=192.0), ThickSliceRange((24.0, 24.0))
+    )[0]
 
 
 SCAN = ConeBeam.orbit([0, 90, 200], grid=Grid.cube(16), detector_shape=(12, 14), pixel_mm=40.0)
