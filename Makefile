@@ -1,8 +1,10 @@
-# make demo   trains two X-rays -> CT on the built-in phantom and shows how good it is (a first picture after minutes, the rest in ten to thirty on two cores)
-# make test   everything that has to hold before a change is shared
-# make docs   the site, in _docs (needs Quarto; runs every notebook for its pictures, about twenty minutes on two cores the first time)
-# make test-browser   opens the explorers in a real browser; wants Chromium (Debian: apt install chromium)
-# make setup  only the environment that these need
+# make demo          trains two X-rays -> CT on the built-in phantom and shows how good it is (a first picture after minutes, the rest in ten to thirty on two cores)
+# make test          what has to hold before a change is shared, under 10 minutes on two cores
+# make test-all      the same and everything that takes longer: all chapters again, documents, full-size smoke runs
+# make test-docs     pages, links, citations, README's figures, the lock
+# make test-browser  opens the explorers in a real browser; wants Chromium (Debian: apt install chromium)
+# make docs          the site, in _docs (needs Quarto; runs every notebook for its pictures, about twenty minutes on two cores the first time)
+# make setup         only the environment that these need
 #
 # Each sets up .venv by itself on a machine with Python 3.11 or newer, and is quick the second time.
 
@@ -10,11 +12,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+TESTING := MPLBACKEND=agg OMP_NUM_THREADS=1 NUMEXPR_MAX_THREADS=2 PYTHONWARNINGS=ignore TF_CPP_MIN_LOG_LEVEL=3
 QUIET := NUMEXPR_MAX_THREADS=2 PYTHONWARNINGS=ignore TF_CPP_MIN_LOG_LEVEL=3
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-browser readme docs clean
+.PHONY: setup demo lint test test-all test-docs test-browser readme docs clean
 
 setup: $(STAMP)
 
@@ -34,13 +38,25 @@ demo: $(STAMP)
 	@$(QUIET) $(BIN)/papermill nbs/train_drr2ct.ipynb runs/train_drr2ct.ipynb --log-output --no-progress-bar </dev/null
 	@echo "trained: runs/drr2ct/comparison.png; the scores: runs/drr2ct/scoreboard.csv; all of it in a notebook: runs/train_drr2ct.ipynb"
 
-test: $(STAMP)
+lint: $(STAMP)
 	@echo "== notebooks are clean and the library is their export"
 	@$(BIN)/python tests/check_notebooks.py
+	@echo "== style of the code, direction of the imports"
+	@$(BIN)/ruff check nbs ct_nb
+	@$(BIN)/lint-imports --no-logo
+
+test: lint
 	@echo "== the notebooks' own tests"
-	@MPLBACKEND=agg OMP_NUM_THREADS=1 $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing
-	@echo "== pytest, with the smoke recipe by papermill"
-	@OMP_NUM_THREADS=1 $(QUIET) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@$(TESTING) $(BIN)/python tests/run_chapters.py
+	@echo "== pytest, with one recipe by papermill"
+	@$(TESTING) $(BIN)/python -m pytest $(PARALLEL)
+
+test-all: lint
+	@$(TESTING) $(BIN)/python tests/run_chapters.py --all
+	@$(TESTING) CT_NB_TEST_ALL=1 $(BIN)/python -m pytest $(PARALLEL) tests tests/docs
+
+test-docs: $(STAMP)
+	@$(TESTING) $(BIN)/python -m pytest $(PARALLEL) tests/docs
 
 test-browser: $(STAMP)
 	@$(QUIET) $(BIN)/python -m pytest tests/browser

@@ -1,9 +1,14 @@
-"""What README shows of measurements: `python papers/measured.py` after training runs, then `make readme`.
+"""What README shows of measurements: `python papers/measured.py` after training runs, then
+`make readme`.
 
-Reads runs/drr2ct, runs/ct_encoder, runs/refinement, runs/refinement_sirt, runs/refinement_real, runs/cascade and runs/slices (or the same in the folder --runs) and keeps in papers/measured.json their figures and what they are of: the version, the day, the
-fingerprint of the data. Draws README's pictures anew from runs/drr2ct and runs/cascade and keeps their digests. Writes the tables into nbs/index.ipynb between their marks. What is not there keeps its figures.
+Reads runs/drr2ct, runs/ct_encoder, runs/refinement, runs/refinement_sirt, runs/refinement_real,
+runs/cascade and runs/slices (or the same in the folder --runs) and keeps in papers/measured.json
+their figures and their origin: version, day, fingerprint of the data. Draws README's pictures from
+runs/drr2ct and runs/cascade and keeps their digests. Writes the tables into nbs/index.ipynb between
+their marks. A run that is not there keeps its figures.
 
-`python papers/measured.py --clone` measures first how long a newcomer waits: it clones this repository into a temporary folder, sets it up and runs `make demo` there, with empty caches.
+`python papers/measured.py --clone` measures first how long a newcomer waits: it clones this
+repository into a temporary folder, sets it up and runs `make demo` there, with empty caches.
 """
 
 import argparse
@@ -53,8 +58,8 @@ SCORES = {
     "mae_hu_body": ("MAE in the body, HU ↓", "{:.0f}"),
     "drr_error_held_out": ("DRR error on unseen angles ↓", "{:.3f}"),
 }
-FLOORS = {
-    "atlas_consistent": "atlas, made consistent with the X-rays",
+BASELINES = {
+    "atlas_consistent": "mean atlas with data consistency",
     "nearest_neighbour": "nearest neighbour in X-ray space",
     "mean_atlas": "mean atlas",
     "sirt": "SIRT",
@@ -79,7 +84,7 @@ def drr2ct(run: Path) -> dict:
             name: {
                 metric: [m["predictors"][name][metric], m["sd"][name][metric]] for metric in SCORES
             }
-            for name in ("model", *FLOORS)
+            for name in ("model", *BASELINES)
         },
     }
 
@@ -165,8 +170,8 @@ RUNS = {
 def _case(run: Path) -> tuple:
     "X-rays, their geometry, the CT, and its folder, of the first case that a run was judged on."
     import numpy as np
-    from ct_nb.physics.geometry import ConeBeam
     from ct_nb.data.read import read_volume
+    from ct_nb.physics.geometry_io import load_geometry
 
     name = re.sub(r"[^\w.-]+", "_", _json(run / "config.json")["validation"]["cases"][0])
     folder = run / "cases" / name
@@ -179,7 +184,7 @@ def _case(run: Path) -> tuple:
 
 
 def comparison(run: Path):
-    """X-rays, CT, reconstruction, best floor and error, from the NIfTI of a run of system A; a
+    """X-rays, CT, reconstruction, best baseline and error, from the NIfTI of a run of drr2ct; a
     matplotlib Figure.
     """
     from ct_nb.data.read import read_volume
@@ -210,7 +215,7 @@ def samples(run: Path):
 
     xrays, geometry, truth, _ = _case(run)
     config = _json(run / "config.json")
-    found = reconstruct_sampled(
+    reconstruction = reconstruct_sampled(
         xrays,
         geometry,
         load_cascade(run),
@@ -218,12 +223,12 @@ def samples(run: Path):
         steps=config["settings"]["sampling_steps"],
         seed=config["seed"],
     )
-    draws = torch.stack([sample.tensor() for sample in found.samples])
+    samples = torch.stack([sample.tensor() for sample in reconstruction.samples])
     return uncertainty_figure(
         truth,
-        summarize_samples(draws),
-        draws[0],
-        hallucination_map(draws, geometry.on(truth.grid).to(torch.float32)),
+        summarize_samples(samples),
+        samples[0],
+        hallucination_map(samples, geometry.on(truth.grid).to(torch.float32)),
     )
 
 
@@ -289,9 +294,9 @@ def clone(folder: Path) -> dict:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        said = []
+        output = []
         for line in running.stdout:
-            said.append(line)
+            output.append(line)
             if (
                 step == "demo"
                 and "first picture after" in line
@@ -299,7 +304,7 @@ def clone(folder: Path) -> dict:
             ):
                 seconds["first_picture"] = round(time.monotonic() - begin)
         if running.wait():
-            sys.exit(f"{' '.join(command)} failed:\n{''.join(said[-30:])}")
+            sys.exit(f"{' '.join(command)} failed:\n{''.join(output[-30:])}")
         seconds[step] = round(time.monotonic() - begin)
         print(f"{seconds[step]} s: {' '.join(command)}", flush=True)
     if "first_picture" not in seconds:
@@ -308,116 +313,129 @@ def clone(folder: Path) -> dict:
 
 
 # ---------------------------------------------------------------- what README says
+def share(x: float) -> str:
+    return f"{x:.0%}".replace("%", " %")
+
+
+def gained(r: dict, start: str, whom: str) -> str:
+    low, high = r["interval"]
+    return (
+        f"{start} {r['coarse_psnr']:.2f} → {r['psnr']:.2f} dB,"
+        f" {r['gain']:+.2f} [{low:+.2f}, {high:+.2f}], {r['cases']} {whom}"
+    )
+
+
+def figures(m: dict) -> dict[str, str]:
+    "System → what was measured, in a line."
+    text = {}
+    if r := m.get("drr2ct"):
+        low, high = r["interval"]
+        text["drr2ct"] = (
+            f"{r['psnr']:.2f} dB, SSIM {r['ssim']:.3f}, {r['cases']} held-out phantoms; best"
+            f" baseline {r['floor_psnr']:.2f} dB; gain {r['gain']:.2f} [{low:.2f}, {high:.2f}] dB"
+        )
+    if r := m.get("cascade"):
+        start = "drr2ct" if r["start"] == "drr2ct" else "the linear prior"
+        levels = " / ".join(f"{100 * float(level):g}" for level in r["coverage"])
+        coverage = " / ".join(f"{100 * value:.1f}" for value in r["coverage"].values())
+        text["cascade"] = (
+            f"mean of {r['samples']} samples {r['psnr']:.2f} dB, {start} {r['start_psnr']:.2f} dB"
+            f" on the same {r['cases']} phantoms; intervals of {levels} % cover {coverage} %"
+        )
+    parts = [
+        gained(m[name], start, whom)
+        for name, start, whom in (
+            ("refinement_sirt", "after SIRT (`-p coarse sirt`):", "phantoms"),
+            ("refinement_real", "after SIRT, `-p data CTS`:", "held-out patients"),
+            ("refinement", "after drr2ct:", "phantoms"),
+        )
+        if m.get(name)
+    ]
+    if parts:
+        text["refine"] = "; ".join(parts)
+    if r := m.get("ct_encoder"):
+        text["ct_encoder"] = (
+            f"report → scan: recall at 1 {100 * r['recall_at_1']:.1f} % of {r['candidates']}"
+            f" phantoms with findings (chance {100 * r['chance']:.1f} %); sentence in its region"
+            f" {share(r['sentence_place'])}; negation accuracy {share(r['polarity'])}"
+        )
+    if r := m.get("slices"):
+        one = r["cases"] == 1
+        whom = r["of"].removesuffix("s") if one else r["of"]
+        text["slices"] = (
+            f"{r['thick_mm']:g} mm → thin: {r['psnr']:.2f} dB, cubic {r['cubic_psnr']:.2f}, linear"
+            f" {r['linear_psnr']:.2f}; {r['cases']} held-out {whom}"
+            + (", no confidence interval" if one else "")
+        )
+    return text
+
+
+SYSTEMS = {  # name → what it does, recipe, parameters of the command, page
+    "drr2ct": ("two X-rays → a CT", "train_drr2ct", "", "drr2ct"),
+    "cascade": (
+        "diffusion cascade: samples of CTs consistent with the X-rays",
+        "train_cascade",
+        " -p coarse runs/drr2ct",
+        "cascade",
+    ),
+    "refine": ("detail of a coarse CT", "train_refinement", "", "refinement"),
+    "ct_encoder": ("CT encoder aligned with reports", "train_ct_encoder", "", "ct_encoder"),
+    "slices": ("thick slices → thin slices", "train_slices", " -p data THIN_CTS", "slices"),
+}
+
+
 def systems(m: dict) -> str:
     "The five systems: a line and a command each, and what was measured."
-    share = lambda x: f"{x:.0%}".replace("%", " %")
-    a, b, c, d, e, c_sirt, c_real = (m.get(name) for name in RUNS)
-    refined = lambda r, what: (
-        f"{what} {r['coarse_psnr']:.2f} → {r['psnr']:.2f} dB, {r['gain']:+.2f}"
-        f" [{r['interval'][0]:+.2f}, {r['interval'][1]:+.2f}]"
-    )
-    said = [
-        a
-        and f"{a['psnr']:.2f} dB, SSIM {a['ssim']:.3f}, on {a['cases']} phantoms; best floor {a['floor_psnr']:.2f} dB; better by {a['gain']:.2f} [{a['interval'][0]:.2f}, {a['interval'][1]:.2f}]",
-        b
-        and f"report → scan, recall at 1 {100 * b['recall_at_1']:.1f} % among {b['candidates']} phantoms with findings (chance {100 * b['chance']:.1f} %); given the map of regions, {share(b['sentence_place'])} of sentences look into theirs; present and absent told apart in {share(b['polarity'])}",
-        "; ".join(
-            refined(r, what) + f", on {r['cases']} {whom}"
-            for r, what, whom in (
-                (c_sirt, "with `-p coarse sirt`, SIRT's", "phantoms"),
-                (c_real, "with `-p data CTS` as well, SIRT's", "patients left out"),
-                (c, "A's answer", "phantoms"),
-            )
-            if r
-        ),
-        d
-        and f"mean of {d['samples']} samples {d['psnr']:.2f} dB, where {'A' if d['start'] == 'drr2ct' else 'the linear start'} has {d['start_psnr']:.2f} on the same {d['cases']} phantoms; intervals of "
-        + " / ".join(f"{100 * float(k):g}" for k in d["coverage"])
-        + " % hold "
-        + " / ".join(f"{100 * v:.1f}" for v in d["coverage"].values())
-        + " %",
-        e
-        and f"{e['thick_mm']:g} mm → thin, {'one of the ' if e['cases'] == 1 and e['of'] == 'phantoms' else ''}"
-        + (
-            f"{e['cases']} {e['of']}"
-            if e["cases"] > 1
-            else "phantoms" if e["of"] == "phantoms" else "one patient, not trained on"
-        )
-        + f": {e['psnr']:.2f} dB, cubic {e['cubic_psnr']:.2f}, linear {e['linear_psnr']:.2f}"
-        + ("; of one case no interval" if e["cases"] == 1 else ""),
-    ]
-    about = [
-        ("A", "two X-rays → a latent → a CT", "train_drr2ct", "", "drr2ct"),
-        (
-            "B",
-            "a CT encoder that reads reports and their reasoning",
-            "train_ct_encoder",
-            "",
-            "ct_encoder",
-        ),
-        ("C", "a refiner that sharpens a coarse CT", "train_refinement", "", "refinement"),
-        (
-            "D",
-            "a diffusion cascade: several CTs that explain the X-rays",
-            "train_cascade",
-            " -p coarse runs/drr2ct",
-            "cascade",
-        ),
-        ("E", "thin slices from thick ones", "train_slices", " -p data THIN_CTS", "slices"),
-    ]
+    measured = figures(m)
     lines = [
-        "| | system | command | measured, preset `cpu` | claims, limits |",
+        "| system | what it does | command | measured, preset `cpu` | claims, limits |",
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| **{letter}** | [{what}]({recipe}.ipynb) | `papermill nbs/{recipe}.ipynb"
-        f" runs/{recipe}.ipynb{more}` | {figures or 'not yet'} | [{page}](../papers/{page}.md) |"
-        for (letter, what, recipe, more, page), figures in zip(about, said)
+        f"| **{name}** | [{what}]({recipe}.ipynb) | `papermill nbs/{recipe}.ipynb"
+        f" runs/{recipe}.ipynb{more}` | {measured.get(name, 'not yet')} |"
+        f" [{page}](../papers/{page}.md) |"
+        for name, (what, recipe, more, page) in SYSTEMS.items()
     ]
     return "\n".join(lines)
 
 
 def provenance(m: dict, today: str | None = None) -> str:
     """Of which version and day the figures are, and which of them are old: of a run that did not
-    say what it is of, or (A) of other phantoms than this version makes, whose fingerprint is
+    say what it is of, or (drr2ct) of other phantoms than this version makes, whose fingerprint is
     `today`.
     """
-    known, old = {}, []
-    for letter, name in zip("ABCDECC", RUNS):
+    by_version, old = {}, set()
+    for name in RUNS:
         if name not in m:
             continue
         of = m[name].get("made")
-        if (
-            of is None
-            or name == "drr2ct"
-            and of["data"] == "phantom"
-            and today not in (None, of["fingerprint"])
-        ):
-            old.append(letter)
+        system = "refine" if name.startswith("refinement") else name
+        other = name == "drr2ct" and of and of["data"] == "phantom"
+        if of is None or other and today not in (None, of["fingerprint"]):
+            old.add(system)
         else:
-            known.setdefault(f"ct_nb {of['version']}, {of['date']}", []).append(letter)
-    once = lambda letters: ", ".join(sorted(set(letters)))
-    said = [f"{once(letters)}: {when}" for when, letters in known.items()] + (
-        [f"{once(old)}: of an earlier state of the library"] if old else []
-    )
+            by_version.setdefault(f"ct_nb {of['version']}, {of['date']}", set()).add(system)
+    text = [f"{', '.join(sorted(names))}: {when}" for when, names in by_version.items()]
+    if old:
+        text.append(f"{', '.join(sorted(old))}: measured with an earlier version")
     return (
-        f"Two cores, no GPU, minutes each ({'; '.join(said)}); `python papers/measured.py` writes"
+        f"Two cores, no GPU, minutes each ({'; '.join(text)}). `python papers/measured.py` writes"
         " the table from what the runs leave."
     )
 
 
 def scores(m: dict) -> str:
-    "System A beside its floors, best first."
-    a = m.get("drr2ct")
-    if not a:
+    "drr2ct beside its baselines, best first."
+    r = m.get("drr2ct")
+    if not r:
         return "Not yet: `make demo`, then `python papers/measured.py`."
-    cell = lambda value, sd, form: form.format(value) + (f" ± {form.format(sd)}" if sd else "")
-    rows = sorted(a["scores"], key=lambda name: (name != "model", -a["scores"][name]["psnr"][0]))
+    rows = sorted(r["scores"], key=lambda name: (name != "model", -r["scores"][name]["psnr"][0]))
     lines = [
         (
-            f"The figures of `make demo` (preset `cpu`, seed 0): {a['cases']} phantoms that nothing"
-            " was fitted to, 64³ at 5 mm, mean ± sd. The floors use no network; the atlases and"
-            f" the nearest neighbour know the {a['training_cases']} training phantoms."
+            f"`make demo` (preset `cpu`, seed 0): {r['cases']} held-out phantoms, 64³ voxels of"
+            " 5 mm, mean ± sd. The baselines use no network; the atlases and the nearest neighbour"
+            f" know the {r['training_cases']} training phantoms."
         ),
         "",
         "| | " + " | ".join(label for label, _ in SCORES.values()) + " |",
@@ -425,20 +443,11 @@ def scores(m: dict) -> str:
     ]
     for name in rows:
         mark = "**" if name == "model" else ""
-        lines.append(
-            "| "
-            + " | ".join(
-                f"{mark}{text}{mark}"
-                for text in (
-                    FLOORS.get(name, name),
-                    *(
-                        cell(*a["scores"][name][metric], form)
-                        for metric, (_, form) in SCORES.items()
-                    ),
-                )
-            )
-            + " |"
-        )
+        cells = [BASELINES.get(name, name)]
+        for metric, (_, form) in SCORES.items():
+            value, sd = r["scores"][name][metric]
+            cells.append(form.format(value) + (f" ± {form.format(sd)}" if sd else ""))
+        lines.append("| " + " | ".join(f"{mark}{text}{mark}" for text in cells) + " |")
     return "\n".join(lines)
 
 
@@ -447,13 +456,12 @@ def waiting(m: dict) -> str:
     if "clone" not in m:
         return "How long that takes is measured by `python papers/measured.py --clone`."
     c = m["clone"]
-    minutes = lambda seconds: f"{seconds / 60:.0f}"
-    s = c["seconds"]
+    minutes = {name: f"{seconds / 60:.0f}" for name, seconds in c["seconds"].items()}
     return (
-        f"From `git clone` to the first reconstruction: **{minutes(s['first_picture'])} minutes**,"
-        f" {minutes(s['setup'])} of them for PyTorch and the rest of `.venv`; to the trained and"
-        f" judged network: {minutes(s['demo'])} ({c['cores']} cores, {c['processor']}, {c['date']},"
-        " `python papers/measured.py --clone`)."
+        f"From `git clone` to the first reconstruction: **{minutes['first_picture']} minutes**,"
+        f" {minutes['setup']} of them for PyTorch and the rest of `.venv`; to the trained and"
+        f" evaluated network: {minutes['demo']} minutes ({c['cores']} cores, {c['processor']},"
+        f" {c['date']}, `python papers/measured.py --clone`)."
     )
 
 
@@ -504,15 +512,15 @@ def main():
             measured.setdefault("pictures", {})[name] = redraw(name, given.runs)
     KEPT.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     notebook = _json(INDEX)
-    said = blocks(measured, phantoms_today())
+    texts = blocks(measured, phantoms_today())
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
-        for name, new in said.items():
+        for name, new in texts.items():
             if f"<!-- {name} -->" in text:
                 text = put(text, name, new)
         cell["source"] = text.splitlines(keepends=True)
     INDEX.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(*said.values(), sep="\n\n")
+    print(*texts.values(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The repository as a whole: files stay small, and nothing personal or local is committed."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,19 +55,35 @@ def test_environment_says_nothing_that_settings_do_not():
     assert "-e .[dev]" in text and "==" not in text
 
 
-def test_floors_import_only_downward():
-    order = ["files", "physics", "data", "nets", "learn", "view"]
-    allowed = {"view": ["style"], "console": order}
-    wrong = []
-    for path in (ROOT / "ct_nb").rglob("*.py"):
-        floor = path.relative_to(ROOT / "ct_nb").parts[0].removesuffix(".py")
-        if floor not in order:
-            continue
-        for name in re.findall(
-            r"^\s*(?:from|import) (?:ct_nb|\.\.)\.?(\w+)",
-            path.read_text(encoding="utf-8"),
-            flags=re.M,
-        ):
-            if name in order and order.index(name) > order.index(floor):
-                wrong.append(f"{path.name} imports {name}")
-    assert not wrong, wrong
+def broken_contracts(checkout: Path) -> list[str]:
+    "Names of the import contracts of pyproject.toml that a checkout breaks."
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache", "--no-logo"],
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        capture_output=True,
+        text=True,
+    )
+    assert "Contracts:" in done.stdout, done.stdout + done.stderr
+    return re.findall(r"^(.+) BROKEN", done.stdout, flags=re.M)
+
+
+@pytest.mark.parametrize(
+    "module, line, broken",
+    [
+        ("core/files.py", "", []),
+        ("physics/volume.py", "from ct_nb.data.read import read_ct", "Imports go only downward"),
+        ("slices/vae.py", "from ct_nb.ct_encoder import encoder", "Rooms import each other only"),
+        ("physics/volume.py", "def f():\n    import ct_nb.physics.geometry", "No circles"),
+    ],
+    ids=["as it is", "upward", "another room", "a lazy circle"],
+)
+def test_contracts_find_an_import_that_breaks_the_house(module, line, broken, tmp_path):
+    shutil.copytree(
+        ROOT / "ct_nb", tmp_path / "ct_nb", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with open(tmp_path / "ct_nb" / module, "a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    found = broken_contracts(tmp_path)
+    assert any(name.startswith(broken) for name in found) if broken else found == []

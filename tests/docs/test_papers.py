@@ -8,9 +8,10 @@ import pytest
 from places import ROOT
 
 PAGES = sorted((ROOT / "papers").glob("*.md"))
+ROOMS = "|".join(path.name for path in (ROOT / "ct_nb").iterdir() if path.is_dir())
 COMMAND = re.compile(
-    r"papermill nbs/\w+\.ipynb|`make \w+|\bct_nb_\w+ |python -m"
-    r" ct_nb|\bnbs/[\w/]+\.ipynb|\btest_\w+\.py|\b(?:physics|data|nets|learn|view)/\d\d\w+"
+    r"papermill nbs/\w+\.ipynb|`make \w+|\bct-nb \w|python -m"
+    rf" ct_nb|\bnbs/[\w/]+\.ipynb|\btest_\w+\.py|\b(?:{ROOMS})/\d\d\w+"
 )
 ONCE = "cannot be repeated"  # a run of a state of the library that is no more, and says so
 NUMBER = r"[+−-]?\d[\d,]*(?:\.\d+)?"
@@ -174,7 +175,7 @@ def test_notebooks_and_tests_named_are_there(page):
     ]
     missing += [
         name
-        for name in re.findall(r"\b(?:physics|data|nets|learn|view)/\d\d\w*", text)
+        for name in re.findall(rf"\b(?:{ROOMS})/\d\d\w*", text)
         if not (ROOT / "nbs" / f"{name}.ipynb").is_file()
     ]
     missing += [

@@ -10,7 +10,10 @@ import pytest
 import yaml
 from build_site import ROOT, html_of, notebooks
 
-FLOORS = ("physics", "data", "nets", "learn", "view")
+ROOMS = (
+    *("drr2ct", "cascade", "refine", "ct_encoder", "slices", "app"),
+    *("viewer", "evaluation", "training", "layers", "data", "phantom", "physics", "core"),
+)
 FOR_QUARTO = re.compile(r"^#\| (code-fold: true|code-summary: \"Source\")$")
 
 
@@ -139,13 +142,13 @@ def configuration() -> dict:
     return yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
 
 
-def test_the_sidebar_has_every_page_once_in_the_order_of_the_floors(site, configuration):
+def test_the_sidebar_has_every_page_once_in_the_order_of_the_rooms(site, configuration):
     contents = configuration["website"]["sidebar"]["contents"]
     pages = list(pages_of(site))
     assert sidebar_faults(contents, pages) == []
     places = [page.split("/")[0] for page in sidebar(contents, pages)]
-    assert list(dict.fromkeys(place for place in places if place in (*FLOORS, "papers"))) == [
-        *FLOORS,
+    assert list(dict.fromkeys(place for place in places if place in (*ROOMS, "papers"))) == [
+        *ROOMS,
         "papers",
     ]
     order = [place.removesuffix(".ipynb") for place in places]
@@ -536,7 +539,7 @@ def test_words_become_links_only_where_they_are_names():
     links = build_site.Links()
     links.anchors = {
         "physics/geometry.html": {"api-ConeBeam", "api-ConeBeam.orbit"},
-        "view/figures.html": {"api-plane"},
+        "viewer/figures.html": {"api-plane"},
     }
     text = links(
         "`ConeBeam.orbit()`, `plane`, `ct_nb.physics.geometry.ConeBeam`, `ConeBeam.views`,"

@@ -82,10 +82,10 @@ def test_figures_come_from_the_files_of_a_run(tmp_path):
         data="THIN",
     )
     assert (
-        "5 mm → thin, one patient, not trained on: 35.50 dB, cubic 34.25, linear 33.00; of one case"
-        " no interval |" in measured.systems({"slices": measured.slices(run)})
+        "5 mm → thin: 35.50 dB, cubic 34.25, linear 33.00; 1 held-out patient, no confidence interval"
+        " |" in measured.systems({"slices": measured.slices(run)})
     )
-    names = ("model", *measured.FLOORS)
+    names = ("model", *measured.BASELINES)
     metrics = {
         "predictors": {
             name: {metric: 20.0 - place for metric in measured.SCORES}
@@ -99,12 +99,12 @@ def test_figures_come_from_the_files_of_a_run(tmp_path):
     }
     found = measured.drr2ct(write_run(tmp_path / "drr2ct", metrics))
     assert (
-        "20.00 dB, SSIM 20.000, on 7 phantoms; best floor 17.00 dB; better by 3.00 [1.00, 5.00]"
+        "20.00 dB, SSIM 20.000, 7 held-out phantoms; best baseline 17.00 dB; gain 3.00 [1.00, 5.00] dB"
         in measured.systems({"drr2ct": found})
     )
     table = measured.scores({"drr2ct": found})
     assert (
-        "7 phantoms" in table
+        "7 held-out phantoms" in table
         and "the 2 training phantoms" in table
         and "| **model** | **20.00 ± 0.50** |" in table
         and "| mean atlas | 17.00 ± 0.50 | 17.000 ± 0.500 | 17 ± 0 |" in table
@@ -146,11 +146,11 @@ def test_a_refiner_is_shown_behind_what_it_learnt_from(tmp_path):
     }
     row = measured.systems(both)
     assert (
-        "| with `-p coarse sirt`, SIRT's 16.50 → 22.00 dB, +5.50 [+4.50, +6.50], on 8 phantoms;"
-        " with `-p data CTS` as well, SIRT's 17.50 → 21.00 dB, +3.50 [+2.50, +4.50], on 8 patients"
-        " left out; A's answer 27.50 → 27.25 dB, -0.25 [-1.25, +0.75], on 8 phantoms |" in row
+        "| after SIRT (`-p coarse sirt`): 16.50 → 22.00 dB, +5.50 [+4.50, +6.50], 8 phantoms;"
+        " after SIRT, `-p data CTS`: 17.50 → 21.00 dB, +3.50 [+2.50, +4.50], 8 held-out patients;"
+        " after drr2ct: 27.50 → 27.25 dB, -0.25 [-1.25, +0.75], 8 phantoms |" in row
     )
-    assert "(C: ct_nb" in measured.provenance(both) and "A's answer" not in measured.systems(
+    assert "(refine: ct_nb" in measured.provenance(both) and "after drr2ct" not in measured.systems(
         {"refinement_sirt": both["refinement_sirt"]}
     )
 
@@ -166,13 +166,13 @@ def test_old_figures_are_known_as_such(tmp_path):
     } and re.fullmatch(r"\d{4}-\d\d-\d\d", of["date"])
     m = {"drr2ct": {"made": of}, "cascade": {"made": of}, "slices": {}}
     assert (
-        f"(A, D: ct_nb 0.1.0, {of['date']}; E: of an earlier state of the library)"
+        f"(cascade, drr2ct: ct_nb 0.1.0, {of['date']}; slices: measured with an earlier version)"
         in measured.provenance(m, "today")
     )
-    assert f"(D: ct_nb 0.1.0, {of['date']}; A, E: of an earlier" in measured.provenance(
+    assert f"(cascade: ct_nb 0.1.0, {of['date']}; drr2ct, slices: measured with an earlier" in measured.provenance(
         m, "tomorrow"
     ), "other phantoms"
-    assert "A, E" in measured.provenance(
+    assert "drr2ct, slices: measured" in measured.provenance(
         m | {"drr2ct": {"made": {**of, "fingerprint": "yesterday"}}}, "today"
     )
     assert (
@@ -229,7 +229,7 @@ def test_a_newcomers_wait_is_measured(tmp_path, monkeypatch):
         }
     ).startswith(
         "From `git clone` to the first reconstruction: **10 minutes**, 5 of them for PyTorch and"
-        " the rest of `.venv`; to the trained and judged network: 30 (2 cores, X, 2026-01-02"
+        " the rest of `.venv`; to the trained and evaluated network: 30 minutes (2 cores, X, 2026-01-02"
     )
     play("make", "echo it broke; exit 3\n")
     (tmp_path / "b").mkdir()
