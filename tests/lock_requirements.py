@@ -1,6 +1,8 @@
-"""requirements.lock: the version of every package that `ct_nb[dev]` needs; `--write` makes it from the running environment.
+"""requirements.lock: the version of every package that `ct_nb[dev]` needs; `--write` makes it from
+the running environment.
 
-settings.ini gives ranges; the lock gives the versions that the tests ran with, those of indirect dependencies too. `make setup` installs them: `pip install -c requirements.lock -e '.[dev]'`.
+settings.ini gives ranges; the lock gives the versions that the tests ran with, those of indirect
+dependencies too. `make setup` installs them: `pip install -c requirements.lock -e '.[dev]'`.
 """
 
 import shlex
@@ -15,9 +17,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 EXTRAS = ("notebooks", "archives", "dev")
-HEAD = """# The versions that ct_nb was tested with (Linux, Python 3.11); settings.ini names the packages and their ranges.
-# Made by `python tests/lock_requirements.py --write`; used by `pip install -c requirements.lock -e '.[dev]'`.
-# torch is the same version for CPU and CUDA; the CUDA libraries that its GPU build brings along are its own pins.
+HEAD = """# The versions that ct_nb was tested with (Linux, Python 3.11); settings.ini has the ranges.
+# Made by `python tests/lock_requirements.py --write`.
+# Used by `pip install -c requirements.lock -e '.[dev]'`.
+# torch is the same version for CPU and CUDA; the CUDA libraries of its GPU build are its own pins.
 """
 
 
@@ -49,9 +52,9 @@ def dependencies(name: str, extras=frozenset()) -> list[Requirement]:
     return [r for r in lines if r.marker is None or any(map(r.marker.evaluate, environments))]
 
 
-def closure() -> dict[str, str]:
-    "Installed versions of everything that settings.ini leads to, directly or not."
-    queue = [r for r in requirements() if r.marker is None or r.marker.evaluate()]
+def closure(extras=EXTRAS) -> dict[str, str]:
+    "Installed versions of everything that the library and these extras need, directly or not."
+    queue = [r for r in requirements(extras) if r.marker is None or r.marker.evaluate()]
     versions = {}
     visited = set()
     while queue:
