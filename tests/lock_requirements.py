@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 EXTRAS = ("notebooks", "archives", "dev")
-HEAD = """# The versions that ct_nb was tested with (Linux, Python 3.11); settings.ini has the ranges.
+HEAD = """# The versions that ct_nb was tested with (Linux, Python 3.11); the ranges: settings.ini.
 # Made by `python tests/lock_requirements.py --write`.
 # Used by `pip install -c requirements.lock -e '.[dev]'`.
 # torch is the same version for CPU and CUDA; the CUDA libraries of its GPU build are its own pins.
