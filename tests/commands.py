@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 
 def ct_nb(*words, exit_code: int = 0):
-    "The result of `ct-nb WORDS`, which must end with this exit code: `.stdout`, `.stderr`, `.output`."
+    "The result of `ct-nb WORDS` (stdout, stderr, output); fails for another exit code."
     result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == exit_code, f"ct-nb {' '.join(map(str, words))}\n{result.output}"
     return result
