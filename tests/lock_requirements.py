@@ -1,6 +1,8 @@
-"""requirements.lock: every package that `ct_nb[dev]` needs, at the version it was tested with; `--write` makes it from the running environment.
+"""requirements.lock: the version of every package that `ct_nb[dev]` needs; `--write` makes it from
+the running environment.
 
-settings.ini pins what ct_nb asks for by name; the lock pins what those ask for in turn. `pip install -c requirements.lock -e '.[dev]'` installs exactly these.
+settings.ini gives ranges; the lock gives the versions that the tests ran with, those of indirect
+dependencies too. `make setup` installs them: `pip install -c requirements.lock -e '.[dev]'`.
 """
 
 import shlex
@@ -14,98 +16,84 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-HEAD = """# The versions that ct_nb was tested with (Linux, Python 3.11); settings.ini names the ones it asks for itself.
-# Made by `python tests/lock_requirements.py --write`; used by `pip install -c requirements.lock -e '.[dev]'`.
-# torch is the same version for CPU and CUDA; the CUDA libraries that its GPU build brings along are its own pins.
+EXTRAS = ("notebooks", "archives", "dev")
+HEAD = """# The versions that ct_nb was tested with (Linux, Python 3.11); the ranges: settings.ini.
+# Made by `python tests/lock_requirements.py --write`.
+# Used by `pip install -c requirements.lock -e '.[dev]'`.
+# torch is the same version for CPU and CUDA; the CUDA libraries of its GPU build are its own pins.
 """
 
 
-def asked(root: Path = ROOT) -> list[Requirement]:
-    "What settings.ini asks for, for use and for development."
+def requirements(extras=EXTRAS, root: Path = ROOT) -> list[Requirement]:
+    "What settings.ini lists for the library and for these extras."
     settings = ConfigParser(delimiters=["="])
     settings.read(root / "settings.ini", encoding="utf-8")
-    return [
-        Requirement(word)
-        for key in ("requirements", "dev_requirements")
-        for word in shlex.split(settings["DEFAULT"][key])
-    ]
+    keys = ["requirements", *(f"{extra}_requirements" for extra in extras)]
+    return [Requirement(line) for key in keys for line in shlex.split(settings["DEFAULT"][key])]
 
 
-def locked(text: str) -> dict[str, str]:
-    "Package → version."
+def lock_versions(text: str) -> dict[str, str]:
+    "Package → version of a lock file's text."
     return dict(line.split("==") for line in text.splitlines() if line and not line.startswith("#"))
 
 
-def version(name: str) -> str | None:
-    "Installed version without the mark of a build, as in 2.13.0+cpu; None where there is none."
+def installed_version(name: str) -> str | None:
+    "Version without a build tag such as +cpu; None where the package is not installed."
     try:
         return distribution(name).version.split("+")[0]
     except PackageNotFoundError:
         return None
 
 
-def needed(name: str, extras: frozenset = frozenset()) -> list[Requirement]:
-    "What an installed package asks for here."
-    found = [Requirement(line) for line in distribution(name).requires or []]
-    return [
-        r
-        for r in found
-        if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras or {""})
-    ]
+def dependencies(name: str, extras=frozenset()) -> list[Requirement]:
+    "What an installed package requires on this platform, with these of its extras."
+    lines = map(Requirement, distribution(name).requires or [])
+    environments = [{"extra": extra} for extra in ("", *extras)]
+    return [r for r in lines if r.marker is None or any(map(r.marker.evaluate, environments))]
 
 
-def closure() -> dict[str, str]:
-    "Everything that settings.ini's packages lead to in the running environment."
-    open_ = [r for r in asked() if r.marker is None or r.marker.evaluate()]
-    found = {}
-    seen = set()
-    while open_:
-        request = open_.pop()
-        name = canonicalize_name(request.name)
-        extras = frozenset(request.extras)
-        # optional on this platform
-        if (name, extras) in seen or (installed := version(name)) is None:
+def closure(extras=EXTRAS) -> dict[str, str]:
+    "Installed versions of everything that the library and these extras need, directly or not."
+    queue = [r for r in requirements(extras) if r.marker is None or r.marker.evaluate()]
+    versions = {}
+    visited = set()
+    while queue:
+        request = queue.pop()
+        key = (canonicalize_name(request.name), frozenset(request.extras))
+        version = installed_version(request.name)
+        if key in visited or version is None:  # None: optional on this platform
             continue
-        seen.add((name, extras))
-        found[name] = installed
-        open_ += needed(name, extras) + (needed(name) if extras else [])
-    return dict(sorted(found.items()))
+        visited.add(key)
+        versions[key[0]] = version
+        queue += dependencies(*key)
+    return dict(sorted(versions.items()))
 
 
-def faults(requests: list[Requirement], lock: dict[str, str]) -> list[str]:
-    """Where settings.ini and the lock disagree, and what installed packages of the lock's versions
-    ask for that it does not have or does not satisfy.
+def conflicts(requests: list[Requirement], lock: dict[str, str]) -> list[str]:
+    """Sentences on requests, of settings.ini or of installed packages at the lock's versions, that
+    the lock does not satisfy.
     """
-    found = []
-    for request in requests:
-        name = canonicalize_name(request.name)
-        if name not in lock:
-            found.append(f"requirements.lock has no {name}, which settings.ini asks for")
-        elif not request.specifier.contains(lock[name]):
-            found.append(
-                f"requirements.lock has {name}=={lock[name]}, settings.ini asks for"
-                f" {request.specifier}"
-            )
+    needs = [("settings.ini", request) for request in requests]
     for name in lock:
-        if version(name) != lock[name]:
-            continue  # another environment than the lock's
-        for request in needed(name):
-            other = canonicalize_name(request.name)
-            if other not in lock and version(other) is not None:
-                found.append(f"requirements.lock has no {other}, which {name} asks for")
-            elif other in lock and not request.specifier.contains(lock[other], prereleases=True):
-                found.append(
-                    f"requirements.lock has {other}=={lock[other]}, {name} asks for"
-                    f" {request.specifier}"
-                )
-    return found
+        if installed_version(name) == lock[name]:  # else another environment than the lock's
+            needs += [(name, request) for request in dependencies(name)]
+    sentences = []
+    for source, request in needs:
+        name = canonicalize_name(request.name)
+        optional = source != "settings.ini" and installed_version(name) is None
+        if name not in lock:
+            if not optional:
+                sentences.append(f"requirements.lock has no {name}, which {source} asks for")
+        elif not request.specifier.contains(lock[name], prereleases=True):
+            sentences.append(
+                f"requirements.lock has {name}=={lock[name]}, {source} asks for {request.specifier}"
+            )
+    return sentences
 
 
 if __name__ == "__main__":
     if "--write" in sys.argv[1:]:
-        LOCK.write_text(
-            HEAD + "".join(f"{name}=={number}\n" for name, number in closure().items()),
-            encoding="utf-8",
-        )
-    wrong = faults(asked(), locked(LOCK.read_text(encoding="utf-8")))
-    sys.exit("\n".join(wrong) or None)
+        lines = [f"{name}=={version}\n" for name, version in closure().items()]
+        LOCK.write_text(HEAD + "".join(lines), encoding="utf-8")
+    lock = lock_versions(LOCK.read_text(encoding="utf-8"))
+    sys.exit("\n".join(conflicts(requirements(), lock)) or None)

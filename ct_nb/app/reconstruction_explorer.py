@@ -9,7 +9,7 @@ __all__ = ['TRUTH', 'MEAN', 'SAMPLE', 'SPREAD', 'XrayComparison', 'Reconstructio
 import numpy as np
 import torch
 from ..core.errors import InputError
-from ipywidgets import HTML, Dropdown, HBox, Layout, ToggleButtons, VBox
+from ..viewer.widgets import HTML, Dropdown, HBox, Layout, ToggleButtons, VBox
 
 from ..core.plot_style import plot_style
 from ..evaluation.inference import view_residuals

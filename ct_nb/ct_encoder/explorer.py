@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ..core.errors import InputError
-from ipywidgets import HTML, Button, Dropdown, FloatSlider, HBox, Layout, Text, VBox
+from ..viewer.widgets import HTML, Button, Dropdown, FloatSlider, HBox, Layout, Text, VBox
 
 from ..core.regions import REGIONS
 from .contrastive import inside_regions

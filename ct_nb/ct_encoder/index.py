@@ -86,11 +86,11 @@ class EmbeddingIndex:
         import pyarrow.parquet as pq
 
         if not Path(path).is_file():
-            raise FileError(path, "there is no such file; make it with ct_nb_embed")
+            raise FileError(path, "there is no such file; make it with ct-nb embed")
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
-            raise FileError(path, "is not a Parquet file; give what ct_nb_embed wrote") from error
+            raise FileError(path, "is not a Parquet file; give what ct-nb embed wrote") from error
         kept = {
             key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
         }
@@ -98,7 +98,7 @@ class EmbeddingIndex:
             name for name in ("scan", "file", "about", "vector") if name not in table.column_names
         ] + [name for name in ("ct_nb_weights", "ct_nb_digest") if name not in kept]
         if missing:
-            raise FileError(path, f"has no {missing[0]!r}; give what ct_nb_embed wrote")
+            raise FileError(path, f"has no {missing[0]!r}; give what ct-nb embed wrote")
         vectors = table.column("vector").combine_chunks()
         return cls(
             *(table.column(name).to_pylist() for name in ("scan", "file", "about")),

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..core.errors import InputError
-from ipywidgets import HTML, Dropdown, FloatSlider, HBox, Layout, VBox
+from ..viewer.widgets import HTML, Dropdown, FloatSlider, HBox, Layout, VBox
 
 from ..core.plot_style import MODEL, MUTED, TRUTH, plot_style
 from ..phantom.chest import phantom

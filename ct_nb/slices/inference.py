@@ -421,7 +421,7 @@ def check_training_range(
         if not anyway:
             raise InputError(
                 name,
-                f"{sentence}; train on thicker ones, or set anyway (--anyway) for an answer"
+                f"{sentence}; train on thicker ones, or set anyway (--force) for an answer"
                 " that nobody tested",
             )
         notes.append(f"{sentence}: nobody tested this")

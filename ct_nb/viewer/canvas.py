@@ -13,13 +13,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
-import anywidget
 import numpy as np
-import traitlets
 from ..core.errors import InputError
 
 from ..physics.volume import get_window
 from .figures import BRIGHT, orientation_marks, scale_bar
+from .widgets import anywidget, traitlets
 
 # %% ../../nbs/viewer/02_canvas.ipynb #cell-005
 CANVAS_JS = """

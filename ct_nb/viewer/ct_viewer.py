@@ -7,7 +7,7 @@ __all__ = ['window_menu', 'slice_slider', 'follow_wheel', 'VolumeViewer']
 
 # %% ../../nbs/viewer/04_ct_viewer.ipynb #cell-002
 import numpy as np
-from ipywidgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, Layout, VBox
+from .widgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, Layout, VBox
 
 from ..physics.volume import WINDOWS, Volume, get_window
 from .canvas import label_colors, overlay, to_uint8

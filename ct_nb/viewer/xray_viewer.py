@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from ipywidgets import HTML, FloatSlider, HBox, Layout, VBox
+from .widgets import HTML, FloatSlider, HBox, Layout, VBox
 
 from ..core.plot_style import plot_style
 from ..physics.epipolar import epipolar_lines

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import ct_nb, refusal
 
 from ct_nb.core.regions import REGIONS
 from ct_nb.ct_encoder.index import (
@@ -144,7 +145,7 @@ def test_bad_input_gets_a_sentence(index, run, tmp_path):
             search(text, found, model, **options)
     with pytest.raises(ValueError, match="written as .parquet"):
         found.save(tmp_path / "e.csv")
-    with pytest.raises(ValueError, match="there is no such file; make it with ct_nb_embed"):
+    with pytest.raises(ValueError, match="there is no such file; make it with ct-nb embed"):
         EmbeddingIndex.load(tmp_path / "none.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"bad")
     with pytest.raises(ValueError, match="bad.parquet: is not a Parquet file"):
@@ -183,37 +184,22 @@ def test_real_scans_pass_through_and_labels_become_rows(run, real_ct):
     )
 
 
-def test_the_commands_from_scans_to_hits(index, run, tmp_path, monkeypatch, capsys):
-    from ct_nb.app.cli import embed, retrieve
-
+def test_the_commands_from_scans_to_hits(index, run, tmp_path, monkeypatch):
     monkeypatch.chdir(run.out.parent)
     folder = str(next(iter(index[0].files)).rsplit("/", 1)[0])
     # by a path that holds here alone
-    embed([folder], weights=run.out.name, out=str(tmp_path / "e.parquet"))
+    text = ct_nb("embed", folder, "--weights", run.out.name, "--out", tmp_path / "e.parquet").stdout
     monkeypatch.chdir(tmp_path)
-    assert (
-        "3 scans, 5 vectors" in (text := capsys.readouterr().out)
-        and "left out:" in text
-        and "empty.nii.gz" in text
-    )
-    retrieve("Consolidation in the left upper lobe.", index="e.parquet", top=2)
-    lines = capsys.readouterr().out.splitlines()
+    assert "3 scans, 5 vectors" in text and "skipped:" in text and "empty.nii.gz" in text
+    words = ("search", "Consolidation in the left upper lobe.", "--index", "e.parquet")
+    lines = ct_nb(*words, "--top-k", 2).stdout.splitlines()
     assert len(lines) == 2 and "(left upper lobe)" in lines[0] and "scan-900" in lines[0]
-    assert (
-        lines[1]
-        == "note: 2 of 3 scans have no row about left upper lobe and were not asked; --about scan"
-        " asks all"
+    assert lines[1].startswith("note: 2 of 3 scans have no vector of left upper lobe")
+    assert len(ct_nb(*words, "--region", WHOLE).stdout.splitlines()) == 3
+    refusals = (
+        (("embed", folder, "--weights", run.out, "--out", "e.csv"), "e.csv: "),
+        (("search", " ", "--index", "e.parquet"), "text: "),
+        (("search", "x", "--index", "none.parquet"), "none.parquet: "),
     )
-    retrieve("Consolidation in the left upper lobe.", index="e.parquet", about=WHOLE)
-    assert len(capsys.readouterr().out.splitlines()) == 3
-    for call, said in (
-        (
-            lambda: embed([folder], weights=str(run.out), out="e.csv"),
-            "ct_nb_embed: e.csv: embeddings are written as .parquet",
-        ),
-        (lambda: retrieve(" ", index="e.parquet"), "ct_nb_retrieve: text: is empty"),
-        (lambda: retrieve("x", index="none.parquet"), "no such file"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            call()
-        assert said in ended.value.code and "\n" not in ended.value.code
+    for command, beginning in refusals:
+        assert refusal(*command).startswith(beginning)

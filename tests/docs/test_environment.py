@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lock_requirements import LOCK, ROOT, asked, faults, locked
+from lock_requirements import EXTRAS, LOCK, ROOT, conflicts, lock_versions, requirements
 from packaging.requirements import Requirement
 
 
@@ -35,7 +35,7 @@ def environment_faults(text: str) -> list[str]:
             " nothing else"
         )
     names = {re.split("[<>=]", package)[0] for package in packages}
-    if twice := names & {request.name.lower() for request in asked()}:
+    if twice := names & {request.name.lower() for request in requirements()}:
         found.append(f"environment.yml: {sorted(twice)} stand in settings.ini already")
     return found
 
@@ -64,7 +64,7 @@ def makefile_faults(text: str) -> list[str]:
 
 def test_the_lists_agree():
     assert (
-        faults(asked(), locked(LOCK.read_text(encoding="utf-8"))) == []
+        conflicts(requirements(), lock_versions(LOCK.read_text(encoding="utf-8"))) == []
     ), "run `python tests/lock_requirements.py --write`"
     assert environment_faults((ROOT / "environment.yml").read_text(encoding="utf-8")) == []
     assert makefile_faults((ROOT / "Makefile").read_text(encoding="utf-8")) == []
@@ -79,26 +79,29 @@ def test_the_lock_holds_plain_versions_in_order():
     assert all(
         re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9A-Za-z.]*", line) for line in lines
     ), "no build marks such as +cpu, no paths"
-    loose = {r.name.lower() for r in asked() if not str(r.specifier).startswith("==")}
-    assert loose == {"setuptools", "wheel"}  # what builds the package is pinned by the lock alone
+    for request in requirements(extras=()):
+        operators = sorted(specifier.operator for specifier in request.specifier)
+        assert operators == ["<", ">="], f"{request}: a library asks for ranges"
+    exact = {r.name for r in requirements(EXTRAS) if str(r.specifier).startswith("==")}
+    assert {"nbdev", "ruff", "import-linter"} <= exact, "tools whose every version writes otherwise"
 
 
 def test_lists_that_disagree_are_found():
-    lock = locked(LOCK.read_text(encoding="utf-8"))
-    assert faults([Requirement("numpy==1.0")], lock) == [
+    lock = lock_versions(LOCK.read_text(encoding="utf-8"))
+    assert conflicts([Requirement("numpy==1.0")], lock) == [
         f"requirements.lock has numpy=={lock['numpy']}, settings.ini asks for ==1.0"
     ]
-    assert faults([Requirement("nothing-like-this==1")], lock) == [
+    assert conflicts([Requirement("nothing-like-this==1")], lock) == [
         "requirements.lock has no nothing-like-this, which settings.ini asks for"
     ]
     import importlib.metadata as metadata
 
     if metadata.version("nbformat") == lock["nbformat"]:
-        assert "requirements.lock has no traitlets, which nbformat asks for" in faults(
+        assert "requirements.lock has no traitlets, which nbformat asks for" in conflicts(
             [], {k: v for k, v in lock.items() if k != "traitlets"}
         )
         assert any(
-            "nbformat asks for" in fault for fault in faults([], {**lock, "traitlets": "1.0"})
+            "nbformat asks for" in fault for fault in conflicts([], {**lock, "traitlets": "1.0"})
         )
     text = (ROOT / "environment.yml").read_text(encoding="utf-8")
     assert environment_faults(text.replace("python=3.11", "python=3.9"))[0].startswith(

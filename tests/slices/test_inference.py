@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from commands import ct_nb, refusal
 from ct_files import body, pair_members, write_series, zipped
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -635,62 +636,36 @@ def test_the_file_is_named_where_a_model_has_not_seen_such_slices(run, tmp_path)
 
 
 def test_the_command_thins_a_named_series_and_shows_progress(
-    two_series, run, tmp_path, monkeypatch, capsys
+    two_series, run, tmp_path, monkeypatch
 ):
-    from ct_nb.app.cli import thin
-
     monkeypatch.chdir(tmp_path)
-    thin(
-        str(two_series),
-        weights=str(run),
-        spacing=1.25,
-        series="1.2.1",
-        convention="centres",
-        out="thin.nii",
-    )
-    said = capsys.readouterr()
+    words = ("interpolate-slices", two_series, "--weights", run)
+    chosen = ("--spacing-mm", 1.25, "--series", "1.2.1", "--cover", "centers", "--out", "thin.nii")
+    result = ct_nb(*words, *chosen)
     assert (
-        "12 slices 5 mm apart → 45 1.25 mm apart" in said.out
-        and said.out.splitlines()[-1] == "thin.nii"
-        and "12/12" in said.err
-        and "thinning" in said.err
-        and "thick slice" in said.err
+        "12 slices 5 mm apart → 45 slices 1.25 mm apart" in result.stdout
+        and result.stdout.splitlines()[-1] == "thin.nii"
+        and "12/12" in result.stderr
+        and "thinning" in result.stderr
+        and "thick slice" in result.stderr
     )
     assert read_volume(tmp_path / "thin.nii").hu.shape == (45, 32, 40)
-    with pytest.raises(
-        SystemExit,
-        match=(
-            r"ct_nb_thin: .*0001.zip: holds 2 CT series; choose one with series=UID \(--series"
-            r" UID\)"
-        ),
-    ):
-        thin(str(two_series), weights=str(run))
+    assert "--series UID" in refusal(*words)
 
 
 @pytest.mark.parametrize(
-    "given, words",
+    "options, words",
     [
-        ({"memory": float("inf")}, "memory_gib: must be"),
-        ({"width": 0.0}, "width_mm must be above 0"),
-        ({"out": "x.jpg"}, "out: unknown kind of file 'x.jpg'"),
-        ({"spacing": 5.0}, "mm apart already"),
+        (("--memory-gib", "inf"), "memory_gib: must be"),
+        (("--fwhm-mm", 0), "width_mm must be above 0"),
+        (("--out", "x.jpg"), "out: unknown kind of file 'x.jpg'"),
+        (("--spacing-mm", 5), "mm apart already"),
     ],
 )
-def test_the_command_ends_with_one_sentence(scan, run, tmp_path, monkeypatch, given, words):
-    from ct_nb.app.cli import thin
-
+def test_the_command_ends_with_one_sentence(scan, run, tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
-    with pytest.raises(SystemExit) as ended:
-        thin(str(scan[1]), **{"weights": str(run), "out": "x.nii.gz"} | given)
-    text = ended.value.code
-    # a string is printed on stderr, and the exit code is 1
-    assert (
-        isinstance(text, str)
-        and text.startswith("ct_nb_thin: ")
-        and words in text
-        and "\n" not in text
-    )
+    assert words in refusal("interpolate-slices", scan[1], "--weights", run, *options)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 

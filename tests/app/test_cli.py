@@ -1,0 +1,222 @@
+"""`ct-nb`: its help, its options, and what it says of input that cannot be used."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from commands import ct_nb, refusal
+from ct_files import affine_of, body, write_series
+from refusals import refused
+
+from ct_nb.app import cli
+from ct_nb.phantom.chest import phantom
+from ct_nb.physics.geometry_io import load_geometry
+from ct_nb.physics.volume import Volume
+
+# command → options that its help must explain, and words that must stand there
+HELP = {
+    "drr": (
+        (
+            "--out --azimuth --elevation --sod-mm --source-to-isocenter-mm --sdd-mm"
+            " --source-to-detector-mm --detector-size --pixel-mm --kev --cube-mm --series"
+        ),
+        ["DICOM folder", "in degrees", "in keV", "in mm", "[default: 0,90]", "10<=x<=500"],
+    ),
+    "reconstruct": (
+        (
+            "--geometry --weights --out --num-samples --data-consistency --no-data-consistency"
+            " --seed --guidance --refine --input-kind --i0 --invert --no-invert --max-value"
+            " --log-step"
+        ),
+        ["PNG", "Hounsfield units", "standard deviation", "[required]", "<soft|exact>", "x>=0"],
+    ),
+    "evaluate": (
+        "--labels --prediction-labels --out --series --prediction-series",
+        ["The true CT", "Dice and HD95 (mm)", "JSON", "SeriesInstanceUID"],
+    ),
+    "interpolate-slices": (
+        (
+            "--weights --spacing-mm --out --series --fwhm-mm --profile --method --num-samples"
+            " --steps --seed --noise-hu --memory-gib --cover --force"
+        ),
+        ["thick slices", "in mm", "in HU", "in GiB", "<rectangular|gaussian>", "<extent|centers>"],
+    ),
+    "embed": ("--weights --out", ["DICOM folders", "label map", ".parquet"]),
+    "search": (
+        "--index --weights --region --top-k",
+        ["cosine similarity (-1 to 1)", "[default: 10; x>=1]", "nodule"],
+    ),
+}
+
+
+def options_of(text: str) -> dict[str, str]:
+    "Option → its whole entry in a help text, in one line."
+    entries = text.split("\nOptions:\n")[1].split("\n  -")
+    joined = [" ".join(f"-{entry}".split()) for entry in entries]
+    return {
+        word.rstrip(","): entry
+        for entry in joined
+        for word in entry.replace("---", "--").split()
+        if word.startswith("--")
+    }
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_reads_alone(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    names, words = HELP[command]
+    text = ct_nb(command, "--help").stdout
+    options = options_of(text)
+    assert set(names.split()) <= set(options)
+    for name in names.split():
+        assert len(options[name].split()) >= 5, f"{command} {name} is not explained"
+    joined = " ".join(text.split())
+    assert [word for word in words if word not in joined] == []
+
+
+def test_every_command_is_in_the_table():
+    lines = ct_nb("--help").stdout.split("Commands:\n")[1].strip().splitlines()
+    assert {line.split()[0] for line in lines} == set(HELP)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines), "cut short"
+
+
+def test_version_and_unknown_options():
+    from ct_nb import __version__
+
+    assert ct_nb("--version").stdout == f"ct-nb {__version__}\n"
+    assert "--azimut" in ct_nb("drr", "ct.nii.gz", "--azimut", "0", exit_code=2).stderr
+    assert "--kev" in ct_nb("drr", "ct.nii.gz", "--kev", "5", exit_code=2).stderr
+
+
+def test_importing_the_program_leaves_torch_alone():
+    script = (
+        "import sys, ct_nb.app.cli; print(sorted({'torch', 'numpy', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_completion_scripts_are_offered():
+    variables = {**os.environ, "_CT_NB_COMPLETE": "complete_bash", "COMP_WORDS": "ct-nb ev"}
+    script = (
+        "import sys; sys.argv = ['ct-nb']; from ct_nb.app.cli import app; app(prog_name='ct-nb')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**variables, "COMP_CWORD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["evaluate"], done.stderr
+
+
+# ---------------------------------------------------------------- values
+def test_numbers_in_text():
+    assert cli.parse_numbers(["-30,30", "60 90"], "azimuth") == [-30, 30, 60, 90]
+    for words in (["front"], [""], ["1,nan"], ["inf"]):
+        with refused("azimuth"):
+            cli.parse_numbers(words, "azimuth")
+    assert cli.parse_direct_beam(None) is None and cli.parse_direct_beam("4095") == 4095
+    for text in ("1,2", "white"):
+        with refused("i0"):
+            cli.parse_direct_beam(text)
+
+
+@pytest.fixture(scope="module")
+def ct(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ct") / "ct.nii.gz"
+    phantom(3, 32).volume.save(path)
+    return path
+
+
+SMALL = ("--detector-size", 16, "--pixel-mm", 32, "--cube-mm", 320)
+
+
+@pytest.mark.parametrize(
+    "words, azimuth_deg",
+    [
+        (("--azimuth", "-30,30"), [-30, 30]),
+        (("--azimuth=-30,30",), [-30, 30]),
+        (("--azimuth", "-30", "--azimuth", "30", "--elevation", "-10"), [-30, 30]),
+        ((), [0, 90]),
+    ],
+)
+def test_angles_may_be_negative_and_repeated(ct, words, azimuth_deg, tmp_path):
+    ct_nb("drr", ct, "--out", tmp_path, *SMALL, *words)
+    geometry = load_geometry(tmp_path / "geometry.json")
+    rays = (geometry.detector_center_mm - geometry.source_mm).numpy()
+    # azimuth 0 runs to the back (+y), 90 to the patient's left (+x)
+    assert np.allclose(np.rad2deg(np.arctan2(rays[:, 0], rays[:, 1])), azimuth_deg)
+    assert (rays[:, 2] < -100).all() == ("-10" in words)
+
+
+def test_standard_and_long_names_of_distances_agree(ct, tmp_path):
+    for folder, names in (
+        ("short", ("--sod-mm", "--sdd-mm")),
+        ("long", ("--source-to-isocenter-mm", "--source-to-detector-mm")),
+    ):
+        words = (names[0], 900, names[1], 1200)
+        ct_nb("drr", ct, "--out", tmp_path / folder, *SMALL, *words)
+    one, other = (load_geometry(tmp_path / name / "geometry.json") for name in ("short", "long"))
+    assert np.array_equal(one.source_mm, other.source_mm)
+    assert np.allclose((one.source_mm - one.detector_center_mm).norm(dim=-1), 1200)
+
+
+def test_a_series_is_chosen_wherever_a_dicom_folder_comes_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hu = body((24, 64, 80))
+    write_series(tmp_path / "scans", hu, series="1.2.3")
+    names = [f"b{k:03d}.dcm" for k in range(len(hu))]
+    write_series(tmp_path / "scans", hu + 50, names=names, series="1.2.4")
+    Volume(hu, affine_of()).save(tmp_path / "ct.nii.gz")
+    assert "series" in refusal("drr", "scans", *SMALL)
+    ct_nb("drr", "scans", "--series", "1.2.4", *SMALL)
+    assert "series" in refusal("evaluate", "ct.nii.gz", "scans")
+    assert "series" in refusal("evaluate", "scans", "ct.nii.gz")
+    for series, expected in (("1.2.3", 0), ("1.2.4", 50)):
+        words = ("--out", "score.json")
+        ct_nb("evaluate", "ct.nii.gz", "scans", "--series", series, *words)
+        first = json.loads((tmp_path / "score.json").read_text())["metrics"]["mae_hu"]
+        ct_nb("evaluate", "scans", "ct.nii.gz", "--prediction-series", series, *words)
+        second = json.loads((tmp_path / "score.json").read_text())["metrics"]["mae_hu"]
+        assert abs(first - expected) < 1 and abs(second - expected) < 1
+
+
+# ---------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    "words, beginning",
+    [
+        (("drr", "nothing.nii.gz"), "nothing.nii.gz: "),
+        (("drr", "CT", "--azimuth", "front"), "azimuth: "),
+        (("drr", "CT", "--elevation", "1,2,3"), "elevation: "),
+        (("drr", "CT", "--cube-mm", "-1"), "cube_mm: "),
+        (("evaluate", "a.nii.gz", "CT"), "a.nii.gz: "),
+        (("reconstruct", "a.png", "--geometry", "no.json", "--weights", "no_run"), "no_run"),
+        (("interpolate-slices", "CT", "--weights", "no_run"), "no_run"),
+        (("embed", "CT", "--weights", "no_run"), "no_run"),
+        (("search", "nodule", "--index", "no.parquet"), "no.parquet: "),
+    ],
+)
+def test_a_refusal_is_one_sentence_and_writes_nothing(words, beginning, ct, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(*(str(ct) if word == "CT" else word for word in words)).startswith(beginning)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(ct, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in refusal("drr", ct, "--out", tmp_path / "file", *SMALL)
+
+
+def test_a_defect_keeps_its_traceback(ct, monkeypatch):
+    import ct_nb.app.commands as commands
+
+    def broken(*args, **settings):
+        raise ValueError("a shape")
+
+    monkeypatch.setattr(commands, "simulate_drrs", broken)
+    with pytest.raises(ValueError, match="a shape"):
+        ct_nb("drr", ct)
