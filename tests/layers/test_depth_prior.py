@@ -1,4 +1,4 @@
-"""The depth prior reads the true rays, knows the depth, and treats patches as parts of the volume."""
+"""The depth prior: rays, depth, number of views, and patches as parts of the volume."""
 
 from dataclasses import replace
 
