@@ -1728,6 +1728,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'ct_nb/layers/denoiser.py'),
                                        'ct_nb.layers.denoiser.Denoiser._coordinates': ( 'layers/denoiser.html#denoiser._coordinates',
                                                                                         'ct_nb/layers/denoiser.py'),
+                                       'ct_nb.layers.denoiser.Denoiser._empty_condition': ( 'layers/denoiser.html#denoiser._empty_condition',
+                                                                                            'ct_nb/layers/denoiser.py'),
                                        'ct_nb.layers.denoiser.Denoiser._require_extra': ( 'layers/denoiser.html#denoiser._require_extra',
                                                                                           'ct_nb/layers/denoiser.py'),
                                        'ct_nb.layers.denoiser.Denoiser.condition': ( 'layers/denoiser.html#denoiser.condition',
