@@ -65,14 +65,14 @@ FLOORS = {
 
 def drr2ct(run: Path) -> dict:
     m = _json(run / "metrics.json")
-    floor = m["gain_over_best_floor"]["psnr"]
+    gain = m["gain_over_best_baseline"]["psnr"]
     return {
         "psnr": m["predictors"]["model"]["psnr"],
         "ssim": m["predictors"]["model"]["ssim"],
-        "floor": floor["floor"],
-        "floor_psnr": m["predictors"][floor["floor"]]["psnr"],
-        "gain": floor["mean"],
-        "interval": floor["interval_95"],
+        "baseline": gain["baseline"],
+        "baseline_psnr": m["predictors"][gain["baseline"]]["psnr"],
+        "gain": gain["mean"],
+        "interval": gain["interval_95"],
         "cases": m["cases"],
         "training_cases": len(_json(run / "config.json")["training"]["cases"]),
         "scores": {
@@ -165,7 +165,7 @@ RUNS = {
 def _case(run: Path) -> tuple:
     "X-rays, their geometry, the CT, and its folder, of the first case that a run was judged on."
     import numpy as np
-    from ct_nb.physics.geometry import ConeBeam
+    from ct_nb.physics.geometry_io import load_geometry
     from ct_nb.data.read import read_volume
 
     name = re.sub(r"[^\w.-]+", "_", _json(run / "config.json")["validation"]["cases"][0])
@@ -186,7 +186,7 @@ def comparison(run: Path):
     from ct_nb.viewer.figures import comparison_figure
 
     xrays, geometry, truth, folder = _case(run)
-    floor = _json(run / "metrics.json")["gain_over_best_floor"]["psnr"]["floor"]
+    floor = _json(run / "metrics.json")["gain_over_best_baseline"]["psnr"]["baseline"]
     return comparison_figure(
         xrays,
         geometry,
@@ -318,7 +318,7 @@ def systems(m: dict) -> str:
     )
     said = [
         a
-        and f"{a['psnr']:.2f} dB, SSIM {a['ssim']:.3f}, on {a['cases']} phantoms; best floor {a['floor_psnr']:.2f} dB; better by {a['gain']:.2f} [{a['interval'][0]:.2f}, {a['interval'][1]:.2f}]",
+        and f"{a['psnr']:.2f} dB, SSIM {a['ssim']:.3f}, on {a['cases']} phantoms; best floor {a['baseline_psnr']:.2f} dB; better by {a['gain']:.2f} [{a['interval'][0]:.2f}, {a['interval'][1]:.2f}]",
         b
         and f"report → scan, recall at 1 {100 * b['recall_at_1']:.1f} % among {b['candidates']} phantoms with findings (chance {100 * b['chance']:.1f} %); given the map of regions, {share(b['sentence_place'])} of sentences look into theirs; present and absent told apart in {share(b['polarity'])}",
         "; ".join(
