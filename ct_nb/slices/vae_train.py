@@ -280,13 +280,13 @@ class VAELearner(nn.Module):
             loss = loss + PERCEPTUAL_WEIGHT * distance
             figures = figures | {"perceptual": distance.item()}
         if self.adversary is not None:
-            critic = self.adversary(found, truth, window, step, loss)
+            adversarial = self.adversary(found, truth, window, step, loss)
             loss = (
                 loss
-                + self.preset.loss.adversary * critic.network
-                + DISCRIMINATOR_WEIGHT * critic.critic
+                + self.preset.loss.adversary * adversarial.generator
+                + DISCRIMINATOR_WEIGHT * adversarial.discriminator
             )
-            figures = figures | critic.figures
+            figures = figures | adversarial.figures
         return loss, figures
 
 # %% ../../nbs/slices/03c_vae_train.ipynb #cell-013

@@ -508,11 +508,11 @@ def test_mixup_refuses_different_poses_and_wrong_settings():
         mixup(hu, xrays, geometry=geometry, alpha=0)
 
 
-# the adversary
+# the adversarial loss
 
 
 def test_hinge_agrees_with_monai_on_bounded_scores():
-    "MONAI sends scores through tanh first; on what comes out, its hinge and ours are one."
+    "MONAI sends scores through tanh first; on these its hinge is ours."
     from monai.losses import PatchAdversarialLoss
 
     peer = PatchAdversarialLoss(criterion="hinge")
@@ -538,58 +538,61 @@ def test_hinge_stops_at_the_margin_and_the_generator_does_not():
 
 
 @pytest.mark.parametrize("layers, patch", [(1, 4), (2, 10), (3, 22)])
-def test_a_score_sees_its_patch_and_nothing_else(layers, patch):
+def test_a_score_depends_on_its_patch_alone(layers, patch):
     torch.manual_seed(0)
-    critic = PatchDiscriminator3d(4, layers).eval()
+    discriminator = PatchDiscriminator3d(4, layers).eval()
     x = torch.rand(1, 1, 32, 32, 32, requires_grad=True)
     middle = 16 // 2**layers
-    critic(x)[0, 0, middle, middle, middle].backward()
+    discriminator(x)[0, 0, middle, middle, middle].backward()
     for axis in range(3):
         assert (
             (x.grad[0, 0].abs().amax([a for a in range(3) if a != axis]) > 0).sum()
             == patch
-            == critic.patch
+            == discriminator.patch
         )
 
 
 def test_weights_have_unit_spectral_norm():
     torch.manual_seed(0)
-    critic = PatchDiscriminator3d(4, 2)
+    discriminator = PatchDiscriminator3d(4, 2)
     x = torch.rand(1, 1, 16, 16, 16)
     with torch.no_grad():
         for _ in range(60):
-            critic(x)
-    for layer in (*critic.layers, critic.score):
+            discriminator(x)
+    for layer in (*discriminator.layers, discriminator.score):
         assert torch.linalg.matrix_norm(
             layer.weight.detach().flatten(1), 2
         ).item() == pytest.approx(1, abs=0.01)
 
 
-def test_the_critic_refuses_what_is_too_small():
+def test_the_discriminator_refuses_what_is_too_small():
     with pytest.raises(ValueError, match="at least 8 voxels"):
         PatchDiscriminator3d(4, 3)(torch.zeros(1, 1, 4, 16, 16))
     with pytest.raises(ValueError, match="at least one layer"):
         PatchDiscriminator3d(4, 0)
 
 
-def heard_by(adversary, guess, step=0, **changes):
-    truth = torch.rand(guess.shape, generator=seeded(9)) * 500 - 500
-    return adversary(guess, truth, CHEST, step, **changes)
+def losses_of(adversary, prediction, step=0, **changes):
+    truth = torch.rand(prediction.shape, generator=seeded(9)) * 500 - 500
+    return adversary(prediction, truth, CHEST, step, **changes)
 
 
 def test_one_backward_pass_is_two_separate_ones():
     "The sum of both losses has, on each side, the gradient that alternating training would take."
     torch.manual_seed(0)
     adversary = Adversary(4, 2).eval()
-    guess = (torch.randn(2, 16, 16, 16) * 300).requires_grad_()
-    heard = heard_by(adversary, guess)
-    (heard.network + heard.critic).backward()
-    apart = guess.detach().clone().requires_grad_()
-    network = -adversary.discriminator(to_window(apart, CHEST)[:, None]).mean()
-    assert torch.allclose(guess.grad, torch.autograd.grad(network, apart)[0], rtol=1e-4, atol=1e-12)
-    heard = heard_by(adversary, guess.detach())
+    prediction = (torch.randn(2, 16, 16, 16) * 300).requires_grad_()
+    losses = losses_of(adversary, prediction)
+    (losses.generator + losses.discriminator).backward()
+    separate = prediction.detach().clone().requires_grad_()
+    network = -adversary.discriminator(to_window(separate, CHEST)[:, None]).mean()
+    assert torch.allclose(
+        prediction.grad, torch.autograd.grad(network, separate)[0], rtol=1e-4, atol=1e-12
+    )
+    losses = losses_of(adversary, prediction.detach())
     for parameter, gradient in zip(
-        adversary.parameters(), torch.autograd.grad(heard.critic, list(adversary.parameters()))
+        adversary.parameters(),
+        torch.autograd.grad(losses.discriminator, list(adversary.parameters())),
     ):
         assert torch.allclose(parameter.grad, gradient, atol=1e-6)
 
@@ -597,40 +600,41 @@ def test_one_backward_pass_is_two_separate_ones():
 def test_late_start_and_ramp():
     torch.manual_seed(0)
     adversary = Adversary(4, 2, start_step=5, ramp_steps=4).eval()
-    guess = torch.randn(1, 16, 16, 16, requires_grad=True)
-    before = heard_by(adversary, guess, 4)
+    prediction = torch.randn(1, 16, 16, 16, requires_grad=True)
+    before = losses_of(adversary, prediction, 4)
     assert (
-        before.network == 0
-        and before.critic == 0
-        and not before.network.requires_grad
+        before.generator == 0
+        and before.discriminator == 0
+        and not before.generator.requires_grad
         and before.figures == {}
     )
-    full = heard_by(adversary, guess, 100).network
+    full = losses_of(adversary, prediction, 100).generator
     assert [
-        round((heard_by(adversary, guess, s).network / full).item(), 5) for s in (5, 6, 7, 9)
+        round((losses_of(adversary, prediction, s).generator / full).item(), 5)
+        for s in (5, 6, 7, 9)
     ] == [0, 0.25, 0.5, 1]
-    assert heard_by(
-        adversary, guess, 5
-    ).critic.requires_grad, "the critic learns from the first step on"
+    assert losses_of(
+        adversary, prediction, 5
+    ).discriminator.requires_grad, "the discriminator learns from the first step on"
     assert Adversary(4, 2, start_step=5).share(5) == 1
 
 
 def test_adaptive_weight_balances_and_is_bounded():
     torch.manual_seed(0)
     adversary = Adversary(4, 2).eval()
-    guess = (torch.randn(1, 16, 16, 16) * 300).requires_grad_()
-    reconstruction = (to_window(guess, CHEST) - 0.4).abs().mean()
-    heard = heard_by(adversary, guess, reconstruction=reconstruction)
+    prediction = (torch.randn(1, 16, 16, 16) * 300).requires_grad_()
+    reconstruction = (to_window(prediction, CHEST) - 0.4).abs().mean()
+    losses = losses_of(adversary, prediction, reconstruction=reconstruction)
     norms = [
-        torch.autograd.grad(loss, guess, retain_graph=True)[0].norm().item()
-        for loss in (heard.network, reconstruction)
+        torch.autograd.grad(loss, prediction, retain_graph=True)[0].norm().item()
+        for loss in (losses.generator, reconstruction)
     ]
     assert (
         norms[0] == pytest.approx(norms[1], rel=1e-4)
-        and not torch.tensor(heard.figures["adversary_ratio"]).isnan()
+        and not torch.tensor(losses.figures["adversary_ratio"]).isnan()
     )
-    quiet = Adversary(4, 2, largest=1e-3)
-    assert heard_by(quiet, guess, reconstruction=reconstruction).figures[
+    bounded = Adversary(4, 2, largest=1e-3)
+    assert losses_of(bounded, prediction, reconstruction=reconstruction).figures[
         "adversary_ratio"
     ] == pytest.approx(1e-3)
     x = torch.ones(3, requires_grad=True)
@@ -640,25 +644,25 @@ def test_adaptive_weight_balances_and_is_bounded():
     )
     assert adaptive_weight(1e-12 * x.sum(), 2e-12 * x.sum(), x).item() == pytest.approx(
         0.5
-    ), "small gradients are not drowned by a constant"
+    ), "no constant in the denominator"
 
 
-def test_a_critic_learns_and_can_be_saved(tmp_path):
+def test_a_discriminator_learns_and_can_be_saved(tmp_path):
     from safetensors.torch import load_file, save_file
 
     torch.manual_seed(0)
     adversary = Adversary(4, 2)
     optimizer = torch.optim.Adam(adversary.parameters(), lr=1e-2)
-    losses = []
+    history = []
     for step in range(40):
         rough = torch.randn(4, 16, 16, 16) * 800
-        heard = adversary(rough / 4, rough, CHEST, step)
-        optimizer.zero_grad(), heard.critic.backward(), optimizer.step()
-        losses.append(heard.critic.item())
-    assert losses[-1] < 0.8 * losses[0], losses
-    save_file(adversary.state_dict(), tmp_path / "critic.safetensors")
+        losses = adversary(rough / 4, rough, CHEST, step)
+        optimizer.zero_grad(), losses.discriminator.backward(), optimizer.step()
+        history.append(losses.discriminator.item())
+    assert history[-1] < 0.8 * history[0], history
+    save_file(adversary.state_dict(), tmp_path / "discriminator.safetensors")
     again = Adversary(4, 2)
-    again.load_state_dict(load_file(tmp_path / "critic.safetensors"))
+    again.load_state_dict(load_file(tmp_path / "discriminator.safetensors"))
     x = torch.rand(1, 1, 16, 16, 16)
     assert torch.equal(adversary.eval().discriminator(x), again.eval().discriminator(x))
 
