@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from places import PROGRAMS
 
 from ct_nb.physics.geometry import ConeBeam
@@ -17,10 +18,10 @@ from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
 from ct_nb.training.adversarial import (
     Adversary,
-    PatchDiscriminator3d,
     adaptive_weight,
     discriminator_hinge,
     generator_hinge,
+    patch_discriminator,
 )
 from ct_nb.training.losses import (
     LossWeights,
@@ -526,6 +527,19 @@ def test_hinge_agrees_with_monai_on_bounded_scores():
     )
 
 
+def test_monai_has_no_gradient_where_the_discriminator_is_wrong():
+    "Why the hinge losses are ours: MONAI applies a tanh to the scores."
+    from monai.losses import PatchAdversarialLoss
+
+    scores = torch.full((1, 1, 1, 1, 1), -9.0, requires_grad=True)
+    theirs = PatchAdversarialLoss(criterion="hinge")(
+        scores, target_is_real=True, for_discriminator=True
+    )
+    ours = discriminator_hinge(scores, torch.full_like(scores, -9.0))
+    gradients = [torch.autograd.grad(loss, scores)[0].item() for loss in (theirs, ours)]
+    assert abs(gradients[0]) < 1e-6 and gradients[1] == -1
+
+
 def test_hinge_stops_at_the_margin_and_the_generator_does_not():
     scores = torch.tensor([-3.0, -0.5, 0.5, 3.0], requires_grad=True)
     assert torch.autograd.grad(discriminator_hinge(scores, torch.full((1,), -9.0)), scores)[
@@ -537,39 +551,41 @@ def test_hinge_stops_at_the_margin_and_the_generator_does_not():
     assert torch.autograd.grad(generator_hinge(scores), scores)[0].tolist() == [-0.25] * 4
 
 
-@pytest.mark.parametrize("layers, patch", [(1, 4), (2, 10), (3, 22)])
+@pytest.mark.parametrize("layers, patch", [(1, 7), (2, 15), (3, 31)])
 def test_a_score_depends_on_its_patch_alone(layers, patch):
     torch.manual_seed(0)
-    discriminator = PatchDiscriminator3d(4, layers).eval()
-    x = torch.rand(1, 1, 32, 32, 32, requires_grad=True)
-    middle = 16 // 2**layers
-    discriminator(x)[0, 0, middle, middle, middle].backward()
+    discriminator = patch_discriminator(4, layers).eval()
+    x = torch.rand(1, 1, 48, 48, 48, requires_grad=True)
+    middle = 24 // 2**layers
+    discriminator(x)[-1][0, 0, middle, middle, middle].backward()
     for axis in range(3):
-        assert (
-            (x.grad[0, 0].abs().amax([a for a in range(3) if a != axis]) > 0).sum()
-            == patch
-            == discriminator.patch
-        )
+        others = [a for a in range(3) if a != axis]
+        assert (x.grad[0, 0].abs().amax(others) > 0).sum() == patch
 
 
 def test_weights_have_unit_spectral_norm():
     torch.manual_seed(0)
-    discriminator = PatchDiscriminator3d(4, 2)
+    discriminator = patch_discriminator(4, 2)
     x = torch.rand(1, 1, 16, 16, 16)
     with torch.no_grad():
         for _ in range(60):
             discriminator(x)
-    for layer in (*discriminator.layers, discriminator.score):
-        assert torch.linalg.matrix_norm(
-            layer.weight.detach().flatten(1), 2
-        ).item() == pytest.approx(1, abs=0.01)
+    layers = [m for m in discriminator.modules() if isinstance(m, torch.nn.Conv3d)]
+    assert len(layers) == 4
+    for layer in layers:
+        norm = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2).item()
+        assert norm == pytest.approx(1, abs=0.01)
 
 
-def test_the_discriminator_refuses_what_is_too_small():
-    with pytest.raises(ValueError, match="at least 8 voxels"):
-        PatchDiscriminator3d(4, 3)(torch.zeros(1, 1, 4, 16, 16))
-    with pytest.raises(ValueError, match="at least one layer"):
-        PatchDiscriminator3d(4, 0)
+def test_the_discriminator_takes_thin_stacks_and_no_batch_statistics():
+    torch.manual_seed(0)
+    discriminator = patch_discriminator(4, 2)
+    x = torch.rand(3, 1, 4, 16, 16)
+    with torch.no_grad():
+        discriminator.eval()
+        assert torch.allclose(discriminator(x)[-1][1:2], discriminator(x[1:2])[-1], atol=1e-6)
+    with refused("layers"):
+        patch_discriminator(4, 0)
 
 
 def losses_of(adversary, prediction, step=0, **changes):
@@ -585,7 +601,7 @@ def test_one_backward_pass_is_two_separate_ones():
     losses = losses_of(adversary, prediction)
     (losses.generator + losses.discriminator).backward()
     separate = prediction.detach().clone().requires_grad_()
-    network = -adversary.discriminator(to_window(separate, CHEST)[:, None]).mean()
+    network = -adversary.discriminator(to_window(separate, CHEST)[:, None])[-1].mean()
     assert torch.allclose(
         prediction.grad, torch.autograd.grad(network, separate)[0], rtol=1e-4, atol=1e-12
     )
@@ -664,7 +680,7 @@ def test_a_discriminator_learns_and_can_be_saved(tmp_path):
     again = Adversary(4, 2)
     again.load_state_dict(load_file(tmp_path / "discriminator.safetensors"))
     x = torch.rand(1, 1, 16, 16, 16)
-    assert torch.equal(adversary.eval().discriminator(x), again.eval().discriminator(x))
+    assert torch.equal(adversary.eval().frozen(x), again.eval().frozen(x))
 
 
 # the structure
