@@ -4,13 +4,12 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from refusals import refused
 from places import PROGRAMS
+from refusals import refused
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.pose_errors import rotate, translate
@@ -97,21 +96,18 @@ def test_terms_are_weighted_named_and_lazy():
     assert loss.item() == 1.5 + 18 and parts == {"kl": 3, "cycle": 9} and x.grad == 0.5 + 2 * 2 * 3
 
 
-def test_a_term_handed_over_takes_the_place_of_the_built_in_one():
+def test_a_given_term_replaces_the_built_in_one():
     a = torch.zeros(1, 12, 12, 12)
     assert reconstruction_loss(a, a, CHEST, others={"absolute": torch.tensor(7.0)})[0] == 7
 
 
 @pytest.mark.parametrize(
-    "make, words",
+    "make, argument",
     [
-        (lambda: LossWeights(kl=-1), "kl must be zero or positive"),
-        (lambda: LossWeights(cycle=float("nan")), "cycle"),
-        (lambda: weighted_sum(LossWeights(), {"cylce": torch.tensor(1.0)}), "no weight for cylce"),
-        (
-            lambda: weighted_sum(LossWeights(), {"kl": torch.tensor(1.0)}),
-            "nothing would be learned",
-        ),
+        (lambda: LossWeights(kl=-1), "LossWeights"),
+        (lambda: LossWeights(cycle=float("nan")), "LossWeights"),
+        (lambda: weighted_sum(LossWeights(), {"cylce": torch.tensor(1.0)}), "terms"),
+        (lambda: weighted_sum(LossWeights(), {"kl": torch.tensor(1.0)}), "weights"),
         (
             lambda: reconstruction_loss(
                 torch.zeros(1, 2, 2, 2),
@@ -120,16 +116,16 @@ def test_a_term_handed_over_takes_the_place_of_the_built_in_one():
                 LossWeights(cycle=1, kl=1),
                 {"kl": torch.tensor(1.0)},
             ),
-            "cycle has a weight",
+            "others",
         ),
         (
             lambda: reconstruction_loss(torch.zeros(1, 2, 2, 2), torch.zeros(2, 2, 2, 2), CHEST),
-            "differ in shape",
+            "prediction_hu",
         ),
     ],
 )
-def test_wrong_weights_are_a_sentence(make, words):
-    with pytest.raises(ValueError, match=words):
+def test_wrong_weights_are_refused(make, argument):
+    with refused(argument):
         make()
 
 
@@ -166,7 +162,7 @@ def test_cycle_scales_with_density_and_not_with_the_beam():
         ).item() == pytest.approx(0.2, rel=1e-4)
 
 
-def test_cycle_forgives_what_noise_explains():
+def test_cycle_does_not_penalise_noise():
     hu, xrays, geometry = scene()
     assert drr_cycle_error(hu, xrays + 0.03, geometry, sigma=0.031) == 0
     expected = (0.02 / (xrays + 0.03).mean((-2, -1))).mean().item()
@@ -184,9 +180,10 @@ def test_cycle_gradient_is_the_transpose_and_survives_vacuum():
     )
     drr_cycle_error(guess, xrays, geometry).backward()
     direction = torch.randn(hu.shape, generator=seeded(3))
-    value = lambda step: drr_cycle_error(
-        guess.detach() + step * direction, xrays, geometry
-    ).double()
+
+    def value(step):
+        return drr_cycle_error(guess.detach() + step * direction, xrays, geometry).double()
+
     assert ((value(0.5) - value(-0.5)) / 1.0).item() == pytest.approx(
         (guess.grad * direction).sum().item(), rel=0.05
     )
@@ -195,7 +192,7 @@ def test_cycle_gradient_is_the_transpose_and_survives_vacuum():
     assert (low.grad.abs() > 0).float().mean() > 0.9
 
 
-def test_cycle_bins_what_is_too_fine():
+def test_cycle_bins_fine_detectors():
     hu, _, geometry = scene(pixels=32)
     xrays = project(hu_to_mu(hu), geometry)
     coarse = F.avg_pool2d(xrays, 4)
@@ -204,7 +201,7 @@ def test_cycle_bins_what_is_too_fine():
     )
 
 
-def test_third_view_is_drawn_by_its_generator_and_seen_truly():
+def test_third_view_is_sampled_by_its_generator_and_projected_exactly():
     hu, xrays, geometry = scene()
     (a, where), (b, there), (c, elsewhere) = (
         third_view(hu, geometry, generator=seeded(s), most=12) for s in (5, 5, 6)
@@ -243,29 +240,29 @@ def test_third_view_stays_on_its_band():
     )
 
 
-def test_a_third_view_tells_what_the_given_views_cannot():
+def test_a_third_view_measures_the_null_space():
     from ct_nb.physics.solvers import null_component
 
     _, _, geometry = scene(batch=1)
     hu = torch.zeros(1, 16, 16, 16)
     # nothing falls below vacuum
-    forged = hu + 1000 * null_component(
+    consistent = hu + 1000 * null_component(
         0.2 * torch.randn(hu.shape, generator=seeded(4)), geometry, iterations=60
     )
-    seen = project(hu_to_mu(hu), geometry)
+    xrays = project(hu_to_mu(hu), geometry)
     extra = third_view(hu, geometry, generator=seeded(7))
-    apart = drr_cycle_error(forged, *extra)
-    assert apart > 5 * drr_cycle_error(forged, seen, geometry)
-    assert drr_cycle_error(forged, seen, geometry, extra_view=extra).item() == pytest.approx(
-        (2 * drr_cycle_error(forged, seen, geometry) + apart).item() / 3, rel=1e-4
+    apart = drr_cycle_error(consistent, *extra)
+    assert apart > 5 * drr_cycle_error(consistent, xrays, geometry)
+    assert drr_cycle_error(consistent, xrays, geometry, extra_view=extra).item() == pytest.approx(
+        (2 * drr_cycle_error(consistent, xrays, geometry) + apart).item() / 3, rel=1e-4
     )
 
 
-def test_cycle_of_the_wrong_shape_is_a_sentence():
+def test_cycle_of_the_wrong_shape_is_refused():
     hu, xrays, geometry = scene()
-    with pytest.raises(ValueError, match="ask for"):
+    with refused("xrays"):
         drr_cycle_error(hu, xrays[:, :1], geometry)
-    with pytest.raises(ValueError, match="sigma"):
+    with refused("sigma"):
         drr_cycle_error(hu, xrays, geometry, sigma=-1)
 
 
@@ -274,8 +271,12 @@ def test_cycle_of_the_wrong_shape_is_a_sentence():
 
 def infonce_by_hand(views, latents, temperature, patients=None):
     views, latents = (x / x.norm(dim=-1, keepdim=True) for x in (views, latents))
-    total, (batch, count) = 0.0, views.shape[:2]
-    allowed = lambda b, d: d == b or patients is None or patients[b] != patients[d]
+    total = 0.0
+    batch, count = views.shape[:2]
+
+    def allowed(b, d):
+        return d == b or patients is None or patients[b] != patients[d]
+
     for v in range(count):
         s = [
             [float(views[b, v] @ latents[d]) / temperature for d in range(batch)]
@@ -294,8 +295,8 @@ def infonce_by_hand(views, latents, temperature, patients=None):
 def test_infonce_by_brute_force(patients):
     views = torch.randn(5, 3, 7, generator=seeded(0))
     latents = torch.randn(5, 7, generator=seeded(1))
-    given = None if patients is None else torch.tensor(patients)
-    assert cross_view_infonce(views, latents, 0.2, given).item() == pytest.approx(
+    numbers = None if patients is None else torch.tensor(patients)
+    assert cross_view_infonce(views, latents, 0.2, numbers).item() == pytest.approx(
         infonce_by_hand(views, latents, 0.2, patients), rel=1e-5
     )
 
@@ -325,7 +326,7 @@ def test_infonce_learns_its_temperature_and_refuses_wrong_shapes():
     temperature = torch.tensor(0.1, requires_grad=True)
     cross_view_infonce(torch.randn(4, 2, 8), torch.randn(4, 8), temperature).backward()
     assert temperature.grad.abs() > 0
-    with pytest.raises(ValueError, match=r"\(B, V, C\)"):
+    with refused("view_tokens"):
         cross_view_infonce(torch.randn(4, 8), torch.randn(4, 8))
 
 
@@ -397,11 +398,11 @@ def test_masks_at_their_ends():
     )
     # something is always left to see
     assert mask_patches(images, 0.99, 8)[1].float().mean() == 0.75
-    with pytest.raises(ValueError, match="multiples"):
+    with refused("images"):
         mask_patches(images, 0.5, 5)
-    with pytest.raises(ValueError, match="share"):
+    with refused("share"):
         mask_patches(images, 1.0, 8)
-    with pytest.raises(ValueError, match="differ"):
+    with refused("predicted"):
         masked_error(images, images[..., :8], mask)
 
 
@@ -439,7 +440,7 @@ def test_distillation_by_hand_and_without_a_gradient_to_the_teacher():
         and all(s.grad is not None for s in student)
     )
     assert distillation_error(5 * teacher[0].detach(), teacher[0]) < 1e-6
-    with pytest.raises(ValueError, match="projection"):
+    with refused("student"):
         distillation_error(student, teacher[:1])
 
 
@@ -503,9 +504,9 @@ def test_mixup_leaves_alone_what_it_does_not_mix():
 def test_mixup_refuses_different_poses_and_wrong_settings():
     hu, xrays, geometry = one_pose(2)
     moved = ConeBeam.stack([geometry[0], translate(geometry[1], [0.0, 0.0, 0.5])])
-    with pytest.raises(ValueError, match="case 1 were taken from another pose"):
+    with refused("geometry"):
         mixup(hu, xrays, geometry=moved)
-    with pytest.raises(ValueError, match="alpha"):
+    with refused("alpha"):
         mixup(hu, xrays, geometry=geometry, alpha=0)
 
 
