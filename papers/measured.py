@@ -70,14 +70,14 @@ BASELINES = {
 
 def drr2ct(run: Path) -> dict:
     m = _json(run / "metrics.json")
-    floor = m["gain_over_best_floor"]["psnr"]
+    gain = m["gain_over_best_baseline"]["psnr"]
     return {
         "psnr": m["predictors"]["model"]["psnr"],
         "ssim": m["predictors"]["model"]["ssim"],
-        "floor": floor["floor"],
-        "floor_psnr": m["predictors"][floor["floor"]]["psnr"],
-        "gain": floor["mean"],
-        "interval": floor["interval_95"],
+        "baseline": gain["baseline"],
+        "baseline_psnr": m["predictors"][gain["baseline"]]["psnr"],
+        "gain": gain["mean"],
+        "interval": gain["interval_95"],
         "cases": m["cases"],
         "training_cases": len(_json(run / "config.json")["training"]["cases"]),
         "scores": {
@@ -191,14 +191,14 @@ def comparison(run: Path):
     from ct_nb.viewer.figures import comparison_figure
 
     xrays, geometry, truth, folder = _case(run)
-    floor = _json(run / "metrics.json")["gain_over_best_floor"]["psnr"]["floor"]
+    baseline = _json(run / "metrics.json")["gain_over_best_baseline"]["psnr"]["baseline"]
     return comparison_figure(
         xrays,
         geometry,
         truth,
         {
             "reconstruction": read_volume(folder / "model.nii.gz"),
-            floor: read_volume(folder / f"{floor}.nii.gz"),
+            baseline: read_volume(folder / f"{baseline}.nii.gz"),
         },
     )
 
@@ -332,7 +332,7 @@ def figures(m: dict) -> dict[str, str]:
         low, high = r["interval"]
         text["drr2ct"] = (
             f"{r['psnr']:.2f} dB, SSIM {r['ssim']:.3f}, {r['cases']} held-out phantoms; best"
-            f" baseline {r['floor_psnr']:.2f} dB; gain {r['gain']:.2f} [{low:.2f}, {high:.2f}] dB"
+            f" baseline {r['baseline_psnr']:.2f} dB; gain {r['gain']:.2f} [{low:.2f}, {high:.2f}] dB"
         )
     if r := m.get("cascade"):
         start = "drr2ct" if r["start"] == "drr2ct" else "the linear prior"

@@ -189,9 +189,9 @@ class DRR2CTObjective(nn.Module):
         weights = stage.loss if self.teacher else replace(stage.loss, distillation=0.0)
         loss, figures = reconstruction_loss(found.hu, truth, model.window, weights, others)
         if self.adversary is not None:
-            critic = self.adversary(found.hu, truth, model.window, step, loss)
-            loss = loss + weights.adversary * critic.network + DISCRIMINATOR_WEIGHT * critic.critic
-            figures = figures | critic.figures
+            adversarial = self.adversary(found.hu, truth, model.window, step, loss)
+            loss = loss + weights.adversary * adversarial.generator + DISCRIMINATOR_WEIGHT * adversarial.discriminator
+            figures = figures | adversarial.figures
         return loss, figures
 
     def _filled(self, found, xrays):

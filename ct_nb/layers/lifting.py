@@ -13,20 +13,21 @@ import torch.nn.functional as F
 
 from ..physics.geometry import ConeBeam
 
-# %% ../../nbs/layers/02_lifting.ipynb #cell-004
+# %% ../../nbs/layers/02_lifting.ipynb #cell-005
 class Projections(NamedTuple):
-    "Where the voxels of an n³ grid fall on the detectors."
+    "Detector positions and depths of the voxels of an n³ grid."
 
     # (B, V, n³, 2) column and row, each −1 to 1 from edge to edge of the detector
     position: torch.Tensor
     # (B, V, n³) from the grid's centre along the central ray, in half-sides of the grid
     depth: torch.Tensor
-    seen: torch.Tensor  # (B, V, n³) bool: on the detector and in front of the source
+    seen: torch.Tensor  # (B, V, n³) bool: in front of the source and on the detector
 
 
 def project_voxels(geometry: ConeBeam, size: int) -> Projections:
-    """The shadows of the voxel centres when the geometry's box (batch shape (B,)) is cut into size³
-    voxels.
+    """`Projections` of the voxel centres of the geometry's box, cut into size³ voxels.
+
+    The geometry has the batch shape (B,).
     """
     grid = geometry.grid.resized(size)
     center = torch.as_tensor(
@@ -44,13 +45,14 @@ def project_voxels(geometry: ConeBeam, size: int) -> Projections:
         (position.abs() <= 1).all(-1) & (depth > 0),
     )
 
-# %% ../../nbs/layers/02_lifting.ipynb #cell-005
+# %% ../../nbs/layers/02_lifting.ipynb #cell-007
 def lift(features: torch.Tensor, where: Projections) -> torch.Tensor:
-    """Feature maps (B, V, C, h, w) read bilinearly at the shadows: (B, V, C, n³); 0 where a view
-    does not see the voxel.
+    """Feature maps (B, V, C, h, w) read bilinearly at the projected voxels: (B, V, C, n³).
+
+    0 where a voxel does not project onto the detector. At least float32, whatever the features.
     """
     b, v, c = features.shape[:3]
-    # half precision is too coarse for places on a detector
+    # half precision is too coarse for positions on a detector
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     sampled = F.grid_sample(
         features.flatten(0, 1),

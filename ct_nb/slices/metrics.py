@@ -293,7 +293,7 @@ class SliceScoreboard(Scoreboard):
     definitions = SLICE_METRICS
 
     @property
-    def floors(self) -> list[str]:
+    def baselines(self) -> list[str]:
         return [p for p in self.predictors if p in SLICE_BASELINES]
 
     @property
@@ -379,7 +379,7 @@ def save_slices(board: SliceScoreboard, out) -> Path:
     for model in board.models:
         # of a signed figure neither way is better
         for metric in (m for m in SLICE_MAIN if SLICE_METRICS[m].better != "zero"):
-            for floor in board.floors:
+            for floor in board.baselines:
                 gain = board.of(model).gain(floor, metric)
                 numbers = [
                     value if math.isfinite(value) else None

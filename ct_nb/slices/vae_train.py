@@ -120,7 +120,7 @@ class VAEPreset:
     )
     adversary_start: float = 0.5  # share of the steps before the critic is heard
     adversary_channels: int = 16
-    adversary_layers: int = 2  # a score sees 10 voxels
+    adversary_layers: int = 2  # receptive field of a score: 15 voxels
     phantoms: int = 12  # to train on, where the data are phantoms
     validation_phantoms: int = 3
     phantom_size: int = 160  # voxels a side of 240 mm
@@ -280,13 +280,13 @@ class VAELearner(nn.Module):
             loss = loss + PERCEPTUAL_WEIGHT * distance
             figures = figures | {"perceptual": distance.item()}
         if self.adversary is not None:
-            critic = self.adversary(found, truth, window, step, loss)
+            adversarial = self.adversary(found, truth, window, step, loss)
             loss = (
                 loss
-                + self.preset.loss.adversary * critic.network
-                + DISCRIMINATOR_WEIGHT * critic.critic
+                + self.preset.loss.adversary * adversarial.generator
+                + DISCRIMINATOR_WEIGHT * adversarial.discriminator
             )
-            figures = figures | critic.figures
+            figures = figures | adversarial.figures
         return loss, figures
 
 # %% ../../nbs/slices/03c_vae_train.ipynb #cell-013

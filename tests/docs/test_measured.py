@@ -92,8 +92,8 @@ def test_figures_come_from_the_files_of_a_run(tmp_path):
             for place, name in enumerate(names)
         },
         "sd": {name: {metric: 0.5 for metric in measured.SCORES} for name in names},
-        "gain_over_best_floor": {
-            "psnr": {"floor": "mean_atlas", "mean": 3.0, "interval_95": [1.0, 5.0]}
+        "gain_over_best_baseline": {
+            "psnr": {"baseline": "mean_atlas", "mean": 3.0, "interval_95": [1.0, 5.0]}
         },
         "cases": 7,
     }

@@ -58,7 +58,7 @@ def test_all_four_follow_one_another(four):
     assert (
         {"kl", "contrast", "cycle", "structure"} <= set(of["joint"][-1])
         and "masked" in of["masked"][-1]
-        and "critic" in of["fine"][-1]
+        and "discriminator" in of["fine"][-1]
     )
     assert of["joint"][0]["kl"] == 0 < of["joint"][-1]["kl"], "the warm-up does not know the step"
     for name in of:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from refusals import refused
 
+from ct_nb.core.errors import FileError
 from ct_nb.evaluation.lpips import CHANNELS, LPIPS
 from ct_nb.evaluation.metrics import (
     CHEST,
@@ -119,14 +120,13 @@ def test_hu_errors_by_hand():
         pred, truth
     ) == pytest.approx(0, abs=1e-5)
     pred = truth + 7
-    found = tissue_errors(pred, truth, body)
-    assert found["mae_hu_lung"] == pytest.approx(7, abs=1e-4) and found[
+    errors = tissue_errors(pred, truth, body)
+    assert errors["mae_hu_lung"] == pytest.approx(7, abs=1e-4) and errors[
         "bias_hu_fat"
     ] == pytest.approx(7, abs=1e-4)
-    assert found["bias_hu_bone"] == pytest.approx(7 * 2 / 4, abs=1e-4)  # two of four clipped
+    assert errors["bias_hu_bone"] == pytest.approx(7 * 2 / 4, abs=1e-4)  # two of four clipped
     assert math.isnan(tissue_errors(pred, truth, ~body)["mae_hu_soft_tissue"])
-    everywhere = [f for f in found if f.startswith("mae")]
-    assert everywhere == [
+    assert [name for name in errors if name.startswith("mae")] == [
         "mae_hu_air",
         "mae_hu_lung",
         "mae_hu_fat",
@@ -163,22 +163,44 @@ def test_hd95_by_brute_force():
     assert hd95_mm(a, b, (0.7, 1.3, 4.0)) == pytest.approx(expected)
 
 
-def test_a_structure_that_was_not_found_counts():
+def test_empty_masks_are_not_those_of_monai():
+    """Why `dice` is ours: MONAI leaves out a predicted structure that the truth has not, or scores
+    two empty masks as perfect.
+    """
+    monai = pytest.importorskip("monai.metrics")
+    full, empty = np.ones((2, 4, 4, 4), bool)
+    empty[:] = False
+
+    def theirs(a, b, ignore_empty):
+        one_hot = [torch.from_numpy(m.astype(np.float32))[None, None] for m in (a, b)]
+        return monai.compute_dice(
+            *one_hot, include_background=True, ignore_empty=ignore_empty
+        ).item()
+
+    assert dice(full, empty) == dice(empty, full) == 0 and math.isnan(dice(empty, empty))
+    assert math.isnan(theirs(full, empty, True)) and theirs(empty, empty, False) == 1
+
+
+def test_a_missing_structure_counts():
     something, nothing = np.zeros((2, 6, 6, 6), bool)
     something[2:4, 2:4, 2:4] = True
-    found = mask_metrics(
+    metrics = mask_metrics(
         {"a": nothing, "b": something, "c": nothing},
         {"a": something, "b": nothing, "c": nothing},
         (1, 1, 1),
     )
-    assert found["dice_a"] == 0 and math.isnan(found["hd95_mm_a"]) and found["detected_a"] == 0
     assert (
-        found["dice_b"] == 0 and math.isnan(found["hd95_mm_b"]) and math.isnan(found["detected_b"])
+        metrics["dice_a"] == 0 and math.isnan(metrics["hd95_mm_a"]) and metrics["detected_a"] == 0
     )
-    assert math.isnan(found["dice_c"]) and math.isnan(found["detected_c"])
+    assert (
+        metrics["dice_b"] == 0
+        and math.isnan(metrics["hd95_mm_b"])
+        and math.isnan(metrics["detected_b"])
+    )
+    assert math.isnan(metrics["dice_c"]) and math.isnan(metrics["detected_c"])
 
 
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [48, 96])
 def test_body_mask_of_a_torso_with_couch_arms_and_open_lungs(size):
     grid = Grid.cube(size)
     x, y, z = (t.numpy() for t in grid.centers_mm().unbind(-1))
@@ -216,10 +238,9 @@ def test_statistics_over_patients():
 
     a, b = np.random.default_rng(0).normal(size=(2, 9))
     expected = ttest_rel(a, b).confidence_interval(0.9)
-    found = paired_mean_ci(a, b, range(9), level=0.9)
-    assert (found.low, found.high) == pytest.approx(
-        (expected.low, expected.high)
-    ) and found.patients == 9
+    interval = paired_mean_ci(a, b, range(9), level=0.9)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
+    assert interval.patients == 9
 
 
 def test_refusals_name_the_argument():
@@ -228,12 +249,17 @@ def test_refusals_name_the_argument():
     bad[0, 0, 0] = np.nan
     with refused("pred"):
         psnr(bad, good)
-    with pytest.raises(ValueError, match=r"one shape, got \(11, 12, 12\) and \(12, 12, 12\)"):
+    with refused("pred"):
         mae_hu(good[1:], good)
-    with pytest.raises(ValueError, match="expected a volume"):
+    with refused("truth"):
         as_pair(good[None], good[None])
-    with pytest.raises(ValueError, match="at least 11 voxels"):
+    with refused("ssim"):
         ssim(good[:5], good[:5])
+    for metric in (dice, lambda a, b: hd95_mm(a, b, (1, 1, 1))):
+        with refused("pred_mask"):
+            metric(good > 0, good[1:] > 0)
+    with refused("hu"):
+        body_mask(good, Grid.cube(8))
     with refused("mask"):
         mae_hu(good, good, np.ones((3, 3, 3), bool))
 
@@ -307,14 +333,12 @@ def test_lpips_refuses_other_files_by_name(tmp_path):
     from safetensors.torch import save_file
 
     (tmp_path / "text.safetensors").write_text("not weights")
-    with pytest.raises(ValueError, match="text.safetensors: not a safetensors file"):
+    with refused(file="text.safetensors", kind=FileError):
         LPIPS(tmp_path / "text.safetensors")
     save_file({"features.0.weight": torch.zeros(64, 3, 11, 11)}, tmp_path / "part.safetensors")
-    with pytest.raises(
-        ValueError,
-        match=r"part.safetensors: features.0.bias should begin with shape \(64,\), got None",
-    ):
+    with refused(file="part.safetensors", kind=FileError) as caught:
         LPIPS(tmp_path / "part.safetensors")
+    assert caught.value.reason.startswith("features.0.bias")
 
 
 def test_metrics_import_without_monai():

@@ -1,4 +1,4 @@
-"""InfoNCE of a network's tokens under data-parallel training: writes loss and gradients of each process."""
+"""InfoNCE under data-parallel training: writes loss and gradients of each process."""
 
 import sys
 from pathlib import Path

@@ -88,7 +88,7 @@ def test_a_run_leaves_weights_scores_and_a_folder_for_each_case(run):
         "coarse",
         "unsharp_mask",
         "consistency_alone",
-    } == set(run.board.predictors) and set(run.board.floors) == {
+    } == set(run.board.predictors) and set(run.board.baselines) == {
         "coarse",
         "unsharp_mask",
         "consistency_alone",

@@ -227,7 +227,7 @@ def test_the_columns_of_other_boards_are_left_alone():
     ]
     assert "step error, HU ↓" in SliceScoreboard(
         rows, model="model"
-    ).table() and "better by 1.0 [-, -]" in summarize_metric(
+    ).table() and "gain 1.0 [-, -]" in summarize_metric(
         SliceScoreboard(rows, model="model"), "step_error_hu"
     )
 
@@ -290,18 +290,17 @@ def test_the_board_keeps_models_floors_and_ceilings_apart(tmp_path):
         lambda item: {"ceiling_vae": item["thin"] + 1, "ceiling_residual": item["thin"] + 1},
         progress=False,
     )
-    assert board.floors == ["nearest", "linear", "cubic", "back_projection"] and board.models == [
+    assert board.baselines == ["nearest", "linear", "cubic", "back_projection"] and board.models == [
         "regressor_consistent",
         "diffusion_sample",
     ]
-    assert board.best_floor("psnr") in board.floors  # the ceilings are better and are no floor
+    assert board.best_baseline("psnr") in board.baselines  # the ceilings are better and are no floor
     text = board.table()
     assert (
         text.index("back_projection") < text.index("ceiling_vae") and "3 cases, 3 patients" in text
     )
-    assert any("regressor_consistent clears every floor" in s for s in board.verdict()) and any(
-        "diffusion_sample does not clear" in s for s in board.verdict()
-    )
+    assert board.of("regressor_consistent").compare("psnr").exceeds_all
+    assert not board.of("diffusion_sample").compare("psnr").exceeds_all
     rows = list(csv.DictReader((tmp_path / "scoreboard.csv").open()))
     assert len(rows) == 3 * 8 and float(rows[0]["psnr"]) == pytest.approx(
         -20 * math.log10(2 / 2048), abs=0.05

@@ -145,7 +145,7 @@ def test_the_board_holds_networks_floors_and_ceilings(done):
         "diffusion_sample_free",
         "diffusion_mean",
     ]
-    assert board.floors == ["nearest", "linear", "cubic", "back_projection"] and {
+    assert board.baselines == ["nearest", "linear", "cubic", "back_projection"] and {
         "ceiling_vae",
         "ceiling_residual",
     } <= set(board.predictors)
