@@ -90,7 +90,7 @@ class RefinementModel(nn.Module):
         def one(x):
             return None if x is None else x[None].float()
 
-        self.refiner.checked(one(coarse_hu), one(xrays), geometry, window, energy_kev)
+        self.refiner.check_inputs(one(coarse_hu), one(xrays), geometry, window, energy_kev)
         coarse, images = (one(x).to(self.spread_hu) for x in (coarse_hu, xrays))
         found = (
             self.refiner(
