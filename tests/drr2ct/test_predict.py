@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -311,64 +308,28 @@ def test_saving_overwrites_whole(network, tmp_path):
     assert read_ct(paths[0]).grid == found.volume.grid
 
 
-# ---------------------------------------------------------------- the command
-def command(*words, cwd, expect=0):
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(w) for w in (Path(sys.executable).parent / "ct_nb_reconstruct", *words)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
-
-
-def test_command_with_samples_without_consistency(run, tmp_path):
-    for name, image in zip(("ap", "lat"), XRAYS):
-        save_counts(tmp_path / f"{name}.png", image)
+# ---------------------------------------------------------------- files
+def test_samples_without_consistency_from_files(run, tmp_path):
+    files = [
+        save_counts(tmp_path / f"{name}.png", image) for name, image in zip(("ap", "lat"), XRAYS)
+    ]
     save_geometry(VIEWS, tmp_path / "biplanar.json")
-    text = command(
-        "ap.png",
-        "lat.png",
-        "--geometry",
-        "biplanar.json",
-        "--weights",
+    found = reconstruct_files(
+        files,
+        tmp_path / "biplanar.json",
         run,
-        "--out",
-        "ct.nii.gz",
-        "--samples",
-        "2",
-        "--no-consistency",
-        cwd=tmp_path,
+        tmp_path / "ct.nii.gz",
+        samples=2,
+        consistency=False,
     )
-    assert (
-        "note: ap.png: " in text
-        and "note: lat.png: pixels are taken for intensity" in text
-        and "with the data-consistency layer" in text
-        and "spread of 2 samples" in text
+    assert any(
+        "lat.png" in note and "pixels are taken for intensity" in note for note in found.notes
     )
+    assert len(found.samples) == 2 and found.residual == found.residual_unconstrained
     content = json.loads((tmp_path / "ct_report.json").read_text())
-    assert (
-        content["consistency"] is False
-        and (tmp_path / "ct_spread.nii.gz").is_file()
-        and (tmp_path / "ct_preview.png").stat().st_size > 10_000
-    )
-    assert "give one of" in command(
-        "ap.png",
-        "lat.png",
-        "--geometry",
-        "biplanar.json",
-        "--weights",
-        run,
-        "--inverted",
-        "--not_inverted",
-        cwd=tmp_path,
-        expect=1,
-    )
+    assert content["consistency"] is False
+    assert (tmp_path / "ct_spread.nii.gz").is_file()
+    assert (tmp_path / "ct_preview.png").stat().st_size > 10_000
 
 
 # ---------------------------------------------------------------- samples of a cascade
@@ -395,27 +356,18 @@ def cascade_run(tmp_path_factory):
     return folder
 
 
-def test_a_cascade_through_the_same_door(cascade_run, tmp_path):
+def test_samples_of_a_cascade_from_files(cascade_run, tmp_path):
     write_radiographs(tmp_path / "xrays", XRAYS, VIEWS)
-    text = command(
-        "xrays",
-        "--geometry",
-        "xrays/geometry.json",
-        "--weights",
+    found = reconstruct_files(
+        tmp_path / "xrays",
+        tmp_path / "xrays" / "geometry.json",
         cascade_run,
-        "--out",
-        "ct.nii.gz",
-        "--samples",
-        "3",
-        "--seed",
-        "5",
-        cwd=tmp_path,
+        tmp_path / "ct.nii.gz",
+        samples=3,
+        seed=5,
     )
-    assert (
-        "spread of 3 samples" in text
-        and "of the cascade; not calibrated" in text
-        and "data-consistency layer" not in text
-    )
+    assert found.spread_means == "standard deviation over samples of the cascade; not calibrated"
+    assert not found.residual_consistent
     content = json.loads((tmp_path / "ct_report.json").read_text())
     assert (
         content["how"] == "mean of 3 samples, X-ray guidance soft"
