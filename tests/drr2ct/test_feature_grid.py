@@ -550,7 +550,7 @@ def test_the_diffusion_decoder_behind_the_door():
         same = decoder(grids[-1], grids, geometry)
         again = decoder(grids[-1], grids, geometry)
         sample = decoder(grids[-1], grids, geometry, random=True)
-    assert torch.equal(same, again) and not torch.equal(same, drawn)
+    assert torch.equal(same, again) and not torch.equal(same, sample)
     with refused("sampling_steps"):
         make_decoder("diffusion", (8,), sampling_steps=251)
     with refused("outputs"):
