@@ -1,4 +1,8 @@
-"""The cascade: five of the eleven defects, patches without seams, stages, guidance, and bad input in a sentence."""
+"""The cascade: four of ten regression tests for known bugs, patches, stages, guidance, bad input.
+
+`papers/cascade.md` lists the ten. Too large a learning rate of v-prediction is no test: the value
+of the large presets is a setting whose effect would take a full training to show.
+"""
 
 import json
 import math
@@ -9,7 +13,7 @@ import torch
 from refusals import refused
 
 from ct_nb.cascade.network import (
-    SMALLEST_SCALE,
+    SMALLEST_STD,
     Cascade,
     CascadeConfig,
     CascadeStage,
@@ -21,7 +25,6 @@ from ct_nb.cascade.network import (
 )
 from ct_nb.cascade.train import (
     CASCADE_PRESETS,
-    V_LEARNING_RATE,
     CascadeRun,
     Sampler,
     load_cascade,
@@ -52,7 +55,7 @@ def scene(seeds=(1, 2), size=16):
 @pytest.fixture(scope="module")
 def cascade():
     torch.manual_seed(0)
-    found = Cascade(
+    cascade = Cascade(
         CascadeConfig(
             (
                 STAGE,
@@ -66,17 +69,17 @@ def cascade():
             {"size": 16, "modes": 4},
         )
     ).eval()
-    found.start.prior.fit(
+    cascade.start.prior.fit(
         torch.stack([phantom(seed, 16).volume.tensor() for seed in range(10, 16)])
     )
-    return found
+    return cascade
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# the defects
+# regression tests for known bugs
 
 
 def soft_tissue_share(window):
@@ -103,13 +106,12 @@ def per_image(error):
     "The wrong formula: every image is scaled to its own range first."
 
     def scaled(hu, xrays, geometry, energy_kev=60.0):
-        found = project(hu_to_mu(hu, energy_kev), geometry)
-        to_range = lambda t: (t - t.amin((-2, -1), keepdim=True)) / (
-            t.amax((-2, -1), keepdim=True) - t.amin((-2, -1), keepdim=True)
+        projections, xrays = (
+            (t - t.amin((-2, -1), keepdim=True))
+            / (t.amax((-2, -1), keepdim=True) - t.amin((-2, -1), keepdim=True))
+            for t in (project(hu_to_mu(hu, energy_kev), geometry), xrays)
         )
-        return (to_range(found) - to_range(xrays)).flatten(1).norm(dim=1) / to_range(xrays).flatten(
-            1
-        ).norm(dim=1)
+        return (projections - xrays).flatten(1).norm(dim=1) / xrays.flatten(1).norm(dim=1)
 
     return scaled
 
@@ -131,14 +133,6 @@ def test_defect_05_the_physics_loss_sees_scale_and_is_off_in_the_coarse_stage():
         and "physics"
         not in CascadeStage(STAGE).loss(hu, xrays, geometry, resized(hu, 8), seeded())[1]
     )
-
-
-def test_defect_07_the_learning_rate_of_v_prediction():
-    assert V_LEARNING_RATE == 5e-5
-    for name in ("gpu", "paper"):
-        assert CASCADE_PRESETS[name].trainer.learning_rate == V_LEARNING_RATE and {
-            stage.diffusion.prediction for stage in CASCADE_PRESETS[name].stages
-        } == {"v"}
 
 
 def test_defect_09_beer_lambert():
@@ -229,7 +223,7 @@ def test_an_untrained_stage_returns_its_coarse_volume_when_guessing_at_once():
     assert torch.allclose(found, hu.clamp(-1024, 1024), atol=0.1)
 
 
-def test_the_coarse_noise_is_told_and_part_of_the_task():
+def test_the_noise_level_is_an_input_and_noise_is_added():
     stage = CascadeStage(replace(STAGE, coarse_noise=0.2))
     hu, xrays, geometry = scene()
     level = torch.tensor([0.0, 0.2])
@@ -238,8 +232,8 @@ def test_the_coarse_noise_is_told_and_part_of_the_task():
     assert torch.equal(clean[0], noisy[0]) and (noisy[1] - clean[1]).std().item() == pytest.approx(
         0.2, rel=0.05
     )
-    told = stage._told(xrays, geometry, noisy, level)
-    assert torch.equal(told.extra[:, 1].amax((1, 2, 3)), level)
+    condition = stage._condition(xrays, geometry, noisy, level)
+    assert torch.equal(condition.extra[:, 1].amax((1, 2, 3)), level)
 
 
 def test_the_same_seed_gives_the_same_sample_and_another_seed_another(cascade):
@@ -276,7 +270,7 @@ def test_weights_come_back(cascade, tmp_path):
     assert torch.equal(ours, theirs)
 
 
-def test_samples_are_remembered_for_a_scan(cascade):
+def test_samples_of_a_scan_are_cached(cascade):
     _, xrays, geometry = scene((1,), 32)
     sampler, calls = Sampler(cascade, steps=1), []
     plain = cascade.sample
@@ -294,18 +288,18 @@ def test_samples_are_remembered_for_a_scan(cascade):
     assert len(calls) == 5 and torch.equal(first, again) and torch.equal(first, more[:2])
 
 
-def test_roughness_is_the_standard_deviation():
+def test_local_log_std_is_the_standard_deviation():
     ramp = (torch.arange(12.0) * 0.02).view(1, 1, 12, 1, 1).expand(1, 1, 12, 12, 12).contiguous()
-    near, wide = ((2 * (r - 1.5)).exp() - SMALLEST_SCALE for r in local_log_std(ramp)[0])
+    near, wide = ((2 * (r - 1.5)).exp() - SMALLEST_STD for r in local_log_std(ramp)[0])
     assert torch.allclose(near[5, 5, 5], torch.tensor(0.02 * (2 / 3) ** 0.5), rtol=1e-3)
     # three boxes in turn: their variances add
     assert torch.allclose(wide[5, 5, 5], torch.tensor(0.02 * (3 * 2 / 3) ** 0.5), rtol=1e-3)
     assert (
-        local_log_std(torch.full((1, 1, 8, 8, 8), 0.7))[0] - (math.log(SMALLEST_SCALE) / 2 + 1.5)
+        local_log_std(torch.full((1, 1, 8, 8, 8), 0.7))[0] - (math.log(SMALLEST_STD) / 2 + 1.5)
     ).abs().max() < 0.1
 
 
-def test_the_error_scale_begins_with_one_number_and_finds_where_errors_are():
+def test_residual_std_starts_with_one_value_and_learns_where_errors_are():
     torch.manual_seed(0)
     model = ResidualStd(0.15)
     coarse = torch.zeros(2, 2, 16, 16, 16)
@@ -329,7 +323,7 @@ def test_the_two_losses_do_not_move_each_others_networks(cascade, monkeypatch):
     hu, xrays, geometry = scene()
     stage, moved = cascade.stages[0], {}
     for weight in (0.0, 1.0):
-        monkeypatch.setattr(module, "ERROR_WEIGHT", weight)
+        monkeypatch.setattr(module, "STD_LOSS_WEIGHT", weight)
         stage.zero_grad()
         stage.loss(hu, xrays, geometry, hu, seeded())[0].backward()
         moved[weight] = [
@@ -346,7 +340,7 @@ def test_the_two_losses_do_not_move_each_others_networks(cascade, monkeypatch):
 # bad input
 
 
-def test_bad_input_is_a_sentence(cascade):
+def test_invalid_arguments_are_refused(cascade):
     hu, xrays, geometry = scene((1,), 32)
     with refused("geometry"):
         cascade.sample(xrays, None, guidance="off")
@@ -379,12 +373,11 @@ def test_bad_input_is_a_sentence(cascade):
                 ),
             )
         )
-    with pytest.raises(
-        ValueError,
-        match=(
-            "start: its window and energy are full and 60 keV, those of the stages chest and 60 keV"
-        ),
-    ):
+    with refused("coarse_noise"):
+        replace(STAGE, coarse_noise=-0.1)
+    with refused("physics_weight"):
+        replace(STAGE, physics_weight=-0.1)
+    with refused("start"):
         CascadeConfig((STAGE,), "drr2ct", {"window": "full", "energy_kev": 60.0})
     with refused("start"):
         CascadeConfig((STAGE,), "prior", {"energy_kev": 80.0})

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from refusals import refused
 
-from ct_nb.drr2ct.decoder import DECODERS, UNetDecoder, make_decoder
+from ct_nb.drr2ct.decoder import UNetDecoder
+from ct_nb.drr2ct.network import DECODERS, make_decoder
 from ct_nb.drr2ct.diffusion_decoder import DiffusionDecoder
 from ct_nb.drr2ct.feature_grid import LatentGrid
 from ct_nb.drr2ct.implicit import ImplicitDecoder, box_points, voxel_points
@@ -548,8 +549,8 @@ def test_the_diffusion_decoder_behind_the_door():
     with torch.no_grad():
         same = decoder(grids[-1], grids, geometry)
         again = decoder(grids[-1], grids, geometry)
-        drawn = decoder(grids[-1], grids, geometry, draw=True)
-    assert torch.equal(same, again) and not torch.equal(same, drawn)
+        sample = decoder(grids[-1], grids, geometry, random=True)
+    assert torch.equal(same, again) and not torch.equal(same, sample)
     with refused("sampling_steps"):
         make_decoder("diffusion", (8,), sampling_steps=251)
     with refused("outputs"):

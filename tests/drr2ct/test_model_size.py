@@ -1,7 +1,6 @@
 """What the network weighs: the same by shape and in a run, `paper` on the meta device, and a real step at its widths."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from ct_nb.drr2ct.model_size import (
     buffer_bytes,
     count_activations,
     measure,
-    outlined,
+    meta_forward,
     parameter_counts,
     scene,
     size_table,
@@ -76,9 +75,9 @@ def test_counting_leaves_the_network_as_it_was():
     with torch.device("meta"):
         model = DRR2CT(SMOKE)
     finders = [a.find for a in model.views.epipolar.values()]
-    with pytest.raises(RuntimeError), outlined(model):
+    with pytest.raises(RuntimeError), meta_forward(model):
         raise RuntimeError
-    with outlined(model):
+    with meta_forward(model):
         count_activations(model, *scene(SMOKE))
     assert ct_nb.drr2ct.network.project is project and finders == [
         a.find for a in model.views.epipolar.values()

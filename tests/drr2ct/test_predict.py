@@ -6,7 +6,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from commands import ct_nb
 from refusals import refused
 
 from ct_nb.app.reconstruct_files import (
@@ -17,7 +16,7 @@ from ct_nb.app.reconstruct_files import (
 from ct_nb.data.radiographs import RadiographError, write_radiographs
 from ct_nb.data.read import read_ct
 from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
-from ct_nb.drr2ct.predict import ModelPredictor, load_drr2ct, reconstruct
+from ct_nb.drr2ct.predict import ModelPredictor, reconstruct
 from ct_nb.evaluation.inference import fit_detector, residual_limit, view_residuals
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.geometry import ConeBeam
@@ -309,26 +308,28 @@ def test_saving_overwrites_whole(network, tmp_path):
     assert read_ct(paths[0]).grid == found.volume.grid
 
 
-# ---------------------------------------------------------------- the command
-def test_command_with_samples_without_consistency(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, image in zip(("ap", "lat"), XRAYS):
-        save_counts(tmp_path / f"{name}.png", image)
+# ---------------------------------------------------------------- files
+def test_samples_without_consistency_from_files(run, tmp_path):
+    files = [
+        save_counts(tmp_path / f"{name}.png", image) for name, image in zip(("ap", "lat"), XRAYS)
+    ]
     save_geometry(VIEWS, tmp_path / "biplanar.json")
-    words = ("reconstruct", "ap.png", "lat.png", "--geometry", "biplanar.json", "--weights", run)
-    text = ct_nb(*words, "--num-samples", 2, "--no-data-consistency").stdout
-    assert (
-        "note: ap.png: " in text
-        and "note: lat.png: pixels are taken for intensity" in text
-        and "with the data-consistency layer" in text
-        and "spread of 2 samples" in text
+    found = reconstruct_files(
+        files,
+        tmp_path / "biplanar.json",
+        run,
+        tmp_path / "ct.nii.gz",
+        samples=2,
+        consistency=False,
     )
+    assert any(
+        "lat.png" in note and "pixels are taken for intensity" in note for note in found.notes
+    )
+    assert len(found.samples) == 2 and found.residual == found.residual_unconstrained
     content = json.loads((tmp_path / "ct_report.json").read_text())
-    assert (
-        content["consistency"] is False
-        and (tmp_path / "ct_spread.nii.gz").is_file()
-        and (tmp_path / "ct_preview.png").stat().st_size > 10_000
-    )
+    assert content["consistency"] is False
+    assert (tmp_path / "ct_spread.nii.gz").is_file()
+    assert (tmp_path / "ct_preview.png").stat().st_size > 10_000
 
 
 # ---------------------------------------------------------------- samples of a cascade
@@ -355,16 +356,18 @@ def cascade_run(tmp_path_factory):
     return folder
 
 
-def test_a_cascade_through_the_same_door(cascade_run, tmp_path, monkeypatch):
+def test_samples_of_a_cascade_from_files(cascade_run, tmp_path):
     write_radiographs(tmp_path / "xrays", XRAYS, VIEWS)
-    monkeypatch.chdir(tmp_path)
-    words = ("--geometry", "xrays/geometry.json", "--weights", cascade_run)
-    text = ct_nb("reconstruct", "xrays", *words, "--num-samples", 3, "--seed", 5).stdout
-    assert (
-        "spread of 3 samples" in text
-        and "of the cascade; not calibrated" in text
-        and "data-consistency layer" not in text
+    found = reconstruct_files(
+        tmp_path / "xrays",
+        tmp_path / "xrays" / "geometry.json",
+        cascade_run,
+        tmp_path / "ct.nii.gz",
+        samples=3,
+        seed=5,
     )
+    assert found.spread_means == "standard deviation over samples of the cascade; not calibrated"
+    assert not found.residual_consistent
     content = json.loads((tmp_path / "ct_report.json").read_text())
     assert (
         content["how"] == "mean of 3 samples, X-ray guidance soft"

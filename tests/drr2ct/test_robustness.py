@@ -1,10 +1,11 @@
-"""Conditions change what they say and nothing else; the residual beyond noise; smoothness and contradictions in numbers that are known."""
+"""Robustness: perturbations, the residual beyond noise, smoothness and contradictions."""
 
 import csv
 import json
 
 import pytest
 import torch
+from refusals import refused
 
 from ct_nb.data.open import phantom_source
 from ct_nb.data.xray_pairs import XrayPairs
@@ -15,7 +16,7 @@ from ct_nb.drr2ct.robustness import (
     Robustness,
     nominal_geometry,
     perturbed_xrays,
-    rendered,
+    render_views,
     residuals,
     robustness,
 )
@@ -33,16 +34,17 @@ def pairs():
     )
 
 
-class Remembers:
-    "A predictor that returns its first truth and keeps what it was given."
+class Recorder:
+    "A predictor that returns a fixed volume and records its inputs."
 
     name = "model"
 
     def __init__(self, hu):
-        self.hu, self.given = hu, []
+        self.hu = hu
+        self.inputs = []
 
     def predict(self, xrays, geometry):
-        self.given.append((xrays, geometry))
+        self.inputs.append((xrays, geometry))
         return self.hu
 
 
@@ -50,24 +52,24 @@ def condition(name):
     return next(c for c in PERTURBATIONS if c.name == name)
 
 
-def test_the_reference_is_what_the_pairs_hold(pairs):
-    xrays, geometry = perturbed_xrays(REFERENCE, *rendered(pairs, 0, [REFERENCE])[None], 0, 0)
+def test_the_reference_has_the_xrays_of_the_pairs(pairs):
+    xrays, geometry = perturbed_xrays(REFERENCE, *render_views(pairs, 0, [REFERENCE])[None], 0, 0)
     assert torch.allclose(xrays, pairs[0]["xrays"], atol=1e-5) and geometry is pairs.geometry
 
 
-def test_a_condition_changes_what_it_says(pairs):
-    taken = rendered(pairs, 0)
-    true, clean = taken[None]
+def test_a_condition_changes_only_its_part(pairs):
+    views = render_views(pairs, 0)
+    true, clean = views[None]
     for c in PERTURBATIONS:
-        xrays, geometry = perturbed_xrays(c, *taken[c.azimuth_deg], 0, 0)
-        rendered_xrays = taken[c.azimuth_deg][1]
+        xrays, geometry = perturbed_xrays(c, *views[c.azimuth_deg], 0, 0)
+        rendered_xrays = views[c.azimuth_deg][1]
         assert xrays.shape[0] == geometry.views == len(rendered_xrays)
         assert torch.equal(xrays, rendered_xrays) == (not c.photons and not c.occlusion_mm), c.name
-        assert (geometry is taken[c.azimuth_deg][0]) == (c.told != "wrong"), c.name
-    assert len(taken[(0.0, 45.0, 90.0, 135.0)][1]) == 4 and len(taken[(0.0,)][1]) == 1
+        assert (geometry is views[c.azimuth_deg][0]) == (c.error != "geometry"), c.name
+    assert len(views[(0.0, 45.0, 90.0, 135.0)][1]) == 4 and len(views[(0.0,)][1]) == 1
 
 
-def test_what_is_told_wrong(pairs):
+def test_nominal_geometries(pairs):
     true = pairs.geometry
     turned = nominal_geometry(true, condition("turned 5°"))
     tilted = nominal_geometry(true, condition("tilted 5°"))
@@ -88,7 +90,7 @@ def test_what_is_told_wrong(pairs):
 
 
 def test_noise_and_blocks_are_alike_on_a_ladder(pairs):
-    true, clean = rendered(pairs, 0, [REFERENCE])[None]
+    true, clean = render_views(pairs, 0, [REFERENCE])[None]
     noise = [
         (perturbed_xrays(condition(n), true, clean, 0, 0)[0] - clean)
         for n in ("1e5 photons", "1e4 photons")
@@ -105,16 +107,16 @@ def test_noise_and_blocks_are_alike_on_a_ladder(pairs):
     )
 
 
-def test_the_model_gets_what_is_told_and_the_residual_uses_it(pairs):
-    model = Remembers(pairs[0]["hu"])
+def test_model_and_residual_use_the_nominal_geometry(pairs):
+    model = Recorder(pairs[0]["hu"])
     conditions = [REFERENCE, condition("tilted 5°")]
     board = robustness(model, pairs, conditions, progress=False)
     assert (
-        len(model.given) == 4
+        len(model.inputs) == 4
         and len(board.rows) == 4
         and board.conditions == [c.name for c in conditions]
     )
-    (xrays, geometry), row = model.given[2], board.rows[2]
+    (xrays, geometry), row = model.inputs[2], board.rows[2]
     assert (
         float(residuals(model.hu, xrays, geometry)[0].max()) == row["residual"]
         and geometry.elevation_deg[1].abs() > 4.9
@@ -128,7 +130,7 @@ def test_noise_is_no_contradiction(pairs):
     # rendered from the target's own grid: only noise is left
     fine = XrayPairs(phantom_source(1, 16), 16, geometry=pairs.geometry)
     board = robustness(
-        Remembers(fine[0]["hu"]),
+        Recorder(fine[0]["hu"]),
         fine,
         [REFERENCE, condition("1e6 photons"), condition("1e5 photons"), condition("tilted 5°")],
         limit=5e-3,
@@ -138,7 +140,7 @@ def test_noise_is_no_contradiction(pairs):
     assert board.rows[2]["residual"] > 2 * board.rows[2]["beyond_noise"]
 
 
-def made(limit=None):
+def board_of(limit=None):
     figures = {
         "as in training": (0, "reference", 25.0, 0.01),
         "a": (1, "even", 24.0, 0.01),
@@ -156,7 +158,7 @@ def made(limit=None):
                 "condition": name,
                 "group": group,
                 "severity": s,
-                "told": "wrong" if group == "even" else "true",
+                "error": "geometry" if group == "even" else "none",
                 "psnr": p,
                 "ssim": 0.5,
                 "residual": r,
@@ -170,19 +172,21 @@ def made(limit=None):
 
 
 def test_smoothness_in_known_numbers():
-    found = {row["group"]: row for row in made().smoothness()}
-    assert found["even"]["smooth"] and found["even"]["fall"] == 2.0 and found["even"]["rise"] == 0.0
-    assert not found["cliff"]["smooth"] and found["cliff"]["fall"] == 5.0
+    groups = {row["group"]: row for row in board_of().smoothness()}
     assert (
-        not found["up"]["smooth"]
-        and found["up"]["rise"] == 0.5
-        and found["up"]["ladder"] == ["many", "as in training", "d", "e"]
+        groups["even"]["smooth"] and groups["even"]["fall"] == 2.0 and groups["even"]["rise"] == 0.0
+    )
+    assert not groups["cliff"]["smooth"] and groups["cliff"]["fall"] == 5.0
+    assert (
+        not groups["up"]["smooth"]
+        and groups["up"]["rise"] == 0.5
+        and groups["up"]["ladder"] == ["many", "as in training", "d", "e"]
     )
 
 
-def test_sentences_say_what_is_not_known():
-    assert "no residual limit" in made().sentences()[-1]
-    wrong, damaged, alarms = made(0.015).sentences()[-3:]
+def test_sentences_without_and_with_a_limit():
+    assert "no residual limit" in board_of().sentences()[-1]
+    wrong, damaged, alarms = board_of(0.015).sentences()[-3:]
     assert (
         "a 0 %, b 100 %" in wrong
         and "none" in damaged
@@ -190,15 +194,15 @@ def test_sentences_say_what_is_not_known():
         and "as in training" not in alarms
     )
     assert (
-        made().summary()[0]["says_contradiction"] is None
-        and "+0.00" in made().table()
-        and "-3.00" in made().table(markdown=True)
+        board_of().summary()[0]["says_contradiction"] is None
+        and "+0.00" in board_of().table()
+        and "-3.00" in board_of().table(markdown=True)
     )
 
 
 @pytest.mark.parametrize("limit", [None, 0.015])
-def test_what_is_written(tmp_path, limit):
-    made(limit).save(tmp_path)
+def test_files(tmp_path, limit):
+    board_of(limit).save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "robustness.csv",
         "robustness.json",
@@ -224,17 +228,17 @@ def test_one_view_and_four_reach_a_predictor(pairs):
     assert means[3] < means[0] < means[1]  # one, two, four views
 
 
-def test_errors_are_sentences(pairs):
-    with pytest.raises(ValueError, match="each with a name"):
+def test_invalid_arguments_are_refused(pairs):
+    with refused("conditions"):
         robustness(SIRT(1), pairs, [REFERENCE, REFERENCE], progress=False)
-    with pytest.raises(ValueError, match="NaN"):
+    with refused("predictor"):
         robustness(
-            Remembers(torch.full((16, 16, 16), float("nan"))), pairs, [REFERENCE], progress=False
+            Recorder(torch.full((16, 16, 16), float("nan"))), pairs, [REFERENCE], progress=False
         )
     with pytest.raises(GeometryError):
         perturbed_xrays(
             Perturbation("off", "far", 1.0, down_mm=1e5),
-            *rendered(pairs, 0, [REFERENCE])[None],
+            *render_views(pairs, 0, [REFERENCE])[None],
             0,
             0,
         )

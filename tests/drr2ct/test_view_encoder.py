@@ -483,7 +483,7 @@ def test_the_memory_is_bounded_and_stays_behind_when_copied():
     find = EpipolarNeighbours(4, limit_bytes=3 * one)
     for tilt in range(6):
         find(ConeBeam.stack([ConeBeam.orbit([0.0, 90.0], [float(tilt), 0.0])]), (4, 4))
-    assert len(find.kept) == 3 and find.searches == 6
+    assert len(find.cache) == 3 and find.searches == 6
     find(ConeBeam.stack([ConeBeam.orbit([0.0, 90.0], [5.0, 0.0])]), (4, 4))
     assert find.searches == 6  # the last one is still there
     where = cameras((0.0, 90.0), 5)
@@ -492,10 +492,10 @@ def test_the_memory_is_bounded_and_stays_behind_when_copied():
     )
     assert (
         all(
-            len(c.kept) == 0 and c.neighbours == 4
+            len(c.cache) == 0 and c.neighbours == 4
             for c in (copy.deepcopy(find), pickle.loads(pickle.dumps(find)))
         )
-        and len(find.kept) == 3
+        and len(find.cache) == 3
     )
 
 

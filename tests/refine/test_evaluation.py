@@ -1,4 +1,4 @@
-"""What a refinement's board says: paired, with a definition for every column, and nothing that its intervals do not show."""
+"""The scoreboard of a refiner: paired gains, definitions, and sentences that follow from intervals."""
 
 import pytest
 
@@ -30,7 +30,13 @@ def rows(*gains, refined=(), **columns):
         "null_invented": 0.1,
         **columns,
     }
-    pick = lambda value, n: value[n] if isinstance(value, list) else value
+
+    def of_patient(n):
+        return {
+            key: value[n] if isinstance(value, list) else value
+            for key, value in dict(refined).items()
+        }
+
     return [
         {
             "case": n,
@@ -38,11 +44,7 @@ def rows(*gains, refined=(), **columns):
             "predictor": name,
             "psnr": 20 + 3 * n + (g if name == "refined" else 0),
             **plain,
-            **(
-                {key: pick(value, n) for key, value in dict(refined).items()}
-                if name == "refined"
-                else {}
-            ),
+            **(of_patient(n) if name == "refined" else {}),
         }
         for n, g in enumerate(gains)
         for name in PREDICTORS
@@ -54,12 +56,12 @@ def verdict(*gains, **changes):
 
 
 def test_gains_are_paired():
-    found = RefinementScoreboard(rows(1.0, 1.1, 0.9)).gain("coarse", "psnr")
+    gain = RefinementScoreboard(rows(1.0, 1.1, 0.9)).gain("coarse", "psnr")
     # unpaired, the patients differ by 3 dB
     assert (
-        found.mean == pytest.approx(1.0)
-        and 0.7 < found.low < 1 < found.high < 1.3
-        and found.patients == 3
+        gain.mean == pytest.approx(1.0)
+        and 0.7 < gain.low < 1 < gain.high < 1.3
+        and gain.patients == 3
     )
     assert [
         verdict(*gains)[0].rsplit(": ", 1)[1]
@@ -76,7 +78,7 @@ def test_gains_are_paired():
 
 @pytest.mark.parametrize("metric, line", [("drr_error", 5), ("drr_error_held_out", 6)])
 @pytest.mark.parametrize(
-    "after, answer",
+    "after, conclusion",
     [
         ([0.0201, 0.02011, 0.02012], "worse."),  # by 1 %, and certainly
         ([0.0199, 0.01989, 0.01988], "no worse."),
@@ -84,35 +86,35 @@ def test_gains_are_paired():
         ([0.03, 0.01, 0.021], "whether it is worse cannot be said."),
     ],
 )
-def test_worse_on_the_xrays_is_what_the_interval_says(metric, line, after, answer):
-    told = verdict(0, 0, 0, refined={metric: after})
-    assert told[line].rsplit(": ", 1)[1] == answer and "DRR error" in told[line]
-    assert told[11 - line].rsplit(": ", 1)[1] == "no worse."  # the other views did not change
+def test_worse_on_the_xrays_is_what_the_interval_says(metric, line, after, conclusion):
+    sentences = verdict(0, 0, 0, refined={metric: after})
+    assert sentences[line].rsplit(": ", 1)[1] == conclusion and "DRR error" in sentences[line]
+    assert sentences[11 - line].rsplit(": ", 1)[1] == "no worse."  # the other views did not change
     assert verdict(0, refined={metric: 0.5})[line].endswith(
         "one patient gives no interval: whether it is worse cannot be said."
     )
 
 
 def test_the_error_on_given_views_stands_beside_that_of_the_cts():
-    told = lambda truth, after: verdict(
-        0, 0, 0, drr_error_of_truth=truth, refined={"drr_error": after}
-    )[5]
-    assert told(0.05, [0.03, 0.031, 0.029]).endswith(
+    def sentence(truth, after):
+        return verdict(0, 0, 0, drr_error_of_truth=truth, refined={"drr_error": after})[5]
+
+    assert sentence(0.05, [0.03, 0.031, 0.029]).endswith(
         ": worse; the CTs themselves, on this grid, have 0.0500, so before and after are within"
         " what noise and anatomy finer than a voxel explain."
     )
     # farther than a CT is
-    assert told(0.025, [0.03, 0.031, 0.029]).endswith(
+    assert sentence(0.025, [0.03, 0.031, 0.029]).endswith(
         ": worse; the CTs themselves, on this grid, have 0.0250."
     )
-    assert told(0.03, [0.03, 0.04, 0.02]).endswith("have 0.0300.")  # not certainly below
+    assert sentence(0.03, [0.03, 0.04, 0.02]).endswith("have 0.0300.")  # not certainly below
     # the input was above
-    assert told(0.01, [0.005, 0.006, 0.004]).endswith(
+    assert sentence(0.01, [0.005, 0.006, 0.004]).endswith(
         ": no worse; the CTs themselves, on this grid, have 0.0100."
     )
 
 
-def test_the_spectrum_is_told():
+def test_the_spectrum_has_a_sentence():
     nearer, farther = (
         verdict(
             0,
@@ -138,19 +140,19 @@ def test_the_spectrum_is_told():
     )
 
 
-def test_what_was_invented_stands_beside_the_floors():
-    told = verdict(
+def test_invented_detail_is_compared_with_the_baselines():
+    sentences = verdict(
         0, 0, 0, refined={"null_invented": [0.3, 0.31, 0.29], "null_right": -0.2, "null_added": 0.4}
     )
     assert (
-        "added 0.40 of the size" in told[8]
-        and "-20% of the missing energy was recovered" in told[8]
-        and "has 0.30 of its size" in told[8]
+        "added 0.40 of the size" in sentences[8]
+        and "-20% of the missing energy was recovered" in sentences[8]
+        and "has 0.30 of its size" in sentences[8]
     )
     assert (
-        told[9].startswith("unsharp_mask invented 0.10; a change of +0.200")
-        and told[10].startswith("consistency_alone")
-        and all(line.endswith("the refiner invented more.") for line in told[9:11])
+        sentences[9].startswith("unsharp_mask invented 0.10; a change of +0.200")
+        and sentences[10].startswith("consistency_alone")
+        and all(line.endswith("the refiner invented more.") for line in sentences[9:11])
     )
     assert verdict(0, 0, 0, refined={"null_invented": [0.05, 0.04, 0.06]})[9].endswith(
         "the refiner invented less."
@@ -159,7 +161,7 @@ def test_what_was_invented_stands_beside_the_floors():
     )
 
 
-def test_a_coarse_volume_sharper_than_the_truth_is_told():
+def test_a_coarse_volume_sharper_than_the_truth_has_a_sentence():
     sharp = verdict(0.1, 0.2, edge_response=1.3, refined={"edge_response": 1.1})
     assert (
         "already sharper than the CTs: their edges are 1.30 times as steep, and 1.10 times after"
@@ -173,12 +175,12 @@ def test_every_column_is_defined_and_shown():
     assert set(SHARPNESS_METRICS) <= set(board.metrics) and set(REFINEMENT_MAIN) <= set(
         board.metrics
     )
-    told = board_content(board)
+    sentences = board_content(board)
     for name, metric in SHARPNESS_METRICS.items():
         assert (
-            told["definitions"][name]["better"] in ("higher", "lower", "zero")
-            and told["definitions"][name]["definition"]
-            and told["predictors"]["coarse"][name] is not None
+            sentences["definitions"][name]["better"] in ("higher", "lower", "zero")
+            and sentences["definitions"][name]["definition"]
+            and sentences["predictors"]["coarse"][name] is not None
         )
         assert metric.unit == ("dB" if name.endswith("_db") else "")
     head = board.table().splitlines()[0]
@@ -206,3 +208,4 @@ def test_every_column_is_defined_and_shown():
         "high": None,
         "patients": 1,
     }
+    assert sentences["verdict"] == board.verdict()

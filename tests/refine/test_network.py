@@ -1,10 +1,11 @@
-"""The refiner: nothing at first, a bound, true geometry, patches, size, and a sentence for what does not fit."""
+"""The refiner: identity when untrained, its bound, geometry, patches, size, invalid arguments."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 
 from ct_nb.layers.tiling import tile_starts
 from ct_nb.phantom.chest import phantom
@@ -12,8 +13,8 @@ from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.pose_errors import rotate
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
-from ct_nb.refine import network as refine
-from ct_nb.refine.network import SEEN_CHANNELS, Refiner, RefinerConfig
+from ct_nb.refine import network as refiner_module
+from ct_nb.refine.network import INPUT_CHANNELS, Refiner, RefinerConfig
 
 SMOKE = RefinerConfig.preset("smoke")
 
@@ -38,7 +39,7 @@ def fresh(config=SMOKE, seed=0):
 
 
 def opened(config=SMOKE, last=0.5, attention=0.1):
-    "A refiner in which every path is open, as after training."
+    "A refiner without zero weights in its last layer and attention, as after training."
     net = fresh(config)
     with torch.no_grad():
         torch.nn.init.normal_(net.last.weight, std=last)
@@ -98,18 +99,18 @@ def test_untrained_can_start(chests):
     ), silent
 
 
-def test_what_the_channels_show_everywhere_alike_does_not_count(chests):
+def test_a_constant_offset_of_the_channels_has_no_effect(chests):
     truth, soft, xrays, geometry = chests
     plain, shifted = opened(), opened()
     with torch.no_grad():
         shifted.prior.last.bias += 5.0  # of every cue
-        before = [net.residual(net.seen(soft, xrays, geometry)) for net in (plain, shifted)]
+        before = [net.residual(net.inputs(soft, xrays, geometry)) for net in (plain, shifted)]
         for net in (plain, shifted):
             net.centre(
                 (soft[i : i + 1], xrays[i : i + 1], geometry[i : i + 1]) for i in range(len(soft))
             )
-        after = [net.residual(net.seen(soft, xrays, geometry)) for net in (plain, shifted)]
-        assert (plain.seen(soft, xrays, geometry) - plain.seen_mean).mean(
+        after = [net.residual(net.inputs(soft, xrays, geometry)) for net in (plain, shifted)]
+        assert (plain.inputs(soft, xrays, geometry) - plain.seen_mean).mean(
             (0, 2, 3, 4)
         ).abs().max() < 1e-4
         assert (before[0] - before[1]).abs().max() > 5 and torch.allclose(*after, atol=0.05)  # HU
@@ -127,7 +128,7 @@ def test_bound(chests, limit):
     assert 0.8 * limit < change <= limit + 1e-3
 
 
-def test_x_rays_count_by_scale_and_pose(chests):
+def test_the_output_depends_on_scale_and_pose_of_the_xrays(chests):
     truth, soft, xrays, geometry = chests
     net = opened()
     with torch.no_grad():
@@ -138,22 +139,25 @@ def test_x_rays_count_by_scale_and_pose(chests):
             net(soft, xrays, rotate(geometry, [0.0, 0.0, 15.0])),
         ):
             assert (other - own).abs().mean() > 0.5
-        step = lambda hu: net.seen(hu, xrays, geometry)[:, 2].abs().mean().item()
-        dense = step(1.1 * (truth + 1000) - 1000)
-        assert step(truth) < 0.01 * dense and dense > 0.05
+        step, dense_step = (
+            net.inputs(hu, xrays, geometry)[:, 2].abs().mean()
+            for hu in (truth, 1.1 * (truth + 1000) - 1000)
+        )
+        assert step < 0.01 * dense_step and dense_step > 0.05
         wrong_energy = fresh(replace(SMOKE, energy_kev=100.0))
-        assert wrong_energy.seen(truth, xrays, geometry)[:, 2].abs().mean() > 0.05
+        assert wrong_energy.inputs(truth, xrays, geometry)[:, 2].abs().mean() > 0.05
         assert torch.allclose(net(soft[:1], xrays[:1], geometry[0]), own[:1], atol=0.05)
         three = geometry.select([0, 1, 0])
         assert net(soft, xrays[:, [0, 1, 0]], three).shape == soft.shape
 
 
 def test_agreement_with_the_x_rays_is_in_hu(chests):
-    "A uniform excess of 30 HU within every ray's path asks for about −30 HU where two views pass."
+    "For a uniform excess of 30 HU the step of SIRT is about −30 HU where two views pass."
     truth, _, xrays, geometry = chests
     with torch.no_grad():
         step = (
-            fresh().seen(truth.clamp_min(-1000) + 30, xrays, geometry)[0, 2, 6:10, 6:10, 6:10] * 100
+            fresh().inputs(truth.clamp_min(-1000) + 30, xrays, geometry)[0, 2, 6:10, 6:10, 6:10]
+            * 100
         )
     assert -33 < step.mean() < -27
 
@@ -161,13 +165,13 @@ def test_agreement_with_the_x_rays_is_in_hu(chests):
 class Convolutions(Refiner):
     "Reaches two voxels."
 
-    def residual(self, seen):
-        return 300 * torch.tanh(self.last(self.enter(seen)))[:, :1]
+    def residual(self, inputs):
+        return 300 * torch.tanh(self.last(self.enter(inputs)))[:, :1]
 
 
 class Attends(Refiner):
-    def residual(self, seen):
-        return 300 * torch.tanh(self.last(self.sharpen[0][0](self.enter(seen))))[:, :1]
+    def residual(self, inputs):
+        return 300 * torch.tanh(self.last(self.sharpen[0][0](self.enter(inputs))))[:, :1]
 
 
 def test_patches_are_the_whole_for_convolutions_and_not_for_frequency_attention():
@@ -195,26 +199,30 @@ def test_patches_are_the_whole_for_convolutions_and_not_for_frequency_attention(
 
 
 def test_patches_of_the_whole_network_leave_no_seams(monkeypatch):
-    """At the planes where patches begin and end, neighbours differ as they do in the whole; cut
-    hard, they do not. Every path of the real network is open.
+    """At the ends of blended patches, neighbouring planes differ as in the untiled volume; without
+    blending they differ more. No weight of the network is zero.
     """
     size = 48
     config = RefinerConfig(
         size=48, channels=(4, 6, 8), prior_features=2, hidden=8, patch=24, overlap=8
     )
-    net, draw = opened(config), torch.Generator().manual_seed(0)
-    seen = sum(
+    net = opened(config)
+    generator = torch.Generator().manual_seed(0)
+    inputs = sum(
         weight
         * F.interpolate(
-            torch.randn(1, SEEN_CHANNELS, *(size // coarse,) * 3, generator=draw),
+            torch.randn(1, INPUT_CHANNELS, *(size // coarse,) * 3, generator=generator),
             size=(size,) * 3,
             mode="trilinear",
         )
         for coarse, weight in ((1, 0.3), (4, 0.6), (12, 1.0))
     )
-    monkeypatch.setattr(net, "seen", lambda *given: seen)
-    monkeypatch.setattr(net, "checked", lambda *given: None)
-    added = lambda: net(torch.zeros(1, size, size, size), None, None)[0]
+    monkeypatch.setattr(net, "inputs", lambda *arguments: inputs)
+    monkeypatch.setattr(net, "check_inputs", lambda *arguments: None)
+
+    def residual():
+        return net(torch.zeros(1, size, size, size), None, None)[0]
+
     starts = tile_starts(size, config.patch, config.shared)
     ends = sorted({end for start in starts for end in (start, start + config.patch)} - {0, size})
 
@@ -231,39 +239,41 @@ def test_patches_of_the_whole_network_leave_no_seams(monkeypatch):
             ]
         )
 
-    def cut(answer, size, patch, *_):
-        whole = torch.zeros(1, 1, size, size, size)
+    def cut(predict, size, patch, *_):
+        volume = torch.zeros(1, 1, size, size, size)
         for z in starts:
             for y in starts:
                 for x in starts:
-                    whole[..., z : z + patch, y : y + patch, x : x + patch] = answer(z, y, x, patch)
-        return whole
+                    region = (..., slice(z, z + patch), slice(y, y + patch), slice(x, x + patch))
+                    volume[region] = predict(z, y, x, patch)
+        return volume
 
     with torch.no_grad():
-        pieces = steps(added())
-        monkeypatch.setattr(refine, "blended", cut)
-        hard = steps(added())
+        tiled = steps(residual())
+        monkeypatch.setattr(refiner_module, "blend_tiles", cut)
+        hard = steps(residual())
         net.config = replace(config, patch=None, overlap=None)
-        whole = steps(added())
-    assert (pieces < 1.03 * whole).all(), (pieces / whole).tolist()
-    assert (hard > 1.05 * whole).any(), (hard / whole).tolist()
+        untiled = steps(residual())
+    assert (tiled < 1.03 * untiled).all(), (tiled / untiled).tolist()
+    assert (hard > 1.05 * untiled).any(), (hard / untiled).tolist()
 
 
-def test_a_patch_sees_what_the_whole_sees_there():
+def test_the_inputs_of_a_patch_are_those_of_the_whole_volume_there():
     _, soft, xrays, geometry = scene([4], 32)
     net = opened(replace(RefinerConfig.preset("smoke", 32), patch=16))
     with torch.no_grad():
-        whole, corner = net.seen(soft, xrays, geometry), (16, 8, 0)
+        whole = net.inputs(soft, xrays, geometry)
+        corner = (16, 8, 0)
         assert torch.allclose(
-            net.seen(soft, xrays, geometry, corner), whole[..., 16:32, 8:24, :16], atol=1e-4
+            net.inputs(soft, xrays, geometry, corner), whole[..., 16:32, 8:24, :16], atol=1e-4
         )
         assert not torch.allclose(
-            net.seen(soft, xrays, geometry, (8, 8, 0)), whole[..., 16:32, 8:24, :16], atol=1e-2
+            net.inputs(soft, xrays, geometry, (8, 8, 0)), whole[..., 16:32, 8:24, :16], atol=1e-2
         )
         assert torch.equal(
             net(soft, xrays, geometry, corner=corner),
             soft[..., 16:32, 8:24, :16]
-            + net.residual(net.seen(soft, xrays, geometry, corner))[:, 0],
+            + net.residual(net.inputs(soft, xrays, geometry, corner))[:, 0],
         )
 
 
@@ -289,47 +299,31 @@ def test_deterministic(chests):
 
 
 @pytest.mark.parametrize(
-    "said, attempt",
+    "argument, call",
     [
-        (
-            r"coarse_hu: this refiner is for volumes \(B, 16, 16, 16\)",
-            lambda n, c, x, g: n(c[..., :8], x, g),
-        ),
-        ("coarse_hu: there are NaN", lambda n, c, x, g: n(c * torch.nan, x, g)),
-        (
-            "coarse_hu: expected Hounsfield units",
-            lambda n, c, x, g: n(WINDOWS["chest"].to_network(c), x, g),
-        ),
-        (
-            (
-                "window: this refiner was made for coarse volumes in the window 'chest', got"
-                " 'soft_tissue'"
-            ),
-            lambda n, c, x, g: n(c, x, g, window="soft_tissue"),
-        ),
-        (
-            "energy_kev: this refiner was made for X-rays of 60 keV, got 80",
-            lambda n, c, x, g: n(c, x, g, energy_kev=80.0),
-        ),
-        ("xrays: a refiner takes its detail from X-rays", lambda n, c, x, g: n(c, None, g)),
-        ("geometry: a refiner takes its detail from X-rays", lambda n, c, x, g: n(c, x, None)),
-        ("xrays: there are 2 coarse volumes and X-rays of 1", lambda n, c, x, g: n(c, x[:1], g)),
-        ("xrays: there are NaN", lambda n, c, x, g: n(c, x * torch.inf, g)),
-        ("xrays: the geometry describes", lambda n, c, x, g: n(c, x, g.select([0]))),
-        ("corner: this refiner has no patches", lambda n, c, x, g: n(c, x, g, corner=(0, 0, 0))),
-        ("patch: must be a multiple of 2 below 16", lambda n, c, x, g: replace(SMOKE, patch=16)),
-        (
-            "overlap: patches would begin at",
-            lambda n, c, x, g: RefinerConfig(size=72, patch=32, overlap=8),
-        ),
-        ("size: must be a multiple of 8", lambda n, c, x, g: RefinerConfig(size=62)),
-        ("limit_hu: must be positive", lambda n, c, x, g: replace(SMOKE, limit_hu=0.0)),
-        ("window: must be one of", lambda n, c, x, g: replace(SMOKE, window="liver")),
-        ("preset: must be one of", lambda n, c, x, g: RefinerConfig.preset("huge")),
+        ("coarse_hu", lambda n, c, x, g: n(c[..., :8], x, g)),
+        ("coarse_hu", lambda n, c, x, g: n(c * torch.nan, x, g)),
+        ("coarse_hu", lambda n, c, x, g: n(WINDOWS["chest"].to_network(c), x, g)),
+        ("window", lambda n, c, x, g: n(c, x, g, window="soft_tissue")),
+        ("energy_kev", lambda n, c, x, g: n(c, x, g, energy_kev=80.0)),
+        ("xrays", lambda n, c, x, g: n(c, None, g)),
+        ("geometry", lambda n, c, x, g: n(c, x, None)),
+        ("xrays", lambda n, c, x, g: n(c, x[:1], g)),
+        ("xrays", lambda n, c, x, g: n(c, x * torch.inf, g)),
+        ("xrays", lambda n, c, x, g: n(c, x, g.select([0]))),
+        ("corner", lambda n, c, x, g: n(c, x, g, corner=(0, 0, 0))),
+        ("patch", lambda n, c, x, g: replace(SMOKE, patch=16)),
+        ("overlap", lambda n, c, x, g: RefinerConfig(size=72, patch=32, overlap=8)),
+        ("size", lambda n, c, x, g: RefinerConfig(size=62)),
+        ("channels", lambda n, c, x, g: replace(SMOKE, channels=(6,))),
+        ("blocks", lambda n, c, x, g: replace(SMOKE, blocks=0)),
+        ("limit_hu", lambda n, c, x, g: replace(SMOKE, limit_hu=0.0)),
+        ("window", lambda n, c, x, g: replace(SMOKE, window="liver")),
+        ("preset", lambda n, c, x, g: RefinerConfig.preset("huge")),
     ],
 )
-def test_what_does_not_fit_gets_a_sentence(chests, said, attempt):
+def test_invalid_arguments_are_refused_in_one_line(chests, argument, call):
     _, soft, xrays, geometry = chests
-    with pytest.raises(ValueError, match=said) as found:
-        attempt(fresh(), soft, xrays, geometry)
-    assert "\n" not in str(found.value)
+    with refused(argument) as caught:
+        call(fresh(), soft, xrays, geometry)
+    assert "\n" not in str(caught.value)
