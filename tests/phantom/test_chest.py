@@ -1,11 +1,10 @@
-"""The phantom: equal at every size and in every run, plausible HU, a report that agrees with the voxels."""
+"The phantom: equal at every size and in every run, plausible HU, a report that agrees with the voxels."
 
 import hashlib
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from time import process_time
 
 import numpy as np
@@ -17,7 +16,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filte
 from ct_nb.core.regions import REGIONS
 from ct_nb.phantom.anatomy import Anatomy, thorax_width
 from ct_nb.phantom.chest import PHANTOM_VERSION, phantom
-from ct_nb.phantom.lesions import LESION_KINDS, LINE_KINDS, plan_lesions
+from ct_nb.phantom.lesions import LESION_KINDS, plan_lesions
 from ct_nb.phantom.report import COT_STAGES
 
 REAL = REAL_CT
@@ -55,7 +54,7 @@ def first_seed():
 
 @pytest.fixture(scope="module")
 def large(first_seed):
-    return {seed: phantom(seed, 128) for seed in sorted(set(first_seed.values()))}
+    return {seed: phantom(seed, 96) for seed in sorted(set(first_seed.values()))}
 
 
 def digest(p):
