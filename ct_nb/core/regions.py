@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['REGIONS']
 
-# %% ../../nbs/core/03_regions.ipynb #cell-003
-REGIONS = {  # number: (name, TotalSegmentator v2 `total` ids merged into it); 0 is everything else
+# %% ../../nbs/core/03_regions.ipynb #40c58783
+# number: (name, TotalSegmentator v2 `total` ids merged into it); 0 is everything else
+REGIONS = {
     1: ("left upper lobe", (10,)),
     2: ("left lower lobe", (11,)),
     3: ("right upper lobe", (12,)),

@@ -10,7 +10,7 @@ __all__ = ['PITCH_MM', 'PITCH_GROWTH', 'T1_MM', 'RIB_DROP', 'RIB_BONE', 'RIB_END
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-003
 import numpy as np
 
-from .anatomy import cage, cage_point
+from .anatomy import rib_cage, rib_cage_point
 from .shapes import Tubes, VoxelCanvas, curve, paint_pipe, paint_tubes, smooth_min
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-004
@@ -50,9 +50,9 @@ def vertebra_z(patient, number):
     return (PITCH_MM - pitch) / PITCH_GROWTH * patient.scale[2] + patient.shift_z
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-010
-def posterior_elements(patient, dx, dy, z, off):
+def posterior_elements(patient, dx, dy, z, offset):
     """Signed distance to arches and processes, in reference mm, about the column: `dx`, `dy` from
-    its middle, `off` from the nearest vertebra.
+    its middle, `offset` from the nearest vertebra.
     """
     sloped, pitch = vertebra_offset(patient, z + np.float32(0.5) * np.clip(dy - 18, 0, 40))
     side, sloped = np.abs(dx), np.abs(sloped)
@@ -64,24 +64,24 @@ def posterior_elements(patient, dx, dy, z, off):
         np.maximum(side - 2.6, np.abs(dy - 44) - 17), sloped - pitch * np.float32(0.24)
     )
     transverse = np.maximum(
-        np.sqrt((dy - 24 - np.float32(0.28) * side) ** 2 + off * off) - 5, side - 31
+        np.sqrt((dy - 24 - np.float32(0.28) * side) ** 2 + offset * offset) - 5, side - 31
     )
     return smooth_min(smooth_min(ring, spinous, np.float32(4)), transverse, np.float32(4))
 
 
 def paint_spine(canvas: VoxelCanvas, patient):
-    "The whole column in one box."
+    "Paint the whole vertebral column in one box."
     s, c = np.float32(patient.scale[0]), canvas.coverage
     where, (x, y, z) = canvas.box((-50 * s, -15, -400), (50 * s, 130, 400))
     dx = (x - patient.spine_x(z)) / s
     dy = (y - patient.spine_y(z)) / s
-    off, pitch = vertebra_offset(patient, z)
+    offset, pitch = vertebra_offset(patient, z)
     size = 1 + (pitch - np.float32(23)) * np.float32(0.018)
-    waist = size * (14.2 - 1.5 * np.cos(2 * np.pi * off / pitch))
+    body_radius = size * (14.2 - 1.5 * np.cos(2 * np.pi * offset / pitch))
     across = np.sqrt((dx / np.float32(1.22)) ** 2 + dy * dy)
-    body = np.maximum(across - waist, np.abs(off) - pitch * np.float32(0.40))
+    body = np.maximum(across - body_radius, np.abs(offset) - pitch * np.float32(0.40))
     canal = np.sqrt((dx / np.float32(1.15)) ** 2 + (dy - 20.5) ** 2) - 8
-    bone = np.maximum(np.minimum(body, posterior_elements(patient, dx, dy, z, off)), -canal)
+    bone = np.maximum(np.minimum(body, posterior_elements(patient, dx, dy, z, offset)), -canal)
     canvas.paint(where, c(across - size * 13.6), patient.hu["disc"], 13)
     canvas.paint(where, c(canal), 8.0, 13)
     canvas.paint(
@@ -96,30 +96,33 @@ def paint_spine(canvas: VoxelCanvas, patient):
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-012
 # mm from the head of the rib to its lowest point
 RIB_DROP = (20, 34, 48, 60, 70, 78, 84, 86, 82, 70, 50, 34)
-# share of the way to the front that is bone
+# share of the arc to the sternum that is bone
 RIB_BONE = (0.72, 0.75, 0.78, 0.80, 0.80, 0.78, 0.76, 0.73, 0.69, 0.64, 0.46, 0.32)
-RIB_END = (1, 1, 1, 1, 1, 1, 1, 0.90, 0.84, 0.76, 0, 0)  # and where the cartilage ends
+RIB_END = (1, 1, 1, 1, 1, 1, 1, 0.90, 0.84, 0.76, 0, 0)  # share at which the cartilage ends
 
 
 def rib_line(patient, number, side, points=48):
-    """Share of the way to the midline in front (n,) and centreline (n, 3) mm of rib `number` (0 to
+    """Share of the arc to the anterior midline (n,) and centreline (n, 3) mm of rib `number` (0 to
     11); `side` +1 left, −1 right.
     """
-    share, bone = np.linspace(0, 1, points), RIB_BONE[number]
-    drop = RIB_DROP[number] * np.sin(np.minimum(share / 0.82, 1) * np.pi / 2) ** 1.35
-    rise = np.clip((share - bone) / (1 - bone), 0, 1) ** 1.2 * min(max(number - 1, 0) * 9, 44)
-    own = np.random.default_rng([patient.seed, 12, number, side + 1]).normal(0, 1.6) * np.sin(
-        np.pi * share
+    arc_fraction = np.linspace(0, 1, points)
+    bone = RIB_BONE[number]
+    drop = RIB_DROP[number] * np.sin(np.minimum(arc_fraction / 0.82, 1) * np.pi / 2) ** 1.35
+    rise = np.clip((arc_fraction - bone) / (1 - bone), 0, 1) ** 1.2 * min(
+        max(number - 1, 0) * 9, 44
     )
-    z = vertebra_z(patient, number - 0.25) + (rise - drop + own) * patient.scale[2]
-    line = cage_point(patient, side, np.pi / 2 - (0.24 + share * (np.pi - 0.40)), z, 4.5)
+    jitter_mm = np.random.default_rng([patient.seed, 12, number, side + 1]).normal(0, 1.6) * np.sin(
+        np.pi * arc_fraction
+    )
+    z = vertebra_z(patient, number - 0.25) + (rise - drop + jitter_mm) * patient.scale[2]
+    line = rib_cage_point(patient, side, np.pi / 2 - (0.24 + arc_fraction * (np.pi - 0.40)), z, 4.5)
     head = np.array([patient.spine_x(z[0]), patient.spine_y(z[0]), z[0] + 1], float) + (
         side * 18 * patient.scale[0],
         9 * patient.scale[1],
         0,
     )
-    neck = np.clip(share / 0.07, 0, 1)[:, None]
-    return share, head * (1 - neck) + line * neck
+    neck = np.clip(arc_fraction / 0.07, 0, 1)[:, None]
+    return arc_fraction, head * (1 - neck) + line * neck
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-013
 def ribs(patient):
@@ -128,16 +131,20 @@ def ribs(patient):
     for number in range(12):
         radius = (3.6 if number in (0, 10, 11) else 4.1) * patient.scale[0]
         for side in (-1, 1):
-            share, line = rib_line(patient, number, side)
-            bone.append(Tubes.along(curve(line[share <= RIB_BONE[number]][::2], 6.0), radius))
-            gristle = line[(share >= RIB_BONE[number] - 0.02) & (share <= RIB_END[number])]
-            if len(gristle) > 2:
-                cartilage.append(Tubes.along(gristle[::2], 4.4 * patient.scale[0]))
+            arc_fraction, line = rib_line(patient, number, side)
+            bone.append(
+                Tubes.along(curve(line[arc_fraction <= RIB_BONE[number]][::2], 6.0), radius)
+            )
+            cartilage_line = line[
+                (arc_fraction >= RIB_BONE[number] - 0.02) & (arc_fraction <= RIB_END[number])
+            ]
+            if len(cartilage_line) > 2:
+                cartilage.append(Tubes.along(cartilage_line[::2], 4.4 * patient.scale[0]))
     return Tubes.join(bone), Tubes.join(cartilage)
 
 
 def paint_ribs(canvas: VoxelCanvas, patient):
-    "Twelve pairs of ribs; their cartilage hardens with age."
+    "Paint twelve pairs of ribs; their cartilage hardens with age."
     bone, cartilage = ribs(patient)
     paint_tubes(
         canvas, cartilage, patient.hu["cartilage"] + max(patient.age - 55, 0) * 3, 14, (1, 1, 1.35)
@@ -146,34 +153,36 @@ def paint_ribs(canvas: VoxelCanvas, patient):
 
 
 def paint_sternum(canvas: VoxelCanvas, patient):
-    "Manubrium and body: flat bars in front of the mediastinum."
-    for heights, wide in (((100, 76, 56), 4.0), ((50, 10, -30, -62), 2.7)):
+    "Paint manubrium and body of the sternum: flat bars in front of the mediastinum."
+    for heights, width_factor in (((100, 76, 56), 4.0), ((50, 10, -30, -62), 2.7)):
         z = np.array(heights) * patient.scale[2] + patient.shift_z
-        radius = np.linspace(5.6, 4.6 if wide > 3 else 5.4, len(z)) * patient.scale[0]
+        radius = np.linspace(5.6, 4.6 if width_factor > 3 else 5.4, len(z)) * patient.scale[0]
         line = np.stack([0 * z, patient.front(z) - 5.5, z], 1)
-        paint_bone_tubes(canvas, patient, Tubes.along(line, radius), 1.0, 14, (wide, 1, 1))
+        paint_bone_tubes(canvas, patient, Tubes.along(line, radius), 1.0, 14, (width_factor, 1, 1))
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-015
+def _on_side(side, *points) -> np.ndarray:
+    "Points (n, 3) mm given for the left side, on `side` (+1 left, −1 right)."
+    return np.array([(side * x, y, z) for x, y, z in points], float)
+
+
 def paint_shoulders(canvas: VoxelCanvas, patient):
-    "Clavicles, scapulae and the upper ends of the humeri."
+    "Paint clavicles, scapulae and the upper ends of the humeri."
     for side in (-1, 1):
-
-        def at(*points):
-            return patient.at([(side * x, y, z) for x, y, z in points])
-
-        top, low, socket = at((70, 74, 108), (104, 82, -20), (134, 24, 112))
-
-        def go(*steps):
-            return curve(socket + np.array([(side * x, y, z) for x, y, z in steps], float), 7)
-
-        clavicle = curve(at((18, -36, 104), (52, -46, 118), (92, -22, 138), (134, 8, 152)), 7)
+        top, low, socket = patient.at(_on_side(side, (70, 74, 108), (104, 82, -20), (134, 24, 112)))
+        clavicle = curve(
+            patient.at(
+                _on_side(side, (18, -36, 104), (52, -46, 118), (92, -22, 138), (134, 8, 152))
+            ),
+            7,
+        )
         acromion = socket + [(side * 8, 22, 24), (side * 6, -8, 36)]
         ridge = curve(
             np.array([top * 0.75 + low * 0.25, (top + socket) / 2 + (0, 24, 2), *acromion]), 7
         )
         rim = curve(np.array([low, (low + socket) / 2 + (side * 4, 2, 0), socket]), 8)
-        coracoid = go((-12, -2, 10), (-14, -22, 18), (-2, -32, 14))
-        rods = Tubes.join(
+        coracoid = curve(socket + _on_side(side, (-12, -2, 10), (-14, -22, 18), (-2, -32, 14)), 7)
+        long_bones = Tubes.join(
             [
                 Tubes.along(clavicle, 5.6 * patient.scale[0]),
                 Tubes.along(ridge, 4.4),
@@ -182,21 +191,27 @@ def paint_shoulders(canvas: VoxelCanvas, patient):
             ]
         )
         paint_scapula(canvas, patient, top, low, socket)
-        paint_bone_tubes(canvas, patient, rods, 1.6, 15)
-        humerus = go((25, -4, 18), (37, -8, 48), (49, -10, 78), (61, -10, 128))
-        girth = np.interp(
+        paint_bone_tubes(canvas, patient, long_bones, 1.6, 15)
+        humerus = curve(
+            socket + _on_side(side, (25, -4, 18), (37, -8, 48), (49, -10, 78), (61, -10, 128)), 7
+        )
+        humerus_radius = np.interp(
             np.linalg.norm(humerus - humerus[0], axis=1), (0, 20, 50, 120), (21, 20, 13, 11.5)
         )
-        paint_bone_tubes(canvas, patient, Tubes.along(humerus, girth * patient.scale[0]), 1.8, 15)
+        paint_bone_tubes(
+            canvas, patient, Tubes.along(humerus, humerus_radius * patient.scale[0]), 1.8, 15
+        )
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-016
 def paint_scapula(canvas: VoxelCanvas, patient, top, low, socket):
-    "The blade: a thin sheet 17 mm outside the cage, cut to the triangle of its three corners (mm)."
+    """Paint the blade: a sheet 17 mm outside the rib cage, cut to the triangle of three corners
+    (mm).
+    """
     corners = [top, low, socket]
     where, (x, y, z) = canvas.box(np.min(corners, 0) - 25, np.max(corners, 0) + 25)
     if 0 in canvas.hu[where].shape:
         return
-    depth = cage(patient, x, y, z) - 17
+    depth = rib_cage(patient, x, y, z) - 17
     within = np.float32(-1e3)
     normal = np.cross(low - top, socket - top)
     for a, b, c in ((top, low, socket), (low, socket, top), (socket, top, low)):

@@ -10,10 +10,13 @@ from functools import lru_cache
 
 import torch
 
-# %% ../../nbs/physics/09_fourier.ipynb #cell-004
-def frequencies(shape: tuple[int, int, int], device=None) -> torch.Tensor:
-    """(3, D, H, W//2 + 1): frequency along z, y and x of each number of `torch.fft.rfftn` of a
-    volume (D, H, W), in units of the Nyquist frequency.
+# %% ../../nbs/physics/09_fourier.ipynb #f0c5731a
+def frequencies(
+    shape: tuple[int, int, int],  # (D, H, W) voxels
+    device=None,
+) -> torch.Tensor:  # (3, D, H, W//2 + 1) float32
+    """Frequency along z, y and x of each number of `torch.fft.rfftn` of a volume (D, H, W), in
+    units of the Nyquist frequency: −1 to 1.
     """
     d, h, w = shape
     axes = (
@@ -24,48 +27,58 @@ def frequencies(shape: tuple[int, int, int], device=None) -> torch.Tensor:
     return 2 * torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
-def radial_frequency(shape: tuple[int, int, int], device=None) -> torch.Tensor:
-    "(D, H, W//2 + 1): normalised radial frequency of the same, 0 to √3."
+def radial_frequency(
+    shape: tuple[int, int, int],  # (D, H, W) voxels
+    device=None,
+) -> torch.Tensor:  # (D, H, W//2 + 1) float32
+    "Normalised radial frequency of each number of `torch.fft.rfftn`, 0 to √3."
     return frequencies(shape, device).square().sum(0).sqrt()
 
-# %% ../../nbs/physics/09_fourier.ipynb #cell-005
-def multiplicity(width: int, device=None) -> torch.Tensor:
-    """(width//2 + 1,): of how many waves of the full spectrum each column of the half spectrum
-    stands, 1 or 2.
-    """
+# %% ../../nbs/physics/09_fourier.ipynb #e1b25a50
+def multiplicity(
+    width: int,  # W, voxels along x
+    device=None,
+) -> torch.Tensor:  # (W//2 + 1,) float32
+    "Number of waves of the full spectrum that each column of the half spectrum stands for, 1 or 2."
     count = torch.full((width // 2 + 1,), 2.0, device=device)
     count[0] = 1
     if width % 2 == 0:
         count[-1] = 1
     return count
 
-# %% ../../nbs/physics/09_fourier.ipynb #cell-008
+# %% ../../nbs/physics/09_fourier.ipynb #8afc9ade
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what is kept may serve training later
-def bands(shape: tuple[int, int, int], shells: int, device: torch.device) -> torch.Tensor:
-    """(shells·3, D·H·(W//2 + 1)): how much each wave belongs to each shell and direction, shell by
-    shell; columns sum to 1, and to 0 for the mean.
+@torch.inference_mode(False)  # a cached tensor may take part in training later
+def bands(
+    shape: tuple[int, int, int],  # (D, H, W) voxels
+    shells: int,
+    device: torch.device,
+) -> torch.Tensor:  # (shells·3, D·H·(W//2 + 1)) float32, 0 to 1
+    """Weight of each wave in each shell and direction, shell by shell.
+
+    Columns sum to 1, and to 0 for the mean of the volume.
     """
     axes = frequencies(shape, device)
     squares = axes.square()
-    whole = squares.sum(0)
-    direction = squares / whole.clamp_min(1e-12)  # 0 for the mean, which belongs nowhere
-    place = whole.sqrt().clamp_max(1) * (shells - 1)
-    hats = (1 - (place - torch.arange(shells, device=device).view(-1, 1, 1, 1)).abs()).clamp_min(0)
+    total = squares.sum(0)
+    direction = squares / total.clamp_min(1e-12)  # 0 for the mean, which belongs to no band
+    position = total.sqrt().clamp_max(1) * (shells - 1)
+    index = torch.arange(shells, device=device).view(-1, 1, 1, 1)
+    hats = (1 - (position - index).abs()).clamp_min(0)
     return (hats[:, None] * direction).flatten(2).flatten(0, 1)
 
-# %% ../../nbs/physics/09_fourier.ipynb #cell-009
+# %% ../../nbs/physics/09_fourier.ipynb #77dca493
 def band_power(
-    spectrum: torch.Tensor, width: int, shells: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean power (B, C, shells·3) of spectra (B, C, D, H, width//2 + 1) in each band, and which
-    bands hold waves, (shells·3,) bool.
+    spectrum: torch.Tensor,  # (B, C, D, H, width//2 + 1) complex, of `rfftn` with norm="ortho"
+    width: int,  # voxels along x
+    shells: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # (B, C, shells·3) and (shells·3,) bool
+    """Mean power of a spectrum in each band, in squared units of the volume, and which bands hold
+    any waves; the power of the others is 0.
     """
     shape = (*spectrum.shape[-3:-1], width)
-    share = (
-        bands(shape, shells, spectrum.device)
-        * multiplicity(width, spectrum.device).expand(spectrum.shape[-3:]).flatten()
-    )
+    count = multiplicity(width, spectrum.device).expand(spectrum.shape[-3:]).flatten()
+    weight = bands(shape, shells, spectrum.device) * count
     power = torch.view_as_real(spectrum).square().sum(-1).flatten(2)
-    count = share.sum(1)
-    return power @ share.T / count.clamp_min(1e-6), count > 1e-6
+    waves = weight.sum(1)
+    return power @ weight.T / waves.clamp_min(1e-6), waves > 1e-6

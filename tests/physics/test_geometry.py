@@ -1,16 +1,21 @@
-"""ConeBeam: faults, gradients, limits and files. What a reader should see stands in nbs/physics/03*.ipynb."""
+"ConeBeam: faults, gradients, limits and files, beyond nbs/physics/01*.ipynb."
 
+import copy
+import inspect
 import json
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from ct_nb.physics.epipolar import epipolar_lines, fundamental_matrix, nearest_on_epipolar_line
 from ct_nb.physics.geometry import VECTORS, ConeBeam, GeometryError
 from ct_nb.physics.geometry_io import (
+    GeometryFileError,
     geometry_from_dicom,
     geometry_from_json,
     geometry_to_json,
@@ -52,40 +57,42 @@ def differences(a: ConeBeam, b: ConeBeam) -> float:
 
 # ---------------------------------------------------------------- faults
 @pytest.mark.parametrize(
-    "change, words",
+    "argument, value",
     [
-        (dict(source_mm=torch.zeros(3)), "source_mm must be"),
-        (dict(source_mm=torch.zeros(2, 2)), "source_mm must be"),
-        (dict(source_mm=torch.zeros(0, 3)), "at least one view"),
-        (dict(row_step_mm=torch.zeros(3, 3)), "row_step_mm has shape"),
-        (dict(source_mm=torch.full((2, 3), math.nan)), "NaN or infinity"),
-        (dict(detector_center_mm=torch.full((2, 3), math.inf)), "NaN or infinity"),
-        (dict(row_step_mm=torch.zeros(2, 3)), "zero or parallel"),
-        (dict(detector_shape=(0, 5)), "detector_shape"),
-        (dict(detector_shape=(5,)), "detector_shape"),
-        (dict(grid=(16, 16, 16)), "grid must be a Grid"),
+        ("source_mm", torch.zeros(3)),
+        ("source_mm", torch.zeros(2, 2)),
+        ("source_mm", torch.zeros(0, 3)),
+        ("row_step_mm", torch.zeros(3, 3)),
+        ("source_mm", torch.full((2, 3), math.nan)),
+        ("detector_center_mm", torch.full((2, 3), math.inf)),
+        ("detector_shape", (0, 5)),
+        ("detector_shape", (5,)),
+        ("grid", (16, 16, 16)),
     ],
 )
-def test_impossible_geometries_are_refused_in_one_sentence(change, words):
-    with pytest.raises(GeometryError, match=words) as caught:
-        replace(ConeBeam.biplanar(), **change)
+def test_impossible_geometries_are_refused_in_one_sentence(argument, value):
+    with refused(argument, kind=GeometryError) as caught:
+        replace(ConeBeam.biplanar(), **{argument: value})
     assert "\n" not in str(caught.value)
+
+
+def test_pixel_steps_of_length_zero():
+    with refused("source_mm", kind=GeometryError) as caught:
+        replace(ConeBeam.biplanar(), row_step_mm=torch.zeros(2, 3))
+    assert caught.value.view == 0
 
 
 def test_source_in_the_plane_of_its_detector():
     g = ConeBeam.biplanar()
-    with pytest.raises(GeometryError, match="view 1 the source lies in the detector's plane"):
-        replace(
-            g,
-            source_mm=torch.stack(
-                [g.source_mm[0], g.detector_center_mm[1] + 300 * g.row_step_mm[1]]
-            ),
-        )
+    in_plane = g.detector_center_mm[1] + 300 * g.row_step_mm[1]
+    with refused("source_mm", kind=GeometryError) as caught:
+        replace(g, source_mm=torch.stack([g.source_mm[0], in_plane]))
+    assert caught.value.view == 1
 
 
 @pytest.mark.parametrize("name", ["source_to_isocenter_mm", "source_to_detector_mm", "pixel_mm"])
 def test_orbit_refuses_distances_that_are_not_positive(name):
-    with pytest.raises(GeometryError, match=name):
+    with refused(name, kind=GeometryError):
         ConeBeam.biplanar(**{name: -1.0})
 
 
@@ -96,11 +103,10 @@ def test_stack_names_what_differs():
         (ConeBeam.biplanar(detector_shape=(8, 8)), "detector_shape"),
         (g.on(GRID), "grid"),
     ):
-        with pytest.raises(
-            GeometryError, match=f"geometry 1 differs from geometry 0 in its {word}"
-        ):
+        with refused("geometries", kind=GeometryError) as caught:
             ConeBeam.stack([g, other])
-    with pytest.raises(GeometryError, match="empty"):
+        assert caught.value.property == word
+    with refused("geometries", kind=GeometryError):
         ConeBeam.stack([])
 
 
@@ -180,8 +186,23 @@ def test_batch_select_index_and_device_move():
         and differences(both.select([3, 0])[0], a.select([3, 0])) == 0
     )
     assert "batch (2,)" in repr(both) and "5 views" in repr(a)
-    with pytest.raises(GeometryError, match="no batch"):
+    with refused("index", kind=GeometryError):
         a[0]
+
+
+def test_pickle_copy_and_help():
+    "The patched methods and properties survive; worker processes get a geometry by pickle."
+    g = ConeBeam.stack([odd_views(seed=1), odd_views(seed=2)])
+    for other in (pickle.loads(pickle.dumps(g)), copy.deepcopy(g)):
+        assert differences(other, g) == 0 and other.grid == g.grid
+        assert torch.equal(other.matrices(), g.matrices())
+        assert torch.equal(other.azimuth_deg, g.azimuth_deg)
+    for name in ("orbit", "from_matrices", "stack", "matrices", "project_points", "plucker"):
+        method = getattr(ConeBeam, name)
+        assert method.__doc__ and method.__qualname__ == f"ConeBeam.{name}"
+    assert "C-arm views" in inspect.getdoc(ConeBeam.orbit)
+    assert "source_to_isocenter_mm" in inspect.signature(ConeBeam.orbit).parameters
+    assert ConeBeam.azimuth_deg.__doc__
 
 
 # ---------------------------------------------------------------- matrices
@@ -236,21 +257,19 @@ def test_projection_agrees_with_ray_and_plane():
 
 
 @pytest.mark.parametrize(
-    "kwargs, words",
+    "kwargs, argument",
     [
-        (dict(), "exactly one of"),
-        (dict(pixel_mm=1.0, source_to_detector_mm=1.0), "exactly one of"),
-        (dict(matrices=torch.zeros(2, 3, 3), pixel_mm=1.0), "must be"),
-        (dict(matrices=torch.zeros(2, 3, 4), pixel_mm=1.0), "singular"),
-        (dict(matrices=torch.full((2, 3, 4), math.nan), pixel_mm=1.0), "not finite"),
-        (
-            dict(grid=Grid.cube(4, center_mm=(0, -1000, 0)), pixel_mm=1.0),
-            "in the plane of a source",
-        ),
+        (dict(), "source_to_detector_mm"),
+        (dict(pixel_mm=1.0, source_to_detector_mm=1.0), "source_to_detector_mm"),
+        (dict(matrices=torch.zeros(2, 3, 3), pixel_mm=1.0), "matrices"),
+        (dict(matrices=torch.zeros(2, 3, 4), pixel_mm=1.0), "matrices"),
+        (dict(matrices=torch.full((2, 3, 4), math.nan), pixel_mm=1.0), "matrices"),
+        # the middle of the grid lies in the plane of a source
+        (dict(grid=Grid.cube(4, center_mm=(0, -1000, 0)), pixel_mm=1.0), "grid"),
     ],
 )
-def test_from_matrices_faults(kwargs, words):
-    with pytest.raises(GeometryError, match=words):
+def test_from_matrices_faults(kwargs, argument):
+    with refused(argument, kind=GeometryError):
         ConeBeam.from_matrices(
             **{"matrices": ConeBeam.biplanar().matrices().round(decimals=9), **kwargs}
         )
@@ -265,10 +284,9 @@ def test_points_shared_or_per_scan():
         torch.testing.assert_close(uv[b], g[b].project_points(points[b])[0])
         torch.testing.assert_close(g.project_points(points[b])[0][b], uv[b])
     assert g.project_points(GRID.centers_mm()[None])[0].shape == (3, 5, 16, 16, 16, 2)
-    with pytest.raises(GeometryError, match="points_mm must be"):
-        g.project_points(torch.zeros(2, 7, 3))
-    with pytest.raises(GeometryError, match="points_mm must be"):
-        g.project_points(torch.zeros(7, 2))
+    for wrong in ((2, 7, 3), (7, 2)):
+        with refused("points_mm", kind=GeometryError):
+            g.project_points(torch.zeros(wrong))
 
 
 def test_point_at_the_source_gives_finite_numbers():
@@ -342,8 +360,8 @@ def test_zero_rotation_has_a_gradient():
     )
 
 
-# ---------------------------------------------------------------- motion
-def test_jitter_has_the_spread_it_names_and_leaves_the_generator_in_step():
+# ---------------------------------------------------------------- pose errors
+def test_jitter_has_the_stated_standard_deviation_and_advances_the_generator_equally():
     g = ConeBeam.stack([ConeBeam.orbit([20.0, 110.0], grid=GRID)] * 3000)
     moved = jitter_pose(g, generator(), shift_mm=3.0)
     assert abs((moved.source_mm - g.source_mm).std() - 3) < 0.05 and torch.allclose(
@@ -403,11 +421,12 @@ def test_views_that_miss_are_named():
     g = ConeBeam.biplanar(grid=GRID)
     lost = miscalibrate_view(g, 1, shift_mm=(0, 0, 900))
     assert lost.missing_rays().tolist() == [0.0, 1.0] and g.require_hits() is g
-    with pytest.raises(GeometryError, match="no ray of view 1 meets the grid") as caught:
+    with refused("grid", kind=GeometryError) as caught:
         lost.require_hits()
-    assert "\n" not in str(caught.value)
-    with pytest.raises(GeometryError, match=r"view 1 of scan \(1,\)"):
+    assert caught.value.view == 1 and "\n" not in str(caught.value)
+    with refused("grid", kind=GeometryError) as caught:
         ConeBeam.stack([g, lost]).require_hits()
+    assert "view 1 of scan (1,)" in caught.value.reason
 
 
 def test_detector_short_of_the_volume_and_volume_behind_the_source_are_missed():
@@ -569,7 +588,7 @@ def test_degenerate_pairs_fall_back_to_position():
     assert torch.isfinite(
         torch.autograd.grad(fundamental_matrix(replace(g, source_mm=source), 0, 1).sum(), source)[0]
     ).all()
-    with pytest.raises(GeometryError, match="k must be 1 to 16"):
+    with refused("k", kind=GeometryError):
         nearest_on_epipolar_line(g, 0, 1, (4, 4), 17)
 
 
@@ -619,73 +638,78 @@ def with_(content, value, *keys):
 
 
 @pytest.mark.parametrize(
-    "content, words",
+    "content, key",
     [
-        (without(GOOD, "grid"), '"grid" is missing'),
-        (without(GOOD, "grid", "affine"), '"affine" in the grid is missing'),
-        (without(GOOD, "detector_shape"), '"detector_shape" is missing'),
-        (without(GOOD, "views"), "exactly one of the keys views"),
-        (without(GOOD, "views", 1, "row_step_mm"), '"row_step_mm" of view 1 is missing'),
-        (
-            with_(GOOD, [1, 2], "views", 0, "source_mm"),
-            '"source_mm" of view 0 must hold 3 numbers, got 2',
-        ),
-        (with_(GOOD, "left", "views", 0, "source_mm"), "must hold numbers"),
-        (with_(GOOD, [[1], [2, 3]], "views", 0, "source_mm"), "must hold numbers"),
-        (with_(GOOD, [1, 2, None], "views", 0, "source_mm"), "must hold numbers"),
-        (with_(GOOD, float("nan"), "grid", "affine", 0, 0), "NaN or infinity"),
-        (with_(GOOD, [], "views"), "at least one view"),
-        (with_(GOOD, {}, "views"), "must be a list"),
-        (with_(GOOD, ["AP"], "views"), 'view 0 in "views" must be an object'),
-        (with_(GOOD, [64.5, 64], "detector_shape"), "positive whole numbers"),
-        (with_(GOOD, [0, 64], "detector_shape"), "positive whole numbers"),
-        (with_(GOOD, [0, 0, 0], "views", 0, "row_step_mm"), "zero or parallel"),
-        (with_(GOOD, [[0] * 4] * 4, "grid", "affine"), "affine"),
-        ([1, 2], "exactly one of the keys"),
-        ({**GOOD, "matrices": []}, "exactly one of the keys"),
-        (without(BY_HAND, "pixel_mm"), '"pixel_mm" is missing'),
-        (with_(BY_HAND, 0, "azimuth_deg"), '"azimuth_deg" must hold n numbers'),
-        (with_(BY_HAND, [1500], "source_to_detector_mm"), "must hold 2 numbers, got 1"),
-        (with_(BY_HAND, -5, "pixel_mm"), "must be positive"),
-        (with_(BY_HAND, True, "pixel_mm"), "must hold numbers"),
+        (without(GOOD, "grid"), "grid"),
+        (without(GOOD, "grid", "affine"), "affine"),
+        (without(GOOD, "detector_shape"), "detector_shape"),
+        (without(GOOD, "views"), "views"),
+        (without(GOOD, "views", 1, "row_step_mm"), "row_step_mm"),
+        (with_(GOOD, [1, 2], "views", 0, "source_mm"), "source_mm"),
+        (with_(GOOD, "left", "views", 0, "source_mm"), "source_mm"),
+        (with_(GOOD, [[1], [2, 3]], "views", 0, "source_mm"), "source_mm"),
+        (with_(GOOD, [1, 2, None], "views", 0, "source_mm"), "source_mm"),
+        (with_(GOOD, float("nan"), "grid", "affine", 0, 0), "affine"),
+        (with_(GOOD, [], "views"), "views"),
+        (with_(GOOD, {}, "views"), "views"),
+        (with_(GOOD, ["AP"], "views"), "views"),
+        (with_(GOOD, [64.5, 64], "detector_shape"), "detector_shape"),
+        (with_(GOOD, [0, 64], "detector_shape"), "detector_shape"),
+        (with_(GOOD, [0, 0, 0], "views", 0, "row_step_mm"), "source_mm"),
+        ([1, 2], "views"),
+        ({**GOOD, "matrices": []}, "views"),
+        (without(BY_HAND, "pixel_mm"), "pixel_mm"),
+        (with_(BY_HAND, 0, "azimuth_deg"), "azimuth_deg"),
+        (with_(BY_HAND, [1500], "source_to_detector_mm"), "source_to_detector_mm"),
+        (with_(BY_HAND, -5, "pixel_mm"), "pixel_mm"),
+        (with_(BY_HAND, True, "pixel_mm"), "pixel_mm"),
         (
             {"matrices": [[[1, 0], [0, 1]]], "detector_shape": [4, 4], "grid": GOOD["grid"]},
-            '"matrices" must hold n×3×4 numbers',
+            "matrices",
         ),
         (
             {"matrices": [np.eye(3, 4).tolist()], "detector_shape": [4, 4], "grid": GOOD["grid"]},
-            '"source_to_detector_mm" is missing',
+            "source_to_detector_mm",
         ),
     ],
 )
-def test_json_faults_name_file_and_key(tmp_path, content, words):
+def test_json_faults_name_file_and_key(tmp_path, content, key):
     path = tmp_path / "geometry.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(GeometryError) as caught:
+    with refused(file=path, kind=GeometryFileError) as caught:
         load_geometry(path)
-    message = str(caught.value)
-    assert message.startswith(str(path)) and words in message and "\n" not in message
+    assert caught.value.key == key and "\n" not in str(caught.value)
+    assert isinstance(caught.value, GeometryError)
 
 
-def test_json_files_that_are_none(tmp_path):
-    with pytest.raises(GeometryError, match="nothing.json: the geometry file cannot be read"):
-        load_geometry(tmp_path / "nothing.json")
-    (tmp_path / "text.json").write_text("AP and lateral")
-    with pytest.raises(GeometryError, match="text.json: this is not valid JSON"):
-        load_geometry(tmp_path / "text.json")
-    (tmp_path / "bytes.json").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(GeometryError, match="bytes.json: this is no text file"):
-        load_geometry(tmp_path / "bytes.json")
-    (tmp_path / "cut.json").write_text(geometry_to_json(ConeBeam.biplanar())[:300])
-    with pytest.raises(GeometryError, match="cut.json: this is not valid JSON"):
-        load_geometry(tmp_path / "cut.json")
+def test_a_singular_affine_names_the_file(tmp_path):
+    path = tmp_path / "geometry.json"
+    path.write_text(json.dumps(with_(GOOD, [[0] * 4] * 4, "grid", "affine")))
+    with refused(file=path, kind=GeometryFileError):
+        load_geometry(path)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("nothing.json", None),
+        ("text.json", b"AP and lateral"),
+        ("bytes.json", b"\x89PNG\xff\xfe"),
+        ("cut.json", geometry_to_json(ConeBeam.biplanar())[:300].encode()),
+    ],
+)
+def test_files_that_are_not_json(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with refused(file=name, kind=GeometryFileError):
+        load_geometry(tmp_path / name)
 
 
 def test_save_is_whole_or_nothing(tmp_path):
     (tmp_path / "taken").write_text("a file, no folder")
     with pytest.raises(OSError, match="cannot be written"):
         save_geometry(ConeBeam.biplanar(), tmp_path / "taken" / "geometry.json")
-    with pytest.raises(GeometryError, match="a file holds one scan"):
+    with refused("geometry", kind=GeometryError):
         save_geometry(ConeBeam.stack([ConeBeam.biplanar()] * 2), tmp_path / "geometry.json")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
@@ -791,26 +815,23 @@ def test_dicom_patient_orientation_is_obeyed(orientation, column, row):
 
 
 @pytest.mark.parametrize(
-    "tags, words",
+    "tag, value",
     [
-        (
-            dict(DistanceSourceToDetector=None),
-            "DistanceSourceToDetector is missing; give source_to_detector_mm",
-        ),
-        (dict(DistanceSourceToPatient=None), "give source_to_isocenter_mm"),
-        (dict(ImagerPixelSpacing=None), "give pixel_mm"),
-        (dict(PositionerPrimaryAngle=None), "PositionerPrimaryAngle is missing"),
-        (dict(Rows=None), "Rows is missing"),
-        (dict(PositionerMotion="DYNAMIC"), "moved during this run"),
-        (dict(DetectorPrimaryAngle=3.0), "tilted"),
-        (dict(PatientOrientation=["A", "F"]), "contradicts the C-arm angles"),
-        (dict(PatientOrientation=["X", "F"]), "is not two words"),
+        ("DistanceSourceToDetector", None),
+        ("DistanceSourceToPatient", None),
+        ("ImagerPixelSpacing", None),
+        ("PositionerPrimaryAngle", None),
+        ("Rows", None),
+        ("PositionerMotion", "DYNAMIC"),
+        ("DetectorPrimaryAngle", 3.0),
+        ("PatientOrientation", ["A", "F"]),  # contradicts the C-arm angles
+        ("PatientOrientation", ["X", "F"]),  # not an orientation
     ],
 )
-def test_dicom_faults(tags, words):
-    with pytest.raises(GeometryError, match=words) as caught:
-        geometry_from_dicom(radiograph(**tags))
-    assert "\n" not in str(caught.value)
+def test_dicom_faults(tag, value):
+    with refused(file="radiograph 0", kind=GeometryFileError) as caught:
+        geometry_from_dicom(radiograph(**{tag: value}))
+    assert caught.value.key == tag and "\n" not in str(caught.value)
 
 
 def test_dicom_from_files_and_view_positions(tmp_path):
@@ -835,9 +856,9 @@ def test_dicom_from_files_and_view_positions(tmp_path):
         and g.detector_shape == (100, 120)
     )
     (tmp_path / "no.dcm").write_text("no")
-    with pytest.raises(GeometryError, match="no.dcm: cannot be read as DICOM"):
+    with refused(file="no.dcm", kind=GeometryFileError):
         geometry_from_dicom(tmp_path / "no.dcm")
-    with pytest.raises(GeometryError, match="must have one size"):
+    with refused("datasets", kind=GeometryError):
         geometry_from_dicom([radiograph(), radiograph(Rows=50)])
 
 

@@ -1,7 +1,9 @@
-"""What tests/test_joseph_cuda.py runs in a process of its own, because Triton asks once, when a kernel is defined, whether to interpret it.
+"""Checks of the Triton kernels for tests/physics/test_joseph_triton.py.
 
-python joseph_cuda.py interpret     the kernels against the reference, interpreted on the CPU; a line of JSON per case
-python joseph_cuda.py compile       the kernels compiled for two generations of GPU, none needed; a line per kernel
+A process of its own, since Triton decides when a kernel is defined whether to interpret it.
+
+python joseph_cuda.py interpret     against the reference, on the CPU; a line of JSON per case
+python joseph_cuda.py compile       for two generations of GPU, none needed; a line per kernel
 """
 
 import json
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 from ct_nb.physics import joseph_reference as joseph
-from ct_nb.physics import joseph_triton as joseph_cuda
+from ct_nb.physics import joseph_triton
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import backproject, project
 from ct_nb.physics.volume import Grid
@@ -37,10 +39,10 @@ VIEW = dict(
 )
 
 
-def batched(geometry, dtype=torch.float64):
-    p = joseph.column_parameters(geometry)
-    lead = (lambda t: t) if geometry.batch_shape else (lambda t: t[None])
-    return joseph.replace(p, values=lead(p.values), axes=lead(p.axes), slices=lead(p.slices))
+def batched(geometry):
+    "The column parameters of a geometry with a batch axis."
+    parameters = joseph.column_parameters(geometry)
+    return parameters if geometry.batch_shape else parameters.map(lambda t: t[None])
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -56,8 +58,8 @@ def compare(geometry, batch=1):
     p = batched(geometry)
     volume = random(batch, *geometry.grid.shape)
     image = random(batch, geometry.views, *geometry.detector_shape, seed=1)
-    pairs = [(joseph_cuda.forward(volume, p), joseph.forward(volume, p))]
-    pairs += zip(joseph_cuda.gradient(volume, image, p), joseph.gradient(volume, image, p))
+    pairs = [(joseph_triton.forward(volume, p), joseph.forward(volume, p))]
+    pairs += zip(joseph_triton.gradient(volume, image, p), joseph.gradient(volume, image, p))
     for ours, expected in pairs:
         assert ours.shape == expected.shape and ours.isfinite().all()
     return max(
@@ -122,7 +124,7 @@ def steep_rows():
 
 
 def source_inside():
-    "the source stands in the volume: only what lies before it counts"
+    "the source lies inside the volume: only voxels in front of it count"
     return compare(
         ConeBeam.orbit(
             [33.0],
@@ -149,22 +151,22 @@ def misses():
     volume, image = random(1, *GRID.shape), random(1, 1, 4, 5)
     return max(
         float(t.abs().max())
-        for t in (joseph_cuda.forward(volume, p), *joseph_cuda.gradient(volume, image, p))
+        for t in (joseph_triton.forward(volume, p), *joseph_triton.gradient(volume, image, p))
     )
 
 
 def single_precision():
-    """float32: the pair is matched to 1e-5, two calls give equal bits, and the answer is the
-    float64 answer to 1e-5
+    """float32: the pair is matched to 1e-5, two calls give equal bits, and the result is that of
+    float64 to 1e-5
     """
     geometry = ConeBeam.orbit([20.0, 75.0], [15.0, 0.0], [12.0, 0.0], **VIEW)
     p = batched(geometry)
     volume = random(1, *GRID.shape, dtype=torch.float32)
     image = random(1, 2, 5, 7, seed=1, dtype=torch.float32)
-    ours = joseph_cuda.forward(volume, p)
-    back = joseph_cuda.adjoint(image, p)
+    ours = joseph_triton.forward(volume, p)
+    back = joseph_triton.adjoint(image, p)
     assert ours.dtype == back.dtype == torch.float32
-    assert torch.equal(back, joseph_cuda.adjoint(image, p)), "two calls differ in their bits"
+    assert torch.equal(back, joseph_triton.adjoint(image, p)), "two calls differ in their bits"
     left = (ours.double() * image).sum()
     right = (volume.double() * back).sum()
     assert abs(left - right) <= 1e-5 * abs(left)
@@ -244,12 +246,12 @@ def compile_all():
         ("_adjoint_kernel", block, 1),
     ):
         for capability, kind in ((80, "*fp32"), (90, "*fp32"), (90, "*fp64")):
-            kernel = getattr(joseph_cuda, name)
+            kernel = getattr(joseph_triton, name)
             signature = {
                 n: "constexpr" if n in constants else pointers.get(n, "i32").replace("T", kind)
                 for n in kernel.arg_names
             }
-            made = triton.compile(
+            build = triton.compile(
                 ASTSource(kernel, signature, constexprs=constants),
                 target=GPUTarget("cuda", capability, 32),
                 options=dict(num_warps=warps),
@@ -260,8 +262,8 @@ def compile_all():
                         "kernel": name,
                         "capability": capability,
                         "kind": kind,
-                        "cubin": len(made.asm["cubin"]),
-                        "atomics": bool(re.search(r"\b(atom|red)\.", made.asm["ptx"])),
+                        "cubin": len(build.asm["cubin"]),
+                        "atomics": bool(re.search(r"\b(atom|red)\.", build.asm["ptx"])),
                     }
                 )
             )
