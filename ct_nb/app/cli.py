@@ -65,7 +65,7 @@ def drr(
     ct_nb_reconstruct takes it as it is.
     """
     with _sentences("ct_nb_drr"):
-        from ct_nb.data.radiographs import write_radiographs
+        from ct_nb.data.radiograph_io import write_radiographs
         from ct_nb.data.read import read_ct
         from ct_nb.physics.geometry import ConeBeam
         from ct_nb.physics.projector import project

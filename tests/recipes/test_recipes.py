@@ -323,7 +323,7 @@ def test_console_wrong_count_and_wrong_weights(trained, tmp_path):
     run(
         sys.executable,
         "-c",
-        "from ct_nb.data.radiographs import write_radiographs as w; from ct_nb.physics.geometry"
+        "from ct_nb.data.radiograph_io import write_radiographs as w; from ct_nb.physics.geometry"
         " import ConeBeam as C; import torch; w('x', torch.rand(2, 256, 256), C.biplanar())",
         cwd=tmp_path,
     )
