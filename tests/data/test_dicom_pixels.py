@@ -1,4 +1,4 @@
-"Stored pixels of DICOM: faults and odd tags. The chapter shows sign, unused bits and missing preambles."
+"Stored pixels of DICOM: faults and odd tags; sign and unused bits are in the chapter."
 
 import io
 

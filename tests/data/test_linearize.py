@@ -1,4 +1,4 @@
-"From detector readings to line integrals: what file, caller and pixels say, and how they are weighed."
+"From detector readings to line integrals: the statements of file and caller, and the pixels."
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Pairs: the same numbers whoever computes them, caches under attack, and augmented X-rays that are still true."""
+"""Pairs: the same numbers in every process, damaged caches, true X-rays of augmented volumes."""
 
 import math
 import multiprocessing
