@@ -20,7 +20,7 @@ from ct_nb.ct_encoder.index import (
     regions_in_query,
     search,
 )
-from ..data.radiographs import write_radiographs
+from ..data.radiograph_io import write_radiographs
 from ..data.read import read_ct, read_labels, read_volume
 from ..evaluation.case_metrics import evaluate_volumes
 from ..physics.geometry import ConeBeam

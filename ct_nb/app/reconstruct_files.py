@@ -15,7 +15,7 @@ from ..cascade.train import load_cascade
 from ..core.errors import InputError
 from ..core.files import atomic_write, write_json
 from ..core.plot_style import MODEL, MUTED, plot_style
-from ..data.radiographs import read_radiographs
+from ..data.linearize import read_radiographs
 from ..drr2ct.predict import load_drr2ct, reconstruct
 from ..evaluation.inference import Reconstruction
 from ..physics.geometry import ConeBeam

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from ..core.errors import InputError
 
-from ..data.cases import CTSource, _number
+from ..data.cases import CTSource, uniform_hash
 from ..physics.volume import Grid, Volume, resample
 from ct_nb.slices.slice_profile import (
     SliceAxis,
@@ -127,7 +127,7 @@ def split_patients(
     room = dict(zip(SIDES, side_counts(len(names), shares)))
     for side in sides.values():
         room[side] -= 1
-    for name in sorted(set(names) - set(sides), key=lambda name: _number(name, seed)):
+    for name in sorted(set(names) - set(sides), key=lambda name: uniform_hash(name, seed)):
         side = max(SIDES, key=lambda side: (room[side] > 0, -SIDES.index(side)))
         sides[name], room[side] = side, room[side] - 1
     return sides

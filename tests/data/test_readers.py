@@ -1,4 +1,4 @@
-"Reading what is in order: every format, frames and affines, DICOM's repairs, real scans. What is not in order: test_bad_ct.py."
+"Reading good files: every format, frames, affines, DICOM's repairs, real scans (bad: test_bad_ct)."
 
 import zipfile
 
@@ -92,7 +92,7 @@ def test_sform_wins_over_qform_and_qform_serves_alone(tmp_path):
     hu = body((6, 9, 11)).astype(np.int16).transpose(2, 1, 0)
     sform = np.diag([2.0, 2, 3, 1])
     qform = np.diag([-2.0, -2, 3, 1])
-    for codes, expected, said in (
+    for codes, expected, note in (
         ((1, 0), sform, ""),
         ((0, 1), qform, ""),
         ((1, 1), sform, "sform and qform differ"),
@@ -107,7 +107,7 @@ def test_sform_wins_over_qform_and_qform_serves_alone(tmp_path):
         if expected is not None:
             assert np.allclose(scan.affine, FLIP_XY @ expected)
         assert scan.grid.spacing_mm.tolist() == [2, 2, 3]
-        assert (said in " ".join(scan.notes)) and bool(said) == bool(scan.notes)
+        assert (note in " ".join(scan.notes)) and bool(note) == bool(scan.notes)
 
 
 def test_a_changed_matrix_wins_over_our_comment(tmp_path):
@@ -422,8 +422,7 @@ def test_compressed_by_runs_and_without_preamble(tmp_path):
 
 
 def test_zip_is_the_folder_and_leaves_nothing_on_disk(tmp_path):
-    for file in write_series(tmp_path / "scan", body()):
-        pass
+    write_series(tmp_path / "scan", body())
     (tmp_path / "zipped").mkdir()
     with zipfile.ZipFile(tmp_path / "zipped" / "scan.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for file in (tmp_path / "scan").iterdir():

@@ -1,4 +1,4 @@
-"""Pairs: the same numbers whoever computes them, caches under attack, and augmented X-rays that are still true."""
+"""Pairs: the same numbers in every process, damaged caches, true X-rays of augmented volumes."""
 
 import math
 import multiprocessing
@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from torch.utils.data import DataLoader
 
 from ct_nb.core.seeding import seeded_generator
@@ -96,9 +97,9 @@ def test_render_size(source):
         finest["xrays"], coarser["xrays"]
     )
     for size, render_size in ((12, None), (16, 24), (16, 64)):
-        with pytest.raises(ValueError, match="must divide"):
+        with refused("size"):
             XrayPairs(source, size, render_size)
-    with pytest.raises(ValueError, match="one scan"):
+    with refused("geometry"):
         XrayPairs(source, 16, geometry=ConeBeam.stack([VIEWS, VIEWS]))
 
 
@@ -206,7 +207,7 @@ def test_jitter_is_recorded_and_miscalibration_is_not(source):
 @pytest.mark.parametrize("spacing", [40.0, 64.0, 100.0])
 def test_the_largest_allowed_deformation_does_not_fold(spacing):
     VolumeAugmentation(elastic_mm=FOLDING_LIMIT * spacing, elastic_spacing_mm=spacing)
-    with pytest.raises(ValueError, match="could fold the body"):
+    with refused("elastic_mm"):
         VolumeAugmentation(elastic_mm=1.01 * FOLDING_LIMIT * spacing, elastic_spacing_mm=spacing)
     count = math.ceil(320 / spacing) + 3
     for seed in range(5):
@@ -240,23 +241,24 @@ def test_flip_mirrors_xrays_and_exchanges_sides(source):
 
 
 @pytest.mark.parametrize(
-    "config, words",
+    "config, settings, argument",
     [
-        (lambda: VolumeAugmentation(rotation_deg=-1), "rotation_deg must be zero or positive"),
-        (lambda: VolumeAugmentation(flip_probability=2), "is a probability"),
-        (lambda: VolumeAugmentation(scale=0.7), "below 0.5"),
-        (lambda: VolumeAugmentation(lung_hu=200), "change places"),
-        (lambda: VolumeAugmentation(shift_mm=math.nan), "shift_mm"),
-        (lambda: XrayNoise(photons_per_pixel=0), "photons_per_pixel must lie"),
-        (lambda: XrayNoise(readout_photons=5), "needs photons_per_pixel"),
-        (lambda: XrayNoise(1e3, floor_photons=0), "floor_photons"),
-        (lambda: XrayNoise(exposure_sd=-0.1), "exposure_sd must lie between"),
-        (lambda: PoseNoise(detector_rotation_deg=90), "detector_rotation_deg must lie between"),
+        (VolumeAugmentation, dict(rotation_deg=-1), "rotation_deg"),
+        (VolumeAugmentation, dict(flip_probability=2), "flip_probability"),
+        (VolumeAugmentation, dict(scale=0.7), "scale"),
+        (VolumeAugmentation, dict(lung_hu=200), "lung_hu"),
+        (VolumeAugmentation, dict(shift_mm=math.nan), "shift_mm"),
+        (XrayNoise, dict(photons_per_pixel=0), "photons_per_pixel"),
+        (XrayNoise, dict(readout_photons=5), "readout_photons"),
+        (XrayNoise, dict(photons_per_pixel=1e3, floor_photons=0), "floor_photons"),
+        (XrayNoise, dict(exposure_sd=-0.1), "exposure_sd"),
+        (PoseNoise, dict(detector_rotation_deg=90), "detector_rotation_deg"),
     ],
 )
-def test_configs_refuse_nonsense(config, words):
-    with pytest.raises(ValueError, match=words):
-        config()
+def test_configs_refuse_nonsense(config, settings, argument):
+    with refused() as caught:
+        config(**settings)
+    assert argument in (caught.value.argument, caught.value.reason.split()[0])
 
 
 # ---------------------------------------------------------------- noise

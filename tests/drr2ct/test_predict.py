@@ -13,7 +13,7 @@ from ct_nb.app.reconstruct_files import (
     reconstruction_figure,
     save_reconstruction,
 )
-from ct_nb.data.radiographs import RadiographError, write_radiographs
+from ct_nb.data.radiograph_io import RadiographError, write_radiographs
 from ct_nb.data.read import read_ct
 from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
 from ct_nb.drr2ct.predict import ModelPredictor, reconstruct

@@ -284,7 +284,7 @@ def test_the_commands_from_ct_to_ct(trained, tmp_path):
 
 def test_reconstruct_refuses_a_wrong_count_and_wrong_weights(trained, tmp_path):
     out, _ = trained
-    from ct_nb.data.radiographs import write_radiographs
+    from ct_nb.data.radiograph_io import write_radiographs
     from ct_nb.physics.geometry import ConeBeam
     from ct_nb.training.checkpoints import save_weights
 

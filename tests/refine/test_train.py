@@ -17,7 +17,7 @@ from ct_nb.app.reconstruct_files import reconstruct_files, report
 from ct_nb.core.files import write_json
 from ct_nb.data.cohort import RepeatedConcatDataset
 from ct_nb.data.open import phantom_source
-from ct_nb.data.radiographs import write_radiographs
+from ct_nb.data.radiograph_io import write_radiographs
 from ct_nb.data.xray_pairs import XrayPairs
 from ct_nb.drr2ct.predict import reconstruct
 from ct_nb.evaluation.inference import view_residuals
