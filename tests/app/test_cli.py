@@ -14,6 +14,7 @@ from ct_files import affine_of, body, write_series
 from refusals import refused
 
 from ct_nb.app import cli
+from ct_nb.core.errors import InputError
 from ct_nb.evaluation.inference import Reconstruction
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.geometry_io import load_geometry
@@ -239,7 +240,7 @@ def test_reconstruct_leaves_open_what_is_not_said(calls):
     ct_nb(*RECONSTRUCT, "--i0", "border", "--invert", "--log-step", 0.001)
     assert calls[0]["pixels"] == {} and calls[0]["consistency"] is True
     assert calls[1]["pixels"] == {"i0": "border", "inverted": True, "scale": 0.001}
-    assert refusal(*RECONSTRUCT, "--i0", "white").startswith("i0: ") and len(calls) == 2
+    assert refusal(*RECONSTRUCT, "--i0", "white").startswith("--i0: ") and len(calls) == 2
 
 
 def test_interpolate_slices_passes_its_options_on(calls):
@@ -265,9 +266,9 @@ def test_interpolate_slices_passes_its_options_on(calls):
     "words, beginning",
     [
         (("drr", "nothing.nii.gz"), "nothing.nii.gz: "),
-        (("drr", "CT", "--azimuth", "front"), "azimuth: "),
-        (("drr", "CT", "--elevation", "1,2,3"), "elevation: "),
-        (("drr", "CT", "--cube-mm", "-1"), "cube_mm: "),
+        (("drr", "CT", "--azimuth", "front"), "--azimuth: "),
+        (("drr", "CT", "--elevation", "1,2,3"), "--elevation: "),
+        (("drr", "CT", "--cube-mm", "-1"), "--cube-mm: "),
         (("evaluate", "a.nii.gz", "CT"), "a.nii.gz: "),
         (("reconstruct", "a.png", "--geometry", "no.json", "--weights", "no_run"), "no_run"),
         (("interpolate-slices", "CT", "--weights", "no_run"), "no_run"),
@@ -279,6 +280,35 @@ def test_a_refusal_is_one_sentence_and_writes_nothing(words, beginning, ct, tmp_
     monkeypatch.chdir(tmp_path)
     assert refusal(*(str(ct) if word == "CT" else word for word in words)).startswith(beginning)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "argument, beginning",
+    [
+        ("width_mm", "--fwhm-mm: too wide"),
+        ("convention", "--cover: too wide"),
+        ("memory_gib", "--memory-gib: too wide"),
+        ("ct", "ct: too wide"),  # no option
+        ("SliceProfile", "SliceProfile: too wide"),
+    ],
+)
+def test_a_refusal_names_the_option(argument, beginning, monkeypatch):
+    import ct_nb.slices.thin_ct_files as thin_ct_files
+
+    def refuse(*args, **settings):
+        raise InputError(argument, "too wide")
+
+    monkeypatch.setattr(thin_ct_files, "interpolate_file", refuse)
+    assert refusal("interpolate-slices", "ct", "--weights", "run") == beginning
+
+
+def test_every_other_name_of_an_option_is_one():
+    import typer
+
+    commands = typer.main.get_command(cli.app).commands.values()
+    names = {parameter.name for command in commands for parameter in command.params}
+    assert set(cli.OPTION_NAMES.values()) <= names
+    assert not set(cli.OPTION_NAMES) & names
 
 
 def test_a_place_that_cannot_be_written_is_a_sentence(ct, tmp_path):
