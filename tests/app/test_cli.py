@@ -1,9 +1,11 @@
 """`ct-nb`: its help, its options, and what it says of input that cannot be used."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ from ct_files import affine_of, body, write_series
 from refusals import refused
 
 from ct_nb.app import cli
+from ct_nb.core.errors import InputError
+from ct_nb.evaluation.inference import Reconstruction
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.geometry_io import load_geometry
 from ct_nb.physics.volume import Volume
+from ct_nb.slices.slice_profile import SliceAxis
 
 # command → options that its help must explain, and words that must stand there
 HELP = {
@@ -185,14 +190,85 @@ def test_a_series_is_chosen_wherever_a_dicom_folder_comes_in(tmp_path, monkeypat
         assert abs(first - expected) < 1 and abs(second - expected) < 1
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    "Arguments by name of the functions behind `reconstruct` and `interpolate-slices`."
+    import ct_nb.app.reconstruct_files as reconstruct_files
+    import ct_nb.slices.thin_ct_files as thin_ct_files
+
+    calls = []
+
+    def record(module, name, result):
+        signature = inspect.signature(getattr(module, name))
+
+        def function(*args, **settings):
+            bound = signature.bind(*args, **settings)
+            bound.apply_defaults()
+            calls.append(bound.arguments)
+            return result
+
+        monkeypatch.setattr(module, name, function)
+
+    reconstruction = Reconstruction(Volume(np.zeros((2, 2, 2)), np.eye(4)), [0.1], np.zeros(0))
+    record(reconstruct_files, "reconstruct_files", reconstruction)
+    thick = SliceAxis(0.0, 5.0, 9)
+    thin = SliceAxis(0.0, 1.0, 41)
+    axes = SimpleNamespace(thick_axis=thick, thin_axis=thin, reaveraged_hu=0.25, notes=["a note"])
+    record(thin_ct_files, "interpolate_file", axes)
+    return calls
+
+
+RECONSTRUCT = ("reconstruct", "a.png", "b.png", "--geometry", "g.json", "--weights", "run")
+
+
+def test_reconstruct_passes_its_options_on(calls):
+    words = ("--num-samples", 3, "--no-data-consistency", "--seed", 7, "--guidance", "exact")
+    pixels = ("--input-kind", "intensity", "--i0", 4095, "--no-invert", "--max-value", 1)
+    text = ct_nb(*RECONSTRUCT, *words, *pixels, "--refine", "sharp", "--out", "c.nii").stdout
+    (call,) = calls
+    assert [str(path) for path in call["xrays"]] == ["a.png", "b.png"]
+    assert (str(call["geometry"]), str(call["weights"])) == ("g.json", "run")
+    assert (call["samples"], call["consistency"], call["seed"]) == (3, False, 7)
+    assert (call["guidance"], str(call["refine"]), str(call["out"])) == ("exact", "sharp", "c.nii")
+    expected = {"kind": "intensity", "i0": 4095.0, "inverted": False, "white": 1.0}
+    assert call["pixels"] == expected
+    assert "view 0: residual 0.100\n" in text and text.endswith("c.nii\n")
+
+
+def test_reconstruct_leaves_open_what_is_not_said(calls):
+    ct_nb(*RECONSTRUCT)
+    ct_nb(*RECONSTRUCT, "--i0", "border", "--invert", "--log-step", 0.001)
+    assert calls[0]["pixels"] == {} and calls[0]["consistency"] is True
+    assert calls[1]["pixels"] == {"i0": "border", "inverted": True, "scale": 0.001}
+    assert refusal(*RECONSTRUCT, "--i0", "white").startswith("--i0: ") and len(calls) == 2
+
+
+def test_interpolate_slices_passes_its_options_on(calls):
+    command = ("interpolate-slices", "ct", "--weights", "run")
+    ct_nb(*command)
+    words = ("--spacing-mm", 0.5, "--series", "1.2", "--fwhm-mm", 4, "--profile", "gaussian")
+    words += ("--method", "regression", "--num-samples", 2, "--steps", 5, "--seed", 9)
+    words += ("--noise-hu", 10, "--memory-gib", 1.5, "--cover", "centers", "--force")
+    text = ct_nb(*command, *words, "--out", "thin.nrrd").stdout
+    plain, call = calls
+    assert (plain["model"], plain["convention"], plain["anyway"]) == (None, "slabs", False)
+    assert (plain["width_mm"], plain["spacing_mm"], plain["series"]) == (None, 1.0, None)
+    assert (call["spacing_mm"], call["series"], call["width_mm"]) == (0.5, "1.2", 4.0)
+    assert (call["shape"], call["model"], call["samples"]) == ("gaussian", "regressor", 2)
+    assert (call["steps"], call["seed"], call["noise_hu"]) == (5, 9, 10.0)
+    assert (call["memory_gib"], call["convention"], call["anyway"]) == (1.5, "centres", True)
+    assert "note: a note\n9 slices 5 mm apart → 41 slices 1 mm apart" in text
+    assert "at most 0.25 HU\nthin.nrrd\n" in text
+
+
 # ---------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     "words, beginning",
     [
         (("drr", "nothing.nii.gz"), "nothing.nii.gz: "),
-        (("drr", "CT", "--azimuth", "front"), "azimuth: "),
-        (("drr", "CT", "--elevation", "1,2,3"), "elevation: "),
-        (("drr", "CT", "--cube-mm", "-1"), "cube_mm: "),
+        (("drr", "CT", "--azimuth", "front"), "--azimuth: "),
+        (("drr", "CT", "--elevation", "1,2,3"), "--elevation: "),
+        (("drr", "CT", "--cube-mm", "-1"), "--cube-mm: "),
         (("evaluate", "a.nii.gz", "CT"), "a.nii.gz: "),
         (("reconstruct", "a.png", "--geometry", "no.json", "--weights", "no_run"), "no_run"),
         (("interpolate-slices", "CT", "--weights", "no_run"), "no_run"),
@@ -204,6 +280,35 @@ def test_a_refusal_is_one_sentence_and_writes_nothing(words, beginning, ct, tmp_
     monkeypatch.chdir(tmp_path)
     assert refusal(*(str(ct) if word == "CT" else word for word in words)).startswith(beginning)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "argument, beginning",
+    [
+        ("width_mm", "--fwhm-mm: too wide"),
+        ("convention", "--cover: too wide"),
+        ("memory_gib", "--memory-gib: too wide"),
+        ("ct", "ct: too wide"),  # no option
+        ("SliceProfile", "SliceProfile: too wide"),
+    ],
+)
+def test_a_refusal_names_the_option(argument, beginning, monkeypatch):
+    import ct_nb.slices.thin_ct_files as thin_ct_files
+
+    def refuse(*args, **settings):
+        raise InputError(argument, "too wide")
+
+    monkeypatch.setattr(thin_ct_files, "interpolate_file", refuse)
+    assert refusal("interpolate-slices", "ct", "--weights", "run") == beginning
+
+
+def test_every_other_name_of_an_option_is_one():
+    import typer
+
+    commands = typer.main.get_command(cli.app).commands.values()
+    names = {parameter.name for command in commands for parameter in command.params}
+    assert set(cli.OPTION_NAMES.values()) <= names
+    assert not set(cli.OPTION_NAMES) & names
 
 
 def test_a_place_that_cannot_be_written_is_a_sentence(ct, tmp_path):

@@ -2,6 +2,7 @@
 the commands of `ct-nb` on the run.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -82,8 +83,9 @@ def test_the_training_recipe_takes_parameters_and_shows_pictures(trained):
 
 def readme_picture(name, runs, images) -> dict:
     "Draw one of README's pictures from these runs, as papers/measured.py does."
-    from test_measured import measured
-
+    spec = importlib.util.spec_from_file_location("measured", ROOT / "papers" / "measured.py")
+    measured = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measured)
     return measured.redraw(name, runs, images)
 
 

@@ -656,7 +656,7 @@ def test_the_command_thins_a_named_series_and_shows_progress(
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--memory-gib", "inf"), "memory_gib: must be"),
+        (("--memory-gib", "inf"), "--memory-gib: must be"),
         (("--fwhm-mm", 0), "width_mm must be above 0"),
         (("--out", "x.jpg"), "out: unknown kind of file 'x.jpg'"),
         (("--spacing-mm", 5), "mm apart already"),

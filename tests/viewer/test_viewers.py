@@ -674,25 +674,3 @@ def test_papermill_gets_figures_of_all_explorers(tmp_path, monkeypatch):
     white = io.BytesIO()
     Image.fromarray(np.full((50, 50), 255, np.uint8)).save(white, "png")
     assert blank(base64.b64encode(white.getvalue()))
-
-
-def test_a_run_that_cannot_answer_is_named_and_the_rest_goes_on(tmp_path):
-    "Weights of another version, or a folder of another system, in the place of a trained run."
-    from ct_nb.app.compare import reconstruct_all
-    from ct_nb.phantom.chest import phantom
-
-    for name in ("drr2ct", "cascade"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(
-            '{"system": "%s", "network": {"from_tomorrow": 1}}' % name
-        )
-        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
-    found = reconstruct_all(phantom(3, 32).volume, tmp_path, samples=1)
-    assert list(found.volumes) == ["minimum norm", "SIRT"] and not found.samples
-    said = [sentence for sentence in found.missing if "cannot answer" in sentence]
-    assert (
-        len(said) == 2
-        and "make demo" in said[0]
-        and "train_cascade" in said[1]
-        and str(tmp_path / "drr2ct") in said[0]
-    )
