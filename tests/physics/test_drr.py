@@ -37,7 +37,8 @@ def test_gradients_to_hu_and_pose():
         VIEWS.grid,
     )
     render_drr(hu, views).sum().backward()
-    assert hu.grad.min() >= 0 < hu.grad.max() and torch.isfinite(source.grad).all() and source.grad.any()
+    assert hu.grad.min() >= 0 and hu.grad.any()
+    assert torch.isfinite(source.grad).all() and source.grad.any()
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8, 8)])
