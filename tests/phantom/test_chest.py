@@ -1,4 +1,4 @@
-"The phantom: equal at every size and in every run, plausible HU, a report that agrees with the voxels."
+"The phantom: equal at every size and in every run, plausible HU, a report that fits the voxels."
 
 import hashlib
 import os

@@ -1,8 +1,11 @@
-"""The projector pair: transpose, gradients, agreement of the backends, and rays that are hard on a ray tracer."""
+"The projector pair: transpose, gradients, agreement of the backends, and degenerate rays."
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.pose_errors import translate
@@ -50,19 +53,26 @@ def views(name="biplanar", box=None, **changes):
     )
 
 
-def draw(*shape, dtype=torch.float64, seed=0):
+def random(*shape, dtype=torch.float64, seed=0):
     return torch.rand(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backproject_is_the_transpose(backend, name, dtype, limit):
+# each backend, dtype and geometry, in pairs; the kernels in all of them
+PAIRS = [
+    *(("numba", name, dtype) for name in GEOMETRIES for dtype in (torch.float32, torch.float64)),
+    ("torch", "tilted and rolled", torch.float32),
+    ("torch", "diagonal", torch.float64),
+]
+
+
+@pytest.mark.parametrize("backend, name, dtype", PAIRS)
+def test_backproject_is_the_transpose(backend, name, dtype):
+    limit = 1e-5 if dtype == torch.float32 else 1e-12
     geometry = views(
         name, grid((33, 21, 30), (3.0, 4.0, 2.5), turn=0.2), detector_shape=(40, 37), pixel_mm=4.0
     )
-    x = draw(33, 21, 30, dtype=dtype)
-    y = draw(2, 40, 37, dtype=dtype, seed=1)
+    x = random(33, 21, 30, dtype=dtype)
+    y = random(2, 40, 37, dtype=dtype, seed=1)
     left = (project(x, geometry, backend).double() * y.double()).sum()
     right = (x.double() * backproject(y, geometry, backend).double()).sum()
     assert left > 0 and abs(left - right) <= limit * abs(left)
@@ -74,8 +84,8 @@ def test_the_kernels_are_the_reference(name, dtype, limit):
     geometry = views(
         name, grid((33, 21, 30), (3.0, 4.0, 2.5), turn=0.2), detector_shape=(40, 37), pixel_mm=4.0
     )
-    x = draw(33, 21, 30, dtype=dtype)
-    y = draw(2, 40, 37, dtype=dtype, seed=1)
+    x = random(33, 21, 30, dtype=dtype)
+    y = random(2, 40, 37, dtype=dtype, seed=1)
     for function, argument in ((project, x), (backproject, y)):
         ours = function(argument, geometry, "numba")
         reference = function(argument, geometry, "torch")
@@ -88,17 +98,16 @@ def test_gradcheck_to_volume_and_pose(backend, name):
     geometry = views(name, detector_shape=(4, 5), pixel_mm=26.0)
     fields = ("source_mm", "detector_center_mm", "column_step_mm", "row_step_mm")
     tensors = [
-        (getattr(geometry, f) + 1e-3 * draw(2, 3, seed=7 + i)).requires_grad_()
+        (getattr(geometry, f) + 1e-3 * random(2, 3, seed=7 + i)).requires_grad_()
         for i, f in enumerate(fields)
     ]
-    mu = draw(7, 6, 8).requires_grad_()
-    from dataclasses import replace
+    mu = random(7, 6, 8).requires_grad_()
 
     def forward(mu, *pose):
         return project(mu, replace(geometry, **dict(zip(fields, pose))), backend)
 
     assert torch.autograd.gradcheck(forward, (mu, *tensors), eps=1e-6, atol=1e-5, rtol=1e-3)
-    image = draw(2, 4, 5, seed=3).requires_grad_()
+    image = random(2, 4, 5, seed=3).requires_grad_()
     assert torch.autograd.gradcheck(
         lambda y: backproject(y, geometry, backend), (image,), eps=1e-6, atol=1e-6
     )
@@ -107,7 +116,7 @@ def test_gradcheck_to_volume_and_pose(backend, name):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_views_and_a_batch_in_one_call(backend):
     first, second = views(), views("tilted and rolled")
-    x = draw(2, 7, 6, 8)
+    x = random(2, 7, 6, 8)
     together = project(x, ConeBeam.stack([first, second]), backend)
     for b, geometry in enumerate((first, second)):
         assert torch.allclose(together[b], project(x[b], geometry, backend), rtol=1e-12)
@@ -136,7 +145,7 @@ def test_hard_rays_are_finite(backend):
         ),
     }
     for name, geometry in hard.items():
-        mu = draw(8, 8, 8).requires_grad_()
+        mu = random(8, 8, 8).requires_grad_()
         geometry = geometry._map(lambda t: t.clone().requires_grad_())
         image = project(mu, geometry, backend)
         image.square().sum().backward()
@@ -163,8 +172,8 @@ def test_a_box_gives_length_times_attenuation():
 
 def test_repeats_are_equal_to_the_bit_and_do_not_depend_on_threads():
     geometry = views("tilted and rolled", grid((33, 21, 30), (3.0, 4.0, 2.5)))
-    x = draw(33, 21, 30, dtype=torch.float32)
-    y = draw(2, 9, 10, dtype=torch.float32)
+    x = random(33, 21, 30, dtype=torch.float32)
+    y = random(2, 9, 10, dtype=torch.float32)
     before = torch.get_num_threads()
     try:
         results = []
@@ -179,13 +188,13 @@ def test_repeats_are_equal_to_the_bit_and_do_not_depend_on_threads():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_comes_back_as_it_came(dtype):
-    x = draw(7, 6, 8).to(dtype)
+    x = random(7, 6, 8).to(dtype)
     assert project(x, views()).dtype == dtype
     assert torch.allclose(project(x, views()).float(), project(x.float(), views()), rtol=1e-2)
 
 
 def test_a_volume_that_is_not_contiguous():
-    x = draw(8, 6, 7).permute(2, 1, 0)
+    x = random(8, 6, 7).permute(2, 1, 0)
     assert torch.equal(project(x, views()), project(x.contiguous(), views()))
 
 
@@ -198,7 +207,7 @@ def test_a_forked_worker_can_project():
             return 2
 
         def __getitem__(self, i):
-            return project(draw(7, 6, 8, seed=i), views())
+            return project(random(7, 6, 8, seed=i), views())
 
     here = [Projections()[i] for i in range(2)]
     there = list(DataLoader(Projections(), batch_size=None, num_workers=2))
@@ -207,15 +216,20 @@ def test_a_forked_worker_can_project():
 
 
 @pytest.mark.parametrize(
-    "call, words",
+    "call, argument",
     [
-        (lambda: project(torch.zeros(7, 6, 9), views()), "expected shape"),
-        (lambda: project(torch.zeros(7, 6, 8, dtype=torch.int16), views()), "floating point"),
-        (lambda: project(np.zeros((7, 6, 8)), views()), "torch tensor"),
-        (lambda: backproject(torch.zeros(3, 9, 10), views()), "expected shape"),
+        (lambda: project(torch.zeros(7, 6, 9), views()), "mu"),
+        (lambda: backproject(torch.zeros(3, 9, 10), views()), "image"),
+        (lambda: project(torch.zeros(3, 7, 6, 8), ConeBeam.stack([views()] * 2)), "mu"),
         (lambda: project(torch.zeros(7, 6, 8), views(), "cuda"), "backend"),
     ],
 )
-def test_wrong_arguments_are_a_sentence(call, words):
-    with pytest.raises((ValueError, TypeError), match=words):
+def test_wrong_shapes_name_the_argument(call, argument):
+    with refused(argument):
         call()
+
+
+@pytest.mark.parametrize("mu", [torch.zeros(7, 6, 8, dtype=torch.int16), np.zeros((7, 6, 8))])
+def test_wrong_types(mu):
+    with pytest.raises(TypeError):
+        project(mu, views())

@@ -1,0 +1,67 @@
+"Errors beyond nbs/core/05_errors.ipynb: subclasses, copies, and the way through worker processes."
+
+import copy
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+from refusals import refused
+
+from ct_nb.core.errors import FileError, InputError
+
+
+class GridError(FileError):
+    "A subclass of a subclass."
+
+
+@pytest.mark.parametrize("kind, field", [(InputError, "argument"), (FileError, "file")])
+def test_fields_text_and_details(kind, field):
+    error = kind("x", "is wrong", count=3)
+    other = {"argument": "file", "file": "argument"}[field]
+    assert getattr(error, field) == "x" and getattr(error, other) is None
+    assert (error.reason, error.count, error.details) == ("is wrong", 3, {"count": 3})
+    assert str(error) == "x: is wrong" and isinstance(error, ValueError)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))]
+)
+def test_copies_keep_class_and_fields(copied):
+    error = copied(GridError("a.json", "is empty", size=0))
+    assert type(error) is GridError and str(error) == "a.json: is empty"
+    assert (error.file, error.reason, error.size) == ("a.json", "is empty", 0)
+
+
+def test_one_string_is_a_sentence():
+    error = InputError("something is wrong")
+    assert (str(error), error.reason) == ("something is wrong", "something is wrong")
+    assert error.argument is None and error.file is None
+
+
+def _refuse():
+    raise FileError("scan.nii", "is empty", size=0)
+
+
+def test_from_a_worker_process():
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        future = pool.submit(_refuse)
+    with refused(file="scan.nii", kind=FileError) as caught:
+        future.result()
+    assert caught.value.size == 0
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        _refuse()
+
+
+def test_from_a_worker_of_a_data_loader():
+    "torch makes the error anew from a text with the traceback; its class must be the same."
+    loader = torch.utils.data.DataLoader(Broken(), num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(FileError, match="scan.nii: is empty"):
+        next(iter(loader))
