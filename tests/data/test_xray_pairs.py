@@ -258,7 +258,7 @@ def test_flip_mirrors_xrays_and_exchanges_sides(source):
 def test_configs_refuse_nonsense(config, settings, argument):
     with refused() as caught:
         config(**settings)
-    assert argument in (caught.value.argument, caught.value.reason.split()[0])
+    assert argument in str(caught.value)
 
 
 # ---------------------------------------------------------------- noise
@@ -335,7 +335,7 @@ def test_cached_equals_rendered(source, tmp_path, monkeypatch):
             same(a, b)
             for a, b in zip(plain, XrayPairs(source, 16, geometry=VIEWS, cache_dir=tmp_path))
         )
-    monkeypatch.setattr("ct_nb.data.xray_pairs.project", lambda *a: pytest.fail("rendered again"))
+    monkeypatch.setattr("ct_nb.data.xray_pairs.render_drr", lambda *a: pytest.fail("rendered again"))
     noisy = XrayPairs(source, 16, geometry=VIEWS, cache_dir=tmp_path, noise=XrayNoise.radiograph())
     assert torch.equal(noisy[0]["hu"], plain[0]["hu"]) and not torch.equal(
         noisy.at(0, 0)["xrays"], noisy.at(1, 0)["xrays"]
