@@ -358,7 +358,7 @@ def sentences(self: Robustness, rise_db: float = 0.1, cliff_db: float = 3.0) -> 
 
     def shares(error, least):
         conditions = [
-            f"{row['condition']} {100 * row['contradiction']:.0f} %"
+            f"{row['condition']} {100 * row['says_contradiction']:.0f} %"
             for row in self.summary()
             if row["error"] == error and row["says_contradiction"] >= least
         ]
