@@ -194,9 +194,7 @@ class CascadeRun(Run):
         steps = settings.steps
         if self.steps:
             steps = tuple(max(1, round(self.steps * n / sum(steps))) for n in steps)
-        return replace(
-            settings, steps=steps, trainer=replace(settings.trainer, seed=self.seed)
-        )
+        return replace(settings, steps=steps, trainer=replace(settings.trainer, seed=self.seed))
 
     def _stages_after(self, settings: CascadePreset, start: DRR2CT) -> CascadePreset:
         "The stages that are not smaller than the reconstructions of a coarse model."
@@ -291,8 +289,10 @@ def description(self: CascadeRun) -> list[tuple[str, str]]:
         lines.append(
             (
                 "beware",
-                "the reconstructions of real CTs are those of a network that was trained on them,"
-                " so their errors look smaller than they are",
+                (
+                    "the reconstructions of real CTs are those of a network that was trained on them,"
+                    " so their errors look smaller than they are"
+                ),
             )
         )
     return lines
@@ -342,7 +342,8 @@ class _Learner(nn.Module):
 @patch
 def _train_stage(self: CascadeRun, number: int, progress: bool) -> list[dict]:
     "Train one stage; the rows of its history."
-    config, steps = self.settings.stages[number], self.settings.steps[number]
+    config = self.settings.stages[number]
+    steps = self.settings.steps[number]
     if progress:
         print(f"stage {config.size}³: {steps} steps")
     trainer = Trainer(
@@ -381,9 +382,7 @@ def load_cascade(folder) -> Cascade:
 
     `WeightsError` when the folder is not one, or of another system.
     """
-    return load_model(
-        folder, "cascade", lambda network: Cascade(CascadeConfig.from_dict(network))
-    )
+    return load_model(folder, "cascade", lambda network: Cascade(CascadeConfig.from_dict(network)))
 
 
 @patch
@@ -407,7 +406,8 @@ class Sampler:
     def draws(
         self, xrays: torch.Tensor, geometry: ConeBeam, count: int, guidance: str = "soft"
     ) -> torch.Tensor:
-        """The first `count` samples (count, N, N, N), HU, vacuum at the lowest, with `guidance` by the
+        """The first `count` samples (count, N, N, N), HU, vacuum at the lowest, with `guidance` by
+        the
         X-rays ("soft", "exact" or "off").
         """
         scan = content_digest(xrays.float().cpu().numpy(), geometry_to_json(geometry))
@@ -477,8 +477,10 @@ class InitializerPredictor:
 def sanity_checks(samples: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     """Samples (S, N, N, N) of one case, HU, against the truth (N, N, N).
 
-    Returns `lowest`, `highest`, `spread` (standard deviation of all voxels, HU), `structure` (SSIM of
-    the first sample) and `structure_of_air`. `TrainingStopped` for NaN, for a nearly constant output,
+    Returns `lowest`, `highest`, `spread` (standard deviation of all voxels, HU), `structure` (SSIM
+    of
+    the first sample) and `structure_of_air`. `TrainingStopped` for NaN, for a nearly constant
+    output,
     and for a sample that is no better than air.
     """
     if not torch.isfinite(samples).all():

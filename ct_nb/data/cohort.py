@@ -120,9 +120,7 @@ class Cohort:
         "Find the cases, split them by patient, and choose the phantoms of prior and network."
         source = self.find()
         share = self.validation_phantoms / (self.phantoms + self.validation_phantoms)
-        training, validation = source.split(
-            VALIDATION_SHARE if self.is_real else share, self.seed
-        )
+        training, validation = source.split(VALIDATION_SHARE if self.is_real else share, self.seed)
         self.training = self.pairs(training)
         self.validation = self.pairs(validation)
         self.skipped = source.skipped
@@ -174,7 +172,8 @@ class Cohort:
             patients = ", ".join(sorted(set(pairs.patients)))
             return patients if self.is_real else f"{len(pairs)} phantoms"
 
-        training, validation = names(self.training), names(self.validation)
+        training = names(self.training)
+        validation = names(self.validation)
         if self.is_real:
             training += f", deformed anew each time, with {self.phantoms} phantoms beside them"
             validation += " (no scan of these patients was trained on)"

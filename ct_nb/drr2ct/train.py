@@ -230,7 +230,8 @@ def _choose_prior_noise(self: DRR2CTRun, items: list[dict], most: int = 6) -> No
     model = self.model
     total = torch.zeros(len(PRIOR_NOISE))  # PSNR, dB
     for index in range(min(most, len(self.training))):
-        item, patient = self.training[index], self.training.patients[index]
+        item = self.training[index]
+        patient = self.training.patients[index]
         model.prior.fit(torch.stack([x["hu"] for x in items if x["patient"] != patient]))
         for place, noise in enumerate(PRIOR_NOISE):
             model.prior.noise = noise
@@ -352,7 +353,8 @@ def _finish(self: DRR2CTRun, cases: int = 8) -> None:
 def evaluate(
     self: DRR2CTRun, pairs: XrayPairs | None = None, out=None, progress: bool = True
 ) -> scoreboard.Scoreboard:
-    """The model and the baselines on `pairs` (the validation cases unless given); writes scoreboard,
+    """The model and the baselines on `pairs` (the validation cases unless given); writes
+    scoreboard,
     pictures and NIfTI into `out` (the run's folder).
 
     `InputError` where a patient of `pairs` was trained on.

@@ -350,8 +350,10 @@ def description(self: RefinementRun) -> list[tuple[str, str]]:
         lines.append(
             (
                 "beware",
-                f"the coarse model was trained on {few(self.known_training)}, so its errors there"
-                " look smaller than they are",
+                (
+                    f"the coarse model was trained on {few(self.known_training)}, so its errors there"
+                    " look smaller than they are"
+                ),
             )
         )
     skipped = [("left out", f"{name}: {reason}") for name, reason in self.cohort.skipped]
@@ -645,7 +647,8 @@ def evaluate(self: RefinementRun, out=None, progress: bool = True) -> Refinement
     """Refiner, input and baselines on the validation cases.
 
     Writes into `out` (the run's folder) scoreboard, `refinement.json` (gains with confidence
-    intervals, verdict, mean spectra) and a folder for each case: coarse, refined and ground truth as
+    intervals, verdict, mean spectra) and a folder for each case: coarse, refined and ground truth
+    as
     NIfTI, `metrics.json`. Its pictures are those of `ct_nb.refine.figures.draw_run`.
     """
     from tqdm.auto import tqdm
@@ -726,7 +729,8 @@ def on_others(self: RefinementRun, refiner, data: str) -> RefinementRun:
             f"{refiner} or its coarse model was trained on {shared[0]} of {data}; evaluate it on"
             " other patients",
         )
-    model, network = load_refiner(refiner), self.settings.network
+    model = load_refiner(refiner)
+    network = self.settings.network
     for name in ("size", "window", "energy_kev"):
         if getattr(model.config, name) != getattr(network, name):
             raise InputError(
