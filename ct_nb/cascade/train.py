@@ -286,15 +286,11 @@ def description(self: CascadeRun) -> list[tuple[str, str]]:
         ("stages", " → ".join(f"{size}³" for size in self.sizes) + f", from {start}"),
     ]
     if self.start is not None and self.is_real:
-        lines.append(
-            (
-                "beware",
-                (
-                    "the reconstructions of real CTs are those of a network that was trained on them,"
-                    " so their errors look smaller than they are"
-                ),
-            )
+        known = (
+            "the reconstructions of real CTs are those of a network that was trained on them, so"
+            " their errors look smaller than they are"
         )
+        lines.append(("beware", known))
     return lines
 
 # %% ../../nbs/cascade/03_train.ipynb #cell-010

@@ -347,15 +347,11 @@ def description(self: RefinementRun) -> list[tuple[str, str]]:
         new = " (new to the coarse model and to the refiner)"
         lines.append(("evaluated on", evaluated + new))
     if self.known_training:
-        lines.append(
-            (
-                "beware",
-                (
-                    f"the coarse model was trained on {few(self.known_training)}, so its errors there"
-                    " look smaller than they are"
-                ),
-            )
+        known = (
+            f"the coarse model was trained on {few(self.known_training)}, so its errors there look"
+            " smaller than they are"
         )
+        lines.append(("beware", known))
     skipped = [("left out", f"{name}: {reason}") for name, reason in self.cohort.skipped]
     return lines + skipped
 
