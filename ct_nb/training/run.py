@@ -394,10 +394,10 @@ def command(run_class: type[Run]) -> Callable[[list[str] | None], None]:
     def main(arguments: list[str] | None = None) -> None:
         run_main(run_class, arguments)
 
-    # a notebook's cells belong to no module
-    caller = inspect.getmodule(inspect.currentframe().f_back)
-    if getattr(caller, "__name__", "") == "__main__":
-        # its class by its lasting name, not by that of the program
-        module = importlib.import_module(caller.__spec__.name)
+    caller = inspect.currentframe().f_back.f_globals
+    spec = caller.get("__spec__")  # None in a notebook
+    if caller["__name__"] == "__main__" and spec is not None:
+        # the class by its lasting name, not by that of the program
+        module = importlib.import_module(spec.name)
         run_main(getattr(module, run_class.__name__))
     return main

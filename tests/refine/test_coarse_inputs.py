@@ -68,7 +68,7 @@ def learnt(tmp_path_factory, scans):
 )
 def test_a_patient_is_refused_whatever_her_scan_is_called(learnt, training):
     with pytest.raises(
-        ValueError, match="was trained on Anna, a patient that this refiner would be judged on"
+        ValueError, match="was trained on Anna, a patient that this refiner would be evaluated on"
     ):
         learnt(**training).open()
 
@@ -144,7 +144,7 @@ def cascade(tmp_path_factory):
         "seed": 0,
         "coarse": None,
         "settings": {"sampling_steps": 2, "samples": 1},
-        "training": {"cases": cases.fitted.ids, "patients": cases.fitted.patients},
+        "training": {"cases": cases.training.ids, "patients": cases.training.patients},
         "validation": {"cases": cases.validation.ids},
     }
     save_weights(folder, model, about)
@@ -224,14 +224,14 @@ def test_a_cascade_tells_the_system_a_that_it_started_from(tmp_path):
             "seed": 0,
             "coarse": str(tmp_path / "drr2ct"),
             "settings": {"sampling_steps": 2, "samples": 1},
-            "training": {"cases": run.fitted.ids},
+            "training": {"cases": run.training.ids},
             "validation": {"cases": run.validation.ids},
         },
     )
     found = open_coarse(tmp_path / "cascade")
     assert (
         found.drr2ct == NETWORK == open_coarse(tmp_path / "drr2ct").drr2ct
-        and set(run.fitted.ids) < found.known
+        and set(run.training.ids) < found.known
         and not set(run.validation.ids) & found.known
     )
 

@@ -1,4 +1,4 @@
-"""Training of system E: crops that are what they say, one row of steps to a board, runs that resume to the same weights, and bad input in a sentence."""
+"""Training on slices: crops, a run and its scoreboard, and what is refused. That a killed run resumes is in tests/training/test_resume.py."""
 
 import json
 import shutil
@@ -35,7 +35,6 @@ from ct_nb.slices.train import (
     SliceModels,
     SlicesRun,
     _Learner,
-    get_slices_preset,
     load_slices,
 )
 from ct_nb.slices.vae_train import VAERun
@@ -55,11 +54,11 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    "A smoke run through fit and judge."
+    "A smoke run through fit and evaluate."
     out = tmp_path_factory.mktemp("run")
     run = SlicesRun("smoke", out=out).open()
     history = run.fit(progress=False)
-    return run, history, run.judge(picture=slices_cut_figure, progress=False)
+    return run, history, run.evaluate(picture=slices_cut_figure, progress=False)
 
 
 def test_padding_in_a_batch_teaches_nothing(pairs):
@@ -172,46 +171,12 @@ def test_weights_are_read_as_they_were(done):
         load_slices(run.out / "vae")
 
 
-def test_a_killed_run_ends_with_the_same_weights(done, tmp_path, monkeypatch):
-    "Killed in the regressor, and again in the diffusion model."
-    run = done[0]
-
-    class Killed(Exception):
-        pass
-
-    begin = lambda **more: SlicesRun("smoke", out=tmp_path, vae=str(run.out / "vae"), **more).open()
-    step, stage = training._Learner.forward, SliceRegressor
-
-    def until(learner, batch, number):
-        if number == 6 and isinstance(learner.model, stage):
-            raise Killed
-        return step(learner, batch, number)
-
-    monkeypatch.setattr(training._Learner, "forward", until)
-    with pytest.raises(Killed):
-        begin().fit(progress=False)
-    stage = SliceDiffusion
-    with pytest.raises(Killed):
-        begin(resume=True).fit(progress=False)
-    monkeypatch.undo()
-    resumed = begin(resume=True)
-    history = resumed.fit(progress=False)
-    for name, value in run.slices.state_dict().items():
-        assert torch.equal(value, resumed.slices.state_dict()[name]), name
-    assert [(row["stage"], row["step"]) for row in history] == [
-        ("regressor", 4),
-        ("regressor", 8),
-        ("diffusion", 12),
-        ("diffusion", 16),
-    ]
-
-
 def test_one_of_the_two_alone(done, tmp_path):
     run = done[0]
     alone = SlicesRun("smoke", out=tmp_path, vae=str(run.out / "vae"), model="regressor").open()
     alone.fit(progress=False)
     assert alone.slices.diffusion is None and load_slices(tmp_path).diffusion is None
-    board = alone.judge(progress=False)
+    board = alone.evaluate(progress=False)
     assert (
         board.models == ["regressor_consistent", "regressor"]
         and "ceiling_vae" not in board.predictors
@@ -226,8 +191,6 @@ def test_one_of_the_two_alone(done, tmp_path):
 
 
 def test_bad_settings_get_a_sentence(done, tmp_path):
-    with refused("preset"):
-        get_slices_preset("huge")
     with refused("model"):
         SlicesRun("smoke", model="gan")
     with pytest.raises(ValueError, match="needs a regressor"):
@@ -239,12 +202,12 @@ def test_bad_settings_get_a_sentence(done, tmp_path):
     # another scan of a patient who is judged here: no case is the same
     config["training"]["patients"] += config["validation"]["patients"]
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="was trained on phantom-.*, which would be judged here"):
+    with pytest.raises(ValueError, match="was trained on phantom-.*, which would be evaluated here"):
         SlicesRun("smoke", out=tmp_path / "run", vae=str(tmp_path / "vae")).open()
     # of a run that did not write down its patients
     config["training"] = {"cases": config["training"]["cases"] + config["validation"]["cases"]}
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="would be judged here"):
+    with pytest.raises(ValueError, match="would be evaluated here"):
         SlicesRun("smoke", out=tmp_path / "run", vae=str(tmp_path / "vae")).open()
 
 
