@@ -89,7 +89,7 @@ def test_training_patients_that_the_coarse_model_knows_are_told(learnt, training
     run = learnt(**training).open()
     assert (
         run.known_training == ["ben"]
-        and "beware:     the coarse model was trained on ben, so its errors there look smaller than they are"
+        and "beware:       the coarse model was trained on ben, so its errors there look smaller than they are"
         in run.describe()
     )
 
