@@ -327,6 +327,7 @@ def load(cls: Run, folder) -> Run:
             " data are.",
         )
     run.restore()
+    run.history = read_history(folder)
     return run
 
 # %% ../../nbs/training/06_run.ipynb #cell-019

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from ..core.errors import InputError
+from ..core.errors import FileError, InputError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -259,6 +259,7 @@ class Trainer:
 
     @property
     def is_main(self) -> bool:
+        "Whether this process writes the files."
         return self.accelerator.is_main_process
 
 # %% ../../nbs/training/05_trainer.ipynb #cell-020
@@ -293,7 +294,7 @@ def _restore(self: Trainer, state: dict) -> int:
         "seed",
     ):
         if state["config"][name] != mine[name]:
-            raise InputError(
+            raise FileError(
                 self.out,
                 f"the checkpoint was made with {name}={state['config'][name]}, this run"
                 f" asks for {mine[name]}; resume with the same settings or choose another output"
@@ -304,7 +305,7 @@ def _restore(self: Trainer, state: dict) -> int:
         self.average.load_state_dict(state["average"])
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise InputError(
+        raise FileError(
             self.out, "the checkpoint is of another network; choose another output folder."
         ) from error
     set_random_state(state["random"])

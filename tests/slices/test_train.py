@@ -39,7 +39,6 @@ from ct_nb.slices.train import (
 )
 from ct_nb.slices.vae_train import VAERun
 from ct_nb.training.checkpoints import WeightsError
-from ct_nb.training.trainer import read_history
 from ct_nb.viewer.figures import training_figure
 
 
@@ -59,7 +58,7 @@ def done(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "slices"
     shutil.copytree(trained("slices"), out)
     run = SlicesRun.load(out)
-    return run, read_history(out), run.evaluate(picture=slices_cut_figure, progress=False)
+    return run, run.history, run.evaluate(picture=slices_cut_figure, progress=False)
 
 
 def test_padding_in_a_batch_teaches_nothing(pairs):

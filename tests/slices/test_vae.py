@@ -33,7 +33,6 @@ from ct_nb.slices.vae_train import (
     load_vae,
 )
 from ct_nb.training.checkpoints import WeightsError
-from ct_nb.training.trainer import read_history
 
 CONFIGS = (
     SliceVAEConfig(fold=8, channels=(12,), blocks=1),
@@ -366,7 +365,6 @@ def run(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "vae"
     shutil.copytree(trained("vae"), folder)
     found = VAERun.load(folder)
-    found.history = read_history(folder)
     found.board = found.evaluate(progress=False)
     return found
 
@@ -474,7 +472,7 @@ def test_bad_input_gets_a_sentence(chest, tmp_path):
         ),
         (
             lambda: replace(VAE_PRESETS["smoke"], crop=(2, 32, 32)),
-            "crop: a critic of 2 layers needs 4",
+            "crop: a discriminator of 2 layers needs 4",
         ),
         (lambda: VAERun("huge"), "preset: must be one of"),
         (lambda: VAERun("smoke", str(tmp_path / "none")).open(), "data: "),

@@ -46,6 +46,7 @@ def test_a_finished_run_opens_again_with_its_weights(system, trained):
     assert weights.keys() == state.keys() and not run.network.training
     assert all(torch.equal(state[name], value) for name, value in weights.items())
     config = json.loads((folder / "config.json").read_text())
+    assert run.history and run.history[-1]["loss"] is not None
     assert {"network", "versions", "training", "validation"} <= set(config)
     assert json.loads(json.dumps(run.identity())).items() <= config.items()
     assert not set(config["training"]["patients"]) & set(config["validation"]["patients"])
