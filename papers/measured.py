@@ -487,7 +487,7 @@ def phantoms_today() -> str:
     "Fingerprint of what `make demo` trains on, as this version makes it."
     from ct_nb.drr2ct.train import DRR2CTRun
 
-    return DRR2CTRun("cpu").open().fitted.source.fingerprint()
+    return DRR2CTRun("cpu").open().training.source.fingerprint()
 
 
 def main():

@@ -1,4 +1,4 @@
-"""What tests of the refiner share: a tiny system A on disk, and one cache of phantoms for all of them."""
+"""What tests of the refiner share: a tiny drr2ct on disk, and one cache of phantoms for all of them."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -8,10 +8,10 @@ import torch
 
 from ct_nb.data.open import phantom_source
 from ct_nb.drr2ct.network import DRR2CT
-from ct_nb.drr2ct.train import DRR2CTRun, get_drr2ct_preset
+from ct_nb.drr2ct.train import DRR2CT_PRESETS, DRR2CTRun
 from ct_nb.training.checkpoints import save_weights
 
-NETWORK = replace(get_drr2ct_preset("smoke").network, size=16, latent_size=8, prior_modes=4)
+NETWORK = replace(DRR2CT_PRESETS["smoke"].network, size=16, latent_size=8, prior_modes=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,9 +28,9 @@ def volumes(count=6, size=16):
 
 
 def save_coarse(folder, training=None, **changes):
-    "What a smoke run of system A leaves, with the linear prior fitted and the network as it began."
+    "What a smoke run of drr2ct leaves, with the linear prior fitted and the network as it began."
     run = DRR2CTRun(
-        "smoke", "phantom", folder, settings=replace(get_drr2ct_preset("smoke"), network=NETWORK)
+        "smoke", "phantom", folder, settings=replace(DRR2CT_PRESETS["smoke"], network=NETWORK)
     ).open()
     torch.manual_seed(0)
     model = DRR2CT(NETWORK)
@@ -45,7 +45,7 @@ def save_coarse(folder, training=None, **changes):
             "data": "phantom",
             "seed": 0,
             "settings": {"phantoms": 12, "validation_phantoms": 2},
-            "training": {"cases": run.fitted.ids if training is None else training},
+            "training": {"cases": run.training.ids if training is None else training},
             "validation": {"cases": run.validation.ids},
             **changes,
         },

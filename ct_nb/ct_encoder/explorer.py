@@ -31,11 +31,12 @@ from .region_attention import patch_overlaps
 from .report_readers import phantom_report
 from .reports import RadiologyReport, ReasoningStep, clauses, find_region_mentions
 from .text_encoders import WordTokenizer
-from .train import get_ct_encoder_preset, load_ct_encoder
+from .train import CT_ENCODER_PRESETS, load_ct_encoder
 from ..data.cases import nearest_labels
 from ..phantom.chest import phantom
 from ..physics.volume import Grid, Volume, resample
 from ..training.checkpoints import WEIGHTS_FILE, read_config
+from ..training.run import get_preset
 from ..viewer.canvas import ScanCache, apply_colormap, color_scale, line_mark, to_uint8
 from ..viewer.ct_viewer import follow_wheel, slice_slider, window_menu
 from ..viewer.figures import PLANES
@@ -179,7 +180,7 @@ class AttentionSources:
                 2 * [name.replace("_", " ") for name, *_ in REGIONS.values()]
             ).words
             self.model = ScanLanguage(
-                replace(get_ct_encoder_preset(preset).network, words=tuple(words))
+                replace(get_preset(CT_ENCODER_PRESETS, preset).network, words=tuple(words))
             ).eval()
             where = "" if weights is None else f" in {Path(weights).name}"
             self.says = (

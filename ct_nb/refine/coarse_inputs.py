@@ -24,11 +24,12 @@ from ..data.open import phantom_source
 from ..data.read import read_ct
 from ..drr2ct.network import DRR2CTConfig
 from ..drr2ct.predict import ModelPredictor, load_drr2ct
-from ..drr2ct.train import get_drr2ct_preset
+from ..drr2ct.train import DRR2CT_PRESETS
 from ..evaluation.baselines import SIRT, MinimumNorm
 from ..physics.geometry_io import geometry_from_json, geometry_to_json
 from ..physics.volume import WINDOWS, Grid
 from ..training.checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_config
+from ..training.run import get_preset
 
 # %% ../../nbs/refine/03_coarse_inputs.ipynb #cell-005
 def _phantoms(first: int, count: int) -> set[str]:
@@ -67,8 +68,8 @@ def _training_cases(config: dict) -> set[str]:
     is_real = str(config.get("data", "")).split(":")[0] != "phantom"
     if config["system"] == "drr2ct" and is_real and settings.get("trained_on", "both") != "real":
         cases |= _phantoms(0, settings.get("phantoms", 0))
-    if config["system"] == "cascade":  # the seeds of `CascadeRun._cases`
-        preset = get_drr2ct_preset(config["preset"])
+    if config["system"] == "cascade":  # phantoms as `CascadeRun.open` takes them
+        preset = get_preset(DRR2CT_PRESETS, config["preset"])
         others = 0 if is_real else len(cases) + len(config["validation"]["cases"])
         if config.get("coarse"):
             first = max(preset.phantoms + preset.validation_phantoms, others)

@@ -56,7 +56,7 @@ def save_untrained(runs: Path) -> None:
     from dataclasses import replace
 
     from ct_nb.ct_encoder.model import ScanLanguage
-    from ct_nb.ct_encoder.train import get_ct_encoder_preset
+    from ct_nb.ct_encoder.train import CT_ENCODER_PRESETS
     from ct_nb.slices.models import (
         SliceDiffusion,
         SliceDiffusionConfig,
@@ -68,7 +68,7 @@ def save_untrained(runs: Path) -> None:
     from ct_nb.training.checkpoints import save_weights
 
     torch.manual_seed(0)
-    language = ScanLanguage(replace(get_ct_encoder_preset("smoke").network, words=("lobe", "lung")))
+    language = ScanLanguage(replace(CT_ENCODER_PRESETS["smoke"].network, words=("lobe", "lung")))
     save_weights(
         runs / "ct_encoder",
         language,

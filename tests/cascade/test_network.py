@@ -424,7 +424,7 @@ def test_a_coarse_model_that_knows_the_judged_cases_is_refused(tmp_path):
             CascadeRun("smoke", coarse=str(tmp_path)).open()
     save(["phantom-09999"])
     run = CascadeRun("smoke", "phantom:30", coarse=str(tmp_path)).open()
-    assert not set(run.cases[64].phantoms_for_network.ids) & set(
+    assert not set(run.cohorts[64].phantoms_for_network.ids) & set(
         run.validation.ids
     ) and run.sizes == [32, 64]
 

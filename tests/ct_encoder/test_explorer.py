@@ -24,7 +24,7 @@ from ct_nb.ct_encoder.explorer import (
 )
 from ct_nb.ct_encoder.model import ScanLanguage
 from ct_nb.ct_encoder.reports import RadiologyReport, ReasoningStep
-from ct_nb.ct_encoder.train import get_ct_encoder_preset
+from ct_nb.ct_encoder.train import CT_ENCODER_PRESETS
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Grid, Volume
 from ct_nb.slices import explorer as explore_slices
@@ -47,7 +47,7 @@ from ct_nb.slices.vae import SliceVAE
 from ct_nb.training.checkpoints import save_weights
 from ct_nb.viewer.slice_canvas import SliceCanvas
 
-SMOKE = get_ct_encoder_preset("smoke").network
+SMOKE = CT_ENCODER_PRESETS["smoke"].network
 
 
 @pytest.fixture(scope="module")

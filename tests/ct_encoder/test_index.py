@@ -20,13 +20,8 @@ from ct_nb.phantom.chest import phantom
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CT_NB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        run = CTEncoderRun("smoke", out=folder).open(progress=False)
-        run.fit(progress=False)
-    return run
+def run(trained, trained_cache):
+    return CTEncoderRun.load(trained("ct_encoder", "smoke"))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +97,7 @@ def test_the_file_keeps_everything_and_knows_its_weights(index, run, tmp_path):
     ) == (found.scans, found.files, found.about, found.digest)
     assert (again.weights, again.digest) == (str(run.out.resolve()), found.digest)
     other = tmp_path / "other"
-    CTEncoderRun("smoke", out=other, seed=1, steps=1).open(progress=False).fit(progress=False)
+    CTEncoderRun("micro", out=other, seed=1, steps=1).open(progress=False).fit(progress=False)
     with pytest.raises(ValueError, match="did not make"):
         open_index(tmp_path / "e.parquet", other)
 

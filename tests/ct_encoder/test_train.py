@@ -1,4 +1,4 @@
-"""System B from a word to its figures: the cases, the loss, a smoke run through fit and judge, its weights, and what is refused."""
+"""The CT encoder: the cases, the loss, a smoke run with its scores and weights, and what is refused. That a killed run resumes is in tests/training/test_resume.py."""
 
 import csv
 import json
@@ -49,7 +49,6 @@ from ct_nb.ct_encoder.text_encoders import WordTokenizer
 from ct_nb.ct_encoder.train import (
     CT_ENCODER_PRESETS,
     CTEncoderRun,
-    get_ct_encoder_preset,
     load_ct_encoder,
 )
 from ct_nb.data.cache import DiskCache
@@ -87,16 +86,12 @@ def model(data):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    "A smoke run that was fitted and judged."
-    folder = tmp_path_factory.mktemp("run")
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CT_NB_CACHE", str(cache))
-        run = CTEncoderRun("smoke", out=folder).open(progress=False)
-        run.fit(progress=False)
-        scores = run.judge()
-    return run, scores
+def evaluated(trained, trained_cache, tmp_path_factory):
+    "A smoke run with its scores."
+    folder = tmp_path_factory.mktemp("run") / "ct_encoder"
+    shutil.copytree(trained("ct_encoder", "smoke"), folder)
+    run = CTEncoderRun.load(folder)
+    return run, run.evaluate()
 
 
 def test_a_phantoms_findings_are_the_steps_of_its_report(data):
@@ -476,8 +471,8 @@ def test_what_is_said_of_regions():
     assert draw_regions(report, nowhere, 2, torch.Generator()) == []
 
 
-def test_smoke_run_leaves_its_record(trained):
-    run, scores = trained
+def test_smoke_run_leaves_its_record(evaluated):
+    run, scores = evaluated
     assert {
         "metrics.json",
         "retrieval.csv",
@@ -524,8 +519,8 @@ def test_smoke_run_leaves_its_record(trained):
     assert len(run.history) == 2 and run.history[-1]["step"] == 8
 
 
-def test_weights_come_back(trained, tmp_path):
-    run, _ = trained
+def test_weights_come_back(evaluated, tmp_path):
+    run, _ = evaluated
     again = load_ct_encoder(run.out)
     item = run.validation[0]
     with torch.no_grad():
@@ -543,38 +538,6 @@ def test_weights_come_back(trained, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"system": "drr2ct"}))
     with pytest.raises(WeightsError, match="drr2ct"):
         load_ct_encoder(tmp_path)
-
-
-def test_a_killed_run_resumes_to_the_same_weights(trained, tmp_path, monkeypatch):
-    run, _ = trained
-
-    def resumed(**changes):
-        again = CTEncoderRun("smoke", out=tmp_path, **changes)
-        again.training = run.training
-        again.validation = run.validation
-        again.said = run.said
-        return again
-
-    first = resumed()
-    taken = []
-    whole = ScanLanguage.forward
-
-    def kill(model, batch, seed):
-        taken.append(seed)
-        if len(taken) > 5:
-            raise KeyboardInterrupt
-        return whole(model, batch, seed)
-
-    monkeypatch.setattr(ScanLanguage, "forward", kill)
-    with pytest.raises(KeyboardInterrupt):
-        first.fit(progress=False)
-    monkeypatch.undo()
-    second = resumed(resume=True)
-    second.fit(progress=False)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(second.model.state_dict().values(), run.model.state_dict().values())
-    )
 
 
 def test_a_folder_of_scans_with_reports(tmp_path):
@@ -952,7 +915,8 @@ def test_real_scans_from_a_folder_to_the_figures(real_ct, tmp_path, monkeypatch)
         -1001 < item["hu"].min() < -900 and item["hu"].max() > 100 for item in items.values()
     )
     assert all(np.isfinite(row["loss"]) for row in run.fit(progress=False))
-    metrics = json.loads((run.judge(), run.out / "metrics.json")[1].read_text())
+    run.evaluate()
+    metrics = json.loads((run.out / "metrics.json").read_text())
     assert (
         metrics["cases"] == len(run.validation)
         and metrics["preprocessing"]["right"]["refused"] == 0
@@ -961,8 +925,6 @@ def test_real_scans_from_a_folder_to_the_figures(real_ct, tmp_path, monkeypatch)
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="preset"):
-        get_ct_encoder_preset("huge")
     with pytest.raises(ValueError, match="text"):
         CTEncoderRun("smoke", text=str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="neither 'phantom'"):

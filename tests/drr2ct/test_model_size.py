@@ -129,11 +129,11 @@ def test_accelerate_reads_the_configuration_that_ships():
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    from ct_nb.drr2ct.train import get_drr2ct_preset
+    from ct_nb.drr2ct.train import DRR2CT_PRESETS
 
     path = str(ROOT / "launch" / "paper.yaml")
     config = load_config_from_file(path)
-    preset = get_drr2ct_preset("paper").trainer
+    preset = DRR2CT_PRESETS["paper"].trainer
     assert (
         config.distributed_type.value == "MULTI_GPU"
         and config.num_processes == 3

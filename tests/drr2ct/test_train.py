@@ -1,4 +1,4 @@
-"""The four stages of system A as configurations of one trainer: in order, by name, resumed, started from other weights, and when memory runs out."""
+"""The four stages of drr2ct as configurations of one trainer: in order, by name, started from other weights, and when memory runs out. That a killed run resumes is in tests/training/test_resume.py."""
 
 import json
 import os
@@ -9,35 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 
 from ct_nb.drr2ct.objective import STAGES, DRR2CTObjective, get_stages
 from ct_nb.drr2ct.predict import load_drr2ct
-from ct_nb.drr2ct.train import DRR2CTRun, get_drr2ct_preset
+from ct_nb.drr2ct.train import DRR2CT_PRESETS, DRR2CTRun
 
-SMOKE = get_drr2ct_preset("smoke")
-TINY = replace(
-    SMOKE,
-    phantoms=4,
-    validation_phantoms=2,
-    trainer=replace(SMOKE.trainer, steps=8, log_every=1, validate_every=0, checkpoint_every=1),
-)
+pytestmark = pytest.mark.usefixtures("trained_cache")
+
+STEPS = 8  # so that the first stage has more than one
 
 
-def trained(out, **changes) -> DRR2CTRun:
-    run = DRR2CTRun("smoke", out=out, settings=TINY, **changes).open()
+def fitted(out, **changes) -> DRR2CTRun:
+    run = DRR2CTRun("micro", out=out, steps=STEPS, **changes).open()
     run.fit(progress=False)
     return run
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    "Built first and looked at, as the recipe does it, then trained."
-    run = DRR2CTRun("smoke", out=tmp_path_factory.mktemp("four"), settings=TINY).open()
-    built, case = run.build(progress=False), run.validation[0]
-    built.start(case["xrays"][None], case["geometry"])
-    run.fit(progress=False)
-    assert run.model is built and not run.built, "built twice, or what is trained passes for new"
-    return run
+def four(trained_cache, tmp_path_factory):
+    return fitted(tmp_path_factory.mktemp("four"))
 
 
 def test_all_four_follow_one_another(four):
@@ -49,7 +40,7 @@ def test_all_four_follow_one_another(four):
     ]
     steps = [row["step"] for row in four.history]
     assert steps == sorted(steps) and steps[-1] == sum(
-        max(1, round(stage.share * 8)) for stage in STAGES
+        max(1, round(stage.share * STEPS)) for stage in STAGES
     )
     of = {
         name: [row for row in four.history if row["stage"] == name]
@@ -78,23 +69,24 @@ def test_frozen_parts_stay_as_they_are(four):
     assert changed and not changed & set(frozen), changed
 
 
-def test_the_same_seed_gives_the_same_weights_and_a_resumed_run_too(four, tmp_path):
-    "Whether or not somebody looked at what was built before it was trained."
-    run = DRR2CTRun("smoke", out=tmp_path, settings=TINY).open()
-    run.build(progress=False)
-    for stage in TINY.stages[:2]:
-        run._train(stage, False)  # and here the lights go out
-    again = trained(tmp_path, resume=True)
-    for name, value in four.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[name]), name
+def test_the_same_seed_gives_the_same_weights_whoever_looked(trained, tmp_path):
+    "Built first and looked at, as the recipe does it, then trained."
+    run = DRR2CTRun("micro", out=tmp_path).open()
+    built, case = run.build(progress=False), run.validation[0]
+    built.start(case["xrays"][None], case["geometry"])
+    run.fit(progress=False)
+    assert run.model is built and not run.built, "built twice, or what is trained passes for new"
+    for name, value in load_drr2ct(trained("drr2ct")).state_dict().items():
+        assert torch.equal(value, run.model.state_dict()[name]), name
 
 
 def test_a_stage_by_name_goes_on_from_what_is_there(four, tmp_path):
-    with pytest.raises(ValueError, match="fine goes on from a trained network, and .* holds none"):
-        DRR2CTRun("smoke", out=tmp_path, stage="fine")
-    with pytest.raises(ValueError, match="some of joint, latent, masked, fine"):
-        DRR2CTRun("smoke", out=tmp_path, stage="final")
-    run = trained(tmp_path, stage="masked", start=str(four.out), teacher=str(four.out))
+    with refused("stage") as caught:
+        DRR2CTRun("micro", out=tmp_path, stage="fine")
+    assert "holds none" in caught.value.reason
+    with refused("stage"):
+        DRR2CTRun("micro", out=tmp_path, stage="final")
+    run = fitted(tmp_path, stage="masked", start=str(four.out), teacher=str(four.out))
     assert {row["stage"] for row in run.history} == {"masked"} and "distillation" in run.history[0]
     before, after = (
         folder.state_dict() for folder in (load_drr2ct(four.out), load_drr2ct(tmp_path))
@@ -105,15 +97,17 @@ def test_a_stage_by_name_goes_on_from_what_is_there(four, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["start"] == str(four.out)
 
 
-def test_weights_of_another_size_are_refused(four, tmp_path):
-    with pytest.raises(ValueError, match="reconstructs 32³ voxels, the preset cpu 64³"):
-        DRR2CTRun(
-            "cpu",
-            "phantom",
-            tmp_path,
-            start=str(four.out),
-            settings=replace(get_drr2ct_preset("cpu"), phantoms=2, validation_phantoms=1),
-        ).open().build(progress=False)
+def test_weights_of_another_size_are_refused(trained, tmp_path):
+    settings = replace(DRR2CT_PRESETS["smoke"], phantoms=2, validation_phantoms=1)
+    run = DRR2CTRun("smoke", out=tmp_path, start=str(trained("drr2ct")), settings=settings)
+    with refused("start"):
+        run.open().build(progress=False)
+
+
+def test_cases_that_were_trained_on_are_not_evaluated(trained):
+    run = DRR2CTRun.load(trained("drr2ct"))
+    with refused("pairs"):
+        run.evaluate(run.training)
 
 
 def test_out_of_memory_lowers_batch_then_lists_then_latent_channels(tmp_path, monkeypatch, capsys):
@@ -128,7 +122,7 @@ def test_out_of_memory_lowers_batch_then_lists_then_latent_channels(tmp_path, mo
 
     monkeypatch.setattr(train, "FEWEST_LATENT_CHANNELS", 8)
     monkeypatch.setattr(DRR2CTObjective, "forward", hungry)
-    run = trained(tmp_path, stage="joint")
+    run = fitted(tmp_path, stage="joint")
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     assert [
         "2 pieces" in said[0],
@@ -156,7 +150,7 @@ def test_accelerate_launches_two_processes(tmp_path):
         "-m",
         "ct_nb.drr2ct.train",
         "--preset",
-        "smoke",
+        "micro",
         "--stage",
         "joint",
         "--out",

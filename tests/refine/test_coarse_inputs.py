@@ -89,7 +89,7 @@ def test_shared_training_patients_are_described(run_after, training):
     run = run_after(**training).open()
     assert (
         run.known_training == ["ben"]
-        and "beware:     the coarse model was trained on ben, so its errors there look smaller than they are"
+        and "beware:       the coarse model was trained on ben, so its errors there look smaller than they are"
         in run.describe()
     )
 
@@ -144,7 +144,7 @@ def cascade(tmp_path_factory):
         "seed": 0,
         "coarse": None,
         "settings": {"sampling_steps": 2, "samples": 1},
-        "training": {"cases": cases.fitted.ids, "patients": cases.fitted.patients},
+        "training": {"cases": cases.training.ids, "patients": cases.training.patients},
         "validation": {"cases": cases.validation.ids},
     }
     save_weights(folder, model, about)
@@ -218,14 +218,14 @@ def test_a_cascade_has_the_config_of_its_drr2ct(tmp_path):
             "seed": 0,
             "coarse": str(tmp_path / "drr2ct"),
             "settings": {"sampling_steps": 2, "samples": 1},
-            "training": {"cases": run.fitted.ids},
+            "training": {"cases": run.training.ids},
             "validation": {"cases": run.validation.ids},
         },
     )
     source = open_coarse(tmp_path / "cascade")
     assert (
         source.drr2ct == NETWORK == open_coarse(tmp_path / "drr2ct").drr2ct
-        and set(run.fitted.ids) < source.known
+        and set(run.training.ids) < source.known
         and not set(run.validation.ids) & source.known
     )
 

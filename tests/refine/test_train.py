@@ -1,4 +1,4 @@
-"""A refiner's run from end to end on a tiny system A: what it leaves, how it goes on after a kill, what it learns from; and a reconstruction refined."""
+"""A refiner's run from end to end on a tiny drr2ct: what it leaves, what it learns from; and a reconstruction refined. That a killed run resumes is in tests/training/test_resume.py."""
 
 import json
 import shlex
@@ -67,7 +67,7 @@ def coarse(tmp_path_factory):
 def run(coarse):
     done = RefinementRun("smoke", out=coarse.parent / "refinement", coarse=str(coarse)).open()
     done.history = done.fit(progress=False)
-    done.board = done.judge(progress=False)
+    done.board = done.evaluate(progress=False)
     return done
 
 
@@ -146,38 +146,13 @@ def test_its_pictures_are_drawn_from_its_files(run):
         draw_run(run.out / "cases")
 
 
-def test_the_command_says_how_to_draw_them(run, monkeypatch, capsys):
-    class Told:
-        is_main, verdict = True, ["a gain"]
-
-        def __init__(self, *told):
-            pass
-
-        def open(self):
-            return self
-
-        def describe(self):
-            return "described"
-
-        def fit(self):
-            pass
-
-        def judge(self):
-            return self
-
-        def table(self):
-            return "a table"
-
-    monkeypatch.setattr(train_refinement, "RefinementRun", Told)
-    train_refinement.main(out=str(run.out))
-    *before, told = capsys.readouterr().out.splitlines()
-    assert (
-        before == ["described", "a table", "a gain"]
-        and told == f"the pictures: python -m ct_nb.refine.figures {run.out}"
-    )
+def test_the_command_says_how_to_draw_them(run):
+    *before, last = run.summary(run.board).splitlines()
+    assert before[-len(run.verdict) :] == run.verdict
+    assert last == f"the pictures: python -m ct_nb.refine.figures {run.out}"
     (run.out / "spectra.png").unlink(missing_ok=True)
     subprocess.run(
-        [sys.executable, "-W", "ignore", *shlex.split(told.split("python ")[1])],
+        [sys.executable, "-W", "ignore", *shlex.split(last.split("python ")[1])],
         check=True,
         capture_output=True,
     )
@@ -205,28 +180,6 @@ def test_the_refiner_loads_as_it_was(run, coarse):
     assert not torch.equal(again.spread_hu, RefinementModel(run.settings.network).spread_hu)
     with pytest.raises(WeightsError, match="system 'drr2ct', but 'refiner'"):
         load_refiner(coarse)
-
-
-def test_a_killed_run_ends_with_the_same_weights(run, coarse, tmp_path):
-    half = RefinementRun("smoke", out=tmp_path, coarse=str(coarse)).open()
-    stop = RuntimeError("killed")
-    step = RefinementLearner.forward
-
-    def dies(learner, batch, number):
-        if number == 4:
-            raise stop
-        return step(learner, batch, number)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RefinementLearner, "forward", dies)
-        with pytest.raises(RuntimeError, match="killed"):
-            half.fit(progress=False)
-    after = RefinementRun("smoke", out=tmp_path, coarse=str(coarse), resume=True).open()
-    after.fit(progress=False)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(after.model.state_dict().values(), run.model.state_dict().values())
-    )
 
 
 def test_the_layer_takes_back_what_the_xrays_deny(run):
@@ -265,10 +218,10 @@ def test_a_refiner_is_judged_on_patients_of_another_folder(run, coarse, tmp_path
     again = RefinementRun("smoke", out=tmp_path / "out", coarse=str(coarse)).open()
     with pytest.raises(
         ValueError,
-        match="trained on phantom-00000 of phantom:3; judge it on patients that neither has seen",
+        match="trained on phantom-00000 of phantom:3; evaluate it on other patients",
     ):
         again.on_others(run.out, "phantom:3")
-    board = again.on_others(run.out, str(tmp_path / "cts")).judge(progress=False)
+    board = again.on_others(run.out, str(tmp_path / "cts")).evaluate(progress=False)
     again.settings = replace(
         again.settings, network=replace(again.settings.network, energy_kev=80.0)
     )
@@ -294,7 +247,7 @@ def test_a_coarse_model_that_knows_a_judged_patient_is_refused(tmp_path):
         ValueError,
         match=(
             f"was trained on {first.validation.ids[0]}, a patient that this refiner would be"
-            " judged on"
+            " evaluated on"
         ),
     ):
         RefinementRun("smoke", out=tmp_path / "out", coarse=str(tmp_path / "knows")).open()
@@ -306,7 +259,7 @@ def test_what_a_coarse_model_started_from_counts(tmp_path):
     assert not known_cases(tmp_path / "pupil")
     save_coarse(tmp_path / "teacher", training=first.validation.ids)
     assert known_cases(tmp_path / "pupil") == set(first.validation.ids)
-    with pytest.raises(ValueError, match="would be judged on"):
+    with pytest.raises(ValueError, match="would be evaluated on"):
         RefinementRun("smoke", out=tmp_path / "out", coarse=str(tmp_path / "pupil")).open()
     # learned from phantoms beside real CT
     save_coarse(tmp_path / "real", training=["lidc-0001"], data="../a/folder")
@@ -681,8 +634,8 @@ def test_settings_that_are_not_the_coarse_models_are_refused(coarse, tmp_path):
 
 
 def test_coarse_files_on_another_grid_or_of_other_cases_get_a_sentence(run, tmp_path):
-    ids = [run.cases.fitted.ids[0], run.validation.ids[0]]
-    items = [run.cases.fitted[0], run.validation[0]]
+    ids = [run.training.ids[0], run.validation.ids[0]]
+    items = [run.training[0], run.validation[0]]
     for id, item in zip(ids, items):
         Volume(item["hu"].round().numpy(), item["affine"].numpy()).save(
             tmp_path / "files" / id / "coarse.nii.gz"
@@ -698,7 +651,7 @@ def test_coarse_files_on_another_grid_or_of_other_cases_get_a_sentence(run, tmp_
     with pytest.raises(
         ValueError,
         match=(
-            "has no file for any of the cases to judge on; name the files after the cases, like"
+            "has no file for any of the cases to evaluate; name the files after the cases, like"
             f" {ids[1]}.nii.gz"
         ),
     ):
@@ -737,7 +690,7 @@ def test_a_file_clipped_to_another_window_gets_a_sentence(run, tmp_path):
 
 def test_coarse_volumes_that_are_too_sharp_are_told_in_the_end(run, tmp_path):
     "From files to the verdict: a halo on every edge."
-    for pairs in (run.cases.fitted, run.validation):
+    for pairs in (run.training, run.validation):
         for item in (pairs[n] for n in range(min(2, len(pairs)))):
             Volume(
                 (item["hu"] + 1.5 * gaussian_high_pass(item["hu"], 1.0))
@@ -750,7 +703,7 @@ def test_coarse_volumes_that_are_too_sharp_are_told_in_the_end(run, tmp_path):
         "smoke", out=tmp_path / "out", coarse=str(tmp_path / "files"), steps=1
     ).open()
     sharp.fit(progress=False)
-    board = sharp.judge(progress=False)
+    board = sharp.evaluate(progress=False)
     # the mask of least error softens
     assert board.mean("coarse", "edge_response") > 1.1 and board.mean(
         "unsharp_mask", "edge_response"

@@ -1,4 +1,4 @@
-"""Training of system E: crops that are what they say, one row of steps to a board, runs that resume to the same weights, and bad input in a sentence."""
+"""Training on slices: crops, a run and its scoreboard, and what is refused. That a killed run resumes is in tests/training/test_resume.py."""
 
 import json
 import shutil
@@ -35,7 +35,6 @@ from ct_nb.slices.train import (
     SliceModels,
     SlicesRun,
     _Learner,
-    get_slices_preset,
     load_slices,
 )
 from ct_nb.slices.vae_train import VAERun
@@ -54,12 +53,12 @@ def pairs():
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    "A smoke run through fit and judge."
-    out = tmp_path_factory.mktemp("run")
-    run = SlicesRun("smoke", out=out).open()
-    history = run.fit(progress=False)
-    return run, history, run.judge(picture=slices_cut_figure, progress=False)
+def done(trained, tmp_path_factory):
+    "The run of the preset micro, evaluated with a picture."
+    out = tmp_path_factory.mktemp("run") / "slices"
+    shutil.copytree(trained("slices"), out)
+    run = SlicesRun.load(out)
+    return run, run.history, run.evaluate(picture=slices_cut_figure, progress=False)
 
 
 def test_padding_in_a_batch_teaches_nothing(pairs):
@@ -127,13 +126,12 @@ def test_the_run_leaves_what_it_promises(done):
         and config["versions"]["torch"]
         and config["training"]["fingerprint"] != config["validation"]["fingerprint"]
     )
-    assert config["seen"]["thick_mm"] == pytest.approx([9.6, 14.4]) and config["seen"][
-        "thin_mm"
-    ] == pytest.approx([3.75, 5.625])
+    assert config["seen"]["thick_mm"] == pytest.approx([16.0, 24.0])
+    assert config["seen"]["thin_mm"] == pytest.approx([7.5, 11.25])
     assert not set(config["training"]["cases"]) & set(config["validation"]["cases"]) and not set(
         run.training.patients
     ) & set(run.validation.patients)
-    assert [row["step"] for row in history] == [4, 8, 12, 16] and training_figure(history)
+    assert [row["step"] for row in history] == [1, 2, 3, 4] and training_figure(history)
 
 
 def test_the_board_holds_networks_floors_and_ceilings(done):
@@ -153,7 +151,7 @@ def test_the_board_holds_networks_floors_and_ceilings(done):
         assert board.mean(name, "reaveraged_worst_hu") < 1
     assert board.mean("diffusion_sample_free", "reaveraged_worst_hu") > 1
     assert board.mean("ceiling_residual", "psnr") >= board.mean("back_projection", "psnr") - 0.5
-    assert set(board.patients) == {run.validation.patients[0]} and board.about["thick_mm"] == 12
+    assert set(board.patients) == {run.validation.patients[0]} and board.about["thick_mm"] == 20
 
 
 def test_weights_are_read_as_they_were(done):
@@ -164,7 +162,7 @@ def test_weights_are_read_as_they_were(done):
         for a, b in zip(again.state_dict().values(), run.slices.state_dict().values())
     )
     assert (
-        again.about["preset"] == "smoke"
+        again.about["preset"] == "micro"
         and float(again.diffusion.residual_scale.min()) > 0
         and not torch.equal(again.diffusion.residual_scale, torch.ones(1, 4, 1, 1, 1))
     )
@@ -172,53 +170,19 @@ def test_weights_are_read_as_they_were(done):
         load_slices(run.out / "vae")
 
 
-def test_a_killed_run_ends_with_the_same_weights(done, tmp_path, monkeypatch):
-    "Killed in the regressor, and again in the diffusion model."
-    run = done[0]
-
-    class Killed(Exception):
-        pass
-
-    begin = lambda **more: SlicesRun("smoke", out=tmp_path, vae=str(run.out / "vae"), **more).open()
-    step, stage = training._Learner.forward, SliceRegressor
-
-    def until(learner, batch, number):
-        if number == 6 and isinstance(learner.model, stage):
-            raise Killed
-        return step(learner, batch, number)
-
-    monkeypatch.setattr(training._Learner, "forward", until)
-    with pytest.raises(Killed):
-        begin().fit(progress=False)
-    stage = SliceDiffusion
-    with pytest.raises(Killed):
-        begin(resume=True).fit(progress=False)
-    monkeypatch.undo()
-    resumed = begin(resume=True)
-    history = resumed.fit(progress=False)
-    for name, value in run.slices.state_dict().items():
-        assert torch.equal(value, resumed.slices.state_dict()[name]), name
-    assert [(row["stage"], row["step"]) for row in history] == [
-        ("regressor", 4),
-        ("regressor", 8),
-        ("diffusion", 12),
-        ("diffusion", 16),
-    ]
-
-
 def test_one_of_the_two_alone(done, tmp_path):
     run = done[0]
-    alone = SlicesRun("smoke", out=tmp_path, vae=str(run.out / "vae"), model="regressor").open()
+    alone = SlicesRun("micro", out=tmp_path, vae=str(run.out / "vae"), model="regressor").open()
     alone.fit(progress=False)
     assert alone.slices.diffusion is None and load_slices(tmp_path).diffusion is None
-    board = alone.judge(progress=False)
+    board = alone.evaluate(progress=False)
     assert (
         board.models == ["regressor_consistent", "regressor"]
         and "ceiling_vae" not in board.predictors
         and not (tmp_path / "cuts.png").exists()
     )
     other = SlicesRun(
-        "smoke", out=tmp_path, vae=str(run.out / "vae"), model="diffusion", steps=2
+        "micro", out=tmp_path, vae=str(run.out / "vae"), model="diffusion", steps=1
     ).open()
     other.fit(progress=False)
     # the one that was there was taken
@@ -226,26 +190,24 @@ def test_one_of_the_two_alone(done, tmp_path):
 
 
 def test_bad_settings_get_a_sentence(done, tmp_path):
-    with refused("preset"):
-        get_slices_preset("huge")
     with refused("model"):
         SlicesRun("smoke", model="gan")
     with pytest.raises(ValueError, match="needs a regressor"):
         SliceModels()
     with pytest.raises(WeightsError, match="no such file"):
-        SlicesRun("smoke", out=tmp_path, vae=str(tmp_path / "none")).open()
+        SlicesRun("micro", out=tmp_path, vae=str(tmp_path / "none")).open()
     shutil.copytree(done[0].out / "vae", tmp_path / "vae")
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
-    # another scan of a patient who is judged here: no case is the same
+    # another scan of a patient who is evaluated here: no case is the same
     config["training"]["patients"] += config["validation"]["patients"]
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="was trained on phantom-.*, which would be judged here"):
-        SlicesRun("smoke", out=tmp_path / "run", vae=str(tmp_path / "vae")).open()
+    with pytest.raises(ValueError, match="was trained on phantom-.*, which would be evaluated here"):
+        SlicesRun("micro", out=tmp_path / "run", vae=str(tmp_path / "vae")).open()
     # of a run that did not write down its patients
     config["training"] = {"cases": config["training"]["cases"] + config["validation"]["cases"]}
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="would be judged here"):
-        SlicesRun("smoke", out=tmp_path / "run", vae=str(tmp_path / "vae")).open()
+    with pytest.raises(ValueError, match="would be evaluated here"):
+        SlicesRun("micro", out=tmp_path / "run", vae=str(tmp_path / "vae")).open()
 
 
 def test_steps_and_spacing_are_taken():
@@ -293,7 +255,7 @@ def measured(archive, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(VAERun, "_validate", looking(VAERun._validate))
         patched.setattr(SlicesRun, "_validate", looking(SlicesRun._validate))
-        patched.setattr(vae_training, "SCALE_CROPS", 8)
+        patched.setattr(vae_training, "LATENT_SCALE_CROPS", 8)
         patched.setitem(
             vae_training.VAE_PRESETS,
             "smoke",
@@ -313,15 +275,15 @@ def measured(archive, tmp_path_factory):
     return run, said, watched
 
 
-def test_nobody_looks_at_the_test_before_it_is_judged(measured):
+def test_test_patients_are_not_read_before_the_evaluation(measured):
     run, said, watched = measured
     sides = [set(side.patients) for side in (run.training, run.validation, run.test)]
     assert [len(side) for side in sides] == [2, 1, 1] and len(set.union(*sides)) == 4
     assert set(watched) == sides[1] and len(watched) > 6
     assert [line.split(":")[0] for line in said.splitlines()] == [
         "trained on",
-        "watched on",
-        "judged on",
+        "validated on",
+        "evaluated on",
         "thick",
         "thin",
     ]
@@ -366,7 +328,7 @@ def test_slices_that_were_measured_are_what_was_seen(measured, tmp_path):
             "width": [1.0, 1.0],
             "thin_mm": [1.0, 1.5],
         }
-        and "thick:      5 to 5 mm to learn from, 5 mm to be judged on" in said
+        and "thick:        5 to 5 mm to learn from, 5 mm to be evaluated on" in said
     )
     for spacing in (5.0, 8.0, 12.0):
         Volume(body((8, 32, 40)), np.diag([2.0, 2, spacing, 1])).save(
@@ -394,7 +356,7 @@ def test_slices_that_were_measured_are_what_was_seen(measured, tmp_path):
 
 
 # ---------------------------------------------------------------- RPLHR-CT
-def test_rplhr_is_also_judged_by_its_own_rules(tmp_path, capsys):
+def test_rplhr_is_also_evaluated_by_its_own_rules(tmp_path, capsys):
     centres = SliceAxis(0.0, 5.0, 10)
     fine = SliceAxis(0.0, 1.0, 46)
     matrix = slice_profile_matrix(fine, centres, SliceProfile(5.0))
@@ -404,12 +366,12 @@ def test_rplhr_is_also_judged_by_its_own_rules(tmp_path, capsys):
             Volume(hu, np.diag([2.0, 2, spacing, 1])).save(
                 tmp_path / "set" / side / width / f"{side}.nii.gz"
             )
-    training.main(
-        "smoke", f"rplhr:{tmp_path / 'set'}", out=str(tmp_path / "run"), model="regressor", steps=1
-    )
+    flags = {"preset": "smoke", "data": f"rplhr:{tmp_path / 'set'}", "out": tmp_path / "run"}
+    flags |= {"model": "regressor", "steps": 1}
+    training.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     said = capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert "trained on: train\nwatched on: val\njudged on:  test" in said and (
+    assert "trained on:   train\nvalidated on: val\nevaluated on: test" in said and (
         metrics["thick_mm"],
         metrics["measured"],
     ) == (5, True)
@@ -480,7 +442,9 @@ def test_a_folder_without_a_usable_scan_gets_one_sentence(module, tmp_path):
         ("phantom:1", "leave at least one on each side"),
     ):
         with pytest.raises(SystemExit) as ended:
-            module.main("smoke", str(data), out=str(tmp_path / "run"))
+            module.main(
+                ["--preset", "smoke", "--data", str(data), "--out", str(tmp_path / "run")]
+            )
         assert (
             isinstance(ended.value.code, str)
             and ended.value.code.startswith(f"{module.__name__}: ")

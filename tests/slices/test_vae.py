@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +13,6 @@ import pytest
 import torch
 from refusals import refused
 
-import ct_nb.slices.vae_tiles as tiles
-from ct_nb.layers.latent import Latent
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import WINDOWS
 from ct_nb.slices.vae import (
@@ -28,7 +27,6 @@ from ct_nb.slices.vae_metrics import block_means, slice_ssim, vae_baselines, vae
 from ct_nb.slices.vae_tiles import cuts, decode_tiled, encode_tiled, plan_tiles, tile_bytes
 from ct_nb.slices.vae_train import (
     VAE_PRESETS,
-    ThinCrops,
     VAELearner,
     VAERun,
     collate_crops,
@@ -362,10 +360,12 @@ def test_floors_are_what_their_names_say():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    found = VAERun("smoke", "phantom:3", tmp_path_factory.mktemp("vae"), steps=6).open()
-    found.fit(progress=False)
-    found.board = found.judge(progress=False)
+def run(trained, tmp_path_factory):
+    "The run of the preset micro, evaluated."
+    folder = tmp_path_factory.mktemp("run") / "vae"
+    shutil.copytree(trained("vae"), folder)
+    found = VAERun.load(folder)
+    found.board = found.evaluate(progress=False)
     return found
 
 
@@ -407,35 +407,6 @@ def test_a_run_leaves_weights_scale_and_scores(run):
     )
 
 
-def test_a_run_is_bit_exact_and_resumes(run, tmp_path):
-    class Killed(Exception):
-        pass
-
-    again = VAERun("smoke", "phantom:3", tmp_path / "again", steps=6).open()
-    again.settings = replace(
-        again.settings, trainer=replace(again.settings.trainer, checkpoint_every=3)
-    )
-    at = ThinCrops.at
-    drawn_at = []
-
-    def until(self, epoch, index):
-        if epoch >= 0 and len(drawn_at) == 8:
-            raise Killed
-        drawn_at.append(1) if epoch >= 0 else None
-        return at(self, epoch, index)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ThinCrops, "at", until)
-        with pytest.raises(Killed):
-            again.fit(progress=False)
-    resumed = VAERun(
-        "smoke", "phantom:3", tmp_path / "again", resume=True, steps=6, settings=again.settings
-    ).open()
-    resumed.fit(progress=False)
-    for name, value in run.vae.state_dict().items():
-        assert torch.equal(value, resumed.vae.state_dict()[name]), name
-
-
 def test_perceptual_weights_join_the_loss(run, tmp_path):
     class Distance:
         def images(self, a, b):
@@ -448,9 +419,9 @@ def test_perceptual_weights_join_the_loss(run, tmp_path):
     )
     assert with_it[0] > plain[0] and with_it[1]["perceptual"] > 0
     with pytest.raises(ValueError, match="not a safetensors file"):
-        VAERun(
-            "smoke", "phantom:3", tmp_path, perceptual=str(tmp_path / "none"), steps=1
-        ).open().fit(progress=False)
+        VAERun("micro", out=tmp_path, perceptual=str(tmp_path / "none"), steps=1).open().fit(
+            progress=False
+        )
 
 
 def test_presets_are_whole():
@@ -501,7 +472,7 @@ def test_bad_input_gets_a_sentence(chest, tmp_path):
         ),
         (
             lambda: replace(VAE_PRESETS["smoke"], crop=(2, 32, 32)),
-            "crop: a critic of 2 layers needs 4",
+            "crop: a discriminator of 2 layers needs 4",
         ),
         (lambda: VAERun("huge"), "preset: must be one of"),
         (lambda: VAERun("smoke", str(tmp_path / "none")).open(), "data: "),
