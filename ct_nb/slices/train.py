@@ -21,8 +21,13 @@ from torch import nn
 from ..core.seeding import seeded_generator
 from ..evaluation.metrics import psnr
 from .crops import SliceCrops, drop_unusable, split_record
-from .evaluation import evaluate_slice_models, rplhr_summary, slice_models
-from .metrics import BackProjection, SliceScoreboard
+from .evaluation import evaluate_slice_models, rplhr_table, slice_models
+from ct_nb.slices.metrics import (
+    BackProjection,
+    SliceScoreboard,
+    targets_met,
+    targets_table,
+)
 from ct_nb.slices.models import (
     SliceDiffusion,
     SliceDiffusionConfig,
@@ -523,7 +528,7 @@ def _validate(self: SlicesRun, learner: _Learner, most: int = 4) -> dict:
         thick = batch["thick"].to(device)
         axes = [batch[key] for key in ("thick_axis", "thin_axis", "profile")]
         if isinstance(model, SliceRegressor):
-            start = BackProjection().thin(thick[0], *(axis[0] for axis in axes))
+            start = BackProjection().interpolate(thick[0], *(axis[0] for axis in axes))
             found.append(
                 {
                     "psnr": psnr(model(thick, *axes, consistent=True)[0], thin[0]),
@@ -629,4 +634,4 @@ def main(
         board = run.judge()
     except (ValueError, OSError, TrainingStopped) as error:
         raise SystemExit(f"ct_nb.slices.train: {error}") from None
-    print(board.table(), *board.reach(), *rplhr_summary(board), sep="\n")
+    print(board.table(), targets_table(targets_met(board)), rplhr_table(board), sep="\n")
