@@ -219,10 +219,10 @@ def test_impossible_settings_are_refused_before_the_scan_is_read(
     for argument, settings in (
         ("memory_gib", {"memory_gib": 0.0}),
         ("noise_hu", {"noise_hu": -3.0}),
-        ("thin_axis", {"convention": "edges"}),
-        ("SliceProfile", {"shape": "round"}),
-        ("SliceProfile", {"width_mm": -1.0}),
-        ("SliceProfile", {"width_mm": 0.0}),  # 0 is not "as the header says"
+        ("convention", {"convention": "edges"}),
+        ("shape", {"shape": "round"}),
+        ("width_mm", {"width_mm": -1.0}),
+        ("width_mm", {"width_mm": 0.0}),  # 0 is not "as the header says"
         ("count", {"model": "mean", "samples": 0}),
         ("model", {"model": "best"}),
         ("out", {"out": tmp_path / "folder.nii.gz"}),
