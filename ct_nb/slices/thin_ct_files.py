@@ -28,7 +28,7 @@ from ct_nb.slices.inference import (
     check_scan,
     check_training_range,
 )
-from .pe_archive import claimed_width
+from .pe_archive import plausible_thickness
 from .slice_profile import SliceAxis, SliceProfile, slice_profile_matrix, thin_axis
 from .train import load_slices
 
@@ -142,13 +142,13 @@ def header_width(
     """Slice thickness (mm) in the header of a DICOM folder or zip, and notes; None for other files.
 
     `series` is the UID of one of several series; `axis` the position of its slices
-    (`claimed_width`).
+    (`plausible_thickness`).
     """
     path = Path(path)
     if not (path.is_dir() or path.suffix.lower() == ".zip"):
         return None, []
     slices, _ = choose_series(path, dicom_slices(path), series)
-    return claimed_width(slices[0].header, axis)
+    return plausible_thickness(slices[0].header, axis)
 
 
 def read_thick(path, series: str | None = None) -> Volume:
