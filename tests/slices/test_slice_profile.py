@@ -1,4 +1,4 @@
-"""Slice profiles: closed forms of the averaging operator, alignments and lengths, pairs of stacks."""
+"""Slice profiles: closed forms of the operator, alignments and lengths, pairs of stacks."""
 
 import math
 
@@ -17,7 +17,6 @@ from ct_nb.slices.slice_profile import (
     ThinStack,
     average_slices,
     collate_stacks,
-    covering_thin_slices,
     from_unit,
     place_slices,
     slice_profile_matrix,
@@ -97,9 +96,10 @@ def test_a_naive_index_box_fails_the_ramp():
 
 def test_entries_by_hand():
     thin = SliceAxis(0.0, 1.0, 10)
-    row = lambda centre, width: slice_profile_matrix(
-        thin, SliceAxis(centre, 1.0, 1), SliceProfile(width)
-    )[0]
+
+    def row(centre, width):
+        return slice_profile_matrix(thin, SliceAxis(centre, 1.0, 1), SliceProfile(width))[0]
+
     assert np.allclose(row(4.0, 3.0), [0, 0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0, 0])
     # centre offset: half a cell at either end
     assert np.allclose(row(4.5, 3.0), np.array([0, 0, 0, 0.5, 1, 1, 0.5, 0, 0, 0]) / 3)
@@ -131,14 +131,17 @@ def test_gaussian_rows_are_gaussian_sums():
 def test_overlap_and_gaps():
     thin = SliceAxis(0.5, 1.0, 60)
     thick = SliceAxis(12.5, 5.0, 7)
-    seen = lambda width: (
-        slice_profile_matrix(thin, thick, SliceProfile(width))[:, 10:45] > 1e-9
-    ).sum(0)
+
+    def coverage(width):
+        "Thick slices over each thin one."
+        matrix = slice_profile_matrix(thin, thick, SliceProfile(width))
+        return (matrix[:, 10:45] > 1e-9).sum(0)
+
     assert (
-        (seen(5.0) == 1).all()
-        and seen(9.0).max() == 2
-        and seen(3.0).min() == 0
-        and (seen(3.0) == 0).sum() == 14
+        (coverage(5.0) == 1).all()
+        and coverage(9.0).max() == 2
+        and coverage(3.0).min() == 0
+        and (coverage(3.0) == 0).sum() == 14
     )
     # contiguous: every thin slice counts alike
     assert np.allclose(slice_profile_matrix(thin, thick, SliceProfile(5.0))[:, 10:45].sum(0), 0.2)
@@ -312,11 +315,11 @@ def test_thick_is_exactly_the_matrix_times_thin(epoch):
 def test_draws_are_of_seed_epoch_and_index():
     source = Stacks([stack(seed=0), stack(seed=1)])
     pairs = StackPairs(source, WIDE, size=4, count=2)
-    same = (
-        lambda a, b: a["thick_axis"] == b["thick_axis"]
-        and a["profile"] == b["profile"]
-        and torch.equal(a["thin"], b["thin"])
-    )
+
+    def same(a, b):
+        axes = ("thick_axis", "profile")
+        return all(a[key] == b[key] for key in axes) and torch.equal(a["thin"], b["thin"])
+
     assert (
         same(pairs.at(3, 1), StackPairs(source, WIDE, size=4, count=2).at(3, 1))
         and same(pairs[0], pairs.at(0, 0))
