@@ -8,8 +8,8 @@ __all__ = ['uncertainty_figure', 'reliability_figure']
 # %% ../../nbs/cascade/05_figures.ipynb #cell-002
 import numpy as np
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from ..core.plot_style import FAINT, MODEL, MUTED, SERIES, plot_style
 from ..evaluation.uncertainty import Hallucination, Reliability, SampleSummary
 from ..physics.volume import Volume, get_window

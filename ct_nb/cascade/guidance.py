@@ -7,8 +7,8 @@ __all__ = ['MODES', 'ray_variance', 'weighted_step', 'XrayGuidance']
 
 # %% ../../nbs/cascade/00_guidance.ipynb #cell-002
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from ..physics.detector import binned, require_fit
 from ..physics.geometry import ConeBeam
 from ..physics.projector import backproject, project

@@ -15,11 +15,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
 from .guidance import XrayGuidance
 from ..core.config import Config
+from ..core.errors import InputError
 from ..drr2ct.network import DRR2CT, DRR2CTConfig
 from ..layers.blocks import channels_inner, keep_variance
 from ..layers.denoiser import Conditioning, Denoiser, DenoiserConfig

@@ -8,10 +8,10 @@ __all__ = ['SAMPLES', 'reconstruct_sampled']
 # %% ../../nbs/cascade/04_sample.ipynb #cell-002
 import numpy as np
 import torch
-from ..core.errors import InputError
 
 from .network import Cascade
 from .train import Sampler
+from ..core.errors import InputError
 from ..evaluation.inference import Reconstruction, center_on_patient, view_residuals
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid, Volume

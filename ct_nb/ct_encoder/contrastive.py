@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
+from ..core.errors import InputError
 from .reports import is_normal
 
 # %% ../../nbs/ct_encoder/09_contrastive.ipynb #cell-005

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch.utils.data import Dataset
 
 import ct_nb
+from ..core.errors import InputError
 from ..core.regions import REGIONS
 from ..core.seeding import seeded_generator
 from .encoder import CTEncoderConfig, prepare_scan

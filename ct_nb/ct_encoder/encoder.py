@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.config import Config
+from ..core.errors import InputError
 from ct_nb.ct_encoder.region_attention import (
     REGION_ATTENTION_FORMS,
     RegionAttention,

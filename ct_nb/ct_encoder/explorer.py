@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
-from ..viewer.widgets import HTML, Button, Dropdown, FloatSlider, HBox, Layout, Text, VBox
 
+from ..core.errors import InputError
 from ..core.regions import REGIONS
 from .contrastive import inside_regions
 from .dataset import ScanReports, folder_cases
@@ -41,6 +40,7 @@ from ..viewer.canvas import ScanCache, apply_colormap, color_scale, line_mark, t
 from ..viewer.ct_viewer import follow_wheel, slice_slider, window_menu
 from ..viewer.figures import PLANES
 from ..viewer.slice_canvas import SliceCanvas, value_at
+from ..viewer.widgets import HTML, Button, Dropdown, FloatSlider, HBox, Layout, Text, VBox
 
 # %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-005
 @dataclass(eq=False)

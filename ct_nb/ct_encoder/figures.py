@@ -11,8 +11,8 @@ import textwrap
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from ..core.plot_style import MUTED, plot_style
 from ..physics.volume import Volume, get_window
 from ..viewer.figures import PLANES, draw_plane, plane, scale_bar

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from .contrastive import EquivalenceKeys, is_positive_pair
 from .encoder import CTEncoderConfig, prepare_scan
 from .region_attention import patch_overlaps

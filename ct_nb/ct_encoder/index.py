@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.errors import FileError, InputError
 from tqdm.auto import tqdm
 
+from ..core.errors import FileError, InputError
 from ..core.files import atomic_write
 from ..core.regions import REGIONS
 from .dataset import scan_and_regions

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
 from ..core.config import Config
+from ..core.errors import InputError
 from ..core.regions import REGIONS
 from ..core.seeding import seeded_generator
 from ct_nb.ct_encoder.contrastive import (

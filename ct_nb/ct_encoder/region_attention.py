@@ -10,9 +10,9 @@ __all__ = ['TOTAL_LABELS', 'REGION_ATTENTION_FORMS', 'TOP_REGION_PATCHES', 'merg
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
+from ..core.errors import InputError
 from ..core.regions import REGIONS
 
 # %% ../../nbs/ct_encoder/03_region_attention.ipynb #cell-005

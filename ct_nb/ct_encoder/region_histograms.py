@@ -11,8 +11,9 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
+
+from ..core.errors import InputError
 
 # %% ../../nbs/ct_encoder/03a_region_histograms.ipynb #cell-005
 # half the box of openings, closings and interiors, and the side of the cube that counts as one

@@ -12,9 +12,9 @@ import re
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
+from ..core.errors import InputError
 from .region_attention import patch_overlaps
 from .text_encoders import WordTokenizer
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from ..core.errors import FileError, InputError
 
+from ..core.errors import FileError, InputError
 from ..core.regions import REGIONS
 from ct_nb.ct_encoder.reports import (
     CT_RATE_LABELS,

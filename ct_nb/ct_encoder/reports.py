@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..core.errors import InputError
-
 from ..core.regions import REGIONS
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-005

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from ..evaluation.metrics import ConfidenceInterval, paired_mean_ci
 
 # %% ../../nbs/ct_encoder/11_retrieval.ipynb #cell-005

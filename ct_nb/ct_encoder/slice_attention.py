@@ -7,9 +7,9 @@ __all__ = ['slice_biases', 'slice_attention', 'SliceAttention']
 
 # %% ../../nbs/ct_encoder/04_slice_attention.ipynb #cell-002
 import torch
-from ..core.errors import InputError
 from torch import nn
 
+from ..core.errors import InputError
 from ..layers.relative_bias import biased_attention, relative_biases
 
 # %% ../../nbs/ct_encoder/04_slice_attention.ipynb #cell-005

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
+
+from ..core.errors import InputError
 
 # %% ../../nbs/ct_encoder/06_text_encoders.ipynb #cell-005
 class TextFeatures(NamedTuple):

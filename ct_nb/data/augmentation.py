@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+
 from ..core.errors import InputError
 
 # %% ../../nbs/data/07_augmentation.ipynb #21eba784

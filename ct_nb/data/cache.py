@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from ..core.errors import InputError
 
 import ct_nb
+from ..core.errors import InputError
 from ..core.files import atomic_write
 
 # %% ../../nbs/data/06_cache.ipynb #cell-005

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from .cache import MemoryCache, content_digest
 from ..physics.volume import Grid, Volume
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ..core.errors import FileError, InputError
 
+from ..core.errors import FileError, InputError
 from .cache import MemoryCache, code_digest, content_digest, files_digest
 from .cases import Case, CTSource, block_mean, block_mode, sample_arrays
 from .dicom_pixels import is_dicom

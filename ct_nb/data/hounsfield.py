@@ -8,8 +8,8 @@ __all__ = ['MAX_VOXELS', 'CTReadError', 'format_mm', 'first_line', 'air_and_tiss
 
 # %% ../../nbs/data/00_hounsfield.ipynb #cell-002
 import numpy as np
-from ..core.errors import FileError
 
+from ..core.errors import FileError
 from ..physics.volume import Volume
 
 # %% ../../nbs/data/00_hounsfield.ipynb #6aa742f7

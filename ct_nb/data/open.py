@@ -11,9 +11,8 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from ..core.errors import InputError
-
 import ct_nb
+from ..core.errors import InputError
 from .cache import DiskCache, code_digest, content_digest
 from .cases import Case, CTSource, sample_arrays
 from .folders import read_folder

@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from ..core.errors import FileError
 from fastcore.script import call_parse
 
+from ..core.errors import FileError
 from .cases import Case, CTSource, Sample, sample_arrays
 from .open import open_source
 

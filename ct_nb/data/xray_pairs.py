@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from ..core.errors import InputError
 from fastcore.basics import patch
 
+from ..core.errors import InputError
 from ..core.seeding import seeded_generator
 from .augmentation import VolumeAugmentation, augment
 from .cache import DiskCache, code_digest, content_digest

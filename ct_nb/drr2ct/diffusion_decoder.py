@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
+from ..core.errors import InputError
 from .decoder import Decoder
 from ..layers.denoiser import Conditioning, Denoiser, DenoiserConfig
 from ..layers.depth_prior import DEPTH_PRIOR_CHANNELS

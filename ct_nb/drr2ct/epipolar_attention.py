@@ -10,9 +10,9 @@ from collections import OrderedDict
 from functools import lru_cache
 
 import torch
-from ..core.errors import InputError
 from torch import nn
 
+from ..core.errors import InputError
 from ..layers.blocks import keep_variance
 from ..physics.epipolar import nearest_on_epipolar_line
 from ..physics.geometry import VECTORS, ConeBeam

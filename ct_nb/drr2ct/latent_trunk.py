@@ -10,9 +10,10 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from ..core.errors import InputError
 
 # %% ../../nbs/drr2ct/04_latent_trunk.ipynb #cell-005
 def to_windows(x: torch.Tensor, window: int) -> torch.Tensor:

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
 from ..core.config import Config
+from ..core.errors import InputError
 from .decoder import Decoder, UNetDecoder
 from .diffusion_decoder import DiffusionDecoder
-from .implicit import ImplicitDecoder
 from .feature_grid import LatentGrid
+from .implicit import ImplicitDecoder
 from .latent_trunk import LatentTrunk
 from .ray_marching import Volumization
 from .view_encoder import ViewPyramid

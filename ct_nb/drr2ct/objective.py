@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from ..core.errors import InputError
 from torch import nn
 
+from ..core.errors import InputError
 from .epipolar_attention import EpipolarAttention, EpipolarNeighbours
 from .network import DRR2CT
 from ..training.adversarial import Adversary

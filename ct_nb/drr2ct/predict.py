@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from .network import DRR2CT, DRR2CTConfig
 from ct_nb.evaluation.inference import (
     Reconstruction,

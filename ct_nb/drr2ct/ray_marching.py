@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
+from ..core.errors import InputError
 from ..physics.geometry import ConeBeam
 
 # %% ../../nbs/drr2ct/03_ray_marching.ipynb #cell-005

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ..core.errors import InputError
 from fastcore.basics import patch
 
+from ..core.errors import InputError
 from ..core.files import atomic_write, write_json
 from ..core.plot_style import BASELINE, FAINT, INK, MODEL, MUTED, plot_style
 from ..core.seeding import seeded_generator

@@ -12,10 +12,10 @@ from math import pi
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from ..core.errors import InputError
 from .epipolar_attention import EpipolarAttention, require_views
 from ..layers.blocks import keep_variance
 from ..layers.camera import CAMERA_NUMBERS, camera_tokens

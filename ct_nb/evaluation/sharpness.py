@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from .case_metrics import Metric
 from .metrics import CHEST, as_pair
 from ..physics.fourier import multiplicity, radial_frequency

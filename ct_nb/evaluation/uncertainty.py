@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from .metrics import CHEST, ConfidenceInterval, paired_mean_ci
 from ..physics.geometry import ConeBeam
 from ..physics.solvers import null_component

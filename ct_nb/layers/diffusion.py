@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from ..core.errors import InputError
 from fastcore.basics import patch
 
 from ..core.config import Config
+from ..core.errors import InputError
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-005
 PREDICTIONS = ("v", "epsilon", "x0")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from .anatomy import Anatomy, diaphragm
-from .lesion_painting import precedes_vessels, paint_lesion
+from .lesion_painting import paint_lesion, precedes_vessels
 from .lesions import Lesion, plan_lesions
 from .report import PhantomReport, write_report
 from ct_nb.phantom.shapes import (

@@ -10,7 +10,7 @@ __all__ = ['EXTRAPULMONARY_HU', 'PAINTERS', 'lesion_hu', 'paint_nodule', 'paint_
 # %% ../../nbs/phantom/06_lesion_painting.ipynb #cell-003
 import numpy as np
 
-from .anatomy import rib_cage, diaphragm, lobe_at, lungs
+from .anatomy import diaphragm, lobe_at, lungs, rib_cage
 from ct_nb.phantom.lesions import (
     ANATOMY_KINDS,
     LINE_KINDS,
@@ -18,8 +18,8 @@ from ct_nb.phantom.lesions import (
     Lesion,
     catheter_line,
     coronary_line,
-    polyline_length,
     nodule_surface,
+    polyline_length,
 )
 from .shapes import Tubes, VoxelCanvas, paint_tubes, tube_coverage
 from .skeleton import rib_line

@@ -16,14 +16,14 @@ import numpy as np
 
 from ..core.regions import REGIONS
 from ct_nb.phantom.anatomy import (
-    rib_cage,
     chambers,
     diaphragm,
+    extent_x,
     fissures,
     heart,
     lobe_at,
     lungs,
-    extent_x,
+    rib_cage,
 )
 from .shapes import curve
 from .skeleton import RIB_BONE, rib_line, vertebra_z

@@ -11,12 +11,12 @@ __all__ = ['MUSCLES', 'body_outline', 'muscle_depth', 'shoulder_muscle', 'breast
 import numpy as np
 
 from ct_nb.phantom.anatomy import (
-    rib_cage,
     chambers,
     fissures,
     heart,
     lobe,
     lungs,
+    rib_cage,
     spine_block,
     squircle,
 )

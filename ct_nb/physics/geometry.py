@@ -12,9 +12,9 @@ from functools import reduce
 
 import numpy as np
 import torch
-from ..core.errors import InputError
 from fastcore.basics import patch
 
+from ..core.errors import InputError
 from .volume import Grid
 
 # %% ../../nbs/physics/01_geometry.ipynb #cell-005

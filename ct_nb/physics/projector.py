@@ -12,8 +12,8 @@ import weakref
 from dataclasses import replace
 
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from . import joseph_reference as joseph
 from .geometry import ConeBeam
 from .joseph_reference import ColumnParameters, column_parameters

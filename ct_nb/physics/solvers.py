@@ -9,8 +9,8 @@ __all__ = ['minimum_norm', 'range_component', 'null_component', 'sirt', 'fdk', '
 import math
 
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from .geometry import ConeBeam
 from .projector import backproject, project
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ..core.errors import FileError, InputError
 
+from ..core.errors import FileError, InputError
 from ..core.files import atomic_write
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-005

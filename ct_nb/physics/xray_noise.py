@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from .geometry import ConeBeam
 from .pose_errors import jitter_pose
 

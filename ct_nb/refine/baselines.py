@@ -9,8 +9,8 @@ __all__ = ['IdentityBaseline', 'gaussian_high_pass', 'UnsharpMask', 'DataConsist
 import math
 
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from ..evaluation.baselines import AtlasDataConsistency
 from ..evaluation.metrics import as_pair
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ..core.errors import InputError
 from torch.utils.data import DataLoader, Dataset
 
 from ..cascade.train import SamplePredictor, Sampler, load_cascade
+from ..core.errors import InputError
 from ..data.cache import DiskCache, MemoryCache, code_digest, content_digest, files_digest
 from ..data.cases import CTSource
 from ..data.cohort import RepeatedConcatDataset

@@ -9,9 +9,9 @@ __all__ = ['refinement_figure', 'spectrum_figure', 'draw_run', 'main']
 import json
 from pathlib import Path
 
-from ..core.errors import InputError
 from fastcore.script import call_parse
 
+from ..core.errors import InputError
 from ..core.plot_style import BASELINE, FAINT, MODEL, MUTED, SERIES, TRUTH, plot_style
 from ..data.read import read_volume
 from ..evaluation.metrics import psnr

@@ -10,9 +10,9 @@ from math import log
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
+from ..core.errors import InputError
 from ..layers.embeddings import SINUSOIDS, sinusoids
 from ..physics.fourier import band_power, bands
 

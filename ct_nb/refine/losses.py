@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
+from ..core.errors import InputError
 from ..physics.fourier import multiplicity
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Window

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
 from ..core.config import Config
+from ..core.errors import InputError
 from ..layers.blocks import ChannelNorm, channels_inner, keep_variance
 from ..layers.depth_prior import DEPTH_PRIOR_CHANNELS, DepthPrior
 from ..layers.tiling import blend_tiles, tile_starts

@@ -9,10 +9,10 @@ __all__ = ['ConsistencySettings', 'RefinementModel', 'load_refiner', 'refine_rec
 from dataclasses import dataclass, replace
 
 import torch
-from ..core.errors import InputError
 from torch import nn
 
 from ..core.config import Config
+from ..core.errors import InputError
 from ..drr2ct.network import DRR2CTConfig
 from ..evaluation.baselines import shrunk_std
 from ct_nb.evaluation.inference import (

@@ -12,10 +12,10 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 
 from ..core.config import Config
+from ..core.errors import InputError
 from ..layers.diffusion import Diffusion, DiffusionConfig
 from ..physics.volume import Window, get_window
 from .consistency import along_z, slice_data_consistency, smooth_covariance

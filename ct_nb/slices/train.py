@@ -19,8 +19,13 @@ from ..core.errors import InputError
 from ..core.seeding import seeded_generator
 from ..evaluation.metrics import psnr
 from .crops import SliceCrops, drop_unusable, split_record
-from .evaluation import evaluate_slice_models, rplhr_summary, slice_models
-from .metrics import BackProjection, SliceScoreboard
+from .evaluation import evaluate_slice_models, rplhr_table, slice_models
+from ct_nb.slices.metrics import (
+    BackProjection,
+    SliceScoreboard,
+    targets_met,
+    targets_table,
+)
 from ct_nb.slices.models import (
     SliceDiffusion,
     SliceDiffusionConfig,
@@ -557,7 +562,7 @@ def _validate(self: SlicesRun, learner: _Learner, most: int = 4) -> dict:
         thick = batch["thick"].to(device)
         axes = [batch[key] for key in ("thick_axis", "thin_axis", "profile")]
         if is_regressor:
-            start = BackProjection().thin(thick[0], *(axis[0] for axis in axes))
+            start = BackProjection().interpolate(thick[0], *(axis[0] for axis in axes))
             prediction = model(thick, *axes, consistent=True)[0]
             rows.append({"psnr": psnr(prediction, thin[0]), "psnr_of_start": psnr(start, thin[0])})
         else:
@@ -606,7 +611,7 @@ def evaluate(
 @patch
 def summary(self: SlicesRun, scores: SliceScoreboard) -> str:
     "Table, what the upper bounds leave open, and the scores of RPLHR-CT's evaluator."
-    return "\n".join([scores.table(), *scores.reach(), *rplhr_summary(scores)])
+    return "\n".join([scores.table(), targets_table(targets_met(scores)), rplhr_table(scores)])
 
 # %% ../../nbs/slices/10_train.ipynb #cell-019
 main = command(SlicesRun)

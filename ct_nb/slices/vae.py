@@ -13,11 +13,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.config import Config
+from ..core.errors import InputError
 from ..layers.blocks import ChannelNorm, channels_inner, keep_variance
 from ..layers.latent import LOG_VARIANCE_RANGE, Latent
 from ..physics.volume import Window, get_window

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ..core.errors import FileError, InputError
 
+from ..core.errors import FileError, InputError
 from ..core.files import atomic_write, write_json
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-004

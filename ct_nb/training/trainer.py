@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from ..core.errors import FileError, InputError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..core.errors import FileError, InputError
 from ..core.files import atomic_write
 from .checkpoints import load_state, random_state, save_state, set_random_state
 from .gradient_cache import cached_backward

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from ..physics.volume import get_window
 from .figures import BRIGHT, orientation_marks, scale_bar
 from .widgets import anywidget, traitlets

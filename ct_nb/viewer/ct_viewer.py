@@ -7,12 +7,12 @@ __all__ = ['window_menu', 'slice_slider', 'follow_wheel', 'VolumeViewer']
 
 # %% ../../nbs/viewer/04_ct_viewer.ipynb #cell-002
 import numpy as np
-from .widgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, Layout, VBox
 
 from ..physics.volume import WINDOWS, Volume, get_window
 from .canvas import label_colors, overlay, to_uint8
 from .figures import PLANES, slices_figure
 from .slice_canvas import SliceCanvas, to_patient_axes, value_at
+from .widgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, Layout, VBox
 
 # %% ../../nbs/viewer/04_ct_viewer.ipynb #d59c5781
 def window_menu(window="chest") -> Dropdown:

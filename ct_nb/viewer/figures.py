@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from ..core.files import atomic_write
 from ..core.plot_style import FAINT, MUTED, SERIES, plot_style
 from ..evaluation.metrics import psnr

@@ -10,8 +10,8 @@ import contextlib
 
 import numpy as np
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from ..core.plot_style import SERIES, plot_style
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project

@@ -7,8 +7,8 @@ __all__ = ['AXES', 'to_patient_axes', 'SliceCanvas', 'value_at']
 
 # %% ../../nbs/viewer/03_slice_canvas.ipynb #fdf970b2
 import numpy as np
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from ..data.cases import nearest_labels
 from ..physics.volume import AIR_HU, Grid, Volume
 from .canvas import ImageCanvas, line_mark, to_uint8

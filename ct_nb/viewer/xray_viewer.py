@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from .widgets import HTML, FloatSlider, HBox, Layout, VBox
 
 from ..core.plot_style import plot_style
 from ..physics.epipolar import epipolar_lines
@@ -21,6 +20,7 @@ from .canvas import ImageCanvas, dot_mark, draw_canvas, line_mark, to_uint8
 from .figures import view_name, xray_ends
 from .scene3d import Camera, SurfacePoints, fit_camera, render_scene, scene_marks
 from .slice_canvas import value_at
+from .widgets import HTML, FloatSlider, HBox, Layout, VBox
 
 # %% ../../nbs/viewer/06_xray_viewer.ipynb #5f5820a0
 def clipped_line(abc, columns: int, rows: int) -> np.ndarray | None:

@@ -127,7 +127,7 @@ def test_scans_are_read_once_and_no_more_than_fit():
     kept = CachedStacks(source)
     kept.limit_bytes = 600
     kept[0], kept[1], kept[1]
-    assert list(kept.kept) == ["a"]
+    assert list(kept._stacks) == ["a"]
 
 
 def resident() -> int:
@@ -193,7 +193,7 @@ def test_what_cannot_be_used_is_left_out_and_named():
     assert (
         rest.ids == ["a", "made"]
         and reasons == ["b: b.zip: is cut short", "c: c: is too short"]
-        and rest.kept is source.kept
+        and rest._stacks is source._stacks
     )
     with refused("data"):
         drop_unusable(source.subset([1, 2]), fits)

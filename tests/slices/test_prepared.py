@@ -1,0 +1,271 @@
+"""Preparation that resumes, reports and survives."""
+
+import csv
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ct_files import body, zipped
+from ct_files import series_members as series
+from refusals import refused
+
+from ct_nb.slices.open import open_stacks
+from ct_nb.slices.paired_stacks import (
+    SIDES,
+    StackCase,
+    StackSource,
+    split_stacks,
+)
+from ct_nb.slices.pe_archive import pe_archive
+from ct_nb.slices.prepare import main
+from ct_nb.slices.prepared import prepare_stacks, prepared_stacks, read_stack
+from ct_nb.slices.slice_profile import (
+    SliceAxis,
+    SliceProfile,
+    ThinStack,
+)
+
+THIN = body((60, 32, 40))
+THICK = THIN.reshape(12, 5, 32, 40).mean(1)
+
+
+def pair(thick=THICK, thin=THIN, **tags):
+    return series(thick, 2.0, 5.0, "1.2.1", "1", **tags) + series(
+        thin, 0.0, 1.0, "1.2.2", "2", **tags
+    )
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    return zipped(tmp_path_factory.mktemp("pe") / "APE" / "0001.zip", pair())
+
+
+@pytest.fixture
+def archive(tmp_path, good) -> Path:
+    root = tmp_path / "archive"
+    for name in ("APE/0001", "APE/0002", "non APE/0001"):
+        (root / f"{name}.zip").parent.mkdir(parents=True, exist_ok=True), (
+            root / f"{name}.zip"
+        ).write_bytes(good.read_bytes())
+    (root / "APE" / "0003.zip").write_bytes(good.read_bytes()[:20_000])
+    zipped(root / "non APE" / "0002.zip", [("../x", b"x")])
+    return root
+
+
+def statuses(lines):
+    return {line["id"]: line["status"] for line in lines}
+
+
+def test_preparing_reports_goes_on_and_resumes(archive, tmp_path, good, monkeypatch):
+    out, source = tmp_path / "out", pe_archive(archive)
+    lines = prepare_stacks(source, out, workers=0)
+    assert statuses(lines) == {
+        "APE_0001": "prepared",
+        "APE_0002": "prepared",
+        "APE_0003": "failed",
+        "non_APE_0001": "prepared",
+        "non_APE_0002": "failed",
+    }
+    with open(out / "report.csv", encoding="utf-8") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    assert (
+        "cut short" in rows["APE_0003"]["reason"]
+        and "leads out of the archive" in rows["non_APE_0002"]["reason"]
+    )
+    assert (
+        rows["APE_0001"]["thin_slices"],
+        rows["APE_0001"]["thick_mm"],
+        rows["APE_0001"]["patient"],
+        rows["APE_0001"]["rows"],
+    ) == ("60", "5.0", "APE_0001", "32") and float(rows["APE_0001"]["agreement_hu"]) < 1
+    prepared = prepared_stacks(out)
+    first = prepared[0]
+    assert (
+        prepared.ids == ["APE_0001", "APE_0002", "non_APE_0001"]
+        and np.array_equal(first.thin, THIN)
+        and isinstance(first.thin, np.memmap)
+        and np.array_equal(first.thick, np.rint(THICK))
+    )
+    assert (
+        first.thick_axis == SliceAxis(2.0, 5.0, 12)
+        and first.profile == SliceProfile(5.0)
+        and first.pixel_mm == (2.0, 2.0)
+        and np.allclose(first.affine, source[0].affine)
+    )
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+    (archive / "APE" / "0003.zip").write_bytes(good.read_bytes())  # the download is completed
+    os.truncate(out / "APE_0002" / "thin.npy", 1000)  # a crash tore a file
+    monkeypatch.setattr("ct_nb.slices.pe_archive.read_ct", read_once := Counting())
+    again = statuses(prepare_stacks(pe_archive(archive), out, workers=0))
+    assert (
+        again
+        == {
+            "APE_0001": "kept",
+            "APE_0002": "prepared",
+            "APE_0003": "prepared",
+            "non_APE_0001": "kept",
+            "non_APE_0002": "failed",
+        }
+        and read_once.count == 4
+    )
+    (archive / "APE" / "0001.zip").write_bytes(b"replaced by something broken")
+    # nothing old under a line that says failed
+    assert (
+        statuses(prepare_stacks(pe_archive(archive), out, workers=0))["APE_0001"] == "failed"
+        and "APE_0001" not in prepared_stacks(out).ids
+    )
+
+
+class Counting:
+    "read_ct that counts."
+
+    count = 0
+
+    def __call__(self, *args):
+        from ct_nb.data.read import read_ct
+
+        self.count += 1
+        return read_ct(*args)
+
+
+def test_sides_are_kept_when_an_archive_grows(archive, tmp_path, good):
+    out = tmp_path / "out"
+    before = {
+        line["patient"]: line["side"]
+        for line in prepare_stacks(pe_archive(archive), out, workers=0)
+    }
+    for k in range(10, 22):
+        (archive / "APE" / f"{k:04d}.zip").write_bytes(b"not yet here")
+    after = {
+        line["patient"]: line["side"]
+        for line in prepare_stacks(pe_archive(archive), out, workers=0)
+    }
+    assert (
+        set(before.values()) == set(SIDES)
+        and all(after[p] == side for p, side in before.items())
+        and len(after) == 17
+    )
+    assert {case.patient: case.side for case in prepared_stacks(out).cases} == {
+        p: after[p] for p in ("APE_0001", "APE_0002", "non_APE_0001")
+    }
+    assert {side: len(part) for side, part in split_stacks(prepared_stacks(out)).items()} == {
+        side: sum(after[p] == side for p in ("APE_0001", "APE_0002", "non_APE_0001"))
+        for side in SIDES
+    }
+
+
+def test_where_nothing_may_be_written(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    source = StackSource([StackCase("a", "a", tiny)])
+    with pytest.raises(ValueError, match="exists already and is no prepared folder"):
+        prepare_stacks(source, tmp_path / "mine", workers=0)
+    with refused("workers"):
+        prepare_stacks(source, tmp_path / "x", workers=-1)
+    with pytest.raises(ValueError, match="is no prepared folder"):
+        prepared_stacks(tmp_path)
+    with pytest.raises(ValueError, match="is no prepared scan or was cut short"):
+        read_stack(tmp_path)
+    assert statuses(
+        prepare_stacks(
+            StackSource([StackCase("a", "a", functools.partial(tiny, MemoryError("no room")))]),
+            tmp_path / "y",
+            workers=0,
+        )
+    ) == {"a": "failed"}
+    with pytest.raises(ValueError, match="none of its scans could be prepared"):
+        prepared_stacks(tmp_path / "y")
+
+
+def tiny(error=None) -> ThinStack:
+    if error:
+        raise error
+    return ThinStack("a", "a", np.zeros((4, 3, 3), np.float32), SliceAxis(0.0, 1.0, 4), (1.0, 1.0))
+
+
+def test_processes_of_dask_and_one_that_dies(archive, tmp_path):
+    pytest.importorskip("distributed")
+    good = pe_archive(archive).cases[:2]
+    deadly = StackCase("deadly", "deadly", functools.partial(os._exit, 3))
+    lines = prepare_stacks(StackSource([*good, deadly]), tmp_path / "out", workers=1)
+    found = statuses(lines)
+    assert (
+        len(lines) == 3
+        and found.pop("deadly") == "failed"
+        and "process died" in next(line["reason"] for line in lines if line["id"] == "deadly")
+    )
+    # those in line behind it are not lost
+    assert set(found.values()) <= {"prepared", "kept"} and np.array_equal(
+        prepared_stacks(tmp_path / "out")[1].thin, THIN
+    )
+
+
+def test_a_scheduler_whose_worker_is_another_process(archive, tmp_path):
+    distributed = pytest.importorskip("dask.distributed")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50
+    ) as cluster:
+        address = cluster.scheduler_address
+        with distributed.Client(address, set_as_default=False) as client:
+            elsewhere = client.run(os.getpid)
+        # one that is whole, one that is not
+        lines = prepare_stacks(
+            StackSource(pe_archive(archive).cases[::2]), tmp_path / "out", scheduler=address
+        )
+    assert address.startswith("tcp://") and os.getpid() not in elsewhere.values()
+    assert statuses(lines) == {
+        "APE_0001": "prepared",
+        "APE_0003": "failed",
+        "non_APE_0002": "failed",
+    } and np.array_equal(prepared_stacks(tmp_path / "out")[0].thin, THIN)
+
+
+def test_a_scheduler_that_is_not_there(tmp_path, monkeypatch):
+    distributed = pytest.importorskip("dask.distributed")
+    real = distributed.Client
+    monkeypatch.setattr(
+        distributed, "Client", lambda address, timeout, **more: real(address, timeout=1, **more)
+    )
+    with pytest.raises(OSError, match="scheduler: tcp://127.0.0.1:9 cannot be reached"):
+        prepare_stacks(
+            StackSource([StackCase("a", "a", tiny)]),
+            tmp_path / "out",
+            scheduler="tcp://127.0.0.1:9",
+        )
+
+
+def test_without_dask_a_sentence(tmp_path, monkeypatch):
+    for name in ("dask.distributed", "distributed"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match="pip install dask distributed"):
+        prepare_stacks(StackSource([StackCase("a", "a", tiny)]), tmp_path / "out", workers=2)
+
+
+def test_from_the_shell(archive, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ct_nb.slices.prepare",
+            f"pe:{archive}",
+            "--out",
+            str(tmp_path / "out"),
+            "--workers",
+            "0",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "3 prepared, 0 kept, 2 failed; see" in done.stdout, done.stderr
+    assert (
+        open_stacks(str(tmp_path / "out")).ids == ["APE_0001", "APE_0002", "non_APE_0001"]
+        and json.loads((tmp_path / "out" / "stacks.json").read_text())["seed"] == 0
+    )
+    with pytest.raises(SystemExit, match="holds no zip"):
+        main(f"pe:{tmp_path / 'out'}", out=str(tmp_path / "two"))
