@@ -88,16 +88,17 @@ def _ray(pixels, rho, MINIMUM_W: tl.constexpr):
 
 # %% ../../nbs/physics/04_joseph_triton.ipynb #cell-013
 @triton.jit
-def _across(volume, here, b, line_k, shear, n_a, n_b, stride_a, stride_b):
-    """The volume on the line a = line_k + shear·b at whole b, and its derivative along a; `here` is
+def _across(volume, counts, b, line_k, shear, n_a, n_b, stride_a, stride_b):
+    """The volume on the line a = line_k + shear·b at whole b, and its derivative along a; `counts`
+    is
     true where the slice counts.
     """
     across = line_k + shear * b
     a = tl.floor(across)
-    here = here & (b >= 0) & (b < n_b)
+    counts = counts & (b >= 0) & (b < n_b)
     at = volume + a.to(tl.int32) * stride_a + b.to(tl.int32) * stride_b
-    left = tl.load(at, mask=here & (a >= 0) & (a < n_a), other=0.0)
-    right = tl.load(at + stride_a, mask=here & (a >= -1) & (a < n_a - 1), other=0.0)
+    left = tl.load(at, mask=counts & (a >= 0) & (a < n_a), other=0.0)
+    right = tl.load(at + stride_a, mask=counts & (a >= -1) & (a < n_a - 1), other=0.0)
     return left + (across - a) * (right - left), right - left
 
 # %% ../../nbs/physics/04_joseph_triton.ipynb #cell-015
@@ -136,14 +137,14 @@ def _forward_kernel(
 
     total = tl.zeros([ROWS, COLUMNS], line.dtype)
     for k in range(tl.min(first), tl.max(stop)):
-        here = (first <= k) & (k < stop)
+        counts = (first <= k) & (k < stop)
         kappa = (k - middle).to(line.dtype)
         position = start + kappa * slope
         b = tl.floor(position)
         at = volume + k * stride_m
         line_k = line + drift * kappa
-        near, _ = _across(at, here, b, line_k, shear, n_a, n_b, stride_a, stride_b)
-        far, _ = _across(at, here, b + 1, line_k, shear, n_a, n_b, stride_a, stride_b)
+        near, _ = _across(at, counts, b, line_k, shear, n_a, n_b, stride_a, stride_b)
+        far, _ = _across(at, counts, b + 1, line_k, shear, n_a, n_b, stride_a, stride_b)
         total += near + (position - b) * (far - near)
     tl.store(
         image + (view.to(tl.int64) * R + row) * C + pixel_column,
@@ -302,13 +303,13 @@ def _adjoint_kernel(
             for near in range(
                 tl.min(tl.where(reaches, column, C)), tl.max(tl.where(reaches, column + 1, 0))
             ):
-                here = begin + near
-                counts = _crosses_slice(axes, slices, here, near < C, k, M, A)
-                line_0, drift_0, shear_0 = _line(values, here, counts)
+                index = begin + near
+                counts = _crosses_slice(axes, slices, index, near < C, k, M, A)
+                line_0, drift_0, shear_0 = _line(values, index, counts)
                 across = line_0 + drift_0 * kappa + shear_0 * b.to(T)
                 hat = tl.where(counts, tl.maximum(1 - tl.abs(across - a.to(T)), 0.0), 0.0)
                 total += hat * _gather_rows(
-                    rays + near * R, _pixels(values, here, counts), b.to(T), kappa, R, MINIMUM_W
+                    rays + near * R, _pixels(values, index, counts), b.to(T), kappa, R, MINIMUM_W
                 )
     inside = (a < n_a) & (b < n_b)
     at = volume + batch.to(tl.int64) * D * H * W + k * stride_m + a * stride_a + b * stride_b
@@ -378,22 +379,22 @@ def _ray_sums(volume, start, step, lines, first, stop, layout):
     n_m, stride_m, n_a, stride_a, n_b, stride_b = layout
     line, drift, shear = lines
     middle = (n_m - 1) * 0.5
-    none = tl.zeros_like(start)
-    total = none
-    along_a = none
-    along_a_kappa = none
-    along_a_b = none
-    along_b = none
-    along_b_kappa = none
+    zero = tl.zeros_like(start)
+    total = zero
+    along_a = zero
+    along_a_kappa = zero
+    along_a_b = zero
+    along_b = zero
+    along_b_kappa = zero
     for k in range(tl.min(first), tl.max(stop)):
-        here = (first <= k) & (k < stop)
+        counts = (first <= k) & (k < stop)
         kappa = (k - middle).to(line.dtype)
         position = start + kappa * step
         b = tl.floor(position)
         at = volume + k * stride_m
         line_k = line + drift * kappa
-        near, near_a = _across(at, here, b, line_k, shear, n_a, n_b, stride_a, stride_b)
-        far, far_a = _across(at, here, b + 1, line_k, shear, n_a, n_b, stride_a, stride_b)
+        near, near_a = _across(at, counts, b, line_k, shear, n_a, n_b, stride_a, stride_b)
+        far, far_a = _across(at, counts, b + 1, line_k, shear, n_a, n_b, stride_a, stride_b)
         near_a = near_a * (b + 1 - position)
         far_a = far_a * (position - b)
         total += near + (position - b) * (far - near)
