@@ -128,7 +128,7 @@ def paint_noise(canvas: VoxelCanvas, patient):
     same
     low frequencies as fine ones. Clips to −1024 HU.
     """
-    for where, (x, y, z) in canvas.slabs():
+    for where, (x, y, z) in canvas.blocks():
         for octave, (wavelength_mm, sd) in enumerate(
             ((20.0, 3.0), (5.0, 6.0), (2.5, 8.0), (1.25, 10.0))
         ):

@@ -183,7 +183,9 @@ def paint_rib_fracture(canvas: VoxelCanvas, patient, lesion: Lesion, lung_fracti
     cover = canvas.coverage(np.sqrt(dx * dx + dy * dy + dz * dz) - np.float32(radius))
     canvas.paint(where, cover, np.maximum(canvas.hu[where], np.float32(lesion_hu(patient, lesion))))
     canvas.paint(
-        where, cover * canvas.slab(dx * along[0] + dy * along[1] + dz * along[2], 0.9), 60.0
+        where,
+        cover * canvas.sheet_coverage(dx * along[0] + dy * along[1] + dz * along[2], 0.9),
+        60.0,
     )
     return where, cover
 

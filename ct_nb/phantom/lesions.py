@@ -165,10 +165,10 @@ def nodule_surface(patient, center, radius, mask_id, kind, x, y, z):
 
     # evenly spread directions (a Fibonacci spiral), to know the volume that the waves would give
     i = np.arange(400) + 0.5
-    up, turn = 1 - i / 200, i * np.pi * (1 + 5**0.5)
+    up, angle = 1 - i / 200, i * np.pi * (1 + 5**0.5)
     ring = np.sqrt(1 - up * up)
     mean_radius = np.float32(
-        radius / np.cbrt(np.mean(wave(ring * np.cos(turn), ring * np.sin(turn), up) ** 3))
+        radius / np.cbrt(np.mean(wave(ring * np.cos(angle), ring * np.sin(angle), up) ** 3))
     )
     dx = x - np.float32(center[0])
     dy = y - np.float32(center[1])

@@ -186,9 +186,9 @@ class VoxelCanvas:
         self.hu = np.full(grid.shape, AIR_HU, np.float32)
         self.regions = np.zeros(grid.shape, np.uint8)
 
-    def slabs(self, voxels: int = 2**18):
-        """The whole cube in slabs of slices small enough for a processor's cache: slices and axes
-        (x, y, z) of each.
+    def blocks(self, voxels: int = 2**18):
+        """The cube in blocks of slices that fit into a processor's cache: slices and axes (x, y, z)
+        of each.
         """
         step = max(voxels // (self.grid.shape[1] * self.grid.shape[2]), 1)
         for low in range(0, self.grid.shape[0], step):
@@ -221,9 +221,9 @@ class VoxelCanvas:
         cover += np.float32(0.5)
         return np.clip(cover, 0, 1, out=cover)
 
-    def slab(self, distance, half_mm):
-        """Share of a voxel within a sheet `2·half_mm` thick whose middle is at `distance` (mm);
-        right also for a sheet thinner than a voxel.
+    def sheet_coverage(self, distance, half_mm):
+        """Share of a voxel within a sheet `2·half_mm` thick whose middle is at `distance` (mm),
+        also for a sheet thinner than a voxel.
         """
         return self.coverage(distance - np.float32(half_mm)) - self.coverage(
             distance + np.float32(half_mm)
@@ -283,7 +283,7 @@ def _splat(canvas, where, out, tubes, part, first, size, stretch):
         for k in range(3)
     ]
 
-    def spread(terms):
+    def combine(terms):
         return terms[0][:, None, None, :] + (
             terms[1][:, None, :, None] + terms[2][:, :, None, None]
         )
@@ -292,8 +292,8 @@ def _splat(canvas, where, out, tubes, part, first, size, stretch):
         return np.asarray(values, np.float32)[:, None, None, None]
 
     length2 = column(np.maximum((step * step).sum(1), 1e-9))
-    dot = spread([delta[k] * step[:, k, None].astype(np.float32) for k in range(3)])
-    square = spread([d * d for d in delta])
+    dot = combine([delta[k] * step[:, k, None].astype(np.float32) for k in range(3)])
+    square = combine([d * d for d in delta])
     along = np.clip(dot / length2, 0, 1)
     square -= along * (2 * dot - along * length2)
     (r0, a0), (r1, a1) = (

@@ -224,7 +224,7 @@ def paint_scapula(canvas: VoxelCanvas, patient, top, low, socket):
         canvas,
         patient,
         where,
-        canvas.slab(depth, 1.7) * within,
-        canvas.slab(depth, 0.6) * within,
+        canvas.sheet_coverage(depth, 1.7) * within,
+        canvas.sheet_coverage(depth, 0.6) * within,
         15,
     )

@@ -113,9 +113,11 @@ def paint_couch(canvas: VoxelCanvas, patient, where, x, y):
     back_mm = float(patient.back(np.zeros(1))[0]) + 35 + 0.5 * patient.fat_mm
     couch_mm = y - np.float32(back_mm - 18) - 22 * (1 - (x / 230) ** 2)
     on_couch = np.abs(x) < 215
-    canvas.paint(where, canvas.slab(couch_mm - 8, 8) * on_couch, -940.0)
+    canvas.paint(where, canvas.sheet_coverage(couch_mm - 8, 8) * on_couch, -940.0)
     for depth in (16, 44):
-        canvas.paint(where, canvas.slab(couch_mm - np.float32(depth), 1.0) * on_couch, -250.0)
+        canvas.paint(
+            where, canvas.sheet_coverage(couch_mm - np.float32(depth), 1.0) * on_couch, -250.0
+        )
 
 # %% ../../nbs/phantom/02_soft_tissue.ipynb #cell-012
 def paint_torso(canvas: VoxelCanvas, patient):
@@ -125,7 +127,7 @@ def paint_torso(canvas: VoxelCanvas, patient):
     rib_cage_mm = np.empty(canvas.grid.shape, np.float32)
     glands = breasts(patient)
     c = canvas.coverage
-    for where, (x, y, z) in canvas.slabs():
+    for where, (x, y, z) in canvas.blocks():
         paint_couch(canvas, patient, where, x, y)
         body = body_outline(patient, x, y, z)
         rib_cage_mm[where] = rib_cage(patient, x, y, z)
@@ -187,16 +189,16 @@ def paint_lungs(canvas: VoxelCanvas, patient, rib_cage_mm, diaphragm_mm):
     # the chest wall flattens a large heart
     heart_mm = smooth_max(heart(patient, *axes), rib_cage_mm[heart_box] + 3, np.float32(8))
     lung_fraction = np.empty(canvas.grid.shape, np.float32)
-    for where, (x, y, z) in canvas.slabs():
+    for where, (x, y, z) in canvas.blocks():
         lung_fraction[where] = lungs(patient, x, y, z, rib_cage_mm[where], diaphragm_mm[where])
     lung_fraction[heart_box] = smooth_max(
         lung_fraction[heart_box], np.float32(4.5 + patient.pericardial_mm) - heart_mm, np.float32(8)
     )
-    for where, _ in canvas.slabs():
+    for where, _ in canvas.blocks():
         lung_fraction[where] = canvas.coverage(lung_fraction[where])
     vessel_box, cover = tube_coverage(canvas, patient.mediastinal_tubes)
     lung_fraction[vessel_box] *= 1 - cover
-    for where, axes in canvas.slabs():
+    for where, axes in canvas.blocks():
         paint_parenchyma(canvas, patient, where, *axes, lung_fraction[where], rib_cage_mm[where])
     return lung_fraction, (heart_box, heart_mm)
 
@@ -220,7 +222,7 @@ def paint_parenchyma(canvas: VoxelCanvas, patient, where, x, y, z, lung_fraction
     left, right, horizontal = fissures(patient, x, y, z)
     canvas.regions[where][filled] = lobe(x, left, right, horizontal)[filled]
     fissure_mm = np.where(x > 0, left, right) * np.float32(0.7)
-    canvas.paint(where, canvas.slab(fissure_mm, 0.12) * lung_fraction, -300.0)
+    canvas.paint(where, canvas.sheet_coverage(fissure_mm, 0.12) * lung_fraction, -300.0)
 
 
 def intrathoracic_fat_hu(patient):

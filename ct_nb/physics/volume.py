@@ -176,7 +176,7 @@ def get_window(window: "str | Window") -> Window:
         return window
     if window not in WINDOWS:
         raise InputError(
-            "window", f"no window is called {window!r}; choose one of {', '.join(WINDOWS)}"
+            "window", f"there is none named {window!r}; choose one of {', '.join(WINDOWS)}"
         )
     return WINDOWS[window]
 

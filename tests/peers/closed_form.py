@@ -1,4 +1,4 @@
-"""Line integrals that are known exactly: ellipsoids and Gaussian blobs, and the voxel grids made from them."""
+"Exact line integrals of ellipsoids and Gaussian blobs, and voxel grids of them."
 
 from dataclasses import dataclass
 

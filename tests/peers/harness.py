@@ -1,4 +1,4 @@
-"""The parent's side of the peers: write a scene, start workers, ask them, and compare with closed forms."""
+"The parent process of the peers: writes scenes, starts workers, compares with closed forms."
 
 import json
 import os
@@ -62,7 +62,7 @@ class Worker:
             "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",
         ):
             environment[variable] = str(self.threads)
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the worker
         self.process = subprocess.Popen(
             [self.python, str(HERE / "worker.py"), self.name],
             stdin=subprocess.PIPE,
@@ -163,7 +163,10 @@ def write_scene(path, mu, geometry: ConeBeam, cotangent=None, seed=0):
     shape = (geometry.views, *geometry.detector_shape)
     if cotangent is None:
         cotangent = np.random.default_rng(seed).random(shape, dtype=np.float32)
-    array = lambda t: t.detach().double().numpy()
+
+    def array(t):
+        return t.detach().double().numpy()
+
     np.savez(
         path,
         mu=np.asarray(mu, dtype=np.float32),
@@ -227,15 +230,18 @@ def measure(
         small = bench_geometry(8, detector=8)
         scenes["small"] = write_scene(Path(folder) / "small.npz", np.ones(small.grid.shape), small)
 
-        def attempt(name, function):
-            "What `function` gives, or None and the reason on the list."
+        def attempt(name, function, *arguments):
+            "The result of `function`, or None, with the reason in the list."
             start = time.perf_counter()
             try:
-                return function()
+                return function(*arguments)
             except (PeerMissing, PeerError) as error:
                 reasons[name] = str(error).split("\n")[0]
             finally:
                 spent[name] = spent.get(name, 0) + time.perf_counter() - start
+
+        def compile_all(worker, operations):
+            return [worker.time(operation) for operation in operations]
 
         workers = {
             name: Worker(name, sys.executable if name == "ct_nb" else python, threads, device)
@@ -250,8 +256,8 @@ def measure(
                 if reply is None:
                     continue
                 # on a tiny scene, so that no compiler is timed
-                compiled = attempt(name, lambda: [worker.time(o) for o in reply["operations"]])
-                if compiled is not None and attempt(name, lambda: worker.setup(scenes["frontal"])):
+                compiled = attempt(name, compile_all, worker, reply["operations"])
+                if compiled is not None and attempt(name, worker.setup, scenes["frontal"]):
                     ready[name] = reply
             say(f"{size}³ on {device}: {', '.join(ready)}")
 
@@ -261,7 +267,7 @@ def measure(
                 for operation in reply["operations"] if reply["timed"] else ():
                     if spent[name] > patience:
                         break
-                    measured = attempt(name, lambda: workers[name].memory(operation))
+                    measured = attempt(name, workers[name].memory, operation)
                     if measured is None:
                         break
                     peaks[name, operation] = measured[0]
@@ -285,7 +291,7 @@ def measure(
                             continue
                         count = int(np.clip(0.1 / max(quick[name, operation], 1e-6), 1, 10))
                         times[name, operation] += (
-                            attempt(name, lambda: workers[name].time(operation, count)) or []
+                            attempt(name, workers[name].time, operation, count) or []
                         )
             for (name, operation), seconds in times.items():
                 milliseconds = 1e3 * np.array(seconds)

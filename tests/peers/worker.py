@@ -1,8 +1,9 @@
-"""One projector in a process of its own: it is handed a scene and times, measures or returns one operation at a time.
+"""One projector in a process of its own: loads a scene and times, measures or returns operations.
 
-Started as `PYTHON worker.py NAME`; one JSON object a line in, one out. It needs numpy and the projector NAME, nothing of ct_nb
-(except for the peer `ct_nb` itself), so it runs under any interpreter. Every adapter puts the same physical scene, millimetres in
-a common frame, into its projector's own terms; the parent checks each against closed-form line integrals before it believes a time.
+Started as `PYTHON worker.py NAME`; one JSON object a line in, one out. It needs numpy and the
+projector NAME, nothing of ct_nb (except for the peer `ct_nb` itself), so it runs under any
+interpreter. Every adapter converts the same physical scene, in millimetres, to the convention of
+its projector; the parent compares each with closed-form line integrals before it uses a time.
 """
 
 import ctypes
@@ -149,10 +150,10 @@ class CtNb(TorchPeer):
             return self.back()
 
     def forget(self):
-        "What is kept between calls counts, too."
-        from ct_nb.physics import joseph_numba as joseph_cpu
+        "Buffers that are reused between calls count as memory, too."
+        from ct_nb.physics import joseph_numba
 
-        joseph_cpu._spare.clear()
+        joseph_numba._buffers.clear()
 
 
 class Nanodrr(TorchPeer):
@@ -405,6 +406,10 @@ class Rtk:
         return self.numpy(out).nbytes
 
 
+def _numbers(vector) -> str:
+    return " ".join(f"{x:.9g}" for x in vector)
+
+
 class Plastimatch:
     """The command-line DRR of plastimatch, a process and two files a view: judged for accuracy, not
     timed.
@@ -442,12 +447,9 @@ class Plastimatch:
         s = self.scene
         folder = Path(self.folder.name)
         views = []
-        for source, detector, normal, row, distance in zip(
-            s.source, s.detector_center, s.normal, s.row, s.distance
-        ):
+        for source, normal, row, distance in zip(s.source, s.normal, s.row, s.distance):
             to_center = float((-source * normal).sum())
             isocenter = source + to_center * normal
-            text = lambda v: " ".join(f"{x:.9g}" for x in v)
             command = [
                 "plastimatch",
                 "drr",
@@ -462,15 +464,15 @@ class Plastimatch:
                 "--sid",
                 f"{distance:.9g}",
                 "-n",
-                text(-normal),
+                _numbers(-normal),
                 "--vup",
-                text(-row),
+                _numbers(-row),
                 "-o",
-                text(isocenter),
+                _numbers(isocenter),
                 "-r",
                 f"{s.rows} {s.columns}",
                 "-z",
-                text((s.rows * s.row_mm[0], s.columns * s.column_mm[0])),
+                _numbers((s.rows * s.row_mm[0], s.columns * s.column_mm[0])),
                 "-I",
                 str(folder / "mu.mha"),
                 "-O",
