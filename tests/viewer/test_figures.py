@@ -1,4 +1,4 @@
-"""Figures: what they refuse, what they label, that all of the library's return their figure and carry the same marks, and that a saved one is whole."""
+"""Figures: what they refuse and label; all of the library's return their figure, with marks."""
 
 import ast
 import importlib
@@ -7,7 +7,6 @@ import json
 import re
 import runpy
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -93,13 +92,7 @@ def test_xrays_share_one_scale_and_name_their_views():
         for a in xrays_figure(np.random.default_rng(0).random((5, 10, 14)), geometry).axes[:5]
     ]
     assert len({i.get_clim() for i in images}) == 1 and images[0].get_extent() == [-21, 21, 15, -15]
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"xrays: the geometry describes \(views, rows, columns\) = \(5, 10, 14\), got \(2, 10,"
-            r" 14\)"
-        ),
-    ):
+    with refused("xrays"):
         xrays_figure(np.zeros((2, 10, 14)), geometry)
 
 
@@ -110,7 +103,7 @@ def test_comparison_says_what_it_compares():
     )
     labels = [a.get_ylabel() for a in figure.findobj(plt.Axes)]
     assert "model   20.0 dB" in labels and "sirt   40.0 dB" in labels and "model − CT" in labels
-    with pytest.raises(ValueError, match="'model' is on another grid"):
+    with refused("predictions"):
         comparison_figure(np.ones((2, 6, 6)), geometry, cube(), {"model": cube(size=13)})
     with refused("xrays"):
         comparison_figure(np.ones((3, 6, 6)), geometry, cube(), {"model": cube()})
@@ -536,4 +529,4 @@ def test_a_scale_bar_is_as_long_as_it_says_on_every_axis():
 
 
 def test_the_colours_are_one_set():
-    assert (BASELINE, MODEL, TRUTH) == SERIES[:3] and len(set(SERIES)) == 6
+    assert SERIES[:3] == (BASELINE, MODEL, TRUTH) and len(set(SERIES)) == 6
