@@ -14,6 +14,7 @@ from PIL import Image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from figure_marks import marks_faults
 from places import ROOT
 from refusals import refused
 
@@ -609,8 +610,6 @@ def test_an_explorer_refuses_what_does_not_fit(answered):
 
 
 def test_figures_of_explorers_carry_the_marks_of_all_figures(chest, studio, answered):
-    from test_figures import marks_faults
-
     assert marks_faults(VolumeViewer(chest.volume, chest.regions).static()) == []
     assert marks_faults(studio.static(), besides=["patient, tubes, rays and detectors"]) == []
     for plane in PLANES:
