@@ -182,7 +182,10 @@ def reader(jupyter, chromium):
 
     yield open_notebook
     for notebook in opened:
-        say = lambda waited, form: f"{waited[0]:{form}} ({waited[1]:{form}}) s"
+
+        def say(waited, form):
+            return f"{waited[0]:{form}} ({waited[1]:{form}}) s"
+
         if notebook.clicks:
             TIMES.append(
                 f"{notebook.name}: first picture {say(notebook.first, '.1f')};"

@@ -1,4 +1,4 @@
-"""JupyterLab in a real browser: a server of its own, a notebook in it, and what a reader would see; anything wrong is an `AssertionError` that says what."""
+"""JupyterLab in a real browser: a server, a notebook, what a reader sees; faults are assertions."""
 
 import contextlib
 import io
@@ -206,30 +206,52 @@ WATCH = """() => {
     window.heard = [];
     const context = jupyterapp.shell.currentWidget.sessionContext;
     context.iopubMessage.connect((_, message) => {
-        if (message.header.msg_type === "error") heard.push(message.content.traceback.join("\\n"));
-        if (message.header.msg_type === "stream" && message.content.name === "stderr") heard.push(message.content.text);
+        const kind = message.header.msg_type, content = message.content;
+        if (kind === "error") heard.push(content.traceback.join("\\n"));
+        if (kind === "stream" && content.name === "stderr") heard.push(content.text);
     });
 }"""
 IDLE = (
     "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status ==="
     " 'idle'"
 )
-DONE = """() => { const prompts = [...document.querySelectorAll(".jp-Notebook .jp-CodeCell .jp-InputPrompt")].map(e => e.textContent.trim());
-    return prompts.length > 0 && !prompts.some(text => text.includes("*")) && prompts.some(text => /\\d/.test(text)); }"""
+DONE = """() => {
+    const selector = ".jp-Notebook .jp-CodeCell .jp-InputPrompt";
+    const prompts = [...document.querySelectorAll(selector)].map(e => e.textContent.trim());
+    const running = prompts.some(text => text.includes("*"));
+    return prompts.length > 0 && !running && prompts.some(text => /\\d/.test(text));
+}"""
 PICTURES = ".jp-Notebook .jp-OutputArea-output img, .jp-Notebook .jp-OutputArea-output canvas"
-DRAWN = """selector => [...document.querySelectorAll(selector)].some(e => {  // large, drawn by us if it is a canvas, and more than letters on an empty ground
+# large, drawn by ct_nb if it is a canvas, and more than letters on an empty ground
+DRAWN = """selector => [...document.querySelectorAll(selector)].some(e => {
     const box = e.closest(".ct-nb-picture"), small = document.createElement("canvas"), side = 48;
-    if (e.clientWidth <= 60 || e.clientHeight <= 60 || !(e.tagName === "CANVAS" ? box?.dataset.frame && box.dataset.drawn > 0 : e.complete && e.naturalWidth > 60)) return false;
+    if (e.clientWidth <= 60 || e.clientHeight <= 60) return false;
+    const ready = e.tagName === "CANVAS"
+        ? box?.dataset.frame && box.dataset.drawn > 0
+        : e.complete && e.naturalWidth > 60;
+    if (!ready) return false;
     small.width = small.height = side;
     const g = small.getContext("2d");
     g.drawImage(e, 0, 0, side, side);
     const d = g.getImageData(0, 0, side, side).data;
     let others = 0;
-    for (let i = 0; i < d.length; i += 4) if (Math.abs(d[i] - d[0]) + Math.abs(d[i + 1] - d[1]) + Math.abs(d[i + 2] - d[2]) > 30) others++;
+    for (let i = 0; i < d.length; i += 4) {
+        const apart = [0, 1, 2].reduce((sum, c) => sum + Math.abs(d[i + c] - d[c]), 0);
+        if (apart > 30) others++;
+    }
     return others > 0.05 * side * side;
 })"""
-WRONG = """() => [...document.querySelectorAll('.jp-Notebook [data-mime-type="application/vnd.jupyter.stderr"], .jp-Notebook [data-mime-type="application/vnd.jupyter.error"], .jp-Notebook .jp-OutputArea-output')]
-    .filter(e => e.dataset.mimeType?.match(/stderr|error/) || e.innerText.includes("Traceback (most recent call last)")).map(e => e.innerText)"""
+WRONG = """() => {
+    const selectors = [
+        '.jp-Notebook [data-mime-type="application/vnd.jupyter.stderr"]',
+        '.jp-Notebook [data-mime-type="application/vnd.jupyter.error"]',
+        '.jp-Notebook .jp-OutputArea-output',
+    ];
+    const isWrong = e => e.dataset.mimeType?.match(/stderr|error/)
+        || e.innerText.includes("Traceback (most recent call last)");
+    const outputs = [...document.querySelectorAll(selectors.join(", "))];
+    return outputs.filter(isWrong).map(e => e.innerText);
+}"""
 # the page asks for widgets before the notebook has imported them
 NOT_YET = re.compile(r"(?:.*No such comm.*\n?)+")
 COLOURS = re.compile(r"\x1b\[[\d;]*m")

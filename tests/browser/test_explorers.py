@@ -62,14 +62,14 @@ def test_xrays(reader):
     check_change(notebook, "view 1", lambda: notebook.slider("source, mm", 1).press("PageDown"))
 
     def drag():
-        box = notebook.picture("sketch").bounding_box()
+        box = notebook.picture("scene").bounding_box()
         x = box["x"] + box["width"] / 2
         y = box["y"] + box["height"] / 2
         notebook.page.mouse.move(x, y), notebook.page.mouse.down(), notebook.page.mouse.move(
             x + 60, y, steps=3
         ), notebook.page.mouse.up()
 
-    check_change(notebook, "sketch", drag)
+    check_change(notebook, "scene", drag)
 
 
 def test_reconstruction(reader):
@@ -149,7 +149,9 @@ def test_slices(reader):
 def test_steps_with_weights(reader):
     notebook = opened(reader, "explore_steps", "trained")
     for name in ("region that it names, nothing learnt", "encoder, scan alone"):
-        check_change(notebook, "axial", lambda: notebook.menu("asked").select_option(label=name))
+        check_change(
+            notebook, "axial", lambda name=name: notebook.menu("asked").select_option(label=name)
+        )
     assert notebook.menu("scan").locator("option", has_text="trained on").count() == 1
     assert (
         "papermill"
@@ -160,7 +162,9 @@ def test_steps_with_weights(reader):
 def test_slices_with_weights(reader):
     notebook = opened(reader, "explore_slices", "trained")
     for name in ("regressor", "linear", "diffusion, one draw"):
-        check_change(notebook, "answer", lambda: notebook.menu("answer").select_option(label=name))
+        check_change(
+            notebook, "answer", lambda name=name: notebook.menu("answer").select_option(label=name)
+        )
         # a network's start stands in its place until it answers
         notebook.page.locator('[data-ct-nb="answer"] .ct-nb-title').get_by_text(
             name, exact=True

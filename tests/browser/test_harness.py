@@ -63,9 +63,10 @@ def test_right_dead_slow_and_wrong_widgets(written):
     assert notebook.run_all() > 0
     image = notebook.pictures()[0]
     assert image.bounding_box()["width"] == 200
-    push = (
-        lambda place: lambda: notebook.page.locator(".noUi-handle").nth(place).press("ArrowRight")
-    )
+
+    def push(place):
+        return lambda: notebook.page.locator(".noUi-handle").nth(place).press("ArrowRight")
+
     assert 0 < notebook.seconds_to_change(image, push(0)) < lab.CLICK_S
     notebook.save("harness")
     with pytest.raises(AssertionError, match="did not change within 3 s"):
@@ -86,7 +87,7 @@ def test_everything_that_breaks_is_said(written):
 
 def test_a_notebook_without_a_picture_is_seen(written):
     blank = (
-        "import numpy; from ct_nb.viewer.canvas import Picture; p = Picture(name='blank',"
+        "import numpy; from ct_nb.viewer.canvas import ImageCanvas; p = ImageCanvas(name='blank',"
         " letters=['R', 'L', 'A', 'P'], scale_bar_mm=50.0); p.draw(numpy.zeros((200, 200),"
         " 'uint8')); p"
     )

@@ -1,13 +1,11 @@
-"""Figures: what they refuse, what they label, that all of the library's return their figure and carry the same marks, and that a saved one is whole."""
+"""Figures: what they refuse and label; all of the library's return their figure, with marks."""
 
 import ast
 import importlib
 import inspect
 import json
-import re
 import runpy
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -17,6 +15,7 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from figure_marks import marks_faults
 from places import ROOT
 from refusals import refused
 
@@ -93,13 +92,7 @@ def test_xrays_share_one_scale_and_name_their_views():
         for a in xrays_figure(np.random.default_rng(0).random((5, 10, 14)), geometry).axes[:5]
     ]
     assert len({i.get_clim() for i in images}) == 1 and images[0].get_extent() == [-21, 21, 15, -15]
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"xrays: the geometry describes \(views, rows, columns\) = \(5, 10, 14\), got \(2, 10,"
-            r" 14\)"
-        ),
-    ):
+    with refused("xrays"):
         xrays_figure(np.zeros((2, 10, 14)), geometry)
 
 
@@ -110,7 +103,7 @@ def test_comparison_says_what_it_compares():
     )
     labels = [a.get_ylabel() for a in figure.findobj(plt.Axes)]
     assert "model   20.0 dB" in labels and "sirt   40.0 dB" in labels and "model − CT" in labels
-    with pytest.raises(ValueError, match="'model' is on another grid"):
+    with refused("predictions"):
         comparison_figure(np.ones((2, 6, 6)), geometry, cube(), {"model": cube(size=13)})
     with refused("xrays"):
         comparison_figure(np.ones((3, 6, 6)), geometry, cube(), {"model": cube()})
@@ -418,37 +411,6 @@ def test_every_figure_has_an_example():
     assert set(public_figures()) == set(EXAMPLES)
 
 
-OPPOSITE = str.maketrans("RLAPHF", "LRPAFH")
-
-
-def marks_faults(figure, besides=()) -> list[str]:
-    """What a figure of anatomy lacks: letters at the four ends of every image, and in every row of
-    panels a bar as long as it says, or an axis in mm. `besides`: titles of panels that show none.
-    """
-    faults, rows = [], {}
-    for axis in figure.findobj(plt.Axes):
-        if not axis.images or axis.name == "3d" or axis.get_title() in besides:
-            continue
-        words = [text.get_text() for text in axis.texts]
-        ends = {word for word in words if re.fullmatch("[RLAPHF]{1,2}", word)}
-        if len(ends) != 4 or {end.translate(OPPOSITE) for end in ends} != ends:
-            faults.append(f"{axis.get_title() or axis.get_ylabel()!r}: letters {sorted(ends)}")
-        bars = [float(word[:-3]) for word in words if re.fullmatch(r"\d+ mm", word)]
-        for length in bars:
-            if not any(np.ptp(line.get_xdata()) == pytest.approx(length) for line in axis.lines):
-                faults.append(f"{axis.get_title()!r}: a bar that is not {length:g} mm long")
-        place = axis.get_subplotspec()
-        row = (id(place.get_gridspec()), place.rowspan.start) if place else id(axis)
-        rows[row] = (
-            rows.get(row, False) or bool(bars) or not place and axis.get_xlabel().endswith(", mm")
-        )
-    return (
-        faults
-        + ["a row without a scale bar"] * (len(rows) - sum(rows.values()) if rows else 0)
-        + ["no anatomy"] * (not rows)
-    )
-
-
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_figures_are_figures_and_carry_the_same_marks(name, tmp_path):
     before = plt.rcParams.copy()
@@ -478,9 +440,9 @@ def test_figures_are_figures_and_carry_the_same_marks(name, tmp_path):
 def test_what_is_not_marked_is_found():
     def one_row(letters=("R", "L", "A", "P"), bar=50.0):
         figure, axis = plt.subplots()
-        axis.imshow(np.zeros((4, 4)), extent=(0, 100, 0, 100)), orientation_marks(
-            axis, letters
-        ), axis.set_title("slice")
+        axis.imshow(np.zeros((4, 4)), extent=(0, 100, 0, 100))
+        orientation_marks(axis, letters)
+        axis.set_title("slice")
         if bar:
             scale_bar(axis, bar)
         return figure, axis
@@ -504,11 +466,8 @@ def test_marks_say_which_end_is_which():
     axis.imshow(np.zeros((4, 4)))
     orientation_marks(axis, ("LA", "", "H", "F"))
     assert [text.get_text() for text in axis.texts] == ["LA", "H", "F"]
-    for ends, words in (
-        ("oblique", "no plane named 'oblique'"),
-        (("R", "L"), "expected letters for left, right, top and bottom, got 2"),
-    ):
-        with pytest.raises(ValueError, match=words):
+    for ends in ("oblique", ("R", "L")):
+        with refused("ends"):
             orientation_marks(axis, ends)
     geometry = ConeBeam.orbit([0, 90, 180, 45, 30], grid=Grid.cube(8))
     assert [xray_ends(geometry, view)[:2] for view in range(5)] == [
@@ -536,4 +495,4 @@ def test_a_scale_bar_is_as_long_as_it_says_on_every_axis():
 
 
 def test_the_colours_are_one_set():
-    assert (BASELINE, MODEL, TRUTH) == SERIES[:3] and len(set(SERIES)) == 6
+    assert SERIES[:3] == (BASELINE, MODEL, TRUTH) and len(set(SERIES)) == 6
