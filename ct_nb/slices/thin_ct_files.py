@@ -224,11 +224,7 @@ def interpolate_file(
     """
     out = Path(out)
     ending = check_output_path(out, path)
-    # refuse impossible settings before the scan is read
-    SliceProfile(1.0 if width_mm is None else width_mm, shape)
-    thin_axis(SliceAxis(0.0, 1.0, 2), 1.0, convention)
-    if model not in (None, *MODELS):
-        raise InputError("model", f"must be one of {', '.join(MODELS)}, got {model!r}")
+    _check_settings(width_mm, shape, convention, model)
     trained = load_slices(weights)
     model = model or ("regressor" if trained.regressor is not None else "mean")
     interpolator = _interpolator(
@@ -244,28 +240,23 @@ def interpolate_file(
         width_mm, notes = header_width(path, axis, series)
         volume.notes += notes
     profile = SliceProfile(axis.spacing_mm if width_mm is None else width_mm, shape)
+    seen = trained.about.get("seen")
     result = interpolate_volume(
-        volume,
-        interpolator,
-        spacing_mm,
-        profile,
-        convention,
-        trained.about.get("seen"),
-        anyway,
-        path,
+        volume, interpolator, spacing_mm, profile, convention, seen, anyway, path
     )
     result.volume.save(out)
-    about = {
-        "input": Path(path).name,
-        "series": series,
-        "convention": convention,
-        "model": model,
-        **interpolator.settings,
-        **_record(result),
-        "weights": _weights_record(weights, trained),
-    }
+    about = {"input": Path(path).name, "series": series, "convention": convention, "model": model}
+    about |= interpolator.settings | _record(result, weights, trained)
     write_json(out.with_name(out.name[: -len(ending)] + "_thinning.json"), about)
     return result
+
+
+def _check_settings(width_mm, shape: str, convention: str, model: str | None) -> None:
+    "Refuse impossible settings before the scan is read."
+    SliceProfile(1.0 if width_mm is None else width_mm, shape)
+    thin_axis(SliceAxis(0.0, 1.0, 2), 1.0, convention)
+    if model not in (None, *MODELS):
+        raise InputError("model", f"must be one of {', '.join(MODELS)}, got {model!r}")
 
 
 def _interpolator(trained, model: str, weights, sampling: dict, shared: dict):
@@ -282,7 +273,7 @@ def _interpolator(trained, model: str, weights, sampling: dict, shared: dict):
     return DiffusionInterpolator(network, **sampling, **shared)
 
 
-def _record(result: InterpolatedCT) -> dict:
+def _record(result: InterpolatedCT, weights, trained) -> dict:
     return {
         "thick": vars(result.thick_axis),
         "thin": vars(result.thin_axis),
@@ -290,13 +281,10 @@ def _record(result: InterpolatedCT) -> dict:
         "reaveraged_worst_hu": result.reaveraged_hu,
         "seconds": round(result.seconds, 1),
         "notes": result.notes,
-    }
-
-
-def _weights_record(weights, trained) -> dict:
-    return {
-        "run": Path(weights).resolve().name,
-        "preset": trained.about.get("preset"),
-        "training_fingerprint": trained.about.get("training", {}).get("fingerprint"),
-        "versions": trained.about.get("versions"),
+        "weights": {
+            "run": Path(weights).resolve().name,
+            "preset": trained.about.get("preset"),
+            "training_fingerprint": trained.about.get("training", {}).get("fingerprint"),
+            "versions": trained.about.get("versions"),
+        },
     }

@@ -134,9 +134,9 @@ def test_the_smoke_slices_run_from_vae_to_board(tmp_path):
         and not list(out.rglob("training_state.pt"))
     )
     metrics = json.loads((out / "metrics.json").read_text())
-    assert {"regressor_consistent", "diffusion_sample", "cubic", "ceiling_vae"} <= set(
+    assert {"regressor_consistent", "diffusion_sample", "cubic", "upper_bound_vae"} <= set(
         metrics["predictors"]
-    ) and metrics["reach"]
+    ) and metrics["targets"]
     assert metrics["predictors"]["diffusion_sample"]["reaveraged_worst_hu"] < 1
 
 

@@ -54,7 +54,7 @@ def run_recipe(monkeypatch):
 def test_the_vae_recipe(run_recipe, tmp_path, capsys):
     run_recipe("train_vae", preset="smoke", out=str(tmp_path / "vae"), steps=4)
     said = capsys.readouterr().out
-    assert "its best floor" in said and "latent_scale [" in said and "evaluated on:" in said
+    assert "best baseline" in said and "latent_scale [" in said and "evaluated on:" in said
     assert {
         "model.safetensors",
         "config.json",

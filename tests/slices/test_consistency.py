@@ -58,17 +58,17 @@ CASES = {
 @pytest.mark.parametrize("smooth", [False, True])
 def test_the_nearest_consistent_volume_is_that_of_dense_least_squares(name, smooth):
     fine, matrix, guess, thick = case(*CASES[name])
-    spread = smooth_covariance(fine, 5.0) if smooth else None
-    root = torch.linalg.cholesky(spread) if smooth else torch.eye(fine.count).double()
+    covariance = smooth_covariance(fine, 5.0) if smooth else None
+    root = torch.linalg.cholesky(covariance) if smooth else torch.eye(fine.count).double()
     gap = (thick - along_z(matrix, guess.double())).flatten(1)
     dense = guess + (
         root @ torch.linalg.lstsq(matrix @ root, gap, driver="gelsd", rcond=1e-7).solution
     ).view_as(guess)
-    found = slice_data_consistency(guess, thick, matrix, spread=spread)
+    found = slice_data_consistency(guess, thick, matrix, covariance=covariance)
     assert (found - dense).abs().max() < 2e-2
     # a projection
     assert torch.allclose(
-        slice_data_consistency(found, thick, matrix, spread=spread), found, atol=1e-2
+        slice_data_consistency(found, thick, matrix, covariance=covariance), found, atol=1e-2
     )
     if name != "fewer thin than thick":
         assert far(matrix, found, thick) < 1e-2
@@ -84,7 +84,7 @@ def test_extreme_values_still_come_back():
     assert (
         far(
             matrix,
-            slice_data_consistency(guess, thick, matrix, spread=smooth_covariance(fine)),
+            slice_data_consistency(guess, thick, matrix, covariance=smooth_covariance(fine)),
             thick,
         )
         < 1e-2
@@ -98,11 +98,11 @@ def test_the_misfit_that_stays_is_the_stated_noise(noise, smooth):
     guess = random(0, 2, fine.count, 4, 3)
     thick = random(1, 2, 8, 4, 3)
     thick[1] *= 5  # every volume has its own damping
-    spread = smooth_covariance(fine) if smooth else None
-    found = slice_data_consistency(guess, thick, matrix, noise, spread)
+    covariance = smooth_covariance(fine) if smooth else None
+    found = slice_data_consistency(guess, thick, matrix, noise, covariance)
     rms = lambda x: (along_z(matrix, x.double()) - thick).square().mean((1, 2, 3)).sqrt()
     assert torch.allclose(rms(found), torch.full((2,), noise).double(), rtol=1e-3)
-    covariance = torch.eye(fine.count).double() if spread is None else spread
+    covariance = torch.eye(fine.count).double() if covariance is None else covariance
     gram = matrix @ covariance @ matrix.mT
     # damping in the wrong unit
     naive = guess + along_z(
@@ -114,10 +114,10 @@ def test_the_misfit_that_stays_is_the_stated_noise(noise, smooth):
 
 def test_with_noise_it_is_the_smallest_change_of_that_misfit():
     fine, matrix, guess, thick = case(profile=SliceProfile(7.0))
-    spread = smooth_covariance(fine)
-    found = slice_data_consistency(guess.double(), thick.double(), matrix, 40.0, spread)
+    covariance = smooth_covariance(fine)
+    found = slice_data_consistency(guess.double(), thick.double(), matrix, 40.0, covariance)
     change = found - guess
-    pulled = along_z(spread @ matrix.mT, thick.double() - along_z(matrix, found))
+    pulled = along_z(covariance @ matrix.mT, thick.double() - along_z(matrix, found))
     # Lagrange: the change is along C Aᵀ(y − A x'), with one factor everywhere
     ratio = float((change * pulled).sum() / pulled.square().sum())
     assert ratio > 0 and torch.allclose(
@@ -139,9 +139,9 @@ def test_portions_of_rows_change_nothing(monkeypatch):
     fine, matrix, _, _ = case()
     guess = random(0, 2, fine.count, 9, 5)
     thick = random(1, 2, 8, 9, 5)
-    spread = smooth_covariance(fine)
+    covariance = smooth_covariance(fine)
     run = lambda: [
-        slice_data_consistency(guess, thick, matrix, noise, spread) for noise in (0.0, 30.0)
+        slice_data_consistency(guess, thick, matrix, noise, covariance) for noise in (0.0, 30.0)
     ] + [interpolate_slices(thick, THICK, fine, kind) for kind in module.INTERPOLATIONS]
     whole = run()
     largest = []
@@ -182,7 +182,7 @@ def test_gradients():
         for k, n in ((0, fine.count), (1, 3))
     )
     assert torch.autograd.gradcheck(
-        lambda a, b: slice_data_consistency(a, b, matrix, spread=smooth_covariance(fine)),
+        lambda a, b: slice_data_consistency(a, b, matrix, covariance=smooth_covariance(fine)),
         (guess, thick),
     )
     assert torch.autograd.gradcheck(
@@ -305,7 +305,7 @@ def test_what_is_refused():
         "matrix": lambda: slice_data_consistency(guess, thick, matrix.mT),
         "thick": lambda: slice_data_consistency(guess, thick[..., :2], matrix),
         "noise_hu": lambda: slice_data_consistency(guess, thick, matrix, -1.0),
-        "spread": lambda: slice_data_consistency(guess, thick, matrix, spread=torch.eye(3)),
+        "covariance": lambda: slice_data_consistency(guess, thick, matrix, covariance=torch.eye(3)),
         "kind": lambda: interpolate_slices(thick, THICK, fine, "spline"),
         "x: a matrix": lambda: interpolate_slices(thick[1:], THICK, fine),
         "length_mm": lambda: smooth_covariance(fine, 0.0),

@@ -144,13 +144,13 @@ def test_the_board_holds_networks_floors_and_ceilings(done):
         "diffusion_mean",
     ]
     assert board.baselines == ["nearest", "linear", "cubic", "back_projection"] and {
-        "ceiling_vae",
-        "ceiling_residual",
+        "upper_bound_vae",
+        "upper_bound_residual",
     } <= set(board.predictors)
     for name in ("regressor_consistent", "diffusion_mean", "diffusion_sample"):
         assert board.mean(name, "reaveraged_worst_hu") < 1
     assert board.mean("diffusion_sample_free", "reaveraged_worst_hu") > 1
-    assert board.mean("ceiling_residual", "psnr") >= board.mean("back_projection", "psnr") - 0.5
+    assert board.mean("upper_bound_residual", "psnr") >= board.mean("back_projection", "psnr") - 0.5
     assert set(board.patients) == {run.validation.patients[0]} and board.about["thick_mm"] == 20
 
 
@@ -178,7 +178,7 @@ def test_one_of_the_two_alone(done, tmp_path):
     board = alone.evaluate(progress=False)
     assert (
         board.models == ["regressor_consistent", "regressor"]
-        and "ceiling_vae" not in board.predictors
+        and "upper_bound_vae" not in board.predictors
         and not (tmp_path / "cuts.png").exists()
     )
     other = SlicesRun(
