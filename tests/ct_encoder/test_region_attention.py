@@ -25,8 +25,8 @@ from ct_nb.ct_encoder.region_attention import (
 from ct_nb.ct_encoder.region_histograms import (
     HU_EDGES,
     RegionContents,
-    box_largest,
-    box_smallest,
+    box_maximum,
+    box_minimum,
     region_histograms,
 )
 from ct_nb.data.folders import name_cases
@@ -505,10 +505,10 @@ def test_boxes_are_those_of_scipy(radii):
     x = some_labels((9, 10, 11), 256)
     size = tuple(2 * r + 1 for r in radii)
     assert np.array_equal(
-        box_largest(x, radii), ndimage.maximum_filter(x.numpy(), size, mode="constant", cval=0)
+        box_maximum(x, radii), ndimage.maximum_filter(x.numpy(), size, mode="constant", cval=0)
     )
     assert np.array_equal(
-        box_smallest(x, radii), ndimage.minimum_filter(x.numpy(), size, mode="constant", cval=255)
+        box_minimum(x, radii), ndimage.minimum_filter(x.numpy(), size, mode="constant", cval=255)
     )
 
 
