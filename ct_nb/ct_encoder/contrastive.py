@@ -339,7 +339,7 @@ class StepPairs(NamedTuple):
 
 CONTRASTIVE_WEIGHTS = {"global": 1.0, "region": 1.0, "step": 1.0, "anchor": 0.3}
 
-
+# %% ../../nbs/ct_encoder/09_contrastive.ipynb #cell-033
 class ContrastiveLoss(nn.Module):
     """Contrastive loss of three levels (global, region, step) plus the anchor loss.
 

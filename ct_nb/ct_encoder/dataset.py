@@ -246,7 +246,7 @@ def _folder_case(
         ct_rate_name(report.volume).split if scans.is_ct_rate else "",
     )
 
-
+# %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-013
 def folder_cases(
     path, config: CTEncoderConfig, reports=None, cache=None
 ) -> tuple[list[ScanCase], list[tuple[str, str]]]:
@@ -292,7 +292,7 @@ def folder_cases(
         )
     return cases, skipped
 
-# %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-014
+# %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-015
 def scan_and_regions(
     case: FoundCase, config: CTEncoderConfig, rescale=None
 ) -> tuple[torch.Tensor, np.ndarray, str]:
@@ -341,7 +341,7 @@ def _read_regions(path: Path, volume: Volume, grid: Grid) -> tuple[np.ndarray | 
         )
     return merge_total(labels), ""
 
-
+# %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-016
 def _regions_by_name(path: Path, labels: np.ndarray, names: dict) -> tuple[np.ndarray | None, str]:
     table = np.zeros(256, np.uint8)
     for value, name in names.items():
@@ -377,7 +377,7 @@ def _scan(case: FoundCase, config: CTEncoderConfig, rescale=None) -> dict:
     hu, labels, note = scan_and_regions(case, config, rescale)
     return _arrays(hu.numpy(), labels, findings=[], note=note)
 
-# %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-017
+# %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-019
 @dataclass
 class ScanReports(Dataset):
     """Data set of scans with reports.
@@ -486,7 +486,7 @@ class ScanReports(Dataset):
             list(self.config.size),
         )
 
-
+# %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-020
 def shift_scan(x: torch.Tensor, shifts, outside: float) -> torch.Tensor:
     "Array (D, H, W) shifted by whole voxels along z, y, x; edges are filled with `outside`."
     pads = [n for shift in reversed(shifts) for n in (max(shift, 0), max(-shift, 0))]
@@ -506,7 +506,7 @@ def collate_scans(items: list[dict]) -> dict:
         for key in items[0]
     }
 
-# %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-020
+# %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-023
 class _Facts(Dataset):
     def __init__(self, data: ScanReports):
         self.data = data

@@ -313,7 +313,43 @@ class Encoding(NamedTuple):
     step_embeddings: torch.Tensor  # (B, N, shared_dim), keys and values for reasoning steps
     grid: tuple[int, int, int]
 
+# %% ../../nbs/ct_encoder/05_encoder.ipynb #cell-022
+def _check_input(hu, regions, config: CTEncoderConfig) -> None:
+    "InputError for scans and label maps that the encoder cannot take."
+    if hu.ndim != 4:
+        raise InputError(
+            "hu",
+            f"expected scans (B, D, H, W), got {tuple(hu.shape)}; a slice is not a volume,"
+            " and there is no axis for channels",
+        )
+    if any(n < p or n % p for n, p in zip(hu.shape[1:], config.patch)):
+        raise InputError(
+            "hu",
+            f"each size must be a multiple of the patch {config.patch}, got"
+            f" {tuple(hu.shape[1:])}; `prepare_scan` makes {config.size}",
+        )
+    if not hu.is_floating_point():
+        raise InputError("hu", f"must be floating point, got {hu.dtype}")
+    if regions is not None and regions.shape != hu.shape:
+        raise InputError(
+            "regions",
+            f"the map must have the scans' shape {tuple(hu.shape)}, got {tuple(regions.shape)}",
+        )
+    if hu.is_meta:
+        return
+    low, high = (float(v) for v in hu.aminmax())
+    if not np.isfinite([low, high]).all():
+        raise InputError(
+            "hu", "there are voxels that are NaN or infinite; replace them by air, -1000"
+        )
+    if max(abs(low), abs(high)) <= 4:
+        raise InputError(
+            "hu",
+            f"the values run from {low:g} to {high:g}, which is not HU; give HU, the"
+            f" encoder applies its window {config.window!r} itself",
+        )
 
+# %% ../../nbs/ct_encoder/05_encoder.ipynb #cell-023
 class CTEncoder(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021): HU (B, D, H, W) and region labels (B, D, H, W)
     → `Encoding`.
@@ -355,41 +391,6 @@ class CTEncoder(nn.Module):
         c = self.config
         return [round(c.depth * (k + 1) / c.pyramid_levels) for k in range(c.pyramid_levels)]
 
-    def _check(self, hu, regions) -> None:
-        c = self.config
-        if hu.ndim != 4:
-            raise InputError(
-                "hu",
-                f"expected scans (B, D, H, W), got {tuple(hu.shape)}; a slice is not a volume,"
-                " and there is no axis for channels",
-            )
-        if any(n < p or n % p for n, p in zip(hu.shape[1:], c.patch)):
-            raise InputError(
-                "hu",
-                f"each size must be a multiple of the patch {c.patch}, got"
-                f" {tuple(hu.shape[1:])}; `prepare_scan` makes {c.size}",
-            )
-        if not hu.is_floating_point():
-            raise InputError("hu", f"must be floating point, got {hu.dtype}")
-        if regions is not None and regions.shape != hu.shape:
-            raise InputError(
-                "regions",
-                f"the map must have the scans' shape {tuple(hu.shape)}, got {tuple(regions.shape)}",
-            )
-        if hu.is_meta:
-            return
-        low, high = (float(v) for v in hu.aminmax())
-        if not np.isfinite([low, high]).all():
-            raise InputError(
-                "hu", "there are voxels that are NaN or infinite; replace them by air, -1000"
-            )
-        if max(abs(low), abs(high)) <= 4:
-            raise InputError(
-                "hu",
-                f"the values run from {low:g} to {high:g}, which is not HU; give HU, the"
-                f" encoder applies its window {c.window!r} itself",
-            )
-
     def _spacing_mm(self, shape) -> tuple[float, float, float]:
         return tuple(self.config.side_mm / n for n in shape[1:])
 
@@ -426,7 +427,7 @@ class CTEncoder(nn.Module):
         for other shapes and labels, and for values that are not HU.
         """
         c = self.config
-        self._check(hu, regions)
+        _check_input(hu, regions, c)
         overlaps = self.overlaps(regions, hu.shape, hu.device)
         x = self.positions(self.embed(channels_inner(self.window.to_network(hu)[:, None])))
         grid = tuple(x.shape[2:])

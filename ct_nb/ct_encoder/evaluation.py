@@ -122,7 +122,7 @@ def _attention_rows(
         )
     return rows
 
-
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-006
 @torch.no_grad()
 def encode_scans(
     model: ScanLanguage,  # in evaluation mode
@@ -157,7 +157,7 @@ def encode_scans(
     tensors = {name: torch.cat(value) if value else empty[name] for name, value in rows.items()}
     return EncodedScans(grid=encoding.grid, **tensors, **lists)
 
-# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-007
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-008
 @torch.no_grad()
 def region_scores(
     model: ScanLanguage, scans: EncodedScans, names
@@ -183,7 +183,7 @@ def region_scores(
         for i, (name, region) in enumerate(pairs)
     }
 
-# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-010
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-011
 def _text_retrieval(model: ScanLanguage, scans: EncodedScans, texts, rows, patients):
     keys = equivalence_keys(texts)
     return retrieval(
@@ -234,7 +234,7 @@ def retrieval_recalls(
         recalls["regions"] = _region_retrieval(model, scans, reports, rows, patients)
     return recalls
 
-# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-012
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-013
 def label_names(reports: list[RadiologyReport]) -> list[str]:
     "Every label of some reports, in the order of first occurrence."
     return list(dict.fromkeys(name for report in reports for name in report.labels))
@@ -276,7 +276,7 @@ def region_confusions(
         for (a, b), times in pairs.most_common(most)
     ]
 
-# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-014
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-015
 def _label_metrics(scores, labels, names, patients) -> dict:
     result = label_scores(scores, labels, names, patients)
     return {
@@ -345,7 +345,7 @@ def _region_zero_shot_metrics(scores: dict, labels, names, patients) -> dict:
     columns = [names.index(n) for n in local]
     return _label_metrics(np.array(best).T, labels[:, columns], local, patients)
 
-
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-016
 def _region_negation_metrics(scores: dict, rows, names, patients) -> dict:
     "Negation accuracy over regions, overall and by finding; empty where nothing can be compared."
     pairs = [
@@ -400,7 +400,7 @@ def embedding_metrics(
             metrics["polarity"] = polarity
     return metrics, retrieval_recalls(model, scans, reports, patients)
 
-# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-016
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-018
 def writing_scores(
     model: ScanLanguage, generated: list[str], reports: list[RadiologyReport], common: str
 ) -> dict[str, dict]:
@@ -432,7 +432,7 @@ def writing_scores(
     ]
     return scores
 
-# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-018
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-020
 def _recall_sentence(name: str, recall: Recall) -> str:
     r = recall.recall
     ending = "." if r.low > recall.chance else ", not significantly above chance."
@@ -453,7 +453,7 @@ def _gain_sentence(name: str, baseline: str, gain: ConfidenceInterval) -> str:
         f" baseline '{baseline}', {significance}."
     )
 
-
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-021
 @dataclass
 class LanguageScores:
     "Metrics of a run as for `metrics.json`, and the recalls and localization scores as objects."
@@ -528,7 +528,7 @@ class LanguageScores:
         ]
         _write_csv(Path(folder) / "lesions.csv", lesions)
 
-
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-022
 def _write_csv(path: Path, rows: list[dict]) -> None:
     if not rows:
         return
@@ -552,7 +552,7 @@ def _without_nan(value):
         return float(value) if math.isfinite(value) else None
     return value
 
-# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-019
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-023
 def _lesion_scores(scans: EncodedScans, patients) -> GroundingScores | None:
     if not (scans.lesion_share > 0).any():
         return None
@@ -602,7 +602,7 @@ def _probe_metrics(model, training: ScanReports, scans: EncodedScans, reports, p
     labels = label_matrix(reports, names)[:, usable]
     return _label_metrics(logits, labels, [names[k] for k in usable], patients)
 
-
+# %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-024
 @torch.no_grad()
 def evaluate_language(
     model: ScanLanguage,

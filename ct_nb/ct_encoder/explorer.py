@@ -295,7 +295,7 @@ def _inline_code(text: str) -> str:
     "A sentence as HTML, with the text between backticks as code."
     return re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(text))
 
-
+# %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-016
 def _score_table(rows: dict[str, dict], selected: str, chance_dice: float | None) -> str:
     "HTML table of the scores of each method."
 
@@ -328,7 +328,7 @@ def _first_to_uint8(hu, *others):
     "Grey values of the first array; the painter of a picture until its explorer has a window."
     return to_uint8(hu)
 
-# %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-016
+# %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-017
 class StepExplorer(VBox):
     """Reasoning steps of a report, and three planes with the attention of the selected step.
 
@@ -399,49 +399,61 @@ class StepExplorer(VBox):
             picture.paint = self._paint
             self.sliders[plane].layout.width = f"{width}px"
 
-    def _connect(self) -> None:
-        for plane, picture in self.pictures.items():
-            follow_wheel(picture, self.sliders[plane])
-            picture.observe(partial(self._on_click, picture), "click")
-            picture.observe(partial(self._on_hover, picture), "hover")
-            self.sliders[plane].observe(self._on_slider, "value")
-        self.scan.observe(lambda change: self._load_scan(), "value")
-        self.method.observe(lambda change: self.choose(self.chosen, follow=False), "value")
-        for control in (self.window, self.opacity):
-            control.observe(lambda change: self._update_pictures(again=True), "value")
-        self.query.observe(self._on_query, "value")
-
-    def _on_click(self, picture, change) -> None:
-        if change["new"]:
-            self.go_to(picture.to_mm(*change["new"][:2]))
-
-    def _on_hover(self, picture, change) -> None:
-        self._update_readout(picture.to_mm(*change["new"]) if change["new"] else self.at_mm)
-
-    def _on_slider(self, change) -> None:
-        if not self._moving:
-            self._update_pictures()
-
-    def _on_query(self, change) -> None:
-        if change["new"].strip():
-            self.add(change["new"].strip())
-
-    def _rows(self) -> list:
-        wrap = Layout(flex_flow="row wrap")
-        columns = [VBox([picture, self.sliders[plane]]) for plane, picture in self.pictures.items()]
-        return [
-            HTML(EXPLORER_CSS),
-            HBox([self.scan, self.method], layout=wrap),
-            self.step_list,
-            self.query,
-            HBox([self.window, self.opacity], layout=wrap),
-            self.readout,
-            HBox(columns, layout=wrap),
-            self.legend,
-            self.table,
-        ]
-
 # %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-018
+@patch
+def _connect(self: StepExplorer) -> None:
+    for plane, picture in self.pictures.items():
+        follow_wheel(picture, self.sliders[plane])
+        picture.observe(partial(self._on_click, picture), "click")
+        picture.observe(partial(self._on_hover, picture), "hover")
+        self.sliders[plane].observe(self._on_slider, "value")
+    self.scan.observe(lambda change: self._load_scan(), "value")
+    self.method.observe(lambda change: self.choose(self.chosen, follow=False), "value")
+    for control in (self.window, self.opacity):
+        control.observe(lambda change: self._update_pictures(again=True), "value")
+    self.query.observe(self._on_query, "value")
+
+
+@patch
+def _on_click(self: StepExplorer, picture, change) -> None:
+    if change["new"]:
+        self.go_to(picture.to_mm(*change["new"][:2]))
+
+
+@patch
+def _on_hover(self: StepExplorer, picture, change) -> None:
+    self._update_readout(picture.to_mm(*change["new"]) if change["new"] else self.at_mm)
+
+
+@patch
+def _on_slider(self: StepExplorer, change) -> None:
+    if not self._moving:
+        self._update_pictures()
+
+
+@patch
+def _on_query(self: StepExplorer, change) -> None:
+    if change["new"].strip():
+        self.add(change["new"].strip())
+
+
+@patch
+def _rows(self: StepExplorer) -> list:
+    wrap = Layout(flex_flow="row wrap")
+    columns = [VBox([picture, self.sliders[plane]]) for plane, picture in self.pictures.items()]
+    return [
+        HTML(EXPLORER_CSS),
+        HBox([self.scan, self.method], layout=wrap),
+        self.step_list,
+        self.query,
+        HBox([self.window, self.opacity], layout=wrap),
+        self.readout,
+        HBox(columns, layout=wrap),
+        self.legend,
+        self.table,
+    ]
+
+# %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-020
 @patch
 def _load_scan(self: StepExplorer) -> None:
     self.case = self._scans[self.scan.value]
@@ -499,7 +511,7 @@ def choose(self: StepExplorer, number: int, follow: bool = True) -> None:
         self._update_pictures(again=True)
     self._update_table()
 
-# %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-019
+# %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-021
 @patch(as_prop=True)
 def at_mm(self: StepExplorer) -> np.ndarray:
     "Common point (3,) of the three planes, LPS mm: the centre of a voxel."
@@ -558,7 +570,7 @@ def _update_readout(self: StepExplorer, point_mm) -> None:
     region = f", {REGIONS[label][0].replace('_', ' ')}" if label in REGIONS else ""
     self.readout.value = f"{position}<b>{times:.1f} × uniform attention</b>, {hu:.0f} HU{region}"
 
-# %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-021
+# %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-023
 @patch
 def _update_table(self: StepExplorer) -> None:
     "Scores of every method for the selected step, and the legend."

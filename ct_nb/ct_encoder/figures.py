@@ -117,7 +117,7 @@ def _attention_axes(texts, extent_mm):
     )
     return figure, axes
 
-
+# %% ../../nbs/ct_encoder/16_figures.ipynb #cell-009
 def _add_color_bar(figure, axes, highest: float) -> None:
     import matplotlib.pyplot as plt
 
@@ -187,7 +187,7 @@ def _centres(ends, count: int) -> tuple[float, float, int]:
     half = (last - first) / count / 2
     return first + half, last - half, count
 
-# %% ../../nbs/ct_encoder/16_figures.ipynb #cell-014
+# %% ../../nbs/ct_encoder/16_figures.ipynb #cell-015
 def recall_figure(recalls: dict):
     """Figure of recall at k with 95 % intervals and chance, in both directions.
 
@@ -234,7 +234,7 @@ def recall_figure(recalls: dict):
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
 
-
+# %% ../../nbs/ct_encoder/16_figures.ipynb #cell-016
 def labels_figure(labels: dict):
     """Figure of the AUROC of each label; `labels` is a dict method → {label: AUROC, NaN or None}.
 

@@ -85,7 +85,7 @@ def _scan_accuracy(image, text, present, case, region, keys, patients) -> Accura
         return None
     return Accuracy(proportion_ci(hits, patients[cases]), float(np.mean(chances)), len(hits))
 
-
+# %% ../../nbs/ct_encoder/12_grounding.ipynb #cell-006
 def region_text_accuracy(
     regions: torch.Tensor,  # (B, R, E), region r at index r − 1
     present: torch.Tensor,  # (B, R) bool
@@ -127,7 +127,7 @@ def region_text_accuracy(
     }
     return {name: value for name, value in accuracy.items() if value is not None}
 
-# %% ../../nbs/ct_encoder/12_grounding.ipynb #cell-009
+# %% ../../nbs/ct_encoder/12_grounding.ipynb #cell-010
 def correlations(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     "Pearson correlation (S,) of the rows of two tensors (S, N); 0 where a row is constant."
     a, b = (t.double() - t.double().mean(-1, keepdim=True) for t in (a, b))
@@ -155,7 +155,7 @@ class AttentionScores:
             f" {c.patients} patients"
         )
 
-
+# %% ../../nbs/ct_encoder/12_grounding.ipynb #cell-011
 def step_patch_correlation(
     attention: torch.Tensor,  # (S, N), rows sum to 1
     inside: torch.Tensor,  # (S, N), from `inside_regions`
@@ -210,7 +210,7 @@ def step_patch_correlation(
         len(case),
     )
 
-# %% ../../nbs/ct_encoder/12_grounding.ipynb #cell-012
+# %% ../../nbs/ct_encoder/12_grounding.ipynb #cell-014
 GROUNDING_METHODS = ("attention", "region", "centre", "random")  # the last three are baselines
 
 
@@ -270,7 +270,7 @@ def random_localization_scores(share: torch.Tensor) -> dict[str, float]:
         "hit": chance,
     }
 
-# %% ../../nbs/ct_encoder/12_grounding.ipynb #cell-015
+# %% ../../nbs/ct_encoder/12_grounding.ipynb #cell-017
 @dataclass(frozen=True)
 class GroundingScores:
     "Localization scores of lesions from their texts, for attention and three baselines."
@@ -328,7 +328,7 @@ def _grounding_row(attention, lesion, inside, centre) -> dict[str, float]:
         for name, value in scores.items()
     }
 
-
+# %% ../../nbs/ct_encoder/12_grounding.ipynb #cell-018
 def grounding_scores(
     attention: torch.Tensor,  # (n, N), of the text of each lesion in its scan
     lesion: torch.Tensor,  # (n, N), fraction of each patch inside the lesion
@@ -374,7 +374,7 @@ def grounding_scores(
     }
     return GroundingScores(scores, gain, rows, len(rows))
 
-# %% ../../nbs/ct_encoder/12_grounding.ipynb #cell-019
+# %% ../../nbs/ct_encoder/12_grounding.ipynb #cell-022
 CORRUPTIONS = {  # common preprocessing errors, Volume → Volume
     "rescaled twice": lambda v: Volume(v.hu - np.float32(1024), v.affine),
     "scaled by 2": lambda v: Volume(v.hu * np.float32(2) - np.float32(1024), v.affine),

@@ -34,7 +34,7 @@ def check_index_name(path) -> None:
     if Path(path).suffix != ".parquet":
         raise FileError(path, "embeddings are written as .parquet; name the file so")
 
-
+# %% ../../nbs/ct_encoder/15_index.ipynb #cell-006
 @dataclass
 class EmbeddingIndex:
     "Unit vectors of scans and their regions, one per row."
@@ -109,7 +109,7 @@ class EmbeddingIndex:
             metadata["ct_nb_digest"],
         )
 
-# %% ../../nbs/ct_encoder/15_index.ipynb #cell-007
+# %% ../../nbs/ct_encoder/15_index.ipynb #cell-008
 @torch.no_grad()
 def embed_scan(model: ScanLanguage, hu: torch.Tensor, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Unit vectors (shared_dim,) of a scan by `about`: WHOLE, and each region of the label map.
@@ -135,7 +135,7 @@ def embed_scan(model: ScanLanguage, hu: torch.Tensor, labels: np.ndarray) -> dic
         if bool(encoding.present[0, n])
     }
 
-
+# %% ../../nbs/ct_encoder/15_index.ipynb #cell-009
 def embed_scans(
     paths,  # CTs, DICOM folders, or folders of these
     weights,  # folder of a run of `train_ct_encoder`
@@ -188,7 +188,7 @@ def embed_scans(
         notes,
     )
 
-# %% ../../nbs/ct_encoder/15_index.ipynb #cell-009
+# %% ../../nbs/ct_encoder/15_index.ipynb #cell-011
 @dataclass(frozen=True)
 class SearchResult:
     "A scan of a search, with its best row."

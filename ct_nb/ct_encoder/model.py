@@ -160,7 +160,7 @@ def make_tower(config: ScanLanguageConfig) -> TextTower:
     tower = FolderText(config.text, config.text_pooling)
     return tower if config.text_trained else tower.freeze()
 
-
+# %% ../../nbs/ct_encoder/10_model.ipynb #cell-009
 class ScanLanguage(nn.Module):
     "CT encoder, text tower, report decoder and segmentation head, with their joint loss."
 
@@ -207,7 +207,7 @@ class ScanLanguage(nn.Module):
         row = {text: i for i, text in enumerate(distinct)}
         return features[[row[text] for text in texts]]
 
-# %% ../../nbs/ct_encoder/10_model.ipynb #cell-010
+# %% ../../nbs/ct_encoder/10_model.ipynb #cell-011
 def draw_regions(
     report: RadiologyReport, present: torch.Tensor, count: int, generator: torch.Generator
 ) -> list[tuple[int, str, str]]:
@@ -237,7 +237,7 @@ def equivalence_scope(step: ReasoningStep, report: RadiologyReport, case: str) -
         return f"regions {sorted(step.regions)}"
     return "the chest" if is_normal(report.impression) else case
 
-# %% ../../nbs/ct_encoder/10_model.ipynb #cell-012
+# %% ../../nbs/ct_encoder/10_model.ipynb #cell-013
 _LUNG_FINDINGS = ("nodule", "mass", "granuloma", "opacity", "sequela")
 
 
@@ -300,7 +300,7 @@ def negation_loss(
     )
     return (mean_over_all(loss, present) + mean_over_all(loss, ~present)) / 2
 
-# %% ../../nbs/ct_encoder/10_model.ipynb #cell-014
+# %% ../../nbs/ct_encoder/10_model.ipynb #cell-015
 class SampledTexts(NamedTuple):
     "The sampled texts of a batch; the first entry of every row is the index of its scan."
 
@@ -359,7 +359,7 @@ def sample_texts(
         [(b, *row) for b, rows in enumerate(states) for row in scan_finding_states(rows)],
     )
 
-# %% ../../nbs/ct_encoder/10_model.ipynb #cell-016
+# %% ../../nbs/ct_encoder/10_model.ipynb #cell-017
 @patch
 def augmented_maps(
     self: ScanLanguage, regions: torch.Tensor, generators: list[torch.Generator]
@@ -403,7 +403,7 @@ def measure(self: ScanLanguage, batches, seed) -> None:
         for batch in batches
     )
 
-# %% ../../nbs/ct_encoder/10_model.ipynb #cell-018
+# %% ../../nbs/ct_encoder/10_model.ipynb #cell-019
 def _column(rows, index: int, device, dtype=torch.long) -> torch.Tensor:
     return torch.tensor([row[index] for row in rows], dtype=dtype, device=device)
 
@@ -448,7 +448,7 @@ def encode(self: ScanLanguage, batch: dict, seed) -> dict[str, torch.Tensor]:
         for name, value in values.items()
     }
 
-
+# %% ../../nbs/ct_encoder/10_model.ipynb #cell-020
 @patch
 def _contrastive_rows(
     self: ScanLanguage, batch: dict, encoding: Encoding, sampled: SampledTexts, features
@@ -512,7 +512,7 @@ def _finding_rows(
         },
     }
 
-# %% ../../nbs/ct_encoder/10_model.ipynb #cell-019
+# %% ../../nbs/ct_encoder/10_model.ipynb #cell-021
 def text_losses(writer: ReportDecoder, texts, patches: torch.Tensor) -> torch.Tensor:
     "Mean −log p per token (n,), in nats, of n texts given patches (n, N, width)."
     numbers = writer.encode(texts)
@@ -562,7 +562,7 @@ def _word_rows(self: ScanLanguage, encoding: Encoding, targets: list[tuple[int, 
         "counted": counted.index_fill(0, scan, True),
     }
 
-# %% ../../nbs/ct_encoder/10_model.ipynb #cell-020
+# %% ../../nbs/ct_encoder/10_model.ipynb #cell-022
 def _level(rows: dict[str, torch.Tensor], level: str) -> dict[str, torch.Tensor]:
     "The rows of one level, by name."
     return {
@@ -625,7 +625,7 @@ def forward(self: ScanLanguage, batch: dict, seed) -> tuple[torch.Tensor, dict[s
     "Loss of a batch of `collate_scans` and its parts; see `encode` and `loss`."
     return self.loss(self.encode(batch, seed))
 
-# %% ../../nbs/ct_encoder/10_model.ipynb #cell-028
+# %% ../../nbs/ct_encoder/10_model.ipynb #cell-030
 @patch
 def embed_texts(self: ScanLanguage, texts, level: str = "global") -> torch.Tensor:
     """Unit vectors (n, shared_dim) of texts, to compare with scans (level "global") or regions

@@ -49,7 +49,7 @@ def box_minimum(x: torch.Tensor, radii: tuple[int, int, int]) -> torch.Tensor:
     "Minimum over the box of `radii` voxels about each voxel of (D, H, W) uint8; 255 outside."
     return 255 - box_maximum(255 - x, radii)
 
-
+# %% ../../nbs/ct_encoder/03a_region_histograms.ipynb #cell-006
 @torch.no_grad()
 def region_histograms(
     hu: torch.Tensor, labels: torch.Tensor, classes: int, spacing_mm: tuple[float, float, float]
@@ -104,7 +104,7 @@ def region_histograms(
         histograms.append(torch.cat([counts[:, :3].sum(0).repeat(3, 1)[None], counts]))
     return torch.stack(histograms).float() * float(np.prod(spacing_mm) / GRAIN_MM**3)
 
-# %% ../../nbs/ct_encoder/03a_region_histograms.ipynb #cell-009
+# %% ../../nbs/ct_encoder/03a_region_histograms.ipynb #cell-010
 class RegionContents(nn.Module):
     """Features (B, 1 + regions, channels) of the standardised histograms of the scan and its
     regions.

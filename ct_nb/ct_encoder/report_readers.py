@@ -320,7 +320,7 @@ def ct_rate_reports(
         raise FileError(Path(reports_csv).name, "a volume stands in it twice; each needs one row")
     return reports
 
-
+# %% ../../nbs/ct_encoder/01_report_readers.ipynb #cell-016
 def ct_rate_published(
     root,  # from `ct_rate_root`
     cot_json=None,  # reasoning, which is published separately
@@ -365,7 +365,7 @@ def ct_rate_metadata(root) -> dict[str, tuple[float, float]]:
         for volume, numbers in ct_rate_rescale(table).items()
     }
 
-# %% ../../nbs/ct_encoder/01_report_readers.ipynb #cell-018
+# %% ../../nbs/ct_encoder/01_report_readers.ipynb #cell-019
 def omniabnorm_reports(path) -> list[RadiologyReport]:
     """One report per case, in the order of the file; entries of one case (one per abnormality) are
     joined. FileError for a file that cannot be read, InputError for an incomplete entry.
@@ -397,7 +397,7 @@ def _parts(record: dict, field: str, needs: str, where: str) -> list[dict]:
             )
     return parts
 
-
+# %% ../../nbs/ct_encoder/01_report_readers.ipynb #cell-020
 def _omniabnorm(record: dict, where: str) -> RadiologyReport:
     if "case_id" in record:
         steps = tuple(
@@ -446,7 +446,7 @@ def _omniabnorm(record: dict, where: str) -> RadiologyReport:
         questions=((tidy_text(record.get("question")), answer),),
     )
 
-# %% ../../nbs/ct_encoder/01_report_readers.ipynb #cell-021
+# %% ../../nbs/ct_encoder/01_report_readers.ipynb #cell-023
 RADGENOME_ANATOMY = {
     "abdomen": (16, 17, 18, 19),
     "bone": (13, 14, 15),
@@ -504,7 +504,7 @@ def mentioned_regions(regions: tuple[int, ...], text: str) -> tuple[int, ...]:
     mentioned = {m.region for m in find_mentions(text)}
     return tuple(n for n in regions if n in mentioned) or regions
 
-# %% ../../nbs/ct_encoder/01_report_readers.ipynb #cell-024
+# %% ../../nbs/ct_encoder/01_report_readers.ipynb #cell-026
 def phantom_report(report, volume: str) -> RadiologyReport:
     "Report of a phantom: a `ct_nb.phantom.report.PhantomReport`, or the dict of its fields."
     fields = report if isinstance(report, dict) else vars(report)
