@@ -101,9 +101,9 @@ def row_counts(rows: torch.Tensor) -> list[int]:
     "Number of rows of each process."
     if processes()[1] == 1:
         return [len(rows)]
-    mine = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.zeros_like(mine) for _ in range(processes()[1])]
-    dist.all_gather(counts, mine)
+    local = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(local) for _ in range(processes()[1])]
+    dist.all_gather(counts, local)
     return [int(c) for c in counts]
 
 

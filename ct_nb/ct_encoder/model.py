@@ -221,8 +221,8 @@ def draw_regions(
     rows = sorted((rows[i] for i in order), key=lambda s: s.normal)[:count]
     sampled = []
     for row in rows:
-        whole, which = torch.rand(2, generator=generator).tolist()
-        text = row.text if whole < 0.5 else row.sentences[int(which * len(row.sentences))]
+        choice, position = torch.rand(2, generator=generator).tolist()
+        text = row.text if choice < 0.5 else row.sentences[int(position * len(row.sentences))]
         sampled.append((row.region, text, str(row.region)))
     return sampled
 

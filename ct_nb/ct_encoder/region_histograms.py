@@ -34,10 +34,10 @@ def box_maximum(x: torch.Tensor, radii: tuple[int, int, int]) -> torch.Tensor:
     The box grows by doubling, so the cost is logarithmic in its width.
     """
     for axis, radius in enumerate(radii):
-        width, wanted = 1, 2 * radius + 1
+        width, target = 1, 2 * radius + 1
         x = F.pad(x, [0] * 2 * (2 - axis) + [radius, radius])
-        while width < wanted:
-            step = min(width, wanted - width)
+        while width < target:
+            step = min(width, target - width)
             x = torch.maximum(
                 x.narrow(axis, 0, x.shape[axis] - step), x.narrow(axis, step, x.shape[axis] - step)
             )
