@@ -10,7 +10,7 @@ from refusals import refused
 
 from ct_nb.ct_encoder.retrieval import (
     auroc,
-    bootstrap,
+    bootstrap_ci,
     chance_recall,
     crg_score,
     label_scores,
@@ -174,12 +174,12 @@ def test_bootstrap_draws_patients():
     def mean(rows):
         return values[rows].mean()
 
-    by_patient = bootstrap(mean, np.repeat(np.arange(20), 10), 200)
-    by_row = bootstrap(mean, range(200), 200)
+    by_patient = bootstrap_ci(mean, np.repeat(np.arange(20), 10), 200)
+    by_row = bootstrap_ci(mean, range(200), 200)
     assert by_patient.high - by_patient.low > 2 * (
         by_row.high - by_row.low
     ) and by_patient.mean == pytest.approx(values.mean())
-    assert bootstrap(mean, np.repeat(np.arange(20), 10), 200) == by_patient  # seeded
+    assert bootstrap_ci(mean, np.repeat(np.arange(20), 10), 200) == by_patient  # seeded
 
 
 def test_probe_is_logistic_regression():
