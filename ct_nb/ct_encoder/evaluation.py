@@ -38,7 +38,7 @@ from ct_nb.ct_encoder.model import (
     target_text,
 )
 from .region_attention import patch_overlaps
-from .report_decoder import decode, label_shares, region_dice, stated_findings
+from .report_decoder import label_shares, region_dice, stated_findings
 from .reports import RadiologyReport, is_normal
 from ct_nb.ct_encoder.retrieval import (
     Recall,
@@ -411,10 +411,10 @@ def writing_scores(
     reports = reports[: len(generated)]
     tokenizer = model.writer.tokenizer
     # decoded, since the tokenizer does not keep case
-    references = [decode(tokenizer, tokenizer.encode(target_text(r))) for r in reports]
+    references = [tokenizer.decode(tokenizer.encode(target_text(r))) for r in reports]
     names = label_names(reports)
     labels = label_matrix(reports, names)
-    constant = decode(tokenizer, tokenizer.encode(common))
+    constant = tokenizer.decode(tokenizer.encode(common))
     scores = {}
     for name, texts in {
         "the model": generated,

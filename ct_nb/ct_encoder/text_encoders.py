@@ -14,8 +14,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from torch import nn
+
+from ..core.errors import InputError
+from ..core.files import atomic_write
 
 # %% ../../nbs/ct_encoder/06_text_encoders.ipynb #cell-005
 class TextFeatures(NamedTuple):
@@ -78,50 +89,78 @@ def mean_pool_tokens(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/ct_encoder/06_text_encoders.ipynb #cell-007
 class WordTokenizer:
-    """Tokenizer of words, with single characters for unknown words.
+    """Word-level tokenizer with a fallback to word pieces and single characters.
 
-    Token 0 is padding, 1 the start of a text, 2 an unknown character; then come characters
-    (`SIGNS`)
-    and `words`. InputError for a word that is in the list twice or is a single character.
+    `words` are in lower case. Token 0 is padding, 1 the start of a text, 2 an unknown character;
+    then come characters (`SIGNS`) and words, each inside a word and after a space. InputError for
+    a word that is in the list twice or is a single character.
     """
 
     SIGNS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:()/%+-'"
+    SPACE = "▁"  # marks a token after a space
+    SPECIAL = ("<pad>", "<text>", "□")
 
     def __init__(self, words):
         self.words = list(words)
-        self.number = {
-            t: i for i, t in enumerate(["", "<text>", "<unknown>", *self.SIGNS, *self.words])
-        }
-        if len(self.number) != 3 + len(self.SIGNS) + len(self.words):
+        pieces = [*self.SIGNS, *self.words]
+        tokens = [*self.SPECIAL, self.SPACE, *pieces, *(self.SPACE + piece for piece in pieces)]
+        self.number = {token: i for i, token in enumerate(tokens)}
+        if len(self.number) != len(tokens):
             raise InputError("words", "a word stands twice in the list, or is a single sign")
+        # WordPiece matches the longest known piece first, which for a known word is the word
+        model = models.WordPiece(
+            self.number,
+            unk_token=self.SPECIAL[2],
+            continuing_subword_prefix="",
+            max_input_chars_per_word=1000,
+        )
+        self.backend = Tokenizer(model)
+        self.backend.normalizer = normalizers.Sequence(
+            [
+                normalizers.Lowercase(),
+                normalizers.Replace(Regex(r"\s+"), " "),
+                normalizers.Strip(),
+            ]
+        )
+        self.backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Metaspace(self.SPACE, "always", split=False),
+                pre_tokenizers.Split(Regex(rf"{self.SPACE}?(?:[^\W\d_]+|\S)"), "isolated"),
+            ]
+        )
+        self.backend.decoder = decoders.Metaspace(self.SPACE, "always")
+        self.backend.post_processor = processors.TemplateProcessing(
+            single=f"{self.SPECIAL[1]} $A", special_tokens=[(self.SPECIAL[1], 1)]
+        )
 
     @classmethod
     def fit(cls, texts, size: int = 4000) -> "WordTokenizer":
         "A tokenizer with the `size` most frequent words that occur at least twice in some texts."
-        counts = Counter(w for text in texts for w in cls.split(text) if len(w) > 1)
-        return cls(
-            sorted(
-                w
-                for w, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]
-                if n > 1
-            )
-        )
-
-    @staticmethod
-    def split(text: str) -> list[str]:
-        "Words of a text in lower case; digits and punctuation are separate."
-        return re.findall(r"[^\W\d_]+|\S", text.lower())
+        words = (word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower()))
+        counts = Counter(word for word in words if len(word) > 1)
+        frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]
+        return cls(sorted(word for word, n in frequent if n > 1))
 
     def __len__(self):
         return len(self.number)
 
     def encode(self, text: str) -> list[int]:
         "Token numbers of a text, with the start token."
-        return [1] + [
-            self.number.get(part, 2)
-            for word in self.split(text)
-            for part in ([word] if word in self.number else word)
-        ]
+        return self.backend.encode(text).ids
+
+    def decode(self, numbers) -> str:
+        """Text of token numbers, in lower case.
+
+        Padding, the start token and numbers that the tokenizer does not have are left out; an
+        unknown character is □.
+        """
+        numbers = [n for n in map(int, numbers) if 1 < n < len(self)]
+        return self.backend.decode(numbers, skip_special_tokens=False)
+
+    def save(self, folder) -> None:
+        "Write `tokenizer.json`, which `tokenizers` and `transformers` can read, into a folder."
+        with atomic_write(Path(folder) / "tokenizer.json") as temporary:
+            self.backend.save(str(temporary))
 
 # %% ../../nbs/ct_encoder/06_text_encoders.ipynb #cell-010
 class TinyText(TextTower):

@@ -15,7 +15,7 @@ from ct_nb.ct_encoder.encoder import CTEncoderConfig, Encoding
 from ct_nb.ct_encoder.evaluation import encode_scans, evaluate_language, label_names
 from ct_nb.ct_encoder.model import label_regions, region_prompts, target_text
 from ct_nb.ct_encoder.region_attention import patch_overlaps
-from ct_nb.ct_encoder.report_decoder import decode, label_shares
+from ct_nb.ct_encoder.report_decoder import label_shares
 from ct_nb.ct_encoder.reports import RadiologyReport, ReasoningStep
 from ct_nb.ct_encoder.text_encoders import WordTokenizer
 from ct_nb.phantom.chest import phantom
@@ -222,9 +222,7 @@ class Oracle:
 
     def write(self, seen):
         return [
-            decode(
-                self.writer.tokenizer, self.writer.tokenizer.encode(target_text(self.reports[i]))
-            )
+            self.writer.tokenizer.decode(self.writer.tokenizer.encode(target_text(self.reports[i])))
             for i in seen.tokens[:, 0, 0].long().tolist()
         ]
 

@@ -13,7 +13,6 @@ from ct_nb.ct_encoder.report_decoder import (
     Memory,
     RegionSegmentation,
     ReportDecoder,
-    decode,
     generate,
     label_shares,
     region_dice,
@@ -37,12 +36,12 @@ def writer():
 
 def test_the_way_back_from_numbers(writer):
     tokenizer = writer.tokenizer
-    assert [decode(tokenizer, tokenizer.encode(text)) for text in TEXTS] == [
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == [
         text.lower() for text in TEXTS
     ]
     assert (
-        decode(tokenizer, [0, 1, writer.stop, 10_000]) == ""
-        and decode(tokenizer, tokenizer.encode("€ 5")) == "□ 5"
+        tokenizer.decode([0, 1, writer.stop, 10_000]) == ""
+        and tokenizer.decode(tokenizer.encode("€ 5")) == "□ 5"
     )
 
 
@@ -94,7 +93,7 @@ def test_a_prompt_of_several_words_is_remembered(writer):
             logits = writer(numbers, patches)[:, -1]
         logits[:, :2] = -torch.inf
         numbers = torch.cat([numbers, logits.argmax(-1, keepdim=True)], 1)
-    plain = [decode(writer.tokenizer, row) for row in numbers]
+    plain = [writer.tokenizer.decode(row) for row in numbers]
     assert (
         generate(writer, patches, begin="Observation: right", max_length=numbers.shape[1]) == plain
         or writer.stop in numbers

@@ -67,12 +67,12 @@ def test_tokenizer():
     tokenizer = WordTokenizer.fit(["Effusion, effusion! Left lung: left lung", "once"])
     assert (
         tokenizer.words == ["effusion", "left", "lung"]
-        and len(tokenizer) == 3 + len(WordTokenizer.SIGNS) + 3
+        and len(tokenizer) == 4 + 2 * (len(WordTokenizer.SIGNS) + 3)
     )
     assert tokenizer.encode("LEFT 12") == [
         1,
-        tokenizer.number["left"],
-        tokenizer.number["1"],
+        tokenizer.number["▁left"],
+        tokenizer.number["▁1"],
         tokenizer.number["2"],
     ]
     assert len(tokenizer.encode("once")) == 5 and tokenizer.encode("€") == [1, 2]
