@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COARSE_SAMPLES', 'CT_ENDINGS', 'PLATEAU_SHARE', 'CLASSICAL', 'earlier_runs', 'known_cases', 'known_patients',
-           'unseen_phantoms', 'weights_digest', 'FrozenCoarse', 'CoarseFiles', 'ClassicalCoarse', 'open_coarse',
-           'coarse_code', 'CoarsePairs']
+           'unseen_phantoms', 'FrozenCoarse', 'CoarseFiles', 'ClassicalCoarse', 'open_coarse', 'coarse_code',
+           'CoarsePairs']
 
 # %% ../../nbs/refine/03_coarse_inputs.ipynb #cell-002
 from dataclasses import asdict, replace
@@ -28,7 +28,7 @@ from ..drr2ct.train import DRR2CT_PRESETS
 from ..evaluation.baselines import SIRT, MinimumNorm
 from ..physics.geometry_io import geometry_from_json, geometry_to_json
 from ..physics.volume import WINDOWS, Grid
-from ..training.checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_config
+from ..training.checkpoints import CONFIG_FILE, read_config, weights_digest
 from ..training.run import get_preset
 
 # %% ../../nbs/refine/03_coarse_inputs.ipynb #cell-005
@@ -104,11 +104,6 @@ def unseen_phantoms(known: set[str], count: int, size: int, cache=None) -> CTSou
 
 # %% ../../nbs/refine/03_coarse_inputs.ipynb #cell-012
 COARSE_SAMPLES = 4  # of a cascade; the coarse volume is their mean
-
-
-def weights_digest(folder) -> str:
-    "Digest of the weights of a run. Raises OSError where it has none."
-    return files_digest([Path(folder) / WEIGHTS_FILE])
 
 
 class FrozenCoarse:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS_FILE', 'CONFIG_FILE', 'STATE_FILE', 'versions', 'WeightsError', 'save_weights', 'read_config', 'load_weights',
-           'load_model', 'random_state', 'set_random_state', 'save_state', 'load_state']
+           'load_model', 'random_state', 'set_random_state', 'save_state', 'load_state', 'weights_digest']
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-002
 import json
@@ -19,6 +19,7 @@ import torch
 
 from ..core.errors import FileError, InputError
 from ..core.files import atomic_write, write_json
+from ..data.cache import files_digest
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-004
 def versions() -> dict:
@@ -195,3 +196,8 @@ def load_state(folder) -> dict | None:
             f"is not a whole training state ({type(error).__name__}); delete it to start"
             " again from step 0.",
         ) from error
+
+# %% ../../nbs/training/04_checkpoints.ipynb #weights-digest
+def weights_digest(folder) -> str:
+    "Digest of the weights in a run's folder; OSError where there are none."
+    return files_digest([Path(folder) / WEIGHTS_FILE])

@@ -1,4 +1,4 @@
-"""The contrastive losses against closed forms and torch's own, two processes against one, and cached against plain gradients."""
+"""Contrastive losses: reference values, several processes, the gradient cache, refused input."""
 
 import math
 import traceback
@@ -97,7 +97,7 @@ def test_keys():
     assert torch.equal(is_positive_pair(keys, keys).int(), wanted.int()) and keys.text.min() >= 0
     # two that are not normal share no -1
     assert is_positive_pair(equivalence_keys(["A cyst."]), equivalence_keys(["A mass."])).sum() == 0
-    with pytest.raises(ValueError, match="scopes"):
+    with refused("scopes"):
         equivalence_keys(["a"], [1, 2])
 
 
@@ -118,7 +118,7 @@ def test_temperature_has_a_cap_and_a_way_back():
     stuck = torch.tensor(8.0, requires_grad=True)
     stuck.clamp(max=math.log(100)).exp().backward()
     assert stuck.grad == 0  # where a clipped value would stay for good
-    with pytest.raises(ValueError, match="temperature"):
+    with refused("temperature"):
         Temperature(0.01, 0.07)
 
 
@@ -205,7 +205,7 @@ def test_anchor():
     loss.backward()
     assert (attention.grad[2] == 0).all() and (attention.grad[:2, 0] < 0).all()
     assert anchor_loss(attention[2:], inside[2:]).item() == 0
-    with pytest.raises(ValueError, match="region 3"):
+    with refused("regions"):
         inside_regions(overlap, [(3,)], torch.zeros(1, dtype=torch.long))
 
 
@@ -220,13 +220,17 @@ def batch(first, count, regions, steps):
     the whole agree.
     """
     volumes = range(first, first + count)
-    stack = lambda rows, *shape: (
-        torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=torch.float64)
-    )
+
+    def stack(rows, *shape):
+        return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=torch.float64)
+
     region_rows = [(v, i) for v, n in zip(volumes, regions) for i in range(n)]
     step_rows = [(v, i) for v, n in zip(volumes, steps) for i in range(n)]
+
     # some twins
-    numbers = lambda rows: torch.tensor([(v * 7 + i) % 5 for v, i in rows], dtype=torch.long)
+    def numbers(rows):
+        return torch.tensor([(v * 7 + i) % 5 for v, i in rows], dtype=torch.long)
+
     return dict(
         overall=GlobalPairs(
             stack([random(10 + v, 8) for v in volumes]),
@@ -360,8 +364,13 @@ def test_cached_gradients_are_the_plain_ones():
     for mode in ("plain", "cached", "each chunk alone"):
         model, factor = tower(), Temperature().double()
         torch.manual_seed(8)
-        encode = lambda rows: {"image": model(data[rows]), "row": torch.arange(12)[rows]}
-        loss = lambda f: info_nce(f["image"], texts[f["row"]], factor())
+
+        def encode(rows):
+            return {"image": model(data[rows]), "row": torch.arange(12)[rows]}
+
+        def loss(f):
+            return info_nce(f["image"], texts[f["row"]], factor())
+
         if mode == "cached":
             value = cached_backward(encode, chunks, loss)
         elif mode == "plain":
@@ -415,19 +424,19 @@ def test_caching_needs_the_generators_states(monkeypatch):
 
 def test_bad_input(layer):
     text, patches = random(3, 4, 6), random(4, 3, 10, 5)
-    with pytest.raises(ValueError, match="image, text: expected"):
+    with refused("text"):
         info_nce(random(0, 3, 4), random(0, 3, 5), 1.0)
-    with pytest.raises(ValueError, match="keys"):
+    with refused("keys"):
         info_nce(random(0, 3, 4), random(0, 3, 4), 1.0, no_twins(2))
     with refused("case"):
         step_nce(layer, text, torch.zeros(3, dtype=torch.long), patches, 1.0)
-    with pytest.raises(ValueError, match="numbers 0 to 2"):
+    with refused("case"):
         step_nce(layer, text, torch.tensor([0, 1, 2, 3]), patches, 1.0)
-    with pytest.raises(ValueError, match="no level"):
+    with refused("alignment"):
         ContrastiveLoss(8, 6, 5)()
-    with pytest.raises(ValueError, match="'words' is no level"):
+    with refused("weights"):
         ContrastiveLoss(8, 6, 5, weights={"words": 1.0})
-    with pytest.raises(ValueError, match="heads"):
+    with refused("heads"):
         StepAttention(6, 5, 9, heads=2)
 
 

@@ -1,10 +1,11 @@
-"""Text towers: padding, freezing, the store, a folder of transformers, and what they refuse."""
+"""Text towers: tokenizer, padding, cache, folders, and sensitivity to negation."""
 
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 
 from ct_nb.ct_encoder import text_encoders as towers
 from ct_nb.ct_encoder.text_encoders import (
@@ -66,17 +67,17 @@ def test_tokenizer():
     tokenizer = WordTokenizer.fit(["Effusion, effusion! Left lung: left lung", "once"])
     assert (
         tokenizer.words == ["effusion", "left", "lung"]
-        and len(tokenizer) == 3 + len(WordTokenizer.SIGNS) + 3
+        and len(tokenizer) == 4 + 2 * (len(WordTokenizer.SIGNS) + 3)
     )
     assert tokenizer.encode("LEFT 12") == [
         1,
-        tokenizer.number["left"],
-        tokenizer.number["1"],
+        tokenizer.number["▁left"],
+        tokenizer.number["▁1"],
         tokenizer.number["2"],
     ]
     assert len(tokenizer.encode("once")) == 5 and tokenizer.encode("€") == [1, 2]
     assert WordTokenizer.fit(["b a b a cc cc aa aa"], size=1).words == ["aa"]
-    with pytest.raises(ValueError, match="twice"):
+    with refused("words"):
         WordTokenizer(["left", "left"])
 
 
@@ -122,7 +123,7 @@ def test_store_gives_the_same_and_is_bounded(tiny, monkeypatch):
     tiny.freeze(max_texts=2)
     calls, read = [], tiny.read
     monkeypatch.setattr(tiny, "read", lambda texts: calls.append(list(texts)) or read(texts))
-    assert torch.allclose(tiny(TEXTS).pooled, fresh.pooled, atol=1e-6) and len(tiny._store) == 2
+    assert torch.allclose(tiny(TEXTS).pooled, fresh.pooled, atol=1e-6) and len(tiny._cache) == 2
     again = tiny([TEXTS[2], TEXTS[1], TEXTS[2]])
     assert (
         len(calls) == 1
@@ -137,15 +138,15 @@ def test_the_store_holds_pooled_vectors_and_nothing_behind_them(tiny):
     "However long the texts: the memory under what is kept is that of one vector a text."
     tiny.freeze()(["nodule of " * 60 + str(n) for n in range(9)])
     assert (
-        len(tiny._store) == 9
-        and {v.untyped_storage().data_ptr() for v in tiny._store.values()}
-        and all(v.shape == (32,) and not v.requires_grad for v in tiny._store.values())
+        len(tiny._cache) == 9
+        and {v.untyped_storage().data_ptr() for v in tiny._cache.values()}
+        and all(v.shape == (32,) and not v.requires_grad for v in tiny._cache.values())
     )
     assert (
         sum(
             {
                 v.untyped_storage().data_ptr(): v.untyped_storage().nbytes()
-                for v in tiny._store.values()
+                for v in tiny._cache.values()
             }.values()
         )
         == 9 * 32 * 4
@@ -154,7 +155,7 @@ def test_the_store_holds_pooled_vectors_and_nothing_behind_them(tiny):
 
 def test_a_trained_tower_stores_nothing(tiny):
     tiny(TEXTS)
-    assert tiny._store == {}
+    assert tiny._cache == {}
 
 
 def test_folder(bert_folder):
@@ -178,7 +179,7 @@ def test_folder(bert_folder):
         assert (
             torch.allclose(kept(texts).pooled, pooled, atol=1e-5)
             and torch.allclose(kept(texts).pooled, pooled, atol=1e-5)
-            and len(kept._store) == 2
+            and len(kept._cache) == 2
         )
     assert not torch.allclose(found.pooled, head.pooled, atol=1e-2)
 
@@ -190,20 +191,20 @@ def test_a_folder_can_be_trained(bert_folder):
     assert (
         any("word_embeddings" in name for name in reached)
         and any("encoder.layer.0" in name for name in reached)
-        and tower._store == {}
+        and tower._cache == {}
     )
 
 
 def test_folder_is_refused_with_a_reason(bert_folder, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with refused("folder"):
         FolderText("bert-base-uncased")
-    with pytest.raises(ValueError, match="pooling"):
+    with refused("pooling"):
         FolderText(bert_folder, pooling="max")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if (bert_folder / name).exists():
             (tmp_path / name).write_bytes((bert_folder / name).read_bytes())
     # no weights
-    with pytest.raises(ValueError, match="cannot be read as a transformers model"):
+    with refused("folder"):
         FolderText(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="pip install transformers"):
@@ -260,16 +261,10 @@ def test_negation_gap_measures_what_it_says():
 
 
 @pytest.mark.parametrize(
-    "texts, words",
-    [
-        ([], "at least one"),
-        ("No nodule.", "list"),
-        (["a", " "], "text 1 is empty"),
-        ([None], "text 0"),
-    ],
+    "texts", [[], "No nodule.", ["a", " "], [None]], ids=["none", "a string", "empty", "not a text"]
 )
-def test_bad_texts(tiny, texts, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_texts(tiny, texts):
+    with refused("texts"):
         tiny(texts)
 
 

@@ -3,7 +3,6 @@
 import ast
 import re
 from configparser import ConfigParser
-from pathlib import Path
 
 import pytest
 import yaml

@@ -1,7 +1,6 @@
 """The recipes of system E, cell by cell as they are written, at their smallest; `train_slices` runs under papermill with the others, in test_recipes.py."""
 
 import json
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
