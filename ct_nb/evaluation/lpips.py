@@ -15,7 +15,7 @@ from ..core.errors import FileError, InputError
 from .metrics import CHEST, as_pair
 from ..physics.volume import Window
 
-# %% ../../nbs/evaluation/02_lpips.ipynb #cell-004
+# %% ../../nbs/evaluation/02_lpips.ipynb #cell-005
 # index in AlexNet, stride, padding, max pooling before
 LAYERS = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False))
 CHANNELS = (64, 192, 384, 256, 256)

@@ -12,7 +12,7 @@ import torch
 
 from ..core.errors import InputError
 
-# %% ../../nbs/training/03_gradient_cache.ipynb #cell-004
+# %% ../../nbs/training/03_gradient_cache.ipynb #cell-005
 def random_states() -> list[torch.Tensor]:
     "States of the random generators of the CPU and of every GPU."
     return [

@@ -579,7 +579,7 @@ def test_a_decoder_that_listens_to_the_cameras(name):
     assert torch.allclose(at([0, 1, 2]), at([2, 0, 1]), atol=1e-5) and not torch.allclose(
         at([0, 1]), at([0, 2]), atol=1e-5
     )
-    with pytest.raises(ValueError, match="listens to the cameras"):
+    with pytest.raises(ValueError, match="conditioned on the cameras"):
         decoder(grids[-1], grids)
 
 

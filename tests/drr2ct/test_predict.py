@@ -150,7 +150,7 @@ def test_contradictions_are_said_and_noise_is_none(network):
         assert found.contradictions and found.notes == found.contradictions
         assert all(
             note.startswith("view ")
-            and "beyond what noise explains (0.080): the X-ray contradicts the geometry or is not what was told"
+            and "above the limit for noise (0.080): the X-ray contradicts the geometry, or it is no image of line integrals"
             in note
             for note in found.notes
         )

@@ -1,4 +1,4 @@
-"""Intervals that keep their promise in simulation, calibration, the null-space part of disagreement, their pictures, and the inputs they refuse."""
+"""Coverage of intervals in simulation, calibration, null-space maps, figures, refused inputs."""
 
 import math
 
@@ -39,13 +39,13 @@ def normal(seed, *shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def model(seed, count=6, side=8, spread=1.0, patients=1):
+def model(seed, count=6, side=8, std=1.0, patients=1):
     """Samples (S, B, D, H, W) and truth (B, D, H, W), HU: draws of one normal distribution a voxel,
-    the samples' deviations times `spread`.
+    the samples' deviations times `std`.
     """
     draws = 100 * normal(seed, count + 1, patients, side, side, side)
     centre = 200 * normal(seed + 1, patients, side, side, side)
-    return centre + spread * draws[1:], centre + draws[0]
+    return centre + std * draws[1:], centre + draws[0]
 
 
 # intervals from few samples
@@ -153,19 +153,18 @@ def test_samples_are_held_one_at_a_time():
 
 
 @pytest.mark.parametrize(
-    "samples, message",
+    "samples",
     [
-        (torch.zeros(1, 4, 4, 4), "samples: a spread needs at least 2, got 1"),
-        ([], "samples: a spread needs at least 2, got 0"),
-        (torch.zeros(4, 4, 4), "samples: expected volumes"),
-        ([torch.zeros(4, 4, 4), torch.zeros(4, 4, 5)], "samples: expected volumes"),
-        ([torch.zeros(4, 4, 4), torch.full((4, 4, 4), float("nan"))], "samples: sample 1 has NaN"),
+        torch.zeros(1, 4, 4, 4),
+        [],
+        torch.zeros(4, 4, 4),
+        [torch.zeros(4, 4, 4), torch.zeros(4, 4, 5)],
+        [torch.zeros(4, 4, 4), torch.full((4, 4, 4), float("nan"))],
     ],
 )
-def test_samples_that_say_nothing(samples, message):
-    with pytest.raises(ValueError) as caught:
+def test_samples_without_a_standard_deviation_are_refused(samples):
+    with refused("samples"):
         summarize_samples(samples)
-    assert str(caught.value).startswith(message)
 
 
 # coverage
@@ -217,17 +216,17 @@ def test_wrong_truth_and_mask():
         coverage(summary, truth[0], torch.ones(4, 4, 4))
     with refused("truth"):
         coverage(summary, truth[0] * math.nan)
-    with pytest.raises(ValueError, match="no batch"):
+    with refused("summary"):
         summary[0]
 
 
 # reliability
 
 
-def rows_of(spread, patients=12, seed=0, correlated=0.0):
+def rows_of(std, patients=12, seed=0, correlated=0.0):
     rows = []
     for patient in range(patients):
-        samples, truth = model(seed + 10 * patient, spread=spread)
+        samples, truth = model(seed + 10 * patient, std=std)
         body = torch.ones(8, 8, 8, dtype=torch.bool)
         # one error for all of a patient
         shift = correlated * 100 * normal(seed + 10 * patient + 5, 1)
@@ -242,19 +241,11 @@ def rows_of(spread, patients=12, seed=0, correlated=0.0):
     return rows
 
 
-def test_over_and_underconfident_models_are_told_apart():
-    verdicts = {
-        spread: [level.verdict for level in reliability(rows_of(spread))]
-        for spread in (0.6, 1.0, 1.7)
-    }
-    assert verdicts == {
-        0.6: ["overconfident"] * 3,
-        1.0: ["no difference shown"] * 3,
-        1.7: ["underconfident"] * 3,
-    }
-    assert "overconfident" in str(reliability(rows_of(0.6))[0]) and "12 patients" in str(
-        reliability(rows_of(0.6))[0]
-    )
+def test_over_and_underconfident_models_are_distinguished():
+    for factor, status in ((0.6, "overconfident"), (1.0, "consistent"), (1.7, "underconfident")):
+        levels = reliability(rows_of(factor))
+        assert [level.status for level in levels] == [status] * 3
+        assert all(level.coverage.patients == 12 for level in levels)
 
 
 def test_the_interval_is_over_patients_not_voxels():
@@ -277,11 +268,7 @@ def test_cases_of_a_patient_count_once_and_one_patient_gives_no_interval():
     again = [{**row, "case": "again"} for row in rows if row["patient"] == "patient 0"] * 5
     assert reliability(rows + again)[0].coverage == reliability(rows)[0].coverage
     alone = reliability(rows_of(0.3, patients=1))[0]
-    assert (
-        alone.verdict == "one patient gives no interval"
-        and math.isnan(alone.coverage.low)
-        and "1 patient:" in str(alone)
-    )
+    assert alone.status == "one patient" and math.isnan(alone.coverage.low)
     with refused("region"):
         reliability(rows, "heart")
     sure = reliability(rows_of(20.0, patients=3))[2]
@@ -291,28 +278,28 @@ def test_cases_of_a_patient_count_once_and_one_patient_gives_no_interval():
 # calibration
 
 
-def cases_of(spread, patients=range(12), **settings):
+def cases_of(std, patients=range(12), **settings):
     for patient in patients:
-        samples, truth = model(1000 + 10 * patient, spread=spread, **settings)
+        samples, truth = model(1000 + 10 * patient, std=std, **settings)
         yield summarize_samples(samples)[0], truth[0], None, f"patient {patient}"
 
 
-def test_calibration_mends_other_patients():
-    for spread in (0.5, 2.0):
-        found = calibrate(cases_of(spread, range(19)), level=0.8, window=FULL)
+def test_calibration_corrects_other_patients():
+    for std in (0.5, 2.0):
+        calibration = calibrate(cases_of(std, range(19)), level=0.8, window=FULL)
         before, after = [], []
-        for summary, truth, _, name in cases_of(spread, range(50, 60)):
+        for summary, truth, _, name in cases_of(std, range(50, 60)):
             before += uncertainty_rows(summary, truth, torch.ones(8, 8, 8), name, name, window=FULL)
             after += uncertainty_rows(
-                found.apply(summary), truth, torch.ones(8, 8, 8), name, name, window=FULL
+                calibration.apply(summary), truth, torch.ones(8, 8, 8), name, name, window=FULL
             )
-        assert found.scale * spread > 1 and abs(
+        assert calibration.scale * std > 1 and abs(
             reliability(after)[1].coverage.mean - 0.8 * 20 / 19
         ) < 0.01 < abs(reliability(before)[1].coverage.mean - 0.8)
-        assert "split conformal over 19 patients, 6 samples each" in str(found)
+        assert (calibration.patients, calibration.samples, calibration.level) == (19, 6, 0.8)
 
 
-def test_the_promise_holds_for_a_new_patient_unlike_the_others():
+def test_the_coverage_holds_for_a_new_patient_unlike_the_others():
     level = 0.8
     patients = 10
     trials = 200
@@ -365,7 +352,7 @@ def test_patients_weigh_alike_however_many_cases_or_voxels_they_have():
 
 def test_thinning_scores_only_widens(monkeypatch):
     whole = calibrate(cases_of(1.0), window=FULL).scale
-    monkeypatch.setattr(uncertainty, "SCORES_KEPT", 64)
+    monkeypatch.setattr(uncertainty, "MAX_SCORES", 64)
     thinned = calibrate(cases_of(1.0), window=FULL).scale
     assert whole <= thinned < 1.05 * whole
     ((summary, truth, _, name),) = cases_of(1.0, [0])
@@ -376,50 +363,53 @@ def test_thinning_scores_only_widens(monkeypatch):
     )
 
 
-def test_masked_voxels_and_voxels_without_spread():
+def test_masked_voxels_and_voxels_without_std():
     cases = list(cases_of(1.0))
     body = torch.zeros(8, 8, 8, dtype=torch.bool)
     body[2:6] = True
-    outside = lambda summary, value: uncertainty.replace(
-        summary, standard_deviation=torch.where(body, summary.standard_deviation, value)
-    )
+
+    def outside(summary, value):
+        return uncertainty.replace(
+            summary, standard_deviation=torch.where(body, summary.standard_deviation, value)
+        )
+
     expected = calibrate([(s, t, body, n) for s, t, _, n in cases], window=FULL).scale
     assert (
         calibrate([(outside(s, 0.0), t, body, n) for s, t, _, n in cases], window=FULL).scale
         == expected
     )
-    with pytest.raises(ValueError, match="agree exactly and are wrong"):
+    with refused("cases"):
         calibrate([(outside(s, 0.0), t, None, n) for s, t, _, n in cases], window=FULL)
-    with pytest.raises(ValueError, match="agree exactly and are right"):
+    with refused("cases"):
         calibrate([(outside(s, 0.0), s.mean, None, n) for s, t, _, n in cases], window=FULL)
 
 
-def test_calibration_refuses_what_would_break_its_promise():
+def test_calibration_refuses_cases_without_a_guarantee():
     cases = list(cases_of(1.0))
-    with pytest.raises(ValueError, match="needs at least 4 patients, got 3"):
+    with refused("cases"):
         calibrate(cases[:3])
-    with pytest.raises(ValueError, match="needs at least 19 patients, got 12"):
+    with refused("cases"):
         calibrate(cases, level=0.95)
-    with pytest.raises(ValueError, match="needs at least 4 patients, got 1"):
+    with refused("cases"):
         calibrate([(s, t, m, "same") for s, t, m, _ in cases])
     assert calibrate(cases[:4], level=0.8, window=FULL).patients == 4
-    with pytest.raises(ValueError, match="same number of samples, got 5, 6"):
+    with refused("cases"):
         calibrate(cases[:6] + list(cases_of(1.0, range(20, 24), count=5)))
-    with pytest.raises(ValueError, match="the mask of patient 0 is empty"):
+    with refused("cases"):
         calibrate([(s, t, torch.zeros(8, 8, 8), n) for s, t, _, n in cases])
-    found = Calibration(1.5, 0.8, 12, 6)
-    once = found.apply(cases[0][0])
+    calibration = Calibration(1.5, 0.8, 12, 6)
+    once = calibration.apply(cases[0][0])
     assert (
         torch.equal(once.standard_deviation, 1.5 * cases[0][0].standard_deviation)
         and torch.equal(once.mean, cases[0][0].mean)
         and once.scale == 1.5
     )
-    with pytest.raises(ValueError, match="calibrated already"):
-        found.apply(once)
-    with pytest.raises(ValueError, match="calibrated already"):
+    with refused("summary"):
+        calibration.apply(once)
+    with refused("cases"):
         calibrate([(once, cases[0][1], None, "a")])
-    with pytest.raises(ValueError, match="fitted on 6 samples a case, got 5"):
-        found.apply(next(iter(cases_of(1.0, [0], count=5)))[0])
+    with refused("summary"):
+        calibration.apply(next(iter(cases_of(1.0, [0], count=5)))[0])
 
 
 # the null space
@@ -439,20 +429,22 @@ def projectors():
 def test_hallucination_map_against_dense_matrices(projectors):
     seen, unseen = projectors
     samples = -200 + 150 * normal(0, 5, 2, 6, 6, 6, dtype=torch.float64)
-    found = hallucination_map(samples, TINY, iterations=500, tolerance=1e-13)
+    calibration = hallucination_map(samples, TINY, iterations=500, tolerance=1e-13)
     parts = (samples.flatten(2) + 1000) @ unseen
-    assert torch.allclose(found.standard_deviation.flatten(1), parts.std(0), rtol=1e-4, atol=1e-3)
     assert torch.allclose(
-        found.share, parts.var(0).sum(1) / parts.square().sum(2).mean(0), rtol=1e-4
+        calibration.standard_deviation.flatten(1), parts.std(0), rtol=1e-4, atol=1e-3
+    )
+    assert torch.allclose(
+        calibration.share, parts.var(0).sum(1) / parts.square().sum(2).mean(0), rtol=1e-4
     )
     assert not torch.allclose(
-        found.standard_deviation.flatten(1), (samples.flatten(2) @ seen).std(0), rtol=0.1
-    ) and not torch.allclose(found.standard_deviation, samples.std(0), rtol=0.1)
+        calibration.standard_deviation.flatten(1), (samples.flatten(2) @ seen).std(0), rtol=0.1
+    ) and not torch.allclose(calibration.standard_deviation, samples.std(0), rtol=0.1)
     alone = hallucination_map(iter(samples[:, 1]), TINY, iterations=500, tolerance=1e-13)
     assert (
         alone.share.shape == ()
-        and torch.allclose(alone.standard_deviation, found.standard_deviation[1], rtol=1e-6)
-        and torch.allclose(alone.share, found.share[1])
+        and torch.allclose(alone.standard_deviation, calibration.standard_deviation[1], rtol=1e-6)
+        and torch.allclose(alone.share, calibration.share[1])
     )
 
 
@@ -461,8 +453,11 @@ def test_the_share_is_0_for_one_opinion_and_1_for_none_in_common(projectors):
     common = 300 * normal(0, 6, 6, 6, dtype=torch.float64)
     settings = dict(iterations=200, tolerance=1e-12)
     assert float(hallucination_map(common.expand(3, -1, -1, -1), TINY, **settings).share) == 0
-    seen = lambda x: x - (x.flatten(-3) @ unseen).view_as(x)
-    # disagree about what the X-rays say
+
+    def seen(x):
+        return x - (x.flatten(-3) @ unseen).view_as(x)
+
+    # they differ in the range of the X-rays
     by_xrays = common + seen(100 * normal(1, 4, 6, 6, 6, dtype=torch.float64))
     assert hallucination_map(by_xrays, TINY, **settings).share < 1e-8
     nothing_shared = -1000 + 100 * normal(2, 12, 6, 6, 6, dtype=torch.float64)
@@ -506,12 +501,12 @@ def test_pictures_draw_what_they_are_given(tmp_path):
 
     samples, truth = model(0, side=6)
     summary = summarize_samples(samples)[0]
-    found = hallucination_map(samples[:, 0], TINY, iterations=5)
+    calibration = hallucination_map(samples[:, 0], TINY, iterations=5)
     figure = uncertainty_figure(
         Volume(truth[0].numpy(), TINY.grid.affine),
         summary,
         samples[0, 0],
-        found,
+        calibration,
         window="soft_tissue",
     )
     images = [axis.images[0] for axis in figure.axes[:12]]
@@ -524,7 +519,7 @@ def test_pictures_draw_what_they_are_given(tmp_path):
     assert (
         np.allclose(top[3], (summary.mean - truth[0]).abs()[2], atol=1e-3)
         and np.allclose(top[4], summary.standard_deviation[2])
-        and np.allclose(top[5], found.standard_deviation[2])
+        and np.allclose(top[5], calibration.standard_deviation[2])
     )
     assert (
         images[0].get_clim() == (-200, 200)
@@ -535,7 +530,7 @@ def test_pictures_draw_what_they_are_given(tmp_path):
         Volume(truth[0].numpy(), TINY.grid.affine),
         Calibration(1.5, 0.8, 12, 6).apply(summary),
         samples[0, 0].numpy(),
-        found,
+        calibration,
     )
     assert "calibrated, × 1.50" in mended._suptitle.get_text()
     figure.savefig(tmp_path / "uncertainty.png")
@@ -560,7 +555,9 @@ def test_pictures_draw_what_they_are_given(tmp_path):
         with refused("found"):
             reliability_figure(wrong)
     with pytest.raises(ValueError, match="one sample: expected the truth's shape"):
-        uncertainty_figure(Volume(truth[0].numpy(), TINY.grid.affine), summary, samples[0], found)
+        uncertainty_figure(
+            Volume(truth[0].numpy(), TINY.grid.affine), summary, samples[0], calibration
+        )
 
 
 # samples of a cascade
