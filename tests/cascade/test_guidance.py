@@ -222,12 +222,10 @@ def test_soft_guidance_leaves_the_noise_and_no_less(geometry):
     guess, truth, clean = chests(geometry)
     noisy = clean + 0.05 * normal(2, *clean.shape)
     hit = project(torch.ones(16, 16, 16), geometry) > 0
-    level = (
-        lambda x: ((project(attenuation(x), geometry) - noisy) / 0.05)[:, hit]
-        .square()
-        .mean(1)
-        .sqrt()
-    )
+
+    def level(x):
+        return ((project(attenuation(x), geometry) - noisy) / 0.05)[:, hit].square().mean(1).sqrt()
+
     guide = XrayGuidance(noisy, geometry, noise=0.05, mismatch=0.0)
     guided = guide(guess, torch.tensor([0.9, 0.1]))
     assert guided.shape == guess.shape and guided.dtype == torch.float32
@@ -256,7 +254,10 @@ def test_exact_guidance_has_these_xrays_and_keeps_what_they_do_not_see(matrix):
         project(attenuation(guided), TINY), clean, atol=1e-5
     ) and not torch.allclose(project(attenuation(guess), TINY), clean, atol=0.05)
     null = torch.eye(216, dtype=torch.float64) - torch.linalg.pinv(matrix, rtol=1e-9) @ matrix
-    unseen = lambda x: (x.flatten(1) @ null).norm()
+
+    def unseen(x):
+        return (x.flatten(1) @ null).norm()
+
     assert unseen(guided - guess) < 1e-6 * (guided - guess).norm()
     soft = XrayGuidance(clean, TINY, noise=0.02, mismatch=0.0)(guess)
     assert unseen(soft - guess) < 1e-6 * (soft - guess).norm()
@@ -296,9 +297,12 @@ def test_spread_is_in_hu_and_mismatch_in_line_integrals():
         * 1.024
         * WATER
     )
-    peer = lambda hu: data_consistency(
-        attenuation(guess), clean, PAIR, 200, 1e-10, damping=(0.05 / (hu / 1000 * WATER)) ** 2
-    ) - attenuation(guess)
+
+    def peer(hu):
+        return data_consistency(
+            attenuation(guess), clean, PAIR, 200, 1e-10, damping=(0.05 / (hu / 1000 * WATER)) ** 2
+        ) - attenuation(guess)
+
     assert torch.allclose(step, peer(2.0), rtol=1e-5, atol=1e-12) and not torch.allclose(
         step, peer(3.0), rtol=0.1
     )
@@ -314,7 +318,10 @@ def test_off_hands_the_guess_back():
 def test_window_and_energy_are_those_of_the_network():
     guess, truth, _ = chests(PAIR)
     for window, energy in (("chest", 80.0), ("full", 60.0)):
-        to_hu = lambda x: WINDOWS[window].to_hu(x[:, 0])
+
+        def to_hu(x, window=window):
+            return WINDOWS[window].to_hu(x[:, 0])
+
         clean = project(float(hu_to_mu(0.0, energy)) * (1 + to_hu(truth) / 1000), PAIR)
         guide = XrayGuidance(clean, PAIR, window=window, energy_kev=energy, mode="exact")
         assert guide.explains(truth).max() < 1e-5

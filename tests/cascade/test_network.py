@@ -192,7 +192,10 @@ def test_blended_is_whole_for_a_convolution_and_only_with_the_halo():
     torch.manual_seed(0)
     layer = torch.nn.Conv3d(1, 1, 5, padding=2).requires_grad_(False)
     x = torch.randn(1, 1, 24, 24, 24)
-    cut = lambda z, y, w, n: layer(x[..., z : z + n, y : y + n, w : w + n])
+
+    def cut(z, y, w, n):
+        return layer(x[..., z : z + n, y : y + n, w : w + n])
+
     assert torch.allclose(blend_tiles(cut, 24, 12, 6, 2), layer(x), atol=1e-6)
     assert not torch.allclose(blend_tiles(cut, 24, 12, 6, 0), layer(x), atol=1e-3)
     with refused("halo"):
@@ -406,15 +409,18 @@ def test_a_coarse_model_that_knows_the_judged_cases_is_refused(tmp_path):
 
     model = DRR2CT(DRR2CTConfig.preset("smoke"))
     judged = CascadeRun("smoke").open().validation.ids
-    save = lambda cases, patients=(): save_weights(
-        tmp_path,
-        model,
-        {
-            "system": "drr2ct",
-            "network": model.config.to_dict(),
-            "training": {"cases": cases, "patients": list(patients)},
-        },
-    )
+
+    def save(cases, patients=()):
+        return save_weights(
+            tmp_path,
+            model,
+            {
+                "system": "drr2ct",
+                "network": model.config.to_dict(),
+                "training": {"cases": cases, "patients": list(patients)},
+            },
+        )
+
     for cases, patients in (
         (judged, []),
         (["another scan"], CascadeRun("smoke").open().validation.patients[:1]),

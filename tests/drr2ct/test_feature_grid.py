@@ -1,4 +1,4 @@
-"""Volumization, trunk, bottleneck and decoders against brute force, closed forms and symmetry, and the inputs they refuse."""
+"""Feature grid, ray marching, trunk, bottleneck and decoders against brute force and symmetries."""
 
 import itertools
 import math
@@ -223,7 +223,10 @@ def test_turn_everything_and_the_grid_turns(order, signs):
     rotation = torch.zeros(3, 3, dtype=torch.float64)
     for new, old in enumerate(order):
         rotation[new, old] = signs[new]
-    turn = lambda v: v @ rotation.T
+
+    def turn(v):
+        return v @ rotation.T
+
     moved = ConeBeam(
         (POSES.source_mm - centre) @ rotation.T + centre,
         (POSES.detector_center_mm - centre) @ rotation.T + centre,
@@ -248,12 +251,15 @@ def test_equivariance_can_fail():
     """
     net = seeded(Volumization, 4, 8, size=6).double()
     features = random(0, 1, 1, 4, 8, 8, dtype=torch.float64)
-    at = lambda azimuth: net(
-        features,
-        ConeBeam.stack(
-            [ConeBeam.orbit([azimuth], grid=POSES.grid, detector_shape=(64, 64), pixel_mm=8.0)]
-        ),
-    )
+
+    def at(azimuth):
+        return net(
+            features,
+            ConeBeam.stack(
+                [ConeBeam.orbit([azimuth], grid=POSES.grid, detector_shape=(64, 64), pixel_mm=8.0)]
+            ),
+        )
+
     quarter = at(0.0).transpose(3, 4).flip(3)
     assert torch.allclose(at(90.0), quarter, atol=1e-10) and (at(80.0) - quarter).abs().max() > 1e-2
     trunk = seeded(LatentTrunk, 8, window=3).double()
@@ -575,7 +581,10 @@ def test_a_decoder_that_listens_to_the_cameras(name):
     decoder = keep_variance(seeded(make_decoder, name, (4, 8, 12), camera=True))
     for block in getattr(decoder, "blocks", ()):
         torch.nn.init.normal_(block.modulation.weight, std=0.3)
-    at = lambda views: decoder(grids[-1], grids, ConeBeam.stack([float_poses.select(views)]))
+
+    def at(views):
+        return decoder(grids[-1], grids, ConeBeam.stack([float_poses.select(views)]))
+
     assert torch.allclose(at([0, 1, 2]), at([2, 0, 1]), atol=1e-5) and not torch.allclose(
         at([0, 1]), at([0, 2]), atol=1e-5
     )
@@ -620,12 +629,19 @@ def test_other_sizes_agree_at_shared_points():
         small, large = (decoder.at_size(n, grids[-1], grids) for n in (8, 24))
         # the centres of n³ are every third of (3n)³
         assert torch.allclose(small, large[..., 1::3, 1::3, 1::3], atol=1e-5)
-        line = lambda n: torch.linspace(-1, 1, n + 1)
+
+        def line(n):
+            return torch.linspace(-1, 1, n + 1)
+
         # corners: those of n³ are every second of (2n)³
-        nodes = lambda n: torch.stack(
-            torch.meshgrid(line(n), line(n), line(n), indexing="ij")[::-1], -1
-        ).reshape(-1, 3)
-        at = lambda n: decoder.decode(grids[-1], grids, nodes(n))[0].view(n + 1, n + 1, n + 1, 2)
+        def nodes(n):
+            return torch.stack(
+                torch.meshgrid(line(n), line(n), line(n), indexing="ij")[::-1], -1
+            ).reshape(-1, 3)
+
+        def at(n):
+            return decoder.decode(grids[-1], grids, nodes(n))[0].view(n + 1, n + 1, n + 1, 2)
+
         assert torch.allclose(at(8), at(16)[::2, ::2, ::2], atol=1e-5)
         assert torch.equal(decoder(grids[-1], grids), decoder.at_size(16, grids[-1], grids))
 
@@ -638,7 +654,10 @@ def test_implicit_reads_trilinearly_at_its_points():
     with torch.no_grad():
         decoder.local.weight[:, 12:] = 0
         out = decoder.at_size(16, grids[-1], grids)[0, :, 5, 9, 2]
-        between = lambda grid: F.interpolate(grid, size=(16,) * 3, mode="trilinear")[0, :, 5, 9, 2]
+
+        def between(grid):
+            return F.interpolate(grid, size=(16,) * 3, mode="trilinear")[0, :, 5, 9, 2]
+
         x = decoder.latent.weight[:, :, 0, 0, 0] @ between(grids[-1]) + decoder.local.weight[
             :, :12
         ] @ torch.cat([grids[0][0, :, 5, 9, 2], between(grids[1])])

@@ -1,4 +1,4 @@
-"""The network of system A: any number of views, the right pixels, consistency, gradients, settings."""
+"""The drr2ct network: batches, views, consistency, exchangeable parts, invalid arguments."""
 
 from dataclasses import replace
 
@@ -56,10 +56,10 @@ def test_consistency_lowers_the_error_on_the_given_xrays():
         prediction = network(
             replace(SMOKE, consistency_noise=0.0, consistency_iterations=40), fitted=False
         ).eval()(xrays, geometry)
-    error = (
-        lambda hu: (project((1 + hu[0] / 1000) * water, geometry) - xrays[0]).norm()
-        / xrays[0].norm()
-    )
+
+    def error(hu):
+        return (project((1 + hu[0] / 1000) * water, geometry) - xrays[0]).norm() / xrays[0].norm()
+
     assert error(prediction.hu) < 0.1 * error(prediction.unconstrained_hu), (
         error(prediction.hu),
         error(prediction.unconstrained_hu),
@@ -228,7 +228,10 @@ def test_guidance_reaches_the_guesses_of_a_sampling_decoder():
             model(xrays, geometry, guide=guide).hu
             for guide in (None, XrayGuidance(xrays, geometry, mode="exact"))
         )
-    error = lambda hu: float((project(hu_to_mu(hu), geometry) - xrays).norm() / xrays.norm())
+
+    def error(hu):
+        return float((project(hu_to_mu(hu), geometry) - xrays).norm() / xrays.norm())
+
     assert error(guided) < 0.5 * error(free)
     with refused("guide"):
         network()(xrays, geometry, guide=XrayGuidance(xrays, geometry))

@@ -1,4 +1,4 @@
-"""X-ray files in, a CT with its report out. What a reader should see stands in nbs/drr2ct/08_predict.ipynb and nbs/app/00_reconstruct_files.ipynb."""
+"""Reconstruction with drr2ct: from tensors and files, samples, contradictions, reports."""
 
 import json
 import os

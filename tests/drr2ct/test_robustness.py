@@ -208,7 +208,7 @@ def test_files(tmp_path, limit):
         "robustness.json",
         "robustness.png",
     ]
-    rows = list(csv.DictReader(open(tmp_path / "robustness.csv")))
+    rows = list(csv.DictReader((tmp_path / "robustness.csv").read_text().splitlines()))
     assert (
         len(rows) == 7
         and rows[2]["says_contradiction"] == ("" if limit is None else "True")

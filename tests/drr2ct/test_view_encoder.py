@@ -1,4 +1,4 @@
-"""The 2D backbone and the attention between views: exactness against brute force, any size, any pose, memory switches, cost."""
+"""View encoder and epipolar attention against brute force; any size, any pose, memory."""
 
 import copy
 import itertools
@@ -72,7 +72,10 @@ def dense_windows(attention, x, kept):
     shift = [attention.shift if full > s else 0 for full, s in zip((rows, columns), size)]
     q, k, v = (t.view(n, rows, columns, attention.heads, -1) for t in attention.qkv(x).chunk(3, -1))
     out = torch.zeros_like(v)
-    home = lambda r, c: ((r - shift[0]) // size[0], (c - shift[1]) // size[1])
+
+    def home(r, c):
+        return ((r - shift[0]) // size[0], (c - shift[1]) // size[1])
+
     for b, r, c in itertools.product(range(n), range(rows), range(columns)):
         if not kept[b, r, c]:
             continue

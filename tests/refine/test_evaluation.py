@@ -1,4 +1,4 @@
-"""The scoreboard of a refiner: paired gains, definitions, and sentences that follow from intervals."""
+"""The scoreboard of a refiner: paired gains, definitions, and sentences from intervals."""
 
 import pytest
 

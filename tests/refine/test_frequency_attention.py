@@ -1,4 +1,4 @@
-"""Frequency attention: phase kept, gains Hermitian, any size, the same texture on two grids; the Laplacian's response."""
+"""Frequency attention and Laplacian: phase, gains, symmetry, training, invalid arguments."""
 
 import math
 
@@ -95,9 +95,12 @@ def test_starts_as_nothing_and_learns():
 @pytest.mark.parametrize("norm, right", [("ortho", True), ("backward", False), ("forward", False)])
 def test_power_of_a_texture_does_not_depend_on_the_grid(norm, right):
     "White noise of two sizes, and a texture beside copies of itself, with a mean that is not zero."
-    power = lambda x: band_power(torch.fft.rfftn(x, dim=AXES, norm=norm), x.shape[-1], 8)[0][
-        ..., 9:
-    ].mean(1)
+
+    def power(x):
+        return band_power(torch.fft.rfftn(x, dim=AXES, norm=norm), x.shape[-1], 8)[0][..., 9:].mean(
+            1
+        )
+
     noise = power(random(3, 1, 8, 24, 24, 24) + 5) / power(random(4, 1, 8, 12, 12, 12) + 5)
     x = random(5, 1, 8, 12, 12, 12)
     tiled = power(x.repeat(1, 1, 2, 2, 2) + 5) / power(x + 5)
@@ -107,7 +110,10 @@ def test_power_of_a_texture_does_not_depend_on_the_grid(norm, right):
 
 def test_the_same_texture_gets_the_same_gains_on_two_grids():
     layer, x = opened(4), random(6, 1, 4, 12, 12, 12)
-    gain = lambda v: layer.gains(torch.fft.rfftn(v, dim=AXES, norm="ortho"), v.shape[-1])
+
+    def gain(v):
+        return layer.gains(torch.fft.rfftn(v, dim=AXES, norm="ortho"), v.shape[-1])
+
     with torch.no_grad():
         small = gain(x)
         large = gain(x.repeat(1, 1, 2, 2, 2))[..., ::2, ::2, ::2]

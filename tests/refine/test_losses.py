@@ -1,4 +1,4 @@
-"""The five terms of the refinement loss: each against its formula written out, alone and in the sum, on two grids, on patches."""
+"""Refinement losses: closed forms, independence of the grid, patches, invalid arguments."""
 
 import math
 from dataclasses import asdict, fields
@@ -227,7 +227,10 @@ def test_features_are_fixed_by_their_seed_and_may_be_given():
     )
     assert "seed 3" in first.name and not list(first.parameters()) and not first.state_dict()
     assert [tuple(m.shape[1:]) for m in first(x)] == [(8, 16, 16, 16), (16, 8, 8, 8), (32, 4, 4, 4)]
-    own = lambda v: [2 * v, v[..., ::2]]
+
+    def own(v):
+        return [2 * v, v[..., ::2]]
+
     expected = (2 * (a - b).abs().mean() + (a - b)[..., ::2].abs().mean()) / 2 / CHEST.width_hu
     assert perceptual_error(a, b, CHEST, own).item() == pytest.approx(expected.item(), rel=1e-5)
     truth = b.clone().requires_grad_()
