@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from trained_runs import use_cache
 
 from ct_nb.data.open import phantom_source
 from ct_nb.drr2ct.network import DRR2CT
@@ -15,10 +16,10 @@ NETWORK = replace(DRR2CT_PRESETS["smoke"].network, size=16, latent_size=8, prior
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    "Phantoms are rendered once for all modules that import this."
+def cache():
+    "Phantoms are rendered once for all modules that import this, and for later sessions."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CT_NB_CACHE", str(tmp_path_factory.getbasetemp() / "refinement_cache"))
+        use_cache(patch)
         yield
 
 
