@@ -198,15 +198,15 @@ BEAM_TAGS = (
 def _read_dicom(path: Path) -> list[Radiograph]:
     dataset, stored = read_image(functools.partial(open, path, "rb"), path, RadiographError)
     tags = read_pixel_tags(dataset, path, RadiographError)
-    said = {tag: dataset.get(tag) for tag in BEAM_TAGS}
-    relation, sign, _, intent = said.values()
+    beam_tags = {tag: dataset.get(tag) for tag in BEAM_TAGS}
+    relation, sign, _, intent = beam_tags.values()
     kind = {"LIN": "intensity", "LOG": "log_intensity"}.get(relation)
     return _views(
         tags.values(stored.astype(np.float64)),
         path,
         kind=kind,
         white=tags.values(tags.highest),
-        notes=[f"{tag} {value}" for tag, value in said.items() if value not in ("", None)],
+        notes=[f"{tag} {value}" for tag, value in beam_tags.items() if value not in ("", None)],
         # with the sign 1, higher numbers mean more X-rays
         inverted={1: False, -1: True}.get(sign) if kind else None,
         by_tag=kind is not None,
