@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from .slice_profile import SliceAxis, SliceProfile, slice_profile_matrix
 
 # %% ../../nbs/slices/04_consistency.ipynb #cell-005

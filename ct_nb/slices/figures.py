@@ -10,8 +10,8 @@ __all__ = ['FIGURE_PREDICTORS', 'ERROR_HU', 'DETAIL_MM', 'FIGURE_CHANGE_LIMIT_HU
 from collections.abc import Mapping
 
 import numpy as np
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from ..core.plot_style import MUTED, plot_style
 from ..physics.volume import Volume, get_window
 from .thin_ct_files import thin_slice_affine

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.config import Config
+from ..core.errors import InputError
 from ..layers.blocks import ChannelNorm, channels_inner, keep_variance
 from ..layers.embeddings import TIME_CHANNELS, time_embedding
 from .consistency import INTERPOLATIONS, back_projection_matrix, interpolation_matrix

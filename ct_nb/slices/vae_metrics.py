@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from ..core.errors import InputError
 
+from ..core.errors import InputError
 from ..core.files import atomic_write, write_json
 from ct_nb.evaluation.metrics import (
     CHEST,
