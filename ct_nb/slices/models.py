@@ -156,7 +156,7 @@ class SliceRegressor(nn.Module):
         thick_axis: SliceAxis | list[SliceAxis],  # of K slices, for all cases or one each
         thin_axis: SliceAxis | list[SliceAxis],  # where thin slices are wanted
         profile: SliceProfile | list[SliceProfile],  # of the thick slices
-        consistent: bool = False,  # averaged over the profile, the answer is `thick`
+        consistent: bool = False,  # apply data consistency with `thick`
         noise_hu: float = 0.0,  # of the thick slices, where consistent
         # pixels a side of a tile, without halo; None: the whole plane
         tile: int | None = None,
@@ -207,19 +207,19 @@ class SliceRegressor(nn.Module):
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean squared error of thin slices (B, D, H, W), HU, where `mask` (B, D) is True, in units
-        of residual_scale: of the consistent answer and, a tenth as much, of the answer as it is.
-        And the root mean square of the first in HU.
+        of residual_scale: of the consistent prediction and, with the weight `FREE_SHARE`, of that
+        before data consistency. And the root mean square of the first in HU.
         """
-        found = self(thick, thick_axis, thin_axis, profile)
-        if found.shape != thin.shape:
+        pred = self(thick, thick_axis, thin_axis, profile)
+        if pred.shape != thin.shape:
             raise InputError(
-                "thin", f"the axes describe {tuple(found.shape)}, got {tuple(thin.shape)}"
+                "thin", f"the axes describe {tuple(pred.shape)}, got {tuple(thin.shape)}"
             )
         truth = thin.clamp(self.window.low_hu, self.window.high_hu)
         unit = self.window.width_hu / 2 * self.config.residual_scale
         consistent, free = (
-            masked_mse((answer - truth).square(), mask)
-            for answer in (consistent_batch(found, thick, thick_axis, thin_axis, profile), found)
+            masked_mse((hu - truth).square(), mask)
+            for hu in (consistent_batch(pred, thick, thick_axis, thin_axis, profile), pred)
         )
         return (consistent + FREE_SHARE * free) / unit**2, {"rms_hu": consistent.sqrt().item()}
 
@@ -339,7 +339,7 @@ class SliceDiffusion(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean loss of thin slices (B, D, H, W), HU, where `mask` (B, D) is True, and its parts.
 
-        `generator` (CPU) draws steps, noise and what is dropped.
+        `generator` (CPU) samples steps, noise and dropped conditions.
         """
         with torch.no_grad():
             places, start, latent, condition = self.conditioned(
@@ -395,17 +395,17 @@ class SliceDiffusion(nn.Module):
         """
         places, start, latent, condition = self.conditioned(thick, thick_axis, thin_axis, profile)
 
-        def residual(given):
-            return lambda z, time: self.network(torch.cat([z, given], 1), places, time)
+        def denoiser(condition):
+            return lambda z, time: self.network(torch.cat([z, condition], 1), places, time)
 
-        without = None if guidance == 1 else residual(torch.zeros_like(condition))
+        unconditional = None if guidance == 1 else denoiser(torch.zeros_like(condition))
         z0 = self.diffusion.sample(
-            residual(condition),
+            denoiser(condition),
             tuple(latent.shape),
             steps,
             sampler,
             guidance,
-            without,
+            unconditional,
             noise=noise,
             generator=generator,
             device=thick.device,

@@ -316,7 +316,7 @@ class ThickSliceRange:
         for shape in self.shapes:
             SliceProfile(1.0, shape)
 
-    def draw(self, generator: torch.Generator) -> tuple[float, SliceProfile, float]:
+    def sample(self, generator: torch.Generator) -> tuple[float, SliceProfile, float]:
         "A random spacing in mm, profile, and offset in thin slices."
         share = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
         spacing, width, offset = (
@@ -380,7 +380,7 @@ def _integer(most: int, generator) -> int:
 @patch
 def _simulated(self: StackPairs, stack: ThinStack, generator) -> tuple[SliceAxis, SliceProfile]:
     "Thick slices over a thin stack, and their profile."
-    spacing, profile, offset = self.thick_range.draw(generator)
+    spacing, profile, offset = self.thick_range.sample(generator)
     step = stack.thin_axis.spacing_mm
     if spacing < step * (1 - 1e-6):
         raise InputError(

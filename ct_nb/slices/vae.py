@@ -225,7 +225,7 @@ class SliceVAE(nn.Module):
     """Stacks of slices (B, 1, D, H, W) in network range ↔ latents (B, 4, D, ⌈H/8⌉, ⌈W/8⌉); any D,
     H, W from 1 on.
 
-    `vae(x)` gives reconstruction and `Latent`: from a draw in training, from the mean in
+    `vae(x)` gives reconstruction and `Latent`: from a sample in training, from the mean in
     evaluation. ValueError for shapes and ranges that do not fit.
     """
 
@@ -347,7 +347,8 @@ from fastcore.basics import patch
 @torch.no_grad()
 def measure_scale(self: SliceVAE, batches: Iterable[torch.Tensor]) -> SliceVAE:
     """Set `latent_mean` and `latent_scale`, a channel its own, to mean and 1/standard deviation of
-    the latents' draws for slices (B, 1, D, H, W); once, after training. No slices, or latents that
+    the latents' samples for slices (B, 1, D, H, W); once, after training. No slices, or latents
+    that
     are not finite: `ValueError`.
     """
     count = 0
@@ -356,7 +357,7 @@ def measure_scale(self: SliceVAE, batches: Iterable[torch.Tensor]) -> SliceVAE:
     for x in batches:
         mean, log_variance = (t.double() for t in self.encode(x))
         count += mean.numel() // mean.shape[1]
-        # a draw's second moment
+        # second moment of a sample
         total = total + mean.sum((0, 2, 3, 4))
         square = square + (mean.square() + log_variance.exp()).sum((0, 2, 3, 4))
     if not count:

@@ -1,4 +1,4 @@
-"""Thin slices moved onto thick ones, against dense least squares, the conditions of the optimum and the stated noise; interpolation against its definitions; and the inputs they refuse."""
+"""Data consistency: closed forms, dense least squares, the stated noise, and what is refused."""
 
 import numpy as np
 import pytest
@@ -100,7 +100,10 @@ def test_the_misfit_that_stays_is_the_stated_noise(noise, smooth):
     thick[1] *= 5  # every volume has its own damping
     covariance = smooth_covariance(fine) if smooth else None
     found = slice_data_consistency(guess, thick, matrix, noise, covariance)
-    rms = lambda x: (along_z(matrix, x.double()) - thick).square().mean((1, 2, 3)).sqrt()
+
+    def rms(x):
+        return (along_z(matrix, x.double()) - thick).square().mean((1, 2, 3)).sqrt()
+
     assert torch.allclose(rms(found), torch.full((2,), noise).double(), rtol=1e-3)
     covariance = torch.eye(fine.count).double() if covariance is None else covariance
     gram = matrix @ covariance @ matrix.mT
@@ -140,9 +143,12 @@ def test_portions_of_rows_change_nothing(monkeypatch):
     guess = random(0, 2, fine.count, 9, 5)
     thick = random(1, 2, 8, 9, 5)
     covariance = smooth_covariance(fine)
-    run = lambda: [
-        slice_data_consistency(guess, thick, matrix, noise, covariance) for noise in (0.0, 30.0)
-    ] + [interpolate_slices(thick, THICK, fine, kind) for kind in module.INTERPOLATIONS]
+
+    def run():
+        return [
+            slice_data_consistency(guess, thick, matrix, noise, covariance) for noise in (0.0, 30.0)
+        ] + [interpolate_slices(thick, THICK, fine, kind) for kind in module.INTERPOLATIONS]
+
     whole = run()
     largest = []
     real = module._times
@@ -216,7 +222,10 @@ def test_interpolation_is_what_it_says(spacing, convention):
     thick = random(0, 8, 2, 3).double()
     known = THICK.positions_mm
     wanted = np.clip(fine.positions_mm, -13, 22)
-    column = lambda kind: interpolate_slices(thick, THICK, fine, kind)[:, 1, 2].numpy()
+
+    def column(kind):
+        return interpolate_slices(thick, THICK, fine, kind)[:, 1, 2].numpy()
+
     values = thick[:, 1, 2].numpy()
     assert np.allclose(column("linear"), np.interp(wanted, known, values))
     assert np.allclose(column("cubic"), CubicSpline(known, values, bc_type="clamped")(wanted))
@@ -259,7 +268,10 @@ def test_back_projection_clears_the_lower_floors():
     truth = 300 * torch.sin(2 * torch.pi * z.view(1, -1, 1, 1) / 17 + phase[..., None])
     matrix = slice_profile_matrix(fine, SliceAxis(0.0, 5.0, 20), SliceProfile(5.0))
     thick = average_slices(truth, matrix)
-    error = lambda x: float((x - truth)[:, 5:-5].square().mean().sqrt())
+
+    def error(x):
+        return float((x - truth)[:, 5:-5].square().mean().sqrt())
+
     linear = interpolate_slices(thick, SliceAxis(0.0, 5.0, 20), fine)
     smooth = back_projection(thick, SliceAxis(0.0, 5.0, 20), fine, matrix)
     steps = slice_data_consistency(linear, thick, matrix)

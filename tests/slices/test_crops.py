@@ -1,4 +1,4 @@
-"""Crops of slices: they are what they say they are, the same ones each time, and where something happens."""
+"""Training crops: pairs stay pairs, the same crop in every call, and scans left out."""
 
 import re
 from pathlib import Path
@@ -224,7 +224,9 @@ def test_turning_in_the_plane_keeps_pairs(pairs, rows, columns, swapped):
 
 
 def test_crops_turn_every_way_and_are_taken_where_most_changes(pairs):
-    of = lambda choices: SliceCrops(pairs, 1.0, choices)
+    def of(choices):
+        return SliceCrops(pairs, 1.0, choices)
+
     change = {
         choices: [change_along_z(of(choices).at(epoch, 0)["thin"]) for epoch in range(24)]
         for choices in (1, 4)

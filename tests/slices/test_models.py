@@ -1,4 +1,4 @@
-"""The network for slices, the regressor and the diffusion model against their formulas, against themselves whole and in parts, with a network that knows the answer; and the inputs they refuse."""
+"""The network, the regressor and the diffusion model against their formulas; what is refused."""
 
 from dataclasses import replace
 
@@ -333,18 +333,21 @@ def test_batches_of_the_data_set_go_in():
         # but these agree
         together = model(*given)
         assert torch.allclose(together[0], found[0], atol=1e-2)
-        error = (
-            lambda answer: torch.cat(
-                [
-                    (answer[k, : len(item["thin"])] - item["thin"].clamp(-1024, 1024))
-                    .square()
-                    .flatten()
-                    for k, item in enumerate(items)
-                ]
+
+        def error(answer):
+            return (
+                torch.cat(
+                    [
+                        (answer[k, : len(item["thin"])] - item["thin"].clamp(-1024, 1024))
+                        .square()
+                        .flatten()
+                        for k, item in enumerate(items)
+                    ]
+                )
+                .mean()
+                .item()
             )
-            .mean()
-            .item()
-        )
+
         free = error(together)
         consistent = error(model(*given, consistent=True))
     assert loss.item() == pytest.approx(
@@ -458,7 +461,10 @@ def test_a_network_that_knows_the_residual_gives_it_back(steps, sampler, predict
         torch.allclose(found, model.thin_from(z0, start, latent), atol=0.5)
         and (found - start).abs().max() > 5
     )
-    window = lambda x: model.window.to_network(x)[:, None]
+
+    def window(x):
+        return model.window.to_network(x)[:, None]
+
     direct = (
         start
         + 1024
@@ -539,9 +545,12 @@ def test_draws():
     model = diffusion()
     thick = hu(0, 2, 3, 10, 13)
     before = torch.get_rng_state()
-    draw = lambda seed, **settings: model.sample(
-        thick, THICK, THIN, PROFILE, steps=3, generator=seeded(seed), **settings
-    )
+
+    def draw(seed, **settings):
+        return model.sample(
+            thick, THICK, THIN, PROFILE, steps=3, generator=seeded(seed), **settings
+        )
+
     one = draw(0)
     assert (
         torch.equal(one, draw(0))

@@ -343,12 +343,12 @@ def test_slices_that_were_measured_are_what_was_seen(measured, tmp_path):
         progress=False,
     )
     found = go(5)
-    assert found.thin_axis.count == 40 and not any("learnt from" in note for note in found.notes)
+    assert found.thin_axis.count == 40 and not any("trained on" in note for note in found.notes)
     for spacing in (8, 12):
         with pytest.raises(
             ValueError,
             match=(
-                f"{spacing}.nii.gz: its slices are {spacing} mm apart, the model learnt from 5 to 5"
+                f"{spacing}.nii.gz: its slices are {spacing} mm apart, the model was trained on 5 to 5"
                 " mm; train on thicker"
             ),
         ):

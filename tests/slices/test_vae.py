@@ -113,7 +113,10 @@ def jacobian_rank(function):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_sixty_four_pixels_pass_through_four_numbers(config):
     vae = drawn(config)
-    through = lambda pixels: vae(pixels.view(1, 1, 1, 8, 8).clip(-1, 1))[0].flatten()
+
+    def through(pixels):
+        return vae(pixels.view(1, 1, 1, 8, 8).clip(-1, 1))[0].flatten()
+
     assert jacobian_rank(through) == 4
     assert jacobian_rank(lambda pixels: through(pixels) + 0.1 * pixels) > 30  # a skip
 
@@ -210,7 +213,9 @@ def test_slice_ssim_is_that_of_images():
     a = a.clamp(-1024, 1024)
     from monai.metrics import SSIMMetric
 
-    unit = lambda v: ((v + 1024) / 2048)[:, None]
+    def unit(v):
+        return ((v + 1024) / 2048)[:, None]
+
     peer = SSIMMetric(2, data_range=1.0, win_size=11, kernel_sigma=1.5)(unit(b), unit(a))[:, 0]
     assert torch.allclose(slice_ssim(b, a, WINDOWS["chest"]), peer, atol=1e-4)
 
