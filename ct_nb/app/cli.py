@@ -566,7 +566,7 @@ def interpolate_slices(
 def embed(
     cts: Annotated[
         list[Path],
-        typer.Argument(help="CT files, DICOM folders (one series each), or folders of these."),
+        typer.Argument(help="CT files, DICOM folders, or folders of these."),
     ],
     weights: Annotated[
         Path, typer.Option(help="Run folder of train_ct_encoder (config.json, model.safetensors).")
@@ -574,6 +574,7 @@ def embed(
     out: Annotated[Path, typer.Option(help="Index to write, .parquet.")] = Path(
         "embeddings.parquet"
     ),
+    series: _Series = None,
 ):
     """Embed CTs for text search.
 
@@ -583,7 +584,7 @@ def embed(
     """
     from ct_nb.app.commands import embed_files
 
-    index, skipped, notes = embed_files(cts, weights, out)
+    index, skipped, notes = embed_files(cts, weights, out, series=series)
     _print_notes(notes)
     for file, reason in skipped:
         typer.echo(f"skipped: {reason if file in reason else f'{file}: {reason}'}")

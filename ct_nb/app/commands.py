@@ -117,6 +117,7 @@ def embed_files(
     weights,  # folder of a run of `train_ct_encoder`
     out,  # .parquet file to write
     progress: bool = True,
+    series: str | None = None,  # UID of the series to read of a DICOM folder
 ) -> tuple[EmbeddingIndex, list[tuple[str, str]], list[str]]:
     """Embed scans and save the index: the index, (file, reason) of skipped scans, and notes on
     label maps.
@@ -124,7 +125,7 @@ def embed_files(
     `InputError` for an output of another kind, a missing path or no readable scan.
     """
     check_index_name(out)
-    index, skipped, notes = embed_scans(cts, weights, progress)
+    index, skipped, notes = embed_scans(cts, weights, progress, series)
     index.save(out)
     return index, skipped, notes
 

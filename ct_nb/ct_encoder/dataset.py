@@ -294,15 +294,16 @@ def folder_cases(
 
 # %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-015
 def scan_and_regions(
-    case: FoundCase, config: CTEncoderConfig, rescale=None
+    case: FoundCase, config: CTEncoderConfig, rescale=None, series: str | None = None
 ) -> tuple[torch.Tensor, np.ndarray, str]:
     """HU (D, H, W) float32, regions (D, H, W) uint8 and a note on the label map of a folder's scan.
 
     Regions are `config.body` everywhere where the scan has no map, or none that can be understood.
-    `rescale` comes from `ct_rate_rescale`, for a file of CT-RATE's version 1. CTReadError for a
+    `rescale` comes from `ct_rate_rescale`, for a file of CT-RATE's version 1; `series` is the UID
+    of the series to read of a DICOM folder. CTReadError for a
     file that is not a CT, and for a map or names that cannot be read.
     """
-    volume = read_ct(case.path) if rescale is None else read_ct_rate(case.path, rescale)
+    volume = read_ct(case.path, series) if rescale is None else read_ct_rate(case.path, rescale)
     hu, grid = prepare_scan(volume, config, case.name)
     regions, note = None, ""
     if case.label_path is not None:

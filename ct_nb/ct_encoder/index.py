@@ -140,6 +140,7 @@ def embed_scans(
     paths,  # CTs, DICOM folders, or folders of these
     weights,  # folder of a run of `train_ct_encoder`
     progress: bool = True,  # show a progress bar
+    series: str | None = None,  # UID of the series to read of a DICOM folder
 ) -> tuple[EmbeddingIndex, list[tuple[str, str]], list[str]]:
     """The index of all scans, (file, reason) of the scans left out, and notes on label maps.
 
@@ -161,7 +162,7 @@ def embed_scans(
         )
     for case in tqdm(cases, desc="embedding", unit="scan", disable=not progress):
         try:
-            hu, regions, note = scan_and_regions(case, model.config.encoder)
+            hu, regions, note = scan_and_regions(case, model.config.encoder, series=series)
             vectors = embed_scan(model, hu, regions)
         except ValueError as error:
             skipped.append((str(case.path), str(error)))

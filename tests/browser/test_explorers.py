@@ -106,14 +106,14 @@ def test_steps(reader):
     check_change(
         notebook,
         "axial",
-        lambda: notebook.menu("asked").select_option(label="untrained encoder: chance"),
+        lambda: notebook.menu("method").select_option(label="untrained encoder (chance)"),
     )
     assert (
         "papermill nbs/train_ct_encoder.ipynb"
         in page.locator(".jp-OutputArea-output", has_text="no trained encoder").last.inner_text()
     )
-    own = page.get_by_placeholder("a sentence of your own")
-    notebook.menu("asked").select_option(label="region that it names, nothing learnt")
+    own = page.get_by_placeholder("your own sentence")
+    notebook.menu("method").select_option(label="named region (baseline)")
     own.fill("There is fluid around the heart.")
     check_change(notebook, "sagittal", lambda: own.press("Enter"))
     assert "around the heart" in page.locator("button.ct-nb-chosen").inner_text()
@@ -150,9 +150,9 @@ def test_steps_with_weights(reader):
     notebook = opened(reader, "explore_steps", "trained")
     for name in ("region that it names, nothing learnt", "encoder, scan alone"):
         check_change(
-            notebook, "axial", lambda name=name: notebook.menu("asked").select_option(label=name)
+            notebook, "axial", lambda name=name: notebook.menu("method").select_option(label=name)
         )
-    assert notebook.menu("scan").locator("option", has_text="trained on").count() == 1
+    assert notebook.menu("scan").locator("option", has_text="training scan").count() == 1
     assert (
         "papermill"
         not in notebook.page.locator(".widget-html-content", has_text="correlation").inner_text()
