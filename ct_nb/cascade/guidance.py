@@ -9,7 +9,7 @@ __all__ = ['MODES', 'ray_variance', 'weighted_step', 'XrayGuidance']
 import torch
 
 from ..core.errors import InputError
-from ..physics.detector import binned, require_fit
+from ..physics.detector import bin_pixels, require_matching_geometry
 from ..physics.geometry import ConeBeam
 from ..physics.projector import backproject, project
 from ..physics.solvers import data_consistency
@@ -25,7 +25,8 @@ def ray_variance(
     noise,
     detector: int = 128,  # rows and columns at most
 ) -> torch.Tensor:
-    """Variance of the line integrals after `binned`, (B, V, r, c); infinite where a pixel is dead.
+    """Variance of the line integrals after `bin_pixels`, (B, V, r, c); infinite where a pixel is
+    dead.
 
     Photons and readout: (N + r²) / N². Raises InputError for noise of another shape or below 0.
     """
@@ -55,8 +56,8 @@ def ray_variance(
             .square()
             .expand_as(xrays)
         )
-    own, coarse = binned(own, geometry, detector)
-    common, _ = binned(common, geometry, detector)
+    own, coarse = bin_pixels(own, geometry, detector)
+    common, _ = bin_pixels(common, geometry, detector)
     pixels = (
         geometry.detector_shape[0]
         * geometry.detector_shape[1]
@@ -161,7 +162,7 @@ class XrayGuidance:
     ):
         if mode not in MODES:
             raise InputError("mode", f"must be one of {', '.join(MODES)}, got {mode!r}")
-        require_fit(xrays, geometry)
+        require_matching_geometry(xrays, geometry)
         if not torch.isfinite(xrays).all():
             raise InputError(
                 "xrays",
@@ -180,7 +181,7 @@ class XrayGuidance:
         self.mode = mode
         self.iterations = iterations
         self.tolerance = tolerance
-        self.xrays, self.geometry = binned(xrays, geometry, detector)
+        self.xrays, self.geometry = bin_pixels(xrays, geometry, detector)
         self.spread = spread * (water / 1000)
         if mode == "soft":
             variance = ray_variance(xrays, geometry, noise, detector) + mismatch**2
@@ -234,7 +235,7 @@ class XrayGuidance:
                 self.geometry,
                 self.iterations,
                 self.tolerance,
-                spread=spread if spread.ndim else None,
+                prior_std=spread if spread.ndim else None,
             )
             step = consistent - mu
         else:

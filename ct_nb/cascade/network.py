@@ -26,7 +26,7 @@ from ..layers.denoiser import Conditioning, Denoiser, DenoiserConfig
 from ..layers.diffusion import Diffusion, DiffusionConfig
 from ..layers.pca_prior import LinearPrior
 from ..layers.tiling import blend_tiles
-from ..physics.detector import fitting_geometry
+from ..physics.detector import batched_geometry
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.volume import WINDOWS, Window, hu_to_mu
@@ -503,7 +503,7 @@ class Cascade(nn.Module):
         Raises InputError for X-rays that do not fit the geometry, NaN or infinite values, an
         unknown guidance or sampler, or a wrong number of steps.
         """
-        geometry = fitting_geometry(xrays, geometry)
+        geometry = batched_geometry(xrays, geometry)
         if not torch.isfinite(xrays).all():
             raise InputError("xrays", "there are NaN or infinite values; mend or mask them first")
         hu = self._first(xrays, geometry) if coarse_hu is None else coarse_hu

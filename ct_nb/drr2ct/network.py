@@ -26,7 +26,7 @@ from ..layers.blocks import ResidualBlock, keep_variance
 from ..layers.latent import Latent, VariationalBottleneck
 from ..layers.lifting import lift, project_voxels
 from ..layers.pca_prior import LinearPrior
-from ..physics.detector import binned, fitting_geometry
+from ..physics.detector import bin_pixels, batched_geometry
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.solvers import data_consistency
@@ -230,11 +230,11 @@ class DRR2CT(nn.Module):
 
     def _on_grid(self, xrays, geometry: ConeBeam) -> ConeBeam:
         "The geometry, checked, in float32, batch shape (B,), on the network's grid."
-        geometry = fitting_geometry(xrays, geometry)
+        geometry = batched_geometry(xrays, geometry)
         return geometry.on(geometry.grid.resized(self.config.size))
 
     def _consistent(self, hu, xrays, geometry):
-        y, coarse = binned(xrays, geometry, self.config.consistency_detector)
+        y, coarse = bin_pixels(xrays, geometry, self.config.consistency_detector)
         spread = (self._to_mu(self.prior.spread_hu) - self._to_mu(0.0)).expand_as(hu)
         mu = data_consistency(
             self._to_mu(hu),
@@ -242,7 +242,7 @@ class DRR2CT(nn.Module):
             coarse,
             self.config.consistency_iterations,
             damping=self.config.consistency_noise**2,
-            spread=spread,
+            prior_std=spread,
         )
         return mu_to_hu(mu, self.config.energy_kev)
 
@@ -332,7 +332,7 @@ class DRR2CT(nn.Module):
 
     def _images(self, base, xrays, geometry, hidden):
         "Input images of the views, (B, V, 2, R, C): X-rays, and their residual after the base."
-        y, coarse = binned(xrays, geometry, 128)
+        y, coarse = bin_pixels(xrays, geometry, 128)
         residual = y - project(self._to_mu(base), coarse)
         if hidden is not None:
             coarse_hidden = F.adaptive_max_pool2d(hidden.float(), residual.shape[-2:])

@@ -21,7 +21,7 @@ from ct_nb.evaluation.inference import (
     residual_limit,
     view_residuals,
 )
-from ..physics.detector import binned
+from ..physics.detector import bin_pixels
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.volume import Grid, Volume, hu_to_mu
@@ -87,7 +87,7 @@ def _layer_residual(model: DRR2CT, hu, images, geometry: ConeBeam):
     "Residual of each view on the binned detector, which the consistency layer minimises."
     config = model.config
     scan = ConeBeam.stack([geometry.to(torch.float32)])
-    y, coarse = binned(images, scan, config.consistency_detector)
+    y, coarse = bin_pixels(images, scan, config.consistency_detector)
     mu = (1 + hu / 1000) * hu_to_mu(0.0, config.energy_kev)
     return _relative(project(mu, coarse)[0], y[0])
 

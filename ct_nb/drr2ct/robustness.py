@@ -26,7 +26,7 @@ from ..data.xray_pairs import XrayPairs
 from .predict import ModelPredictor
 from ..evaluation.inference import RESIDUAL_DETECTOR, view_residuals
 from ..evaluation.metrics import mean_sd, psnr, ssim
-from ..physics.detector import binned
+from ..physics.detector import bin_pixels
 from ..physics.drr import render_drr
 from ..physics.geometry import ConeBeam
 from ..physics.pose_errors import miscalibrate_view
@@ -178,7 +178,7 @@ def residuals(
     total = torch.tensor(view_residuals(hu, xrays, geometry, energy_kev)[0])
     if photons is None:
         return total, total
-    blocks, _ = binned(xrays, geometry, RESIDUAL_DETECTOR)
+    blocks, _ = bin_pixels(xrays, geometry, RESIDUAL_DETECTOR)
     pixels = xrays[0].numel() / blocks[0].numel()
     variance = (xrays.exp() / photons).flatten(1).mean(1) / pixels
     noise = variance / blocks.flatten(1).square().mean(1).clamp_min(1e-12)

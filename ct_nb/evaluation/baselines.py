@@ -176,7 +176,9 @@ class AtlasDataConsistency:
         mu = self.mu.to(xrays)
         spread = None if self.spread is None else self.spread.to(xrays)
         for _ in range(self.rounds):
-            mu = data_consistency(mu, xrays, geometry, self.iterations, spread=spread).clamp_min(0)
+            mu = data_consistency(mu, xrays, geometry, self.iterations, prior_std=spread).clamp_min(
+                0
+            )
         return to_hu(mu, self.energy_kev)
 
 # %% ../../nbs/evaluation/04_baselines.ipynb #cell-017

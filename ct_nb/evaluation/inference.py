@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..core.errors import InputError
-from ..physics.detector import binned
+from ..physics.detector import bin_pixels
 from ..physics.geometry import ConeBeam
 from ..physics.pose_errors import translate
 from ..physics.projector import project
@@ -67,7 +67,7 @@ def view_residuals(
     """
     reprojection = project(hu_to_mu(hu, energy_kev), geometry.to(torch.float32))
     binned_reprojection, binned_xrays = (
-        binned(images, geometry, RESIDUAL_DETECTOR)[0] for images in (reprojection, xrays)
+        bin_pixels(images, geometry, RESIDUAL_DETECTOR)[0] for images in (reprojection, xrays)
     )
     return _relative(binned_reprojection, binned_xrays), reprojection
 

@@ -317,9 +317,7 @@ class Denoiser(nn.Module):
         full volume.
         """
         middle = (torch.arange(cells, device=corner.device) + 0.5) * (n / cells)
-        return ((corner[..., None] + middle) * (2 / self.config.size) - 1).to(
-            self.untold.dtype
-        )
+        return ((corner[..., None] + middle) * (2 / self.config.size) - 1).to(self.untold.dtype)
 
     def _require_extra(self, extra, batch, n):
         wanted = self.config.condition_channels

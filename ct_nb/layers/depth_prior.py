@@ -19,7 +19,7 @@ from .blocks import ResidualBlock, keep_variance
 from .camera import CAMERA_NUMBERS, camera_tokens
 from .embeddings import SINUSOIDS, sinusoids
 from .lifting import Projections, lift, project_voxels
-from ..physics.detector import binned, fitting_geometry
+from ..physics.detector import bin_pixels, batched_geometry
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid
 
@@ -104,8 +104,8 @@ class DepthPrior(nn.Module):
         InputError
         where they do not fit together, or rows and columns are no multiples of 4.
         """
-        geometry = fitting_geometry(xrays, geometry)
-        images, geometry = binned(
+        geometry = batched_geometry(xrays, geometry)
+        images, geometry = bin_pixels(
             xrays, geometry.on(geometry.grid.resized(self.size)), 2 * self.size
         )
         rows, columns = images.shape[-2:]

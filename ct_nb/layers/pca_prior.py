@@ -9,7 +9,7 @@ __all__ = ['principal_modes', 'LinearPrior']
 import torch
 from torch import nn
 
-from ..physics.detector import binned
+from ..physics.detector import bin_pixels
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.volume import hu_to_mu
@@ -121,7 +121,7 @@ class LinearPrior(nn.Module):
         """
         coefficients = []
         for b in range(len(xrays)):
-            y, coarse = binned(xrays[b], geometry[b], 64)
+            y, coarse = bin_pixels(xrays[b], geometry[b], 64)
             mean, modes = self._projections(coarse)
             normal = modes @ modes.T + self.noise**2 * torch.eye(len(modes), device=modes.device)
             coefficients.append(torch.linalg.solve(normal, modes @ (y.flatten() - mean[0])))

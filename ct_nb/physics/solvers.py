@@ -19,13 +19,13 @@ def _dot(a, b):
     return (a.flatten(-3)[..., None, :] @ b.flatten(-3)[..., :, None]).double()[..., None]
 
 # %% ../../nbs/physics/06_solvers.ipynb #cell-007
-def _solve(image, geometry, iterations, tolerance, damping, spread=None):
+def _solve(image, geometry, iterations, tolerance, damping, prior_std=None):
     """(z, x): conjugate residuals for (A W Aᵀ + damping) z = image and x = W Aᵀ z, W =
-    diag(spread²); every batch element has its own step lengths.
+    diag(prior_std²); every batch element has its own step lengths.
     """
 
     def weighted(x):
-        return x if spread is None else x * spread.square()
+        return x if prior_std is None else x * prior_std.square()
 
     def transpose(r):
         return backproject(r, geometry)
@@ -84,13 +84,13 @@ def minimum_norm(
     tolerance: float = 1e-4,  # on ‖Aᵀ(y − Ax)‖ relative to its start
     damping: float = 0.0,  # mm², (noise of a line integral / scatter of a voxel in mm⁻¹)²
     # (*batch, D, H, W) relative scatter of each voxel about the prior; None: the same everywhere
-    spread: torch.Tensor | None = None,
+    prior_std: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A⁺y in mm⁻¹, (*batch, D, H, W): of the volumes that explain the X-rays best, the one of least
     norm. Values may be negative.
     """
     _check(geometry, image=image)
-    return _solve(image, geometry, iterations, tolerance, damping, spread)[1]
+    return _solve(image, geometry, iterations, tolerance, damping, prior_std)[1]
 
 # %% ../../nbs/physics/06_solvers.ipynb #cell-017
 @torch.no_grad()
@@ -230,26 +230,30 @@ def fdk(
 # %% ../../nbs/physics/06_solvers.ipynb #cell-032
 class _DataConsistency(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mu, image, spread, geometry, iterations, tolerance, damping):
+    def forward(ctx, mu, image, prior_std, geometry, iterations, tolerance, damping):
         z, step = _solve(
-            image - project(mu, geometry), geometry, iterations, tolerance, damping, spread
+            image - project(mu, geometry), geometry, iterations, tolerance, damping, prior_std
         )
         ctx.settings = geometry, iterations, tolerance, damping
-        ctx.save_for_backward(*((spread, backproject(z, geometry)) if spread is not None else ()))
+        ctx.save_for_backward(
+            *((prior_std, backproject(z, geometry)) if prior_std is not None else ())
+        )
         return mu + step
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         geometry, iterations, tolerance, damping = ctx.settings
-        spread, lifted = ctx.saved_tensors or (None, None)
-        weighted = gradient if spread is None else gradient * spread.square()
-        q, _ = _solve(project(weighted, geometry), geometry, iterations, tolerance, damping, spread)
+        prior_std, lifted = ctx.saved_tensors or (None, None)
+        weighted = gradient if prior_std is None else gradient * prior_std.square()
+        q, _ = _solve(
+            project(weighted, geometry), geometry, iterations, tolerance, damping, prior_std
+        )
         to_mu = gradient - backproject(q, geometry)
         return (
             to_mu,
             q,
-            2 * spread * lifted * to_mu if ctx.needs_input_grad[2] else None,
+            2 * prior_std * lifted * to_mu if ctx.needs_input_grad[2] else None,
             None,
             None,
             None,
@@ -265,12 +269,12 @@ def data_consistency(
     tolerance: float = 1e-4,  # on ‖Aᵀ(y − Aμ')‖ relative to that of `mu`
     damping: float = 0.0,  # mm²; 0 asks for equality
     # (*batch, D, H, W) relative standard deviation of each voxel of `mu`; None: equal
-    spread: torch.Tensor | None = None,
+    prior_std: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """μ + A⁺(y − Aμ), (*batch, D, H, W): the volume nearest to `mu` with these X-rays.
 
-    Differentiable with respect to `mu`, `image` and `spread`
+    Differentiable with respect to `mu`, `image` and `prior_std`
     (the derivatives of the converged solution), not to the geometry.
     """
     _check(geometry, image=image, mu=mu)
-    return _DataConsistency.apply(mu, image, spread, geometry, iterations, tolerance, damping)
+    return _DataConsistency.apply(mu, image, prior_std, geometry, iterations, tolerance, damping)

@@ -22,7 +22,7 @@ from ct_nb.evaluation.inference import (
     residual_limit,
     view_residuals,
 )
-from ..physics.detector import binned
+from ..physics.detector import bin_pixels
 from ..physics.geometry import ConeBeam
 from ..physics.solvers import data_consistency
 from ..physics.volume import Grid, Volume, hu_to_mu, mu_to_hu
@@ -104,11 +104,11 @@ class RefinementModel(nn.Module):
         c = self.consistency
         energy = self.config.energy_kev
         beam = geometry.to(device=self.spread_hu.device, dtype=torch.float32)
-        y, beam = binned(xrays.to(self.spread_hu), beam, c.detector)
+        y, beam = bin_pixels(xrays.to(self.spread_hu), beam, c.detector)
         mu = hu_to_mu(hu.to(self.spread_hu), energy)
         spread = self.spread_hu * (hu_to_mu(0.0, energy) / 1000)
         for _ in range(c.rounds):
-            mu = data_consistency(mu, y, beam, c.iterations, damping=c.noise**2, spread=spread)
+            mu = data_consistency(mu, y, beam, c.iterations, damping=c.noise**2, prior_std=spread)
             mu = mu.clamp_min(0)
         return mu_to_hu(mu, energy).cpu().clamp_min(-1000)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from scipy.special import betaincinv
 
 from ..core.errors import InputError
-from ..physics.detector import binned
+from ..physics.detector import bin_pixels
 from ..physics.geometry import VECTORS, ConeBeam
 from ..physics.pose_errors import rotate
 from ..physics.projector import project
@@ -40,7 +40,7 @@ def _relative_error(
             "xrays",
             f"prediction and geometry need (B, V, R, C) = {expected}, got {tuple(xrays.shape)}",
         )
-    measured, geometry = binned(xrays.float(), geometry, most)
+    measured, geometry = bin_pixels(xrays.float(), geometry, most)
     mu = (1 + hu.float() / 1000) * float(hu_to_mu(0.0, energy_kev))
     mu = torch.maximum(mu, 0.01 * mu)
     excess = ((project(mu, geometry) - measured).abs() - sigma).clamp_min(0)

@@ -6,7 +6,7 @@ from refusals import refused
 
 from ct_nb.cascade.guidance import MODES, XrayGuidance, ray_variance, weighted_step
 from ct_nb.evaluation.inference import view_residuals
-from ct_nb.physics.detector import binned
+from ct_nb.physics.detector import bin_pixels
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.pose_errors import jitter_pose
 from ct_nb.physics.projector import backproject, project
@@ -167,7 +167,7 @@ def test_variance_of_binned_photons_is_that_of_draws():
     generator = torch.Generator().manual_seed(1)
     draws = torch.stack([add_xray_noise(image, camera, generator) for _ in range(400)])
     for most, pixels in ((32, 1), (16, 4), (8, 16)):
-        measured = binned(draws, PAIR, most)[0].var(0)
+        measured = bin_pixels(draws, PAIR, most)[0].var(0)
         claimed = ray_variance(image[None], PAIR, camera, most)[0]
         assert claimed.shape == measured.shape == (2, most, most)
         assert abs(float((measured / claimed).mean()) - 1) < 0.02

@@ -65,9 +65,8 @@ def bert_folder(tmp_path_factory):
 
 def test_tokenizer():
     tokenizer = WordTokenizer.fit(["Effusion, effusion! Left lung: left lung", "once"])
-    assert (
-        tokenizer.words == ["effusion", "left", "lung"]
-        and len(tokenizer) == 4 + 2 * (len(WordTokenizer.SIGNS) + 3)
+    assert tokenizer.words == ["effusion", "left", "lung"] and len(tokenizer) == 4 + 2 * (
+        len(WordTokenizer.SIGNS) + 3
     )
     assert tokenizer.encode("LEFT 12") == [
         1,

@@ -82,8 +82,8 @@ def test_figures_come_from_the_files_of_a_run(tmp_path):
         data="THIN",
     )
     assert (
-        "5 mm → thin: 35.50 dB, cubic 34.25, linear 33.00; 1 held-out patient, no confidence interval"
-        " |" in measured.systems({"slices": measured.slices(run)})
+        "5 mm → thin: 35.50 dB, cubic 34.25, linear 33.00; 1 held-out patient, no confidence"
+        " interval |" in measured.systems({"slices": measured.slices(run)})
     )
     names = ("model", *measured.BASELINES)
     metrics = {
@@ -99,8 +99,8 @@ def test_figures_come_from_the_files_of_a_run(tmp_path):
     }
     found = measured.drr2ct(write_run(tmp_path / "drr2ct", metrics))
     assert (
-        "20.00 dB, SSIM 20.000, 7 held-out phantoms; best baseline 17.00 dB; gain 3.00 [1.00, 5.00] dB"
-        in measured.systems({"drr2ct": found})
+        "20.00 dB, SSIM 20.000, 7 held-out phantoms; best baseline 17.00 dB; gain 3.00 [1.00,"
+        " 5.00] dB" in measured.systems({"drr2ct": found})
     )
     table = measured.scores({"drr2ct": found})
     assert (
@@ -169,8 +169,9 @@ def test_old_figures_are_known_as_such(tmp_path):
         f"(cascade, drr2ct: ct_nb 0.1.0, {of['date']}; slices: measured with an earlier version)"
         in measured.provenance(m, "today")
     )
-    assert f"(cascade: ct_nb 0.1.0, {of['date']}; drr2ct, slices: measured with an earlier" in measured.provenance(
-        m, "tomorrow"
+    assert (
+        f"(cascade: ct_nb 0.1.0, {of['date']}; drr2ct, slices: measured with an earlier"
+        in measured.provenance(m, "tomorrow")
     ), "other phantoms"
     assert "drr2ct, slices: measured" in measured.provenance(
         m | {"drr2ct": {"made": {**of, "fingerprint": "yesterday"}}}, "today"
@@ -229,7 +230,8 @@ def test_a_newcomers_wait_is_measured(tmp_path, monkeypatch):
         }
     ).startswith(
         "From `git clone` to the first reconstruction: **10 minutes**, 5 of them for PyTorch and"
-        " the rest of `.venv`; to the trained and evaluated network: 30 minutes (2 cores, X, 2026-01-02"
+        " the rest of `.venv`; to the trained and evaluated network: 30 minutes (2 cores, X,"
+        " 2026-01-02"
     )
     play("make", "echo it broke; exit 3\n")
     (tmp_path / "b").mkdir()

@@ -107,7 +107,8 @@ def test_exact_tiles_equal_the_whole_only_with_the_halo(convolution):
 
 def test_outputs_into_given_tensors():
     x = torch.arange(10.0)
-    double, negative = torch.empty(10, dtype=torch.float64), torch.empty(10)
+    double = torch.empty(10, dtype=torch.float64)
+    negative = torch.empty(10)
     result = stitch(lambda t: (x[t.read], -x[t.read]), [tile_axis(10, 4, 1)], [double, negative])
     assert result[0] is double and result[1] is negative
     assert torch.equal(double, x.double()) and torch.equal(negative, -x)

@@ -76,7 +76,7 @@ def test_damping_is_tikhonov_and_spread_a_prior_deviation(matrix):
             y.flatten(),
         )
     )
-    result = minimum_norm(y, TINY, iterations=300, tolerance=1e-13, damping=damping, spread=w)
+    result = minimum_norm(y, TINY, iterations=300, tolerance=1e-13, damping=damping, prior_std=w)
     assert torch.allclose(result.flatten(), expected, rtol=1e-7, atol=1e-12)
 
 
@@ -211,7 +211,7 @@ def test_data_consistency_gradcheck(damping, weighted):
             iterations=60,
             tolerance=1e-14,
             damping=damping,
-            spread=w[0] if w else None,
+            prior_std=w[0] if w else None,
         ),
         (mu, target, *([spread] if weighted else [])),
         atol=1e-5,

@@ -23,7 +23,7 @@ from ct_nb.drr2ct.predict import reconstruct
 from ct_nb.evaluation.inference import view_residuals
 from ct_nb.evaluation.sharpness import SHARPNESS_METRICS
 from ct_nb.phantom.chest import phantom
-from ct_nb.physics.detector import binned
+from ct_nb.physics.detector import bin_pixels
 from ct_nb.physics.pose_errors import translate
 from ct_nb.physics.solvers import data_consistency
 from ct_nb.physics.volume import Grid, Volume, hu_to_mu, mu_to_hu
@@ -426,11 +426,11 @@ def test_an_untrained_refiner_is_data_consistency_alone(found, run):
     c = ConsistencySettings(noise=0.1, iterations=5, detector=32, rounds=3)
     item = run.judged[0]
     model = RefinementModel(run.settings.network, c).eval()
-    y, beam = binned(item["xrays"], item["geometry"].to(torch.float32), 32)
+    y, beam = bin_pixels(item["xrays"], item["geometry"].to(torch.float32), 32)
     mu = hu_to_mu(found.volume.tensor(), 60.0)
     for _ in range(3):
         mu = data_consistency(
-            mu, y, beam, 5, damping=0.01, spread=model.spread_hu * (hu_to_mu(0.0, 60.0) / 1000)
+            mu, y, beam, 5, damping=0.01, prior_std=model.spread_hu * (hu_to_mu(0.0, 60.0) / 1000)
         ).clamp_min(0)
     refined = refine_reconstruction(found, model)
     assert np.allclose(

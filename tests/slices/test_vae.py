@@ -298,7 +298,9 @@ def test_a_run_leaves_weights_scale_and_scores(run):
         > run.board.mean("mean_8", "psnr")
         and "baseline, linear" in run.board.verdict()
     )
-    assert {"absolute", "squared", "structure", "kl", "discriminator", "adversary"} <= set(run.history[-1])
+    assert {"absolute", "squared", "structure", "kl", "discriminator", "adversary"} <= set(
+        run.history[-1]
+    )
     with pytest.raises(WeightsError, match="'slice_vae', but 'drr2ct'"):
         from ct_nb.drr2ct.predict import load_drr2ct
 
