@@ -335,7 +335,9 @@ def test_cached_equals_rendered(source, tmp_path, monkeypatch):
             same(a, b)
             for a, b in zip(plain, XrayPairs(source, 16, geometry=VIEWS, cache_dir=tmp_path))
         )
-    monkeypatch.setattr("ct_nb.data.xray_pairs.render_drr", lambda *a: pytest.fail("rendered again"))
+    monkeypatch.setattr(
+        "ct_nb.data.xray_pairs.render_drr", lambda *a: pytest.fail("rendered again")
+    )
     noisy = XrayPairs(source, 16, geometry=VIEWS, cache_dir=tmp_path, noise=XrayNoise.radiograph())
     assert torch.equal(noisy[0]["hu"], plain[0]["hu"]) and not torch.equal(
         noisy.at(0, 0)["xrays"], noisy.at(1, 0)["xrays"]
