@@ -312,7 +312,7 @@ class CascadeStage(nn.Module):
         geometry: ConeBeam,  # in the frame of the cube
         steps: int = 20,
         sampler: str = "ddim",  # or "ddpm" or "dpm++"
-        free_guidance: float = 1.0,  # classifier-free; 1: the conditional answer as it is
+        free_guidance: float = 1.0,  # classifier-free; 1: no guidance
         # spread=(B, N, N, N) HU → XrayGuidance, which corrects every predicted volume by the
         # X-rays, most where its standard deviation `spread` is largest
         guide: Callable | None = None,
