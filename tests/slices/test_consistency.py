@@ -138,7 +138,7 @@ def test_a_guess_within_the_noise_stays_and_unreachable_noise_is_least_squares()
         assert far(matrix, slice_data_consistency(guess, measured, twice, noise), thick + 5) < 1e-2
 
 
-def test_portions_of_rows_change_nothing(monkeypatch):
+def test_chunks_of_rows_change_nothing(monkeypatch):
     fine, matrix, _, _ = case()
     guess = random(0, 2, fine.count, 9, 5)
     thick = random(1, 2, 8, 9, 5)
@@ -152,7 +152,7 @@ def test_portions_of_rows_change_nothing(monkeypatch):
     whole = run()
     largest = []
     real = module._times
-    monkeypatch.setattr(module, "VOXELS_AT_ONCE", 2 * fine.count * 5 * 2)
+    monkeypatch.setattr(module, "CONSISTENCY_CHUNK", 2 * fine.count * 5 * 2)
     monkeypatch.setattr(module, "_times", lambda m, x: (largest.append(x.shape[-2]), real(m, x))[1])
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(whole, run())) and max(largest) == 2
 
@@ -260,7 +260,7 @@ def test_few_slices(kind, count):
     )
 
 
-def test_back_projection_clears_the_lower_floors():
+def test_back_projection_is_above_the_interpolations():
     fine = thin_axis(SliceAxis(0.0, 5.0, 20), 1.0)
     z = torch.from_numpy(fine.positions_mm)
     phase = torch.rand(30, 1, 1, generator=torch.Generator().manual_seed(0)).double() * 6.3

@@ -398,11 +398,8 @@ def test_rplhr_is_also_evaluated_by_its_own_rules(tmp_path, capsys):
         and metrics["rplhr"]["regressor_consistent"]["ssim"]
         == pytest.approx(by_hand["ssim"], abs=1e-4)
     )
-    assert (
-        "by RPLHR-CT's evaluator, all thick slices of 1 cases: regressor_consistent"
-        f" {by_hand['psnr']:.2f} dB" in said
-        and {"cubic", "back_projection", "regressor"} <= set(metrics["rplhr"])
-    )
+    assert "RPLHR-CT evaluator" in said and f"{by_hand['psnr']:.2f}" in said
+    assert {"cubic", "back_projection", "regressor"} <= set(metrics["rplhr"])
 
 
 # ---------------------------------------------------------------- bad data

@@ -370,7 +370,7 @@ def test_bad_input_gets_a_sentence(chest, tmp_path):
         (lambda: SliceVAEConfig(window="brain"), "window: there is none named"),
         (lambda: SliceVAEConfig.preset("huge"), "preset: must be one of"),
         (lambda: SliceVAEConfig.from_dict({"colour": 1}), "unknown settings colour"),
-        (lambda: LinearAutoencoder(4).fit([]), "crops: none came"),
+        (lambda: LinearAutoencoder(4).fit([]), "crops: is empty"),
         (lambda: LinearAutoencoder(4).fit([torch.zeros(1, 1, 1, 16, 16)]), "do not vary"),
         (
             lambda: slice_ssim(torch.zeros(2, 9, 20), torch.zeros(2, 9, 20), WINDOWS["chest"]),
