@@ -102,8 +102,7 @@ def reconstruct(
     samples: int = 0,  # number of additional samples of the latent
     consistency: bool = True,  # apply data consistency
     seed: int = 0,  # of the samples
-    # {"median": m, "limit": q} of the run, `read_config(folder).get("residual")`; None:
-    # contradictions are not reported
+    # median and limit, `read_config(folder)["residual"]`; None: no contradictions are reported
     expected_residual: dict | None = None,
 ) -> Reconstruction:
     """Reconstruct a CT from any number of X-rays.

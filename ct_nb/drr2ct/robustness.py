@@ -234,14 +234,14 @@ class Robustness:
         }
         share = None
         if self.limit is not None:
-            share = sum(self.values(condition, "says_contradiction")) / len(self.cases)
+            share = sum(self.values(condition, "contradiction")) / len(self.cases)
         return {
             "group": first["group"],
             "condition": condition,
             "error": first["error"],
             **means,
             "psnr_sd": mean_sd(self.values(condition, "psnr"))[1],
-            "says_contradiction": share,
+            "contradiction": share,
         }
 
 # %% ../../nbs/drr2ct/10_robustness.ipynb #cell-022
@@ -304,7 +304,7 @@ def _row(condition, item, hu, xrays, geometry, energy_kev, limit) -> dict:
         "ssim": ssim(hu, item["hu"]),
         "residual": total,
         "beyond_noise": beyond_noise,
-        "says_contradiction": None if limit is None else beyond_noise > limit,
+        "contradiction": None if limit is None else beyond_noise > limit,
     }
 
 # %% ../../nbs/drr2ct/10_robustness.ipynb #cell-024
@@ -358,9 +358,9 @@ def sentences(self: Robustness, rise_db: float = 0.1, cliff_db: float = 3.0) -> 
 
     def shares(error, least):
         conditions = [
-            f"{row['condition']} {100 * row['says_contradiction']:.0f} %"
+            f"{row['condition']} {100 * row['contradiction']:.0f} %"
             for row in self.summary()
-            if row["error"] == error and row["says_contradiction"] >= least
+            if row["error"] == error and row["contradiction"] >= least
         ]
         return ", ".join(conditions) or "none"
 
@@ -375,7 +375,7 @@ def sentences(self: Robustness, rise_db: float = 0.1, cliff_db: float = 3.0) -> 
 def _cells(row: dict, reference: float) -> list[str]:
     "The texts of a row of the table; `reference` is the PSNR of the reference, dB."
     deviation = "" if math.isnan(row["psnr_sd"]) else f" ± {row['psnr_sd']:.2f}"
-    share = row["says_contradiction"]
+    share = row["contradiction"]
     return [
         row["group"],
         row["condition"],
@@ -437,7 +437,7 @@ def _draw_ladder(above, below, table: Robustness, group: str):
         axis.plot(range(len(names)), means, color=BASELINE, lw=1.4, zorder=2)
         for position, name in enumerate(names):
             values = table.values(name, column)
-            contradictions = table.values(name, "says_contradiction")
+            contradictions = table.values(name, "contradiction")
             colours = [MODEL if contradiction else BASELINE for contradiction in contradictions]
             positions = [position] * len(values)
             axis.scatter(positions, values, s=11, c=colours, alpha=0.8, lw=0, zorder=3)

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..core.files import atomic_write
 from ..evaluation.case_metrics import METRICS, Metric
 from ..evaluation.metrics import ConfidenceInterval, paired_mean_ci
-from ..evaluation.scoreboard import Scoreboard, board_figure, board_table, save_board
+from ..evaluation.scoreboard import Scoreboard, scoreboard_figure, scoreboard_table, save_scoreboard
 from ..evaluation.sharpness import SHARPNESS_METRICS
 
 # %% ../../nbs/refine/05_evaluation.ipynb #cell-005
@@ -71,10 +71,10 @@ class RefinementScoreboard(Scoreboard):
     )
 
     def table(self, metrics: Sequence[str] = REFINEMENT_MAIN, markdown: bool = False) -> str:
-        return board_table(self, metrics, markdown)
+        return scoreboard_table(self, metrics, markdown)
 
     def figure(self, metrics: Sequence[str] = REFINEMENT_MAIN):
-        return board_figure(self, metrics)
+        return scoreboard_figure(self, metrics)
 
     def gains(self) -> dict:
         """Gains of `refined` by baseline and metric, with paired 95 % intervals over patients.
@@ -95,7 +95,7 @@ class RefinementScoreboard(Scoreboard):
         "Writes `scoreboard.csv`, `metrics.json` and `scoreboard.png` into a folder, atomically."
         import matplotlib.pyplot as plt
 
-        out = save_board(self, out)
+        out = save_scoreboard(self, out)
         figure = self.figure()
         with atomic_write(out / "scoreboard.png") as path:
             figure.savefig(path, dpi=150)

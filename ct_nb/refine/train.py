@@ -30,7 +30,7 @@ from ..drr2ct.train import DRR2CT_PRESETS, DRR2CTPreset
 from ..evaluation.baselines import shrunk_std
 from ..evaluation.inference import RESIDUAL_MARGIN, view_residuals
 from ..evaluation.metrics import drr_error, psnr, ssim
-from ..evaluation.scoreboard import board_content, held_out_views, score_case
+from ..evaluation.scoreboard import scoreboard_content, held_out_views, score_case
 from ..evaluation.sharpness import sharpness_scores, spectra
 from ..physics.volume import Volume, hu_to_mu
 from .baselines import DataConsistencyBaseline, IdentityBaseline, UnsharpMask
@@ -562,7 +562,7 @@ def _save_case(folder: Path, item: dict, volumes: dict, rows: list[dict], spectr
         {
             "case": item["id"],
             "patient": item["patient"],
-            "predictors": board_content(RefinementScoreboard(rows))["predictors"],
+            "predictors": scoreboard_content(RefinementScoreboard(rows))["predictors"],
             "spectra": spectrum,
         },
     )

@@ -25,10 +25,10 @@ from ..evaluation.case_metrics import METRICS, Metric
 from ..evaluation.metrics import CHEST, as_pair
 from ct_nb.evaluation.scoreboard import (
     Scoreboard,
-    board_content,
-    board_figure,
-    board_table,
-    save_board,
+    scoreboard_content,
+    scoreboard_figure,
+    scoreboard_table,
+    save_scoreboard,
 )
 from ..evaluation.sharpness import Edges
 from ..physics.volume import Window
@@ -355,14 +355,14 @@ class SliceScoreboard(Scoreboard):
         "Mean ± sd over cases, the model first; then a second table with the upper bounds."
         bounds = [row for row in self.rows if row["predictor"] in UPPER_BOUNDS]
         others = [row for row in self.rows if row["predictor"] not in UPPER_BOUNDS]
-        text = board_table(replace(self, rows=others), metrics, markdown)
+        text = scoreboard_table(replace(self, rows=others), metrics, markdown)
         if bounds:
             text += f"\n\n{board_table(replace(self, rows=bounds), metrics, markdown)}"
         return text
 
     def figure(self, metrics: Sequence[str] = SLICE_MAIN):
-        "`board_figure` of these metrics."
-        return board_figure(self, metrics)
+        "`scoreboard_figure` of these metrics."
+        return scoreboard_figure(self, metrics)
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
@@ -475,10 +475,10 @@ def save_slices(board: SliceScoreboard, out) -> Path:
     """
     import matplotlib.pyplot as plt
 
-    out = save_board(board, out)
+    out = save_scoreboard(board, out)
     write_json(
         out / "metrics.json",
-        board_content(board)
+        scoreboard_content(board)
         | {
             "gain_over_baselines": _gains(board),
             "targets": [asdict(result) for result in targets_met(board)],

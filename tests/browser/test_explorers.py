@@ -127,7 +127,7 @@ def test_slices(reader):
     notebook = opened(reader, "explore_slices")
     notebook.save("explore_slices")
     check_change(notebook, "thick", lambda: notebook.slider("thick, mm").press("PageUp"))
-    check_change(notebook, "answer", lambda: notebook.menu("answer").select_option(label="linear"))
+    check_change(notebook, "prediction", lambda: notebook.menu("method").select_option(label="linear"))
     check_change(notebook, "truth", turn(notebook, "truth"))
     check_change(
         notebook,
@@ -148,7 +148,7 @@ def test_slices(reader):
 
 def test_steps_with_weights(reader):
     notebook = opened(reader, "explore_steps", "trained")
-    for name in ("region that it names, nothing learnt", "encoder, scan alone"):
+    for name in ("named region (baseline)", "encoder, scan only"):
         check_change(
             notebook, "axial", lambda name=name: notebook.menu("method").select_option(label=name)
         )
@@ -161,18 +161,18 @@ def test_steps_with_weights(reader):
 
 def test_slices_with_weights(reader):
     notebook = opened(reader, "explore_slices", "trained")
-    for name in ("regressor", "linear", "diffusion, one draw"):
+    for name in ("regressor", "linear", "diffusion, one sample"):
         check_change(
-            notebook, "answer", lambda name=name: notebook.menu("answer").select_option(label=name)
+            notebook, "prediction", lambda name=name: notebook.menu("method").select_option(label=name)
         )
         # a network's start stands in its place until it answers
-        notebook.page.locator('[data-ct-nb="answer"] .ct-nb-title').get_by_text(
+        notebook.page.locator('[data-ct-nb="prediction"] .ct-nb-title').get_by_text(
             name, exact=True
         ).wait_for()
     notebook.slider("thick, mm").press("End")
     notebook.settle()
     assert (
-        "nobody tested this"
+        "outside the tested range"
         in notebook.page.locator(".widget-html-content", has_text="averaged again").inner_text()
     )
     notebook.check()

@@ -136,7 +136,7 @@ def test_noise_is_no_contradiction(pairs):
         limit=5e-3,
         progress=False,
     )
-    assert [r["says_contradiction"] for r in board.rows] == [False, False, False, True]
+    assert [r["contradiction"] for r in board.rows] == [False, False, False, True]
     assert board.rows[2]["residual"] > 2 * board.rows[2]["beyond_noise"]
 
 
@@ -163,7 +163,7 @@ def board_of(limit=None):
                 "ssim": 0.5,
                 "residual": r,
                 "beyond_noise": r,
-                "says_contradiction": None if limit is None else r > limit,
+                "contradiction": None if limit is None else r > limit,
             }
             for name, (s, group, p, r) in figures.items()
         ],
@@ -194,7 +194,7 @@ def test_sentences_without_and_with_a_limit():
         and "as in training" not in alarms
     )
     assert (
-        board_of().summary()[0]["says_contradiction"] is None
+        board_of().summary()[0]["contradiction"] is None
         and "+0.00" in board_of().table()
         and "-3.00" in board_of().table(markdown=True)
     )
@@ -211,7 +211,7 @@ def test_files(tmp_path, limit):
     rows = list(csv.DictReader((tmp_path / "robustness.csv").read_text().splitlines()))
     assert (
         len(rows) == 7
-        and rows[2]["says_contradiction"] == ("" if limit is None else "True")
+        and rows[2]["contradiction"] == ("" if limit is None else "True")
         and float(rows[0]["psnr"]) == 25.0
     )
     assert json.loads((tmp_path / "robustness.json").read_text())["limit"] == limit

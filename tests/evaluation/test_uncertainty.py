@@ -552,7 +552,7 @@ def test_pictures_draw_what_they_are_given(tmp_path):
     )
     plt.close("all")
     for wrong in ([], {}, {"a": []}):
-        with refused("found"):
+        with refused("levels"):
             reliability_figure(wrong)
     with pytest.raises(ValueError, match="one sample: expected the truth's shape"):
         uncertainty_figure(

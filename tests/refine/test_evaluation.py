@@ -2,7 +2,7 @@
 
 import pytest
 
-from ct_nb.evaluation.scoreboard import board_content
+from ct_nb.evaluation.scoreboard import scoreboard_content
 from ct_nb.evaluation.sharpness import SHARPNESS_METRICS
 from ct_nb.refine.evaluation import REFINEMENT_MAIN, RefinementScoreboard
 
@@ -175,7 +175,7 @@ def test_every_column_is_defined_and_shown():
     assert set(SHARPNESS_METRICS) <= set(board.metrics) and set(REFINEMENT_MAIN) <= set(
         board.metrics
     )
-    sentences = board_content(board)
+    sentences = scoreboard_content(board)
     for name, metric in SHARPNESS_METRICS.items():
         assert (
             sentences["definitions"][name]["better"] in ("higher", "lower", "zero")

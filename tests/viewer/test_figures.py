@@ -280,7 +280,7 @@ def call(name: str, *arguments, **settings):
 
 
 def scores():
-    from ct_nb.evaluation.scoreboard import MAIN, Scoreboard
+    from ct_nb.evaluation.scoreboard import MAIN_METRICS, Scoreboard
 
     return Scoreboard(
         [
@@ -288,7 +288,7 @@ def scores():
                 "case": f"c{number}",
                 "patient": f"p{number}",
                 "predictor": name,
-                **{metric: float(number + place) for metric in MAIN},
+                **{metric: float(number + place) for metric in MAIN_METRICS},
             }
             for number in range(3)
             for place, name in enumerate(("model", "air"))
@@ -309,7 +309,7 @@ def conditions():
                 "told": "true",
                 "psnr": 30.0 - severity,
                 "beyond_noise": 0.01 * severity,
-                "says_contradiction": severity > 1,
+                "contradiction": severity > 1,
             }
             for number in range(2)
             for severity in (1.0, 2.0)
