@@ -53,7 +53,7 @@ class CascadePreset:
     trainer: TrainerConfig  # of every stage; its own `steps` is replaced
     sampling_steps: int = 20
     samples: int = 4  # for mean and standard deviation
-    judged: int = 4  # cases at most that are evaluated
+    evaluation_cases: int = 4  # cases at most that are evaluated
 
 
 def _stages(preset: str, sizes: tuple[int, ...], steps: int, **last) -> tuple[StageConfig, ...]:
@@ -88,7 +88,7 @@ CASCADE_PRESETS = {
         ),
         sampling_steps=2,
         samples=2,
-        judged=1,
+        evaluation_cases=1,
     ),
     "smoke": CascadePreset(
         _stages("smoke", (16, 32, 64), 50),
@@ -105,7 +105,7 @@ CASCADE_PRESETS = {
         ),
         sampling_steps=4,
         samples=2,
-        judged=2,
+        evaluation_cases=2,
     ),
     "cpu": CascadePreset(
         _stages("cpu", (32, 64), 250),
@@ -138,7 +138,7 @@ CASCADE_PRESETS = {
             mixed_precision="bf16",
         ),
         samples=8,
-        judged=16,
+        evaluation_cases=16,
     ),
     "paper": CascadePreset(
         _stages("paper", (64, 128, 256), 250, patch=64),
@@ -158,7 +158,7 @@ CASCADE_PRESETS = {
             mixed_precision="bf16",
         ),
         samples=16,
-        judged=64,
+        evaluation_cases=64,
     ),
 }
 
@@ -531,8 +531,8 @@ def evaluate(self: CascadeRun, out=None, progress: bool = True) -> scoreboard.Sc
     settings = self.settings
     out = self.out if out is None else Path(out)
     pairs = copy(self.validation)
-    if len(pairs) > settings.judged:
-        pairs.source = pairs.source[: settings.judged]
+    if len(pairs) > settings.evaluation_cases:
+        pairs.source = pairs.source[: settings.evaluation_cases]
     numbers = iter(range(len(pairs)))
     self.checks = []
     self.uncertainty = []

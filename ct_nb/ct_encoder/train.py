@@ -36,7 +36,7 @@ class CTEncoderPreset:
     validation_phantoms: int = 96
     # voxels a side of the cubes they are painted on; the encoder's largest size unless given
     painted: int | None = None
-    judged: int = 128  # scans at most that are evaluated
+    evaluation_cases: int = 128  # scans at most that are evaluated
     probed: int = 400  # training scans at most that the linear probe is fitted to
     written: int = 48  # scans at most whose reasoning is written
 
@@ -145,7 +145,7 @@ CT_ENCODER_PRESETS = {
         ),
         phantoms=4000,
         validation_phantoms=256,
-        judged=256,
+        evaluation_cases=256,
         probed=2000,
         written=256,
     ),
@@ -177,7 +177,7 @@ CT_ENCODER_PRESETS = {
         phantoms=4000,
         validation_phantoms=256,
         painted=256,
-        judged=2000,
+        evaluation_cases=2000,
         probed=4000,
         written=500,
     ),
@@ -325,7 +325,7 @@ def evaluate(self: CTEncoderRun) -> LanguageScores:
     texts = Counter(target_text(self.report_of[id]) for id in self.training.ids)
     scores = evaluate_language(
         self.model,
-        self.validation.subset(range(min(s.judged, len(self.validation)))),
+        self.validation.subset(range(min(s.evaluation_cases, len(self.validation)))),
         self.training.subset(range(min(s.probed, len(self.training)))),
         texts.most_common(1)[0][0],
         s.written,

@@ -120,7 +120,14 @@ def score_case(
     return rows, {name: hu for name, (hu, _) in predictions.items()}
 
 # %% ../../nbs/evaluation/05_scoreboard.ipynb #cell-010
-MAIN_METRICS = ("psnr", "ssim", "mae_hu_body", "drr_error", "drr_error_held_out", "null_space_error")
+MAIN_METRICS = (
+    "psnr",
+    "ssim",
+    "mae_hu_body",
+    "drr_error",
+    "drr_error_held_out",
+    "null_space_error",
+)
 PRIMARY_METRICS = ("psnr", "ssim", "drr_error_held_out")
 
 
@@ -294,7 +301,9 @@ def _column(board: Scoreboard, metric: str, predictors: Sequence[str]) -> list[s
     return cells
 
 
-def scoreboard_table(board: Scoreboard, metrics: Sequence[str] = MAIN_METRICS, markdown: bool = False) -> str:
+def scoreboard_table(
+    board: Scoreboard, metrics: Sequence[str] = MAIN_METRICS, markdown: bool = False
+) -> str:
     """Mean ± sd over cases as plain text or Markdown, the model first; * marks the best of a
     column.
     """

@@ -16,7 +16,12 @@ from fastcore.basics import patch
 from ..core.files import atomic_write
 from ..evaluation.case_metrics import METRICS, Metric
 from ..evaluation.metrics import ConfidenceInterval, paired_mean_ci
-from ..evaluation.scoreboard import Scoreboard, scoreboard_figure, scoreboard_table, save_scoreboard
+from ct_nb.evaluation.scoreboard import (
+    Scoreboard,
+    scoreboard_figure,
+    scoreboard_table,
+    save_scoreboard,
+)
 from ..evaluation.sharpness import SHARPNESS_METRICS
 
 # %% ../../nbs/refine/05_evaluation.ipynb #cell-005

@@ -54,7 +54,7 @@ class RefinementPreset:
     draws: int = 1  # of noise and pose for each case
     weights: RefinementWeights = RefinementWeights()
     fitted: int = 24  # training cases at most that baselines and standard deviation are fitted to
-    judged: int = 16  # cases at most that are evaluated
+    evaluation_cases: int = 16  # cases at most that are evaluated
 
 
 REFINEMENT_PRESETS = {
@@ -72,7 +72,7 @@ REFINEMENT_PRESETS = {
         ),
         phantoms=4,
         fitted=2,
-        judged=1,
+        evaluation_cases=1,
     ),
     "smoke": RefinementPreset(
         RefinerConfig.preset("smoke"),
@@ -88,7 +88,7 @@ REFINEMENT_PRESETS = {
         ),
         phantoms=4,
         fitted=4,
-        judged=2,
+        evaluation_cases=2,
     ),
     "cpu": RefinementPreset(
         RefinerConfig.preset("cpu"),
@@ -120,7 +120,7 @@ REFINEMENT_PRESETS = {
         phantoms=1000,
         draws=2,
         fitted=64,
-        judged=32,
+        evaluation_cases=32,
     ),
     "paper": RefinementPreset(
         RefinerConfig.preset("paper"),
@@ -141,7 +141,7 @@ REFINEMENT_PRESETS = {
         phantoms=4000,
         draws=4,
         fitted=64,
-        judged=64,
+        evaluation_cases=64,
     ),
 }
 
@@ -284,7 +284,7 @@ def _coarse_pairs(self: RefinementRun, data, draws: int = 1) -> CoarsePairs:
 
 @patch
 def open(self: RefinementRun) -> RefinementRun:
-    """Find the cases, split them by patient: `pairs` to learn from, `judged` to evaluate.
+    """Find the cases, split them by patient: `pairs` to learn from, `evaluation_pairs` to evaluate.
 
     `InputError` where the coarse model was trained on a patient who would be evaluated, and where a
     folder of coarse CTs has no file for a side.
@@ -321,8 +321,8 @@ def open(self: RefinementRun) -> RefinementRun:
         )
         data = self.cohort.cases()
     self.pairs = self._coarse_pairs(data, settings.draws)
-    validation = self.cohort.pairs(self.validation.source[: settings.judged])
-    self.judged = self._coarse_pairs(RepeatedConcatDataset((validation, 1)))
+    validation = self.cohort.pairs(self.validation.source[: settings.evaluation_cases])
+    self.evaluation_pairs = self._coarse_pairs(RepeatedConcatDataset((validation, 1)))
     return self
 
 
@@ -337,7 +337,7 @@ def description(self: RefinementRun) -> list[tuple[str, str]]:
         ("coarse", f"{self.coarse}, {self.source.size}³ voxels, window {self.source.window}"),
         ("trained on", few(sorted(set(self.pairs.ids)))),
     ]
-    evaluated = few(sorted(set(self.judged.ids)))
+    evaluated = few(sorted(set(self.evaluation_pairs.ids)))
     if isinstance(self.source, CoarseFiles):
         lines += [
             ("evaluated on", evaluated),
@@ -431,8 +431,8 @@ def _fitting_items(self: RefinementRun, most: int | None = None):
 @patch
 def _validate(self: RefinementRun, learner: RefinementLearner, most: int = 4) -> dict:
     rows = []
-    for place in range(min(most, len(self.judged))):
-        item = self.judged[place]
+    for place in range(min(most, len(self.evaluation_pairs))):
+        item = self.evaluation_pairs[place]
         device = next(learner.parameters()).device
         hu = learner.refiner(
             item["coarse"][None].to(device),
@@ -450,7 +450,7 @@ def _prepare_coarse(self: RefinementRun, progress: bool) -> None:
     "Compute the coarse volumes of all cases, into the cache."
     cuda = torch.cuda.is_available()
     self.source.to("cuda" if cuda else "cpu")
-    for pairs in (self.pairs, self.judged):
+    for pairs in (self.pairs, self.evaluation_pairs):
         pairs.prepare(
             0 if cuda else os.cpu_count() or 1,
             int(os.environ.get("RANK", 0)),
@@ -606,7 +606,7 @@ def _predictors(self: RefinementRun) -> list[_RefinerPredictor]:
         IdentityBaseline(),
         *self.fit_baselines(),
     )
-    return [_RefinerPredictor(refiner, self.judged) for refiner in refiners]
+    return [_RefinerPredictor(refiner, self.evaluation_pairs) for refiner in refiners]
 
 
 @patch
@@ -652,11 +652,13 @@ def evaluate(self: RefinementRun, out=None, progress: bool = True) -> Refinement
     out = self.out if out is None else Path(out)
     held_out = None
     rows, all_spectra = [], []
-    folders = case_folders(self.judged.ids)
+    folders = case_folders(self.evaluation_pairs.ids)
     predictors = self._predictors()
-    cases = tqdm(range(len(self.judged)), desc="evaluating", unit="case", disable=not progress)
+    cases = tqdm(
+        range(len(self.evaluation_pairs)), desc="evaluating", unit="case", disable=not progress
+    )
     for number in cases:
-        item = self.judged[number]
+        item = self.evaluation_pairs[number]
         if held_out is None:
             held_out = held_out_views(item["geometry"])
         scores, volumes, spectrum = self._score(predictors, item, held_out)
@@ -735,7 +737,9 @@ def on_others(self: RefinementRun, refiner, data: str) -> RefinementRun:
                 f" {getattr(network, name)}; open the run as the refiner's was",
             )
     self.model = model
-    self.judged = self._coarse_pairs(RepeatedConcatDataset((self.cohort.pairs(source), 1)))
+    self.evaluation_pairs = self._coarse_pairs(
+        RepeatedConcatDataset((self.cohort.pairs(source), 1))
+    )
     return self
 
 # %% ../../nbs/refine/06_train.ipynb #cell-023

@@ -319,8 +319,6 @@ class SliceScoreboard(Scoreboard):
         "Names of the baselines on the board."
         return [p for p in self.predictors if p in SLICE_BASELINES]
 
-    floors = baselines  # the name that `Scoreboard` uses
-
     @property
     def models(self) -> list[str]:
         "Names of the models on the board."

@@ -57,7 +57,7 @@ class SlicesPreset:
     latent_size: int = 96  # … for the diffusion model, whose latents are an eighth of them
     sampling_steps: int = 20
     samples: int = 4
-    judged: int = 4  # cases at most that are evaluated
+    evaluation_cases: int = 4  # cases at most that are evaluated
     memory_gib: float = 2.0  # of a tile, in evaluation
 
 
@@ -83,7 +83,7 @@ SLICES_PRESETS = {
         latent_size=16,
         sampling_steps=2,
         samples=2,
-        judged=1,
+        evaluation_cases=1,
     ),
     "smoke": SlicesPreset(
         SliceNetworkConfig.preset("smoke"),
@@ -106,7 +106,7 @@ SLICES_PRESETS = {
         latent_size=32,
         sampling_steps=3,
         samples=2,
-        judged=1,
+        evaluation_cases=1,
     ),
     "cpu": SlicesPreset(
         SliceNetworkConfig.preset("cpu"),
@@ -154,7 +154,7 @@ SLICES_PRESETS = {
         size=128,
         latent_size=256,
         samples=8,
-        judged=16,
+        evaluation_cases=16,
         memory_gib=12.0,
     ),
     "paper": SlicesPreset(
@@ -180,7 +180,7 @@ SLICES_PRESETS = {
         size=192,
         latent_size=512,
         samples=16,
-        judged=64,
+        evaluation_cases=64,
         memory_gib=24.0,
     ),
 }
@@ -398,7 +398,7 @@ def seen(self: SlicesRun) -> dict[str, list[float]]:
 def description(self: SlicesRun) -> list[tuple[str, str]]:
     "What is learned from, evaluated and left out, and the spacings of thick and thin slices."
     s, seen = self.settings, self.seen
-    axes = [self.test.axes(number) for number in range(min(len(self.test), s.judged))]
+    axes = [self.test.axes(number) for number in range(min(len(self.test), s.evaluation_cases))]
     thick = {s.thick_mm if thick is None else thick.spacing_mm for _, thick, _ in axes}
     thin = {thin.spacing_mm for thin, _, _ in axes}
 
@@ -599,7 +599,7 @@ def evaluate(
         upper_bounds,
         self.test,
         s.thick_mm,
-        s.judged,
+        s.evaluation_cases,
         self.out if out is None else out,
         picture,
         by_rplhr,

@@ -122,7 +122,7 @@ class VAEPreset:
     phantoms: int = 12  # to train on, where the data are phantoms
     validation_phantoms: int = 3
     phantom_size: int = 160  # voxels a side of 240 mm
-    judged: int = 4  # cases at most that are evaluated
+    evaluation_cases: int = 4  # cases at most that are evaluated
     memory_gib: float = 2.0  # of a tile, in evaluation
 
     def __post_init__(self):
@@ -157,7 +157,7 @@ VAE_PRESETS = {
         phantoms=4,
         validation_phantoms=1,
         phantom_size=32,
-        judged=1,
+        evaluation_cases=1,
     ),
     "smoke": VAEPreset(
         SliceVAEConfig.preset("smoke"),
@@ -176,7 +176,7 @@ VAE_PRESETS = {
         phantoms=2,
         validation_phantoms=1,
         phantom_size=64,
-        judged=1,
+        evaluation_cases=1,
     ),
     "cpu": VAEPreset(
         SliceVAEConfig.preset("cpu"),
@@ -210,7 +210,7 @@ VAE_PRESETS = {
         phantoms=64,
         validation_phantoms=8,
         phantom_size=256,
-        judged=16,
+        evaluation_cases=16,
         memory_gib=8.0,
     ),
     "paper": VAEPreset(
@@ -235,7 +235,7 @@ VAE_PRESETS = {
         phantoms=256,
         validation_phantoms=16,
         phantom_size=256,
-        judged=64,
+        evaluation_cases=64,
         memory_gib=16.0,
     ),
 }
@@ -498,7 +498,7 @@ def evaluate(self: VAERun, progress: bool = True) -> VAEScores:
     from tqdm.auto import tqdm
 
     rows = []
-    count = min(len(self.test), self.settings.judged)
+    count = min(len(self.test), self.settings.evaluation_cases)
     for number in tqdm(range(count), desc="evaluating", disable=not progress):
         stack = self.test[number]
         truth = stack.volume.tensor()

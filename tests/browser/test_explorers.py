@@ -127,7 +127,9 @@ def test_slices(reader):
     notebook = opened(reader, "explore_slices")
     notebook.save("explore_slices")
     check_change(notebook, "thick", lambda: notebook.slider("thick, mm").press("PageUp"))
-    check_change(notebook, "prediction", lambda: notebook.menu("method").select_option(label="linear"))
+    check_change(
+        notebook, "prediction", lambda: notebook.menu("method").select_option(label="linear")
+    )
     check_change(notebook, "truth", turn(notebook, "truth"))
     check_change(
         notebook,
@@ -163,7 +165,9 @@ def test_slices_with_weights(reader):
     notebook = opened(reader, "explore_slices", "trained")
     for name in ("regressor", "linear", "diffusion, one sample"):
         check_change(
-            notebook, "prediction", lambda name=name: notebook.menu("method").select_option(label=name)
+            notebook,
+            "prediction",
+            lambda name=name: notebook.menu("method").select_option(label=name),
         )
         # a network's start stands in its place until it answers
         notebook.page.locator('[data-ct-nb="prediction"] .ct-nb-title').get_by_text(

@@ -241,8 +241,8 @@ def defined_names() -> set[str]:
 
 # of other programs, and names of files, columns, options and presets
 ELSEWHERE = set(
-    "nbdev_export nbdev_clean nbdev_update lint-imports ruff case patient patients csv labels json"
-    " notebooks archives dev micro smoke cpu gpu paper".split()
+    "nn Module nbdev_export nbdev_clean nbdev_update lint-imports ruff case patient patients csv"
+    " labels json notebooks archives dev micro smoke cpu gpu paper".split()
 )
 
 

@@ -15,7 +15,9 @@ import pytest
 import torch
 from commands import ct_nb, refusal
 from places import ROOT
+from recipe_runs import run_recipe
 
+from ct_nb.cascade.train import CASCADE_PRESETS
 from ct_nb.physics.geometry_io import load_geometry
 
 BIN = Path(sys.executable).parent
@@ -41,6 +43,10 @@ def run(*command):
     return done.stdout + done.stderr
 
 
+# every recipe's cells run with these presets; `make test-all` takes the larger
+PRESET = "smoke" if os.environ.get("CT_NB_TEST_ALL") else "micro"
+
+
 def papermill(recipe, target, **parameters):
     words = [word for name, value in parameters.items() for word in ("-p", name, value)]
     run("papermill", ROOT / "nbs" / f"{recipe}.ipynb", target, "--no-progress-bar", *words)
@@ -57,10 +63,10 @@ def pictures(notebook) -> int:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    "A folder with what the smoke recipe leaves, and the executed notebook."
+    "A folder with what the training recipe leaves under papermill, and the executed notebook."
     folder = tmp_path_factory.mktemp("trained")
     return folder / "run", papermill(
-        "train_drr2ct", folder / "train_drr2ct.ipynb", preset="smoke", out=folder / "run"
+        "train_drr2ct", folder / "train_drr2ct.ipynb", preset=PRESET, out=folder / "run"
     )
 
 
@@ -95,22 +101,20 @@ def test_readme_s_first_picture_comes_from_a_run(trained, tmp_path):
     kept = readme_picture("comparison.png", tmp_path, tmp_path)
     assert (
         (tmp_path / "comparison.png").stat().st_size > 50_000
-        and kept["preset"] == "smoke"
+        and kept["preset"] == PRESET
         and kept["fingerprint"]
         == json.loads((out / "config.json").read_text())["training"]["fingerprint"]
     )
 
 
-def test_the_smoke_cascade_runs_from_16_to_64(tmp_path):
-    notebook = papermill(
-        "train_cascade", tmp_path / "train_cascade.ipynb", preset="smoke", out=tmp_path / "cascade"
-    )
+def test_the_cascade_runs_through_its_stages(tmp_path):
+    notebook = run_recipe("train_cascade", preset=PRESET, out=tmp_path / "cascade")
     assert pictures(notebook) >= 4
     out = tmp_path / "cascade"
     config = json.loads((tmp_path / "cascade" / "config.json").read_text())
     assert config["system"] == "cascade" and [
         stage["network"]["size"] for stage in config["network"]["stages"]
-    ] == [16, 32, 64]
+    ] == [stage.network.size for stage in CASCADE_PRESETS[PRESET].stages]
     assert {"model", "model_single", "model_exact", "model_unguided", "prior_start"} <= set(
         json.loads((out / "metrics.json").read_text())["predictors"]
     )
@@ -121,10 +125,8 @@ def test_the_smoke_cascade_runs_from_16_to_64(tmp_path):
     assert (tmp_path / "samples.png").stat().st_size > 50_000
 
 
-def test_the_smoke_slices_run_from_vae_to_board(tmp_path):
-    notebook = papermill(
-        "train_slices", tmp_path / "train_slices.ipynb", preset="smoke", out=tmp_path / "slices"
-    )
+def test_slices_run_from_vae_to_scoreboard(tmp_path):
+    notebook = run_recipe("train_slices", preset=PRESET, out=tmp_path / "slices")
     assert pictures(notebook) >= 3
     out = tmp_path / "slices"
     config = json.loads((tmp_path / "slices" / "config.json").read_text())
@@ -140,12 +142,11 @@ def test_the_smoke_slices_run_from_vae_to_board(tmp_path):
     assert metrics["predictors"]["diffusion_sample"]["reaveraged_worst_hu"] < 1
 
 
-def test_the_smoke_refiner_runs_on_the_smoke_model(trained, tmp_path):
+def test_the_refiner_runs_on_the_trained_model(trained, tmp_path):
     out, _ = trained
-    notebook = papermill(
+    notebook = run_recipe(
         "train_refinement",
-        tmp_path / "train_refinement.ipynb",
-        preset="smoke",
+        preset=PRESET,
         coarse=out,
         out=tmp_path / "refinement",
     )
@@ -169,11 +170,10 @@ def test_the_smoke_refiner_runs_on_the_smoke_model(trained, tmp_path):
         assert (found / name).stat().st_size > 5000, name
 
 
-def test_the_smoke_encoder_learns_to_be_asked(tmp_path):
-    notebook = papermill(
+def test_the_encoder_runs_from_scans_to_retrieval(tmp_path):
+    notebook = run_recipe(
         "train_ct_encoder",
-        tmp_path / "train_ct_encoder.ipynb",
-        preset="smoke",
+        preset=PRESET,
         out=tmp_path / "ct_encoder",
     )
     assert pictures(notebook) >= 2
@@ -245,13 +245,10 @@ def test_the_parameters_cell_is_typed_and_commented():
 
 def test_reconstruct_and_evaluate_recipes(trained, tmp_path):
     out, _ = trained
-    notebook = papermill(
-        "reconstruct", tmp_path / "reconstruct.ipynb", weights=out, out=tmp_path / "ct.nii.gz"
-    )
+    notebook = run_recipe("reconstruct", weights=out, out=tmp_path / "ct.nii.gz")
     assert (tmp_path / "ct.nii.gz").is_file() and pictures(notebook) >= 3
-    notebook = papermill(
+    notebook = run_recipe(
         "evaluate",
-        tmp_path / "evaluate.ipynb",
         weights=out,
         data="phantom:2",
         out=tmp_path / "evaluation",

@@ -160,7 +160,7 @@ def test_a_refiner_learns_behind_a_cascade(cascade, tmp_path):
     assert (
         run.source.size == 32
         and item["coarse"].shape == item["hu"].shape == (32, 32, 32)
-        and not known_cases(folder) & {*run.pairs.ids, *run.judged.ids}
+        and not known_cases(folder) & {*run.pairs.ids, *run.evaluation_pairs.ids}
     )
     sample = run.source.model.sample(
         item["xrays"][None], item["geometry"], 2, generator=torch.Generator().manual_seed(0)
@@ -180,7 +180,9 @@ def test_a_stage_stands_for_the_cascade_up_to_there(cascade, tmp_path):
         and stage.weights == complete.weights
     )
     item = (
-        RefinementRun("smoke", out=tmp_path, coarse=str(folder / "stages" / "16")).open().judged[0]
+        RefinementRun("smoke", out=tmp_path, coarse=str(folder / "stages" / "16"))
+        .open()
+        .evaluation_pairs[0]
     )
     first = Cascade(CascadeConfig(STAGES[:1], "prior", {"size": 16, "modes": 4})).eval()
     first.load_state_dict(

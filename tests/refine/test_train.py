@@ -110,7 +110,7 @@ def test_a_run_leaves_weights_scores_and_a_folder_for_each_case(run):
     # measured on training cases, and stored with the weights
     assert means[0].abs().max() > 0.1 and torch.equal(*means)
     folders = sorted((run.out / "cases").iterdir())
-    assert [folder.name for folder in folders] == sorted(run.judged.ids)
+    assert [folder.name for folder in folders] == sorted(run.evaluation_pairs.ids)
     for folder in folders:
         case = json.loads((folder / "metrics.json").read_text())
         assert case["predictors"]["coarse"]["null_added"] == 0 and set(case["predictors"]) == set(
@@ -135,7 +135,7 @@ def test_its_pictures_are_drawn_from_its_files(run):
         "spectra.png",
         *(
             f"cases/{case}/{picture}.png"
-            for case in run.judged.ids
+            for case in run.evaluation_pairs.ids
             for picture in ("comparison", "spectrum")
         ),
     }
@@ -171,7 +171,7 @@ def test_every_case_has_a_folder_of_its_own():
 
 
 def test_the_refiner_loads_as_it_was(run, coarse):
-    item, again = run.judged[0], load_refiner(run.out)
+    item, again = run.evaluation_pairs[0], load_refiner(run.out)
     for consistency in (True, False):
         assert torch.equal(
             again.refine(item["coarse"], item["xrays"], item["geometry"], consistency),
@@ -183,7 +183,7 @@ def test_the_refiner_loads_as_it_was(run, coarse):
 
 
 def test_the_layer_takes_back_what_the_xrays_deny(run):
-    item = run.judged[0]
+    item = run.evaluation_pairs[0]
     denser = 1.2 * (item["coarse"] + 1000) - 1000
     error = {
         consistency: max(
@@ -206,8 +206,8 @@ def test_training_pairs_are_of_phantoms_the_coarse_model_has_not_seen(run, coars
     assert (
         known
         and not known & set(run.pairs.ids)
-        and not set(run.pairs.ids) & set(run.judged.ids)
-        and not known & set(run.judged.ids)
+        and not set(run.pairs.ids) & set(run.evaluation_pairs.ids)
+        and not known & set(run.evaluation_pairs.ids)
     )
     assert run.pairs.ids[0] == "phantom-00014"
 
@@ -384,7 +384,7 @@ def test_a_perceptual_network_may_be_given_and_is_named(run, coarse, tmp_path):
 
 @pytest.fixture(scope="module")
 def found(coarse, run):
-    item = run.judged[0]
+    item = run.evaluation_pairs[0]
     centre = np.array([12.0, -8.0, 40.0])
     return reconstruct(
         item["xrays"],
@@ -395,7 +395,7 @@ def found(coarse, run):
 
 
 def test_a_reconstruction_is_refined_where_it_lies(found, run):
-    item = run.judged[0]
+    item = run.evaluation_pairs[0]
     refined = refine_reconstruction(found, run.model)
     assert (
         refined.volume.grid == found.volume.grid
@@ -424,7 +424,7 @@ def test_a_reconstruction_is_refined_where_it_lies(found, run):
 def test_an_untrained_refiner_is_data_consistency_alone(found, run):
     torch.manual_seed(0)
     c = ConsistencySettings(noise=0.1, iterations=5, detector=32, rounds=3)
-    item = run.judged[0]
+    item = run.evaluation_pairs[0]
     model = RefinementModel(run.settings.network, c).eval()
     y, beam = bin_pixels(item["xrays"], item["geometry"].to(torch.float32), 32)
     mu = hu_to_mu(found.volume.tensor(), 60.0)
@@ -466,7 +466,7 @@ def test_the_layer_is_that_of_the_coarse_model(coarse, run, tmp_path):
 
 
 def test_residuals_are_those_of_the_refined_volume(found, run):
-    item, model = run.judged[0], load_refiner(run.out)
+    item, model = run.evaluation_pairs[0], load_refiner(run.out)
     assert model.limit == pytest.approx(
         1.25
         * max(
@@ -592,7 +592,7 @@ def test_a_reconstruction_that_does_not_fit_gets_a_sentence(found, run, change, 
 
 
 def test_missing_xrays_get_a_sentence(run):
-    item = run.judged[0]
+    item = run.evaluation_pairs[0]
     with refused("xrays"):
         run.model.refine(item["coarse"], None, item["geometry"])
     with refused("geometry"):
@@ -643,10 +643,10 @@ def test_coarse_files_on_another_grid_or_of_other_cases_get_a_sentence(run, tmp_
     from_files = RefinementRun("smoke", out=tmp_path / "out", coarse=str(tmp_path / "files")).open()
     assert (
         from_files.pairs.ids == ids[:1]
-        and from_files.judged.ids == ids[1:]
+        and from_files.evaluation_pairs.ids == ids[1:]
         and "beware" in from_files.describe()
     )
-    assert torch.equal(from_files.judged[0]["coarse"], items[1]["hu"].round())
+    assert torch.equal(from_files.evaluation_pairs[0]["coarse"], items[1]["hu"].round())
     (tmp_path / "files" / ids[1] / "coarse.nii.gz").unlink()
     with pytest.raises(
         ValueError,
@@ -660,7 +660,7 @@ def test_coarse_files_on_another_grid_or_of_other_cases_get_a_sentence(run, tmp_
         tmp_path / "files" / f"{ids[1]}.nii.gz"
     )
     with pytest.raises(ValueError, match="is on 8×16×16 voxels .* its case on 16×16×16"):
-        RefinementRun("smoke", out=tmp_path / "out", coarse=str(tmp_path / "files")).open().judged[
+        RefinementRun("smoke", out=tmp_path / "out", coarse=str(tmp_path / "files")).open().evaluation_pairs[
             0
         ]
 
