@@ -328,7 +328,7 @@ class SliceScoreboard(Scoreboard):
         "The same scores, with another model to be compared."
         return replace(self, model=model)
 
-    def compare(self, model: str, metric: str, baseline: str) -> Comparison:
+    def comparison(self, model: str, metric: str, baseline: str) -> Comparison:
         "How much better `model` is than `baseline`."
         gain = self.with_model(model).gain(baseline, metric)
         return Comparison(model, metric, baseline, gain.mean, gain.low, gain.high, gain.patients)
@@ -340,7 +340,7 @@ class SliceScoreboard(Scoreboard):
             for metric in metrics:
                 baseline = self._best_baseline(metric)
                 if baseline is not None:
-                    results.append(self.compare(model, metric, baseline))
+                    results.append(self.comparison(model, metric, baseline))
         return results
 
     def _best_baseline(self, metric: str) -> str | None:
@@ -355,7 +355,7 @@ class SliceScoreboard(Scoreboard):
         others = [row for row in self.rows if row["predictor"] not in UPPER_BOUNDS]
         text = scoreboard_table(replace(self, rows=others), metrics, markdown)
         if bounds:
-            text += f"\n\n{board_table(replace(self, rows=bounds), metrics, markdown)}"
+            text += f"\n\n{scoreboard_table(replace(self, rows=bounds), metrics, markdown)}"
         return text
 
     def figure(self, metrics: Sequence[str] = SLICE_MAIN):
@@ -416,7 +416,7 @@ def targets_met(board: SliceScoreboard) -> list[TargetResult]:
     for target in TARGETS:
         if not {target.model, target.baseline} <= set(board.predictors):
             continue
-        c = board.compare(target.model, target.metric, target.baseline)
+        c = board.comparison(target.model, target.metric, target.baseline)
         met = c.gain >= target.least_gain
         results.append(
             TargetResult(c.model, c.metric, c.baseline, target.least_gain, c.gain, met, c.patients)
@@ -457,7 +457,7 @@ def _gains(board: SliceScoreboard) -> dict:
             if SLICE_METRICS[metric].better == "zero":
                 continue  # neither direction is better
             for baseline in board.baselines:
-                c = board.compare(model, metric, baseline)
+                c = board.comparison(model, metric, baseline)
                 mean, low, high = (v if math.isfinite(v) else None for v in (c.gain, c.low, c.high))
                 gains.setdefault(model, {}).setdefault(metric, {})[baseline] = {
                     "better_by": mean,

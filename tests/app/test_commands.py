@@ -7,7 +7,7 @@ import pytest
 from refusals import refused
 
 from ct_nb.app.commands import DRR_VOXEL_MM, embed_files, evaluate_files, simulate_drrs
-from ct_nb.data.radiographs import read_radiographs
+from ct_nb.data.linearize import read_radiographs
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.geometry_io import load_geometry
 from ct_nb.physics.projector import project

@@ -443,7 +443,7 @@ def test_more_pixels_than_needed_are_binned():
     "change, message",
     [
         (dict(mode="hard"), "mode: must be one of off, soft, exact, got 'hard'"),
-        (dict(geometry=None), "geometry: X-rays say nothing of a voxel without the ConeBeam"),
+        (dict(geometry=None), "geometry: expected the ConeBeam"),
         (dict(geometry=THREE), "xrays: the geometry describes"),
         (dict(geometry=ConeBeam.stack([PAIR] * 3)), "geometry: its batch shape"),
         (dict(xrays=torch.zeros(2, 32, 32)), "xrays: the geometry describes"),

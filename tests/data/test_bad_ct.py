@@ -208,7 +208,7 @@ def test_zero_and_negative_spacing_nifti(tmp_path, spacing):
 
 
 def test_singular_matrices(tmp_path):
-    refused(nifti(tmp_path / "scan.nii", srow_z=[0, 0, 0, 0]), "affine is singular")
+    refused(nifti(tmp_path / "scan.nii", srow_z=[0, 0, 0, 0]), "affine: is singular")
     refused(nifti(tmp_path / "nan.nii", srow_x=[np.nan, 0, 0, 0]), "not finite")
     for affine, words in (
         (np.zeros((4, 4)), "last row|singular"),

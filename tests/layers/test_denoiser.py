@@ -439,7 +439,7 @@ def test_settings_that_do_not_fit():
         ),
         (
             lambda net, x, t, condition: net.condition(torch.zeros(2, 2, 32, 32), None),
-            "geometry: X-rays say nothing",
+            "geometry: expected the ConeBeam",
         ),
         (
             lambda net, x, t, condition: net.condition(

@@ -141,7 +141,7 @@ def test_its_pictures_are_drawn_from_its_files(run):
     }
     assert all((run.out / name).stat().st_size > 5000 for name in drawn)
     with pytest.raises(
-        ValueError, match="holds no refinement.json, so it is no run of a refiner that was judged"
+        ValueError, match="holds no refinement.json, so it is no evaluated run of a refiner"
     ):
         draw_run(run.out / "cases")
 

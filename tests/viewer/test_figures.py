@@ -400,8 +400,8 @@ EXAMPLES = {  # name → how to draw it, and whether it shows anatomy
         lambda: call("drr2ct.robustness.robustness_figure", conditions()),
         False,
     ),
-    "evaluation.scoreboard.board_figure": (
-        lambda: call("evaluation.scoreboard.board_figure", scores()),
+    "evaluation.scoreboard.scoreboard_figure": (
+        lambda: call("evaluation.scoreboard.scoreboard_figure", scores()),
         False,
     ),
 }
