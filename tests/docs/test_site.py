@@ -521,10 +521,10 @@ def test_api_blocks_come_from_docstrings_and_comments():
 
     block = build_site.api(refinement_figure, "refinement_figure")
     assert (
-        "| `at_mm` |  | `None` | LPS mm, where the planes cross; the middle unless given |" in block
+        "| `at_mm` |  | `None` | LPS mm, intersection of the planes; the middle by default |" in block
         and "| `coarse` | `Volume` |  |  |" in block
         and "| `window` |  | `'chest'` | a Window or its name |" in block
-        and "a matplotlib Figure. ValueError for different grids." in block
+        and "Raises InputError for different grids." in block
     )
     assert "[`orbit(azimuth_deg, elevation_deg=0.0" in build_site.api(
         ConeBeam, "ConeBeam"
@@ -574,12 +574,12 @@ def test_words_become_links_only_where_they_are_names():
 def test_a_page_gets_the_outputs_of_its_run(tmp_path, monkeypatch):
     "A notebook is run once; its pictures and printed lines are on the page, warnings are not."
     monkeypatch.delenv("MPLBACKEND", raising=False)
-    assert build_site.run_one("01_style.ipynb", tmp_path, "library") is None
-    executed = tmp_path / "executed" / "01_style.ipynb"
+    assert build_site.run_one("core/02_plot_style.ipynb", tmp_path, "library") is None
+    executed = tmp_path / "executed" / "core" / "02_plot_style.ipynb"
     stamp = executed.stat().st_mtime_ns
     # not run twice
     assert (
-        build_site.run_one("01_style.ipynb", tmp_path, "library") is None
+        build_site.run_one("core/02_plot_style.ipynb", tmp_path, "library") is None
         and executed.stat().st_mtime_ns == stamp
     )
     content = nbformat.read(executed, 4)
@@ -587,7 +587,7 @@ def test_a_page_gets_the_outputs_of_its_run(tmp_path, monkeypatch):
         nbformat.v4.new_output("stream", name="stderr", text="a warning")
     )
     nbformat.write(content, executed)
-    build_site.chapter("01_style.ipynb", tmp_path / "page.ipynb", build_site.Links(), executed)
+    build_site.chapter("core/02_plot_style.ipynb", tmp_path / "page.ipynb", build_site.Links(), executed)
     outputs = [
         output
         for cell in nbformat.read(tmp_path / "page.ipynb", 4).cells
@@ -620,7 +620,7 @@ def test_recipes_run_small_and_say_so(tmp_path):
     given = lambda name: build_site.parameters(
         nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4), name, tmp_path / "work", tmp_path
     )
-    assert given("01_style") == {} and given("train_drr2ct") == {
+    assert given("core/02_plot_style") == {} and given("train_drr2ct") == {
         "preset": "smoke",
         "out": str(tmp_path / "work" / "drr2ct"),
     }
