@@ -1469,6 +1469,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'ct_nb.drr2ct.model_size.Size': ('drr2ct/model_size.html#size', 'ct_nb/drr2ct/model_size.py'),
                                          'ct_nb.drr2ct.model_size.Size.state_bytes': ( 'drr2ct/model_size.html#size.state_bytes',
                                                                                        'ct_nb/drr2ct/model_size.py'),
+                                         'ct_nb.drr2ct.model_size._meta_centers': ( 'drr2ct/model_size.html#_meta_centers',
+                                                                                    'ct_nb/drr2ct/model_size.py'),
                                          'ct_nb.drr2ct.model_size._part_hooks': ( 'drr2ct/model_size.html#_part_hooks',
                                                                                   'ct_nb/drr2ct/model_size.py'),
                                          'ct_nb.drr2ct.model_size._zero_neighbours': ( 'drr2ct/model_size.html#_zero_neighbours',

@@ -27,7 +27,7 @@ CAP_S = 5.0  # processor seconds of a chapter
 SLACK = 3.0  # a chapter fails beyond this multiple: processors differ, and are shared
 PRELOAD = (
     "numpy scipy.ndimage scipy.stats torch matplotlib.pyplot numba nibabel SimpleITK pydicom"
-    " fastcore.all diffusers.schedulers ct_nb.drr2ct.network ct_nb.slices.models"
+    " fastcore.all monai.networks.nets diffusers.schedulers ct_nb.drr2ct.network ct_nb.slices.models"
     " ct_nb.ct_encoder.model ct_nb.viewer.figures"
 ).split()
 

@@ -56,6 +56,11 @@ class MetaBeam(ConeBeam):
         pass
 
 
+def _meta_centers(grid, dtype=torch.float32, device=None):
+    index = torch.empty(*grid.shape, 3, dtype=torch.float64, device="meta")
+    return (index @ index.new_empty(3, 3) + index.new_empty(3)).to(dtype)
+
+
 def _zero_xrays(mu, geometry):
     return mu.new_zeros(*geometry.batch_shape, geometry.views, *geometry.detector_shape)
 
@@ -80,15 +85,18 @@ def _zero_neighbours(neighbours: int):
 def meta_forward(model: DRR2CT):
     "A context in which the forward pass of a network on the meta device works."
     project = ct_nb.drr2ct.network.project
+    centers = Grid.centers_mm
     attentions = [layer for layer in model.modules() if isinstance(layer, EpipolarAttention)]
     finders = [layer.find for layer in attentions]
     try:
         ct_nb.drr2ct.network.project = _zero_xrays
+        Grid.centers_mm = _meta_centers
         for layer in attentions:
             layer.find = _zero_neighbours(layer.find.neighbours)
         yield model
     finally:
         ct_nb.drr2ct.network.project = project
+        Grid.centers_mm = centers
         for layer, find in zip(attentions, finders):
             layer.find = find
 

@@ -126,7 +126,7 @@ class DRR2CTConfig(Config):
                 grid_channels=(16, 48, 96, 192),
                 latent_channels=192,
                 bottleneck_channels=128,
-                consistency_detector=256,
+                consistency_detector=128,
             ),
             "paper": dict(
                 size=256,
@@ -139,7 +139,7 @@ class DRR2CTConfig(Config):
                 latent_channels=192,
                 bottleneck_channels=128,
                 contrast_channels=256,
-                consistency_detector=256,
+                consistency_detector=128,
                 recompute=True,
             ),
         }
