@@ -5,6 +5,7 @@ the commands of `ct-nb` on the run.
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -290,7 +291,7 @@ def test_reconstruct_refuses_a_wrong_count_and_wrong_weights(trained, tmp_path):
     images = write_radiographs(tmp_path / "x", torch.rand(2, 256, 256), ConeBeam.biplanar())
     words = ("--geometry", tmp_path / "x" / "geometry.json", "--out", tmp_path / "ct.nii.gz")
     sentence = refusal("reconstruct", images[0], *words, "--weights", out)
-    assert sentence.startswith("xray_0.png: 1 images for a geometry of 2 views")
+    assert "1 images for a geometry of 2 views (xray_0.png)" in sentence
     save_weights(tmp_path / "other", torch.nn.Linear(2, 2), {"system": "vae", "network": {}})
     assert "'vae'" in refusal("reconstruct", *images, *words, "--weights", tmp_path / "other")
     assert not (tmp_path / "ct.nii.gz").exists()

@@ -101,7 +101,6 @@ def test_a_run_leaves_weights_scores_and_a_folder_for_each_case(run):
     assert (
         set(SHARPNESS_METRICS)
         <= set(metrics["predictors"]["refined"]) & set(metrics["definitions"])
-        and metrics["verdict"] == told["verdict"]
     )
     assert {"psnr", "edge_response", "null_right", "null_invented"} <= set(
         told["gain_over"]["consistency_alone"]
