@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTION_NAMES', 'app', 'SERIES_HELP', 'CT_HELP', 'CT_OUT_HELP', 'METHODS', 'COVERS', 'Command', 'parse_numbers',
-           'parse_direct_beam', 'drr', 'reconstruct', 'evaluate', 'interpolate_slices', 'embed', 'search']
+           'parse_direct_beam', 'drr_command', 'reconstruct_command', 'evaluate_command', 'interpolate_slices_command',
+           'embed_command', 'search_command']
 
 # %% ../../nbs/app/03_cli.ipynb #cell-002
 import math
@@ -172,8 +173,8 @@ _CubeMm = Annotated[
 ]
 
 # %% ../../nbs/app/03_cli.ipynb #cell-010
-@app.command(cls=Command)
-def drr(
+@app.command("drr", cls=Command)
+def drr_command(
     ct: _Ct,
     out: _XrayFolder = Path("xrays"),
     azimuth: _Azimuth = ["0,90"],  # noqa: B006 typer copies it
@@ -325,8 +326,8 @@ _LogStep = Annotated[
 ]
 
 # %% ../../nbs/app/03_cli.ipynb #cell-013
-@app.command(cls=Command)
-def reconstruct(
+@app.command("reconstruct", cls=Command)
+def reconstruct_command(
     xrays: _Xrays,
     geometry: _Geometry,
     weights: _ReconstructionRun,
@@ -385,8 +386,8 @@ def reconstruct(
     typer.echo(out)
 
 # %% ../../nbs/app/03_cli.ipynb #cell-015
-@app.command(cls=Command)
-def evaluate(
+@app.command("evaluate", cls=Command)
+def evaluate_command(
     prediction: Annotated[Path, typer.Argument(help=f"The reconstructed CT: {CT_HELP}.")],
     truth: Annotated[Path, typer.Argument(help="The true CT, in any of these formats.")],
     labels: Annotated[
@@ -511,7 +512,7 @@ _Force = Annotated[
 
 # %% ../../nbs/app/03_cli.ipynb #cell-018
 @app.command("interpolate-slices", cls=Command)
-def interpolate_slices(
+def interpolate_slices_command(
     ct: _ThickCt,
     weights: _SliceRun,
     spacing_mm: _SpacingMm = 1.0,
@@ -562,8 +563,8 @@ def interpolate_slices(
     typer.echo(out)
 
 # %% ../../nbs/app/03_cli.ipynb #cell-020
-@app.command(cls=Command)
-def embed(
+@app.command("embed", cls=Command)
+def embed_command(
     cts: Annotated[
         list[Path],
         typer.Argument(help="CT files, DICOM folders, or folders of these."),
@@ -591,8 +592,8 @@ def embed(
     typer.echo(f"{len(set(index.files))} scans, {len(index)} vectors\n{out}")
 
 
-@app.command(cls=Command)
-def search(
+@app.command("search", cls=Command)
+def search_command(
     text: Annotated[
         str, typer.Argument(help="Text to search for, e.g. 'nodule in the left lower lobe'.")
     ],

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'part_of', 'parameter_counts', 'buffer_bytes', 'MetaBeam', 'meta_forward', 'scene', 'count_flops',
-           'count_activations', 'Size', 'measure', 'size_table']
+           'count_activations', 'Size', 'measure_model', 'size_table']
 
 # %% ../../nbs/drr2ct/11_model_size.ipynb #cell-002
 from collections import Counter
@@ -216,7 +216,7 @@ class Size:
         return 20 * sum(self.parameters[part] for part in PARTS)
 
 
-def measure(
+def measure_model(
     config: DRR2CTConfig,
     device: str = "meta",  # or "cpu", which computes the forward pass
     views: int = 2,

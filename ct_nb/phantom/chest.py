@@ -15,7 +15,7 @@ from ..core.errors import InputError
 from .anatomy import Anatomy, diaphragm
 from .lesion_painting import paint_lesion, precedes_vessels
 from .lesions import Lesion, plan_lesions
-from .report import PhantomReport, write_report
+from .report import PhantomReport, write_phantom_report
 from ct_nb.phantom.shapes import (
     Tubes,
     VoxelCanvas,
@@ -80,7 +80,7 @@ def phantom(seed: int, size: int = 64, side_mm: float = 320.0) -> Phantom:
             paint_lesion(canvas, patient, lesion, mask, lung_fraction, heart_box)
     paint_noise(canvas, patient)
     lesions = [l for l in lesions if (mask == l.mask_id).any()]
-    report = write_report(patient, lesions, canvas.regions)
+    report = write_phantom_report(patient, lesions, canvas.regions)
     return Phantom(
         Volume(canvas.hu, canvas.grid.affine), canvas.regions, lesions, mask, report, int(seed)
     )

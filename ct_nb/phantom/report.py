@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COT_STAGES', 'SENTENCES', 'LUNG_ABSENT', 'ABSENT', 'PLAIN', 'EFFUSION_SIDE', 'IMPORTANCE', 'NORMAL', 'APPEARANCES',
            'REASONS', 'SEARCHED_FINDINGS', 'PhantomReport', 'present_sentence', 'region_finding', 'write_impression',
-           'measurement', 'write_steps', 'write_report']
+           'measurement', 'write_steps', 'write_phantom_report']
 
 # %% ../../nbs/phantom/07_report.ipynb #cell-003
 from dataclasses import dataclass
@@ -358,7 +358,7 @@ def write_steps(rng, patient, lesions: list[Lesion], technique: str, impression:
     return steps, regions + [(), tuple(sorted({l.region for l in lesions}))]
 
 # %% ../../nbs/phantom/07_report.ipynb #cell-017
-def write_report(patient, lesions: list[Lesion], regions: np.ndarray) -> PhantomReport:
+def write_phantom_report(patient, lesions: list[Lesion], regions: np.ndarray) -> PhantomReport:
     """The report of a phantom: `lesions` are those its cube shows, `regions` its region map
     (D, H, W) uint8.
     """

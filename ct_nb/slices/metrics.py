@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SLICE_METRICS', 'UPPER_BOUNDS', 'SLICE_MAIN', 'COMPARED_METRICS', 'SLICE_BASELINES', 'TARGETS', 'MISFIT_TARGET_HU',
            'slice_noise', 'through_plane_scores', 'through_plane_edges', 'slice_scores', 'SliceInterpolator',
-           'Interpolation', 'BackProjection', 'slice_baselines', 'vae_upper_bounds', 'Comparison', 'SliceScoreboard',
-           'comparison_table', 'Target', 'TargetResult', 'targets_met', 'targets_table', 'save_slices',
-           'evaluate_slices']
+           'Interpolation', 'BackProjection', 'slice_baselines', 'vae_upper_bounds', 'SliceComparison',
+           'SliceScoreboard', 'comparison_table', 'Target', 'TargetResult', 'targets_met', 'targets_table',
+           'save_slices', 'evaluate_slices']
 
 # %% ../../nbs/slices/07_metrics.ipynb #cell-002
 import math
@@ -32,7 +32,7 @@ from ct_nb.evaluation.scoreboard import (
 )
 from ..evaluation.sharpness import Edges
 from ..physics.volume import Window
-from .consistency import INTERPOLATIONS, along_z, back_projection, interpolate_slices
+from .consistency import INTERPOLATIONS, along_z, back_projection, interpolate_stack
 from .slice_profile import SliceAxis, SliceProfile, slice_profile_matrix
 from .vae import SliceVAE
 from .vae_metrics import vae_scores
@@ -231,7 +231,7 @@ class Interpolation:
             )
 
     def interpolate(self, thick, thick_axis, thin_axis, profile):
-        return interpolate_slices(thick, thick_axis, thin_axis, self.name)
+        return interpolate_stack(thick, thick_axis, thin_axis, self.name)
 
 
 @dataclass
@@ -292,7 +292,7 @@ SLICE_BASELINES = (*INTERPOLATIONS, "back_projection")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SliceComparison:
     "A model against a baseline in one metric: how much better it is, paired over patients."
 
     model: str
@@ -328,12 +328,14 @@ class SliceScoreboard(Scoreboard):
         "The same scores, with another model to be compared."
         return replace(self, model=model)
 
-    def comparison(self, model: str, metric: str, baseline: str) -> Comparison:
+    def comparison(self, model: str, metric: str, baseline: str) -> SliceComparison:
         "How much better `model` is than `baseline`."
         gain = self.with_model(model).gain(baseline, metric)
-        return Comparison(model, metric, baseline, gain.mean, gain.low, gain.high, gain.patients)
+        return SliceComparison(
+            model, metric, baseline, gain.mean, gain.low, gain.high, gain.patients
+        )
 
-    def comparisons(self, metrics: Sequence[str] = COMPARED_METRICS) -> list[Comparison]:
+    def comparisons(self, metrics: Sequence[str] = COMPARED_METRICS) -> list[SliceComparison]:
         "Every model against the baseline with the best mean, in each metric."
         results = []
         for model in self.models:
@@ -363,7 +365,7 @@ class SliceScoreboard(Scoreboard):
         return scoreboard_figure(self, metrics)
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> str:
+def comparison_table(comparisons: Sequence[SliceComparison]) -> str:
     "One line a comparison: model, metric, baseline, gain and its 95 % interval."
     lines = []
     for c in comparisons:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREPARED_FORMAT', 'PREPARED_FILE', 'STATUSES', 'COLUMNS', 'STACK_BYTES', 'stack_identity', 'write_stack',
-           'read_about', 'read_stack', 'prepare_stack', 'write_report', 'prepare_stacks', 'prepared_stacks']
+           'read_about', 'read_stack', 'prepare_stack', 'write_preparation_report', 'prepare_stacks', 'prepared_stacks']
 
 # %% ../../nbs/slices/01c_prepared.ipynb #cell-003
 import contextlib
@@ -266,7 +266,7 @@ def _checked(case: StackCase, out: Path, line: dict) -> dict:
     return _line(case, "failed", reason=reason)
 
 # %% ../../nbs/slices/01c_prepared.ipynb #cell-012
-def write_report(lines: list[dict], path: Path) -> None:
+def write_preparation_report(lines: list[dict], path: Path) -> None:
     "Write the report as CSV, sorted by id, completely or not at all."
     with (
         atomic_write(path) as temporary,
@@ -324,7 +324,7 @@ def prepare_stacks(
             results, total=len(source), desc=f"preparing {out.name}", disable=len(source) < 3
         ):
             lines.append(line | {"side": sides[line["patient"]]})
-            write_report(lines, out / "report.csv")
+            write_preparation_report(lines, out / "report.csv")
     return lines
 
 # %% ../../nbs/slices/01c_prepared.ipynb #cell-013

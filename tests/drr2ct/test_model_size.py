@@ -10,7 +10,7 @@ from ct_nb.drr2ct.model_size import (
     PARTS,
     buffer_bytes,
     count_activations,
-    measure,
+    measure_model,
     meta_forward,
     parameter_counts,
     scene,
@@ -23,7 +23,9 @@ SMOKE = DRR2CTConfig.preset("smoke")
 
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_a_shape_tells_what_a_run_tells(views):
-    run, shape = (measure(SMOKE, device, views=views, detector=64) for device in ("cpu", "meta"))
+    run, shape = (
+        measure_model(SMOKE, device, views=views, detector=64) for device in ("cpu", "meta")
+    )
     assert run.parameters == shape.parameters and run.buffer_bytes == shape.buffer_bytes
     assert all(run.flops[part] == shape.flops[part] for part in PARTS if part != "joints")
     assert sum(run.activations.values()) == pytest.approx(sum(shape.activations.values()), rel=0.05)
@@ -39,7 +41,7 @@ def test_parts_are_the_whole():
 
 
 def test_operations_grow_with_the_batch():
-    one, two = (measure(SMOKE, detector=64, batch=b) for b in (1, 2))
+    one, two = (measure_model(SMOKE, detector=64, batch=b) for b in (1, 2))
     assert sum(two.flops.values()) == pytest.approx(2 * sum(one.flops.values()), rel=0.02)
     assert sum(two.activations.values()) == pytest.approx(
         2 * sum(one.activations.values()), rel=0.1
@@ -57,11 +59,11 @@ def test_a_known_layer_is_counted_right():
     camera = model.decoder.camera.layer.weight.numel() * 2 + sum(
         b.modulation.weight.numel() for b in model.decoder.blocks
     )
-    assert measure(SMOKE, detector=64).flops["decoder"] == 2 * (up + block + last + camera)
+    assert measure_model(SMOKE, detector=64).flops["decoder"] == 2 * (up + block + last + camera)
 
 
 def test_recompute_keeps_only_what_blocks_are_given():
-    plain, thrifty = (measure(replace(SMOKE, recompute=r)) for r in (False, True))
+    plain, thrifty = (measure_model(replace(SMOKE, recompute=r)) for r in (False, True))
     assert plain.flops == thrifty.flops and plain.parameters == thrifty.parameters
     for part in ("epipolar", "trunk"):
         assert thrifty.activations[part] < 0.3 * plain.activations[part]
@@ -88,7 +90,7 @@ def test_counting_leaves_the_network_as_it_was():
 
 
 def test_paper_is_built_on_the_meta_device():
-    size = measure(DRR2CTConfig.preset("paper"))
+    size = measure_model(DRR2CTConfig.preset("paper"))
     assert sum(size.parameters[p] for p in PARTS) > 3e7 and all(
         size.flops[p] > 0 and size.activations[p] >= 0 for p in PARTS
     )

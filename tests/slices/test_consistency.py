@@ -9,7 +9,7 @@ from ct_nb.slices.consistency import (
     along_z,
     back_projection,
     back_projection_matrix,
-    interpolate_slices,
+    interpolate_stack,
     interpolation_matrix,
     slice_data_consistency,
     smooth_covariance,
@@ -147,7 +147,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     def run():
         return [
             slice_data_consistency(guess, thick, matrix, noise, covariance) for noise in (0.0, 30.0)
-        ] + [interpolate_slices(thick, THICK, fine, kind) for kind in module.INTERPOLATIONS]
+        ] + [interpolate_stack(thick, THICK, fine, kind) for kind in module.INTERPOLATIONS]
 
     whole = run()
     largest = []
@@ -192,7 +192,7 @@ def test_gradients():
         (guess, thick),
     )
     assert torch.autograd.gradcheck(
-        lambda b: interpolate_slices(b, SliceAxis(0.0, 5.0, 3), fine, "cubic"), (thick,)
+        lambda b: interpolate_stack(b, SliceAxis(0.0, 5.0, 3), fine, "cubic"), (thick,)
     )
 
 
@@ -224,7 +224,7 @@ def test_interpolation_is_what_it_says(spacing, convention):
     wanted = np.clip(fine.positions_mm, -13, 22)
 
     def column(kind):
-        return interpolate_slices(thick, THICK, fine, kind)[:, 1, 2].numpy()
+        return interpolate_stack(thick, THICK, fine, kind)[:, 1, 2].numpy()
 
     values = thick[:, 1, 2].numpy()
     assert np.allclose(column("linear"), np.interp(wanted, known, values))
@@ -236,7 +236,7 @@ def test_interpolation_is_what_it_says(spacing, convention):
         assert torch.allclose(
             interpolation_matrix(THICK, fine, kind).sum(1), torch.ones(fine.count).double()
         )
-        assert torch.allclose(interpolate_slices(thick, THICK, THICK, kind), thick)
+        assert torch.allclose(interpolate_stack(thick, THICK, THICK, kind), thick)
 
 
 @pytest.mark.parametrize("kind", module.INTERPOLATIONS)
@@ -244,7 +244,7 @@ def test_interpolation_is_what_it_says(spacing, convention):
 def test_few_slices(kind, count):
     axis = SliceAxis(3.0, 5.0, count)
     fine, thick = thin_axis(axis, 1.0), random(0, count, 2, 2)
-    found = interpolate_slices(thick, axis, fine, kind)
+    found = interpolate_stack(thick, axis, fine, kind)
     assert (
         torch.allclose(found[2::5], thick, atol=1e-3)
         and torch.equal(found[0], found[1])
@@ -272,7 +272,7 @@ def test_back_projection_is_above_the_interpolations():
     def error(x):
         return float((x - truth)[:, 5:-5].square().mean().sqrt())
 
-    linear = interpolate_slices(thick, SliceAxis(0.0, 5.0, 20), fine)
+    linear = interpolate_stack(thick, SliceAxis(0.0, 5.0, 20), fine)
     smooth = back_projection(thick, SliceAxis(0.0, 5.0, 20), fine, matrix)
     steps = slice_data_consistency(linear, thick, matrix)
     assert (
@@ -318,8 +318,8 @@ def test_what_is_refused():
         "thick": lambda: slice_data_consistency(guess, thick[..., :2], matrix),
         "noise_hu": lambda: slice_data_consistency(guess, thick, matrix, -1.0),
         "covariance": lambda: slice_data_consistency(guess, thick, matrix, covariance=torch.eye(3)),
-        "kind": lambda: interpolate_slices(thick, THICK, fine, "spline"),
-        "x: a matrix": lambda: interpolate_slices(thick[1:], THICK, fine),
+        "kind": lambda: interpolate_stack(thick, THICK, fine, "spline"),
+        "x: a matrix": lambda: interpolate_stack(thick[1:], THICK, fine),
         "length_mm": lambda: smooth_covariance(fine, 0.0),
     }.items():
         with pytest.raises(ValueError, match=match):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ct_nb.physics.volume import Volume
-from ct_nb.slices.consistency import interpolate_slices
+from ct_nb.slices.consistency import interpolate_stack
 from ct_nb.slices.inference import (
     DiffusionInterpolator,
     RegressorInterpolator,
@@ -59,10 +59,10 @@ def test_tiles_of_a_slope_have_no_seams():
     thick_axis = SliceAxis(0.0, 5.0, 20)
     thin = thin_axis(thick_axis, 1.0, "centres")
     slope = torch.arange(20.0)[:, None, None].expand(20, 3, 4) * 50
-    whole = interpolate_slices(slope, thick_axis, thin)
+    whole = interpolate_stack(slope, thick_axis, thin)
 
     def linear(thick, thick_axis, thin_axis, tile):
-        return interpolate_slices(thick, thick_axis, thin_axis)
+        return interpolate_stack(thick, thick_axis, thin_axis)
 
     def exact(thick, thick_axis, thin_axis, tile):
         return whole[tile.write].clone()
@@ -74,7 +74,7 @@ def test_tiles_of_a_slope_have_no_seams():
     assert (blended - whole).abs().max() < 6
     # without blending the held end would show
     first = slice_tiles(thick_axis, thin, 4, 2)[0]
-    part = interpolate_slices(
+    part = interpolate_stack(
         slope[first.read],
         thick_axis.part(first.read.start, first.read.stop),
         thin.part(first.write.start, first.write.stop),
@@ -90,7 +90,7 @@ def test_the_regressor_in_tiles_is_nearly_the_regressor(regressor):
     tiled = RegressorInterpolator(regressor, consistent=False, memory_gib=0.006, halo=4)
     core, _ = tiled.plan(40, 40, *scan[1:3])
     assert len(slice_tiles(scan[1], scan[2], core, 4)) > 1
-    change = (whole - interpolate_slices(*scan[:3])).abs().mean()
+    change = (whole - interpolate_stack(*scan[:3])).abs().mean()
     assert (tiled.interpolate(*scan) - whole).abs().mean() < 0.1 * change
 
 

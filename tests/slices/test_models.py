@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ct_nb.layers.diffusion import DiffusionConfig
 from ct_nb.slices import models as module
-from ct_nb.slices.consistency import back_projection, interpolate_slices
+from ct_nb.slices.consistency import back_projection, interpolate_stack
 from ct_nb.slices.models import (
     SliceDiffusion,
     SliceDiffusionConfig,
@@ -235,7 +235,7 @@ def started(thick, start):
     return (
         back_projection(thick, THICK, THIN, slice_profile_matrix(THIN, THICK, PROFILE))
         if start == "back-projection"
-        else interpolate_slices(thick, THICK, THIN, start)
+        else interpolate_stack(thick, THICK, THIN, start)
     )
 
 
@@ -295,7 +295,7 @@ def test_tiles_are_the_whole(fold, monkeypatch):
         tiled = model(thick, THICK, THIN, PROFILE, tile=12)
     assert (
         torch.allclose(whole, tiled, atol=2e-2)
-        and (whole - interpolate_slices(thick, THICK, THIN, "cubic")).abs().max() > 5
+        and (whole - interpolate_stack(thick, THICK, THIN, "cubic")).abs().max() > 5
     )
     # a halo too small must show
     monkeypatch.setattr(SliceNetworkConfig, "halo", property(lambda self: 2))
