@@ -26,7 +26,8 @@ from ct_nb.data.dicom_pixels import (
     read_image,
     read_pixel_tags,
 )
-from .hounsfield import CTReadError, air_and_tissue, check_shape, first_line
+from ..core.errors import first_line
+from .hounsfield import CTReadError, air_and_tissue, check_shape
 from ..physics.volume import AIR_HU, Volume
 
 # %% ../../nbs/data/02_dicom.ipynb #a356147f

@@ -15,7 +15,7 @@ from pathlib import PurePath
 import numpy as np
 
 from ..core.errors import FileError
-from .hounsfield import first_line
+from ..core.errors import first_line
 
 # %% ../../nbs/data/01a_dicom_pixels.ipynb #6cddc958
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")

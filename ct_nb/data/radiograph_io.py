@@ -19,7 +19,7 @@ import torch
 from ..core.errors import FileError, InputError
 from ..core.files import atomic_write
 from .dicom_pixels import DICOM_SUFFIXES, is_dicom, read_image, read_pixel_tags
-from .hounsfield import first_line
+from ..core.errors import first_line
 from ..physics.geometry import ConeBeam
 from ..physics.geometry_io import geometry_to_json
 

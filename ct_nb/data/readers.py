@@ -11,14 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ct_nb.data.hounsfield import (
-    MAX_VOXELS,
-    CTReadError,
-    check_shape,
-    checked_volume,
-    first_line,
-    format_mm,
-)
+from ..core.errors import first_line
+from .hounsfield import MAX_VOXELS, CTReadError, check_shape, checked_volume, format_mm
 from ..physics.volume import AFFINE_NOTE, FLIP_XY, Volume
 
 # %% ../../nbs/data/01_readers.ipynb #6dc46877

@@ -1,12 +1,15 @@
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
-import lab
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import lab  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES: list[str] = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from refusals import refused
 
-from ct_nb.core.errors import FileError, InputError
+from ct_nb.core.errors import FileError, InputError, reading
 
 
 class GridError(FileError):
@@ -65,3 +65,27 @@ def test_from_a_worker_of_a_data_loader():
     loader = torch.utils.data.DataLoader(Broken(), num_workers=1, multiprocessing_context="fork")
     with pytest.raises(FileError, match="scan.nii: is empty"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("a"), MemoryError(), OSError("odd bytes"), OSError(5, "Input/output error")]
+)
+def test_what_escapes_a_reader_gets_its_file(error):
+    with pytest.raises(FileError) as caught, reading("scan.nrrd", what="a NRRD file"):
+        raise error
+    assert caught.value.file == "scan.nrrd" and str(caught.value).count("\n") == 0
+
+
+def test_what_a_reader_says_itself_is_kept():
+    with pytest.raises(InputError) as caught, reading("scan.nrrd"):
+        raise InputError("series", "is not in it")
+    assert caught.value.argument == "series" and caught.value.file is None
+    with pytest.raises(FileError) as caught, reading("scan.nrrd"):
+        raise InputError("has no spacing")
+    assert str(caught.value) == "scan.nrrd: has no spacing"
+
+
+def test_a_message_is_one_line_without_terminal_codes():
+    name = "a\x1b[2J\n\u202eb.nii"
+    assert str(FileError(name, "is empty")) == r"a\x1b[2J\n\u202eb.nii: is empty"
+    assert FileError(name, "is empty").file == name

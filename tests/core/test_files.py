@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from ct_nb.core import files
-from ct_nb.core.files import atomic_write, project_path, write_json
+from ct_nb.core.errors import FileError
+from ct_nb.core.files import (
+    atomic_write,
+    project_path,
+    read_json,
+    read_table,
+    read_text,
+    write_json,
+)
+from refusals import refused
 
 
 def test_interrupted_block_leaves_nothing(tmp_path):
@@ -97,3 +106,64 @@ def test_relative_paths_outside_a_checkout(tmp_path, monkeypatch):
     assert project_path("runs") == tmp_path.resolve() / "deep" / "runs"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert project_path("~/runs") == tmp_path / "runs"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_in_a_marked_encoding(tmp_path, encoding):
+    path = tmp_path / "x.txt"
+    path.write_bytes("Ödem\r\n5 µm\u2028".encode(encoding))
+    assert read_text(path) == "Ödem\r\n5 µm\u2028"
+
+
+@pytest.mark.parametrize("content", ["Ödem".encode("latin-1"), b"a\0b", "ab".encode("utf-16-le")])
+def test_text_in_another_encoding_is_refused_with_its_file(tmp_path, content):
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"first\n" + content)
+    with refused(file="x.txt", kind=FileError):
+        read_text(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, '{"a": NaN}', '{"a": 1, "a": 2}', "1" * 5000, '"\\ud800', "{]"]
+)
+def test_json_that_is_refused_with_its_file(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with refused(file="x.json", kind=FileError):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_table_is_read_as_written(tmp_path, delimiter):
+    path = tmp_path / "t.csv"
+    text = f'\ufeffid{delimiter}text\r\n\r\na{delimiter}"1{delimiter}2\n ""3"" \u2028"\r\n'
+    path.write_bytes(text.encode())
+    assert read_table(path, ("id",)) == [(3, {"id": "a", "text": f'1{delimiter}2\n "3" \u2028'})]
+
+
+@pytest.mark.parametrize(
+    "rows, line",
+    [
+        ("a,b\n1,2,3\n", 2),
+        ("a,b\n1,2\n\n1\n", 4),
+        ('a,b\n1,2\n3,"x\n4,5\n', 3),
+        ("a,b\n1,x\"\"y\"\n", 0),
+    ],
+)
+def test_a_row_that_breaks_the_rules_is_named(tmp_path, rows, line):
+    path = tmp_path / "t.csv"
+    path.write_text(rows)
+    faults = []
+    read_table(path, faults=faults)
+    if not line:
+        assert faults == []
+        return
+    assert f"t.csv: line {line} has" in faults[0]
+    with refused(file="t.csv", kind=FileError):
+        read_table(path)
+
+
+@pytest.mark.parametrize("rows", ["", "\n\n", "a,a\n1,2\n", "b\n1\n"])
+def test_a_table_without_its_columns(tmp_path, rows):
+    (tmp_path / "t.csv").write_text(rows)
+    with refused(file="t.csv", kind=FileError):
+        read_table(tmp_path / "t.csv", ("a",))
