@@ -718,6 +718,7 @@ def save_run(system: str, folder: Path) -> None:
         "seed": 0,
         "network": settings,
         "residual": {"median": 0.02, "limit": 0.1},
+        "consistency": {"noise": 0.05, "iterations": 8, "detector": 128, "rounds": 2},
         "training": {"cases": ["a"], "patients": ["a"], "fingerprint": "f"},
     }
     save_weights(folder, network, config)
