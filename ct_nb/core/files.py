@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_TEXT_BYTES', 'MAX_ARRAY_BYTES', 'DEFLATE_RATIO', 'atomic_write', 'write_json', 'read_text', 'parse_json',
-           'read_json', 'read_table', 'write_table', 'read_arrays', 'is_file_name', 'path_inside', 'project_path']
+           'read_json', 'read_table', 'write_table', 'read_arrays', 'map_array', 'fits', 'check_entries',
+           'is_file_name', 'path_inside', 'project_path']
 
 # %% ../../nbs/core/00_files.ipynb #cell-002
 import codecs
@@ -241,10 +242,26 @@ MAX_ARRAY_BYTES = 2**31
 DEFLATE_RATIO = 1032  # no deflate stream unpacks to more times its size (zlib's documentation)
 
 
+def _npy_header(stream, name: str, path, kind) -> tuple[tuple[int, ...], bool, np.dtype]:
+    "Shape, whether in Fortran's order, and type of the npy file that `stream` begins with."
+    try:
+        version = npy.read_magic(stream)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        shape, in_fortran_order, dtype = read(stream)
+    except Exception as error:  # numpy parses the header as Python: it can fail in any way
+        raise kind(
+            path, f"its {name} has a damaged header ({type(error).__name__}); save it again"
+        ) from None
+    if dtype.hasobject or min(shape, default=0) < 0:
+        raise kind(path, f"its {name} holds Python objects or has no size; save numbers and text")
+    return shape, in_fortran_order, dtype
+
+
 def read_arrays(
     path,
     kind: type = FileError,
     most: int = MAX_ARRAY_BYTES,  # bytes of all arrays, unpacked
+    names: tuple[str, ...] | None = None,  # of the arrays to read, where they are there; None: all
 ) -> dict[str, np.ndarray]:
     """The arrays of an npz by name, in the byte order of this machine.
 
@@ -252,34 +269,29 @@ def read_arrays(
     bytes than it holds or than `most`.
     """
     with reading(path, kind, "an npz file"), zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        claims = [member.file_size for member in members]
-        packed = sum(member.compress_size for member in members)
-        if sum(claims) > min(most, DEFLATE_RATIO * packed + 4096):
+        members = {
+            member.filename.removesuffix(".npy"): member
+            for member in archive.infolist()
+            if names is None or member.filename.removesuffix(".npy") in names
+        }
+        claimed = sum(member.file_size for member in members.values())
+        packed = sum(member.compress_size for member in members.values())
+        if claimed > min(most, DEFLATE_RATIO * packed + 4096):
             raise kind(
                 path,
-                f"claims to unpack to {sum(claims)} bytes, more than it can hold or is read"
-                f" ({most}); it is damaged, or too large",
+                f"claims to unpack to {claimed} bytes, more than it can hold or than the {most}"
+                " that are read; it is damaged, or too large",
             )
         return {
-            member.filename.removesuffix(".npy"): _member_array(archive, member, path, kind)
-            for member in members
+            name: _member_array(archive, member, path, kind) for name, member in members.items()
         }
 
 
 def _member_array(archive, member, path, kind) -> np.ndarray:
     name = printable(member.filename)[:60]
     with archive.open(member) as stream:
-        try:
-            version = npy.read_magic(stream)
-            header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-            shape, _, dtype = header[version](stream)
-        except Exception as error:
-            raise kind(path, f"its {name} has a damaged header ({type(error).__name__})") from None
-        claimed = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject or min(shape, default=0) < 0:
-            raise kind(path, f"its {name} holds Python objects, or nothing; save numbers and text")
-        if claimed != member.file_size - stream.tell():
+        shape, _, dtype = _npy_header(stream, name, path, kind)
+        if math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
             raise kind(
                 path, f"its {name} claims the shape {shape} and holds another; save it again"
             )
@@ -287,6 +299,59 @@ def _member_array(archive, member, path, kind) -> np.ndarray:
         array = npy.read_array(stream, allow_pickle=False)
         stream.read(1)  # the checksum is compared at the end
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def map_array(path, kind: type = FileError) -> np.ndarray:
+    """The array of an npy file, memory-mapped for reading, in C's order; `kind` with the file for
+    anything else, and where its header claims other bytes than it holds.
+    """
+    with reading(path, kind, "an npy file"), open(path, "rb") as stream:
+        shape, in_fortran_order, dtype = _npy_header(stream, "array", path, kind)
+        claimed = math.prod(shape) * dtype.itemsize
+        if (
+            in_fortran_order
+            or 0 in shape
+            or claimed != os.fstat(stream.fileno()).st_size - stream.tell()
+        ):
+            raise kind(path, f"claims the shape {shape} and holds another; save it again")
+        return np.memmap(path, dtype, "r", stream.tell(), shape)
+
+# %% ../../nbs/core/00_files.ipynb #444a165a
+def fits(value, form) -> bool:
+    """Whether a JSON value has a form: a type (`int` and `float` are finite and no bool, a whole
+    number is a float), None, `[form]` for a list of any length, `[form, form]` for one of this
+    length, `{str: form}` for an object of any keys, or a tuple of forms, any of which will do.
+    """
+    if isinstance(form, tuple):
+        return any(fits(value, one) for one in form)
+    if isinstance(form, list):
+        forms = form * len(value) if len(form) == 1 and isinstance(value, list) else form
+        return isinstance(value, list) and len(value) == len(forms) and all(map(fits, value, forms))
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(fits(one, form[str]) for one in value.values())
+    if form is None:
+        return value is None
+    if form is float:
+        return type(value) is int or type(value) is float and math.isfinite(value)
+    return type(value) is form
+
+
+def check_entries(
+    record,  # what JSON gave
+    forms: dict,  # name → form, see `fits`
+    path,
+    kind: type = FileError,
+    all_there: bool = True,  # False: an entry may be missing
+) -> dict:
+    "The record; `kind` with the file where it is none, lacks an entry, or has one of another form."
+    if not isinstance(record, dict):
+        raise kind(path, f"holds {record!r:.60} where an object is expected; write it again")
+    for name, form in forms.items():
+        if name not in record and all_there:
+            raise kind(path, f"has no entry {name!r}; write it again")
+        if name in record and not fits(record[name], form):
+            raise kind(path, f"its entry {name!r} is {record[name]!r:.60}; correct it")
+    return record
 
 # %% ../../nbs/core/00_files.ipynb #9626d0bb
 def is_file_name(name) -> bool:
