@@ -3034,8 +3034,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                   'ct_nb/refine/evaluation.py'),
                                          'ct_nb.refine.evaluation.RefinementScoreboard.gains': ( 'refine/evaluation.html#refinementscoreboard.gains',
                                                                                                  'ct_nb/refine/evaluation.py'),
-                                         'ct_nb.refine.evaluation.RefinementScoreboard.save': ( 'refine/evaluation.html#refinementscoreboard.save',
-                                                                                                'ct_nb/refine/evaluation.py'),
                                          'ct_nb.refine.evaluation.RefinementScoreboard.table': ( 'refine/evaluation.html#refinementscoreboard.table',
                                                                                                  'ct_nb/refine/evaluation.py'),
                                          'ct_nb.refine.evaluation.RefinementScoreboard.verdict': ( 'refine/evaluation.html#refinementscoreboard.verdict',

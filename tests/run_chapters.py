@@ -17,6 +17,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,21 @@ PRELOAD = (
     " fastcore.all monai.networks.nets diffusers.schedulers ct_nb.drr2ct.network ct_nb.slices.models"
     " ct_nb.ct_encoder.model ct_nb.viewer.figures"
 ).split()
+
+
+KERNELS = """
+import torch
+from ct_nb.physics.geometry import ConeBeam
+from ct_nb.physics.projector import backproject, project
+from ct_nb.physics.volume import Grid
+for dtype in (torch.float32, torch.float64):
+    geometry = ConeBeam.biplanar(grid=Grid.cube(8, 320.0), detector_shape=(8, 8)).to(dtype)
+    geometry.source_mm.requires_grad_()
+    mu = torch.rand(8, 8, 8, dtype=dtype, requires_grad=True)
+    image = project(mu, geometry, "numba")
+    image.square().sum().backward()
+    backproject(image.detach().requires_grad_(), geometry, "numba").square().sum().backward()
+"""
 
 
 def chapters() -> list[Path]:
@@ -137,6 +153,8 @@ def main() -> None:
     known = [] if options.all or options.flags else [p for p in todo if (passed / keys[p]).exists()]
     todo = [path for path in todo if path not in known]
     print(f"{len(todo)} chapters to run, {len(known)} passed as they are", flush=True)
+    # no chapter pays for compiling what all of them use
+    subprocess.run([sys.executable, "-c", KERNELS], cwd=ROOT, check=True)
     for name in PRELOAD:
         importlib.import_module(name)
     begin = time.monotonic()

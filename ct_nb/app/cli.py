@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from .. import __version__
-from ..core.errors import InputError
+from ..core.errors import InputError, printable
 
 # %% ../../nbs/app/03_cli.ipynb #cell-004
 # arguments of the library whose options have another name
@@ -42,8 +42,10 @@ class Command(TyperCommand):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of our output has gone, as `head` does
+            raise
         except (InputError, OSError) as error:
-            typer.echo(f"{ctx.command_path}: {self._sentence(error)}", err=True)
+            typer.echo(f"{ctx.command_path}: {printable(self._sentence(error))}", err=True)
             raise typer.Exit(1) from error
 
     def _sentence(self, error: Exception) -> str:

@@ -502,7 +502,7 @@ def save_scoreboard(board: Scoreboard, out) -> Path:
     with atomic_write(out / "scoreboard.csv") as path:
         path.write_text(text.getvalue(), encoding="utf-8")
     write_json(out / "metrics.json", scoreboard_content(board))
-    figure = scoreboard_figure(board)
+    figure = board.figure()
     with atomic_write(out / "scoreboard.png") as path:
         figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -406,13 +406,15 @@ class Volume:
 
         The affine of the cube is its position in the patient, so
         `cube.resample_onto(original.grid)` overlays the input. A note gives the fraction of the
-        body outside the cube. Raises InputError where there is no body.
+        body outside the cube, from 0.05 % on. Raises InputError where there is no body.
         """
         mask, coarse = find_body(self)
         center = _middle_mm(mask, coarse)
         points = coarse.index_to_mm(np.argwhere(mask)[:, ::-1])
         outside = (np.abs(points - center) > side_mm / 2).any(axis=1).mean()
-        notes = self.notes + [f"{outside:.1%} of the body lies outside the {side_mm:g} mm cube"]
+        notes = list(self.notes)
+        if outside >= 0.0005:  # what would read 0.0%
+            notes.append(f"{outside:.1%} of the body lies outside the {side_mm:g} mm cube")
         grid = Grid.cube(size, side_mm, center)
         return Volume(resample(np.maximum(self.hu, AIR_HU), self.grid, grid), grid.affine, notes)
 

@@ -9,18 +9,15 @@ __all__ = ['REFINEMENT_MAIN', 'REFINEMENT_BASELINES', 'GAINS', 'RefinementScoreb
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core.files import atomic_write
 from ..evaluation.case_metrics import METRICS, Metric
 from ..evaluation.metrics import ConfidenceInterval, paired_mean_ci
 from ct_nb.evaluation.scoreboard import (
     Scoreboard,
     scoreboard_figure,
     scoreboard_table,
-    save_scoreboard,
 )
 from ..evaluation.sharpness import SHARPNESS_METRICS
 
@@ -95,17 +92,6 @@ class RefinementScoreboard(Scoreboard):
             baseline: {metric: finite(self.gain(baseline, metric)) for metric in metrics}
             for baseline in REFINEMENT_BASELINES
         }
-
-    def save(self, out) -> Path:
-        "Writes `scoreboard.csv`, `metrics.json` and `scoreboard.png` into a folder, atomically."
-        import matplotlib.pyplot as plt
-
-        out = save_scoreboard(self, out)
-        figure = self.figure()
-        with atomic_write(out / "scoreboard.png") as path:
-            figure.savefig(path, dpi=150)
-        plt.close(figure)
-        return out
 
 # %% ../../nbs/refine/05_evaluation.ipynb #cell-007
 def _interval(low: float, high: float, patients: int, digits: int) -> str:

@@ -267,7 +267,7 @@ def _make_controls(
     options = [(f"{name} (trained on)" if name in trained else name, name) for name in scans]
     self.scan = _menu(options, scans[0], "scan")
     self.cut = _menu(["coronal", "sagittal"], "coronal", "cut")
-    self.method = _menu(methods, method, "prediction")
+    self.method = _menu(methods, method, "method")
     self.shape = _menu(["rectangular", "gaussian"], "rectangular", "profile")
     self.window = window_menu(window)
     self.spacing = FloatSlider(

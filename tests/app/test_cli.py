@@ -325,3 +325,16 @@ def test_a_defect_keeps_its_traceback(ct, monkeypatch):
     monkeypatch.setattr(commands, "simulate_drrs", broken)
     with pytest.raises(ValueError, match="a shape"):
         ct_nb("drr", ct)
+
+
+def test_a_reader_that_has_gone_is_no_fault_of_the_input(ct):
+    script = "from ct_nb.app.cli import app; app(prog_name='ct-nb')"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", script, "evaluate", str(ct), str(ct)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert "evaluate:" not in process.stderr.read()
+    process.wait()
