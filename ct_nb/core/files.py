@@ -269,6 +269,8 @@ def read_arrays(
     bytes than it holds or than `most`.
     """
     with reading(path, kind, "an npz file"), zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            archive.open(member).close()  # its name stands in two places, which are compared
         members = {
             member.filename.removesuffix(".npy"): member
             for member in archive.infolist()
