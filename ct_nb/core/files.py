@@ -10,6 +10,7 @@ __all__ = ['MAX_TEXT_BYTES', 'MAX_ARRAY_BYTES', 'DEFLATE_RATIO', 'atomic_write',
 # %% ../../nbs/core/00_files.ipynb #cell-002
 import codecs
 import json
+import math
 import os
 import tempfile
 from contextlib import contextmanager, suppress
@@ -212,7 +213,9 @@ def write_table(
     columns,  # names, in order
     rows,  # dicts by column, or sequences of cells in order; what a dict lacks is empty
 ) -> None:
-    "Write a CSV (RFC 4180, UTF-8) atomically, with an apostrophe before text that is a formula."
+    """Write a CSV (RFC 4180, UTF-8) atomically; NaN and None are empty cells, and text that a
+    spreadsheet would run as a formula gets an apostrophe before it.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([_cell(name) for name in columns])
@@ -224,6 +227,8 @@ def write_table(
 
 
 def _cell(value):
+    if isinstance(value, (float, np.floating)) and math.isnan(value):
+        return ""
     if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return value
     try:
@@ -233,7 +238,6 @@ def _cell(value):
         return f"'{value}"
 
 # %% ../../nbs/core/00_files.ipynb #809bba5b
-import math
 import zipfile
 
 from numpy.lib import format as npy

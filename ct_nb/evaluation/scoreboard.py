@@ -7,8 +7,6 @@ __all__ = ['MAIN_METRICS', 'PRIMARY_METRICS', 'held_out_views', 'score_case', 'C
            'scoreboard_table', 'scoreboard_figure', 'scoreboard_content', 'save_scoreboard', 'evaluate', 'save_case']
 
 # %% ../../nbs/evaluation/05_scoreboard.ipynb #cell-002
-import csv
-import io
 import math
 import re
 import time
@@ -20,7 +18,7 @@ from typing import ClassVar
 import torch
 
 from ..core.errors import InputError
-from ..core.files import atomic_write, write_json
+from ..core.files import atomic_write, write_json, write_table
 from ..core.plot_style import BASELINE, FAINT, INK, MODEL, MUTED, plot_style
 from .case_metrics import METRICS, volume_scores
 from ct_nb.evaluation.metrics import (
@@ -492,15 +490,7 @@ def save_scoreboard(board: Scoreboard, out) -> Path:
     import matplotlib.pyplot as plt
 
     out = Path(out)
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(board.rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(
-        {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-        for row in board.rows
-    )
-    with atomic_write(out / "scoreboard.csv") as path:
-        path.write_text(text.getvalue(), encoding="utf-8")
+    write_table(out / "scoreboard.csv", list(board.rows[0]), board.rows)
     write_json(out / "metrics.json", scoreboard_content(board))
     figure = board.figure()
     with atomic_write(out / "scoreboard.png") as path:
