@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['MAX_TEXT_BYTES', 'MAX_ARRAY_BYTES', 'DEFLATE_RATIO', 'atomic_write', 'write_json', 'read_text', 'parse_json',
            'read_json', 'read_table', 'write_table', 'read_arrays', 'map_array', 'fits', 'check_entries',
-           'is_file_name', 'path_inside', 'project_path']
+           'is_file_name', 'path_inside', 'file_names', 'project_path']
 
 # %% ../../nbs/core/00_files.ipynb #cell-002
 import codecs
+import hashlib
 import json
 import math
 import os
+import re
 import tempfile
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -380,6 +383,22 @@ def path_inside(folder, name: str) -> Path:
             "name", f"{str(name)[:80]!r} cannot be the name of a file in {folder}; rename the case"
         )
     return Path(folder) / name
+
+
+def file_names(texts) -> list[str]:
+    """A different file name for each text: other characters than letters, digits, `_`, `-` and `.`
+    become `_`, and some digits of its digest follow where two would be one.
+    """
+    names = [re.sub(r"[^\w.-]+", "_", str(text)).strip("_.")[:100] or "case" for text in texts]
+    shared = Counter(name.casefold() for name in names)
+    return [
+        (
+            name
+            if shared[name.casefold()] == 1
+            else f"{name}-{hashlib.blake2b(str(text).encode('utf-8', 'replace')).hexdigest()[:8]}"
+        )
+        for name, text in zip(names, texts, strict=True)
+    ]
 
 # %% ../../nbs/core/00_files.ipynb #cell-010
 def project_path(path) -> Path:

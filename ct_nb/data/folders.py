@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..core.errors import FileError, InputError, reading
-from ..core.files import check_entries, fits, is_file_name, parse_json, read_arrays
+from ..core.files import check_entries, fits, is_file_name, parse_json, read_arrays, read_json
 from .cache import MemoryCache, code_digest, content_digest, files_digest
 from .cases import Case, CTSource, block_mean, block_mode, sample_arrays
 from .dicom_pixels import is_dicom
@@ -157,17 +157,14 @@ def read_label_names(path: Path) -> dict[int, str]:
     for file in (path.with_name(stem(path) + ".json"), path.with_name("labels.json")):
         if not file.is_file():
             continue
-        try:
-            return {
-                int(value): str(name)
-                for value, name in json.loads(file.read_text(encoding="utf-8")).items()
-            }
-        except (ValueError, AttributeError):
+        names = read_json(file)
+        if not fits(names, {str: str}) or not all(value.isdecimal() for value in names):
             raise FileError(
                 file,
                 "must be a JSON object of label values and their names, like {\"1\":"
                 " \"lung left\"}",
-            ) from None
+            )
+        return {int(value): name for value, name in names.items()}
     return {}
 
 # %% ../../nbs/data/05a_folders.ipynb #ba1415a8

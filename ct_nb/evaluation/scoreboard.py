@@ -8,7 +8,6 @@ __all__ = ['MAIN_METRICS', 'PRIMARY_METRICS', 'held_out_views', 'score_case', 'C
 
 # %% ../../nbs/evaluation/05_scoreboard.ipynb #cell-002
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from ..core.errors import InputError
-from ..core.files import atomic_write, write_json, write_table
+from ..core.files import atomic_write, file_names, write_json, write_table
 from ..core.plot_style import BASELINE, FAINT, INK, MODEL, MUTED, plot_style
 from .case_metrics import METRICS, volume_scores
 from ct_nb.evaluation.metrics import (
@@ -525,7 +524,8 @@ def evaluate(
         raise InputError("pairs", "it is empty; hold at least one patient out of training")
     lpips = LPIPS(lpips_weights) if lpips_weights else None
     energy_kev = getattr(pairs, "energy_kev", 60.0) if energy_kev is None else energy_kev
-    rows, held_out = [], held_out_geometry
+    rows, saved = [], []
+    held_out = held_out_geometry
     for number in tqdm(range(len(pairs)), desc="evaluating", unit="case", disable=not progress):
         item = pairs[number]
         if held_out is None:
@@ -535,9 +535,8 @@ def evaluate(
         )
         rows += case_rows
         if out is not None and number < save_cases:
-            save_case(
-                Path(out) / "cases" / re.sub(r"[^\w.-]+", "_", str(item["id"])), item, volumes
-            )
+            saved.append(item["id"])
+            save_case(Path(out) / "cases" / file_names(saved)[-1], item, volumes)
     board = Scoreboard(
         rows,
         {

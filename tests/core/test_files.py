@@ -16,6 +16,7 @@ from ct_nb.core.errors import FileError
 from ct_nb.core.files import (
     atomic_write,
     check_entries,
+    file_names,
     fits,
     is_file_name,
     map_array,
@@ -346,3 +347,14 @@ def test_a_record_is_compared_with_its_description():
     for wrong in ({"id": "a"}, {"id": "a", "size": 1.5}, [], None, "id"):
         with refused(file="x.json", kind=FileError):
             check_entries(wrong, forms, "x.json")
+
+
+def test_every_case_has_a_folder_of_its_own():
+    ids = ["a/b", "a_b", "A_B", "..", "../..", "plain", "x.nii", "é"]
+    names = file_names(ids)
+    assert (
+        len({name.casefold() for name in names}) == len(ids)
+        and names[5:] == ["plain", "x.nii", "é"]
+        and not any("/" in name or name.startswith(".") for name in names)
+    )
+    assert file_names(ids[::-1]) == names[::-1]  # whatever the order
