@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LUNGS', 'BONES', 'VOCABULARY', 'CT_RATE_LABELS', 'FINDINGS', 'ReasoningStep', 'RadiologyReport', 'RegionMention',
-           'find_region_mentions', 'clauses', 'finding_states', 'Mention', 'is_denial', 'find_mentions', 'region_texts',
+           'find_region_mentions', 'finding_states', 'clauses', 'Mention', 'is_denial', 'find_mentions', 'region_texts',
            'is_normal']
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-002
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ..core.errors import InputError
 from ..core.regions import REGIONS
+from .negation import denied_spans, find_cues, sentences, statements
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-005
 @dataclass(frozen=True)
@@ -189,7 +190,9 @@ FINDINGS = {  # name: pattern
         r" (?:calcifi\w+|plaques?)|calcifi\w+(?: \w+){0,4} (?:aort\w+|arter\w+)"
     ),
     "cardiomegaly": r"cardiomegaly|enlarged heart|heart is enlarged|heart size is increased",
-    "pericardial effusion": r"pericardial effusion",
+    "pericardial effusion": (
+        r"pericardial effusions?|pericardial(?= (?:or|and) pleural effusions?\b)"
+    ),
     "coronary artery wall calcification": (
         r"coronary(?: \w+){0,3} (?:calcifi\w+|plaques?)|calcifi\w+(?: \w+){0,4} coronary"
     ),
@@ -200,7 +203,9 @@ FINDINGS = {  # name: pattern
     "lung nodule": r"(?<!thyroid )nodul\w+|granuloma\w*",
     "lung opacity": r"ground[- ]glass(?! nodul)|opaci\w+|infiltrat\w+",
     "pulmonary fibrotic sequela": r"fibro\w+|sequela\w*",
-    "pleural effusion": r"pleural effusions?|pleural fluid",
+    "pleural effusion": (
+        r"pleural effusions?|pleural fluid|pleural(?= (?:or|and) pericardial effusions?\b)"
+    ),
     "mosaic attenuation pattern": r"mosaic",
     "peribronchial thickening": r"peribronchial thickening|bronchial wall thickening",
     "consolidation": r"consolidat\w+",
@@ -215,7 +220,7 @@ FINDINGS = {  # name: pattern
     "pneumothorax": r"pneumothora\w+",
     "other effusion": r"(?<!pleural )(?<!pericardial )effusions?",
     "other calcification": r"calcifi\w+",
-    "other thickening": r"thicken\w+|thickness increase",
+    "other thickening": r"thicken\w+|thickness increase|increased? (?:in )?(?:\w+ )?thickness",
     "steatosis": r"steatosis|hepatosteatosis",
     "other lesion": r"lesions?|abnormalit(?:y|ies)",
     "embolism": r"embol\w+|thromb\w+",
@@ -227,67 +232,76 @@ FINDINGS = {  # name: pattern
 _FINDINGS = {name: re.compile(rf"\b(?:{pattern})\b", re.I) for name, pattern in FINDINGS.items()}
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-015
-_CLAUSE_END = re.compile(
-    r";|,? (?:but|however|although|except(?: for)?|whereas|while|apart from|with the exception"
-    r" of)\b,?",
-    re.I,
-)
 _NOT_ASSESSED = re.compile(
     r"not in the field of view|outside (?:of )?the field of view|not included in|(?:could|can) ?not"
     r" be (?:optimally )?evaluated|not be evaluated|parenchyma window",
     re.I,
 )
-_FALSE_DENIAL = re.compile(
-    r"no (?:significant |interval |relevant )*changes?|not changed|not only|not (?:be"
-    r" )?(?:excluded|ruled out)|(?:without|absence of|non|no)[- ](?:iv |intravenous )?contrast\w*",
-    re.I,
-)
-_DENIES_AFTER = re.compile(
-    r"\b(?:no|without|neither|nor|absence of|free of|free from|negative for|not)\b", re.I
-)
-_DENIES_BEFORE = re.compile(
-    r"\b(?:(?:is|are|was|were|has|have|been) )*(?:not (?:been )?(?:detected|observed|seen"
-    r"|identified|present|found|visible|visuali[sz]ed|noted|evident|demonstrated|encountered"
-    r"|distinguished)|absent|ruled out|excluded)\b",
+_HEADING = re.compile(
+    r"(?:findings?|impressions?|conclusions?|results?|report|technique|comparison)\W*(?:\d\W*)?",
     re.I,
 )
 
 
-def clauses(text: str) -> list[str]:
-    "Clauses of a text, split where a negation ends, without those about regions not assessed."
-    sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+|\n+", text) if s.strip()]
-    return [
-        c.strip()
-        for s in sentences
-        for c in _CLAUSE_END.split(s)
-        if c.strip(" .,") and not _NOT_ASSESSED.search(c)
-    ]
+def _spans(clause: str) -> list[tuple[str, tuple[int, int]]]:
+    "The findings that a clause names, with their places."
+    found, spans = [], []
+    for name, pattern in _FINDINGS.items():
+        for match in pattern.finditer(clause):
+            if not _overlaps(match, spans):
+                spans.append(match.span())
+                found.append((name, match.span()))
+    return found
+
+
+@functools.lru_cache(maxsize=65536)
+def _finding_states(clause: str) -> tuple[tuple[str, bool], ...]:
+    found = _spans(clause)
+    denied = denied_spans(clause, [span for _, span in found])
+    states = {}
+    for name, span in found:
+        states[name] = states.get(name, False) or span not in denied
+    return tuple(states.items())
 
 
 def finding_states(clause: str) -> dict[str, bool]:
     """Finding → True (present) or False (negated), for each finding that a clause names.
 
-    True if the clause does both. The rules are those of NegEx (Chapman et al. 2001).
+    True if the clause does both. The rules are those of `ct_nb.ct_encoder.negation`.
     """
-    clause = _FALSE_DENIAL.sub(lambda m: "~" * len(m[0]), clause)
-    after = min(
-        (
-            m.start()
-            for m in _DENIES_AFTER.finditer(clause)
-            if not _DENIES_BEFORE.match(clause, m.start())
-        ),
-        default=len(clause),
-    )
-    before = max((m.start() for m in _DENIES_BEFORE.finditer(clause)), default=-1)
-    states, spans = {}, []
-    for name, pattern in _FINDINGS.items():
-        for match in pattern.finditer(clause):
-            if _overlaps(match, spans):
-                continue
-            spans.append(match.span())
-            negated = match.start() > after or match.end() <= before
-            states[name] = states.get(name, False) or not negated
-    return states
+    return dict(_finding_states(clause))
+
+
+def _polarity(clause: str) -> str:
+    states = finding_states(clause)
+    if any(states.values()):
+        return "present"
+    return "denied" if is_denial(clause) else "plain"
+
+
+def _sentence_clauses(sentence: str) -> list[str]:
+    "Statements of a sentence, joined where neighbours agree or where one is an exception."
+    parts, last = [], None
+    for statement in statements(sentence):
+        text = sentence[statement.start : statement.end]
+        polarity = _polarity(text)
+        exception = statement.opener == "except" and not _spans(text)
+        if parts and (exception or not statement.opener and polarity == last):
+            parts[-1] = (parts[-1][0], statement.end)
+        else:
+            parts.append((statement.start, statement.end))
+            last = polarity
+    return [re.sub(r"(?:,|\band)?\s*$", "", sentence[a:b].strip(" ,")) for a, b in parts]
+
+
+def clauses(text: str) -> list[str]:
+    "Clauses of a text, each of one polarity, without those about regions not assessed."
+    return [
+        clause
+        for sentence in sentences(text)
+        for clause in _sentence_clauses(sentence)
+        if not _NOT_ASSESSED.search(clause) and not _HEADING.fullmatch(clause)
+    ]
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-018
 class Mention(NamedTuple):
@@ -299,12 +313,30 @@ class Mention(NamedTuple):
     negated: bool  # the clause is a negation
 
 
+_FILLER = re.compile(
+    r"\b(?:the|a|both|left|right|is|are|was|were|has|have|been|surgically|and)\b|\W", re.I
+)
+
+
+def _is_organ(words: str) -> bool:
+    "Whether words name regions and nothing else."
+    mentions = find_region_mentions(words)
+    for mention in mentions:
+        words = re.sub(re.escape(mention.term), "", words, flags=re.I)
+    return bool(mentions) and not _FILLER.sub("", words)
+
+
 def is_denial(clause: str) -> bool:
     "Whether a clause is a negation: it states no finding as present."
     states = finding_states(clause)
     if states:
         return not any(states.values())
-    return bool(_DENIES_AFTER.search(_FALSE_DENIAL.sub("", clause)))
+    return any(
+        cue.kind == "after"
+        or cue.kind in ("before", "either")
+        and not _is_organ(clause[: cue.start])
+        for cue in find_cues(clause)
+    )
 
 
 def find_mentions(text: str) -> list[Mention]:
@@ -338,6 +370,8 @@ def is_normal(text: str) -> bool:
     "Whether a text states that everything is normal. False for an empty text."
     parts = clauses(text)
     return bool(parts) and all(
-        not any(finding_states(c).values()) and (is_denial(c) or bool(_NORMAL_WORD.search(c)))
+        not any(finding_states(c).values())
+        and (is_denial(c) or bool(_NORMAL_WORD.search(c)))
+        and not any(cue.kind == "unsaid" for cue in find_cues(c))
         for c in parts
     )
