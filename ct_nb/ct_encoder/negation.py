@@ -14,12 +14,16 @@ from typing import NamedTuple
 _SENTENCE_END = re.compile(
     r"(?<!\bneg\.)(?<!\bdr\.)(?<!\bvs\.)(?<=[.!?])\s+|[\n\r\v\f\x85\u2028\u2029]+", re.I
 )
+_WRAPPED = re.compile(
+    r"\b(of|the|an|or|and|in|on|with|without|to|for|is|are|was|were)[ \t]*\r?\n[ \t]*(?=[a-z])"
+)
 _MARKER = re.compile(r"^(?:[-–•*·]|\(?(?:\d{1,2}|[a-z])[.)])\s+")  # of an item of a list
 
 
 def sentences(text: str) -> list[str]:
     "The sentences and lines of a text, with single spaces, without bullets and numbers of lists."
-    parts = (_MARKER.sub("", " ".join(part.split())) for part in _SENTENCE_END.split(text))
+    unwrapped = _WRAPPED.sub(r"\1 ", text)
+    parts = (_MARKER.sub("", " ".join(part.split())) for part in _SENTENCE_END.split(unwrapped))
     return [part for part in parts if re.search(r"[^\W\d]", part)]
 
 # %% ../../nbs/ct_encoder/00b_negation.ipynb #cell-007

@@ -109,6 +109,8 @@ def test_errors_are_seen():
         ("No effusion\u2028Nodule\x85Mass", ["No effusion", "Nodule", "Mass"]),
         ("- No effusion\n• Nodule\n(3) Mass\n4. Cyst", ["No effusion", "Nodule", "Mass", "Cyst"]),
         ("Neg. for mass. Nodule of 2.5 mm.", ["Neg. for mass.", "Nodule of 2.5 mm."]),
+        ("No evidence of\npleural effusion\nMass", ["No evidence of pleural effusion", "Mass"]),
+        ("Effusion: no\nnodule: yes", ["Effusion: no", "nodule: yes"]),
         (" \n12.\n", []),
         ("", []),
     ],
