@@ -814,6 +814,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                        'ct_nb/ct_encoder/negation.py'),
                                            'ct_nb.ct_encoder.negation.find_cues': ( 'ct_encoder/negation.html#find_cues',
                                                                                     'ct_nb/ct_encoder/negation.py'),
+                                           'ct_nb.ct_encoder.negation.lower_case': ( 'ct_encoder/negation.html#lower_case',
+                                                                                     'ct_nb/ct_encoder/negation.py'),
                                            'ct_nb.ct_encoder.negation.sentences': ( 'ct_encoder/negation.html#sentences',
                                                                                     'ct_nb/ct_encoder/negation.py'),
                                            'ct_nb.ct_encoder.negation.statements': ( 'ct_encoder/negation.html#statements',

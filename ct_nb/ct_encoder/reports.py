@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..core.errors import InputError
 from ..core.regions import REGIONS
-from .negation import denied_spans, find_cues, sentences, statements
+from .negation import denied_spans, find_cues, lower_case, sentences, statements
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-005
 @dataclass(frozen=True)
@@ -122,10 +122,8 @@ VOCABULARY = (  # pattern, regions on the left, regions on the right
         *LUNGS,
     ),
 )
-_SIDE = re.compile(r"\b(left|right|both|bilateral(?:ly)?)(?: lung)?(?:'s)?[ ,]+$", re.I)
-_PLACES = [
-    (re.compile(rf"\b(?:{pattern})\b", re.I), left, right) for pattern, left, right in VOCABULARY
-]
+_SIDE = re.compile(r"\b(left|right|both|bilateral(?:ly)?)(?: lung)?(?:'s)?[ ,]+$")
+_PLACES = [(re.compile(rf"\b(?:{pattern})\b"), left, right) for pattern, left, right in VOCABULARY]
 
 
 class RegionMention(NamedTuple):
@@ -140,7 +138,8 @@ def find_region_mentions(clause: str) -> list[RegionMention]:
 
     A mention is left out if the clause also names a part of it (the lungs, if it names a lobe).
     """
-    sides = [side for side in ("left", "right") if re.search(rf"\b{side}\b", clause, re.I)]
+    clause = lower_case(clause)
+    sides = [side for side in ("left", "right") if re.search(rf"\b{side}\b", clause)]
     spans, matches = [], []
     for pattern, left, right in _PLACES:
         regions_of = {"left": left, "right": right}
@@ -148,11 +147,11 @@ def find_region_mentions(clause: str) -> list[RegionMention]:
             if _overlaps(match.span(), spans):
                 continue
             before = _SIDE.search(clause[max(0, match.start() - 30) : match.start()])
-            side = (before[1] if before else sides[0] if len(sides) == 1 else "").lower()
+            side = before[1] if before else sides[0] if len(sides) == 1 else ""
             start = match.start() - (len(before[0]) if before else 0)
             spans.append((start, match.end()))
             regions = regions_of.get(side, (*left, *right))
-            term = clause[start : match.end()].lower()
+            term = clause[start : match.end()]
             matches.append((start, RegionMention(term, tuple(sorted(set(regions))))))
     mentions = [mention for _, mention in sorted(matches)]
     return [m for m in mentions if not any(set(o.regions) < set(m.regions) for o in mentions)]
@@ -238,11 +237,12 @@ FINDINGS = {  # name: pattern
     "other hernia": r"hernia\w*",
     "bulla": r"bulla\w*|blebs?",
 }
-_FINDINGS = {name: re.compile(rf"\b(?:{pattern})\b", re.I) for name, pattern in FINDINGS.items()}
+_FINDINGS = {name: re.compile(rf"\b(?:{pattern})\b") for name, pattern in FINDINGS.items()}
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-015
 def _spans(clause: str) -> list[tuple[str, tuple[int, int]]]:
     "The findings that a clause names, with their places."
+    clause = lower_case(clause)
     found, spans = [], []
     for name, pattern in _FINDINGS.items():
         for match in pattern.finditer(clause):
