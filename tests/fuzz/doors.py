@@ -719,7 +719,10 @@ def save_run(system: str, folder: Path) -> None:
         "network": settings,
         "residual": {"median": 0.02, "limit": 0.1},
         "consistency": {"noise": 0.05, "iterations": 8, "detector": 128, "rounds": 2},
+        "settings": {"phantoms": 4, "trained_on": "both", "samples": 2, "sampling_steps": 4},
+        "coarse": None,
         "training": {"cases": ["a"], "patients": ["a"], "fingerprint": "f"},
+        "validation": {"cases": ["b"], "patients": ["b"], "fingerprint": "g"},
     }
     save_weights(folder, network, config)
 
@@ -739,6 +742,10 @@ def read_run(system: str, folder: Path):
         from ct_nb.slices.vae_train import load_vae as load
     else:
         from ct_nb.ct_encoder.train import load_ct_encoder as load
+    if system in ("drr2ct", "cascade", "refiner"):
+        from ct_nb.refine.coarse_inputs import known_cases
+
+        known_cases(folder)
     return load(folder), read_config(folder)
 
 
