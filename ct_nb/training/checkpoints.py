@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS_FILE', 'CONFIG_FILE', 'CONFIG_FORMS', 'CASES_FORMS', 'SETTINGS_FORMS', 'MODULE_NUMBERS', 'STATE_FILE',
-           'versions', 'WeightsError', 'save_weights', 'read_config', 'load_weights', 'load_model', 'random_state',
-           'set_random_state', 'save_state', 'load_state', 'weights_digest']
+           'STATE_ENTRIES', 'versions', 'WeightsError', 'save_weights', 'read_config', 'load_weights', 'load_model',
+           'random_state', 'set_random_state', 'save_state', 'load_state', 'weights_digest']
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-002
 import math
 import platform
 import random
+import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib import metadata
@@ -243,6 +244,7 @@ def load_model(
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-012
 STATE_FILE = "training_state.pt"
+STATE_ENTRIES = {"step", "random"}  # that every state has
 
 
 def random_state() -> dict:
@@ -287,13 +289,23 @@ def load_state(folder) -> dict | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself compares no checksum
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                damaged = "its directory"  # torch packs nothing
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = STATE_ENTRIES - state.keys()
+        if missing:
+            raise ValueError(f"{sorted(missing)[0]} is missing")
     except Exception as error:
         raise WeightsError(
             path,
-            f"is not a whole training state ({type(error).__name__}); delete it to start"
-            " again from step 0.",
+            f"is not a whole training state ({type(error).__name__}: {first_line(error)}); delete"
+            " it to start again from step 0.",
         ) from error
+    return state
 
 # %% ../../nbs/training/04_checkpoints.ipynb #weights-digest
 def weights_digest(folder) -> str:

@@ -168,6 +168,11 @@ def check_stacks(value) -> str:
     return ""
 
 
+def check_state(state) -> str:
+    numbers = [check_numbers(tensor) for tensor in state["model"].values()]
+    return first(*numbers, "" if type(state["step"]) is int else f"step {state['step']!r}")
+
+
 def check_history(rows) -> str:
     for row in rows:
         if not isinstance(row, dict) or type(row.get("step")) is not int:
@@ -772,6 +777,54 @@ def draw_history(folder: Path):
     return []
 
 
+def save_training_state(folder: Path) -> None:
+    from ct_nb.training.checkpoints import save_state
+
+    torch.manual_seed(0)
+    state = {"step": 7, "model": torch.nn.Linear(8, 8).state_dict(), "random": []}
+    save_state(folder, state)
+
+
+def read_training_state(folder: Path):
+    from ct_nb.training.checkpoints import load_state
+
+    state = load_state(folder)
+    return {name: state[name] for name in ("step", "model")}
+
+
+def save_pe_archive(folder: Path) -> None:
+    from ct_files import pair_members
+
+    (folder / "APE").mkdir()
+    members = pair_members(body((40, 24, 24)))
+    with zipfile.ZipFile(folder / "APE" / "0001.zip", "w") as archive:
+        for number, (name, content) in enumerate(sorted(members)):
+            archive.writestr(zipfile.ZipInfo(name), _same_uid(content, number), 8, 6)
+
+
+def _same_uid(content: bytes, number: int) -> bytes:
+    "A DICOM image whose own UID is the same every time."
+    import io
+
+    import pydicom
+
+    dataset = pydicom.dcmread(io.BytesIO(content))
+    dataset.SOPInstanceUID = f"1.2.3.{number}"
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def read_pe_archive(folder: Path):
+    from ct_nb.slices.pe_archive import pe_archive
+
+    result = []
+    for s in pe_archive(folder):
+        axes = [tuple(asdict(axis).values()) for axis in (s.thin_axis, s.thick_axis)]
+        result.append((s.id, s.patient, "train", s.thin, s.thick, s.pixel_mm, axes, s.affine))
+    return result
+
+
 # ---- all of them ------------------------------------------------------------------------------
 
 
@@ -840,6 +893,10 @@ DOORS = [
          {"*.jsonl": "json lines"}),
     Door("embeddings.parquet", save_index, read_index, check_index, {"*.parquet": "parquet"}),
     *map(_run_door, ("drr2ct", "cascade", "refiner", "slices", "slice_vae", "ct_encoder")),
+    Door("training state", save_training_state, read_training_state, check_state,
+         {"*.pt": "zip"}, ("*.pt",)),
+    Door("PE archive", save_pe_archive, read_pe_archive, check_stacks,
+         {"*.zip": "zip of dicom"}, ("*.zip",)),
     Door("history.jsonl", save_history, read_history_rows, check_history,
          {"*.jsonl": "json lines"}),
     Door("history figure", save_history, draw_history, check_history, {"*.jsonl": "json lines"}),

@@ -625,6 +625,7 @@ KINDS = {  # what a file can suffer besides blind damage
     "npz": (change_arrays, change_arrays, change_arrays, claim_more),
     "npy": (change_npy,),
     "dicom": (change_dicom,) * 4,
+    "zip": (inside_zip(BLIND),),
     "zip of dicom": (inside_zip((change_dicom, change_dicom, *BLIND)),) * 3,
     "png": (change_png, change_png),
     "safetensors": (change_safetensors, change_safetensors),
