@@ -1,6 +1,5 @@
 """Sources: what a folder may hold, patients, what is left out and why, and damaged caches."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -503,68 +502,3 @@ def test_default_cache_dir(monkeypatch, tmp_path):
     assert default_cache_dir() == tmp_path
     monkeypatch.delenv("CT_NB_CACHE")
     assert default_cache_dir() == Path.home() / ".cache" / "ct_nb"
-
-
-ABOUT = {"notes": [], "label_names": {}, "report": None, "prepared": ["a", "p"]}
-
-
-def prepared_case(path, about=None, **arrays) -> Path:
-    "A prepared case with some of its arrays or entries changed; None leaves one out."
-    source = CTSource.from_list(
-        [ball()], 16, ids=["a"], labels=[np.ones(ball().hu.shape, np.uint8)]
-    )
-    (case,) = prepare(source, path / "whole").glob("*.npz")
-    content = dict(np.load(case)) | arrays
-    if about is not None:
-        content["about"] = np.array(json.dumps(ABOUT | about))
-    (path / "folder").mkdir()
-    np.savez(path / "folder" / "a.npz", **{k: v for k, v in content.items() if v is not None})
-    return path / "folder"
-
-
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {"hu": None},
-        {"affine": None},
-        {"hu": np.zeros((16, 16, 8), np.int16)},
-        {"hu": np.zeros((16, 16, 16), np.float32)},
-        {"hu": np.zeros((16, 16, 16), np.int16)},
-        {"hu": np.array(3)},
-        {"affine": np.eye(3)},
-        {"affine": np.full((4, 4), np.nan)},
-        {"labels": np.zeros((16, 16, 16))},
-        {"labels": np.zeros((8, 8, 8), np.uint8)},
-        {"about": {"notes": "a"}},
-        {"about": {"label_names": {"one": "lung"}}},
-        {"about": {"label_names": {"1": 2}}},
-        {"about": {"report": "text"}},
-        {"about": {"thorax": {"lung_litres": "4"}}},
-        {"about": {"prepared": ["a"]}},
-        {"about": {"prepared": ["../victim", "p"]}},
-        {"about": {"prepared": ["/victim", "p"]}},
-        {"about": {"prepared": [3, "p"]}},
-    ],
-)
-def test_a_prepared_case_that_is_not_what_it_says(tmp_path, arrays):
-    with refused(file="a.npz", kind=FileError):
-        read_folder(prepared_case(tmp_path, **arrays), 16)[0]
-
-
-def test_a_damaged_prepared_case_is_one_reason_of_a_folder(tmp_path):
-    "One flipped bit in its record, say: it must not pass for a plain npz of another patient."
-    folder = prepared_case(tmp_path)
-    whole = (folder / "a.npz").read_bytes()
-    for word in ("prepared".encode("utf-32-le"), b"about.npy"):
-        damaged = bytearray(whole)
-        damaged[whole.index(word) + 2] ^= 1
-        (folder / "b.npz").write_bytes(damaged)
-        source = quiet(folder, 16, on_error="skip")
-        assert source.ids == ["a"] and [name for name, _ in source.skipped] == ["b.npz"]
-
-
-def test_no_id_leads_out_of_the_prepared_folder(tmp_path):
-    source = CTSource.from_list([ball()], 16, ids=["../victim"])
-    with refused("name"):
-        prepare(source, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []

@@ -159,7 +159,7 @@ def check_stacks(value) -> str:
             "" if side in ("train", "validation", "test") else f"the side {side!r}",
             check_numbers(pixel, 1e-3, 100),
             check_numbers([number for axis in axes for number in axis]),
-            *(check_numbers(a, -32768, 32767) for a in (thin, thick) if a is not None),
+            *(check_numbers(a, -32768, 100_000) for a in (thin, thick) if a is not None),
             f"thin is {thin.shape} of {axes[0]}" if len(thin) != axes[0][2] else "",
             "" if affine is None else check_numbers(affine),
         )
