@@ -99,14 +99,14 @@ class DRR2CTConfig(Config):
         if self.latent_size % 4:
             raise InputError("latent_size", f"must be a multiple of 4, got {self.latent_size}")
         mu_water_per_mm(self.energy_kev)  # InputError for an energy outside its table
-        self.require(0, "xray_std", "prior_noise", "consistency_noise", above=True)
+        self.require(0, "xray_std", "prior_noise", above=True)
         self.require(
             1,
             *("size", "latent_size", "grid_channels", "latent_channels", "bottleneck_channels"),
             *("view_depths", "view_heads", "view_window", "epipolar_neighbours", "prior_modes"),
             *("lifted_channels", "contrast_channels", "consistency_detector"),
         )
-        self.require(0, "latent_blocks", "consistency_iterations")
+        self.require(0, "latent_blocks", "consistency_noise", "consistency_iterations")
 
     @classmethod
     def preset(cls, name: str) -> "DRR2CTConfig":

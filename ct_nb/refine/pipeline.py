@@ -41,8 +41,7 @@ class ConsistencySettings(Config):
     rounds: int = 2  # of data consistency and clipping at vacuum
 
     def __post_init__(self):
-        self.require(0, "noise", above=True)
-        self.require(0, "iterations", "rounds")
+        self.require(0, "noise", "iterations", "rounds")
         self.require(1, "detector")
 
     @classmethod
