@@ -229,7 +229,9 @@ def _place(volume: Volume, row: MetadataRow, blank: bool, version: int, path) ->
         if version == 1:
             volume.notes.append(f"its place in the patient is its header's; {row.no_affine}")
         return volume
-    table = Grid(volume.grid.shape, row.affine)
+    # in 32 bits, as a NIfTI header holds it: then both versions give the same cube to the last digit
+    placed = row.affine.astype(np.float32).astype(np.float64)
+    table = Grid(volume.grid.shape, placed)
     differs = "" if blank else _disagreement(volume.grid, table)
     notes = list(volume.notes)
     if blank:  # the reader's own remark on a header without orientation is settled
@@ -237,7 +239,7 @@ def _place(volume: Volume, row: MetadataRow, blank: bool, version: int, path) ->
         notes.append("its header holds defaults; spacing, axes and position are the table's")
     elif differs:
         notes.append(f"{differs}; the {'table' if version == 1 else 'header'} is used")
-    affine = row.affine if blank or version == 1 else volume.affine
+    affine = placed if blank or version == 1 else volume.affine
     return replace(volume, affine=affine, notes=notes)
 
 # %% ../../nbs/ct_encoder/00a_ct_rate.ipynb #1fd8614f
