@@ -444,6 +444,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'ct_nb/ct_encoder/dataset.py'),
                                           'ct_nb.ct_encoder.dataset._folder_case': ( 'ct_encoder/dataset.html#_folder_case',
                                                                                      'ct_nb/ct_encoder/dataset.py'),
+                                          'ct_nb.ct_encoder.dataset._names_no_place': ( 'ct_encoder/dataset.html#_names_no_place',
+                                                                                        'ct_nb/ct_encoder/dataset.py'),
                                           'ct_nb.ct_encoder.dataset._phantom': ( 'ct_encoder/dataset.html#_phantom',
                                                                                  'ct_nb/ct_encoder/dataset.py'),
                                           'ct_nb.ct_encoder.dataset._read_regions': ( 'ct_encoder/dataset.html#_read_regions',

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from .. import __version__
-from ..core.errors import InputError
+from ..core.errors import InputError, printable
 
 # %% ../../nbs/app/03_cli.ipynb #cell-004
 # arguments of the library whose options have another name
@@ -620,5 +620,6 @@ def search_command(
 
     results, notes = search_index(text, index, weights, region, top_k)
     for result in results:
-        typer.echo(f"{result.score:+.3f}  {result.scan}  ({result.about})  {result.file}")
+        line = f"{result.score:+.3f}  {result.scan}  ({result.about})  {result.file}"
+        typer.echo(printable(line))  # an index is a file of others
     _print_notes(notes)

@@ -229,7 +229,7 @@ def _place(volume: Volume, row: MetadataRow, blank: bool, version: int, path) ->
         if version == 1:
             volume.notes.append(f"its place in the patient is its header's; {row.no_affine}")
         return volume
-    # in 32 bits, as a NIfTI header holds it: then both versions give the same cube to the last digit
+    # in 32 bits, as a NIfTI header holds it: then both versions give the same cube
     placed = row.affine.astype(np.float32).astype(np.float64)
     table = Grid(volume.grid.shape, placed)
     differs = "" if blank else _disagreement(volume.grid, table)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 import ct_nb
-from ..core.errors import InputError
+from ..core.errors import FileError, InputError
 from ..core.files import table_columns
 from ..core.regions import REGIONS
 from ..core.seeding import seeded_generator
@@ -151,20 +151,22 @@ def _at_most_one(files: list[Path], kind: str) -> Path | None:
 
 def read_reports(path) -> list[RadiologyReport]:
     """Reports of a file, of CT-RATE in its published layout, or of the one table of reports at the
-    top of a folder. InputError if there is no such table, or more than one.
+    top of a folder. FileError for a file of something else, InputError for a folder without such a
+    table, or with more than one.
     """
     path = Path(path).expanduser()
     files = (
         sorted(
             p
             for p in path.iterdir()
-            if p.suffix.lower() in (".csv", ".json", ".jsonl")
+            if p.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl")
             and p.name not in ("patients.csv", "labels.json")
+            and not p.name.startswith(".")  # macOS writes ._NAME beside a file
         )
         if path.is_dir()
         else [path]
     )
-    tables = {p: table_columns(p) for p in files if p.suffix.lower() == ".csv"}
+    tables = {p: table_columns(p) for p in files if p.suffix.lower() in (".csv", ".tsv")}
     questions = (
         [p for p in files if p not in tables and is_conversations(p)] if path.is_dir() else []
     )
@@ -175,6 +177,12 @@ def read_reports(path) -> list[RadiologyReport]:
     labels = [p for p, c in tables.items() if {"VolumeName", CT_RATE_LABELS[0]} <= set(c)]
     regional = [p for p, c in tables.items() if {"Volumename", "Anatomy", "Sentence"} <= set(c)]
     candidates = ct_rate or regional or other
+    if path in tables and not candidates:
+        raise FileError(
+            path,
+            f"is no table of reports, its columns are {', '.join(tables[path])}; expected CT-RATE's"
+            " or RadGenome's",
+        )
     if len(candidates) != 1:
         raise InputError(
             "reports",
@@ -557,6 +565,10 @@ class _Facts(Dataset):
             return {"error": str(error)}
 
 
+def _names_no_place(report: RadiologyReport | None) -> bool:
+    return report is not None and bool(report.findings) and not report.regions
+
+
 def grouped_notes(notes: list[tuple[str, str]]) -> list[str]:
     """Lines for (name, note) pairs: notes that differ only in numbers are one line, with the first
     three names and the first note.
@@ -608,6 +620,14 @@ def open_scans(
         count = len({name for name, _ in notes})
         lines = [f"{data}: notes on {count} of {len(facts)} scans", *grouped_notes(notes)]
         warnings.warn("\n  ".join(lines), stacklevel=2)
+    placeless = [fact for fact in facts if _names_no_place(fact.get("report"))]
+    if 2 * len(placeless) > len(facts):
+        warnings.warn(
+            f"{data}: {len(placeless)} of {len(facts)} reports have findings but name none of the"
+            f" twenty regions in English, the first of {placeless[0]['id']}; what they say of a"
+            " place is not learned",
+            stacklevel=2,
+        )
     if len(set(opened.patients)) < 2:
         raise InputError(
             "data",

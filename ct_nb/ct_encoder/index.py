@@ -82,7 +82,8 @@ class EmbeddingIndex:
             "ct_nb_digest": self.digest,
         }
         with atomic_write(Path(path)) as temporary:
-            pq.write_table(table.replace_schema_metadata(metadata), temporary)
+            table = table.replace_schema_metadata(metadata)
+            pq.write_table(table, temporary, write_page_checksum=True)
 
     @classmethod
     def load(cls, path) -> "EmbeddingIndex":
@@ -98,7 +99,7 @@ class EmbeddingIndex:
         if not path.is_file():
             raise FileError(path, "there is no such file; make it with ct-nb embed")
         with reading(path, FileError, "a table of ct-nb embed"):
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 metadata = _check_schema(file, path)
                 table = file.read(columns=list(_COLUMNS))
             names = [_names(table.column(name), name, path) for name in _COLUMNS[:3]]
@@ -313,11 +314,14 @@ def query_notes(text: str, model: ScanLanguage) -> list[str]:
             f" {unread.tokens - unread.cut}; its end was not searched for"
         )
     if unread.unknown:
-        notes.append(f"the text tower does not know {', '.join(unread.unknown)}; they do not count")
+        notes.append(
+            "the text tower cannot tell these words of the query from other unknown ones:"
+            f" {', '.join(unread.unknown)}"
+        )
     if unread.spelled:
         notes.append(
-            f"{', '.join(unread.spelled)} did not occur in training and is read in pieces; results"
-            " for it are little more than chance"
+            "the text tower has no token for these words of the query and reads them in pieces:"
+            f" {', '.join(unread.spelled)}"
         )
     return notes
 
