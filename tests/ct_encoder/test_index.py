@@ -198,6 +198,9 @@ def test_the_commands_from_scans_to_hits(index, run, tmp_path, monkeypatch):
     assert len(lines) == 2 and "(left upper lobe)" in lines[0] and "scan-900" in lines[0]
     assert lines[1].startswith("note: 2 of 3 scans have no vector of left upper lobe")
     assert len(ct_nb(*words, "--region", WHOLE).stdout.splitlines()) == 3
+    lines = ct_nb("search", "Zebra, \u00f6dem.", "--index", "e.parquet").stdout.splitlines()
+    assert [line.partition(":")[2].split(": ")[-1] for line in lines[3:]] == ["\u00f6dem", "Zebra"]
+    assert all(line.startswith("note: the text tower") for line in lines[3:])
     refusals = (
         (("embed", folder, "--weights", run.out, "--out", "e.csv"), "e.csv: "),
         (("search", " ", "--index", "e.parquet"), "text: "),
