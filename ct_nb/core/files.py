@@ -83,17 +83,33 @@ from .errors import FileError, first_line, reading
 MAX_TEXT_BYTES = 2**30
 
 
+_NO_TEXT = {  # how other files begin that are found in place of a table or of JSON
+    b"PK\x03\x04": "a zip archive or an Excel workbook; give text, such as CSV",
+    b"\xd0\xcf\x11\xe0": "an Excel or Word file of before 2007; save it as CSV",
+    b"\x1f\x8b": "packed by gzip; unpack it",
+    b"PAR1": "a Parquet file; write it as CSV or JSON lines",
+    b"%PDF": "a PDF; give text",
+    b"version https://git-lfs": "a pointer of Git LFS; download what it stands for (git lfs pull)",
+}
+
+
 def read_text(path, kind: type = FileError) -> str:
     """The text of a file in UTF-8, with or without its mark, or in UTF-16 or UTF-32 with one.
 
     Line breaks stay as they are. Raises `kind` with the file for another encoding, a NUL
-    character, more than 1 GiB, and what the system refuses.
+    character, more than 1 GiB, a file that begins as another kind does, and what the system
+    refuses.
     """
     path = Path(path)
     with reading(path, kind):
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise kind(path, "has more than 1 GiB, no text of ours does; check what it is")
         content = path.read_bytes()
+    other = next((what for start, what in _NO_TEXT.items() if content.startswith(start)), None)
+    if content[:64].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        other = "a web page, perhaps of a login; download the file itself"
+    if other is not None:
+        raise kind(path, f"is {other}")
     marks = {
         codecs.BOM_UTF8: "utf-8-sig",
         codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is its beginning

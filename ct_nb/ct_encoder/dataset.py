@@ -37,6 +37,7 @@ from ct_nb.ct_encoder.ct_rate import (
     ct_rate_path,
     ct_rate_root,
     read_ct_rate,
+    read_metadata_table,
 )
 from ct_nb.ct_encoder.report_readers import (
     ct_rate_published,
@@ -204,8 +205,8 @@ class _FolderScans(NamedTuple):
     "Scan files of a folder, with what CT-RATE's layout says of them."
 
     files: list[FoundCase]
-    versions: dict[Path, int]  # CT-RATE's version of each file; empty for any other folder
-    metadata: dict[str, MetadataRow]  # CT-RATE's table; empty for any other folder
+    versions: dict[Path, int]  # CT-RATE's version of each file that its metadata table is for
+    metadata: dict[str, MetadataRow]  # CT-RATE's table
     is_ct_rate: bool
 
 
@@ -224,10 +225,24 @@ def _ct_rate_versions(root: Path, reports) -> dict[Path, int]:
     }
 
 
+def _metadata_beside(root: Path) -> dict[str, MetadataRow]:
+    "CT-RATE's metadata in the tables at the top of a folder that is not in its layout."
+    tables = sorted(root.glob("*.csv")) if root.is_dir() else []
+    return {
+        volume: row
+        for table in tables
+        if not table.name.startswith(".") and {"VolumeName", "XYSpacing"} <= {*table_columns(table)}
+        for volume, row in read_metadata_table(table).items()
+    }
+
+
 def _find_scans(root: Path, reports) -> _FolderScans:
     published = ct_rate_root(root)
     if published is None:
-        return _FolderScans(name_cases(root, find_cases(root)), {}, {}, False)
+        files = name_cases(root, find_cases(root))
+        metadata = _metadata_beside(root)
+        versions = {file.path: 2 for file in files if file.path.name in metadata}
+        return _FolderScans(files, versions, metadata, False)
     versions = _ct_rate_versions(published, reports)
     files = [replace(f, id=stem(f.path)) for f in name_cases(published, list(versions))]
     return _FolderScans(files, versions, ct_rate_metadata(published), True)

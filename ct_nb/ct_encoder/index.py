@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ..core.errors import FileError, InputError, reading
 from ..core.files import atomic_write
 from ..core.regions import REGIONS
+from .ct_rate import ct_rate_metadata, published_version, read_ct_rate
 from .dataset import grouped_notes, scan_and_regions
 from .model import ScanLanguage
 from .reports import find_region_mentions
@@ -228,6 +229,7 @@ def embed_scans(
     """
     digest = run_digest(weights)
     model = load_ct_encoder(weights)
+    metadata = functools.cache(ct_rate_metadata)
     rows = []
     skipped = []
     notes = []
@@ -245,9 +247,12 @@ def embed_scans(
         )
     for case in tqdm(cases, desc="embedding", unit="scan", disable=not progress):
         try:
-            hu, regions, said = scan_and_regions(
-                case, model.config.encoder, functools.partial(read_ct, series=series)
-            )
+            read = functools.partial(read_ct, series=series)
+            if published := published_version(case.path):
+                root, version = published
+                row = metadata(root).get(case.path.name)
+                read = functools.partial(read_ct_rate, row=row, version=version)
+            hu, regions, said = scan_and_regions(case, model.config.encoder, read)
             vectors = embed_scan(model, hu, regions)
         except ValueError as error:
             skipped.append((str(case.path), str(error)))

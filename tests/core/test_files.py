@@ -177,3 +177,21 @@ def test_long_cells_a_line_for_excel_and_empty_lines_first(tmp_path):
     path.write_bytes(b"\r\nsep=;\r\nid;text\r\na;b,c\r\n")
     assert read_table(path) == [(4, {"id": "a", "text": "b,c"})]
     assert table_columns(path) == ["id", "text"]
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (b"PK\x03\x04\x14\0\x06\0", "Excel"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "Excel"),
+        (b"\x1f\x8b\x08\0", "gzip"),
+        (b"PAR1\x15\x04", "Parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS"),
+        (b"\n<!DOCTYPE html><html>", "web page"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_by_its_beginning(tmp_path, content, what):
+    (tmp_path / "reports.csv").write_bytes(content)
+    with refused(file="reports.csv", kind=FileError) as error:
+        read_table(tmp_path / "reports.csv")
+    assert what in error.value.reason

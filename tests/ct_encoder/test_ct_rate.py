@@ -1,5 +1,7 @@
 """CT-RATE's images: names, the metadata table, both versions, and headers against the table."""
 
+import shutil
+
 import nibabel
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from ct_nb.ct_encoder.ct_rate import (
     ct_rate_name,
     ct_rate_path,
     ct_rate_root,
+    published_version,
     read_ct_rate,
     read_metadata_table,
 )
@@ -299,3 +302,27 @@ def test_a_volume_keeps_what_its_reader_knew(tmp_path):
     write_stored(tmp_path / NAME, padded.hu, padded.affine)
     found = read_ct_rate(tmp_path / NAME, table_row(tmp_path, row_of(NAME, affine_of())), 2)
     assert found.hu.min() >= -1024 and found.notes == read_ct(tmp_path / NAME).notes
+
+
+def test_a_metadata_table_beside_the_images_is_used_in_any_folder(tmp_path):
+    volumes = [phantom(seed, 32).volume for seed in (1, 2)]
+    rows = [row_of(f"train_{n}_a_1.nii.gz", affine_of(PRONE)) for n in (1, 2)]
+    expected, _ = open_scans(
+        archive(tmp_path / "2", volumes, 2, rows, affine_of(PRONE)), CONFIG, progress=False
+    )
+    archive(tmp_path / "flat", volumes, 2, rows)
+    for file in list((tmp_path / "flat").glob("dataset/**/*.*")):
+        file.rename(tmp_path / "flat" / file.name)
+    shutil.rmtree(tmp_path / "flat" / "dataset")
+    with pytest.warns(UserWarning, match="the table's"):
+        found, _ = open_scans(str(tmp_path / "flat"), CONFIG, progress=False)
+    for number in range(2):
+        assert (found[number]["hu"] - expected[number]["hu"]).abs().max() <= 1
+
+
+def test_an_image_knows_its_version_by_its_place(tmp_path):
+    for version in (1, 2):
+        path = tmp_path / ct_rate_path(NAME, version)
+        assert published_version(path) == (tmp_path, version)
+        assert published_version(path.parent / "other.nii.gz") is None
+        assert published_version(tmp_path / "x" / NAME) is None

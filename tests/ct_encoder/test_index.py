@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import ct_nb, refusal
+from ct_files import write_stored, write_table
 from refusals import refused
 
 from ct_nb.core.errors import FileError
 from ct_nb.core.regions import REGIONS
+from ct_nb.ct_encoder.ct_rate import ct_rate_path
 from ct_nb.ct_encoder.index import (
     WHOLE,
     EmbeddingIndex,
@@ -349,3 +351,26 @@ def test_a_scan_that_is_named_twice_is_embedded_once(index, run):
     file = sorted(index[0].files)[0]
     found, _, _ = embed_scans([file, file], run.out, progress=False)
     assert len(set(found.files)) == 1 and len(set(found.about)) == len(found)
+
+
+def test_images_of_ct_rate_are_embedded_by_their_table(run, tmp_path):
+    volume = phantom(900, 64, 360).volume
+    affine = volume.affine
+    name = "valid_1_a_1.nii.gz"
+    along = (affine[:3, :2] / volume.grid.spacing_mm[:2]).T.ravel().tolist()
+    cells = {
+        "VolumeName": name,
+        "RescaleSlope": "1",
+        "RescaleIntercept": "-1024",
+        "XYSpacing": volume.grid.spacing_mm[:2].tolist(),
+        "ZSpacing": volume.grid.spacing_mm[2],
+        "ImageOrientationPatient": along,
+        "ImagePositionPatient": affine[:3, 3].tolist(),
+    }
+    write_table(tmp_path / "dataset/metadata/validation_metadata.csv", cells, cells.values())
+    write_stored(tmp_path / ct_rate_path(name, 1), volume.hu + 1024, np.diag([-1.0, -1, 1, 1]))
+    write_stored(tmp_path / "scan.nii.gz", volume.hu, affine)
+    first, _, notes = embed_scans([tmp_path / "dataset"], run.out, progress=False)
+    second, _, _ = embed_scans([tmp_path / "scan.nii.gz"], run.out, progress=False)
+    assert np.allclose(first.vectors, second.vectors, atol=1e-4)
+    assert any("the table's" in note for note in notes)
