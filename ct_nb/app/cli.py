@@ -588,7 +588,7 @@ def embed_command(
     index, skipped, notes = embed_files(cts, weights, out, series=series)
     _print_notes(notes)
     for file, reason in skipped:
-        typer.echo(f"skipped: {reason if file in reason else f'{file}: {reason}'}")
+        typer.echo(f"skipped: {reason if file in reason else f'{printable(file)}: {reason}'}")
     typer.echo(f"{len(set(index.files))} scans, {len(index)} vectors\n{out}")
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 import ct_nb
-from ..core.errors import FileError, InputError
+from ..core.errors import FileError, InputError, printable
 from ..core.files import table_columns
 from ..core.regions import REGIONS
 from ..core.seeding import seeded_generator
@@ -594,10 +594,11 @@ def grouped_notes(notes: list[tuple[str, str]]) -> list[str]:
         kind = re.sub(r"\d[\d.,]*", "#", note)
         names_of.setdefault(kind, []).append(name)
         first.setdefault(kind, note)
-    return [
-        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}: {first[kind]}"
-        for kind, names in names_of.items()
-    ]
+    lines = []
+    for kind, names in names_of.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(printable(f"{', '.join(names[:3])}{more}: {first[kind]}"))
+    return lines
 
 
 def open_scans(

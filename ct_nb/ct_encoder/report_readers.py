@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.errors import FileError, InputError, reading
+from ..core.errors import FileError, InputError, printable, reading
 from ..core.files import parse_json, read_table, read_text
 from ..core.regions import REGIONS
 from .ct_rate import CTRateName, ct_rate_name
@@ -248,7 +248,8 @@ def ct_rate_labels(path) -> dict[str, dict[str, bool]]:
         line_of.setdefault(volume, line)
     if faults:
         rows = "1 row is" if len(faults) == 1 else f"{len(faults)} rows are"
-        warnings.warn(f"{rows} left out, their volumes have no labels: {faults[0]}", stacklevel=2)
+        sentence = f"{rows} left out, their volumes have no labels: {faults[0]}"
+        warnings.warn(printable(sentence), stacklevel=2)
     return labels
 
 
