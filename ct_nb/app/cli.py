@@ -590,7 +590,7 @@ def embed_command(
     index, skipped, notes = embed_files(cts, weights, out, series=series)
     _print_notes(notes)
     for file, reason in skipped:
-        typer.echo(f"skipped: {reason if file in reason else f'{file}: {reason}'}")
+        typer.echo(f"skipped: {reason if file in reason else f'{printable(file)}: {reason}'}")
     typer.echo(f"{len(set(index.files))} scans, {len(index)} vectors\n{out}")
 
 
@@ -622,5 +622,6 @@ def search_command(
 
     results, notes = search_index(text, index, weights, region, top_k)
     for result in results:
-        typer.echo(f"{result.score:+.3f}  {result.scan}  ({result.about})  {result.file}")
+        line = f"{result.score:+.3f}  {result.scan}  ({result.about})  {result.file}"
+        typer.echo(printable(line))  # an index is a file of others
     _print_notes(notes)

@@ -7,6 +7,7 @@ __all__ = ['DRR_VOXEL_MM', 'simulate_drrs', 'evaluate_files', 'embed_files', 'se
 
 # %% ../../nbs/app/02a_commands.ipynb #cell-002
 import math
+import warnings
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -137,16 +138,18 @@ def search_index(
     region: str | None = None,  # "scan" or the name of a region; None: the regions in the text
     top_k: int = 10,  # scans to return
 ) -> tuple[list[SearchResult], list[str]]:
-    """The scans nearest to a sentence, the nearest first, and notes on scans without a vector of
-    the queried regions.
+    """The scans nearest to a sentence, the nearest first, and notes on what of the sentence is not
+    read and on scans without a vector of the queried regions.
 
     `InputError` for an empty text, an unknown region or an index that does not fit its weights.
     """
     rows, model = open_index(index, weights)
     regions = regions_in_query(text, rows, region)
-    results = search(text, rows, model, top_k, region)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        results = search(text, rows, model, top_k, region)
+    notes = [str(warning.message) for warning in said]
     lacking = rows.lacking(regions)
-    notes = []
     if lacking:
         notes.append(
             f"{lacking} of {len(set(rows.files))} scans have no vector of"
