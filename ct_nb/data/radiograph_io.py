@@ -164,24 +164,13 @@ def _read_png(path: Path) -> list[Radiograph]:
 
 
 def _png_pixels(path: Path, header: dict, chunks: dict) -> tuple[np.ndarray, dict]:
-    """The stored numbers (R, C), and Pillow's entries of the other chunks. Sixteen bits are decoded
-    as two values of eight: Pillow leaves those of interlaced files in the wrong order.
-    """
+    "The stored numbers (R, C), and Pillow's entries of the other chunks."
     from PIL import Image
 
     with Image.open(path, formats=("PNG",)) as picture:
         info = dict(picture.info)
         info["exif_orientation"] = picture.getexif().get(0x0112, 1) if b"eXIf" in chunks else 1
-        if header["bits"] < 16:
-            return np.array(picture.convert("L")), info
-    ihdr = bytearray(chunks[b"IHDR"][0])
-    ihdr[8:10] = (8, 4)  # grey and alpha of 8 bits
-    content = [(b"IHDR", bytes(ihdr)), *((b"IDAT", d) for d in chunks[b"IDAT"]), (b"IEND", b"")]
-    png = PNG_SIGNATURE + b"".join(
-        len(d).to_bytes(4, "big") + k + d + zlib.crc32(k + d).to_bytes(4, "big") for k, d in content
-    )
-    with Image.open(io.BytesIO(png), formats=("PNG",)) as picture:
-        return np.ascontiguousarray(picture).view(">u2")[..., 0].astype(np.uint16), info
+        return np.array(picture if header["bits"] == 16 else picture.convert("L")), info
 
 # %% ../../nbs/data/04_radiograph_io.ipynb #e85a4303
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
