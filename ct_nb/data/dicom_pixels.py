@@ -98,13 +98,14 @@ def _modality_table(header, bits_allocated: int, signed: bool, name, error):
     first = _represented(first, bits_allocated, signed)
     content = item.get("LUTData")
     if isinstance(content, bytes):
-        wide = len(content) >= 2 * count
+        packed = bits == 8 and len(content) < 2 * count  # two entries in a word
         order = ">" if header.original_encoding[1] is False else "<"
-        width = 2 if wide else 1
-        entries = np.frombuffer(content[: width * count], f"{order}u{width}")
+        width = 1 if packed else 2
+        whole = content[: min(width * count, len(content) // width * width)]
+        entries = np.frombuffer(whole, f"{order}u{width}")
     else:
         entries = np.atleast_1d(np.asarray(content if content is not None else []))
-        if len(entries) * 2 == count and bits == 8:  # two entries in a word
+        if bits == 8 and len(entries) * 2 == count:
             entries = entries.astype("<u2").view("u1")
     if not 8 <= bits <= 16 or len(entries) != count or entries.max(initial=0) >= 2**bits:
         raise error(

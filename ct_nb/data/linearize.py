@@ -142,7 +142,7 @@ def filled_frame(image: np.ndarray, measured: np.ndarray) -> float | None:
     alone = (inner == number)[inside].mean() < 0.001
     around = alone and min(margins) > 0
     behind = alone and max(margins) > 0 and _plateau(inner, inside, None) is not None
-    return number if around or behind or _is_noisy(inner, number) else None
+    return number if around or behind or _is_noisy(image, number) else None
 
 
 def _is_noisy(image: np.ndarray, number: float) -> bool:

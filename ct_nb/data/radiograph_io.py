@@ -373,7 +373,9 @@ def _nifti_numbers(path: Path) -> np.ndarray:
         if len(content) > most:
             raise RadiographError(path, f"unpacks to more than {most} bytes; crop the image")
     kind = nibabel.Nifti2Image if content[:4] in NIFTI2_STARTS else nibabel.Nifti1Image
-    header = kind.header_class.from_fileobj(io.BytesIO(content))
+    header = kind.header_class.from_fileobj(io.BytesIO(content), check=False)
+    if header["magic"].item()[:3] not in (b"n+1", b"n+2"):
+        raise RadiographError(path, "is not a NIfTI file although it is named like one")
     claimed = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
     found = len(content) - int(header.get_data_offset())
     if claimed > found or claimed == 0:

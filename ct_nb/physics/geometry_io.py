@@ -394,12 +394,11 @@ def _image_axes(
 
 def _direction_of(word: str, dtype) -> torch.Tensor:
     "The direction (3,) of letters like LA, the nearest axis first; zeros where it has none."
-    direction = torch.zeros(3, dtype=dtype)
-    for place, letter in enumerate(str(word)):
-        if letter not in LETTERS:
-            return torch.zeros(3, dtype=dtype)
-        direction += torch.tensor(LETTERS[letter], dtype=dtype) / 2**place
-    return direction
+    axes = [torch.tensor(LETTERS.get(letter, (0, 0, 0)), dtype=dtype) for letter in str(word)]
+    used = sum((axis.abs() for axis in axes), torch.zeros(3, dtype=dtype))
+    if float(used.sum()) < len(axes) or float(used.max()) != 1:
+        return torch.zeros(3, dtype=dtype)
+    return sum(axis / 2**place for place, axis in enumerate(axes))
 
 # %% ../../nbs/physics/01c_geometry_io.ipynb #ec741bc1
 # where DistanceSourceToPatient ends at the isocentre: angiography and fluoroscopy, plain, enhanced
