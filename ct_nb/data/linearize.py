@@ -220,7 +220,7 @@ def _bounded(line_integrals: torch.Tensor, argument: str, source) -> torch.Tenso
         return line_integrals
     low = float(line_integrals.min())
     high = float(line_integrals.max())
-    if -MAX_LINE_INTEGRAL <= low and high <= MAX_LINE_INTEGRAL:  # false for NaN
+    if max(-low, high) <= MAX_LINE_INTEGRAL:  # false for NaN
         return line_integrals
     raise _error(
         source,

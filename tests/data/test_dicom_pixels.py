@@ -101,8 +101,9 @@ def test_which_files_are_dicom(tmp_path):
     (tmp_path / "a").write_bytes(bytes(128) + b"DICM")
     (tmp_path / "b").write_bytes(bytes(132))
     (tmp_path / "c.IMA").write_bytes(b"")
+    (tmp_path / "d").write_bytes(b"\x08\0\x05\0\x0a\0\0\0ISO_IR 100")  # no preamble
     names = [path.name for path in sorted(tmp_path.iterdir()) if is_dicom(path)]
-    assert names == ["a", "c.IMA"] and not is_dicom(tmp_path)
+    assert names == ["a", "c.IMA", "d"] and not is_dicom(tmp_path)
 
 
 # ---------------------------------------------------------------- tables
@@ -221,3 +222,30 @@ def test_a_file_without_pixels_is_not_called_damaged():
     with refused(file="slice.dcm", kind=FileError) as caught:
         image_of(dataset)
     assert "damaged" not in caught.value.reason
+
+
+def test_files_that_inflate_too_far():
+    import zlib
+
+    dataset = dicom_slice(np.zeros((4, 5)), (0, 0, 0))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    assert np.array_equal(image_of(dataset), np.zeros((4, 5)))
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    start = file.getvalue()[: 144 + int.from_bytes(file.getvalue()[140:144], "little")]
+    packer = zlib.compressobj(wbits=-15)
+    bomb = start + packer.compress(bytes(2**27)) + packer.flush()
+    with refused(file="slice.dcm", kind=FileError) as caught:
+        read_image(lambda: io.BytesIO(bomb), "slice.dcm", FileError)
+    assert "inflates" in caught.value.reason
+
+
+def test_compressed_pixels_that_claim_too_much():
+    dataset = dicom_slice(np.zeros((4, 5)), (0, 0, 0))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.RLELossless
+    dataset.PixelData = pydicom.encaps.encapsulate([bytes(100)])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.Rows = dataset.Columns = 20_000
+    with refused(file="slice.dcm", kind=FileError) as caught:
+        image_of(dataset)
+    assert "claims" in caught.value.reason

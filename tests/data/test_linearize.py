@@ -255,7 +255,7 @@ def side_error(path, where=True, most=5.0, **settings) -> tuple[float, list[str]
     "Largest error of the line integrals of `side_chest` in a file, and the notes."
     notes = []
     p = read_radiographs([path], notes=notes, **settings)[0].numpy()
-    return float(np.abs(p - SIDE)[where & (SIDE < most)].max()), notes
+    return float(np.abs(p - SIDE)[where & (most > SIDE)].max()), notes
 
 
 @pytest.mark.parametrize("low, high", [(65535, None), (60000, None), (60000, 65535)])
