@@ -264,7 +264,8 @@ def _checked_code(text, where) -> dict | None:
         }
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError):
         code = {"kind": None}
-    if code["kind"] not in KINDS or not np.isfinite([code["scale"], code["offset"]]).all():
+    whole = code["kind"] in KINDS and np.isfinite([code["scale"], code["offset"]]).all()
+    if not whole or code["scale"] <= 0:
         raise RadiographError(
             where,
             f"the note about the scale of its numbers is damaged ({str(text)[:60]!r}); "
@@ -285,7 +286,10 @@ def _entry_beside(path: Path, key: str) -> dict | None:
     content = read_json(sidecar, RadiographError)
     entries = content.get(key, []) if isinstance(content, dict) else []
     entries = entries if isinstance(entries, list) else []
-    return next((e for e in entries if isinstance(e, dict) and e.get("file") == path.name), None)
+    found = [e for e in entries if isinstance(e, dict) and e.get("file") == path.name]
+    if len(found) > 1:
+        raise RadiographError(sidecar, f"lists {path.name} {len(found)} times; correct it")
+    return found[0] if found else None
 
 
 def _check_digest(path: Path, entry: dict, digest: str, remarks: list[str]) -> None:

@@ -298,9 +298,25 @@ def test_a_sidecar_that_names_no_file_of_its_folder(tmp_path, name):
     change_sidecar(tmp_path, lambda c: c["images"][0].update(file=name))
     with refused(file="geometry.json", kind=RadiographError):
         read_radiographs(tmp_path)
+    change_sidecar(tmp_path, lambda c: c["images"][0].update(file="xray_1.png"))  # twice
+    with refused(file="geometry.json", kind=RadiographError):
+        read_radiographs(tmp_path)
     (tmp_path / "geometry.json").write_text("[" * 100_000)
     with refused(file="geometry.json", kind=RadiographError):
         read_radiographs(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [0, -1, 1e300, "half", None])
+def test_a_note_of_an_impossible_scale(tmp_path, scale):
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    code = {"kind": "line_integrals", "scale": scale, "offset": 0}
+    text.add_text("ct_nb radiograph", json.dumps(code))
+    Image.fromarray(INTENSITY[0]).save(tmp_path / "x.png", pnginfo=text)
+    with refused(file="x.png", kind=RadiographError):
+        read_radiographs([tmp_path / "x.png"])
 
 
 # ---------------------------------------------------------------- damage and claims
