@@ -52,13 +52,15 @@ def find_direct_beam(
     """
     image = np.asarray(image, dtype=np.float64)
     measured = np.ones(image.shape, dtype=bool) if masked is None else ~np.asarray(masked)
-    if filled_frame(image, measured) is not None:
+    if not measured.any():
         return None
     rows, columns = (np.flatnonzero(measured.any(axis)) for axis in (1, 0))
-    if not len(rows):
-        return None
     box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return _plateau(image[box], measured[box], bright)
+    image, measured = image[box], measured[box]
+    if min(image.shape) < 16 or filled_frame(image, measured) is not None:
+        return None
+    beam = _plateau(image, measured, bright)
+    return None if beam is None or _too_clean(image, measured, beam.level) else beam
 
 
 def _plateau(image: np.ndarray, measured: np.ndarray, bright: bool | None) -> DirectBeam | None:
@@ -114,19 +116,13 @@ def _beam_at_zero(small, depth, inside, bright: bool, least: float) -> DirectBea
 
 # %% ../../nbs/data/04a_linearize.ipynb #2bd201c0
 def filled_frame(image: np.ndarray, measured: np.ndarray) -> float | None:
-    """The one number that fills the border of an image (R, C) without being a direct beam, or None.
+    """The one number that fills a frame or strips at the border of an image (R, C), or None.
 
-    `measured` (R, C) is True where the file does not mark a pixel as not measured.
+    `measured` (R, C) is True where the file does not mark a pixel as not measured; its first and
+    last rows and columns hold such pixels.
     """
-    edges = np.zeros(image.shape, dtype=bool)
-    edges[[0, -1]] = edges[:, [0, -1]] = True
-    border = image[edges & measured]
-    if not border.size or min(image.shape) < 16:
-        return None
-    numbers, counts = np.unique(border, return_counts=True)
-    number = float(numbers[counts.argmax()])
-    near = np.abs(border - number) <= 0.03 * np.ptp(image)
-    if counts.max() < max(0.06 * border.size, 0.98 * near.sum()):
+    number, share, _ = _usual_number(image, measured)
+    if share < 0.06:
         return None
     other = (image != number) & measured
     rows, columns = (np.flatnonzero(other.any(axis)) for axis in (1, 0))
@@ -139,17 +135,31 @@ def filled_frame(image: np.ndarray, measured: np.ndarray) -> float | None:
     inner = image[top:bottom, left:right]
     inside = measured[top:bottom, left:right]
     margins = (top, image.shape[0] - bottom, left, image.shape[1] - right)
-    alone = (inner == number)[inside].mean() < 0.001
-    around = alone and min(margins) > 0
-    behind = alone and max(margins) > 0 and _plateau(inner, inside, None) is not None
-    return number if around or behind or _is_noisy(image, number) else None
+    if max(margins) == 0 or (inner == number)[inside].mean() >= 0.001:
+        return None
+    return number if min(margins) > 0 or _plateau(inner, inside, None) is not None else None
 
 
-def _is_noisy(image: np.ndarray, number: float) -> bool:
-    """Is the image noisy where it is not near `number`, even at its smoothest 20th? By the mask of
-    Immerkær (1996), to which smooth images and straight edges do not answer; that of coarse images
-    does answer to anatomy, so they need more.
+def _usual_number(image, measured, level: float | None = None) -> tuple[float, float, float]:
+    """The most frequent number at the border of the measured pixels, its share of that border, and
+    its share of those pixels of it that lie within 3 % of the image's range from `level`.
     """
+    border = image[measured & ~binary_erosion(measured, np.ones((3, 3)))]
+    numbers, counts = np.unique(border, return_counts=True)
+    number = float(numbers[counts.argmax()])
+    most = int(counts.max())
+    near = np.abs(border - (number if level is None else level)) <= 0.03 * np.ptp(image)
+    return number, most / border.size, float((border[near] == number).mean()) if near.any() else 0.0
+
+
+def _too_clean(image: np.ndarray, measured: np.ndarray, level: float) -> bool:
+    """Is the border near `level` one number although the image is noisy, even at its smoothest
+    20th? By the mask of Immerkær (1996), to which smooth images and straight edges do not answer;
+    that of coarse images does answer to anatomy, so they need more.
+    """
+    number, _, alike = _usual_number(image, measured, level)
+    if alike < 0.98:
+        return False
     kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
     strength = uniform_filter(convolve(image, kernel) ** 2, 7)
     span = float(np.ptp(image))
@@ -158,7 +168,7 @@ def _is_noisy(image: np.ndarray, number: float) -> bool:
         return False
     noise = np.sqrt(max(np.percentile(strength[body], 5), 0.0))
     step = 1.0 if (image == np.round(image)).all() else 0.0
-    return noise > max(2 * step, (2e-3 if min(image.shape) < 256 else 2e-5) * span)
+    return bool(noise > max(2 * step, (2e-3 if min(image.shape) < 256 else 2e-5) * span))
 
 # %% ../../nbs/data/04a_linearize.ipynb #2cfab013
 MAX_LINE_INTEGRAL = 50.0
@@ -502,7 +512,8 @@ def _i0_of_beam(image, encoding: PixelEncoding, beam, white, notes: list[str]) -
     if beam is None:
         raise image.error(
             "intensities need i0, the reading of the beam beside the patient, and none is seen at"
-            " its border; give the number, or \"maximum\" for the brightest pixel",
+            " its border (one constant number is none, it was filled in or cut off); give the"
+            " number, or \"maximum\" for the brightest pixel",
             "i0",
         )
     intensity = encoding.kind == "intensity"

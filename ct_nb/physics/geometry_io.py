@@ -230,6 +230,13 @@ def geometry_from_json(
                     f"exactly one of the keys {', '.join(FORMS)} must describe the views, got"
                     f" {form or 'none'}",
                 )
+            if content.get("format", FORMAT) != FORMAT:
+                raise GeometryError(
+                    '"format"',
+                    f"is {content['format']!r:.60}, and {FORMAT!r} is read; leave it out if the"
+                    " file means that",
+                    key="format",
+                )
             detector_shape = _counts(content, "detector_shape", 2)
             common = {"detector_shape": detector_shape, "grid": grid or _grid(content)}
             geometry = FORMS[form[0]](content, common)

@@ -695,6 +695,7 @@ def test_json_faults_name_file_and_key(tmp_path, content, key):
         (with_(GOOD, [[[[1]]]], "views", 0, "source_mm"), "source_mm"),
         (with_(GOOD, {"x": 1}, "views", 0, "source_mm"), "source_mm"),
         (with_(GOOD, "grid", "grid"), "grid"),
+        (with_(GOOD, "ct_nb cone-beam geometry, version 2", "format"), "format"),
         (with_(BY_HAND, 1600, "source_to_isocenter_mm"), "source_to_isocenter_mm"),
         (with_(BY_HAND, 1e9, "source_to_detector_mm"), "source_to_detector_mm"),
         (None, "views"),
