@@ -544,7 +544,10 @@ def read_radiographs(
 ) -> torch.Tensor:
     """Line integrals (V, R, C), float32.
 
-    Files that cannot be read, or neither say nor show what they hold, or have another size than
+    Pixels that were not measured (padding, collimator, shutter) continue the nearest measured one,
+    as `Radiograph` does, with a note of their number: a zero would carve air out of a
+    reconstruction, and NaN would end it. Files that cannot be read, or neither say nor show what
+    they hold, or have another size than
     the detector: `RadiographError`. No file, or another number of images than views: `InputError`.
     """
     settings = PixelSettings(kind, i0, inverted, white, scale)
