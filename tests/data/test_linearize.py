@@ -17,7 +17,8 @@ from radiograph_files import (
 )
 from refusals import refused
 
-from ct_nb.data.linearize import find_direct_beam, read_radiographs, to_line_integrals
+from ct_nb.data.direct_beam import find_direct_beam
+from ct_nb.data.linearize import read_radiographs, to_line_integrals
 from ct_nb.data.radiograph_io import RadiographError, read_radiograph, write_radiographs
 from ct_nb.physics.geometry import ConeBeam
 
