@@ -17,7 +17,8 @@ from ..core.errors import InputError
 from ..core.files import read_json
 from .direct_beam import DirectBeam, find_direct_beam
 from .radiograph_io import KINDS, Radiograph, RadiographError, open_radiographs
-from ..physics.geometry import ConeBeam
+from ..physics.geometry import VECTORS, ConeBeam
+from ..physics.geometry_io import load_geometry
 
 # %% ../../nbs/data/04a_linearize.ipynb #2cfab013
 MAX_LINE_INTEGRAL = 50.0
@@ -404,7 +405,7 @@ def read_radiographs(
     encodings = [image_encoding(image, settings) for image in images]
     others = {(e.kind, e.inverted) for e in encodings if e.kind is not None}
     decided = [f"{image.label}: {remark}" for image in images for remark in image.remarks]
-    decided += _order_note(images)
+    decided += _sidecar_note(images, geometry)
     line_integrals = []
     for image, encoding in zip(images, encodings):
         if len(others) == 1:
@@ -489,18 +490,37 @@ def _listed(folder: Path) -> list[str]:
     return names
 
 
-def _order_note(images: list[Radiograph]) -> list[str]:
-    "A note where the files of one folder come in another order than its geometry.json lists them."
+def _sidecar_note(images: list[Radiograph], geometry: ConeBeam | None) -> list[str]:
+    """A note where the files of one folder do not go with the geometry.json beside them: another
+    order, or another geometry than the one that is given.
+    """
     paths = [Path(image.path) for image in images]
     folder = paths[0].parent
     single = all(image.view is None and p.parent == folder for image, p in zip(images, paths))
-    if len(paths) < 2 or not single or not (folder / "geometry.json").is_file():
+    if not single or not (folder / "geometry.json").is_file():
         return []
     names = _listed(folder)
     places = [names.index(path.name) for path in paths if path.name in names]
-    if len(places) < len(paths) or places == sorted(places):
+    if len(places) < len(paths):
+        return []
+    if geometry is None and places != sorted(places):
+        return [
+            f"{folder}: its geometry.json lists the views in another order ({', '.join(names)})"
+            " than the files are given; the geometry must have that of the files."
+        ]
+    if geometry is None or geometry.batch_shape or geometry.views != len(places):
+        return []
+    try:
+        beside = load_geometry(folder / "geometry.json").select(places)
+    except (InputError, IndexError) as error:
+        return [f"{folder}: the views of its geometry.json cannot be compared ({error})."]
+    apart = max(
+        float((getattr(beside, name) - getattr(geometry, name).detach().cpu()).abs().max())
+        for name in VECTORS
+    )
+    if apart < 0.01:
         return []
     return [
-        f"{folder}: its geometry.json lists the views in another order"
-        f" ({', '.join(names)}) than the files are given; the geometry must have that of the files."
+        f"{folder}: the geometry that is given is not that of the geometry.json beside the files,"
+        f" in which these views lie up to {apart:.3g} mm elsewhere; check that it is theirs."
     ]

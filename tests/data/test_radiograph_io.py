@@ -21,6 +21,7 @@ from ct_nb.data.radiograph_io import (
     read_radiograph,
     write_radiographs,
 )
+from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.geometry_io import geometry_from_json, load_geometry
 
 
@@ -290,6 +291,23 @@ def test_files_in_another_order_than_the_sidecars(tmp_path):
     assert notes == []
     read_radiographs(pngs[::-1], notes=notes)
     assert len(notes) == 1 and "another order" in notes[0]
+
+
+def test_a_geometry_that_is_not_the_sidecars(tmp_path):
+    pngs = write_radiographs(tmp_path, IMAGES, GEOMETRY)
+    notes = []
+    read_radiographs(pngs, GEOMETRY, notes=notes)
+    read_radiographs(pngs[::-1], GEOMETRY.select([1, 0]), notes=notes)
+    assert notes == [], "the files and their views, in either order"
+    other = ConeBeam.orbit([10, 100], detector_shape=(20, 30), pixel_mm=10.0)
+    for files, geometry in ((pngs[::-1], GEOMETRY), (pngs, other)):
+        notes = []
+        read_radiographs(files, geometry, notes=notes)
+        assert len(notes) == 1 and "is not that of the geometry.json" in notes[0]
+    change_sidecar(tmp_path, lambda c: c.pop("views"))
+    notes = []
+    read_radiographs(pngs, GEOMETRY, notes=notes)
+    assert len(notes) == 1 and "cannot be compared" in notes[0]
 
 
 @pytest.mark.parametrize("name", ["../x.png", 3, None, "a/b.png"])
