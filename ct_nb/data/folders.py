@@ -21,11 +21,11 @@ import torch
 
 from ..core.errors import FileError, InputError
 from .cache import MemoryCache, code_digest, content_digest, files_digest
-from .cases import Case, CTSource, block_mean, block_mode, sample_arrays
+from .cases import Case, CTSource, block_all, block_mean, block_mode, sample_arrays
 from .dicom_pixels import is_dicom
 from .read import read_ct, read_labels
 from .thorax_check import ThoraxMeasure, ThoraxRule, measure_thorax
-from ..physics.volume import AIR_HU, Grid, Volume, resample
+from ..physics.volume import Grid
 
 # %% ../../nbs/data/05a_folders.ipynb #6eb34e02
 CT_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".npz", ".zip")
@@ -190,12 +190,10 @@ def read_case(
         notes = volume.notes + [
             f"the cube is moved {moved:+.0f} mm along the body axis to hold the lungs"
         ]
-        cube = Volume(
-            resample(np.maximum(volume.hu, AIR_HU), volume.grid, grid), grid.affine, notes
-        )
+        cube = replace(volume.onto_cube(grid), notes=notes)
     labels, names = None, {}
     if label_path is not None:
-        labels = read_labels(label_path, cube.grid)
+        labels = read_labels(label_path, cube.grid, (volume.grid,))
         names = read_label_names(label_path)
         names = {
             int(value): names.get(int(value), str(value)) for value in np.unique(labels) if value
@@ -231,6 +229,8 @@ def fit_prepared(path: Path, size: int, side_mm: float) -> dict:
     ).astype(np.int16)
     if "labels" in arrays:
         arrays["labels"] = block_mode(torch.from_numpy(arrays["labels"]), factor).numpy()
+    if "scanned" in arrays:
+        arrays["scanned"] = block_all(torch.from_numpy(arrays["scanned"]), factor).numpy()
     return arrays | {"affine": grid.resized(size).affine}
 
 # %% ../../nbs/data/05a_folders.ipynb #500c5a41
