@@ -444,8 +444,10 @@ def _validate(self: RefinementRun, learner: RefinementLearner, most: int = 4) ->
             item["xrays"][None].to(device),
             item["geometry"].to(device=device, dtype=torch.float32),
         )[0].cpu()
-        score = psnr(hu, item["hu"])
-        rows.append((score, ssim(hu, item["hu"]), score - psnr(item["coarse"], item["hu"])))
+        scanned = item.get("scanned")
+        score = psnr(hu, item["hu"], mask=scanned)
+        gain = score - psnr(item["coarse"], item["hu"], mask=scanned)
+        rows.append((score, ssim(hu, item["hu"], counted=scanned), gain))
     means = [sum(column) / len(rows) for column in zip(*rows)]
     return dict(zip(("psnr", "ssim", "psnr_gain"), means))
 
