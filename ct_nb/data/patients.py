@@ -6,6 +6,7 @@
 __all__ = ['MOST_SCANS', 'read_patients', 'NamedPatients', 'patients_by_name', 'patient_id', 'name_patients']
 
 # %% ../../nbs/data/04b_patients.ipynb #cell-003
+import itertools
 import re
 import warnings
 import zipfile
@@ -69,8 +70,11 @@ _WORDS = (
     r"|thin|thick|soft|sharp|lung|bone|axial|supine|prone|first|second|t\d{1,2}|fu\d{1,2}"
 )
 _COUNTED = r"ses|session|scan|series|run|acq|rec|visit|time|timepoint|tp|phase|week|month|day"
+_DATE = r"(?:19|20)\d\d[_\-. ]?\d\d[_\-. ]?\d\d"
 _ENDING = re.compile(
-    rf"(?:^|[_\-. ]+)(?:{_WORDS}|(?:{_COUNTED})[_\-. ]?\d{{0,3}}|\d{{1,3}}(?:%|pct))$", re.I
+    rf"(?:^|[_\-. ]+)(?:{_WORDS}|(?:{_COUNTED})[_\-. ]?\d{{0,3}}|\d{{1,3}}(?:%|pct)|{_DATE})$"
+    r"|(?<=\d)_[a-z]_\d{1,2}$",  # CT-RATE: patient, scan, reconstruction
+    re.I,
 )
 _COLLECTION = re.compile(
     r"(?:train|test|val|valid|validation|images?|cts?|scans?|data|dicom|nifti|nii|raw|3d|4d)"
@@ -118,9 +122,15 @@ def patients_by_name(places: list[tuple[tuple[str, ...], str]]) -> NamedPatients
             subject = _patient_folder(folders)
         patients.append(subject or base or name)
     by_folder = [p != base and s is None for p, s, (base, _) in zip(patients, subjects, splits)]
-    _keep_numbered(places, patients, splits, subjects, by_folder)
+    doubtful = _keep_numbered(places, patients, splits, subjects, by_folder)
     _join_letters(patients, [s is not None for s in subjects])
     names = [name for _, name in places]
+    bare = [
+        i
+        for i, (base, ending) in enumerate(splits)
+        if not base and patients[i] == names[i] and not re.search(r"\d", ending)
+    ]
+    doubtful += [bare] if len(bare) > 1 else []
     groups = _groups(patients)
     joined = [
         group
@@ -131,7 +141,7 @@ def patients_by_name(places: list[tuple[tuple[str, ...], str]]) -> NamedPatients
             or any(by_folder[i] for i in group)
         )
     ]
-    return NamedPatients(patients, joined, _doubtful(patients))
+    return NamedPatients(patients, joined, doubtful + _same_numbers(patients))
 
 
 def _subject(folders: tuple[str, ...], name: str) -> str | None:
@@ -163,9 +173,13 @@ def _is_mere(base: str) -> bool:
     return base.isdigit() or not re.search(r"\d", base)
 
 
-def _keep_numbered(places, patients, splits, subjects, by_folder) -> None:
-    "Numbered scans stay different patients where joining them would leave one, or joins too many."
+def _keep_numbered(places, patients, splits, subjects, by_folder) -> list[list[int]]:
+    """Numbered scans stay different patients where joining them would leave one, or joins too many.
+
+    Those of them that may be of one patient nevertheless.
+    """
     groups = _groups(patients)
+    doubtful = []
     for group in groups:
         numbered = [
             i
@@ -175,30 +189,40 @@ def _keep_numbered(places, patients, splits, subjects, by_folder) -> None:
         if len(group) > MOST_SCANS or len(groups) == 1:
             for i in numbered:
                 patients[i] = places[i][1]
+            if len(numbered) > 1 and (len(groups) > 1 or len(numbered) <= MOST_SCANS):
+                doubtful.append(numbered)
+    return doubtful
 
 
 def _join_letters(patients: list[str], certain: list[bool]) -> None:
-    "`12a` and `12b`, or `12` and `12a`, become `12`."
+    "`12a` and `12b`, `12_a` and `12_b`, or `12` and `12a`, become `12`."
     ends: dict[str, set[str]] = {}
     for patient, sure in zip(patients, certain):
-        match = re.fullmatch(r"(.*\d)([A-Za-z]?)", patient)
+        match = re.fullmatch(r"(.*\d)[_\-. ]?([A-Za-z]?)", patient)
         if match and not sure:
             ends.setdefault(match[1], set()).add(match[2].lower())
     for index, patient in enumerate(patients):
-        match = re.fullmatch(r"(.*\d)([A-Za-z])", patient)
+        match = re.fullmatch(r"(.*\d)[_\-. ]?([A-Za-z])", patient)
         if match and not certain[index] and len(ends[match[1]]) > 1 and ends[match[1]] & {"", "a"}:
             patients[index] = match[1]
 
 
-def _doubtful(patients: list[str]) -> list[list[int]]:
-    "Names that differ in a last digit, as `P01_1` and `P01_2`, where others do so too."
+def _same_numbers(patients: list[str]) -> list[list[int]]:
+    """Names that differ in a last number, as `P01_1` and `P01_2`, where another name has two of the
+    same numbers.
+    """
     groups: dict[str, dict[str, int]] = {}
     for index, patient in enumerate(patients):
-        match = re.fullmatch(r"(.*\d.*)[_\-. ](\d)", patient)
+        match = re.fullmatch(r"(.*\d.*)[_\-. ](\d+)", patient)
         if match:
             groups.setdefault(match[1], {})[match[2]] = index
-    several = [list(group.values()) for group in groups.values() if len(group) > 1]
-    return several if len(several) > 1 else []
+    few = [group for group in groups.values() if 1 < len(group) <= MOST_SCANS]
+    pairs = Counter(pair for group in few for pair in itertools.combinations(sorted(group), 2))
+    return [
+        list(group.values())
+        for group in few
+        if any(pairs[pair] > 1 for pair in itertools.combinations(sorted(group), 2))
+    ]
 
 # %% ../../nbs/data/04b_patients.ipynb #cell-014
 def patient_id(path: Path) -> str:
@@ -265,13 +289,18 @@ def name_patients(
     return patients
 
 
+def _listed(names) -> str:
+    names = list(names)
+    return " + ".join(names[:4]) + (f" + {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def _warn_of_names(base: Path, named: NamedPatients, answered: set[int], names: list[str]) -> None:
     sentences = []
     for groups, text in (
         (named.joined, "are counted as scans of one patient each"),
         (named.doubtful, "may be of one patient each, their names do not say it"),
     ):
-        shown = [" + ".join(names[i] for i in g) for g in groups if not answered.issuperset(g)]
+        shown = [_listed(names[i] for i in g) for g in groups if not answered.issuperset(g)]
         if shown:
             more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
             sentences.append(f"{', '.join(shown[:5])}{more} {text}")

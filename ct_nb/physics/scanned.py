@@ -58,21 +58,46 @@ def _at_border(regions: np.ndarray) -> np.ndarray:
     return regions & _spread(kept, np.logical_or)
 
 # %% ../../nbs/physics/00a_scanned.ipynb #cell-007
+def _outside_circle(regions: np.ndarray) -> np.ndarray | None:
+    "The part of the regions (D, H, W) that is the outside of one circle in all slices, or None."
+    for axis in range(3):
+        outside = regions.all(axis=axis)
+        near = _spread(outside[None], np.logical_or)[0] & ~outside
+        v, u = np.nonzero(near)
+        if len(u) < 12:
+            continue
+        # the circle u² + v² = a u + b v + c through the outermost voxels inside
+        equations = np.stack([u, v, np.ones_like(u)], -1)
+        a, b, c = np.linalg.lstsq(equations, u**2 + v**2, rcond=None)[0]
+        radius = np.sqrt(max(c + (a**2 + b**2) / 4, 0))
+        if min(np.ptp(u), np.ptp(v)) < radius:
+            continue  # an arc so short may be a straight line
+        v, u = np.indices(outside.shape)
+        beyond = np.hypot(u - a / 2, v - b / 2) - radius
+        if (beyond[outside] > -1.5).mean() > 0.99 and (beyond[~outside] < 1.5).mean() > 0.99:
+            return np.broadcast_to(np.expand_dims(outside, axis), regions.shape).copy()
+    return None
+
+
 def scanned_voxels(
     hu,  # HU (D, H, W)
-    predicted: bool = False,  # a prediction: exactly -1024 HU is air, only lower numbers pad
+    predicted: bool = False,  # a prediction: -1024 HU pads only outside of a circle, else it is air
 ) -> np.ndarray | None:
     """Voxels that a scanner measured (or that were predicted), bool (D, H, W); None: all of them.
 
     The others are connected regions of one number of at most -1024 HU that reach the border.
     """
     hu = np.asarray(hu)
-    low = hu[hu < PADDING_HU - 0.5] if predicted else hu[hu <= PADDING_HU + 0.5]
+    low = hu[hu <= PADDING_HU + 0.5]
     if low.size == 0:
         return None
     regions = np.zeros(hu.shape, bool)
     for value in _padding_values(low):
-        regions |= _constant_regions(hu, value)
+        constant = _constant_regions(hu, value)
+        if predicted and value == PADDING_HU:
+            constant = _outside_circle(constant)
+        if constant is not None:
+            regions |= constant
     if not regions.any():
         return None
     regions = _at_border(regions)

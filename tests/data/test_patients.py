@@ -1,6 +1,5 @@
 """Who is who: several scans of one person never count as several persons."""
 
-import numpy as np
 import pytest
 from refusals import refused
 
@@ -34,6 +33,11 @@ def groups(patients: dict[str, str]) -> set[frozenset]:
         [[f"{n}_T0", f"{n}_T1"] for n in ("smith", "jones")],
         [[f"pat{n}/{s:03d}" for s in (1, 2)] for n in (1, 2)],
         [["lidc-0002", "thin/lidc-0002"], ["lidc-0003"]],
+        [["s0001/ct"], ["s0002/ct"], ["s0011/ct"]],
+        [["train_1_a_1", "train_1_a_2", "train_1_b_1"], ["train_2_a_1"], ["train_11_a_1"]],
+        [["P001_20190101", "P001_20200301"], ["P002_20190101"]],
+        [["12_a", "12_b"], ["13_a", "13_b"]],
+        [["P01", "P01_exp"], ["P02"]],
     ],
 )
 def test_scans_of_one_person_are_one_patient(tmp_path, persons):
@@ -52,16 +56,36 @@ def test_scans_of_one_person_are_one_patient(tmp_path, persons):
         [f"batch{b}/case{n}" for b in (1, 2) for n in range(3 * b, 3 * b + 3)],
         ["smith", "jones", "a", "b"],
         ["LUNG1-001", "LUNG1-002"],
+        ["lung_001", "lung_003", "liver_0", "liver_1", "ct_001", "ct_002"],
+        [f"case_{n:05d}_0000" for n in range(4)],
+        [f"scan_{n:03d}" for n in range(12)],
     ],
 )
 def test_different_persons_stay_different(tmp_path, names):
     assert len(groups(patients_of(tmp_path, names))) == len(names)
 
 
-def test_names_that_do_not_say_are_warned_of_once(tmp_path):
-    with pytest.warns(UserWarning, match="P01_1.*P01_2") as caught:
-        patients_of(tmp_path, ["P01_1", "P01_2", "P02_1", "P02_2"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["P01_1", "P01_2", "P02_1", "P02_2"],
+        [f"LungCT_{n:04d}_{scan:04d}" for n in (1, 2) for scan in (0, 1)],
+        ["P01_T0", "P01_T1"],
+        [f"P{n}_scan{s:02d}" for n in (1, 2) for s in range(12)],
+        ["arterial", "venous"],
+    ],
+)
+def test_names_that_do_not_say_are_warned_of_once(tmp_path, names):
+    with pytest.warns(UserWarning, match=f"{names[0]}.*{names[1]}.*patients.csv") as caught:
+        patients_of(tmp_path, names)
     assert len(caught) == 1
+
+
+def test_the_table_ends_the_doubt(tmp_path, recwarn):
+    names = ["P01_1", "P01_2", "P02_1", "P02_2"]
+    rows = "".join(f"{name},{name[:3]}\n" for name in names)
+    (tmp_path / "patients.csv").write_text("case,patient\n" + rows)
+    assert set(patients_of(tmp_path, names).values()) == {"P01", "P02"} and not recwarn.list
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ def scan(grid: Grid) -> Volume:
 
 
 def turned(degrees: float) -> np.ndarray:
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    c = np.cos(np.radians(degrees))
+    s = np.sin(np.radians(degrees))
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
 
 
@@ -103,12 +104,21 @@ def test_padding_counts_for_nobody(tmp_path, padding, as_padding):
     assert scores["metrics"]["left_out"] == pytest.approx(outside.mean(), abs=0.01)
 
 
-def test_padding_of_the_prediction_counts_for_nobody():
+@pytest.mark.parametrize("padding", [-3024, -1024])
+def test_padding_of_the_prediction_counts_for_nobody(padding):
     hu = chest(TRUTH)
     x, y, _ = np.moveaxis(TRUTH.centers_mm().numpy(), -1, 0)
-    padded = Volume(np.where(np.hypot(x, y) > 120, -3024, hu), TRUTH.affine)
+    padded = Volume(np.where(np.hypot(x, y) > 120, padding, hu), TRUTH.affine)
     metrics = evaluate_volumes(padded, Volume(hu, TRUTH.affine))["metrics"]
     assert {name: metrics[name] for name in PERFECT} == PERFECT
+
+
+def test_air_of_the_prediction_is_no_padding():
+    "A prediction cannot leave the body out by calling it unscanned."
+    missing = np.where(chest(TRUTH) > -1000, -1024, -1000.0)
+    missing[:, 20:40, 30:50] = 0
+    metrics = evaluate_volumes(Volume(missing, TRUTH.affine), scan(TRUTH))["metrics"]
+    assert metrics["left_out"] == 0 and metrics["mae_hu_body"] > 500
 
 
 class Ideal:
