@@ -418,8 +418,8 @@ def evaluate_command(
     """Compare two CTs by the metrics of the scoreboard.
 
     Prints each metric with its unit and definition. The prediction is resampled to the truth's
-    voxels where their grids differ, and only the region
-    that both cover is compared; a note says so.
+    voxels where their grids differ. Only voxels that were scanned (no padding) and that both
+    cover count, in every metric; a note and the metric "left out" give the share of the others.
     """
     from ct_nb.app.commands import evaluate_files
     from ct_nb.evaluation.case_metrics import METRICS
@@ -436,7 +436,7 @@ def evaluate_command(
     _print_notes(scores["notes"])
     for name, value in scores["metrics"].items():
         metric = METRICS[name]
-        if math.isfinite(value):
+        if not math.isnan(value):
             typer.echo(f"{metric.label:<22}{value:>9.3f} {metric.unit:<4} {metric.definition}")
     for label, row in scores["labels"].items():
         values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())

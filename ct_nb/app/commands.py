@@ -22,7 +22,7 @@ from ct_nb.ct_encoder.index import (
     search,
 )
 from ..data.radiograph_io import write_radiographs
-from ..data.read import read_ct, read_labels, read_volume
+from ..data.read import read_ct, read_labels, read_volume, settle_padding
 from ..evaluation.case_metrics import evaluate_volumes
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
@@ -94,10 +94,11 @@ def evaluate_files(
     `InputError` for files that cannot be read or compared.
     """
     reference = read_ct(truth, series)
-    reconstruction = read_volume(prediction, prediction_series)
+    reconstruction = settle_padding(read_volume(prediction, prediction_series), predicted=True)
+    own_grids = ((reference.grid,), (reference.grid, reconstruction.grid))
     label_maps = [
-        None if path is None else read_labels(path, reference.grid)
-        for path in (labels, prediction_labels)
+        None if path is None else read_labels(path, reference.grid, grids)
+        for path, grids in zip((labels, prediction_labels), own_grids)
     ]
     scores = evaluate_volumes(reconstruction, reference, *label_maps)
     if out is not None:

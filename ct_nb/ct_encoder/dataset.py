@@ -382,13 +382,13 @@ def _read_regions(path: Path, volume: Volume, grid: Grid) -> tuple[np.ndarray | 
         names = read_label_names(path)
     except ValueError as error:
         raise CTReadError(str(error)) from None
-    labels = read_labels(path, grid)
+    labels = read_labels(path, grid, (volume.grid,))
     if names:
         return _regions_by_name(path, labels, names)
     step = max(1, round((volume.hu.size / 2e6) ** (1 / 3)))  # about two million voxels suffice
     sample = volume.hu[::step, ::step, ::step]
     affine = volume.affine @ np.diag([step, step, step, 1.0])
-    doubt = total_doubt(read_labels(path, Grid(sample.shape, affine)), sample)
+    doubt = total_doubt(read_labels(path, Grid(sample.shape, affine), (volume.grid,)), sample)
     if doubt:
         return (
             None,
