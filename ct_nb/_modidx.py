@@ -1510,8 +1510,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'ct_nb/data/radiograph_io.py'),
                                           'ct_nb.data.radiograph_io._nifti_numbers': ( 'data/radiograph_io.html#_nifti_numbers',
                                                                                        'ct_nb/data/radiograph_io.py'),
-                                          'ct_nb.data.radiograph_io._npy_array': ( 'data/radiograph_io.html#_npy_array',
-                                                                                   'ct_nb/data/radiograph_io.py'),
                                           'ct_nb.data.radiograph_io._read_dicom': ( 'data/radiograph_io.html#_read_dicom',
                                                                                     'ct_nb/data/radiograph_io.py'),
                                           'ct_nb.data.radiograph_io._read_nifti': ( 'data/radiograph_io.html#_read_nifti',

@@ -315,7 +315,14 @@ def read_arrays(
     """
     with reading(path, kind, "an npz file"), zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise kind(
+                    path,
+                    f"is packed by zip method {member.compress_type}; save it with numpy again",
+                )
             archive.open(member).close()  # its name stands in two places, which are compared
+        if len(set(archive.namelist())) < len(archive.namelist()):
+            raise kind(path, "holds two arrays of one name; save it again")
         members = {
             member.filename.removesuffix(".npy"): member
             for member in archive.infolist()

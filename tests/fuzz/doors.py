@@ -183,11 +183,6 @@ def check_history(rows) -> str:
     return ""
 
 
-def check_rescale(value) -> str:
-    numbers = [number for pair in value.values() for number in np.ravel(pair)]
-    return check_numbers([float(n) for n in numbers])
-
-
 # ---- volumes ----------------------------------------------------------------------------------
 
 
@@ -594,15 +589,20 @@ def save_ct_rate(folder: Path) -> None:
 
 
 def read_ct_rate_folder(folder: Path):
-    from ct_nb.ct_encoder import report_readers
+    from ct_nb.ct_encoder.ct_rate import ct_rate_metadata
+    from ct_nb.ct_encoder.report_readers import ct_rate_published
 
-    metadata = report_readers.ct_rate_metadata(folder)
-    reports = report_readers.ct_rate_published(folder, folder / "cot.jsonl")
-    return reports, metadata
+    return ct_rate_published(folder, folder / "cot.jsonl"), ct_rate_metadata(folder)
 
 
 def check_ct_rate(value) -> str:
-    return check_reports(value[0])
+    reports, metadata = value
+    rows = [first(check_name(name), *map(_check_cell, row)) for name, row in metadata.items()]
+    return first(check_reports(reports), *rows)
+
+
+def _check_cell(cell) -> str:
+    return "" if cell is None or isinstance(cell, str) else check_numbers(cell)
 
 
 def save_radgenome(folder: Path) -> None:
