@@ -365,3 +365,12 @@ def test_whole_numbers_are_saved_as_int16_and_others_as_float32(tmp_path):
     for hu, kind in ((body(), np.int16), (body() + 0.25, np.float32), (body() * 100, np.float32)):
         Volume(hu, affine_of()).save(tmp_path / "scan.nii")
         assert nibabel.load(tmp_path / "scan.nii").get_data_dtype() == kind
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_file_holds_a_voxel_that_is_no_number(tmp_path, value):
+    hu = np.zeros((3, 4, 5), np.float32)
+    hu[1, 2, 3] = value
+    with refused(file="ct.nii.gz"):
+        Volume(hu, np.eye(4)).save(tmp_path / "ct.nii.gz")
+    assert list(tmp_path.iterdir()) == []
