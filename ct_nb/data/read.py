@@ -13,17 +13,21 @@ import numpy as np
 
 from .dicom import read_dicom
 from .dicom_pixels import has_dicom_suffix
-from .hounsfield import CTReadError, check_hounsfield, format_mm
-from .readers import read_itk, read_nifti, read_npz
+from ..core.errors import reading
+from .hounsfield import CTReadError, check_background, check_hounsfield, format_mm
+from .metaimage import read_metaimage
+from .nrrd import read_nrrd
+from .readers import read_nifti, read_npz
+from .voxel_bytes import describe_bytes
 from ..physics.volume import AIR_HU, Grid, Volume
 
 # %% ../../nbs/data/03_read.ipynb #12b18d5f
 CT_READERS = {
     ".nii.gz": read_nifti,
     ".nii": read_nifti,
-    ".nrrd": read_itk,
-    ".mha": read_itk,
-    ".mhd": read_itk,
+    ".nrrd": read_nrrd,
+    ".mha": read_metaimage,
+    ".mhd": read_metaimage,
     ".npz": read_npz,
 }
 
@@ -42,10 +46,12 @@ def read_volume(
     name = path.name.lower()
     reader = next((read for suffix, read in CT_READERS.items() if name.endswith(suffix)), None)
     if reader is None:
+        with reading(path, CTReadError), open(path, "rb") as file:
+            what, advice = describe_bytes(file.read(512))
         raise CTReadError(
             path,
-            f"unknown kind of file; a CT is {', '.join(CT_READERS)}, a folder of DICOM"
-            " files or a .zip of one",
+            f"unknown kind of file, by its first bytes {what} ({advice}); a CT is"
+            f" {', '.join(CT_READERS)}, a folder of DICOM files or a .zip of one",
         )
     if series is not None:
         raise CTReadError(
@@ -70,8 +76,9 @@ def _check_readable(path: Path) -> None:
 
 # %% ../../nbs/data/03_read.ipynb #6ba4da37
 def read_ct(path, series: str | None = None) -> Volume:
-    """A CT in HU: `read_volume`, then the check that these are HU (`check_hounsfield`) and padding
-    below -1024 HU set to air (-1000).
+    """A CT in HU: `read_volume`, then the checks that these are HU (`check_hounsfield`) and that
+    air
+    surrounds the patient (`check_background`), and padding below -1024 HU set to air (-1000).
 
     Whole numbers stay exact. What was repaired or decided stands in `.notes`. Anything wrong with
     the file: `CTReadError`.
@@ -79,6 +86,7 @@ def read_ct(path, series: str | None = None) -> Volume:
     volume = read_volume(path, series)
     try:
         check_hounsfield(volume.hu, path)
+        check_background(volume, path)
     except CTReadError as error:
         raise CTReadError(path, "; ".join([*volume.notes, error.reason])) from None
     if not 1 <= volume.grid.extent_mm.max() <= 4000:
