@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_HEADER', 'ALIASES', 'FIELDS', 'SPACES', 'UNKNOWN_SPACES', 'UNITS_MM', 'NO_LENGTH', 'TYPES', 'TYPE_CODES',
-           'ENCODINGS', 'read_nrrd']
+           'ENCODINGS', 'read_nrrd', 'nrrd_files']
 
 # %% ../../nbs/data/01b_nrrd.ipynb #e01f78c4
 import re
@@ -259,6 +259,17 @@ def read_nrrd(path) -> Volume:
         where.packing, where.notes = packing, notes
         hu = read_voxel_files(where, dtype, tuple(sizes[axis] for axis in axes[::-1]), CTReadError)
     return checked_volume(path, hu, affine, notes)
+
+
+def nrrd_files(path) -> list[Path]:
+    """The files that `read_nrrd` opens: the header's and those of the voxels; `CTReadError` as
+    there.
+    """
+    path = Path(path)
+    with reading(path, CTReadError, "a NRRD file"):
+        fields, position, listed = _nrrd_header(path)
+        _nrrd_axes(path, fields)
+        return list(dict.fromkeys([path, *_nrrd_files(path, fields, position, listed).files]))
 
 
 def _nrrd_axes(path, fields) -> tuple[int, list[int], list[int]]:

@@ -54,6 +54,8 @@ def describe_bytes(start: bytes) -> tuple[str, str]:
         return "a tar archive", "unpack it"
     if start[:4] in (b"\x5c\1\0\0", b"\0\0\1\x5c", b"\x1c\2\0\0", b"\0\0\2\x1c"):
         return "a NIfTI file", "name it .nii"
+    if b"NDims" in start:
+        return "a MetaImage", "name it .mha or .mhd"
     if not start.strip(b"\0"):
         return "nothing but zeros", "copy or download it again"
     try:
@@ -62,8 +64,6 @@ def describe_bytes(start: bytes) -> tuple[str, str]:
         text = "\0"
     if text.lower().startswith(("<!doctype html", "<html", "<head")):
         return "a web page (HTML)", "a site answered the download with it; log in and load again"
-    if "NDims" in text:
-        return "a MetaImage header", "name it .mha or .mhd"
     if all(c.isprintable() or c.isspace() for c in text):
         return f'text ("{printable(" ".join(text.split())[:40])}")', "check what it is"
     return f"bytes of no known kind (0x{start[:4].hex()})", "check what it is, or copy it again"
