@@ -1,9 +1,8 @@
 "Grid, resampling, body and saving beyond nbs/physics/00_volume.ipynb: peers, faults, real scans."
 
 import errno
-import time
-
 import resource
+import time
 
 import numpy as np
 import pytest
