@@ -178,6 +178,10 @@ def read_metaimage(path) -> Volume:
         notes = []
         shape = _meta_shape(path, fields)
         dtype = _meta_type(path, fields)
+        if dtype.itemsize > 1 and not fields.get("BinaryDataByteOrderMSB"):
+            notes.append(
+                "the header has no BinaryDataByteOrderMSB; its numbers are taken as little-endian"
+            )
         affine = _meta_affine(path, fields, len(fields["DimSize"].split()), notes)
         where = _meta_files(path, fields, position, listed)
         where.notes = notes

@@ -497,6 +497,7 @@ METAS = {
         "DistanceUnits are cm",
     ),
     "no matrix": (dict(TransformMatrix=None), LPS, "no TransformMatrix"),
+    "no order": (dict(BinaryDataByteOrderMSB=None), LPS, "no BinaryDataByteOrderMSB"),
     "no offset": (dict(Offset=None), np.diag([2.0, 2, 3, 1]), "no Offset"),
     "four": (
         dict(NDims=4, DimSize="40 32 12 1", ElementSpacing="2 2 3 1", Offset="-40 -30 100 0")
