@@ -153,3 +153,75 @@ def write_table(path, columns, *rows) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
     return Path(path)
+
+
+# ---------------------------------------------------------------- volume files, byte by byte
+def nifti_bytes(hu, ras=None, dtype="<i2", **header) -> bytes:
+    """A .nii of `hu` (D, H, W), sform and qform both `ras`; `header` goes straight into the bytes,
+    unmended.
+    """
+    import nibabel
+
+    values = np.asarray(hu).astype(dtype)
+    head = nibabel.Nifti1Header(endianness=">" if dtype[0] == ">" else "<")
+    head.set_data_dtype(values.dtype)
+    ras = np.diag([-2.0, -2.0, 3.0, 1.0]) if ras is None else ras
+    image = nibabel.Nifti1Image(values.transpose(range(values.ndim)[::-1]), ras, head)
+    image.set_qform(ras, 1)
+    image.set_sform(ras, 1)
+    raw = image.to_bytes()
+    block = nibabel.Nifti1Header(raw[:348], endianness=head.endianness, check=False)
+    for name, value in header.items():
+        block[name] = value
+    return block.binaryblock + raw[348:]
+
+
+NRRD_AXES = "(2,0,0) (0,2,0) (0,0,3)"
+
+
+def nrrd_bytes(hu, data=None, **fields) -> bytes:
+    """A NRRD0004 of `hu` (D, H, W), int16 raw in LPS at (-40, -30, 100) mm; `fields` replace (`_`
+    is a blank), None removes, `data` is what follows the header.
+    """
+    values = np.asarray(hu)
+    head = {
+        "type": "short",
+        "dimension": values.ndim,
+        "space": "left-posterior-superior",
+        "sizes": " ".join(map(str, values.shape[::-1])),
+        "space directions": NRRD_AXES,
+        "endian": "little",
+        "encoding": "raw",
+        "space origin": "(-40,-30,100)",
+    } | {name.replace("_", " "): value for name, value in fields.items()}
+    lines = [f"{name}: {value}" for name, value in head.items() if value is not None]
+    if data is None:
+        data = values.astype("<i2").tobytes()
+    return "\n".join(["NRRD0004", "# written by a test", *lines, "", ""]).encode() + data
+
+
+def mha_bytes(hu, data=None, **fields) -> bytes:
+    """A MetaImage of `hu` (D, H, W), int16 raw, axial at (-40, -30, 100) mm; `fields` replace, None
+    removes, `data` is what follows the header.
+    """
+    values = np.asarray(hu)
+    head = {
+        "ObjectType": "Image",
+        "NDims": values.ndim,
+        "BinaryData": "True",
+        "BinaryDataByteOrderMSB": "False",
+        "CompressedData": "False",
+        "TransformMatrix": "1 0 0 0 1 0 0 0 1",
+        "Offset": "-40 -30 100",
+        "AnatomicalOrientation": "RAI",
+        "ElementSpacing": "2 2 3",
+        "DimSize": " ".join(map(str, values.shape[::-1])),
+        "ElementType": "MET_SHORT",
+    } | fields
+    head["ElementDataFile"] = fields.get("ElementDataFile", "LOCAL")
+    if "ElementDataFile" in fields:  # it is always the last line
+        head["ElementDataFile"] = head.pop("ElementDataFile")
+    lines = [f"{name} = {value}" for name, value in head.items() if value is not None]
+    if data is None:
+        data = values.astype("<i2").tobytes() if head["ElementDataFile"] == "LOCAL" else b""
+    return "\n".join([*lines, ""]).encode() + data

@@ -66,7 +66,7 @@ def test_text_empty_missing_and_random_files(tmp_path, suffix):
         np.random.default_rng(0).bytes(4000),
     ):
         path.write_bytes(content)
-        refused(path, "not NIfTI|not a NIfTI|is empty or not what its name says|not an npz|no zip")
+        refused(path, "not (a NIfTI|a NRRD|a MetaImage|an npz)|no zip")
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha", ".npz"])
@@ -76,7 +76,7 @@ def test_cut_short(tmp_path, suffix, share):
     Volume(body(), affine_of()).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    refused(path, "cut short|not what its name says|gives no voxel spacing")
+    refused(path, "cut short")
 
 
 def test_unknown_ending(tmp_path):
@@ -265,7 +265,7 @@ def test_npz_without_its_arrays(tmp_path):
     np.savez(tmp_path / "scan.npz", volume=body())
     refused(tmp_path / "scan.npz", "no array named affine and hu.*it has volume")
     np.savez(tmp_path / "pickled.npz", hu=np.array([object()]), affine=np.eye(4))
-    refused(tmp_path / "pickled.npz", "damaged.*pickle|damaged.*[Oo]bject")
+    refused(tmp_path / "pickled.npz", "object values")
 
 
 # ---------------------------------------------------------------- not HU

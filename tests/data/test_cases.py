@@ -107,7 +107,7 @@ def test_bad_file_is_fatal_or_named(folder):
     (folder / "carl.nii.gz").write_text("this is text")
     with refused(file="carl.nii.gz", kind=FileError):
         read_folder(folder, 16)
-    with pytest.warns(UserWarning, match="1 of 4 cases are left out\n  carl.nii.gz: is damaged"):
+    with pytest.warns(UserWarning, match="1 of 4 cases are left out\n  carl.nii.gz: is text"):
         source = read_folder(folder, 16, on_error="skip")
     assert source.skipped[0][0] == "carl.nii.gz" and len(source) == 3
     with refused("on_error"):
