@@ -466,9 +466,8 @@ class Volume:
         """Write as .nii.gz, .nii, .nrrd, .mha or .npz, by the name's ending: int16 where all values
         are whole, else float32.
 
-        Written atomically (`ct_nb.core.files.atomic_write`). Raises FileError for another ending and
-        for NaN or infinity,
-        OSError where the file cannot be written.
+        Written atomically (`ct_nb.core.files.atomic_write`). Raises FileError for another ending
+        and for NaN or infinity, OSError where the file cannot be written.
         """
         save_volume(self, path)
 
