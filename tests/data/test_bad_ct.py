@@ -14,7 +14,7 @@ import refusals
 import SimpleITK
 from ct_files import affine_of, body, change, dicom_slice, write_series
 
-from ct_nb.data import dicom as dicom_module
+from ct_nb.data import dicom_files as dicom_module
 from ct_nb.data.hounsfield import MAX_VOXELS, CTReadError, check_hounsfield
 from ct_nb.data.read import read_ct
 from ct_nb.physics.volume import Volume
@@ -411,7 +411,7 @@ def test_mixed_slice_spacing(tmp_path, z):
             dict(RescaleSlope=None, RescaleIntercept=None),
             "no rescale slope and intercept while other slices have",
         ),
-        (dict(NumberOfFrames=5), "multi-frame"),
+        (dict(NumberOfFrames=5), "holds 5 frames"),
         (dict(Rows=31), "its size is"),
         (dict(PixelData=b"\0" * 100), "pixels .* (cut short|cannot be read)"),
     ],
@@ -460,8 +460,8 @@ def test_rescaled_twice_in_dicom(tmp_path):
 def test_damaged_dicom_files(series):
     content = series[6].read_bytes()
     for damaged, words in (
-        (content[: len(content) // 2], "damaged or cut short|cannot be read"),
-        (content[:200], "damaged|no DICOM|no usable"),
+        (content[: len(content) // 2], "cut short"),
+        (content[:200], "cut short|no DICOM|no usable"),
         (b"hello", "no DICOM file although"),
         (b"", "no DICOM file although|damaged"),
     ):
@@ -603,7 +603,7 @@ def test_encrypted_members(tmp_path, slices):
 def test_cut_short_and_corrupted_archives(tmp_path, slices):
     content = zipped(tmp_path / "scan.zip", slices).read_bytes()
     (tmp_path / "short.zip").write_bytes(content[: len(content) // 2])
-    refused(tmp_path / "short.zip", "cut short or no zip archive")
+    refused(tmp_path / "short.zip", "damaged or cut short")
     corrupted = bytearray(content)
     corrupted[2000:2050] = bytes(50)
     (tmp_path / "corrupted.zip").write_bytes(corrupted)
