@@ -240,6 +240,8 @@ def read_dicom(
     """
     path = Path(path)
     with reading(path, CTReadError, "a DICOM scan"):
+        if path.is_file() and path.name.upper() == "DICOMDIR":
+            raise CTReadError(path, "is the index of a disc; give the folder it lies in")
         slices, notes = choose_series(path, dicom_slices(path), series)
         if len(slices) == 1 and path.is_file() and path.suffix.lower() != ".zip":
             raise CTReadError(

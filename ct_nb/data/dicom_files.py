@@ -46,6 +46,9 @@ def walk_files(root, skip: tuple[str, ...] = ()) -> Iterator[tuple[Path, list[Pa
             error.filename, f"cannot be listed ({error.strerror}); change its permissions"
         ) from None
 
+    def left_out(name):
+        return _hidden(name) or name in skip
+
     visited = set()
     for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
@@ -53,8 +56,20 @@ def walk_files(root, skip: tuple[str, ...] = ()) -> Iterator[tuple[Path, list[Pa
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(f for f in folders if not _hidden(f) and f not in skip)
+        folders[:] = sorted(
+            f
+            for f in folders
+            if not left_out(f) and not _met_by_itself(Path(folder, f), root, left_out)
+        )
         yield Path(folder), [Path(folder, f) for f in sorted(files) if not _hidden(f)]
+
+
+def _met_by_itself(folder: Path, root, left_out: Callable) -> bool:
+    "Is this a link to a folder below `root` that the walk enters under its own name?"
+    if not folder.is_symlink():
+        return False
+    target, top = (Path(os.path.realpath(p)) for p in (folder, root))
+    return target.is_relative_to(top) and not any(map(left_out, target.relative_to(top).parts))
 
 
 def _hidden(name: str) -> bool:

@@ -9,6 +9,7 @@ __all__ = ['SAME_PLACE_MM', 'FRAME_TAGS', 'SCAN_TAGS', 'IMAGE_TAGS', 'MIN_ALTERN
 # %% ../../nbs/data/01c_dicom_series.ipynb #eb338609
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -67,12 +68,14 @@ def _images(path, slices: list[Slice]) -> tuple[list[Slice], list[str]]:
     others = Counter(object_kind(s.header) for s in slices if not is_ct_image(s.header))
     kinds = ", ".join(sorted(others))
     if not images:
-        raise CTReadError(
-            path,
-            "holds no CT slices in DICOM"
-            + (f" (found {kinds})" if others else "")
-            + "; give the folder or zip of one CT series",
+        archives = sorted(p.name for p in Path(path).glob("*.zip"))
+        found = f" (found {kinds})" if others else ""
+        advice = (
+            f"give the archive {archives[0]}"
+            if archives
+            else "give the folder or zip of one CT series"
         )
+        raise CTReadError(path, f"holds no CT slices in DICOM{found}; {advice}")
     notes = []
     if others:
         notes.append(f"{others.total()} DICOM files that are no CT slices left out ({kinds})")
@@ -116,7 +119,7 @@ def split_acquisitions(slices: list[Slice]) -> tuple[str, dict[str, list[Slice]]
     clash = _clashes(slices)
     for tag in IMAGE_TAGS if clash else SCAN_TAGS:
         parts = _parts(slices, tag)
-        if len(parts) > 1 and (_solves(parts) if clash else _alternates(slices, tag, parts)):
+        if len(parts) > 1 and (_solves(parts) if clash else _alternates(slices, tag)):
             return tag, parts
     return "", {"": slices}
 
@@ -146,10 +149,17 @@ def _solves(parts: dict[str, list[Slice]]) -> bool:
     return all(len(part) > 1 and not _clashes(part) for part in parts.values())
 
 
-def _alternates(slices: list[Slice], tag: str, parts: dict[str, list[Slice]]) -> bool:
-    values = [_text(s, tag) for s in slices]
+def _alternates(slices: list[Slice], tag: str) -> bool:
+    "Do the tag's values change back and forth along the places, with enough places for each?"
+    places = [
+        s
+        for before, s in zip([None, *slices], slices)
+        if before is None or s.position_mm - before.position_mm > SAME_PLACE_MM
+    ]
+    values = [_text(s, tag) for s in places]
     changes = sum(a != b for a, b in zip(values, values[1:]))
-    return changes >= len(parts) and min(map(len, parts.values())) >= MIN_ALTERNATING
+    counts = Counter(values)
+    return changes >= len(counts) > 1 and min(counts.values()) >= MIN_ALTERNATING
 
 # %% ../../nbs/data/01c_dicom_series.ipynb #bddb1801
 def choose_series(

@@ -11,6 +11,7 @@ __all__ = ['CT_SUFFIXES', 'LABEL_SUFFIXES', 'DATA_FIELDS', 'MAX_DATA_FILES', 'st
 import csv
 import functools
 import json
+import os
 import re
 import warnings
 from collections import Counter
@@ -32,7 +33,7 @@ from ct_nb.data.dicom_files import (
     read_file_header,
     walk_files,
 )
-from .dicom_pixels import is_dicom
+from .dicom_pixels import has_dicom_suffix, is_dicom
 from .dicom_series import sort_slices
 from .hounsfield import CTReadError
 from .read import read_ct, read_labels
@@ -60,7 +61,7 @@ def find_cases(
     if root.is_file():
         return [root]
     scans = []
-    folders: dict[Path, object] = {}  # the first header of each, None if it is damaged
+    folders: dict[Path, object] = {}  # with the first header of each, or "damaged"
     for folder, files in walk_files(root, skip=("labels",)):
         own = [p for p in files if p.name.lower().endswith(CT_SUFFIXES)]
         scans += own
@@ -75,11 +76,13 @@ def find_cases(
 
 
 def _first_ct(files: list[Path]):
-    """The header of the first CT image among files, "damaged" where one cannot be read; else None
-    and the kinds of the other DICOM files.
+    """The header of the first CT image among files, "damaged" where a DICOM file cannot be read;
+    else None and the kinds of the other DICOM files.
     """
     others = set()
     for file in files:
+        if not os.access(file, os.R_OK) and not has_dicom_suffix(file):
+            continue  # a link to nothing, or somebody else's: no sign of a scan
         try:
             header = read_file_header(file)
         except CTReadError:

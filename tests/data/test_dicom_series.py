@@ -363,3 +363,122 @@ def test_one_classic_slice_alone(tmp_path):
     assert "one DICOM slice" in reason(file)
     bare = file.rename(tmp_path / "slice")
     assert "one DICOM slice" in reason(bare)
+
+
+# ---------------------------------------------------------------- second round
+def test_a_chest_and_an_abdomen_that_overlap(tmp_path):
+    hu, z = body(), 100 + 3.0 * np.arange(12)
+    write_series(tmp_path / "a", hu[:8], z[:8], AcquisitionNumber=1)
+    write_series(tmp_path / "b", body(seed=1)[6:], z[6:], AcquisitionNumber=2)
+    assert f"{UID}:1 (8 slices" in reason(tmp_path)
+    assert (read_ct(tmp_path, f"{UID}:1").hu == hu[:8]).all()
+
+
+def test_two_kernels_of_one_scan_half_a_step_apart(tmp_path):
+    z = 100 + 3.0 * np.arange(12)
+    write_series(tmp_path / "soft", body(), z, ConvolutionKernel="B30f")
+    write_series(tmp_path / "sharp", body(), z + 1.5, ConvolutionKernel=["B70f", "3"])
+    assert f"{UID}:B70f/3 (12 slices" in reason(tmp_path)
+    assert (read_ct(tmp_path, f"{UID}:B30f").hu == body()).all()
+
+
+def test_copies_that_were_sent_again_are_one_scan(tmp_path):
+    "Equal pixels under another instance, time and acquisition number."
+    write_series(tmp_path / "a", body(), AcquisitionNumber=1)
+    write_series(tmp_path / "b", body(), AcquisitionNumber=2)
+    scan = read_ct(tmp_path)
+    assert (scan.hu == body()).all() and "12 of the files repeat a slice" in scan.notes[0]
+
+
+def test_one_place_at_many_times(tmp_path):
+    "The monitoring series of a bolus."
+    for k in range(6):
+        save(
+            dicom_slice(body(seed=k)[5] + 1024, (-40, -30, 9), AcquisitionNumber=k),
+            tmp_path / str(k),
+        )
+    assert "shows something else" in reason(tmp_path)
+
+
+def test_frames_of_reference_are_said(tmp_path):
+    for k, file in enumerate(write_series(tmp_path, body())):
+        change(file, FrameOfReferenceUID=f"1.2.{k // 6}")
+    assert "2 frames of reference" in read_ct(tmp_path).notes[0]
+
+
+def test_a_link_to_a_slice_that_was_not_fetched(tmp_path):
+    files = write_series(tmp_path / "scan", body(), names=[f"IM{k}" for k in range(12)])
+    files[-1].unlink()
+    files[-1].symlink_to(tmp_path / "annex" / "IM11")
+    assert "not there" in reason(tmp_path / "scan")
+
+
+def test_the_index_given_as_a_scan(tmp_path):
+    disc_index(tmp_path, write_series(tmp_path / "DICOM", body()))
+    assert "index of a disc" in reason(tmp_path / "DICOMDIR")
+
+
+def test_a_folder_that_holds_an_archive_only(tmp_path):
+    with zipfile.ZipFile(tmp_path / "scan.zip", "w") as archive:
+        for file in write_series(tmp_path.parent / f"{tmp_path.name}-files", body()):
+            archive.write(file, file.name)
+    assert "give the archive scan.zip" in reason(tmp_path)
+
+
+def test_big_endian_slices(tmp_path):
+    for k, image in enumerate(body()):
+        dataset = dicom_slice(image + 1024, (-40, -30, 100 + 3 * k))
+        dataset.PixelData = (image + 1024).astype(">u2").tobytes()
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
+        save(dataset, tmp_path / f"{k}.dcm")
+    assert (read_ct(tmp_path).hu == body()).all()
+
+
+def test_compressed_frames(tmp_path):
+    dataset = enhanced_ct(body())
+    dataset.compress(pydicom.uid.RLELossless)
+    assert (read_ct(save(dataset, tmp_path / "scan.dcm")).hu == body()).all()
+
+
+@pytest.mark.parametrize(
+    "measures, words",
+    [
+        ({"SliceThickness": 3}, "frame 1: has no usable PixelSpacing"),
+        ({"PixelSpacing": [0.0, 2.0]}, "frame 1: its PixelSpacing is .* above 0"),
+        ({"PixelSpacing": [2.0, 2.0, 2.0]}, "frame 1: its PixelSpacing is .* not 2 numbers"),
+    ],
+)
+def test_spacing_of_frames(tmp_path, measures, words):
+    dataset = enhanced_ct(body(), shared={"PixelMeasuresSequence": measures})
+    assert re.search(words, reason(save(dataset, tmp_path / "scan.dcm")))
+
+
+def test_frames_of_different_spacing_and_cut_pixels(tmp_path):
+    def wider(k):
+        return {"PixelMeasuresSequence": {"PixelSpacing": [2.0 + (k == 7), 2.0]}}
+
+    path = save(enhanced_ct(body(), per_frame=wider), tmp_path / "scan.dcm")
+    assert "frame 8: its pixel spacing is [3.0, 2.0]" in reason(path)
+    path = save(enhanced_ct(body()), tmp_path / "cut.dcm")
+    path.write_bytes(path.read_bytes()[:-3000])
+    assert "cut short" in reason(path)
+
+
+def test_pictures_of_several_frames_are_no_ct(tmp_path):
+    capture = enhanced_ct(
+        body(), SOPClassUID=pydicom.uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage
+    )
+    path = save(capture, tmp_path / "capture.dcm")
+    assert "Secondary Capture" in reason(path) and "damaged" not in reason(path)
+
+
+def test_empty_rescale_is_none(tmp_path):
+    for file in write_series(tmp_path, body(), intercept=0.0, signed=True):
+        change(file, RescaleSlope="", RescaleIntercept="")
+    scan = read_ct(tmp_path)
+    assert (scan.hu == body()).all() and "no rescale slope and intercept" in scan.notes[0]
+
+
+def test_no_series_uid(tmp_path):
+    write_series(tmp_path, body(), SeriesInstanceUID=None)
+    assert (read_ct(tmp_path).hu == body()).all()

@@ -106,6 +106,22 @@ def test_links(tmp_path):
     assert len(found) == 2 and all((read_ct(path).hu == body()).all() for path in found)
 
 
+def test_stray_links_and_files_are_no_cases(tmp_path):
+    write_scan(tmp_path / "scan")
+    (tmp_path / "latest").symlink_to(tmp_path / "gone")
+    (tmp_path / "counts").write_bytes(np.array([8, 4, 2, 1], "<i4").tobytes())
+    assert find_cases(tmp_path) == [tmp_path / "scan"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "1.dcm").symlink_to(tmp_path / "gone")
+    assert find_cases(tmp_path) == [tmp_path / "other", tmp_path / "scan"]
+
+
+def test_a_folder_goes_by_its_own_name(tmp_path):
+    write_scan(tmp_path / "zoe")
+    (tmp_path / "current").symlink_to(tmp_path / "zoe", target_is_directory=True)
+    assert find_cases(tmp_path) == [tmp_path / "zoe"]
+
+
 # ---------------------------------------------------------------- cache keys
 def cubes(root, cache) -> list[np.ndarray]:
     with warnings.catch_warnings():
