@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['CT_CLASSES', 'CT_TAGS', 'MAX_INFLATED_BYTES', 'MAX_INFLATED_RATIO', 'MAX_PIXEL_RATIO', 'FRAME_NAMES', 'GROUPS',
-           'MAX_ZIP_BYTES', 'MAX_ZIP_MEMBERS', 'MAX_ZIP_RATIO', 'ZIP_METHODS', 'walk_files', 'dicom_files',
-           'is_ct_image', 'object_kind', 'is_localizer', 'read_header', 'read_file_header', 'Slice', 'check_zip',
-           'dicom_slices', 'stored_values', 'index_notes']
+           'walk_files', 'dicom_files', 'is_ct_image', 'object_kind', 'is_localizer', 'read_header', 'read_file_header',
+           'Slice', 'dicom_slices', 'stored_values', 'index_notes']
 
 # %% ../../nbs/data/01b_dicom_files.ipynb #4664e33c
 import functools
 import io
 import os
-import stat
 import struct
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +29,7 @@ from ct_nb.data.dicom_pixels import (
     read_image,
 )
 from .hounsfield import CTReadError
+from .zip_archives import open_zip
 
 # %% ../../nbs/data/01b_dicom_files.ipynb #542a0131
 def walk_files(root, skip: tuple[str, ...] = ()) -> Iterator[tuple[Path, list[Path]]]:
@@ -366,86 +364,9 @@ def _frame_header(header, groups):
                     setattr(frame, FRAME_NAMES[element.keyword], element.value)
     return frame
 
-# %% ../../nbs/data/01b_dicom_files.ipynb #d13605a3
-MAX_ZIP_BYTES = 8 * 2**30
-MAX_ZIP_MEMBERS = 50_000
-MAX_ZIP_RATIO = 50
-ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-
-
-def check_zip(archive: zipfile.ZipFile, name) -> list[zipfile.ZipInfo]:
-    """The archive's files, or a `CTReadError` if it is unsafe or of no use: members outside its
-    folder, links, encryption, an unknown method, too many, too large, too dense.
-    """
-    members = [m for m in archive.infolist() if not m.is_dir()]
-    total = sum(m.file_size for m in members)
-    packed = sum(m.compress_size for m in members)
-    for m in members:
-        _check_member(m, name)
-    if len(members) > MAX_ZIP_MEMBERS:
-        raise CTReadError(
-            name,
-            f"holds {len(members)} files, more than {MAX_ZIP_MEMBERS}; give the folder of"
-            " one series",
-        )
-    if total > MAX_ZIP_BYTES:
-        raise CTReadError(
-            name,
-            f"unpacks to {total / 2**30:.1f} GiB, more than {MAX_ZIP_BYTES / 2**30:.0f}; "
-            "give the folder of one series",
-        )
-    if total > MAX_ZIP_RATIO * max(packed, 1) and total > 2**20:
-        raise CTReadError(
-            name,
-            f"unpacks to {total / max(packed, 1):.0f} times its size, as no CT does (a zip"
-            " bomb?); do not trust it, pack the series again",
-        )
-    return members
-
-
-def _check_member(m: zipfile.ZipInfo, name) -> None:
-    path = PurePosixPath(m.filename.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or path.parts[:1][0].endswith(":"):
-        raise CTReadError(
-            name,
-            f"holds {m.filename!r}, a path that leads out of the archive; do not trust"
-            " it, pack the series again",
-        )
-    if stat.S_ISLNK(m.external_attr >> 16):
-        raise CTReadError(name, f"holds {m.filename!r}, a link; pack the files themselves")
-    if m.flag_bits & 1:
-        raise CTReadError(
-            name,
-            f"is encrypted ({m.filename!r}); unpack it with its password and give the folder",
-        )
-    if m.compress_type not in ZIP_METHODS:
-        method = zipfile.compressor_names.get(m.compress_type, "another program's")
-        raise CTReadError(
-            name,
-            f"is packed by a method that is not read here ({method}, number {m.compress_type},"
-            f" {m.filename!r}); unpack it and give the folder",
-        )
-
 # %% ../../nbs/data/01b_dicom_files.ipynb #b0e6b5ca
-def _open_zip(path) -> tuple[zipfile.ZipFile, list[zipfile.ZipInfo]]:
-    "An archive and its safe members."
-    with reading(path, CTReadError, "a zip archive"), open(path, "rb") as file:
-        start = file.read(4)
-    try:
-        archive = zipfile.ZipFile(path)
-        return archive, check_zip(archive, path)
-    except CTReadError:
-        raise
-    except Exception as error:  # damaged bytes lead anywhere in zipfile
-        if start[:2] != b"PK":
-            reason = "is no zip archive although it is named like one; check what it is"
-        else:
-            reason = f"is damaged or cut short ({first_line(error)}); copy or download it again"
-        raise CTReadError(path, reason) from None
-
-
 def _zip_sources(path) -> Iterator[tuple[str, bytes, int, Callable]]:
-    archive, members = _open_zip(path)
+    archive, members = open_zip(path)
     for member in members:
         parts = PurePosixPath(member.filename.replace("\\", "/")).parts
         if any(map(_hidden, parts)) or _is_index(parts[-1]):
@@ -523,7 +444,9 @@ def index_notes(path) -> list[str]:
     for folder, files in walk_files(path):
         for index in (f for f in files if _is_index(f.name)):
             try:
-                records = pydicom.dcmread(index).get("DirectoryRecordSequence") or []
+                with open(index, "rb") as file:
+                    _check_deflated(index, file)
+                    records = pydicom.dcmread(file).get("DirectoryRecordSequence") or []
                 named = [r.get("ReferencedFileID") for r in records]
                 lost = [_file_id(n) for n in named if n and not _is_there(folder, _file_id(n))]
             except Exception:

@@ -110,7 +110,8 @@ def split_acquisitions(slices: list[Slice]) -> tuple[str, dict[str, list[Slice]]
     """
     for tag in FRAME_TAGS:
         parts = _parts(slices, tag)
-        if len(parts) > 1 and all(s.frame is not None for s in slices):
+        several = len(parts) > 1 and min(map(len, parts.values())) > 1
+        if several and all(s.frame is not None for s in slices):
             return tag, parts
     try:
         slices = sort_slices(slices)

@@ -10,7 +10,8 @@ import functools
 from pathlib import Path
 
 from ..core.errors import FileError
-from ..data.folders import find_cases, name_cases, scan_files
+from ..data.folders import name_cases
+from ..data.scan_files import find_cases, scan_files
 from ..data.hounsfield import CTReadError
 from ..data.read import read_ct
 from .paired_stacks import StackCase, StackSource

@@ -7,8 +7,9 @@ import pytest
 from ct_files import body, change, disc_index, other_object, write_series
 
 from ct_nb.data.cache import DiskCache
-from ct_nb.data.folders import find_cases, read_folder
+from ct_nb.data.folders import name_cases, read_folder
 from ct_nb.data.read import read_ct
+from ct_nb.data.scan_files import find_cases
 
 
 def write_scan(folder, hu=None, first_mm=0.0, **tags):
@@ -63,6 +64,8 @@ def test_a_series_over_several_folders(tmp_path):
         write_series(tmp_path / "SE0" / f"PART{k}", hu[part], z[part], PatientID="anna")
     write_series(tmp_path / "SE1", hu, series="1.2.4", PatientID="anna")
     assert find_cases(tmp_path) == [tmp_path / "SE0", tmp_path / "SE1"]
+    named = name_cases(tmp_path, find_cases(tmp_path))
+    assert [(case.id, case.patient) for case in named] == [("SE0", "anna"), ("SE1", "anna")]
 
 
 def test_patients_of_one_uid_stay_apart(tmp_path):
