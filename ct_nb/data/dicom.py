@@ -64,11 +64,18 @@ def _drop_duplicates(slices: list[Slice]) -> tuple[list[Slice], list[str]]:
     "Sorted slices without exact copies, and notes; two different images at one place are refused."
     distinct = [slices[0]]
     copies = []
+    at_one_place = len(slices) > 2 and slices[-1].position_mm - slices[0].position_mm < 0.01
     for s in slices[1:]:
         if s.position_mm - distinct[-1].position_mm > SAME_PLACE_MM:
             distinct.append(s)
         elif same_image(s, distinct[-1]):
             copies.append(s)
+        elif at_one_place:
+            raise s.error(
+                f"lies at the same place along the normal as all {len(slices)} slices; they show"
+                " one place at many times, or their positions and orientations were lost, export"
+                " the series again"
+            )
         else:
             raise s.error(
                 f"lies at the same place as {distinct[-1]} ({s.position_mm:g} mm) but"

@@ -190,6 +190,8 @@ def read_header(name, start: bytes, open_file: Callable):
             _check_deflated(name, file)
             header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
             kind = _sop_class(header)
+            for tag in ("Modality", "Rows", *GROUPS):
+                header.get(tag)
     except CTReadError:
         raise
     except Exception as error:  # pydicom raises whatever the damaged bytes lead to

@@ -391,13 +391,16 @@ def test_copies_that_were_sent_again_are_one_scan(tmp_path):
 
 
 def test_one_place_at_many_times(tmp_path):
-    "The monitoring series of a bolus."
+    "The monitoring series of a bolus, and sagittal slices whose orientation was lost."
     for k in range(6):
         save(
             dicom_slice(body(seed=k)[5] + 1024, (-40, -30, 9), AcquisitionNumber=k),
             tmp_path / str(k),
         )
-    assert "shows something else" in reason(tmp_path)
+    assert "same place along the normal as all 6" in reason(tmp_path)
+    for k, file in enumerate(sorted(tmp_path.iterdir())):
+        change(file, ImagePositionPatient=[3.0 * k, -30, 9])
+    assert "orientations were lost" in reason(tmp_path)
 
 
 def test_frames_of_reference_are_said(tmp_path):

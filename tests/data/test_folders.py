@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 from ct_files import body, change, disc_index, other_object, write_series
+from refusals import refused
 
 from ct_nb.data.cache import DiskCache
 from ct_nb.data.folders import name_cases, read_folder
@@ -172,3 +173,13 @@ def test_a_slice_changed_in_a_folder_below(tmp_path):
         change(file, RescaleIntercept=-1000)
     (after,) = cubes(tmp_path / "data", tmp_path / "cache")
     assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("tag", [b"\x08\x00\x60\x00CS", b"\x08\x00\x16\x00UI"])
+def test_a_damaged_header_is_a_case_that_cannot_be_read(tmp_path, tag):
+    "The finder does not stop at it; the reader names the file."
+    file, *_ = write_scan(tmp_path / "scan")
+    file.write_bytes(file.read_bytes().replace(tag, tag[:4] + b"GS"))
+    assert find_cases(tmp_path) == [tmp_path / "scan"]
+    with refused(file=file):
+        read_ct(tmp_path / "scan")
