@@ -1155,6 +1155,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'ct_nb.data.cohort.materialize': ('data/cohort.html#materialize', 'ct_nb/data/cohort.py')},
             'ct_nb.data.dicom': { 'ct_nb.data.dicom._check_alike': ('data/dicom.html#_check_alike', 'ct_nb/data/dicom.py'),
                                   'ct_nb.data.dicom._check_even': ('data/dicom.html#_check_even', 'ct_nb/data/dicom.py'),
+                                  'ct_nb.data.dicom._check_highest': ('data/dicom.html#_check_highest', 'ct_nb/data/dicom.py'),
                                   'ct_nb.data.dicom._check_rescale': ('data/dicom.html#_check_rescale', 'ct_nb/data/dicom.py'),
                                   'ct_nb.data.dicom._check_straight': ('data/dicom.html#_check_straight', 'ct_nb/data/dicom.py'),
                                   'ct_nb.data.dicom._check_unit': ('data/dicom.html#_check_unit', 'ct_nb/data/dicom.py'),

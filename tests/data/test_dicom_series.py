@@ -91,6 +91,15 @@ def test_what_is_rescaled_to_another_unit_than_hu(tmp_path, kind):
     assert kind in reason(tmp_path)
 
 
+def test_negative_values_called_positive(tmp_path):
+    "Padding of -2000 in a file whose PixelRepresentation says unsigned."
+    for k, image in enumerate(body()):
+        stored = (image + 1024).astype(int)
+        stored[:3, :3] = 65536 - 2000
+        save(dicom_slice(stored, (-40, -30, 100 + 3 * k)), tmp_path / f"{k:02d}.dcm")
+    assert "62512 HU" in reason(tmp_path)
+
+
 def test_a_private_transfer_syntax_is_no_damage(tmp_path):
     files = write_series(tmp_path, body())
     for file in files:
