@@ -87,6 +87,94 @@ def write_series(
     return files
 
 
+def enhanced_ct(hu, z_mm=None, per_frame=None, shared=None, **tags) -> pydicom.Dataset:
+    """`hu` (D, H, W) as one Enhanced CT (PS3.3 A.38.1): a frame a slice, at heights `z_mm`, all it
+    says about space and rescale in the functional groups. `per_frame(k)` and `shared` give further
+    macros, name -> tags of its item.
+    """
+    z_mm = 100 + 3.0 * np.arange(len(hu)) if z_mm is None else z_mm
+    item = sequence_item
+    d = dicom_slice(
+        np.zeros(hu[0].shape),
+        (0, 0, 0),
+        SOPClassUID=pydicom.uid.EnhancedCTImageStorage,
+        **dict.fromkeys(
+            ["PixelSpacing", "SliceThickness", "ImagePositionPatient"]
+            + ["ImageOrientationPatient", "RescaleSlope", "RescaleIntercept"]
+        ),
+    )
+    frames, stored = [], []
+    for k, (image, z) in enumerate(zip(hu, z_mm, strict=True)):
+        macros = {"PlanePositionSequence": {"ImagePositionPatient": [-40.0, -30.0, float(z)]}}
+        macros |= per_frame(k) if per_frame else {}
+        frames.append(item(**{name: [item(**tags)] for name, tags in macros.items()}))
+        scale = macros.get("PixelValueTransformationSequence", {})
+        slope = scale.get("RescaleSlope", 1)
+        intercept = scale.get("RescaleIntercept", -1024)
+        stored.append(np.round((image - intercept) / slope))
+    macros = {
+        "PixelMeasuresSequence": {"PixelSpacing": [2.0, 2.0], "SliceThickness": 7.5},
+        "PlaneOrientationSequence": {"ImageOrientationPatient": list(ORIENTATION)},
+        "PixelValueTransformationSequence": {
+            "RescaleSlope": 1,
+            "RescaleIntercept": -1024,
+            "RescaleType": "HU",
+        },
+    } | (shared or {})
+    macros = {name: tags for name, tags in macros.items() if tags is not None}
+    d.SharedFunctionalGroupsSequence = [
+        item(**{name: [item(**tags)] for name, tags in macros.items()})
+    ]
+    d.PerFrameFunctionalGroupsSequence = frames
+    d.NumberOfFrames = len(frames)
+    d.PixelData = np.array(stored).astype(np.uint16).tobytes()
+    d.update(tags)
+    return d
+
+
+def sequence_item(**tags) -> pydicom.Dataset:
+    "An item of a sequence."
+    dataset = pydicom.Dataset()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def other_object(path, sop_class: str, modality: str, **tags) -> None:
+    "A DICOM file that is no CT image, of the study of `dicom_slice`."
+    d = sequence_item(
+        SOPClassUID=sop_class,
+        SOPInstanceUID=pydicom.uid.generate_uid(),
+        SeriesInstanceUID="1.2.77",
+        Modality=modality,
+        **tags,
+    )
+    d.file_meta = pydicom.dataset.FileMetaDataset()
+    d.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    d.save_as(path, enforce_file_format=True)
+
+
+def disc_index(folder, files) -> None:
+    "A DICOMDIR at the top of `folder` that lists `files` (PS3.3 F.3)."
+    records = [
+        sequence_item(
+            OffsetOfTheNextDirectoryRecord=0,
+            RecordInUseFlag=0xFFFF,
+            OffsetOfReferencedLowerLevelDirectoryEntity=0,
+            DirectoryRecordType="IMAGE",
+            ReferencedFileID=list(Path(file).relative_to(folder).parts),
+        )
+        for file in files
+    ]
+    d = sequence_item(FileSetID="CD", DirectoryRecordSequence=records)
+    d.file_meta = pydicom.dataset.FileMetaDataset()
+    d.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    d.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
+    d.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    d.save_as(Path(folder) / "DICOMDIR", enforce_file_format=True)
+
+
 def series_members(hu, first, spacing, uid, folder, **tags) -> list[tuple[str, bytes]]:
     "Slices of a series as files of a zip, out of order."
     members = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .dicom import read_dicom
-from .dicom_pixels import has_dicom_suffix
+from .dicom_pixels import is_dicom
 from ..core.errors import reading
 from .hounsfield import CTReadError, check_background, check_hounsfield, format_mm
 from .metaimage import metaimage_files, read_metaimage
@@ -35,8 +35,10 @@ CT_READERS = {
 
 
 def read_volume(
-    path,  # .nii, .nii.gz, .nrrd, .mha, .mhd, .npz, a DICOM folder or a .zip of one
-    series: str | None = None,  # SeriesInstanceUID, where a DICOM folder or zip holds several
+    # .nii, .nii.gz, .nrrd, .mha, .mhd, .npz, a DICOM folder, a .zip of one, or an Enhanced CT
+    path,
+    # SeriesInstanceUID, where a DICOM folder or zip holds several; UID:VALUE for one acquisition
+    series: str | None = None,
 ) -> Volume:
     """The numbers of any supported file on their grid in LPS mm, as they are stored (DICOM:
     rescaled to HU). Not readable: `CTReadError`.
@@ -47,6 +49,8 @@ def read_volume(
         return read_dicom(path, series)
     name = path.name.lower()
     reader = next((read for suffix, read in CT_READERS.items() if name.endswith(suffix)), None)
+    if reader is None and is_dicom(path):
+        return read_dicom(path, series)
     if reader is None:
         with reading(path, CTReadError), open(path, "rb") as file:
             what, advice = describe_bytes(file.read(512))
@@ -81,10 +85,6 @@ def _check_readable(path: Path) -> None:
         raise CTReadError(path, "may not be read by you; change its permissions")
     if path.is_dir():
         return
-    if has_dicom_suffix(path):
-        raise CTReadError(
-            path, "is one DICOM slice, a volume needs the series; give the folder it lies in"
-        )
     if path.stat().st_size == 0:
         raise CTReadError(path, "is empty (0 bytes); copy or download it again")
 

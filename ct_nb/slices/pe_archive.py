@@ -13,7 +13,9 @@ from pathlib import Path
 
 from ..core.errors import FileError, InputError
 from ..core.files import file_names
-from ..data.dicom import arrange_slices, choose_series, dicom_slices
+from ..data.dicom import arrange_slices
+from ..data.dicom_files import dicom_slices, is_ct_image
+from ..data.dicom_series import choose_series
 from ..data.folders import stem
 from ..data.patients import read_patients
 from ..data.hounsfield import CTReadError
@@ -68,7 +70,7 @@ def find_series(path) -> tuple[list[CTSeries], list[str]]:
     series = []
     left_out = []
     for s in dicom_slices(path):
-        if "Rows" in s.header and s.header.get("Modality", "CT") == "CT":
+        if is_ct_image(s.header):
             groups.setdefault(str(s.header.get("SeriesInstanceUID", "")), []).append(s)
     for uid, slices in groups.items():
         if len(slices) < MIN_SLICES:

@@ -15,9 +15,10 @@ from refusals import refused
 from ct_nb.core.errors import FileError
 from ct_nb.data.cache import DiskCache, content_digest, default_cache_dir, files_digest
 from ct_nb.data.cases import CTSource
-from ct_nb.data.folders import find_cases, name_cases, read_folder
+from ct_nb.data.folders import name_cases, read_folder
 from ct_nb.data.open import open_source, phantom_source
 from ct_nb.data.prepare import main, prepare
+from ct_nb.data.scan_files import find_cases
 from ct_nb.data.thorax_check import ThoraxRule, measure_thorax
 from ct_nb.physics.volume import Grid, Volume
 
