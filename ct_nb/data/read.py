@@ -108,7 +108,7 @@ def read_ct(path, series: str | None = None) -> Volume:
         raise CTReadError(
             path,
             f"is {format_mm(grid.extent_mm)} large in voxels of {format_mm(grid.spacing_mm)}, no"
-            " scan of a patient is; its voxel spacing is not in mm, correct it",
+            " patient is; its voxel spacing is not in mm, correct it",
         )
     return settle_padding(volume)
 
