@@ -103,11 +103,12 @@ def read_ct(path, series: str | None = None) -> Volume:
         check_background(volume, path)
     except CTReadError as error:
         raise CTReadError(path, "; ".join([*volume.notes, error.reason])) from None
-    if not 1 <= volume.grid.extent_mm.max() <= 4000:
+    grid = volume.grid
+    if not 1 <= grid.extent_mm.max() <= 4000 or grid.spacing_mm.min() < 0.01:
         raise CTReadError(
             path,
-            f"is {format_mm(volume.grid.extent_mm)} large, no patient is; its voxel spacing is"
-            " not in mm, correct it",
+            f"is {format_mm(grid.extent_mm)} large in voxels of {format_mm(grid.spacing_mm)}, no"
+            " patient is; its voxel spacing is not in mm, correct it",
         )
     return settle_padding(volume)
 

@@ -466,8 +466,8 @@ class Volume:
         """Write as .nii.gz, .nii, .nrrd, .mha or .npz, by the name's ending: int16 where all values
         are whole, else float32.
 
-        Written atomically (`ct_nb.core.files.atomic_write`). Raises FileError for another ending,
-        OSError where the file cannot be written.
+        Written atomically (`ct_nb.core.files.atomic_write`). Raises FileError for another ending
+        and for NaN or infinity, OSError where the file cannot be written.
         """
         save_volume(self, path)
 
@@ -481,6 +481,8 @@ def save_volume(volume: Volume, path) -> None:
     "Write a volume in the format of the name's ending; see `Volume.save`."
     path = Path(path)
     hu = volume.hu
+    if not np.isfinite(hu).all():
+        raise FileError(path, "was not written: some of its voxels are NaN or infinite, no HU are")
     if (hu == np.round(hu)).all() and np.abs(hu).max() < 32768:
         hu = hu.astype(np.int16)
     writers = {

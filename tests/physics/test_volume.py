@@ -368,6 +368,15 @@ def test_whole_numbers_are_saved_as_int16_and_others_as_float32(tmp_path):
         assert nibabel.load(tmp_path / "scan.nii").get_data_dtype() == kind
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_file_holds_a_voxel_that_is_no_number(tmp_path, value):
+    hu = np.zeros((3, 4, 5), np.float32)
+    hu[1, 2, 3] = value
+    with refused(file="ct.nii.gz"):
+        Volume(hu, np.eye(4)).save(tmp_path / "ct.nii.gz")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha", ".npz"])
 @pytest.mark.parametrize("missing", [1, 700, 20_000])
 def test_a_full_disk_is_named_with_the_file_and_the_old_file_stays(tmp_path, suffix, missing):
