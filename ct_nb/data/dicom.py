@@ -172,7 +172,7 @@ def _check_straight(slices, corners, step, normal, spacing) -> None:
 # %% ../../nbs/data/02_dicom.ipynb #e8ee8e6e
 def _check_rescale(slices: list[Slice], tags: list[PixelTags]) -> list[str]:
     "All slices have a rescale, or none has; then a note."
-    bare = [s for s, t in zip(slices, tags) if t.rescale is None]
+    bare = [s for s, t in zip(slices, tags) if t.rescale is None and t.table is None]
     if not bare:
         return []
     if len(bare) == len(slices):

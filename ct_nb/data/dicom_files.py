@@ -11,9 +11,7 @@ __all__ = ['CT_CLASSES', 'CT_TAGS', 'MAX_INFLATED_BYTES', 'MAX_INFLATED_RATIO', 
 import functools
 import io
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +20,7 @@ import numpy as np
 
 from ..core.errors import first_line, reading
 from ct_nb.data.dicom_pixels import (
+    check_deflated,
     has_data_set,
     has_dicom_suffix,
     has_preamble,
@@ -169,6 +168,8 @@ CT_TAGS = [
     "PixelRepresentation",
     "BitsAllocated",
     "BitsStored",
+    "HighBit",
+    "ModalityLUTSequence",
     "PixelPaddingValue",
     "PixelPaddingRangeLimit",
 ]
@@ -187,7 +188,7 @@ def read_header(name, start: bytes, open_file: Callable):
     try:
         with warnings.catch_warnings(), open_file() as file:
             warnings.simplefilter("ignore")  # odd values in fields that are not used here
-            _check_deflated(name, file)
+            check_deflated(file, name, CTReadError)
             header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
             kind = _sop_class(header)
             for tag in ("Modality", "Rows", *GROUPS):
@@ -235,28 +236,6 @@ def _decode(name, header, tag: str) -> None:
 # %% ../../nbs/data/01b_dicom_files.ipynb #be3a7599
 MAX_INFLATED_BYTES = 2**26
 MAX_INFLATED_RATIO = 50
-
-
-def _check_deflated(name, file) -> None:
-    "Refuses a deflated file that inflates too far; the file is at its beginning afterwards."
-    head = file.read(4096)
-    if b"1.2.840.10008.1.2.1.99" in head and has_preamble(head):
-        length = struct.unpack("<I", head[140:144])[0] if head[132:136] == b"\2\0\0\0" else 0
-        file.seek(144 + length)
-        packed = file.read()
-        allowed = MAX_INFLATED_BYTES + MAX_INFLATED_RATIO * len(packed)
-        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-        total = 0
-        while packed and not unpacker.eof:
-            total += len(unpacker.decompress(packed, 2**20))
-            packed = unpacker.unconsumed_tail
-            if total > allowed:
-                raise CTReadError(
-                    name,
-                    f"inflates to more than {allowed / 2**20:.0f} MiB, as no CT slice does; do not"
-                    " trust it, export the series again",
-                )
-    file.seek(0)
 
 # %% ../../nbs/data/01b_dicom_files.ipynb #9bf75eb7
 @dataclass
@@ -447,7 +426,7 @@ def index_notes(path) -> list[str]:
         for index in (f for f in files if _is_index(f.name)):
             try:
                 with open(index, "rb") as file:
-                    _check_deflated(index, file)
+                    check_deflated(file, index, CTReadError)
                     records = pydicom.dcmread(file).get("DirectoryRecordSequence") or []
                 named = [r.get("ReferencedFileID") for r in records]
                 lost = [_file_id(n) for n in named if n and not _is_there(folder, _file_id(n))]

@@ -53,8 +53,8 @@ SAME_PLACE_MM = 0.01
 
 def same_image(a: Slice, b: Slice) -> bool:
     "Do two slices show the same values?"
-    same_scale = pixel_tags(a).rescale == pixel_tags(b).rescale
-    return same_scale and np.array_equal(stored_values(a), stored_values(b))
+    values = [pixel_tags(s).values(stored_values(s)) for s in (a, b)]
+    return np.array_equal(*values)
 
 
 def pixel_tags(s: Slice) -> PixelTags:
