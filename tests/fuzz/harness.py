@@ -138,7 +138,8 @@ def plain_numbers(value):
     "The arrays of a plain value: what a checksum protects."
     if isinstance(value, (list, dict)):
         parts = value.values() if isinstance(value, dict) else value
-        return [plain_numbers(part) for part in parts]
+        found = [plain_numbers(part) for part in parts]
+        return [part for part in found if part not in (None, [])]
     return value if isinstance(value, tuple) else None
 
 
