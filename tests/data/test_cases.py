@@ -300,6 +300,15 @@ def test_mixed_sources(folder):
         phantom_source(1, 16) + read_folder(folder, 32)
 
 
+def test_one_scan_in_two_folders_is_refused(tmp_path):
+    scan = phantom_source(1, 32)[0].volume
+    for name in ("a/first", "b/second"):
+        scan.save(tmp_path / f"{name}.nii.gz")
+    one, two = (read_folder(tmp_path / name, 16, thorax_only=False) for name in "ab")
+    with refused("source"):
+        one + two
+
+
 def test_a_path_with_a_plus(folder):
     folder.rename(folder.with_name("a+b"))
     assert len(open_source(str(folder.with_name("a+b")), 16)) == 3
