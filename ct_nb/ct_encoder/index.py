@@ -111,7 +111,7 @@ class EmbeddingIndex:
                 path, f"has {count} rows of {twice[0]} about {twice[1]}; embed the scans again"
             )
         moved = path.resolve().parent / metadata.get("ct_nb_weights_from_here", ".")
-        weights = moved if (moved / WEIGHTS_FILE).is_file() else Path(metadata["ct_nb_weights"])
+        weights = moved if os.path.isfile(moved / WEIGHTS_FILE) else Path(metadata["ct_nb_weights"])
         return cls(*names, vectors, os.path.normpath(weights), metadata["ct_nb_digest"])
 
 

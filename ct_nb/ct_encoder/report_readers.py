@@ -333,7 +333,8 @@ def omniabnorm_reports(path) -> list[RadiologyReport]:
     """
     cases: dict[str, list[RadiologyReport]] = {}
     for record in read_records(path, ("case_id", "image_id", "volumename")):
-        report = _omniabnorm(record)
+        with reading(path, content=True):
+            report = _omniabnorm(record)
         cases.setdefault(report.volume, []).append(report)
     return [
         RadiologyReport(

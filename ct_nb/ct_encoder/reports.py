@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..core.errors import InputError
+from ..core.errors import InputError, printable
 from ..core.regions import REGIONS
 from .negation import denied_spans, find_cues, lower_case, sentences, statements
 
@@ -48,6 +48,8 @@ class RadiologyReport:
     def __post_init__(self):
         if not self.volume:
             raise InputError("volume", "a report needs the name of its volume, got an empty one")
+        if self.volume != printable(self.volume):
+            raise InputError("volume", f"{self.volume[:80]} has control characters; rename it")
         object.__setattr__(self, "scan", self.scan or self.volume)
         object.__setattr__(self, "patient", self.patient or self.scan)
         for number in [n for n, _ in self.regions] + [

@@ -510,10 +510,11 @@ def geometry_from_dicom(
     datasets = list(datasets) if isinstance(datasets, (list, tuple)) else [datasets]
     given = {"detector": source_to_detector_mm, "isocenter": source_to_isocenter_mm}
     assumed: list[str] = []
-    views = []
+    names, views = [], []
     for number, dataset in enumerate(datasets):
         is_path = isinstance(dataset, (str, Path))
         name = str(dataset) if is_path else f"radiograph {number}"
+        names.append(Path(name).name)
         with reading(name, GeometryFileError, "a DICOM radiograph"):
             header = _read_tags(dataset) if is_path else dataset
             views.append(_dicom_view(header, name, grid, given, pixel_mm, assumed))
@@ -521,7 +522,7 @@ def geometry_from_dicom(
     if len(set(shapes)) != 1:
         raise GeometryError(
             "datasets",
-            f"the radiographs must have one size, got {shapes}; "
+            f"the radiographs {', '.join(names[:8])} must have one size, got {shapes[:8]}; "
             "resample them to one, or reconstruct each by itself",
         )
     for note in assumed:

@@ -494,3 +494,10 @@ def test_empty_rescale_is_none(tmp_path):
 def test_no_series_uid(tmp_path):
     write_series(tmp_path, body(), SeriesInstanceUID=None)
     assert (read_ct(tmp_path).hu == body()).all()
+
+
+def test_a_position_two_thousand_kilometres_away_is_no_gap(tmp_path):
+    "The slices of such a gap would be listed one by one, 200 million of them."
+    heights = [*(100 + 3.0 * np.arange(11)), 2147483648.0]
+    write_series(tmp_path / "scan", body(), z_mm=heights)
+    assert "spacing is mixed" in reason(tmp_path / "scan")

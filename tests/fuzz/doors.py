@@ -169,8 +169,7 @@ def check_stacks(value) -> str:
 
 
 def check_state(state) -> str:
-    numbers = [check_numbers(tensor) for tensor in state["model"].values()]
-    return first(*numbers, "" if type(state["step"]) is int else f"step {state['step']!r}")
+    return "" if type(state["step"]) is int else f"step {state['step']!r}"
 
 
 def check_history(rows) -> str:

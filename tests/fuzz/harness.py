@@ -138,7 +138,8 @@ def plain_numbers(value):
     "The arrays of a plain value: what a checksum protects."
     if isinstance(value, (list, dict)):
         parts = value.values() if isinstance(value, dict) else value
-        return [plain_numbers(part) for part in parts]
+        found = [plain_numbers(part) for part in parts]
+        return [part for part in found if part not in (None, [])]
     return value if isinstance(value, tuple) else None
 
 
@@ -178,9 +179,8 @@ def _work(pipe, bases: Path) -> None:
 
 
 def _whole(door: Door, base: Path):
-    "The value of the input before it is damaged; None where it is refused."
-    with contextlib.suppress(ValueError):
-        return plain(read_quietly(door, base))
+    "The value of the input before it is damaged."
+    return plain(read_quietly(door, base))
 
 
 def make_bases(doors, bases: Path) -> None:
@@ -191,11 +191,16 @@ def make_bases(doors, bases: Path) -> None:
             (bases / door.name).mkdir(parents=True)
             door.write(bases / door.name)
 
-    process = multiprocessing.get_context("fork").Process(target=make)
+    _in_a_process(make, "whole inputs could not be written")
+
+
+def _in_a_process(function, problem: str) -> None:
+    "Call it in a child, whose threads and memory end with it."
+    process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"whole inputs could not be written (exit code {process.exitcode})")
+        raise RuntimeError(f"{problem} (exit code {process.exitcode})")
 
 
 @dataclass
@@ -269,6 +274,18 @@ def find_doors(name: str | None) -> list[Door]:
     return found
 
 
+def check_whole(doors, bases: Path) -> None:
+    "Every whole input is read, and to a value that its door calls plausible."
+
+    def check():
+        for door in doors:
+            problem = door.check(read_quietly(door, bases / door.name))
+            if problem:
+                raise RuntimeError(f"the whole input of {door.name}: {problem}")
+
+    _in_a_process(check, "whole inputs are not read")
+
+
 def run(count: int, name: str | None = None, first: int = 0, workers: int = 2) -> list[Outcome]:
     "`count` mutants, evenly over the formats (or those of one name), with seeds from `first` on."
     doors = find_doors(name)
@@ -276,7 +293,9 @@ def run(count: int, name: str | None = None, first: int = 0, workers: int = 2) -
     # all of one format together: a worker reads each whole input once
     tasks.sort(key=lambda task: [d.name for d in doors].index(task[0]))
     with tempfile.TemporaryDirectory(prefix="fuzz") as folder:
-        make_bases(doors[: len(tasks)], Path(folder))
+        doors = doors[: len(tasks)]
+        make_bases(doors, Path(folder))
+        check_whole(doors, Path(folder))
         return fuzz(tasks, workers, Path(folder))
 
 
