@@ -24,6 +24,8 @@ from ..data.cases import CTSource
 from ..training.checkpoints import load_model
 from ..training.run import Run, command, list_names
 from ..training.trainer import Trainer, TrainerConfig
+from ..training.run import in_own_folder
+from ..data.cache import files_digest
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-005
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ class CTEncoderRun(Run):
 
     system: ClassVar[str] = "ct_encoder"
     presets: ClassVar[dict] = CT_ENCODER_PRESETS
+    names: ClassVar[tuple[str, ...]] = (*Run.names, "reports")
+    files: ClassVar[tuple[str, ...]] = (*Run.files, "retrieval.csv", "lesions.csv")
 
     data: str = "phantom"  # "phantom", "phantom:COUNT", or a folder of CTs with a table of reports
     out: str = "runs/ct_encoder"
@@ -219,6 +223,12 @@ class CTEncoderRun(Run):
             text_pooling=self.text_pooling,
         )
         return super().configure(replace(settings, network=network))
+
+    def inputs(self) -> dict:
+        "Digest of the files of a text tower in a folder."
+        folder = Path(self.settings.network.text)
+        files = sorted(path for path in folder.glob("*") if path.is_file())
+        return {"text": files_digest(files) if files else None}
 
     def open(self, progress: bool = True) -> "CTEncoderRun":
         "Find the scans and their reports, prepare each once, and split them by patient."
@@ -319,6 +329,7 @@ def restore(self: CTEncoderRun) -> None:
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-012
 @patch
+@in_own_folder
 def evaluate(self: CTEncoderRun) -> LanguageScores:
     "All scores on the validation scans; writes `metrics.json`, `retrieval.csv`, `lesions.csv`."
     s = self.settings
