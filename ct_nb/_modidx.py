@@ -4122,6 +4122,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'ct_nb.training.run.schedule': ('training/run.html#schedule', 'ct_nb/training/run.py')},
             'ct_nb.training.run_folder': { 'ct_nb.training.run_folder.RunFolderError': ( 'training/run_folder.html#runfoldererror',
                                                                                          'ct_nb/training/run_folder.py'),
+                                           'ct_nb.training.run_folder._counting': ( 'training/run_folder.html#_counting',
+                                                                                    'ct_nb/training/run_folder.py'),
                                            'ct_nb.training.run_folder._owner': ( 'training/run_folder.html#_owner',
                                                                                  'ct_nb/training/run_folder.py'),
                                            'ct_nb.training.run_folder._shown': ( 'training/run_folder.html#_shown',

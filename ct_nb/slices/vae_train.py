@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..core.errors import InputError
+from ..core.errors import InputError, reading
 from ..core.seeding import seeded_generator
 from ..data.cases import CTSource
 from ..evaluation.lpips import LPIPS
@@ -322,7 +322,10 @@ class VAERun(Run):
 
     def inputs(self) -> dict:
         "Digest of the perceptual network's weights."
-        return {"perceptual": self.perceptual and files_digest([self.perceptual])}
+        if self.perceptual is None:
+            return {}
+        with reading(self.perceptual):
+            return {"perceptual": files_digest([self.perceptual])}
 
     @property
     def network(self) -> SliceVAE:

@@ -116,30 +116,24 @@ def claim_folder(
     To be called under `lock_folder`. `RunFolderError` names what differs; nothing is changed then.
     """
     folder = Path(folder)
-    notes = []
     identity = json.loads(json.dumps(identity))
     there = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else None
     owned = [name for name in files if (folder / name).exists()]
-    if there is None:
-        same = not owned
-        reason = f"holds {', '.join(owned)} of an unknown run ({RUN_FILE} is missing)"
-    else:
-        mine = {name: value for name, value in identity.items() if name != "versions"}
-        different = list_differences(
-            {name: value for name, value in there.items() if name != "versions"}, mine
-        )
-        same = not (owned and different)
+    different = [] if there is None else list_differences(_counting(there), _counting(identity))
+    if owned and not overwrite and (there is None or different):
         more = f", and {len(different) - 4} more" if len(different) > 4 else ""
-        reason = f"holds another run: {'; '.join(different[:4])}{more}"
-        notes = list_differences(there.get("versions", {}), identity.get("versions", {}))
-    if not same and not overwrite:
+        what = f"another run: {'; '.join(different[:4])}{more}"
+        if there is None:
+            what = f"{', '.join(owned)} of an unknown run ({RUN_FILE} is missing)"
         raise RunFolderError(
             folder,
-            f"{reason}; give another folder (out), the same settings, or overwrite to replace it",
+            f"holds {what}; give another folder (out), the same settings, or overwrite to"
+            " replace it",
         )
-    if same and go_on:
-        what = "the run began with other versions, so its numbers may differ"
-        return [f"{what}: {note}" for note in notes[:4]] if owned else []
+    if go_on and there is not None and not different:
+        other = list_differences(there.get("versions", {}), identity.get("versions", {}))
+        began = f"{folder}: the run began with other versions, so its numbers may differ"
+        return [f"{began}: {'; '.join(other)}"] if owned and other else []
     for name in owned:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             shutil.rmtree(folder / name)
@@ -147,3 +141,7 @@ def claim_folder(
             (folder / name).unlink()
     write_json(folder / RUN_FILE, identity)
     return []
+
+
+def _counting(identity: dict) -> dict:
+    return {name: value for name, value in identity.items() if name != "versions"}

@@ -267,14 +267,14 @@ from fastcore.basics import patch
 
 # %% ../../nbs/training/05_trainer.ipynb #cell-021
 @patch
-def _state(self: Trainer, step: int) -> dict:
+def _state(self: Trainer, step: int, random_states: list[dict]) -> dict:
     return {
         "step": step,
         "config": asdict(self.config),
         "model": self.plain_model.state_dict(),
         "average": self.average.state_dict(),
         "optimizer": self.optimizer.optimizer.state_dict(),
-        "random": random_state(),
+        "random": random_states,  # of each process
         "pieces": self.pieces,
     }
 
@@ -308,7 +308,14 @@ def _restore(self: Trainer, state: dict) -> int:
         raise FileError(
             self.out, "the checkpoint is of another network; choose another output folder."
         ) from error
-    set_random_state(state["random"])
+    processes = self.accelerator.num_processes
+    if len(state["random"]) != processes:
+        raise FileError(
+            self.out,
+            f"the checkpoint was made by {len(state['random'])} processes, this run has"
+            f" {processes}; resume with as many.",
+        )
+    set_random_state(state["random"][self.accelerator.process_index])
     self.pieces = state["pieces"]
     return state["step"]
 
@@ -518,10 +525,13 @@ def _log(
 
 @patch
 def _checkpoint(self: Trainer, done: int) -> None:
+    from accelerate.utils import gather_object
+
     if self.shares:
         self.optimizer.optimizer.consolidate_state_dict(to=0)
+    states = gather_object([random_state()])  # every process draws from its own
     if self.is_main:
-        save_state(self.out, self._state(done))
+        save_state(self.out, self._state(done, states))
 
 
 @patch
