@@ -4190,6 +4190,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'ct_nb/training/trainer.py'),
                                         'ct_nb.training.trainer.TrainerConfig': ( 'training/trainer.html#trainerconfig',
                                                                                   'ct_nb/training/trainer.py'),
+                                        'ct_nb.training.trainer.TrainerConfig.__post_init__': ( 'training/trainer.html#trainerconfig.__post_init__',
+                                                                                                'ct_nb/training/trainer.py'),
                                         'ct_nb.training.trainer.TrainingStopped': ( 'training/trainer.html#trainingstopped',
                                                                                     'ct_nb/training/trainer.py'),
                                         'ct_nb.training.trainer._AtEpoch': ('training/trainer.html#_atepoch', 'ct_nb/training/trainer.py'),

@@ -36,11 +36,9 @@ from ..layers.denoiser import DenoiserConfig
 from ..layers.diffusion import DiffusionConfig
 from ..physics.geometry import ConeBeam
 from ..physics.geometry_io import geometry_to_json
-from ..training.checkpoints import load_model, load_weights, read_config
-from ..training.run import Run, command, get_preset, schedule
+from ..training.checkpoints import load_model, load_weights, read_config, weights_digest
+from ..training.run import Run, command, get_preset, in_own_folder, schedule
 from ..training.trainer import Trainer, TrainerConfig, TrainingStopped
-from ..training.run import in_own_folder
-from ..training.checkpoints import weights_digest
 
 # %% ../../nbs/cascade/03_train.ipynb #cell-004
 V_LEARNING_RATE = 5e-5  # of v-prediction in the two large presets

@@ -19,13 +19,11 @@ from .encoder import CTEncoderConfig
 from .evaluation import LanguageScores, evaluate_language
 from .model import ScanLanguage, ScanLanguageConfig, all_texts, target_text
 from .text_encoders import WordTokenizer
-from ..data.cache import DiskCache, default_cache_dir
+from ..data.cache import DiskCache, default_cache_dir, files_digest
 from ..data.cases import CTSource
 from ..training.checkpoints import load_model
-from ..training.run import Run, command, list_names
+from ..training.run import Run, command, in_own_folder, list_names
 from ..training.trainer import Trainer, TrainerConfig
-from ..training.run import in_own_folder
-from ..data.cache import files_digest
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-005
 @dataclass(frozen=True)

@@ -25,13 +25,11 @@ from ..evaluation.baselines import fit_baselines
 from ..evaluation.inference import RESIDUAL_MARGIN, view_residuals
 from ..evaluation.metrics import psnr, ssim
 from ..physics.xray_noise import PoseNoise, XrayNoise
-from ..training.checkpoints import WEIGHTS_FILE
-from ..training.run import Run, command, schedule
+from ..training.checkpoints import WEIGHTS_FILE, weights_digest
+from ..training.run import Run, command, in_own_folder, schedule
 from ..training.trainer import Trainer, TrainerConfig
 from ..training.run_folder import RUN_FILE
-from ..training.run import in_own_folder
 from ..core.files import read_json
-from ..training.checkpoints import weights_digest
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-004
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import nn
 from ..core.errors import InputError
 from ..core.files import write_json
 from ..core.seeding import seeded_generator
-from ..data.cache import content_digest, default_cache_dir
+from ..data.cache import content_digest, default_cache_dir, files_digest
 from ..data.cohort import Cohort, RepeatedConcatDataset
 from ..data.open import open_source
 from ..data.xray_pairs import XrayPairs, collate
@@ -40,10 +40,8 @@ from .losses import RandomFeatures, RefinementWeights, refinement_loss
 from .network import Refiner, RefinerConfig
 from .pipeline import ConsistencySettings, RefinementModel, load_refiner
 from ..training.checkpoints import read_config, versions
-from ..training.run import Run, case_record, command, get_preset
+from ..training.run import Run, case_record, command, get_preset, in_own_folder
 from ..training.trainer import Trainer, TrainerConfig
-from ..data.cache import files_digest
-from ..training.run import in_own_folder
 
 # %% ../../nbs/refine/06_train.ipynb #cell-005
 @dataclass(frozen=True)

@@ -36,11 +36,9 @@ from .network import SliceNetworkConfig
 from .slice_profile import StackPairs, ThickSliceRange, collate_stacks
 from .vae import SliceVAE
 from .vae_train import PHANTOM_SIDE_MM, VAERun, load_vae
-from ..training.checkpoints import STATE_FILE, load_weights, read_config
-from ..training.run import Run, command, schedule
+from ..training.checkpoints import STATE_FILE, load_weights, read_config, weights_digest
+from ..training.run import Run, command, in_own_folder, schedule
 from ..training.trainer import Trainer, TrainerConfig
-from ..training.run import in_own_folder
-from ..training.checkpoints import weights_digest
 
 # %% ../../nbs/slices/10_train.ipynb #cell-005
 @dataclass(frozen=True)

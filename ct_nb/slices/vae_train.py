@@ -33,10 +33,9 @@ from .vae_tiles import decode_tiled, encode_tiled
 from ..training.adversarial import Adversary
 from ..training.checkpoints import load_model
 from ..training.losses import LossWeights, reconstruction_loss
-from ..training.run import Run, command, list_names
+from ..training.run import Run, command, in_own_folder, list_names
 from ..training.trainer import Trainer, TrainerConfig
 from ..data.cache import files_digest
-from ..training.run import in_own_folder
 
 # %% ../../nbs/slices/03c_vae_train.ipynb #cell-005
 def check_crop(name: str, shape, crop: tuple[int, int, int]) -> None:

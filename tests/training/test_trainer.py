@@ -21,6 +21,8 @@ from ct_nb.training.checkpoints import (
     save_weights,
 )
 
+from ct_nb.training.trainer import TrainerConfig
+
 PROGRAM = PROGRAMS / "train_line.py"
 TWO_PROCESSES = (
     sys.executable,
@@ -244,3 +246,23 @@ def test_unwritable_folder_is_a_sentence(tmp_path):
     with pytest.raises(OSError, match="cannot be written"):
         with atomic_write(tmp_path / "a_file" / "b.txt"):
             pass
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("steps", 0),
+        ("steps", -5),
+        ("batch_size", 0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", 0.0),
+        ("gradient_clip", float("inf")),
+        ("ema_decay", 1.0),
+        ("log_every", 0),
+        ("validate_every", -1),
+        ("mixed_precision", "half"),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with refused(name):
+        TrainerConfig(**{"steps": 10, name: value})
