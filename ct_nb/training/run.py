@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 import torch
 from fastcore.docments import docments
 
-from ..core.errors import FileError, InputError
+from ..core.errors import FileError, InputError, printable
 from ..core.files import read_json
 from ct_nb.training.checkpoints import (
     CONFIG_FILE,
@@ -496,7 +496,7 @@ def command_parser(run_class: type[Run]) -> argparse.ArgumentParser:
 def run_main(run_class: type[Run], arguments: list[str] | None = None) -> None:
     """Train and evaluate a system as a command line says; None: that of this process.
 
-    `SystemExit` with one sentence for `InputError`, `OSError` and `TrainingStopped`.
+    `SystemExit` with one sentence for `InputError`, `OSError`, `TrainingStopped` and Ctrl-C.
     """
     parser = command_parser(run_class)
     values = vars(parser.parse_args(arguments))
@@ -508,7 +508,11 @@ def run_main(run_class: type[Run], arguments: list[str] | None = None) -> None:
             return
         scores = run.evaluate()
     except (InputError, OSError, TrainingStopped) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from None
+        raise SystemExit(f"{parser.prog}: {printable(error)}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(
+            f"{parser.prog}: stopped; --resume goes on from the last checkpoint in {values['out']}"
+        ) from None
     print(run.summary(scores))
 
 
