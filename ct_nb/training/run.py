@@ -25,6 +25,7 @@ from fastcore.docments import docments
 
 from ..core.errors import FileError, InputError, printable
 from ..core.files import read_json
+from ..core.terminal import escape_unencodable
 from ct_nb.training.checkpoints import (
     CONFIG_FILE,
     STATE_FILE,
@@ -498,6 +499,7 @@ def run_main(run_class: type[Run], arguments: list[str] | None = None) -> None:
 
     `SystemExit` with one sentence for `InputError`, `OSError`, `TrainingStopped` and Ctrl-C.
     """
+    escape_unencodable()
     parser = command_parser(run_class)
     values = vars(parser.parse_args(arguments))
     try:

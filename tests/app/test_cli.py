@@ -338,3 +338,25 @@ def test_a_reader_that_has_gone_is_no_fault_of_the_input(ct):
     process.stdout.close()
     assert "evaluate:" not in process.stderr.read()
     process.wait()
+
+
+def test_a_terminal_of_ascii_and_a_user_without_a_home(ct, tmp_path):
+    script = (
+        "import os, pwd; pwd.getpwuid = lambda uid: {}[uid]; from ct_nb.app.cli import main; main()"
+    )
+    path = tmp_path / "Thorax für → µm.nii.gz"
+    path.write_bytes(ct.read_bytes())
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+        "PYTHONIOENCODING": "ascii",
+        "TMPDIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, "drr", str(path), "--out", str(tmp_path / "out"), *SMALL],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out").glob("*.png"))
