@@ -352,8 +352,9 @@ def test_a_terminal_of_ascii_and_a_user_without_a_home(ct, tmp_path):
         "PYTHONIOENCODING": "ascii",
         "TMPDIR": str(tmp_path),
     }
+    words = [str(word) for word in ("drr", path, "--out", tmp_path / "out", *SMALL)]
     done = subprocess.run(
-        [sys.executable, "-c", script, "drr", str(path), "--out", str(tmp_path / "out"), *SMALL],
+        [sys.executable, "-c", script, *words],
         capture_output=True,
         text=True,
         env=environment,
