@@ -2,6 +2,7 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url': '', 'lib_path': 'ct_nb'},
   'syms': { 'ct_nb.app.cli': { 'ct_nb.app.cli.Command': ('app/cli.html#command', 'ct_nb/app/cli.py'),
+                               'ct_nb.app.cli.Command._check_finite': ('app/cli.html#command._check_finite', 'ct_nb/app/cli.py'),
                                'ct_nb.app.cli.Command._sentence': ('app/cli.html#command._sentence', 'ct_nb/app/cli.py'),
                                'ct_nb.app.cli.Command.invoke': ('app/cli.html#command.invoke', 'ct_nb/app/cli.py'),
                                'ct_nb.app.cli._describe_residuals': ('app/cli.html#_describe_residuals', 'ct_nb/app/cli.py'),

@@ -42,12 +42,19 @@ class Command(TyperCommand):
 
     def invoke(self, ctx):
         try:
+            self._check_finite(ctx.params)
             return super().invoke(ctx)
         except BrokenPipeError:  # the reader of our output has gone, as `head` does
             raise
         except (InputError, OSError) as error:
             typer.echo(f"{ctx.command_path}: {printable(self._sentence(error))}", err=True)
             raise typer.Exit(1) from error
+
+    def _check_finite(self, values: dict) -> None:
+        "NaN passes the limits of an option, since it compares with nothing."
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(name, f"must be a finite number, got {value}")
 
     def _sentence(self, error: Exception) -> str:
         "The error's text; an argument of the library is named by the option that sets it."
