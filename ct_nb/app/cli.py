@@ -432,8 +432,8 @@ def evaluate_command(
     """Compare two CTs by the metrics of the scoreboard.
 
     Prints each metric with its unit and definition. The prediction is resampled to the truth's
-    voxels where their grids differ, and only the region
-    that both cover is compared; a note says so.
+    voxels where their grids differ. Only voxels that were scanned (no padding) and that both
+    cover count, in every metric; a note and the metric "left out" give the share of the others.
     """
     from ct_nb.app.commands import evaluate_files
     from ct_nb.evaluation.case_metrics import METRICS
@@ -450,7 +450,7 @@ def evaluate_command(
     _print_notes(scores["notes"])
     for name, value in scores["metrics"].items():
         metric = METRICS[name]
-        if math.isfinite(value):
+        if not math.isnan(value):
             typer.echo(f"{metric.label:<22}{value:>9.3f} {metric.unit:<4} {metric.definition}")
     for label, row in scores["labels"].items():
         values = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
@@ -604,7 +604,7 @@ def embed_command(
     index, skipped, notes = embed_files(cts, weights, out, series=series)
     _print_notes(notes)
     for file, reason in skipped:
-        typer.echo(f"skipped: {reason if file in reason else f'{file}: {reason}'}")
+        typer.echo(f"skipped: {reason if file in reason else f'{printable(file)}: {reason}'}")
     typer.echo(f"{len(set(index.files))} scans, {len(index)} vectors\n{out}")
 
 
@@ -636,5 +636,6 @@ def search_command(
 
     results, notes = search_index(text, index, weights, region, top_k)
     for result in results:
-        typer.echo(f"{result.score:+.3f}  {result.scan}  ({result.about})  {result.file}")
+        line = f"{result.score:+.3f}  {result.scan}  ({result.about})  {result.file}"
+        typer.echo(printable(line))  # an index is a file of others
     _print_notes(notes)

@@ -7,6 +7,7 @@ __all__ = ['DRR_VOXEL_MM', 'MAX_CUBE_MM', 'simulate_drrs', 'evaluate_files', 'em
 
 # %% ../../nbs/app/02a_commands.ipynb #cell-002
 import math
+import warnings
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -21,7 +22,7 @@ from ct_nb.ct_encoder.index import (
     search,
 )
 from ..data.radiograph_io import write_radiographs
-from ..data.read import read_ct, read_labels, read_volume
+from ..data.read import read_ct, read_labels, read_volume, settle_padding
 from ..evaluation.case_metrics import evaluate_volumes
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
@@ -94,10 +95,11 @@ def evaluate_files(
     `InputError` for files that cannot be read or compared.
     """
     reference = read_ct(truth, series)
-    reconstruction = read_volume(prediction, prediction_series)
+    reconstruction = settle_padding(read_volume(prediction, prediction_series), predicted=True)
+    own_grids = ((reference.grid,), (reference.grid, reconstruction.grid))
     label_maps = [
-        None if path is None else read_labels(path, reference.grid)
-        for path in (labels, prediction_labels)
+        None if path is None else read_labels(path, reference.grid, grids)
+        for path, grids in zip((labels, prediction_labels), own_grids)
     ]
     scores = evaluate_volumes(reconstruction, reference, *label_maps)
     if out is not None:
@@ -138,16 +140,18 @@ def search_index(
     region: str | None = None,  # "scan" or the name of a region; None: the regions in the text
     top_k: int = 10,  # scans to return
 ) -> tuple[list[SearchResult], list[str]]:
-    """The scans nearest to a sentence, the nearest first, and notes on scans without a vector of
-    the queried regions.
+    """The scans nearest to a sentence, the nearest first, and notes on what of the sentence is not
+    read and on scans without a vector of the queried regions.
 
     `InputError` for an empty text, an unknown region or an index that does not fit its weights.
     """
     rows, model = open_index(index, weights)
     regions = regions_in_query(text, rows, region)
-    results = search(text, rows, model, top_k, region)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        results = search(text, rows, model, top_k, region)
+    notes = [str(warning.message) for warning in said]
     lacking = rows.lacking(regions)
-    notes = []
     if lacking:
         notes.append(
             f"{lacking} of {len(set(rows.files))} scans have no vector of"

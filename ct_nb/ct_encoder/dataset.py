@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Finding', 'ScanCase', 'phantom_cases', 'read_reports', 'folder_cases', 'scan_and_regions', 'ScanReports',
-           'shift_scan', 'collate_scans', 'open_scans']
+           'shift_scan', 'collate_scans', 'grouped_notes', 'open_scans']
 
 # %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-002
 import functools
 import json
+import re
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,30 +23,43 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 import ct_nb
-from ..core.errors import InputError
+from ..core.errors import FileError, InputError, printable
+from ..core.files import table_columns
 from ..core.regions import REGIONS
 from ..core.seeding import seeded_generator
 from .encoder import CTEncoderConfig, prepare_scan
 from .label_maps import name_region, total_doubt
 from .region_attention import merge_total
-from ct_nb.ct_encoder.report_readers import (
+from ct_nb.ct_encoder.ct_rate import (
+    MetadataRow,
     ct_rate_metadata,
     ct_rate_name,
     ct_rate_path,
+    ct_rate_root,
+    read_ct_rate,
+    read_metadata_table,
+)
+from ct_nb.ct_encoder.report_readers import (
     ct_rate_published,
     ct_rate_reports,
-    ct_rate_root,
     is_conversations,
     omniabnorm_reports,
     phantom_report,
     radgenome_reports,
-    read_ct_rate,
 )
 from .reports import CT_RATE_LABELS, RadiologyReport
 from ..data.cache import MemoryCache, code_digest, content_digest, files_digest
 from ..data.cases import CTSource, nearest_labels
 from ..data.cohort import materialize
-from ..data.folders import FoundCase, case_files, find_cases, name_cases, read_label_names, stem
+from ct_nb.data.folders import (
+    CT_SUFFIXES,
+    FoundCase,
+    case_files,
+    find_cases,
+    name_cases,
+    read_label_names,
+    stem,
+)
 from ..data.hounsfield import CTReadError
 from ..data.read import read_ct, read_labels
 from ..physics.volume import Grid, Volume, resample
@@ -125,11 +140,6 @@ def _phantom(seed: int, config: CTEncoderConfig, painted: int) -> dict:
     return _arrays(hu, labels, lesions, report=asdict(chest.report), findings=findings)
 
 # %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-010
-def _columns(path: Path) -> list[str]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return [c.strip().strip('"') for c in file.readline().split(",")]
-
-
 def _at_most_one(files: list[Path], kind: str) -> Path | None:
     if len(files) > 1:
         raise InputError(
@@ -142,20 +152,22 @@ def _at_most_one(files: list[Path], kind: str) -> Path | None:
 
 def read_reports(path) -> list[RadiologyReport]:
     """Reports of a file, of CT-RATE in its published layout, or of the one table of reports at the
-    top of a folder. InputError if there is no such table, or more than one.
+    top of a folder. FileError for a file of something else, InputError for a folder without such a
+    table, or with more than one.
     """
     path = Path(path).expanduser()
     files = (
         sorted(
             p
             for p in path.iterdir()
-            if p.suffix.lower() in (".csv", ".json", ".jsonl")
+            if p.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl")
             and p.name not in ("patients.csv", "labels.json")
+            and not p.name.startswith(".")  # macOS writes ._NAME beside a file
         )
         if path.is_dir()
         else [path]
     )
-    tables = {p: _columns(p) for p in files if p.suffix.lower() == ".csv"}
+    tables = {p: table_columns(p) for p in files if p.suffix.lower() in (".csv", ".tsv")}
     questions = (
         [p for p in files if p not in tables and is_conversations(p)] if path.is_dir() else []
     )
@@ -166,6 +178,12 @@ def read_reports(path) -> list[RadiologyReport]:
     labels = [p for p, c in tables.items() if {"VolumeName", CT_RATE_LABELS[0]} <= set(c)]
     regional = [p for p, c in tables.items() if {"Volumename", "Anatomy", "Sentence"} <= set(c)]
     candidates = ct_rate or regional or other
+    if path in tables and not candidates:
+        raise FileError(
+            path,
+            f"is no table of reports, its columns are {', '.join(tables[path])}; expected CT-RATE's"
+            " or RadGenome's",
+        )
     if len(candidates) != 1:
         raise InputError(
             "reports",
@@ -187,8 +205,8 @@ class _FolderScans(NamedTuple):
     "Scan files of a folder, with what CT-RATE's layout says of them."
 
     files: list[FoundCase]
-    versions: dict[Path, int]  # CT-RATE's version of each file; empty for any other folder
-    rescale: dict | None  # slopes and intercepts where there are files of version 1
+    versions: dict[Path, int]  # CT-RATE's version of each file that its metadata table is for
+    metadata: dict[str, MetadataRow]  # CT-RATE's table
     is_ct_rate: bool
 
 
@@ -207,24 +225,40 @@ def _ct_rate_versions(root: Path, reports) -> dict[Path, int]:
     }
 
 
+def _metadata_beside(root: Path) -> dict[str, MetadataRow]:
+    "CT-RATE's metadata in the tables at the top of a folder that is not in its layout."
+    tables = sorted(root.glob("*.csv")) if root.is_dir() else []
+    return {
+        volume: row
+        for table in tables
+        if not table.name.startswith(".") and {"VolumeName", "XYSpacing"} <= {*table_columns(table)}
+        for volume, row in read_metadata_table(table).items()
+    }
+
+
 def _find_scans(root: Path, reports) -> _FolderScans:
     published = ct_rate_root(root)
     if published is None:
-        return _FolderScans(name_cases(root, find_cases(root)), {}, None, False)
+        files = name_cases(root, find_cases(root))
+        metadata = _metadata_beside(root)
+        versions = {file.path: 2 for file in files if file.path.name in metadata}
+        return _FolderScans(files, versions, metadata, False)
     versions = _ct_rate_versions(published, reports)
     files = [replace(f, id=stem(f.path)) for f in name_cases(published, list(versions))]
-    rescale = ct_rate_metadata(published) if 1 in versions.values() else None
-    return _FolderScans(files, versions, rescale, True)
+    return _FolderScans(files, versions, ct_rate_metadata(published), True)
 
 
 def _folder_case(
     file: FoundCase, report: RadiologyReport, scans: _FolderScans, config: CTEncoderConfig, cache
 ) -> ScanCase:
-    rescale = scans.rescale if scans.versions.get(file.path) == 1 else None
+    version = scans.versions.get(file.path)
+    row = scans.metadata.get(file.path.name)
+    read = functools.partial(read_ct_rate, row=row, version=version) if version else read_ct
     code = code_digest(
         "physics/*.py",
         "data/*.py",
         "ct_encoder/label_maps.py",
+        "ct_encoder/ct_rate.py",
         "ct_encoder/report*.py",
         "ct_encoder/encoder.py",
         "ct_encoder/region_attention.py",
@@ -235,13 +269,14 @@ def _folder_case(
         config.side_mm,
         config.num_regions,
         file.label_path is not None,
-        rescale and rescale.get(file.path.name),
+        version,
+        row and row.key(),
     ]
     return ScanCase(
         file.id,
         report.patient if report.patient != report.volume else file.patient,
         content_digest("scan with report", files_digest(case_files(file), cache), settings, code),
-        functools.partial(_scan, file, config, rescale),
+        functools.partial(_scan, file, config, read),
         report,
         ct_rate_name(report.volume).split if scans.is_ct_rate else "",
     )
@@ -262,18 +297,24 @@ def folder_cases(
             f"{str(path)!r} is neither 'phantom', 'phantom:COUNT' nor a folder that exists;"
             " check the path",
         )
-    report_of = {
-        stem(Path(report.volume)).lower(): report
-        for report in read_reports(root if reports is None else reports)
-    }
+    report_of = _by_name(read_reports(root if reports is None else reports))
     scans = _find_scans(root, report_of.values())
+    files_of = Counter(stem(file.path).lower() for file in scans.files)
     cases = []
     skipped = []
     first_file = {}  # scan → the first of its reconstructions
     for file in scans.files:
-        report = report_of.get(stem(file.path).lower()) or report_of.get(file.id.lower())
+        name = stem(file.path).lower()
+        report = report_of.get(file.id.lower()) or report_of.get(name)
         if report is None:
             skipped.append((file.name, "it has no report"))
+            continue
+        if files_of[name] > 1 and file.id.lower() not in report_of:
+            reason = (
+                f"{files_of[name]} files have the name of its report, {report.volume}; name the"
+                " reports by the paths of their files, with underscores for slashes"
+            )
+            skipped.append((file.name, reason))
             continue
         first = first_file.setdefault(report.scan, file)
         if first is not file:
@@ -292,25 +333,41 @@ def folder_cases(
         )
     return cases, skipped
 
+
+def _by_name(reports: list[RadiologyReport]) -> dict[str, RadiologyReport]:
+    "Reports by the name of their volume in lower case, without its ending."
+    found = {}
+    for report in reports:
+        name = report.volume.lower()
+        ending = next((suffix for suffix in CT_SUFFIXES if name.endswith(suffix)), "")
+        first = found.setdefault(name.removesuffix(ending), report)
+        if first is not report:
+            raise InputError(
+                "reports",
+                f"{first.volume} and {report.volume} have one name but for case and ending; name"
+                " them apart",
+            )
+    return found
+
 # %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-015
 def scan_and_regions(
-    case: FoundCase, config: CTEncoderConfig, rescale=None, series: str | None = None
-) -> tuple[torch.Tensor, np.ndarray, str]:
-    """HU (D, H, W) float32, regions (D, H, W) uint8 and a note on the label map of a folder's scan.
+    case: FoundCase,
+    config: CTEncoderConfig,
+    read: Callable[[Path], Volume] = read_ct,  # a file or folder → HU
+) -> tuple[torch.Tensor, np.ndarray, list[str]]:
+    """HU (D, H, W) float32, regions (D, H, W) uint8, and notes on a folder's scan and label map.
 
     Regions are `config.body` everywhere where the scan has no map, or none that can be understood.
-    `rescale` comes from `ct_rate_rescale`, for a file of CT-RATE's version 1; `series` is the UID
-    of the series to read of a DICOM folder. CTReadError for a
-    file that is not a CT, and for a map or names that cannot be read.
+    CTReadError for a file that is not a CT, and for a map or names that cannot be read.
     """
-    volume = read_ct(case.path, series) if rescale is None else read_ct_rate(case.path, rescale)
+    volume = read(case.path)
     hu, grid = prepare_scan(volume, config, case.name)
     regions, note = None, ""
     if case.label_path is not None:
         regions, note = _read_regions(case.label_path, volume, grid)
     if regions is None:
         regions = np.full(config.size, config.body, np.uint8)
-    return hu, regions, note
+    return hu, regions, [*volume.notes, note] if note else list(volume.notes)
 
 
 _LABELS_ADVICE = (
@@ -325,13 +382,13 @@ def _read_regions(path: Path, volume: Volume, grid: Grid) -> tuple[np.ndarray | 
         names = read_label_names(path)
     except ValueError as error:
         raise CTReadError(str(error)) from None
-    labels = read_labels(path, grid)
+    labels = read_labels(path, grid, (volume.grid,))
     if names:
         return _regions_by_name(path, labels, names)
     step = max(1, round((volume.hu.size / 2e6) ** (1 / 3)))  # about two million voxels suffice
     sample = volume.hu[::step, ::step, ::step]
     affine = volume.affine @ np.diag([step, step, step, 1.0])
-    doubt = total_doubt(read_labels(path, Grid(sample.shape, affine)), sample)
+    doubt = total_doubt(read_labels(path, Grid(sample.shape, affine), (volume.grid,)), sample)
     if doubt:
         return (
             None,
@@ -374,9 +431,9 @@ def _regions_by_name(path: Path, labels: np.ndarray, names: dict) -> tuple[np.nd
     )
 
 
-def _scan(case: FoundCase, config: CTEncoderConfig, rescale=None) -> dict:
-    hu, labels, note = scan_and_regions(case, config, rescale)
-    return _arrays(hu.numpy(), labels, findings=[], note=note)
+def _scan(case: FoundCase, config: CTEncoderConfig, read) -> dict:
+    hu, labels, notes = scan_and_regions(case, config, read)
+    return _arrays(hu.numpy(), labels, findings=[], notes=notes)
 
 # %% ../../nbs/ct_encoder/08_dataset.ipynb #cell-019
 @dataclass
@@ -384,7 +441,8 @@ class ScanReports(Dataset):
     """Data set of scans with reports.
 
     An item has `id`, `patient`, `report` (a `RadiologyReport`), `findings` (a list of `Finding`),
-    `note` (on its label map), `hu` (D, H, W) float32, and `regions` and `lesions`, both (D, H, W)
+    `notes` (on scan and label map), `hu` (D, H, W) float32, and `regions` and `lesions`, both (D,
+    H, W)
     uint8. Without a label map, `regions` is num_regions + 1 everywhere.
     """
 
@@ -410,7 +468,7 @@ class ScanReports(Dataset):
         return len(self.cases)
 
     def facts(self, index: int) -> dict:
-        "The item without its arrays: `id`, `patient`, `report`, `findings`, `note`."
+        "The item without its arrays: `id`, `patient`, `report`, `findings`, `notes`."
         case = self.cases[index]
         return self._metadata(case, self.cache.get(case.digest, case.load))
 
@@ -422,7 +480,7 @@ class ScanReports(Dataset):
             "patient": case.patient,
             "report": report,
             "findings": [Finding(**f) for f in about["findings"]],
-            "note": about.get("note", ""),
+            "notes": about.get("notes", []),
         }
 
     def __getitem__(self, index: int) -> dict:
@@ -522,6 +580,27 @@ class _Facts(Dataset):
             return {"error": str(error)}
 
 
+def _names_no_place(report: RadiologyReport | None) -> bool:
+    return report is not None and bool(report.findings) and not report.regions
+
+
+def grouped_notes(notes: list[tuple[str, str]]) -> list[str]:
+    """Lines for (name, note) pairs: notes that differ only in numbers are one line, with the first
+    three names and the first note.
+    """
+    names_of: dict[str, list[str]] = {}
+    first = {}
+    for name, note in notes:
+        kind = re.sub(r"\d[\d.,]*", "#", note)
+        names_of.setdefault(kind, []).append(name)
+        first.setdefault(kind, note)
+    lines = []
+    for kind, names in names_of.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(printable(f"{', '.join(names[:3])}{more}: {first[kind]}"))
+    return lines
+
+
 def open_scans(
     data: str,  # "phantom", "phantom:COUNT", or a folder of CTs with a table of reports
     config: CTEncoderConfig,
@@ -533,7 +612,7 @@ def open_scans(
 ) -> tuple[ScanReports, list[dict]]:
     """The data set, and the metadata of each case (`ScanReports.facts`, in order).
 
-    Label maps that are used in part or not at all are named in a warning. InputError if fewer than
+    Notes on scans and label maps are given in a warning. InputError if fewer than
     two patients can be read.
     """
     kind, _, number = str(data).partition(":")
@@ -552,11 +631,17 @@ def open_scans(
         (case.id, fact["error"]) for case, fact in zip(cases, facts) if "error" in fact
     ]
     opened.cases = [case for case, fact in zip(cases, facts) if "error" not in fact]
-    notes = [(fact["id"], fact["note"]) for fact in facts if fact.get("note")]
+    notes = [(fact["id"], note) for fact in facts for note in fact.get("notes", ())]
     if notes:
+        count = len({name for name, _ in notes})
+        lines = [f"{data}: notes on {count} of {len(facts)} scans", *grouped_notes(notes)]
+        warnings.warn("\n  ".join(lines), stacklevel=2)
+    placeless = [fact for fact in facts if _names_no_place(fact.get("report"))]
+    if 2 * len(placeless) > len(facts):
         warnings.warn(
-            f"{data}: {len(notes)} label maps are used in part or not at all\n"
-            + "\n".join(f"  {name}: {note}" for name, note in notes),
+            f"{data}: {len(placeless)} of {len(facts)} reports have findings but name none of the"
+            f" twenty regions in English, the first of {placeless[0]['id']}; what they say of a"
+            " place is not learned",
             stacklevel=2,
         )
     if len(set(opened.patients)) < 2:

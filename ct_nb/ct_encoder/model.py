@@ -189,6 +189,11 @@ class ScanLanguage(nn.Module):
         self.map = RegionSegmentation(e.pyramid_dim, e.num_regions + 1, c.refine)
 
     @property
+    def text_tower(self) -> TextTower:
+        "The text tower, frozen or not."
+        return self.tower if self.tower is not None else self._frozen[0]
+
+    @property
     def device(self):
         "Device of the parameters."
         return self.writer.places.device
@@ -199,7 +204,7 @@ class ScanLanguage(nn.Module):
         Each distinct text is encoded once, in batches of similar length to reduce padding.
         """
         texts = list(texts)
-        tower = self.tower if self.tower is not None else self._frozen[0].to(self.device)
+        tower = self.text_tower.to(self.device)
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
         features = torch.cat(
             [tower(distinct[i : i + 24]).pooled for i in range(0, len(distinct), 24)]

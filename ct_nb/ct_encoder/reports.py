@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['LUNGS', 'BONES', 'VOCABULARY', 'CT_RATE_LABELS', 'FINDINGS', 'ReasoningStep', 'RadiologyReport', 'RegionMention',
-           'find_region_mentions', 'clauses', 'finding_states', 'Mention', 'is_denial', 'find_mentions', 'region_texts',
+           'find_region_mentions', 'finding_states', 'is_denial', 'clauses', 'Mention', 'find_mentions', 'region_texts',
            'is_normal']
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-002
 import functools
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..core.errors import InputError
 from ..core.regions import REGIONS
+from .negation import denied_spans, find_cues, lower_case, sentences, statements
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-005
 @dataclass(frozen=True)
@@ -120,11 +122,8 @@ VOCABULARY = (  # pattern, regions on the left, regions on the right
         *LUNGS,
     ),
 )
-_SIDE = r"(?:\b(left|right|both|bilateral(?:ly)?)(?: lung)?(?:'s)?[ ,]+)?"
-_PLACES = [
-    (re.compile(_SIDE + rf"\b(?:{pattern})\b", re.I), left, right)
-    for pattern, left, right in VOCABULARY
-]
+_SIDE = re.compile(r"\b(left|right|both|bilateral(?:ly)?)(?: lung)?(?:'s)?[ ,]+$")
+_PLACES = [(re.compile(rf"\b(?:{pattern})\b"), left, right) for pattern, left, right in VOCABULARY]
 
 
 class RegionMention(NamedTuple):
@@ -139,24 +138,27 @@ def find_region_mentions(clause: str) -> list[RegionMention]:
 
     A mention is left out if the clause also names a part of it (the lungs, if it names a lobe).
     """
-    sides = [side for side in ("left", "right") if re.search(rf"\b{side}\b", clause, re.I)]
+    clause = lower_case(clause)
+    sides = [side for side in ("left", "right") if re.search(rf"\b{side}\b", clause)]
     spans, matches = [], []
     for pattern, left, right in _PLACES:
         regions_of = {"left": left, "right": right}
         for match in pattern.finditer(clause):
-            if _overlaps(match, spans):
+            if _overlaps(match.span(), spans):
                 continue
-            spans.append(match.span())
-            side = (match[1] or (sides[0] if len(sides) == 1 else "")).lower()
+            before = _SIDE.search(clause[max(0, match.start() - 30) : match.start()])
+            side = before[1] if before else sides[0] if len(sides) == 1 else ""
+            start = match.start() - (len(before[0]) if before else 0)
+            spans.append((start, match.end()))
             regions = regions_of.get(side, (*left, *right))
-            mention = RegionMention(match[0].lower(), tuple(sorted(set(regions))))
-            matches.append((match.start(), mention))
+            term = clause[start : match.end()]
+            matches.append((start, RegionMention(term, tuple(sorted(set(regions))))))
     mentions = [mention for _, mention in sorted(matches)]
     return [m for m in mentions if not any(set(o.regions) < set(m.regions) for o in mentions)]
 
 
-def _overlaps(match, spans) -> bool:
-    return any(match.start() < end and start < match.end() for start, end in spans)
+def _overlaps(span, spans) -> bool:
+    return any(span[0] < end and start < span[1] for start, end in spans)
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-012
 CT_RATE_LABELS = (
@@ -181,31 +183,42 @@ CT_RATE_LABELS = (
 )
 FINDINGS = {  # name: pattern
     "medical material": (
-        r"catheters?|stents?|pacemaker|prosthe\w+|sutures?|clips?"
+        r"medical (?:material|devices?)|catheters?|stents?|pacemaker|prosthe\w+|sutures?|clips?"
         r"|(?:endotracheal|nasogastric|drainage) tube"
     ),
     "arterial wall calcification": (
-        r"(?:aort\w+|arter\w+|atheroma\w*|vascular)(?: \w+){0,3}"
+        r"(?:aort\w+|(?<!coronary )arter\w+|atheroma\w*|vascular)(?: \w+){0,3}"
         r" (?:calcifi\w+|plaques?)|calcifi\w+(?: \w+){0,4} (?:aort\w+|arter\w+)"
     ),
-    "cardiomegaly": r"cardiomegaly|enlarged heart|heart is enlarged|heart size is increased",
-    "pericardial effusion": r"pericardial effusion",
+    "cardiomegaly": (
+        r"cardiomegaly|enlarged heart|heart is enlarged|heart size (?:is |was )?increased"
+    ),
+    "pericardial effusion": (
+        r"pericardial effusions?|pericardial(?= (?:or|and) pleural effusions?\b)"
+    ),
     "coronary artery wall calcification": (
         r"coronary(?: \w+){0,3} (?:calcifi\w+|plaques?)|calcifi\w+(?: \w+){0,4} coronary"
     ),
     "hiatal hernia": r"hiat(?:al|us) hernia",
-    "lymphadenopathy": r"lymphadenopath\w+|(?:enlarged|pathological\w*)(?: \w+){0,4} lymph nodes?",
+    "lymphadenopathy": (
+        r"lymphadenopath\w+|lymph nodes? enlargement|(?:enlarged|pathological\w*)(?: \w+){0,4}"
+        r" lymph nodes?"
+    ),
     "emphysema": r"emphysem\w+",
     "atelectasis": r"atelecta\w+",
     "lung nodule": r"(?<!thyroid )nodul\w+|granuloma\w*",
     "lung opacity": r"ground[- ]glass(?! nodul)|opaci\w+|infiltrat\w+",
     "pulmonary fibrotic sequela": r"fibro\w+|sequela\w*",
-    "pleural effusion": r"pleural effusions?|pleural fluid",
+    "pleural effusion": (
+        r"pleural effusions?|pleural fluid|pleural(?= (?:or|and) pericardial effusions?\b)"
+    ),
     "mosaic attenuation pattern": r"mosaic",
     "peribronchial thickening": r"peribronchial thickening|bronchial wall thickening",
     "consolidation": r"consolidat\w+",
     "bronchiectasis": r"bronchiecta\w+",
-    "interlobular septal thickening": r"septal thickening|septal thickness",
+    "interlobular septal thickening": (
+        r"septal thickening|(?:increase in (?:\w+ )?)?septal thickness"
+    ),
     "mass": r"mass(?:es)?|tumou?rs?|malignan\w+",
     "aneurysm": r"aneurysm\w*|dilat\w+",
     "fracture": r"fractur\w+",
@@ -215,7 +228,7 @@ FINDINGS = {  # name: pattern
     "pneumothorax": r"pneumothora\w+",
     "other effusion": r"(?<!pleural )(?<!pericardial )effusions?",
     "other calcification": r"calcifi\w+",
-    "other thickening": r"thicken\w+|thickness increase",
+    "other thickening": r"thicken\w+|thickness increase|increased? (?:in )?(?:\w+ )?thickness",
     "steatosis": r"steatosis|hepatosteatosis",
     "other lesion": r"lesions?|abnormalit(?:y|ies)",
     "embolism": r"embol\w+|thromb\w+",
@@ -224,79 +237,53 @@ FINDINGS = {  # name: pattern
     "other hernia": r"hernia\w*",
     "bulla": r"bulla\w*|blebs?",
 }
-_FINDINGS = {name: re.compile(rf"\b(?:{pattern})\b", re.I) for name, pattern in FINDINGS.items()}
+_FINDINGS = {name: re.compile(rf"\b(?:{pattern})\b") for name, pattern in FINDINGS.items()}
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-015
-_CLAUSE_END = re.compile(
-    r";|,? (?:but|however|although|except(?: for)?|whereas|while|apart from|with the exception"
-    r" of)\b,?",
-    re.I,
-)
-_NOT_ASSESSED = re.compile(
-    r"not in the field of view|outside (?:of )?the field of view|not included in|(?:could|can) ?not"
-    r" be (?:optimally )?evaluated|not be evaluated|parenchyma window",
-    re.I,
-)
-_FALSE_DENIAL = re.compile(
-    r"no (?:significant |interval |relevant )*changes?|not changed|not only|not (?:be"
-    r" )?(?:excluded|ruled out)|(?:without|absence of|non|no)[- ](?:iv |intravenous )?contrast\w*",
-    re.I,
-)
-_DENIES_AFTER = re.compile(
-    r"\b(?:no|without|neither|nor|absence of|free of|free from|negative for|not)\b", re.I
-)
-_DENIES_BEFORE = re.compile(
-    r"\b(?:(?:is|are|was|were|has|have|been) )*(?:not (?:been )?(?:detected|observed|seen"
-    r"|identified|present|found|visible|visuali[sz]ed|noted|evident|demonstrated|encountered"
-    r"|distinguished)|absent|ruled out|excluded)\b",
-    re.I,
-)
+def _spans(clause: str) -> list[tuple[str, tuple[int, int]]]:
+    "The findings that a clause names, with their places."
+    clause = lower_case(clause)
+    found, spans = [], []
+    for name, pattern in _FINDINGS.items():
+        for match in pattern.finditer(clause):
+            if not _overlaps(match.span(), spans):
+                spans.append(match.span())
+                found.append((name, match.span()))
+    return found
 
 
-def clauses(text: str) -> list[str]:
-    "Clauses of a text, split where a negation ends, without those about regions not assessed."
-    sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+|\n+", text) if s.strip()]
-    return [
-        c.strip()
-        for s in sentences
-        for c in _CLAUSE_END.split(s)
-        if c.strip(" .,") and not _NOT_ASSESSED.search(c)
-    ]
+@functools.lru_cache(maxsize=65536)
+def _finding_states(clause: str) -> tuple[tuple[str, bool], ...]:
+    found = _spans(clause)
+    denied = denied_spans(clause, [span for _, span in found])
+    kinds = Counter(name.split()[-1] for name, _ in found)
+    states = {}
+    for name, span in found:
+        if clause[span[1] :].startswith(":") and kinds[name.split()[-1]] > 1:
+            continue  # a heading: what follows it speaks of the finding again
+        states[name] = states.get(name, False) or span not in denied
+    return tuple(states.items())
 
 
 def finding_states(clause: str) -> dict[str, bool]:
     """Finding → True (present) or False (negated), for each finding that a clause names.
 
-    True if the clause does both. The rules are those of NegEx (Chapman et al. 2001).
+    True if the clause does both. The rules are those of `ct_nb.ct_encoder.negation`.
     """
-    clause = _FALSE_DENIAL.sub(lambda m: "~" * len(m[0]), clause)
-    after = min(
-        (
-            m.start()
-            for m in _DENIES_AFTER.finditer(clause)
-            if not _DENIES_BEFORE.match(clause, m.start())
-        ),
-        default=len(clause),
-    )
-    before = max((m.start() for m in _DENIES_BEFORE.finditer(clause)), default=-1)
-    states, spans = {}, []
-    for name, pattern in _FINDINGS.items():
-        for match in pattern.finditer(clause):
-            if _overlaps(match, spans):
-                continue
-            spans.append(match.span())
-            negated = match.start() > after or match.end() <= before
-            states[name] = states.get(name, False) or not negated
-    return states
+    return dict(_finding_states(clause))
 
 # %% ../../nbs/ct_encoder/00_reports.ipynb #cell-018
-class Mention(NamedTuple):
-    "A region that a text names, with the clause about it."
+_FILLER = re.compile(
+    r"\b(?:the|a|both|left|right|is|are|was|were|has|have|been|surgically|and)\b|\W", re.I
+)
 
-    region: int  # number in REGIONS
-    text: str  # the clause
-    term: str  # the words that name the region
-    negated: bool  # the clause is a negation
+
+def _is_organ(words: str) -> bool:
+    "Whether words name regions and nothing else."
+    mentions = find_region_mentions(words)
+    for mention in mentions:
+        words = re.sub(re.escape(mention.term), "", words, flags=re.I)
+    return bool(mentions) and not _FILLER.sub("", words)
 
 
 def is_denial(clause: str) -> bool:
@@ -304,7 +291,78 @@ def is_denial(clause: str) -> bool:
     states = finding_states(clause)
     if states:
         return not any(states.values())
-    return bool(_DENIES_AFTER.search(_FALSE_DENIAL.sub("", clause)))
+    return any(
+        cue.kind == "after"
+        or cue.kind in ("before", "either")
+        and not _is_organ(clause[: cue.start])
+        for cue in find_cues(clause)
+    )
+
+# %% ../../nbs/ct_encoder/00_reports.ipynb #cell-021
+_NOT_ASSESSED = re.compile(
+    r"not in the field of view|outside (?:of )?the field of view|not included in|(?:could|can) ?not"
+    r" be (?:optimally )?evaluated|not be evaluated|evaluated as suboptimal|parenchyma window",
+    re.I,
+)
+_HEADING = re.compile(
+    r"(?:findings?|impressions?|conclusions?|results?|report|technique|comparison|as far as (?:can"
+    r" be )?(?:seen|observed))\W*(?:\d\W*)?",
+    re.I,
+)
+_LOOSE_END = re.compile(r"[,\s]+(?:and)?$", re.I)
+_WITHOUT = re.compile(r"\b(?:without|with no)\b", re.I)
+
+
+def _polarity(clause: str) -> str:
+    states = finding_states(clause)
+    if any(states.values()):
+        return "present"
+    return "denied" if is_denial(clause) else "plain"
+
+
+def _at_next_region(text: str) -> int:
+    "Where *without* divides two clauses about regions; the end of the text if nowhere."
+    for match in _WITHOUT.finditer(text):
+        if all(map(find_region_mentions, (text[: match.start()], text[match.end() :]))):
+            return match.start()
+    return len(text)
+
+
+def _sentence_clauses(sentence: str) -> list[str]:
+    "Statements of a sentence, joined where neighbours agree or where one is an exception."
+    parts, last = [], None
+    for start, end, opener, _ in statements(sentence):
+        text = sentence[start:end]
+        polarity = _polarity(text)
+        exception = opener == "except" and not _spans(text)
+        if parts and (exception or not opener and polarity == last):
+            parts[-1] = (parts[-1][0], end)
+            continue
+        cut = start + (_at_next_region(text) if polarity == "present" else len(text))
+        parts.append((start, cut))
+        if cut < end:
+            parts.append((cut, end))
+        last = polarity if cut == end else "denied"
+    return [_LOOSE_END.sub("", sentence[a:b].strip(" ,")) for a, b in parts]
+
+
+def clauses(text: str) -> list[str]:
+    "Clauses of a text, each of one polarity, without those about regions not assessed."
+    return [
+        clause
+        for sentence in sentences(text)
+        for clause in _sentence_clauses(sentence)
+        if not _NOT_ASSESSED.search(clause) and not _HEADING.fullmatch(clause)
+    ]
+
+# %% ../../nbs/ct_encoder/00_reports.ipynb #cell-024
+class Mention(NamedTuple):
+    "A region that a text names, with the clause about it."
+
+    region: int  # number in REGIONS
+    text: str  # the clause
+    term: str  # the words that name the region
+    negated: bool  # the clause is a negation
 
 
 def find_mentions(text: str) -> list[Mention]:
@@ -325,7 +383,7 @@ def region_texts(text: str) -> tuple[tuple[int, str], ...]:
         sentences.setdefault(mention.region, []).append(mention.text.rstrip(".") + ".")
     return tuple((n, " ".join(sentences[n])) for n in sorted(sentences))
 
-# %% ../../nbs/ct_encoder/00_reports.ipynb #cell-021
+# %% ../../nbs/ct_encoder/00_reports.ipynb #cell-027
 _NORMAL_WORD = re.compile(
     r"\b(?:normal|unremarkable|patent|open|intact|clear|natural|symmetric|preserved|regular|as far"
     r" as seen)\b",
@@ -333,11 +391,17 @@ _NORMAL_WORD = re.compile(
 )
 
 
+_ALTERED = re.compile(r"\bstatus post|\bs/p\b|\w(?:ectomy|otomy|plasty)\b|\boperat(?:ed|ion)", re.I)
+
+
 @functools.lru_cache(maxsize=65536)
 def is_normal(text: str) -> bool:
     "Whether a text states that everything is normal. False for an empty text."
     parts = clauses(text)
     return bool(parts) and all(
-        not any(finding_states(c).values()) and (is_denial(c) or bool(_NORMAL_WORD.search(c)))
+        not any(finding_states(c).values())
+        and (is_denial(c) or bool(_NORMAL_WORD.search(c)))
+        and not any(cue.kind == "unsaid" for cue in find_cues(c))
+        and not _ALTERED.search(c)
         for c in parts
     )

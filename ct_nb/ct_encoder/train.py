@@ -6,6 +6,7 @@
 __all__ = ['CT_ENCODER_PRESETS', 'USUAL_SCANS', 'main', 'CTEncoderPreset', 'CTEncoderRun', 'load_ct_encoder']
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-002
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from .dataset import collate_scans, open_scans
 from .encoder import CTEncoderConfig
 from .evaluation import LanguageScores, evaluate_language
 from .model import ScanLanguage, ScanLanguageConfig, all_texts, target_text
-from .text_encoders import WordTokenizer
+from .text_encoders import WordTokenizer, text_notes
 from ..data.cache import DiskCache, default_cache_dir, files_digest
 from ..data.cases import CTSource
 from ..training.checkpoints import load_model
@@ -272,6 +273,8 @@ def _build(self: CTEncoderRun, progress: bool) -> ScanLanguage:
     # twice: a word that occurs once is a word
     words = WordTokenizer.fit(2 * all_texts(self.report_of[id] for id in self.training.ids)).words
     self.model = ScanLanguage(replace(self.settings.network, words=tuple(words)))
+    for note in _unread_texts(self):
+        warnings.warn(f"{self.data}: {note}", stacklevel=2)
     self.model.measure(
         (
             collate_scans([self.training.at(0, i)])
@@ -280,6 +283,22 @@ def _build(self: CTEncoderRun, progress: bool) -> ScanLanguage:
         (self.seed, "usual"),
     )
     return self.model
+
+
+def _unread_texts(run: CTEncoderRun) -> list[str]:
+    "What of the training texts the text tower and the report decoder do not read, as sentences."
+    reports = [run.report_of[id] for id in run.training.ids]
+    notes = text_notes(run.model.text_tower, all_texts(reports))
+    writer = run.model.writer
+    targets = {target_text(report) for report in reports}
+    lengths = [len(writer.tokenizer.encode(text)) + 1 for text in targets]  # with the stop
+    long = [length for length in lengths if length > writer.max_length]
+    if long:
+        notes.append(
+            f"{len(long)} of {len(lengths)} texts to write are longer than the {writer.max_length}"
+            f" tokens of the report decoder (up to {max(long)}) and are cut"
+        )
+    return notes
 
 
 @patch

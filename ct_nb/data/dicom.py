@@ -445,8 +445,8 @@ def _check_rescale(slices: list[Slice], tags: list[PixelTags]) -> list[str]:
     )
 
 
-def _to_hu(slices: list[Slice]) -> tuple[np.ndarray, list[str]]:
-    "HU (D, R, C) float32 of sorted slices, and notes."
+def _to_hu(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    "HU (D, R, C) float32 of sorted slices, which pixels are no padding (None: all), and notes."
     tags = [pixel_tags(s) for s in slices]
     notes = _check_rescale(slices, tags)
     hu = np.empty((len(slices), *_shape(slices[0])), dtype=np.float32)
@@ -474,7 +474,7 @@ def _to_hu(slices: list[Slice]) -> tuple[np.ndarray, list[str]]:
     if doubted:
         notes.append(f"the padding value lies among tissue; {doubted} pixels that have it are kept")
     hu[padding] = AIR_HU
-    return hu, notes
+    return hu, ~padding if padding.any() else None, notes
 
 # %% ../../nbs/data/02_dicom.ipynb #4d235606
 def read_dicom(
@@ -488,5 +488,5 @@ def read_dicom(
     slices, left_out = choose_series(path, dicom_slices(path), series)
     check_shape(path, (max(len(slices), 2), *_shape(slices[0])))
     slices, affine, repaired = arrange_slices(path, slices)
-    hu, decided = _to_hu(slices)
-    return Volume(hu, affine, left_out + repaired + decided)
+    hu, scanned, decided = _to_hu(slices)
+    return Volume(hu, affine, left_out + repaired + decided, scanned)

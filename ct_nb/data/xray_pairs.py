@@ -17,7 +17,7 @@ from ..core.errors import InputError
 from ..core.seeding import seeded_generator
 from .augmentation import VolumeAugmentation, augment
 from .cache import DiskCache, code_digest, content_digest
-from .cases import CTSource, Sample, block_mean, block_mode
+from .cases import CTSource, Sample, block_all, block_mean, block_mode
 from ..physics.drr import render_drr
 from ..physics.geometry import ConeBeam
 from ..physics.geometry_io import geometry_to_json
@@ -30,7 +30,8 @@ class XrayPairs(torch.utils.data.Dataset):
 
     Item: `id`, `patient`, `hu` (N, N, N) float32 HU, `xrays` (V, R, C) float32 line integrals,
     `geometry` as recorded, on the target's grid in the frame of the cube, `affine` (4, 4) float64
-    of that grid in the patient's frame, and `labels` (N, N, N) uint8 where the case has them.
+    of that grid in the patient's frame, `labels` (N, N, N) uint8 where the case has them, and
+    `scanned` (N, N, N) bool where not all voxels were measured (never for an augmented volume).
     `pairs[index]` is `pairs.at(0, index)`. Sizes that do not divide, or a geometry of several
     scans: `InputError`.
     """
@@ -107,15 +108,21 @@ def _cube(
 
 @patch
 def _arrays(self: XrayPairs, hu, labels, geometry, sample: Sample) -> dict:
-    "Target, X-rays from `geometry`, affine and labels, from a cube at the size that is rendered."
+    "Target, X-rays from `geometry`, affine, labels, `scanned`: from a cube of `render_size`."
     factor = self.render_size // self.size
     affine = torch.from_numpy(sample.volume.grid.resized(self.size).affine.copy())
+    scanned = sample.volume.scanned
     arrays = {
         "hu": block_mean(hu, factor),
         "xrays": render_drr(hu, geometry, self.energy_kev),
         "affine": affine,
     }
-    return arrays if labels is None else arrays | {"labels": block_mode(labels, factor)}
+    if labels is not None:
+        arrays["labels"] = block_mode(labels, factor)
+    if scanned is not None and self.augmentation == VolumeAugmentation():
+        scanned = torch.from_numpy(np.asarray(scanned))
+        arrays["scanned"] = block_all(scanned, self.source.size // self.size)
+    return arrays
 
 # %% ../../nbs/data/08_xray_pairs.ipynb #ab76e4a7
 @patch

@@ -260,7 +260,7 @@ def _choose_prior_noise(self: DRR2CTRun, items: list[dict], most: int = 6) -> No
         for place, noise in enumerate(PRIOR_NOISE):
             model.prior.noise = noise
             start = model.start(item["xrays"][None], item["geometry"])[0]
-            total[place] += psnr(start, item["hu"])
+            total[place] += psnr(start, item["hu"], mask=item.get("scanned"))
     best = PRIOR_NOISE[int(total.argmax())]
     model.prior.noise = best
     model.config = replace(model.config, prior_noise=best)
@@ -272,7 +272,9 @@ def _validate(self: DRR2CTRun, learner: DRR2CTObjective, most: int = 4) -> dict:
     for index in range(min(most, len(self.validation))):
         item = self.validation[index]
         hu = ModelPredictor(learner.model).predict(item["xrays"], item["geometry"])
-        scores.append((psnr(hu, item["hu"]), ssim(hu, item["hu"])))
+        scanned = item.get("scanned")
+        quality = psnr(hu, item["hu"], mask=scanned), ssim(hu, item["hu"], counted=scanned)
+        scores.append(quality)
     return {
         "psnr": sum(one for one, _ in scores) / len(scores),
         "ssim": sum(one for _, one in scores) / len(scores),

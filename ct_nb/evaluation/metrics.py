@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHEST', 'X2CT', 'TISSUE_BANDS_HU', 'SSIM_SIGMA', 'SSIM_TAPS', 'LEGACY_PEAK', 'LEGACY_EXACT_DB', 'as_volume',
-           'as_pair', 'psnr', 'mae_hu', 'bias_hu', 'tissue_errors', 'ssim_map', 'ssim', 'ssim_mean', 'drr_error',
-           'held_out_drr_error', 'null_space_error', 'legacy_x2ct_psnr', 'psnr_x2ct_honest', 'ConfidenceInterval',
-           'by_patient', 'mean_sd', 'paired_mean_ci']
+           'as_pair', 'masked', 'psnr', 'mae_hu', 'bias_hu', 'tissue_errors', 'ssim_map', 'whole_windows', 'ssim',
+           'ssim_mean', 'drr_error', 'held_out_drr_error', 'null_space_error', 'legacy_x2ct_psnr', 'psnr_x2ct_honest',
+           'ConfidenceInterval', 'by_patient', 'mean_sd', 'paired_mean_ci']
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #cell-002
 import math
@@ -59,31 +59,32 @@ def as_pair(pred, truth, window: Window | None = None) -> tuple[torch.Tensor, to
     return pred.clip(window.low_hu, window.high_hu), truth.clip(window.low_hu, window.high_hu)
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #cell-007
-def psnr(pred, truth, window: Window = CHEST) -> float:
-    """Volumetric peak signal-to-noise ratio in dB, of the MSE over all voxels in a fixed HU window.
+def masked(values, mask=None):
+    "The values of a tensor in a mask of its shape, float64; of None all, in their shape."
+    if mask is None:
+        return values.double()
+    mask = torch.as_tensor(mask, device=values.device)
+    if mask.shape != values.shape:
+        raise InputError("mask", f"expected shape {tuple(values.shape)}, got {tuple(mask.shape)}")
+    return values[mask.bool()].double()
 
-    The peak is the window's width; inf where the clipped volumes are identical.
+
+def psnr(pred, truth, window: Window = CHEST, mask=None) -> float:
+    """Volumetric peak signal-to-noise ratio in dB, of the MSE over `mask` (D, H, W) or all voxels,
+    in a fixed HU window.
+
+    The peak is the window's width; inf where the clipped volumes are identical, NaN for an empty
+    mask.
     """
     pred, truth = as_pair(pred, truth, window)
-    mse = (pred.double() - truth.double()).square().mean().item()
+    mse = masked(pred.double() - truth.double(), mask).square().mean().item()
     return math.inf if mse == 0 else -10 * math.log10(mse / window.width_hu**2)
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #cell-011
-def _masked(difference, mask):
-    if mask is None:
-        return difference.double()
-    mask = torch.as_tensor(mask, device=difference.device)
-    if mask.shape != difference.shape:
-        raise InputError(
-            "mask", f"expected shape {tuple(difference.shape)}, got {tuple(mask.shape)}"
-        )
-    return difference[mask.bool()].double()
-
-
 def mae_hu(pred, truth, mask=None, window: Window = CHEST) -> float:
     "Mean absolute error in HU over `mask` (D, H, W), or over all voxels; NaN for an empty mask."
     pred, truth = as_pair(pred, truth, window)
-    return _masked((pred - truth).abs(), mask).mean().item()
+    return masked((pred - truth).abs(), mask).mean().item()
 
 
 def bias_hu(pred, truth, mask=None, window: Window = CHEST) -> float:
@@ -91,7 +92,7 @@ def bias_hu(pred, truth, mask=None, window: Window = CHEST) -> float:
     mask.
     """
     pred, truth = as_pair(pred, truth, window)
-    return _masked(pred - truth, mask).mean().item()
+    return masked(pred - truth, mask).mean().item()
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #cell-014
 TISSUE_BANDS_HU = {
@@ -154,25 +155,33 @@ def ssim_map(pred, truth, window: Window = CHEST) -> torch.Tensor:
     )
 
 
-def ssim(pred, truth, window: Window = CHEST, mask=None) -> float:
-    """Mean of `ssim_map`, over `mask` (D, H, W) or all of it; NaN for an empty mask.
+def whole_windows(mask) -> torch.Tensor:
+    "Which windows of a `ssim_map` lie in a mask (D, H, W) altogether: (D-10, H-10, W-10) bool."
+    mask = torch.as_tensor(mask).bool()
+    for axis in range(3):
+        parts = mask.unfold(axis, SSIM_TAPS, 1)
+        mask = parts.all(-1)
+    return mask
+
+
+def ssim(pred, truth, window: Window = CHEST, mask=None, counted=None) -> float:
+    """Mean of `ssim_map`, over windows centred in `mask` (D, H, W) and whole in `counted`; None
+    stands for all voxels, NaN for no window.
 
     The mask is cropped by the five voxels a side that the map lacks.
     """
-    return ssim_mean(ssim_map(pred, truth, window), mask)
+    return ssim_mean(ssim_map(pred, truth, window), mask, counted)
 
 
-def ssim_mean(local, mask=None) -> float:
-    "Mean of a `ssim_map` over a mask of the full volume, or over all of it."
+def ssim_mean(local, mask=None, counted=None) -> float:
+    "Mean of a `ssim_map` over masks of the full volume as in `ssim`."
     edge = SSIM_TAPS // 2
-    return (
-        _masked(
-            local,
-            None if mask is None else torch.as_tensor(mask)[edge:-edge, edge:-edge, edge:-edge],
-        )
-        .mean()
-        .item()
-    )
+    if mask is not None:
+        mask = torch.as_tensor(mask)[edge:-edge, edge:-edge, edge:-edge]
+    if counted is not None:
+        windows = whole_windows(counted)
+        mask = windows if mask is None else windows & mask.to(windows.device).bool()
+    return masked(local, mask).mean().item()
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #cell-021
 def drr_error(pred, line_integrals, geometry, energy_kev: float = 60.0) -> float:
@@ -231,15 +240,22 @@ def null_space_error(pred, truth, geometry, energy_kev: float = 60.0, iterations
 LEGACY_PEAK, LEGACY_EXACT_DB = 4095.0, 100.0
 
 
-def legacy_x2ct_psnr(pred, truth) -> float:
+def legacy_x2ct_psnr(pred, truth, mask=None) -> float:
     """LEGACY. PSNR in dB as the X2CT-GAN evaluator prints it: range 2500, peak 4095, mean of dB
     over the slices of three axes, exact slices 100 dB.
+
+    With a `mask` (D, H, W), of its voxels in the slices that have any.
     """
     pred, truth = as_pair(pred, truth, X2CT)
     squared = (pred.double() - truth.double()).square()
+    weight = None if mask is None else torch.as_tensor(mask, device=squared.device).double()
     axes = []
     for others in ((1, 2), (0, 2), (0, 1)):
-        mse = squared.mean(others)
+        if weight is None:
+            mse = squared.mean(others)
+        else:
+            share = weight.mean(others)
+            mse = ((squared * weight).mean(others) / share)[share > 0]
         axes.append(
             torch.where(
                 mse == 0, LEGACY_EXACT_DB, 10 * torch.log10(LEGACY_PEAK**2 / mse.clamp(min=1e-300))
@@ -250,9 +266,9 @@ def legacy_x2ct_psnr(pred, truth) -> float:
     return sum(axes) / 3
 
 
-def psnr_x2ct_honest(pred, truth) -> float:
-    "Volumetric PSNR in dB in the X2CT window [-1000, 1500] HU, peak 2500."
-    return psnr(pred, truth, X2CT)
+def psnr_x2ct_honest(pred, truth, mask=None) -> float:
+    "Volumetric PSNR in dB in the X2CT window [-1000, 1500] HU, peak 2500, over `mask` or all."
+    return psnr(pred, truth, X2CT, mask)
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #cell-030
 @dataclass(frozen=True)

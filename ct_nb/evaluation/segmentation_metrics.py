@@ -78,16 +78,19 @@ def dice(pred_mask, truth_mask) -> float:
     return 2 * int((a & b).sum()) / total if total else math.nan
 
 # %% ../../nbs/evaluation/01_segmentation_metrics.ipynb #cell-014
-def _surface(mask):
+def _surface(mask, counted):
+    "Voxels of a mask with a neighbour that counts and is not in it."
     from scipy import ndimage
 
-    return mask & ~ndimage.binary_erosion(mask)
+    return mask & counted & ndimage.binary_dilation(counted & ~mask)
 
 
-def hd95_mm(pred_mask, truth_mask, spacing_mm) -> float:
-    """95 % Hausdorff distance in mm of two masks (D, H, W); NaN where either is empty.
+def hd95_mm(pred_mask, truth_mask, spacing_mm, counted=None) -> float:
+    """95 % Hausdorff distance in mm of two masks (D, H, W), of the surfaces in `counted` (D, H, W)
+    or everywhere; NaN where either has none.
 
-    `spacing_mm` is along (x, y, z), as `Grid.spacing_mm`.
+    `spacing_mm` is along (x, y, z), as `Grid.spacing_mm`. Where a mask meets voxels that do not
+    count it has no surface; where it meets the border of the array it has one.
     """
     from scipy import ndimage
 
@@ -99,24 +102,34 @@ def hd95_mm(pred_mask, truth_mask, spacing_mm) -> float:
         )
     if not a.any() or not b.any():
         return math.nan
-    # voxels outside the union have no influence
+    counts = np.ones_like(a) if counted is None else _array(counted).astype(bool)
+    # voxels beyond the neighbours of the union have no influence
     box = ndimage.find_objects((a | b).astype(np.uint8))[0]
-    a = _surface(np.pad(a[box], 1))
-    b = _surface(np.pad(b[box], 1))
+    box = tuple(slice(s.start, s.stop + 2) for s in box)
+    a, b = np.pad(a, 1)[box], np.pad(b, 1)[box]
+    counts = np.pad(counts, 1, constant_values=True)[box]
+    a, b = _surface(a, counts), _surface(b, counts)
+    if not a.any() or not b.any():
+        return math.nan
     sampling = tuple(spacing_mm)[::-1]
     to_a, to_b = (ndimage.distance_transform_edt(~s, sampling=sampling) for s in (a, b))
     return float(max(np.percentile(to_b[a], 95), np.percentile(to_a[b], 95)))
 
 # %% ../../nbs/evaluation/01_segmentation_metrics.ipynb #cell-018
-def mask_metrics(pred_masks: dict, truth_masks: dict, spacing_mm) -> dict[str, float]:
+def mask_metrics(
+    pred_masks: dict, truth_masks: dict, spacing_mm, counted=None
+) -> dict[str, float]:
     """`dice_NAME`, `hd95_mm_NAME` and `detected_NAME` for every mask (D, H, W) of the truth.
 
-    A name that `pred_masks` lacks counts as an empty mask.
+    A name that `pred_masks` lacks counts as an empty mask. Only voxels of `counted` (D, H, W)
+    count; None: all.
     """
     metrics = {}
     for name, truth in truth_masks.items():
         pred = pred_masks.get(name, np.zeros_like(truth))
+        if counted is not None:
+            pred, truth = pred & counted, truth & counted
         metrics[f"dice_{name}"] = dice(pred, truth)
-        metrics[f"hd95_mm_{name}"] = hd95_mm(pred, truth, spacing_mm)
+        metrics[f"hd95_mm_{name}"] = hd95_mm(pred, truth, spacing_mm, counted)
         metrics[f"detected_{name}"] = float(pred.any()) if truth.any() else math.nan
     return metrics

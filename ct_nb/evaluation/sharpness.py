@@ -44,16 +44,33 @@ def _gradient(hu):
     return torch.stack(parts)
 
 # %% ../../nbs/evaluation/07_sharpness.ipynb #cell-006
-def edges(pred, truth, window: Window = CHEST, share: float = 0.05) -> Edges:
+def _whole_gradients(counted) -> torch.Tensor:
+    "Which gradients (D−2, H−2, W−2) are differences of voxels that count (D, H, W)."
+    counted = torch.as_tensor(counted).bool()
+    inner = slice(1, -1)
+    whole = counted[inner, inner, inner].clone()
+    for axis in range(3):
+        for outer in (slice(2, None), slice(None, -2)):
+            whole &= counted[tuple(outer if a == axis else inner for a in range(3))]
+    return whole
+
+
+def edges(pred, truth, window: Window = CHEST, share: float = 0.05, counted=None) -> Edges:
     """`Edges` of HU volumes (D, H, W) on one grid, clipped to the window.
 
-    Edges are the `share` of the voxels where the truth's gradient is largest. NaN for a constant
-    truth; raises InputError for a share outside 0 to 1.
+    Edges are the `share` of the voxels where the truth's gradient is largest, of those whose
+    neighbours are all in `counted` (D, H, W); None: of all. NaN for a constant truth; raises
+    InputError for a share outside 0 to 1.
     """
     if not 0 < share < 1:
         raise InputError("share", f"must be between 0 and 1, got {share}")
     pred, truth = as_pair(pred, truth, window)
     p, t = _gradient(pred.double()), _gradient(truth.double())
+    if counted is not None:
+        whole = _whole_gradients(counted).to(t.device)
+        p, t = p[:, whole], t[:, whole]
+    if t.numel() == 0:
+        return Edges(math.nan, math.nan, math.nan)
     slope = t.square().sum(0)
     on_edge = slope >= slope.flatten().kthvalue(
         max(1, round((1 - share) * slope.numel()))
@@ -265,9 +282,18 @@ def sharpness_scores(
     energy_kev: float = 60.0,
     window: Window = CHEST,
     spectrum: Spectra | None = None,  # `spectra` of refined and truth, if computed before
+    counted=None,  # (D, H, W) bool, the voxels that count; None: all
 ) -> dict[str, float]:
-    "The columns of `SHARPNESS_METRICS`; raises InputError where the volumes do not fit together."
+    """The columns of `SHARPNESS_METRICS`; raises InputError where the volumes do not fit together.
+
+    Edges are those of voxels that count. Spectra and null space need whole volumes: there refined
+    and coarse are taken to be right where voxels do not count.
+    """
     refined, truth = as_pair(refined, truth)
+    if counted is not None:
+        counted = torch.as_tensor(counted, device=truth.device).bool()
+        coarse, _ = as_pair(coarse, truth)
+        refined, coarse = (torch.where(counted, v, truth) for v in (refined, coarse))
     if tuple(truth.shape) != geometry.grid.shape:
         raise InputError(
             "truth",
@@ -276,7 +302,7 @@ def sharpness_scores(
         )
     if spectrum is None:
         spectrum = spectra(refined, truth, float(geometry.grid.spacing_mm.max()), window)
-    edge = edges(refined, truth, window)
+    edge = edges(refined, truth, window, counted=counted)
     null = null_space_added(refined, coarse, truth, geometry, energy_kev)
     fine = len(spectrum.correlation) // 2
     return {

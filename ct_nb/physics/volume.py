@@ -8,7 +8,7 @@ __all__ = ['AIR_HU', 'WINDOWS', 'WATER_KEV', 'WATER_PER_CM', 'FLIP_XY', 'AFFINE_
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-003
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from ..core.errors import FileError, InputError
 from ..core.files import atomic_write
+from .scanned import scanned_voxels
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-005
 AIR_HU = -1000.0  # vacuum and air; nothing physical lies below
@@ -89,8 +90,7 @@ class Grid:
         """The LPS box around all voxels, half a voxel beyond the outermost centres: (2, 3), lowest
         and highest corner.
         """
-        ends = [(-0.5, n - 0.5) for n in self.shape[::-1]]
-        corners = self.index_to_mm(np.stack(np.meshgrid(*ends), axis=-1).reshape(-1, 3))
+        corners = _corners_mm(self)
         return np.stack([corners.min(axis=0), corners.max(axis=0)])
 
     def index_to_mm(self, index_xyz):
@@ -122,6 +122,14 @@ class Grid:
         affine[:3, 3] = self.affine[:3, 3] + self.affine[:3, :3] @ ((ratio - 1) / 2)
         return Grid(shape, affine)
 
+    def matches(self, other: "Grid", voxels: float = 0.1) -> bool:
+        "Whether the shapes are equal and no voxel lies more than `voxels` voxels from the other's."
+        if self.shape != other.shape:
+            return False
+        ends = np.stack(np.meshgrid(*([0, n - 1] for n in self.shape[::-1])), -1).reshape(-1, 3)
+        moved = self.mm_to_index(other.index_to_mm(ends)) - ends
+        return bool(np.abs(moved).max() <= voxels)
+
     def __eq__(self, other):
         return (
             isinstance(other, Grid)
@@ -131,6 +139,12 @@ class Grid:
 
     def __hash__(self):
         return hash(self.shape)
+
+
+def _corners_mm(grid: Grid) -> np.ndarray:
+    "The eight corners of the box, half a voxel beyond the outermost centres: (8, 3) LPS mm."
+    ends = [(-0.5, n - 0.5) for n in grid.shape[::-1]]
+    return grid.index_to_mm(np.stack(np.meshgrid(*ends), axis=-1).reshape(-1, 3))
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-010
 @dataclass(frozen=True)
@@ -340,7 +354,7 @@ def find_body(volume, spacing_mm: float = 5.0) -> tuple[np.ndarray, Grid]:
     affine[:3, 3] = low + (high - low) / count / 2
     grid = Grid(tuple(count[::-1]), affine)
     # a body cut by the field of view continues beyond it
-    tissue = np.pad(volume.resample_onto(grid).hu > -300, 2, mode="edge")
+    tissue = np.pad(resample(volume.hu, volume.grid, grid) > -300, 2, mode="edge")
     cross = generate_binary_structure(3, 1)
     solid = np.stack([binary_fill_holes(s) for s in binary_opening(tissue, cross)])
     parts, number = label(binary_opening(solid, cross, iterations=2)[2:-2, 2:-2, 2:-2])
@@ -366,12 +380,18 @@ class Volume:
     hu: np.ndarray  # (D, H, W) float32
     affine: np.ndarray  # (4, 4) voxel index (x, y, z) -> LPS mm
     notes: list[str] = field(default_factory=list)  # what reading it had to repair or decide
+    # (D, H, W) bool, voxels that a scanner measured; None: all, as far as is known
+    scanned: np.ndarray | None = None
 
     def __post_init__(self):
         self.hu = np.ascontiguousarray(self.hu, dtype=np.float32)
         if self.hu.ndim != 3:
             raise InputError("hu", f"must be (D, H, W), got shape {self.hu.shape}; give one volume")
         self.affine = Grid(self.hu.shape, self.affine).affine
+        if self.scanned is not None and np.shape(self.scanned) != self.hu.shape:
+            raise InputError(
+                "scanned", f"must be {self.hu.shape} as hu is, got shape {np.shape(self.scanned)}"
+            )
 
     @property
     def grid(self) -> Grid:
@@ -390,7 +410,23 @@ class Volume:
         """This CT on another grid: means where that is coarser, trilinear where it is finer, air
         (-1000 HU) outside. See `resample`.
         """
-        return Volume(resample(self.hu, self.grid, grid), grid.affine, list(self.notes))
+        hu = resample(self.hu, self.grid, grid)
+        return Volume(hu, grid.affine, list(self.notes), self.scanned_on(grid))
+
+    def scanned_on(self, grid: Grid) -> np.ndarray | None:
+        """`scanned` on another grid (D, H, W): voxels that are interpolated from nothing else.
+
+        None: all voxels of that grid.
+        """
+        index = self.grid.mm_to_index(_corners_mm(grid))
+        limit = np.array(self.grid.shape[::-1]) - 0.5
+        if self.scanned is None and ((index > -0.501) & (index < limit + 1e-3)).all():
+            return None
+        known = np.zeros(self.hu.shape, np.float32)
+        if self.scanned is not None:
+            known[~self.scanned] = AIR_HU  # as `resample` fills what lies outside
+        scanned = resample(known, self.grid, grid) > 1e-3 * AIR_HU
+        return None if scanned.all() else scanned
 
     @property
     def body_center_mm(self) -> np.ndarray:
@@ -406,8 +442,11 @@ class Volume:
 
         The affine of the cube is its position in the patient, so
         `cube.resample_onto(original.grid)` overlays the input. A note gives the fraction of the
-        body outside the cube, from 0.05 % on. Raises InputError where there is no body.
+        body outside the cube, from 0.05 % on. `scanned` is found first where it is None
+        (`scanned_voxels`). Raises InputError where there is no body.
         """
+        if self.scanned is None:
+            self.scanned = scanned_voxels(self.hu)
         mask, coarse = find_body(self)
         center = _middle_mm(mask, coarse)
         points = coarse.index_to_mm(np.argwhere(mask)[:, ::-1])
@@ -416,7 +455,12 @@ class Volume:
         if outside >= 0.0005:  # what would read 0.0%
             notes.append(f"{outside:.1%} of the body lies outside the {side_mm:g} mm cube")
         grid = Grid.cube(size, side_mm, center)
-        return Volume(resample(np.maximum(self.hu, AIR_HU), self.grid, grid), grid.affine, notes)
+        return replace(self.onto_cube(grid), notes=notes)
+
+    def onto_cube(self, grid: Grid) -> "Volume":
+        "`resample_onto`, with values below -1000 HU raised to it first."
+        hu = resample(np.maximum(self.hu, AIR_HU), self.grid, grid)
+        return Volume(hu, grid.affine, list(self.notes), self.scanned_on(grid))
 
     def save(self, path) -> None:
         """Write as .nii.gz, .nii, .nrrd, .mha or .npz, by the name's ending: int16 where all values

@@ -400,6 +400,8 @@ class CoarsePairs(Dataset):
             "xrays": torch.from_numpy(arrays["xrays"]),
             **{key: torch.from_numpy(arrays[key]).float() for key in ("hu", "coarse")},
         }
+        if "scanned" in arrays:
+            item["scanned"] = torch.from_numpy(arrays["scanned"])
         self._last = item
         return item
 
@@ -411,13 +413,16 @@ class CoarsePairs(Dataset):
                 f"its volumes are {tuple(coarse.shape)}, the cases"
                 f" {tuple(item['hu'].shape)}; take cases of the coarse model's size",
             )
-        return {
+        arrays = {
             "hu": _whole_hu(item["hu"]),
             "coarse": _whole_hu(coarse),
             "xrays": item["xrays"].float().numpy(),
             "affine": np.asarray(item["affine"]),
             "geometry": np.array(geometry_to_json(item["geometry"])),
         }
+        if "scanned" in item:
+            arrays["scanned"] = item["scanned"].numpy()
+        return arrays
 
     def coarse_of(self, xrays: torch.Tensor) -> torch.Tensor:
         """Coarse volume of the last item, for predictors of the scoreboard, which get X-rays only.

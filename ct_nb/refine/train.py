@@ -30,7 +30,12 @@ from ..drr2ct.train import DRR2CT_PRESETS, DRR2CTPreset
 from ..evaluation.baselines import shrunk_std
 from ..evaluation.inference import RESIDUAL_MARGIN, view_residuals
 from ..evaluation.metrics import drr_error, psnr, ssim
-from ..evaluation.scoreboard import scoreboard_content, held_out_views, score_case
+from ct_nb.evaluation.scoreboard import (
+    case_voxels,
+    scoreboard_content,
+    held_out_views,
+    score_case,
+)
 from ..evaluation.sharpness import sharpness_scores, spectra
 from ..physics.volume import Volume, hu_to_mu
 from .baselines import DataConsistencyBaseline, IdentityBaseline, UnsharpMask
@@ -447,8 +452,10 @@ def _validate(self: RefinementRun, learner: RefinementLearner, most: int = 4) ->
             item["xrays"][None].to(device),
             item["geometry"].to(device=device, dtype=torch.float32),
         )[0].cpu()
-        score = psnr(hu, item["hu"])
-        rows.append((score, ssim(hu, item["hu"]), score - psnr(item["coarse"], item["hu"])))
+        scanned = item.get("scanned")
+        score = psnr(hu, item["hu"], mask=scanned)
+        gain = score - psnr(item["coarse"], item["hu"], mask=scanned)
+        rows.append((score, ssim(hu, item["hu"], counted=scanned), gain))
     means = [sum(column) / len(rows) for column in zip(*rows)]
     return dict(zip(("psnr", "ssim", "psnr_gain"), means))
 
@@ -626,7 +633,12 @@ def _score(
     grid = item["geometry"].grid
     rows, volumes = score_case(predictors, item, held_out.on(grid), energy)
     spacing = float(grid.spacing_mm[0])
-    spectrum = {name: spectra(hu, item["hu"], spacing) for name, hu in volumes.items()}
+    counted = case_voxels(item)
+    compared = volumes
+    if counted is not None:
+        mask = torch.as_tensor(counted)
+        compared = {name: torch.where(mask, hu, item["hu"]) for name, hu in volumes.items()}
+    spectrum = {name: spectra(hu, item["hu"], spacing) for name, hu in compared.items()}
     truth_error = drr_error(item["hu"], item["xrays"], item["geometry"], energy)
     rows = [
         {
@@ -639,6 +651,7 @@ def _score(
                 item["geometry"],
                 energy,
                 spectrum=spectrum[row["predictor"]],
+                counted=counted,
             ),
         }
         for row in rows

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..core.errors import FileError, InputError
 from ..data.dicom import arrange_slices, choose_series, dicom_slices
-from ..data.folders import read_patients, stem
+from ..data.folders import stem
+from ..data.patients import read_patients
 from ..data.hounsfield import CTReadError
 from ..data.read import read_ct
 from ..physics.volume import Grid

@@ -16,6 +16,7 @@ from ct_nb.core.files import (
     project_path,
     read_json,
     read_table,
+    table_columns,
     read_text,
     write_json,
 )
@@ -167,3 +168,30 @@ def test_a_table_without_its_columns(tmp_path, rows):
     (tmp_path / "t.csv").write_text(rows)
     with refused(file="t.csv", kind=FileError):
         read_table(tmp_path / "t.csv", ("a",))
+
+
+def test_long_cells_a_line_for_excel_and_empty_lines_first(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("id,text\na," + "x" * 200_000 + "\n", encoding="utf-8")
+    assert len(read_table(path)[0][1]["text"]) == 200_000
+    path.write_bytes(b"\r\nsep=;\r\nid;text\r\na;b,c\r\n")
+    assert read_table(path) == [(4, {"id": "a", "text": "b,c"})]
+    assert table_columns(path) == ["id", "text"]
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (b"PK\x03\x04\x14\0\x06\0", "Excel"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "Excel"),
+        (b"\x1f\x8b\x08\0", "gzip"),
+        (b"PAR1\x15\x04", "Parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS"),
+        (b"\n<!DOCTYPE html><html>", "web page"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_by_its_beginning(tmp_path, content, what):
+    (tmp_path / "reports.csv").write_bytes(content)
+    with refused(file="reports.csv", kind=FileError) as error:
+        read_table(tmp_path / "reports.csv")
+    assert what in error.value.reason

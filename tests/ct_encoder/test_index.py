@@ -1,20 +1,29 @@
 """The embedding index: its rows, its file, searches as cosines, and refused input."""
 
+import json
+import shutil
+import warnings
+
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import ct_nb, refusal
+from ct_files import write_stored, write_table
 from refusals import refused
 
 from ct_nb.core.errors import FileError
 from ct_nb.core.regions import REGIONS
+from ct_nb.ct_encoder.ct_rate import ct_rate_path
 from ct_nb.ct_encoder.index import (
     WHOLE,
     EmbeddingIndex,
     embed_scan,
     embed_scans,
     open_index,
+    query_notes,
+    run_digest,
     search,
 )
 from ct_nb.ct_encoder.train import CTEncoderRun, load_ct_encoder
@@ -147,8 +156,6 @@ def test_bad_input_gets_a_sentence(index, run, tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"bad")
     with refused(file="bad.parquet", kind=FileError):
         EmbeddingIndex.load(tmp_path / "bad.parquet")
-    import pyarrow as pa
-
     pq.write_table(pa.table({"scan": ["a"]}), tmp_path / "other.parquet")
     with refused(file="other.parquet", kind=FileError):
         EmbeddingIndex.load(tmp_path / "other.parquet")
@@ -176,8 +183,8 @@ def test_real_scans_pass_through_and_labels_become_rows(run, real_ct):
     # both lungs are 1 there, no spleen
     assert (
         [about for scan, about in zip(found.scans, found.about) if scan == "cip-ct64"] == [WHOLE]
-        and len(notes) == 1
         and "labels/cip-ct64.nii.gz" in notes[0]
+        and all("set to air" in note for note in notes[1:])
     )
 
 
@@ -193,6 +200,9 @@ def test_the_commands_from_scans_to_hits(index, run, tmp_path, monkeypatch):
     assert len(lines) == 2 and "(left upper lobe)" in lines[0] and "scan-900" in lines[0]
     assert lines[1].startswith("note: 2 of 3 scans have no vector of left upper lobe")
     assert len(ct_nb(*words, "--region", WHOLE).stdout.splitlines()) == 3
+    lines = ct_nb("search", "Zebra, \u00f6dem.", "--index", "e.parquet").stdout.splitlines()
+    assert [line.partition(":")[2].split(": ")[-1] for line in lines[3:]] == ["\u00f6dem", "Zebra"]
+    assert all(line.startswith("note: the text tower") for line in lines[3:])
     refusals = (
         (("embed", folder, "--weights", run.out, "--out", "e.csv"), "e.csv: "),
         (("search", " ", "--index", "e.parquet"), "text: "),
@@ -200,3 +210,167 @@ def test_the_commands_from_scans_to_hits(index, run, tmp_path, monkeypatch):
     )
     for command, beginning in refusals:
         assert refusal(*command).startswith(beginning)
+
+
+# indexes of other programs, and weights that are not those
+
+
+def unit_vectors(rows=3, width=4):
+    vectors = np.random.default_rng(0).normal(size=(rows, width))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).tolist()
+
+
+def write_index(path, vectors, kind=None, **columns):
+    names = [f"s{n}" for n in range(len(vectors))]
+    columns = {"scan": names, "file": names, "about": [WHOLE] * len(names)} | columns
+    table = pa.table(columns | {"vector": pa.array(vectors, kind)})
+    metadata = {"ct_nb_weights": "/nowhere", "ct_nb_digest": "0"}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    return path
+
+
+def with_vector(row, vector):
+    return unit_vectors()[:row] + [vector] + unit_vectors()[row + 1 :]
+
+
+LISTS = pa.list_(pa.float32(), 4)
+NO_NAMES = pa.array([], pa.string())
+
+
+@pytest.mark.parametrize(
+    "vectors, kind, columns",
+    [
+        (with_vector(1, [float("nan"), 0, 0, 1]), None, {}),
+        (with_vector(1, [float("inf"), 0, 0, 1]), None, {}),
+        (with_vector(2, [0.0, 0, 0, 0]), None, {}),
+        (with_vector(0, [1000.0, 0, 0, 0]), None, {}),
+        (with_vector(0, [0.99, 0, 0, 0]), None, {}),
+        (with_vector(1, [1.0, 0]), None, {}),
+        (with_vector(1, None), None, {}),
+        (with_vector(1, None), LISTS, {}),
+        (with_vector(1, [None, 0.0, 0.0, 1.0]), None, {}),
+        ([[]] * 3, pa.list_(pa.float32()), {}),
+        ([[1, 0]] * 3, None, {}),
+        ([1.0, 2.0, 3.0], None, {}),
+        ([], LISTS, {"scan": NO_NAMES, "file": NO_NAMES, "about": NO_NAMES}),
+        (unit_vectors(), None, {"scan": ["a", None, "c"]}),
+        (unit_vectors(), None, {"scan": ["a", "", "c"]}),
+        (unit_vectors(), None, {"file": [1, 2, 3]}),
+        (unit_vectors(), None, {"about": [[WHOLE]] * 3}),
+        (unit_vectors(), None, {"file": ["a", "b", "a"]}),  # twice about the same
+    ],
+)
+def test_an_index_that_cannot_be_right_is_refused(tmp_path, vectors, kind, columns):
+    with refused(file="e.parquet", kind=FileError):
+        EmbeddingIndex.load(write_index(tmp_path / "e.parquet", vectors, kind, **columns))
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float16()), pa.list_(pa.float64()), LISTS])
+def test_an_index_of_another_precision_is_read(tmp_path, kind):
+    vectors = np.float16(unit_vectors()) if kind == pa.list_(pa.float16()) else unit_vectors()
+    found = EmbeddingIndex.load(write_index(tmp_path / "e.parquet", list(vectors), kind))
+    assert found.vectors.dtype == np.float32 and np.allclose(found.vectors, vectors, atol=1e-3)
+
+
+def test_a_damaged_index_is_named(tmp_path):
+    path = write_index(tmp_path / "e.parquet", unit_vectors())
+    content = path.read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        place = generator.integers(4, len(content) - 4)
+        bit = 1 << generator.integers(8)
+        changed = bytearray(content)
+        changed[place] ^= bit
+        path.write_bytes(changed)
+        try:
+            EmbeddingIndex.load(path)
+        except FileError as error:
+            assert str(error.file).endswith("e.parquet")
+
+
+def test_an_index_moves_with_its_weights(index, run, tmp_path):
+    (tmp_path / "a").mkdir()
+    shutil.copytree(run.out, tmp_path / "a" / "run")
+    found = EmbeddingIndex(**vars(index[0]) | {"weights": str(tmp_path / "a" / "run")})
+    found.save(tmp_path / "a" / "e.parquet")
+    (tmp_path / "a").rename(tmp_path / "b")
+    again, _ = open_index(tmp_path / "b" / "e.parquet")
+    assert again.weights == str(tmp_path / "b" / "run")
+    shutil.rmtree(tmp_path / "b" / "run")
+    with refused(file="e.parquet", kind=FileError):
+        open_index(tmp_path / "b" / "e.parquet")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_other_weights_or_settings_are_refused_before_a_model_is_made(
+    index, run, tmp_path, monkeypatch, file
+):
+    index[0].save(tmp_path / "e.parquet")
+    other = shutil.copytree(run.out, tmp_path / "run")
+    if file == "config.json":
+        config = json.loads((other / file).read_text())
+        config["network"]["text"] = str(tmp_path / "evil")
+        (other / file).write_text(json.dumps(config))
+    else:
+        (other / file).write_bytes((other / file).read_bytes() + b" ")
+    monkeypatch.setattr("ct_nb.ct_encoder.index.load_ct_encoder", None)
+    with refused(file=other, kind=FileError):
+        open_index(tmp_path / "e.parquet", other)
+    (other / "model.safetensors").unlink()
+    with refused(file=other, kind=FileError):
+        open_index(tmp_path / "e.parquet", other)
+
+
+def test_the_digest_covers_the_folder_of_the_text_tower(run, tmp_path):
+    other = shutil.copytree(run.out, tmp_path / "run")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "tokenizer.json").write_text("1")
+    config = json.loads((other / "config.json").read_text())
+    config["network"]["text"] = str(tmp_path / "bert")
+    (other / "config.json").write_text(json.dumps(config))
+    first = run_digest(other)
+    (tmp_path / "bert" / "tokenizer.json").write_text("2")
+    assert len({first, run_digest(other), run_digest(run.out)}) == 3
+
+
+def test_what_of_a_query_is_not_read_is_said(index, run):
+    model = load_ct_encoder(run.out)
+    with pytest.warns(UserWarning, match="\u00f6dem"):
+        search("Nodule and \u00f6dem.", index[0], model)
+    with pytest.warns(UserWarning, match="the text tower reads"):
+        search("nodule, " * 100, index[0], model)
+    with pytest.warns(UserWarning, match="in pieces: zebra"):
+        search("zebra", index[0], model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search("nodule", index[0], model)
+    assert query_notes("nodule", model) == []
+
+
+def test_a_scan_that_is_named_twice_is_embedded_once(index, run):
+    file = sorted(index[0].files)[0]
+    found, _, _ = embed_scans([file, file], run.out, progress=False)
+    assert len(set(found.files)) == 1 and len(set(found.about)) == len(found)
+
+
+def test_images_of_ct_rate_are_embedded_by_their_table(run, tmp_path):
+    volume = phantom(900, 64, 360).volume
+    affine = volume.affine
+    name = "valid_1_a_1.nii.gz"
+    along = (affine[:3, :2] / volume.grid.spacing_mm[:2]).T.ravel().tolist()
+    cells = {
+        "VolumeName": name,
+        "RescaleSlope": "1",
+        "RescaleIntercept": "-1024",
+        "XYSpacing": volume.grid.spacing_mm[:2].tolist(),
+        "ZSpacing": volume.grid.spacing_mm[2],
+        "ImageOrientationPatient": along,
+        "ImagePositionPatient": affine[:3, 3].tolist(),
+    }
+    write_table(tmp_path / "dataset/metadata/validation_metadata.csv", cells, cells.values())
+    write_stored(tmp_path / ct_rate_path(name, 1), volume.hu + 1024, np.diag([-1.0, -1, 1, 1]))
+    write_stored(tmp_path / "scan.nii.gz", volume.hu, affine)
+    first, _, notes = embed_scans([tmp_path / "dataset"], run.out, progress=False)
+    second, _, _ = embed_scans([tmp_path / "scan.nii.gz"], run.out, progress=False)
+    assert np.allclose(first.vectors, second.vectors, atol=1e-4)
+    assert any("the table's" in note for note in notes)

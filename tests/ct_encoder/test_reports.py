@@ -4,26 +4,21 @@ import csv
 import json
 from dataclasses import asdict
 
-import numpy as np
 import pytest
-from ct_files import write_stored
 from refusals import refused
 
 from ct_nb.core.errors import FileError
 from ct_nb.ct_encoder import reports as vocabulary
 from ct_nb.ct_encoder.report_readers import (
-    ct_rate_hu,
-    ct_rate_name,
-    ct_rate_path,
+    conversations,
+    ct_rate_labels,
     ct_rate_reports,
-    ct_rate_rescale,
-    ct_rate_root,
     is_conversations,
     make_step,
     omniabnorm_reports,
     phantom_report,
     radgenome_reports,
-    read_ct_rate,
+    plain_name,
     read_records,
     split_steps,
     tidy_text,
@@ -38,7 +33,6 @@ from ct_nb.ct_encoder.reports import (
     is_normal,
     region_texts,
 )
-from ct_nb.data.hounsfield import CTReadError
 from ct_nb.phantom.chest import phantom
 
 PAGE = {  # a clause of free text: (region, negated) of each mention
@@ -285,89 +279,16 @@ def test_ct_rate_layout(tmp_path):
     )
 
 
-def test_ct_rate_names():
-    assert ct_rate_path("train_7_c_2") == "dataset/train_fixed/train_7/train_7_c/train_7_c_2.nii.gz"
-    # the part of the name counts, not of the folder
-    assert (
-        ct_rate_path("x/y/valid_7_c_2.nii.gz", 1)
-        == "dataset/valid/valid_7/valid_7_c/valid_7_c_2.nii.gz"
-    )
-    with refused("volume"):
-        ct_rate_name("scan.nii.gz")
-    with refused("version"):
-        ct_rate_path("train_7_c_2", 3)
-
-
-def test_ct_rate_hu(tmp_path):
-    name = "train_1_a_1.nii.gz"
-    hu = phantom(2, 24).volume.hu.astype(np.float32)
-    table = ct_rate_rescale(
-        write(
-            tmp_path / "m.csv",
-            ("VolumeName", "XYSpacing", "RescaleIntercept", "RescaleSlope"),
-            (name, "[0.34, 0.34]", "-1024", "1"),
-            ("train_2_a_1.nii.gz", "", "-8192", "2"),
+def test_questions_are_told_from_reasoning(tmp_path):
+    for encoding in ("utf-8", "utf-16"):
+        (tmp_path / "q.json").write_text(
+            json.dumps([{"id": "0", "image": "x", "conversations": []}]), encoding
         )
-    )
-    assert table == {name: (1.0, -1024.0), "train_2_a_1.nii.gz": (2.0, -8192.0)}
-    assert np.allclose(ct_rate_hu((hu + 8192) / 2, "train_2_a_1", 1, table), hu, atol=0.01)
-    assert np.allclose(ct_rate_hu(hu, name), hu, atol=0.01)
-    padded = hu.copy()
-    padded[0] = -8192
-    assert ct_rate_hu(padded, name).min() >= -1024
-    with pytest.raises(CTReadError, match="rescaled twice"):
-        ct_rate_hu(hu, name, 1, table)
-    with pytest.raises(CTReadError, match="not in HU"):
-        ct_rate_hu(hu + 1024, name)
-    with refused("rescale"):
-        ct_rate_hu(hu, name, 2, table)
-    with refused("rescale"):
-        ct_rate_hu(hu, "train_9_a_1", 1, table)
-    with refused(file="bad.csv", kind=FileError):
-        ct_rate_rescale(
-            write(
-                tmp_path / "bad.csv",
-                ("VolumeName", "RescaleIntercept", "RescaleSlope"),
-                (name, "", "1"),
-            )
-        )
-
-
-def test_version_1_goes_by_its_table_and_not_by_its_header(tmp_path):
-    scan = phantom(2, 24).volume
-    table = {
-        f"train_{n}_a_1.nii.gz": numbers
-        for n, numbers in ((1, (1.0, -1024.0)), (2, (2.0, -8192.0)), (3, (1.0, -1024.0)))
-    }
-    # the last header says what it should not
-    for name, header in zip(table, ((1, 0), (1, 0), (1, -1024))):
-        slope, intercept = table[name]
-        write_stored(tmp_path / name, (scan.hu - intercept) / slope, scan.affine, *header)
-        found = read_ct_rate(tmp_path / name, table)
-        assert (
-            np.abs(found.hu - scan.hu).max() <= slope
-            and np.allclose(found.affine, scan.affine)
-            and "metadata table" in found.notes[-1]
-        )
-    with pytest.raises(
-        CTReadError,
-        match="train_1_a_1.nii.gz: rescale: version 1 of train_1_a_1.nii.gz needs its slope",
-    ):
-        read_ct_rate(tmp_path / "train_1_a_1.nii.gz", {})
-    with pytest.raises(CTReadError, match="train_1_a_1.nii.gz"):
-        read_ct_rate(tmp_path / "train_1_a_1.nii.gz", {"train_1_a_1.nii.gz": (1.0, -3000.0)})
-
-
-def test_the_published_folder_is_found_from_itself_and_from_dataset(tmp_path):
-    assert ct_rate_root(tmp_path) is None
-    (tmp_path / "dataset" / "radiology_text_reports").mkdir(parents=True)
-    assert (
-        ct_rate_root(tmp_path) == ct_rate_root(tmp_path / "dataset") == tmp_path
-        and ct_rate_root(tmp_path / "dataset" / "radiology_text_reports") is None
-    )
-    (tmp_path / "q.json").write_text(json.dumps([{"id": "0", "image": "x", "conversations": []}]))
+        assert is_conversations(tmp_path / "q.json")
     (tmp_path / "r.jsonl").write_text(json.dumps({"image": "x", "thinking": "a"}))
-    assert is_conversations(tmp_path / "q.json") and not is_conversations(tmp_path / "r.jsonl")
+    assert not is_conversations(tmp_path / "r.jsonl")
+    with refused(file="none.json", kind=FileError):
+        is_conversations(tmp_path / "none.json")
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -392,19 +313,6 @@ def test_damaged_files_are_named(tmp_path):
     with refused(file="none.csv", kind=FileError):
         radgenome_reports(tmp_path / "none.csv")
 
-    def labels(cell):
-        return write(
-            tmp_path / "l.csv",
-            ("VolumeName", *CT_RATE_LABELS),
-            (
-                "train_1_a_1.nii.gz",
-                *[cell if label == "Emphysema" else 0 for label in CT_RATE_LABELS],
-            ),
-        )
-
-    for cell in ("", "nan", "x"):
-        with refused(file="l.csv", kind=FileError):
-            ct_rate_reports(ct_rate(tmp_path), labels(cell))
     with refused(file="n.csv", kind=FileError):
         ct_rate_reports(write(tmp_path / "n.csv", REPORT_COLUMNS, ("scan7", "", "", "x", "y")))
 
@@ -415,9 +323,9 @@ def test_damaged_files_are_named(tmp_path):
 
     good = {"case_id": "a", "cot_reasoning": [{"text": "One."}]}
     for part in ({"step": 2}, {"text": ""}, {"text": None}, "two"):
-        with refused("o.json: entry 1"):
+        with refused(file="o.json", kind=FileError):
             omni(good, {"case_id": "b", "cot_reasoning": [{"text": "One."}, part]})
-    with refused("o.json: entry 0"):
+    with refused(file="o.json", kind=FileError):
         omni({"image_id": "b", "findings": [{"present": True}], "summary": "x"})
     assert (
         omni(
@@ -501,8 +409,10 @@ def test_radgenome(tmp_path):
         and report.impression == "One nodule."
         and report.patient == "valid_1"
     )
-    with refused("Anatomy"):
-        radgenome_reports(table(("valid_1_a_1.nii.gz", "tail", "x")))
+    for row in (("valid_1_a_1.nii.gz", "tail", "x"), ("scan7", "lung", "x")):
+        with refused(file="v.csv", kind=FileError) as error:
+            radgenome_reports(table(("valid_1_a_1.nii.gz", "lung", "One."), row))
+        assert error.value.reason.startswith("line 3")
 
 
 def test_phantom_record_is_the_same_from_object_dict_and_json():
@@ -535,4 +445,171 @@ def test_steps_and_blanks(tmp_path):
         and tidy_text("None seen") == "None seen"
     )
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
-    assert [r["a"] for r in read_records(tmp_path / "a.jsonl", ("a",))] == [1, 2]
+    assert [r.fields["a"] for r in read_records(tmp_path / "a.jsonl", ("a",))] == [1, 2]
+
+
+# as they are in the wild: from Excel, pandas, datasets and language models
+
+COLUMNS = ("VolumeName", "Findings_EN", "Impressions_EN")
+VOLUME = "valid_1_a_1.nii.gz"
+
+
+def test_a_line_break_in_a_cell_ends_a_clause(tmp_path):
+    text = "No pleural effusion\r\nNodule in the left lower lobe\u2028No pneumothorax"
+    (report,) = ct_rate_reports(write(tmp_path / "r.csv", COLUMNS, (VOLUME, text, "Nodule")))
+    assert report.findings.split("\n") == [
+        "No pleural effusion",
+        "Nodule in the left lower lobe",
+        "No pneumothorax",
+    ]
+    assert finding_states(clauses(report.findings)[1]) == {"lung nodule": True}
+    (tmp_path / "o.json").write_text(
+        json.dumps([{"volumename": "c1", "question": "q", "answer": text}])
+    )
+    (case,) = omniabnorm_reports(tmp_path / "o.json")
+    assert dict(case.regions)[2] == dict(report.regions)[2] and len(case.steps) == 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
+def test_a_table_of_any_program(tmp_path, encoding, delimiter, end):
+    with open(tmp_path / "r.csv", "w", newline="", encoding=encoding) as file:
+        rows = csv.writer(file, delimiter=delimiter, lineterminator=end)
+        # pandas writes the numbers of rows, twice where it is asked twice
+        rows.writerow(("", "Unnamed: 0", " VolumeName", "Findings_EN ", "Impressions_EN"))
+        rows.writerow((0, 0, VOLUME, "Nodule, 5 mm;\nno effusion\tor mass", "Akci\u011fer"))
+    (report,) = ct_rate_reports(tmp_path / "r.csv")
+    assert (report.volume, report.findings, report.impression) == (
+        VOLUME,
+        "Nodule, 5 mm;\nno effusion or mass",
+        "Akci\u011fer",
+    )
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (f"{VOLUME},Nodule, 5 mm,Nodule\n", "line 2 has 4 cells"),
+        (f'{VOLUME},"unclosed,b\nvalid_2_a_1.nii.gz,a,b\n', "line 2 has a quote"),
+        (f"{VOLUME}\n", "line 2 has 1 cells"),
+        (f"{VOLUME},a,b\nvalid_2_a_1.nii.gz,a,b\n{VOLUME},no a,b\n", "lines 2 and 4"),
+        (f"{VOLUME},Akci\u011fer,b\n".encode("cp1254"), "line 2"),
+        (f"{VOLUME},a\0b,c\n", "NUL"),
+        (f"../../{VOLUME},a,b\n", "line 2"),
+        (f"/data/{VOLUME},a,b\n", "line 2"),
+        (f"C:\\data\\{VOLUME},a,b\n", "line 2"),
+        (",a,b\n", "line 2"),
+    ],
+)
+def test_a_row_that_cannot_be_right_is_named(tmp_path, content, words):
+    content = content.encode() if isinstance(content, str) else content
+    (tmp_path / "r.csv").write_bytes(",".join(COLUMNS).encode() + b"\n" + content)
+    with refused(file="r.csv", kind=FileError) as error:
+        ct_rate_reports(tmp_path / "r.csv")
+    assert words in error.value.reason
+
+
+def test_empty_cells_and_long_cells(tmp_path):
+    rows = [(VOLUME, "", ""), ("valid_2_a_1.nii.gz", "Not given.", "nan")]
+    rows += [("valid_3_a_1.nii.gz", "a" * 1_000_000, "b")]
+    reports = ct_rate_reports(write(tmp_path / "e.csv", COLUMNS, *rows))
+    assert [len(report.findings) for report in reports] == [0, 0, 1_000_000]
+
+
+def test_labels_of_a_row_that_is_damaged_are_left_out_with_a_warning(tmp_path):
+    table = write(
+        tmp_path / "l.csv",
+        ("VolumeName", *CT_RATE_LABELS),
+        (VOLUME, *["True"] * 9, *["0.0"] * 9),
+        *[(f"valid_{n}_a_1", *["1"] * 17, cell) for n, cell in enumerate(("", "nan", "2"), 2)],
+    )
+    with pytest.warns(UserWarning, match="3 rows are left out.*l.csv: line 3, valid_2_a_1"):
+        labels = ct_rate_labels(table)
+    assert list(labels) == [VOLUME] and sum(labels[VOLUME].values()) == 9
+    both = [(VOLUME, *[state] * 18) for state in "01"]
+    with refused(file="l.csv", kind=FileError):
+        ct_rate_labels(write(tmp_path / "l.csv", ("VolumeName", *CT_RATE_LABELS), *both))
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [None, None],
+        "text",
+        5,
+        [["human", "q"]],
+        [{"from": "human", "value": 3}, {"from": "gpt", "value": "a"}],
+        [{"from": ["human"], "value": "q"}],
+    ],
+)
+def test_questions_of_another_type_are_refused_with_their_record(tmp_path, turns):
+    good = {"image": VOLUME, "conversations": []}
+    (tmp_path / "q.json").write_text(json.dumps([good, {"image": VOLUME, "conversations": turns}]))
+    with refused(file="q.json", kind=FileError) as error:
+        conversations(tmp_path / "q.json")
+    assert error.value.reason.startswith("record 1")
+
+
+def test_a_question_without_an_answer_is_left_out(tmp_path):
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": None},
+        {"from": "human", "value": "Any fluid?"},
+        {"from": "gpt", "value": "None."},
+    ]
+    (tmp_path / "q.json").write_text(json.dumps([{"image": VOLUME, "conversations": turns}]))
+    assert conversations(tmp_path / "q.json") == {VOLUME: [("Any fluid?", "None.")]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"case_id": "c", "cot_reasoning": {"text": ["a", "b"], "step": [1, 2]}},
+        {"case_id": "c", "cot_reasoning": [{"text": 1}]},
+        {"case_id": "c", "cot_reasoning": [{"text": "a", "anatomical_entities": "liver"}]},
+        {"case_id": "c", "cot_reasoning": [], "category": ["Cyst"]},
+        {"case_id": ["c"], "cot_reasoning": []},
+        {"case_id": None, "cot_reasoning": []},
+        {"case_id": "../c", "cot_reasoning": []},
+        {"image_id": "i", "findings": [{"disease": "Cyst", "present": "false"}]},
+        {"image_id": "i", "findings": [{"disease": "Cyst", "present": None}]},
+        {"image_id": "i", "findings": [], "reasoning": [1]},
+        {"image_id": "/tmp/i", "findings": []},
+        {"volumename": "v", "question": 1, "answer": "a"},
+        {"rows": []},
+        [],
+        None,
+    ],
+)
+def test_records_of_another_type_are_refused_with_their_place(tmp_path, record):
+    with open(tmp_path / "o.jsonl", "w", newline="") as file:
+        file.write(json.dumps({"case_id": 7, "cot_reasoning": None}) + "\r\n" + json.dumps(record))
+    with refused(file="o.jsonl", kind=FileError) as error:
+        omniabnorm_reports(tmp_path / "o.jsonl")
+    assert error.value.reason.startswith("record 1")
+
+
+def test_lines_of_json_end_at_line_feeds(tmp_path):
+    step = {"text": "line one\u2028line\u0085two"}
+    lines = [json.dumps({"case_id": c, "cot_reasoning": [step]}, ensure_ascii=False) for c in "ab"]
+    (tmp_path / "o.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert [report.volume for report in omniabnorm_reports(tmp_path / "o.jsonl")] == ["a", "b"]
+    one = json.dumps({"case_id": "a", "cot_reasoning": [step]}, indent=1)
+    (tmp_path / "one.json").write_text(one)
+    assert [report.volume for report in omniabnorm_reports(tmp_path / "one.json")] == ["a"]
+    (tmp_path / "o.jsonl").write_text(lines[0] + "\n\n{,}\n", encoding="utf-8")
+    with refused(file="o.jsonl", kind=FileError) as error:
+        omniabnorm_reports(tmp_path / "o.jsonl")
+    assert "line 3" in error.value.reason
+    (tmp_path / "o.jsonl").write_bytes(
+        lines[0].replace("line", "n\xf6dule").encode("latin-1", "replace")
+    )
+    with refused(file="o.jsonl", kind=FileError):
+        omniabnorm_reports(tmp_path / "o.jsonl")
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "/a", "a\\b", "C:a", "a\nb", "../a"])
+def test_a_name_is_no_path(name):
+    with refused("volume"):
+        plain_name(name)

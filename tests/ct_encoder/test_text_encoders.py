@@ -1,5 +1,7 @@
 """Text towers: tokenizer, padding, cache, folders, and sensitivity to negation."""
 
+import json
+import shutil
 import sys
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from refusals import refused
 
+from ct_nb.core.errors import FileError
 from ct_nb.ct_encoder import text_encoders as towers
 from ct_nb.ct_encoder.text_encoders import (
     FolderText,
@@ -15,6 +18,7 @@ from ct_nb.ct_encoder.text_encoders import (
     mean_pool_tokens,
     minilm,
     negation_gap,
+    text_notes,
 )
 
 TEXTS = [
@@ -195,7 +199,7 @@ def test_a_folder_can_be_trained(bert_folder):
 
 
 def test_folder_is_refused_with_a_reason(bert_folder, tmp_path, monkeypatch):
-    with refused("folder"):
+    with refused(file="bert-base-uncased", kind=FileError):
         FolderText("bert-base-uncased")
     with refused("pooling"):
         FolderText(bert_folder, pooling="max")
@@ -203,7 +207,7 @@ def test_folder_is_refused_with_a_reason(bert_folder, tmp_path, monkeypatch):
         if (bert_folder / name).exists():
             (tmp_path / name).write_bytes((bert_folder / name).read_bytes())
     # no weights
-    with refused("folder"):
+    with refused(file=tmp_path, kind=FileError):
         FolderText(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="pip install transformers"):
@@ -285,3 +289,88 @@ def test_order_of_words_can_be_learned():
         loss.backward()
         optimizer.step()
     assert (head(tower(texts).pooled).argmax(-1) == label).all()
+
+
+# what a tower does not read, and folders that are not what they say
+
+
+def test_what_is_cut_and_what_is_unknown(tiny):
+    unread = tiny.unread("No pleural effusion, \u00f6dem and \u7d50\u7bc0, no \u00f6dem.")
+    assert unread.unknown == ("\u00f6dem", "\u7d50\u7bc0") and unread.spelled == ("and",)
+    assert unread.cut == 0 and unread.tokens == len(
+        tiny.tokenizer.encode("No pleural effusion, \u00f6dem and \u7d50\u7bc0, no \u00f6dem.")
+    )
+    long = tiny.unread("effusion " * 200)
+    assert (long.tokens, long.cut) == (201, 201 - tiny.max_length)
+    notes = text_notes(tiny, ["effusion " * 200, "\u00f6dem", "no effusion", "no effusion"])
+    assert len(notes) == 2 and notes[0].startswith("1 of 3 texts are longer than the 160 tokens")
+    assert notes[1].startswith("1 of 3 texts") and "\u00f6dem" in notes[1]
+    assert text_notes(tiny, TEXTS[:1]) == []
+
+
+def test_what_a_folder_does_not_read(bert_folder):
+    tower = FolderText(bert_folder)
+    unread = tower.unread("No effusion, h\u00e4matom " + "normal " * 20)
+    assert unread.unknown == ("effusion,", "h\u00e4matom") and unread.cut == unread.tokens - 12
+    assert tower.unread("no pleural effusion").unknown == ()
+
+
+@pytest.fixture
+def copied(bert_folder, tmp_path):
+    return shutil.copytree(bert_folder, tmp_path / "bert")
+
+
+def without_layer(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layer.0" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_config(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without_layer,
+        other_config(hidden_size=32),
+        other_config(hidden_size="wide"),
+        other_config(num_attention_heads=0),
+        other_config(model_type="own"),
+        other_config(
+            model_type="own", auto_map={"AutoModel": "evil.Model", "AutoConfig": "evil.Config"}
+        ),
+        write("model.safetensors", b"no tensors"),
+        write("config.json", b"{"),
+        write("config.json", b"[]"),
+        write("tokenizer.json", b"{}"),
+    ],
+)
+def test_a_damaged_folder_is_named_and_none_of_its_code_is_run(copied, damage):
+    (copied / "evil.py").write_text("raise SystemExit('code of the folder was run')")
+    damage(copied)
+    with refused(file=copied, kind=FileError):
+        FolderText(copied)
+
+
+def test_a_folder_without_the_pooler_that_nobody_uses(copied):
+    from safetensors.torch import load_file, save_file
+
+    whole = FolderText(copied).eval()
+    tensors = load_file(copied / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, copied / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        assert torch.equal(FolderText(copied).eval()(["no"]).pooled, whole(["no"]).pooled)

@@ -15,6 +15,7 @@ from ct_files import write_stored, write_table
 from places import ROOT
 from refusals import refused
 
+from ct_nb.core.errors import FileError
 from ct_nb.core.regions import REGIONS
 from ct_nb.core.seeding import seeded_generator
 from ct_nb.ct_encoder import dataset as scan_reports
@@ -615,7 +616,7 @@ def test_maps_that_nobody_understands_do_not_end_a_run(tmp_path):
         REPORT_COLUMNS,
         *[(f"valid_{number}_a_1.nii.gz", *NODULE) for number in numbers],
     )
-    with pytest.warns(UserWarning, match="3 label maps are used in part or not at all") as said:
+    with pytest.warns(UserWarning, match="notes on 3 of 6 scans") as said:
         opened, facts = open_scans(
             str(tmp_path), CONFIG, DiskCache(tmp_path / "cache"), progress=False
         )
@@ -626,9 +627,10 @@ def test_maps_that_nobody_understands_do_not_end_a_run(tmp_path):
         "labels/valid_4_a_1.json: must be a JSON object" in opened.skipped[0][1]
         and "labels/valid_5_a_1.nii.gz: holds values" in opened.skipped[1][1]
     )
-    text = next(str(w.message) for w in said if "label maps" in str(w.message))
+    text = next(str(w.message) for w in said if "notes on" in str(w.message))
     assert (
-        all(f"labels/valid_{number}_a_1.nii.gz: nobody says" in text for number in "012")
+        all(f"valid_{number}_a_1" in text for number in "012")
+        and text.count("nobody says") == 2
         and "valid_3" not in text
         and "the value 200" in text
     )
@@ -677,6 +679,7 @@ def test_the_name_of_what_was_prepared_knows_all_that_decided_it(tmp_path, monke
                 "data.folders",
                 "ct_encoder.label_maps",
                 "ct_encoder.reports",
+                "ct_encoder.ct_rate",
                 "ct_encoder.report_readers",
                 "ct_encoder.encoder",
                 "ct_encoder.region_attention",
@@ -793,7 +796,7 @@ def test_ct_rate_as_it_is_published(published, tmp_path):
     ]
     assert (
         opened.skipped[1][0] == "valid_3_a_1"
-        and "needs its slope and intercept from the metadata CSV" in opened.skipped[1][1]
+        and "no row of it" in opened.skipped[1][1]
         and len(opened.skipped) == 2
     )
     for i, name in enumerate(opened.ids):
@@ -1043,3 +1046,37 @@ def test_presets_can_be_made_and_stored():
             ScanLanguageConfig.from_dict(json.loads(json.dumps(preset.network.to_dict())))
             == preset.network
         )
+
+
+def test_texts_that_the_towers_do_not_read_are_counted(tmp_path, monkeypatch):
+    "Said when the network is built: how many texts are cut, and how many have unknown words."
+    monkeypatch.setenv("CT_NB_CACHE", str(tmp_path / "cache"))
+    texts = ("Nodule in the left lung. " * 60, "A nodule of \u2265 5 mm.", "Nodule.")
+    rows = []
+    for number, text in enumerate(texts):
+        phantom(number, 24).volume.save(tmp_path / f"valid_{number}_a_1.nii.gz")
+        rows.append((f"valid_{number}_a_1.nii.gz", "", "", text, text))
+    write_table(tmp_path / "validation_reports.csv", REPORT_COLUMNS, *rows)
+    run = CTEncoderRun("micro", data=str(tmp_path), out=tmp_path / "run").open(progress=False)
+    run.training.cases = [*run.training.cases, *run.validation.cases]
+    with pytest.warns(UserWarning) as said:
+        run.build(progress=False)
+    notes = [str(warning.message) for warning in said]
+    assert any("longer than the 160 tokens of the text tower" in note for note in notes)
+    assert any("does not know, such as \u2265" in note for note in notes)
+    assert any("tokens of the report decoder" in note for note in notes)
+
+
+def test_reports_in_another_language_are_said(tmp_path):
+    rows = []
+    for number in range(2):
+        phantom(number, 24).volume.save(tmp_path / f"valid_{number}_a_1.nii.gz")
+        text = "Sol akci\u011fer alt lobda nod\u00fcl izlendi."
+        rows.append((f"valid_{number}_a_1.nii.gz", "", "", text, "Nod\u00fcl"))
+    write_table(tmp_path / "validation_reports.csv", REPORT_COLUMNS, *rows)
+    (tmp_path / "._validation_reports.csv").write_bytes(b"\x00\x05\x16\x07")  # macOS writes these
+    with pytest.warns(UserWarning, match="2 of 2 reports have findings but name none"):
+        open_scans(str(tmp_path), CONFIG, progress=False)
+    write_table(tmp_path / "other.csv", ("name", "age"), ("a", "3"))
+    with refused(file="other.csv", kind=FileError):
+        read_reports(tmp_path / "other.csv")

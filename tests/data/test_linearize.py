@@ -3,10 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from radiograph_files import GEOMETRY, IMAGES, INTENSITY, save_dicom, save_png
+from radiograph_files import (
+    GEOMETRY,
+    IMAGES,
+    INTENSITY,
+    LINEAR,
+    NAMES,
+    margin,
+    modality_table,
+    save_dicom,
+    save_png,
+    side_chest,
+)
 from refusals import refused
 
-from ct_nb.data.linearize import find_direct_beam, read_radiographs, to_line_integrals
+from ct_nb.data.direct_beam import find_direct_beam
+from ct_nb.data.linearize import read_radiographs, to_line_integrals
 from ct_nb.data.radiograph_io import RadiographError, read_radiograph, write_radiographs
 from ct_nb.physics.geometry import ConeBeam
 
@@ -234,3 +246,154 @@ def test_an_image_of_one_value_is_refused(tmp_path, value):
     path = save_png(tmp_path / "flat.png", np.full((40, 40), value, dtype=np.uint8))
     for settings in ({}, {"kind": "intensity", "i0": 255}):
         assert "no patient" in refuses(None, [path], **settings)
+
+
+# ---------------------------------------------------------------- as detectors store it
+SIDE = side_chest()
+
+
+def side_error(path, where=True, most=5.0, **settings) -> tuple[float, list[str]]:
+    "Largest error of the line integrals of `side_chest` in a file, and the notes."
+    notes = []
+    p = read_radiographs([path], notes=notes, **settings)[0].numpy()
+    return float(np.abs(p - SIDE)[where & (most > SIDE)].max()), notes
+
+
+@pytest.mark.parametrize("low, high", [(65535, None), (60000, None), (60000, 65535)])
+def test_padding_is_no_direct_beam(tmp_path, low, high):
+    frame = margin(SIDE.shape)
+    stored = np.round(40000 * np.exp(-SIDE)).astype(np.uint16)
+    stored[frame] = np.random.default_rng(0).integers(low, (high or low) + 1, frame.sum())
+    tags = {"PixelPaddingValue": low} | ({"PixelPaddingRangeLimit": high} if high else {})
+    error, notes = side_error(save_dicom(tmp_path / "x.dcm", stored, **LINEAR, **tags), ~frame)
+    assert error < 0.01 and f"{frame.sum()} of its" in notes[0] and "i0 = 40000" in notes[-1]
+
+
+@pytest.mark.parametrize("kind", ["Collimator", "Shutter"])
+def test_black_blades_are_no_direct_beam(tmp_path, kind):
+    frame = margin(SIDE.shape)
+    stored = np.where(frame, 0, np.round(65535 * (0.95 - SIDE / 10))).astype(np.uint16)
+    tags = {f"{kind}Shape": "RECTANGULAR", "PhotometricInterpretation": "MONOCHROME2"}
+    tags |= {f"{kind}{name}": edge for name, edge in zip(NAMES, (14, 179, 14, 179))}
+    path = save_dicom(tmp_path / "x.dcm", stored, **tags)
+    settings = dict(kind="log_intensity", scale=10 / 65535)
+    error, notes = side_error(path, ~frame, **settings)
+    assert error < 0.01 and "not measured" in notes[0]
+    whole = read_radiographs([path], notes=[], **settings)
+    assert whole.min() > -0.01, "the blades continue the picture, they are neither air nor lead"
+
+
+def test_a_round_collimator_and_a_polygonal_shutter(tmp_path):
+    from skimage.draw import polygon2mask
+
+    row, column = np.mgrid[:192, :192]
+    vertices = [[10, 20], [10, 180], [180, 170], [180, 10]]
+    openings = {
+        "circle": (row - 95) ** 2 + (column - 95) ** 2 < 90**2,
+        "polygon": polygon2mask(SIDE.shape, np.array(vertices) - 1),
+    }
+    tags = {
+        "circle": dict(
+            CollimatorShape="CIRCULAR",
+            CenterOfCircularCollimator=[96, 96],
+            RadiusOfCircularCollimator=90,
+        ),
+        "polygon": dict(
+            ShutterShape="POLYGONAL", VerticesOfThePolygonalShutter=np.ravel(vertices).tolist()
+        ),
+    }
+    for name, inside in openings.items():
+        stored = np.where(inside, np.round(40000 * np.exp(-SIDE)), 65535).astype(np.uint16)
+        path = save_dicom(tmp_path / f"{name}.dcm", stored, **LINEAR, **tags[name])
+        error, notes = side_error(path, inside)
+        assert error < 0.01 and f"{(~inside).sum()} of its" in notes[0], name
+
+
+@pytest.mark.parametrize("bits, signed", [(12, False), (16, False), (16, True)])
+def test_negatives_in_three_pixel_formats(tmp_path, bits, signed):
+    top = 2 ** (bits - signed) - 1
+    stored = (top - np.round(0.8 * top * np.exp(-SIDE))).astype(np.int16 if signed else np.uint16)
+    tags = LINEAR | dict(PixelIntensityRelationshipSign=-1, PhotometricInterpretation="MONOCHROME1")
+    path = save_dicom(tmp_path / "x.dcm", stored, BitsStored=bits, HighBit=bits - 1, **tags)
+    assert read_radiograph(path).white == top
+    error, notes = side_error(path, most=4.0)
+    assert error < 40 / top and f"i0 = {round(0.8 * top)}" in notes[-1]
+
+
+def test_a_falling_rescale_of_a_negative(tmp_path):
+    stored = np.round(40000 * np.exp(-SIDE)).astype(np.uint16)
+    tags = LINEAR | dict(PixelIntensityRelationshipSign=-1, RescaleSlope=-1, RescaleIntercept=65535)
+    assert side_error(save_dicom(tmp_path / "x.dcm", stored, **tags))[0] < 0.01
+
+
+def test_empty_rescale_tags_are_absent(tmp_path):
+    stored = np.round(40000 * np.exp(-SIDE)).astype(np.uint16)
+    path = save_dicom(
+        tmp_path / "x.dcm", stored, RescaleSlope=None, RescaleIntercept=None, **LINEAR
+    )
+    assert side_error(path)[0] < 0.01
+
+
+@pytest.mark.parametrize("first", [0, -2048])
+def test_a_modality_table(tmp_path, first):
+    entries = np.round(60000 * np.exp(-np.arange(4096) / 500)).astype("<u2")
+    stored = (np.clip(np.round(500 * SIDE), 0, 4095) + first).astype(np.int16)
+    path = save_dicom(
+        tmp_path / "x.dcm",
+        stored,
+        BitsStored=12,
+        HighBit=11,
+        PixelRepresentation=int(first < 0),
+        ModalityLUTSequence=[modality_table(entries, first)],
+    )
+    assert read_radiograph(path).white == 65535
+    assert side_error(path, kind="intensity")[0] < 0.01
+
+
+def test_logarithms_upside_down(tmp_path):
+    stored = np.round(1000 + 5000 * SIDE).astype(np.uint16)
+    tags = dict(PixelIntensityRelationship="LOG", PixelIntensityRelationshipSign=-1)
+    path = save_dicom(tmp_path / "x.dcm", stored, **tags)
+    assert side_error(path, scale=1 / 5000)[0] < 0.01
+
+
+# ---------------------------------------------------------------- frames without a tag
+def noisy(size: int) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    return (4 * rng.poisson(10_000 * np.exp(-side_chest(size, 500 / size)))).astype(np.uint16)
+
+
+def test_a_frame_of_one_number_is_no_direct_beam(tmp_path):
+    for name, image in (
+        ("clean", np.round(40000 * np.exp(-SIDE)).astype(np.uint16)),
+        ("noisy", noisy(192)),
+    ):
+        assert find_direct_beam(image).level == pytest.approx(40000, rel=0.01), name
+        for number in (65535, 60000, 0):
+            framed = np.where(margin(image.shape), number, image).astype(np.uint16)
+            assert find_direct_beam(framed) is None, (name, number)
+            path = save_png(tmp_path / "x.png", framed)
+            refuses("i0", [path], kind="intensity", inverted=False, notes=[])
+
+
+def test_two_strips_before_the_beam_and_a_saturated_beam():
+    clean = np.round(40000 * np.exp(-SIDE))
+    strips = clean.copy()
+    strips[:, :14] = strips[:, -14:] = 65535
+    assert find_direct_beam(strips) is None, "behind the strips begins the beam itself"
+    saturated = np.minimum(noisy(320), 30000)
+    assert find_direct_beam(saturated) is None, "cut off at one number in a noisy image"
+    assert find_direct_beam(noisy(320)) is not None
+    assert find_direct_beam(np.round(255 * np.exp(-side_chest(320, 1.6)))) is not None
+
+
+# ---------------------------------------------------------------- the end of it
+@pytest.mark.parametrize("factor", [1000.0, -40.0])
+def test_line_integrals_that_no_body_has(tmp_path, factor):
+    np.savez(tmp_path / "x.npz", line_integrals=factor * IMAGES.numpy())
+    with refused("scale", file="x.npz", kind=RadiographError):
+        read_radiographs(tmp_path / "x.npz")
+    with refused("scale"):
+        to_line_integrals(factor * IMAGES, "line_integrals")
+    with refused("scale"):
+        to_line_integrals(torch.full((4, 4), float("nan")), "line_integrals")

@@ -1,12 +1,16 @@
 "Radiograph files: every format there and back, and what is said about a file that cannot be read."
 
+import io
 import json
 import os
+import struct
+import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from radiograph_files import GEOMETRY, IMAGES, INTENSITY, save_dicom, save_png
+from radiograph_files import GEOMETRY, IMAGES, INTENSITY, LINEAR, save_dicom, save_png, with_chunk
 from refusals import refused
 
 from ct_nb.data.linearize import read_radiographs
@@ -17,6 +21,7 @@ from ct_nb.data.radiograph_io import (
     read_radiograph,
     write_radiographs,
 )
+from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.geometry_io import geometry_from_json, load_geometry
 
 
@@ -239,3 +244,273 @@ def test_a_damaged_sidecar(tmp_path):
     save_png(tmp_path / "xray_0.png", INTENSITY[0])
     with refused(file="geometry.json", kind=RadiographError):
         read_radiographs([tmp_path / "xray_0.png"])
+
+
+# ---------------------------------------------------------------- which picture is it?
+def test_a_picture_that_its_sidecar_does_not_describe(tmp_path):
+    first, second = write_radiographs(tmp_path, IMAGES, GEOMETRY)
+    whole = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    with refused(file="xray_0.png", kind=RadiographError) as caught:
+        read_radiographs([first, second])
+    assert "geometry.json" in caught.value.reason
+    first.write_bytes(whole)
+    write_radiographs(tmp_path / "other", IMAGES.flip(0), GEOMETRY)
+    (tmp_path / "xrays.npz").write_bytes((tmp_path / "other" / "xrays.npz").read_bytes())
+    with refused(file="xrays.npz", kind=RadiographError):
+        read_radiographs(tmp_path / "xrays.npz")
+
+
+def change_sidecar(folder, change):
+    content = json.loads((folder / "geometry.json").read_text())
+    change(content)
+    (folder / "geometry.json").write_text(json.dumps(content))
+
+
+def test_an_old_sidecar_without_digests_reads_with_a_note(tmp_path):
+    pngs = write_radiographs(tmp_path, IMAGES, GEOMETRY)
+    expected = read_radiographs(pngs)
+    change_sidecar(tmp_path, lambda c: [entry.pop("sha256") for entry in c["images"]])
+    notes = []
+    assert torch.equal(read_radiographs(pngs, notes=notes), expected)
+    assert ["no digest" in note for note in notes] == [True, True]
+
+
+def test_a_picture_and_its_sidecar_of_two_scales(tmp_path):
+    pngs = write_radiographs(tmp_path, IMAGES, GEOMETRY)
+    change_sidecar(tmp_path, lambda c: c["images"][0].update(scale=1.0))
+    with refused(file="xray_0.png", kind=RadiographError) as caught:
+        read_radiographs(pngs)
+    assert "geometry.json" in caught.value.reason
+
+
+def test_files_in_another_order_than_the_sidecars(tmp_path):
+    pngs = write_radiographs(tmp_path, IMAGES, GEOMETRY)
+    notes = []
+    read_radiographs(pngs, notes=notes)
+    assert notes == []
+    read_radiographs(pngs[::-1], notes=notes)
+    assert len(notes) == 1 and "another order" in notes[0]
+
+
+def test_a_geometry_that_is_not_the_sidecars(tmp_path):
+    pngs = write_radiographs(tmp_path, IMAGES, GEOMETRY)
+    notes = []
+    read_radiographs(pngs, GEOMETRY, notes=notes)
+    read_radiographs(pngs[::-1], GEOMETRY.select([1, 0]), notes=notes)
+    assert notes == [], "the files and their views, in either order"
+    other = ConeBeam.orbit([10, 100], detector_shape=(20, 30), pixel_mm=10.0)
+    for files, geometry in ((pngs[::-1], GEOMETRY), (pngs, other)):
+        notes = []
+        read_radiographs(files, geometry, notes=notes)
+        assert len(notes) == 1 and "is not that of the geometry.json" in notes[0]
+    change_sidecar(tmp_path, lambda c: c.pop("views"))
+    notes = []
+    read_radiographs(pngs, GEOMETRY, notes=notes)
+    assert len(notes) == 1 and "cannot be compared" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["../x.png", 3, None, "a/b.png"])
+def test_a_sidecar_that_names_no_file_of_its_folder(tmp_path, name):
+    write_radiographs(tmp_path, IMAGES, GEOMETRY)
+    change_sidecar(tmp_path, lambda c: c["images"][0].update(file=name))
+    with refused(file="geometry.json", kind=RadiographError):
+        read_radiographs(tmp_path)
+    change_sidecar(tmp_path, lambda c: c["images"][0].update(file="xray_1.png"))  # twice
+    with refused(file="geometry.json", kind=RadiographError):
+        read_radiographs(tmp_path)
+    (tmp_path / "geometry.json").write_text("[" * 100_000)
+    with refused(file="geometry.json", kind=RadiographError):
+        read_radiographs(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [0, -1, 1e300, "half", None])
+def test_a_note_of_an_impossible_scale(tmp_path, scale):
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    code = {"kind": "line_integrals", "scale": scale, "offset": 0}
+    text.add_text("ct_nb radiograph", json.dumps(code))
+    Image.fromarray(INTENSITY[0]).save(tmp_path / "x.png", pnginfo=text)
+    with refused(file="x.png", kind=RadiographError):
+        read_radiographs([tmp_path / "x.png"])
+
+
+# ---------------------------------------------------------------- damage and claims
+def png_of(header, raw) -> bytes:
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", *header)), (b"IDAT", zlib.compress(raw)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d))
+        for k, d in (*chunks, (b"IEND", b""))
+    )
+
+
+@pytest.mark.parametrize(
+    "header, raw",
+    [
+        ((30_000, 30_000, 8, 0, 0, 0, 0), b"\0" * 10),
+        ((4, 4, 8, 0, 0, 0, 0), b"\0" * 15),  # a line is missing
+        ((4, 4, 8, 0, 0, 0, 0), b"\0" * 2**22),  # far more than claimed
+        ((4, 0, 8, 0, 0, 0, 0), b""),
+        ((4, 4, 8, 7, 0, 0, 0), b"\0" * 20),
+        ((4, 4, 8, 4, 0, 0, 0), b"\0" * 36),  # grey with alpha
+        ((4, 4, 8, 3, 0, 0, 0), b"\0" * 20),  # a palette
+    ],
+)
+def test_pngs_whose_header_is_not_what_they_hold(tmp_path, header, raw):
+    (tmp_path / "x.png").write_bytes(png_of(header, raw))
+    with refused(file="x.png", kind=RadiographError):
+        read_radiograph(tmp_path / "x.png")
+
+
+def test_interlaced_and_four_bit_pngs(tmp_path):
+    numbers = (np.arange(48 * 64).reshape(48, 64) * 11).astype(">u2")
+    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2))
+    raw = b"".join(
+        b"\0" + row.tobytes()
+        for y, x, down, right in (*passes, (0, 1, 2, 2), (1, 0, 2, 1))
+        for row in numbers[y::down, x::right]
+    )
+    (tmp_path / "i.png").write_bytes(png_of((64, 48, 16, 0, 0, 0, 1), raw))
+    assert np.array_equal(read_radiograph(tmp_path / "i.png").image, numbers)
+    (tmp_path / "four.png").write_bytes(png_of((4, 2, 4, 0, 0, 0, 0), b"\0\x01\x2f\0\x34\x56"))
+    image = read_radiograph(tmp_path / "four.png")
+    assert image.white == 255 and image.image.tolist() == [[0, 17, 34, 255], [51, 68, 85, 102]]
+
+
+def test_one_flipped_bit_is_seen(tmp_path):
+    import nibabel
+
+    rng = np.random.default_rng(0)
+    pngs = write_radiographs(tmp_path, IMAGES, GEOMETRY)
+    nibabel.save(nibabel.Nifti1Image(IMAGES.numpy().T, np.eye(4)), tmp_path / "x.nii.gz")
+    for path, least in ((pngs[0], 8), (tmp_path / "xrays.npz", 40), (tmp_path / "x.nii.gz", 10)):
+        content = path.read_bytes()
+        expected = [image.image for image in open_radiographs(path)]
+        refusals = 0
+        for place in rng.integers(least, len(content), 40):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(damaged)
+            try:
+                found = [image.image for image in open_radiographs(path)]
+            except RadiographError as error:
+                refusals += 1
+                assert error.file == str(path)
+            else:
+                assert all(map(np.array_equal, found, expected)), (path.name, place)
+        assert refusals > 20, path.name
+
+
+def test_what_a_png_says_about_its_display(tmp_path):
+    from PIL import Image
+
+    gamma = with_chunk(
+        save_png(tmp_path / "g.png", INTENSITY[0]), b"gAMA", struct.pack(">I", 45455)
+    )
+    notes = []
+    read_radiographs([gamma], kind="intensity", i0=50000, notes=notes)
+    assert len(notes) == 1 and "gAMA" in notes[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(INTENSITY[0]).save(tmp_path / "turned.png", exif=exif)
+    animated = with_chunk(save_png(tmp_path / "a.png", INTENSITY[0]), b"acTL", bytes(8))
+    for path in (tmp_path / "turned.png", animated):
+        with refused(file=path, kind=RadiographError):
+            read_radiograph(path)
+    clear = save_png(tmp_path / "clear.png", INTENSITY[0])
+    with_chunk(clear, b"tRNS", struct.pack(">H", int(INTENSITY[0][3, 4])))
+    assert read_radiograph(clear).masked[3, 4]
+
+
+def test_archives_that_claim_more_than_they_hold(tmp_path):
+    from numpy.lib import format as npy
+
+    file = io.BytesIO()
+    npy.write_array_header_1_0(
+        file, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)}
+    )
+    for name, content in (
+        ("claim.npz", file.getvalue() + bytes(100)),
+        ("text.npz", b"no array"),
+        (
+            "bomb.npz",
+            file.getvalue().replace(b"1000000, 1000000", b"4096, 4096      ") + bytes(2**26),
+        ),
+    ):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("line_integrals.npy", content)
+        if name == "bomb.npz":
+            assert read_radiograph(tmp_path / name).image.shape == (4096, 4096)
+            continue
+        with refused(file=name, kind=RadiographError) as caught:
+            read_radiograph(tmp_path / name)
+        assert "memory" not in caught.value.reason
+    np.save(tmp_path / "one.npz", np.zeros((3, 4)))
+    os.rename(tmp_path / "one.npz.npy", tmp_path / "one.npz")
+    with refused(file="one.npz", kind=RadiographError):
+        read_radiograph(tmp_path / "one.npz")
+
+
+def test_numbers_of_half_precision(tmp_path):
+    half = IMAGES.numpy().astype(np.float16)
+    np.savez(tmp_path / "half.npz", line_integrals=half)
+    assert (read_radiographs(tmp_path / "half.npz") - IMAGES).abs().max() < 0.01
+    half[0, 0, 0] = np.inf
+    np.savez(tmp_path / "inf.npz", line_integrals=half)
+    with refused(file="inf.npz", kind=RadiographError):
+        read_radiographs(tmp_path / "inf.npz")
+
+
+# ---------------------------------------------------------------- DICOM
+@pytest.mark.parametrize(
+    "tags, word",
+    [
+        (dict(LossyImageCompression="01", LossyImageCompressionRatio=12), "with loss (ratio 12"),
+        (dict(BurnedInAnnotation="YES"), "BurnedInAnnotation"),
+        (dict(PresentationIntentType="FOR PRESENTATION"), "approximate"),
+        (dict(PixelPaddingValue=int(INTENSITY[0][3, 4])), "not measured"),
+    ],
+)
+def test_what_makes_a_radiograph_less_than_it_seems_is_noted(tmp_path, tags, word):
+    notes = []
+    read_radiographs(
+        [save_dicom(tmp_path / "x.dcm", INTENSITY[0], **LINEAR, **tags)], i0=5e4, notes=notes
+    )
+    assert any("x.dcm" in note and word in note for note in notes), notes
+
+
+def test_a_table_of_the_display_is_no_part_of_the_values(tmp_path):
+    from radiograph_files import modality_table
+
+    table = modality_table(np.arange(65536, dtype="<u2")[::-1])
+    path = save_dicom(
+        tmp_path / "x.dcm", INTENSITY[0], VOILUTSequence=[table], WindowCenter=9, WindowWidth=9
+    )
+    assert np.array_equal(read_radiograph(path).image, INTENSITY[0])
+
+
+def test_dicom_files_that_are_no_readings_of_a_beam(tmp_path):
+    film = save_dicom(tmp_path / "film.dcm", INTENSITY[0], RescaleSlope=1, RescaleType="OD")
+    with refused("kind", file=film, kind=RadiographError) as caught:
+        read_radiographs([film])
+    assert "RescaleType OD" in caught.value.reason and "densities" in caught.value.reason
+    scan = save_dicom(tmp_path / "scan.dcm", INTENSITY[0], Modality="CT", ImageType=["ORIGINAL"])
+    with refused(file=scan, kind=RadiographError):
+        read_radiograph(scan)
+    scout = dict(Modality="CT", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    assert read_radiograph(save_dicom(tmp_path / "scout.dcm", INTENSITY[0], **scout)).white == 65535
+
+
+def test_masked_pixels_continue_the_nearest_measured_one():
+    image = np.arange(12.0).reshape(3, 4)
+    image[1, 2] = np.nan
+    masked = np.zeros((3, 4), dtype=bool)
+    masked[1, 2] = masked[:, 0] = True
+    radiograph = Radiograph(image, "x.dcm", masked=masked)
+    assert radiograph.image[:, 0].tolist() == [1, 5, 9] and radiograph.image[1, 2] in (2, 5, 7, 10)
+    assert "4 of its 12 pixels" in radiograph.remarks[0]
+    assert Radiograph(image[:1], "x", masked=np.zeros((1, 4), dtype=bool)).masked is None
+    with refused(file="x", kind=RadiographError):
+        Radiograph(image, "x", masked=np.ones((3, 4), dtype=bool))

@@ -214,7 +214,7 @@ def test_labels_on_their_own_grid_on_a_cube_and_on_a_crop(tmp_path):
         (body((6, 9, 11)), 0, "values from -10.. to .*whole numbers from 0 to 255"),
         (np.full((6, 9, 11), 0.5), 0, "whole numbers"),
         (np.full((6, 9, 11), 300), 0, "whole numbers"),
-        (np.ones((6, 9, 11)), 500, "lies elsewhere than its scan"),
+        (np.ones((6, 9, 11)), 500, "lies on another grid"),
     ],
 )
 def test_labels_that_are_none(tmp_path, values, shift, words):

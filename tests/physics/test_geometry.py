@@ -649,7 +649,7 @@ def with_(content, value, *keys):
         (with_(GOOD, "left", "views", 0, "source_mm"), "source_mm"),
         (with_(GOOD, [[1], [2, 3]], "views", 0, "source_mm"), "source_mm"),
         (with_(GOOD, [1, 2, None], "views", 0, "source_mm"), "source_mm"),
-        (with_(GOOD, float("nan"), "grid", "affine", 0, 0), "affine"),
+        (with_(GOOD, float("nan"), "grid", "affine", 0, 0), None),  # no JSON
         (with_(GOOD, [], "views"), "views"),
         (with_(GOOD, {}, "views"), "views"),
         (with_(GOOD, ["AP"], "views"), "views"),
@@ -680,6 +680,33 @@ def test_json_faults_name_file_and_key(tmp_path, content, key):
         load_geometry(path)
     assert caught.value.key == key and "\n" not in str(caught.value)
     assert isinstance(caught.value, GeometryError)
+
+
+@pytest.mark.parametrize(
+    "content, key",
+    [
+        ("[" * 100_000, None),
+        ('{"views": ' + "1" * 5000 + "}", None),
+        (with_(GOOD, [1e30, 64, 64], "grid", "shape"), "shape"),
+        (with_(GOOD, [20_000, 20_000, 20_000], "grid", "shape"), "shape"),
+        (with_(GOOD, [64, 10**400, 64], "grid", "shape"), "shape"),
+        (with_(GOOD, [0, 1e18, 0], "views", 0, "source_mm"), "source_mm"),
+        (with_(GOOD, [30_000, 64], "detector_shape"), "detector_shape"),
+        (with_(GOOD, [[[[1]]]], "views", 0, "source_mm"), "source_mm"),
+        (with_(GOOD, {"x": 1}, "views", 0, "source_mm"), "source_mm"),
+        (with_(GOOD, "grid", "grid"), "grid"),
+        (with_(GOOD, "ct_nb cone-beam geometry, version 2", "format"), "format"),
+        (with_(BY_HAND, 1600, "source_to_isocenter_mm"), "source_to_isocenter_mm"),
+        (with_(BY_HAND, 1e9, "source_to_detector_mm"), "source_to_detector_mm"),
+        (None, "views"),
+    ],
+)
+def test_json_beyond_its_bounds(tmp_path, content, key):
+    path = tmp_path / "geometry.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with refused(file=path, kind=GeometryFileError) as caught:
+        load_geometry(path)
+    assert caught.value.key == key and len(str(caught.value)) < 400
 
 
 def test_a_singular_affine_names_the_file(tmp_path):
@@ -826,12 +853,96 @@ def test_dicom_patient_orientation_is_obeyed(orientation, column, row):
         ("DetectorPrimaryAngle", 3.0),
         ("PatientOrientation", ["A", "F"]),  # contradicts the C-arm angles
         ("PatientOrientation", ["X", "F"]),  # not an orientation
+        ("PatientOrientation", ["LR", "F"]),  # no direction
+        ("DistanceSourceToDetector", 0),
+        ("DistanceSourceToDetector", -1),
+        ("DistanceSourceToPatient", 0),
+        ("DistanceSourceToPatient", 1200),  # in the detector
+        ("DistanceSourceToPatient", 2000),  # behind it
+        ("DistanceSourceToPatient", 1100),  # the detector would stand in the grid
+        ("DistanceSourceToPatient", 100),  # the source would
+        ("ImagerPixelSpacing", [0, 0]),
+        ("ImagerPixelSpacing", [0.4]),
+        ("Rows", 30_000),
+        ("NumberOfFrames", 30),
+        ("PositionerPrimaryAngle", 400),
+        ("PositionerSecondaryAngle", None),
     ],
 )
 def test_dicom_faults(tag, value):
     with refused(file="radiograph 0", kind=GeometryFileError) as caught:
         geometry_from_dicom(radiograph(**{tag: value}))
     assert caught.value.key == tag and "\n" not in str(caught.value)
+
+
+CR, DX, XA = (f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("1", "1.1.1", "12.1"))
+
+
+@pytest.mark.parametrize("tags", [dict(SOPClassUID=DX), dict(SOPClassUID=CR), dict(Modality="DX")])
+def test_in_radiography_the_distance_ends_at_the_bucky(tags):
+    notes = []
+    chest = radiograph(
+        DistanceSourceToDetector=1800, DistanceSourceToPatient=1746, ViewPosition="PA", **tags
+    )
+    g = geometry_from_dicom(chest, notes=notes)
+    # a cube of 320 mm in front of the bucky
+    assert float(g.source_mm[0].norm()) == pytest.approx(1746 - 160)
+    assert float(g.source_to_detector_mm[0]) == pytest.approx(1800)
+    assert len(notes) == 1 and "1586" in notes[0]
+    given = geometry_from_dicom(chest, source_to_isocenter_mm=1500, notes=notes)
+    assert float(given.source_mm[0].norm()) == pytest.approx(1500) and len(notes) == 1
+
+
+def test_in_angiography_it_ends_at_the_isocentre():
+    notes = []
+    for tags in (dict(SOPClassUID=XA), dict(Modality="RF")):
+        g = geometry_from_dicom(radiograph(**tags), notes=notes)
+        assert float(g.source_mm[0].norm()) == pytest.approx(800) and notes == []
+    geometry_from_dicom(radiograph(), notes=notes)
+    assert len(notes) == 1 and "assumed" in notes[0]
+    with pytest.warns(UserWarning, match="assumed"):
+        geometry_from_dicom(radiograph())
+
+
+def test_the_spacing_at_the_detector_is_used():
+    notes = []
+    tags = dict(SOPClassUID=XA, ImagerPixelSpacing=[0.143, 0.143])
+    g = geometry_from_dicom(radiograph(PixelSpacing=[0.095, 0.095], **tags), notes=notes)
+    assert float(g.column_step_mm.norm()) == pytest.approx(0.143) and "0.095" in notes[0]
+    geometry_from_dicom(radiograph(PixelSpacing=[0.143, 0.143], **tags), notes=notes)
+    assert len(notes) == 1
+
+
+def test_a_magnification_that_the_distances_do_not_give():
+    notes = []
+    for factor in (1.5, 1.05):
+        geometry_from_dicom(
+            radiograph(SOPClassUID=XA, EstimatedRadiographicMagnificationFactor=factor), notes=notes
+        )
+    assert len(notes) == 1 and "1.05" in notes[0]
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_right_and_left_oblique_views_are_mirror_images(side):
+    def axes(angle, orientation):
+        data = radiograph(
+            PositionerPrimaryAngle=side * angle, PatientOrientation=orientation, SOPClassUID=XA
+        )
+        g = geometry_from_dicom(data)
+        return (g.column_step_mm[0] / 0.3 * torch.tensor([side, 1, 1])).round(decimals=3).tolist()
+
+    # towards the letter of the tag, whichever side the detector is on
+    assert axes(60, ["P", "F"]) == [0.5, 0.866, 0.0]
+    assert axes(60, ["A", "F"]) == [-0.5, -0.866, 0.0]
+    with refused(kind=GeometryFileError):  # 60° from what the tag says
+        axes(30, ["P", "F"])
+
+
+def test_a_view_position_against_the_angle():
+    data = radiograph(ViewPosition="AP", Modality="DX", DistanceSourceToPatient=1000)
+    with refused(file="radiograph 0", kind=GeometryFileError) as caught:
+        geometry_from_dicom(data, notes=[])
+    assert caught.value.key == "PositionerPrimaryAngle"
 
 
 def test_dicom_from_files_and_view_positions(tmp_path):
