@@ -87,6 +87,94 @@ def write_series(
     return files
 
 
+def enhanced_ct(hu, z_mm=None, per_frame=None, shared=None, **tags) -> pydicom.Dataset:
+    """`hu` (D, H, W) as one Enhanced CT (PS3.3 A.38.1): a frame a slice, at heights `z_mm`, all it
+    says about space and rescale in the functional groups. `per_frame(k)` and `shared` give further
+    macros, name -> tags of its item.
+    """
+    z_mm = 100 + 3.0 * np.arange(len(hu)) if z_mm is None else z_mm
+    item = sequence_item
+    d = dicom_slice(
+        np.zeros(hu[0].shape),
+        (0, 0, 0),
+        SOPClassUID=pydicom.uid.EnhancedCTImageStorage,
+        **dict.fromkeys(
+            ["PixelSpacing", "SliceThickness", "ImagePositionPatient"]
+            + ["ImageOrientationPatient", "RescaleSlope", "RescaleIntercept"]
+        ),
+    )
+    frames, stored = [], []
+    for k, (image, z) in enumerate(zip(hu, z_mm, strict=True)):
+        macros = {"PlanePositionSequence": {"ImagePositionPatient": [-40.0, -30.0, float(z)]}}
+        macros |= per_frame(k) if per_frame else {}
+        frames.append(item(**{name: [item(**tags)] for name, tags in macros.items()}))
+        scale = macros.get("PixelValueTransformationSequence", {})
+        slope = scale.get("RescaleSlope", 1)
+        intercept = scale.get("RescaleIntercept", -1024)
+        stored.append(np.round((image - intercept) / slope))
+    macros = {
+        "PixelMeasuresSequence": {"PixelSpacing": [2.0, 2.0], "SliceThickness": 7.5},
+        "PlaneOrientationSequence": {"ImageOrientationPatient": list(ORIENTATION)},
+        "PixelValueTransformationSequence": {
+            "RescaleSlope": 1,
+            "RescaleIntercept": -1024,
+            "RescaleType": "HU",
+        },
+    } | (shared or {})
+    macros = {name: tags for name, tags in macros.items() if tags is not None}
+    d.SharedFunctionalGroupsSequence = [
+        item(**{name: [item(**tags)] for name, tags in macros.items()})
+    ]
+    d.PerFrameFunctionalGroupsSequence = frames
+    d.NumberOfFrames = len(frames)
+    d.PixelData = np.array(stored).astype(np.uint16).tobytes()
+    d.update(tags)
+    return d
+
+
+def sequence_item(**tags) -> pydicom.Dataset:
+    "An item of a sequence."
+    dataset = pydicom.Dataset()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def other_object(path, sop_class: str, modality: str, **tags) -> None:
+    "A DICOM file that is no CT image, of the study of `dicom_slice`."
+    d = sequence_item(
+        SOPClassUID=sop_class,
+        SOPInstanceUID=pydicom.uid.generate_uid(),
+        SeriesInstanceUID="1.2.77",
+        Modality=modality,
+        **tags,
+    )
+    d.file_meta = pydicom.dataset.FileMetaDataset()
+    d.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    d.save_as(path, enforce_file_format=True)
+
+
+def disc_index(folder, files) -> None:
+    "A DICOMDIR at the top of `folder` that lists `files` (PS3.3 F.3)."
+    records = [
+        sequence_item(
+            OffsetOfTheNextDirectoryRecord=0,
+            RecordInUseFlag=0xFFFF,
+            OffsetOfReferencedLowerLevelDirectoryEntity=0,
+            DirectoryRecordType="IMAGE",
+            ReferencedFileID=list(Path(file).relative_to(folder).parts),
+        )
+        for file in files
+    ]
+    d = sequence_item(FileSetID="CD", DirectoryRecordSequence=records)
+    d.file_meta = pydicom.dataset.FileMetaDataset()
+    d.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    d.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
+    d.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    d.save_as(Path(folder) / "DICOMDIR", enforce_file_format=True)
+
+
 def series_members(hu, first, spacing, uid, folder, **tags) -> list[tuple[str, bytes]]:
     "Slices of a series as files of a zip, out of order."
     members = []
@@ -153,3 +241,75 @@ def write_table(path, columns, *rows) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
     return Path(path)
+
+
+# ---------------------------------------------------------------- volume files, byte by byte
+def nifti_bytes(hu, ras=None, dtype="<i2", **header) -> bytes:
+    """A .nii of `hu` (D, H, W), sform and qform both `ras`; `header` goes straight into the bytes,
+    unmended.
+    """
+    import nibabel
+
+    values = np.asarray(hu).astype(dtype)
+    head = nibabel.Nifti1Header(endianness=">" if dtype[0] == ">" else "<")
+    head.set_data_dtype(values.dtype)
+    ras = np.diag([-2.0, -2.0, 3.0, 1.0]) if ras is None else ras
+    image = nibabel.Nifti1Image(values.transpose(range(values.ndim)[::-1]), ras, head)
+    image.set_qform(ras, 1)
+    image.set_sform(ras, 1)
+    raw = image.to_bytes()
+    block = nibabel.Nifti1Header(raw[:348], endianness=head.endianness, check=False)
+    for name, value in header.items():
+        block[name] = value
+    return block.binaryblock + raw[348:]
+
+
+NRRD_AXES = "(2,0,0) (0,2,0) (0,0,3)"
+
+
+def nrrd_bytes(hu, data=None, **fields) -> bytes:
+    """A NRRD0004 of `hu` (D, H, W), int16 raw in LPS at (-40, -30, 100) mm; `fields` replace (`_`
+    is a blank), None removes, `data` is what follows the header.
+    """
+    values = np.asarray(hu)
+    head = {
+        "type": "short",
+        "dimension": values.ndim,
+        "space": "left-posterior-superior",
+        "sizes": " ".join(map(str, values.shape[::-1])),
+        "space directions": NRRD_AXES,
+        "endian": "little",
+        "encoding": "raw",
+        "space origin": "(-40,-30,100)",
+    } | {name.replace("_", " "): value for name, value in fields.items()}
+    lines = [f"{name}: {value}" for name, value in head.items() if value is not None]
+    if data is None:
+        data = values.astype("<i2").tobytes()
+    return "\n".join(["NRRD0004", "# written by a test", *lines, "", ""]).encode() + data
+
+
+def mha_bytes(hu, data=None, **fields) -> bytes:
+    """A MetaImage of `hu` (D, H, W), int16 raw, axial at (-40, -30, 100) mm; `fields` replace, None
+    removes, `data` is what follows the header.
+    """
+    values = np.asarray(hu)
+    head = {
+        "ObjectType": "Image",
+        "NDims": values.ndim,
+        "BinaryData": "True",
+        "BinaryDataByteOrderMSB": "False",
+        "CompressedData": "False",
+        "TransformMatrix": "1 0 0 0 1 0 0 0 1",
+        "Offset": "-40 -30 100",
+        "AnatomicalOrientation": "RAI",
+        "ElementSpacing": "2 2 3",
+        "DimSize": " ".join(map(str, values.shape[::-1])),
+        "ElementType": "MET_SHORT",
+    } | fields
+    head["ElementDataFile"] = fields.get("ElementDataFile", "LOCAL")
+    if "ElementDataFile" in fields:  # it is always the last line
+        head["ElementDataFile"] = head.pop("ElementDataFile")
+    lines = [f"{name} = {value}" for name, value in head.items() if value is not None]
+    if data is None:
+        data = values.astype("<i2").tobytes() if head["ElementDataFile"] == "LOCAL" else b""
+    return "\n".join([*lines, ""]).encode() + data

@@ -21,7 +21,17 @@ from ..viewer.canvas import ImageCanvas, apply_colormap, color_scale, draw_canva
 from ..viewer.ct_viewer import follow_wheel, slice_slider, window_menu
 from ..viewer.figures import ERROR_HU, PLANES, view_name, xray_ends
 from ..viewer.slice_canvas import AXES, SliceCanvas, to_patient_axes, value_at
-from ..viewer.widgets import HTML, Dropdown, HBox, Layout, ToggleButtons, VBox
+from ct_nb.viewer.widgets import (
+    HTML,
+    Dropdown,
+    HBox,
+    Layout,
+    Markup,
+    ToggleButtons,
+    VBox,
+    join_markup,
+    markup,
+)
 
 # %% ../../nbs/app/02_reconstruction_explorer.ipynb #cell-004
 DIFFERENCE_SHARE = 0.1  # of the largest line integral: the ends of the scale of differences
@@ -158,7 +168,7 @@ class ReconstructionExplorer(VBox):
         self._set_volumes(volumes, truth, samples)
         self.plane = ToggleButtons(options=PLANES, style={"button_width": "70px"})
         self.window = window_menu(window)
-        self.readout = HTML("&nbsp;")
+        self.readout = HTML("\u00a0")
         self.point_mm = None
         self.slider = slice_slider(self.grid.shape[0], self.grid.shape[0] // 2, "slice")
         self.sample = Dropdown(
@@ -258,7 +268,7 @@ def _all(self: ReconstructionExplorer) -> list[SliceCanvas]:
 
 
 @patch
-def _scales(self: ReconstructionExplorer) -> list[str]:
+def _scales(self: ReconstructionExplorer) -> list[Markup]:
     "What the colours mean, HTML."
     scales = []
     if self.truth is not None:
@@ -281,7 +291,7 @@ def _layout(self: ReconstructionExplorer) -> list:
         for name, picture in self.pictures.items()
     ]
     parts = [HBox(controls, layout=row), self.readout, HBox(columns, layout=row)]
-    parts.append(HTML(" &nbsp; ".join(self._scales())))
+    parts.append(HTML(join_markup(self._scales(), " &nbsp; ")))
     return parts if self.xrays is None else [*parts, self.xrays]
 
 # %% ../../nbs/app/02_reconstruction_explorer.ipynb #cell-013
@@ -366,10 +376,13 @@ def _read_out(self: ReconstructionExplorer, point_mm) -> None:
         self.readout.value = "Point at a place to read its Hounsfield units in all volumes."
         return
     arrays = self.volumes if self.spread is None else {**self.volumes, SPREAD: self.spread}
-    numbers = ", ".join(
-        f"{name} <b>{value_at(self.grid, hu, point_mm):.0f}</b>" for name, hu in arrays.items()
+    numbers = [
+        markup("{} <b>{:.0f}</b>", name, value_at(self.grid, hu, point_mm))
+        for name, hu in arrays.items()
+    ]
+    self.readout.value = markup(
+        "x {:.1f}, y {:.1f}, z {:.1f} mm: {} HU", *point_mm, join_markup(numbers, ", ")
     )
-    self.readout.value = "x {:.1f}, y {:.1f}, z {:.1f} mm: {} HU".format(*point_mm, numbers)
 
 # %% ../../nbs/app/02_reconstruction_explorer.ipynb #cell-015
 COLUMN_INCHES = 1.75  # width of a column of the figure

@@ -29,7 +29,7 @@ from ..layers.tiling import blend_tiles
 from ..physics.detector import batched_geometry
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
-from ..physics.volume import WINDOWS, Window, hu_to_mu
+from ..physics.volume import WINDOWS, Window, hu_to_mu, mu_water_per_mm
 
 # %% ../../nbs/cascade/02_network.ipynb #cell-005
 @dataclass(frozen=True)
@@ -58,11 +58,9 @@ class StageConfig(Config):
                 "a stage's network takes 2 condition_channels, the coarse volume and its"
                 f" noise, got {self.network.condition_channels}",
             )
-        if not self.residual_scale > 0:
-            raise InputError("residual_scale", f"must be positive, got {self.residual_scale}")
-        if self.coarse_noise < 0 or self.physics_weight < 0:
-            name = "coarse_noise" if self.coarse_noise < 0 else "physics_weight"
-            raise InputError(name, f"must be 0 or more, got {getattr(self, name)}")
+        self.require(0, "residual_scale", above=True)
+        self.require(0, "coarse_noise", "physics_weight")
+        mu_water_per_mm(self.energy_kev)  # InputError for an energy outside its table
         if self.patch is not None and (
             self.patch % self.network.patch_step or not 0 < self.patch < self.size
         ):

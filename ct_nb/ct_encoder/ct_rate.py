@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core.errors import FileError, InputError, reading
+from ..core.errors import FileError, InputError
 from ..core.files import read_table
 from ..data.hounsfield import CTReadError, check_hounsfield, format_mm
+from ..data.readers import open_nifti
 from ..data.read import read_ct, read_volume
 from ..physics.volume import AIR_HU, Grid, Volume
 
@@ -263,8 +264,6 @@ def read_ct_rate(
     A blank header is replaced by the row, and a difference between the two is noted. CTReadError if
     neither gives its place, version 1 has no slope and intercept, or the result is not HU.
     """
-    import nibabel
-
     if version not in VERSIONS:
         raise InputError("version", f"CT-RATE has the versions 1 and 2, got {version!r}")
     if row is None:
@@ -277,13 +276,10 @@ def read_ct_rate(
             f" {row.no_scale}",
         )
     volume = read_volume(path) if version == 1 else read_ct(path)
-    with reading(path, CTReadError, "a NIfTI file"):
-        image = nibabel.load(path)
-        blank = header_is_blank(image.header)
-        scaling = image.dataobj
+    file = open_nifti(path)
     if version == 1:
-        stored = (volume.hu - np.float32(scaling.inter)) / np.float32(scaling.slope)
+        stored = (volume.hu - np.float32(file.intercept)) / np.float32(file.slope)
         hu = ct_rate_hu(stored, row.slope, row.intercept, path)
         note = "of version 1, in HU by slope and intercept of its metadata table"
         volume = replace(volume, hu=hu, notes=[*volume.notes, note])
-    return _place(volume, row, blank, version, path)
+    return _place(volume, row, header_is_blank(file.header), version, path)

@@ -7,7 +7,6 @@ __all__ = ['EncodedScans', 'encode_scans', 'region_scores', 'retrieval_recalls',
            'region_confusions', 'embedding_metrics', 'writing_scores', 'LanguageScores', 'evaluate_language']
 
 # %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-002
-import csv
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core.files import atomic_write, write_json
+from ..core.files import write_json, write_table
 from ..core.regions import REGIONS
 from .contrastive import equivalence_keys, inside_regions, is_positive_pair
 from .dataset import ScanReports, collate_scans
@@ -530,15 +529,8 @@ class LanguageScores:
 
 # %% ../../nbs/ct_encoder/13_evaluation.ipynb #cell-022
 def _write_csv(path: Path, rows: list[dict]) -> None:
-    if not rows:
-        return
-    with (
-        atomic_write(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    if rows:
+        write_table(path, list(rows[0]), rows)
 
 
 def _without_nan(value):

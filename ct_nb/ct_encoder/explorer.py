@@ -8,8 +8,6 @@ __all__ = ['TRAIN_HINT', 'BASELINE_METHOD', 'REGION_LINE', 'EXPLORER_CSS', 'Step
            'mask_outlines', 'StepExplorer']
 
 # %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-002
-import html
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,7 +40,20 @@ from ..viewer.canvas import ScanCache, apply_colormap, color_scale, line_mark, t
 from ..viewer.ct_viewer import follow_wheel, slice_slider, window_menu
 from ..viewer.figures import PLANES
 from ..viewer.slice_canvas import SliceCanvas, value_at
-from ..viewer.widgets import HTML, Button, Dropdown, FloatSlider, HBox, Layout, Text, VBox
+from ct_nb.viewer.widgets import (
+    HTML,
+    Button,
+    Dropdown,
+    FloatSlider,
+    HBox,
+    Layout,
+    Markup,
+    Text,
+    VBox,
+    code_markup,
+    join_markup,
+    markup,
+)
 
 # %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-005
 @dataclass(eq=False)
@@ -291,13 +302,8 @@ def mask_outlines(
         if len(points) >= least
     ]
 
-
-def _inline_code(text: str) -> str:
-    "A sentence as HTML, with the text between backticks as code."
-    return re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(text))
-
 # %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-016
-def _score_table(rows: dict[str, dict], selected: str, chance_dice: float | None) -> str:
+def _score_table(rows: dict[str, dict], selected: str, chance_dice: float | None) -> Markup:
     "HTML table of the scores of each method."
 
     def cell(scores, key, form):
@@ -311,18 +317,17 @@ def _score_table(rows: dict[str, dict], selected: str, chance_dice: float | None
         "correlation with the region",
         f"Dice with the lesion (chance: {chance})",
     )
-    lines = ["".join(f"<th>{title}</th>" for title in titles)]
+    lines = [join_markup(markup("<th>{}</th>", title) for title in titles)]
     for name, scores in rows.items():
-        label = html.escape(name)
         cells = (
-            f"<b>{label}</b>" if name == selected else label,
+            markup("<b>{}</b>", name) if name == selected else name,
             cell(scores, "inside", ".1%"),
             cell(scores, "correlation", ".2f"),
             cell(scores, "dice", ".2f"),
         )
-        lines.append("".join(f"<td>{value}</td>" for value in cells))
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<table class='ct-nb-figures'>{body}</table>"
+        lines.append(join_markup(markup("<td>{}</td>", value) for value in cells))
+    body = join_markup(markup("<tr>{}</tr>", line) for line in lines)
+    return markup("<table class='ct-nb-figures'>{}</table>", body)
 
 
 def _first_to_uint8(hu, *others):
@@ -443,7 +448,7 @@ def _rows(self: StepExplorer) -> list:
     wrap = Layout(flex_flow="row wrap")
     columns = [VBox([picture, self.sliders[plane]]) for plane, picture in self.pictures.items()]
     return [
-        HTML(EXPLORER_CSS),
+        HTML(Markup(EXPLORER_CSS)),
         HBox([self.scan, self.method], layout=wrap),
         self.step_list,
         self.query,
@@ -569,7 +574,9 @@ def _update_readout(self: StepExplorer, point_mm) -> None:
     times = float(value_at(grid, self.attention_field, point_mm, 0))
     label = int(value_at(grid, self.case.labels, point_mm, 0))
     region = f", {REGIONS[label][0].replace('_', ' ')}" if label in REGIONS else ""
-    self.readout.value = f"{position}<b>{times:.1f} × uniform attention</b>, {hu:.0f} HU{region}"
+    self.readout.value = markup(
+        "{}<b>{:.1f} × uniform attention</b>, {:.0f} HU{}", position, times, hu, region
+    )
 
 # %% ../../nbs/ct_encoder/17_explorer.ipynb #cell-023
 @patch
@@ -585,15 +592,17 @@ def _update_table(self: StepExplorer) -> None:
         for name, method in self.sources.methods.items()
     }
     chance = None if lesion is None else float((lesion > 0).float().mean())
-    self.table.value = (
-        _score_table(rows, self.method.value, chance)
-        + "<div style='line-height:1.4;margin-top:6px'>"
-        + f"{_inline_code(self.sources.description)}</div>"
+    self.table.value = markup(
+        "{}<div style='line-height:1.4;margin-top:6px'>{}</div>",
+        _score_table(rows, self.method.value, chance),
+        code_markup(self.sources.description),
     )
-    self.legend.value = (
-        f"<span style='color:{OUTLINE}'>▬</span> lesion &nbsp; "
-        f"<span style='color:{REGION_LINE}'>▬</span> named region &nbsp; "
-        + color_scale(1, round(self.highest, 1), "magma", "times uniform attention")
+    self.legend.value = markup(
+        "<span style='color:{}'>▬</span> lesion &nbsp; "
+        "<span style='color:{}'>▬</span> named region &nbsp; {}",
+        OUTLINE,
+        REGION_LINE,
+        color_scale(1, round(self.highest, 1), "magma", "times uniform attention"),
     )
 
 

@@ -290,6 +290,14 @@ class CTSource(Sequence):
                 f"patient {shared[0]!r} is in two of the sources that are to be added; rename"
                 " it in one of them",
             )
+        known = {case.content: case.id for case in self.cases}
+        twin = next((case for case in other.cases if case.content in known), None)
+        if twin is not None:
+            raise InputError(
+                "source",
+                "the same scan is in two of the sources that are to be added, as"
+                f" {known[twin.content]} and {twin.id}; remove it from one of them",
+            )
         return CTSource(
             self.cases + other.cases,
             self.size,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core.errors import FileError
 from ..core.files import read_table
-from .dicom_pixels import is_dicom
+from .dicom_files import dicom_files
 
 # %% ../../nbs/data/04b_patients.ipynb #cell-006
 def read_patients(root: Path, known: set[str] | None = None) -> dict[str, str]:
@@ -232,10 +232,7 @@ def patient_id(path: Path) -> str:
     wanted = {"stop_before_pixels": True, "specific_tags": ["PatientID"]}
     try:
         if path.is_dir():
-            files = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            ordered = sorted(files, key=lambda p: (len(p.parts), p))
-            file = next(p for p in ordered if is_dicom(p))
-            header = pydicom.dcmread(file, force=True, **wanted)
+            header = pydicom.dcmread(dicom_files(path)[0], force=True, **wanted)
         else:
             with zipfile.ZipFile(path) as archive:
                 members = sorted(m for m in archive.namelist() if not m.endswith("/"))

@@ -15,6 +15,7 @@ import numpy as np
 from fastcore.script import call_parse
 
 from ..core.errors import FileError
+from ..core.files import path_inside
 from .cases import Case, CTSource, Sample, sample_arrays
 from .open import open_source
 
@@ -25,13 +26,16 @@ def prepare(
 ) -> Path:
     """Write every case of a source as one npz; gives the folder.
 
-    One that exists and is not empty: `FileError`. No room, no permission: `OSError`.
+    One that exists and is not empty: `FileError`. A case whose id cannot be the name of a file:
+    `InputError`. No room, no permission: `OSError`.
     """
     from tqdm.auto import tqdm
 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileError(out, "exists already; choose another folder, or delete it first")
+    for case in source.cases:
+        path_inside(out, case.id)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -43,7 +47,8 @@ def prepare(
     try:
         samples = tqdm(source, desc=f"preparing {out.name}", disable=len(source) < 3)
         for case, sample in zip(source.cases, samples):
-            np.savez_compressed(temporary / f"{case.id}.npz", **_prepared_arrays(case, sample))
+            path = path_inside(temporary, f"{case.id}.npz")
+            np.savez_compressed(path, **_prepared_arrays(case, sample))
         os.chmod(temporary, 0o755)
         if out.exists():
             out.rmdir()

@@ -30,7 +30,7 @@ from ..physics.detector import bin_pixels, batched_geometry
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.solvers import data_consistency
-from ..physics.volume import WINDOWS, Window, hu_to_mu, mu_to_hu
+from ..physics.volume import WINDOWS, Window, hu_to_mu, mu_to_hu, mu_water_per_mm
 
 # %% ../../nbs/drr2ct/06_network.ipynb #cell-004
 @dataclass(frozen=True)
@@ -98,6 +98,15 @@ class DRR2CTConfig(Config):
             )
         if self.latent_size % 4:
             raise InputError("latent_size", f"must be a multiple of 4, got {self.latent_size}")
+        mu_water_per_mm(self.energy_kev)  # InputError for an energy outside its table
+        self.require(0, "xray_std", "prior_noise", above=True)
+        self.require(
+            1,
+            *("size", "latent_size", "grid_channels", "latent_channels", "bottleneck_channels"),
+            *("view_depths", "view_heads", "view_window", "epipolar_neighbours", "prior_modes"),
+            *("lifted_channels", "contrast_channels", "consistency_detector"),
+        )
+        self.require(0, "latent_blocks", "consistency_noise", "consistency_iterations")
 
     @classmethod
     def preset(cls, name: str) -> "DRR2CTConfig":

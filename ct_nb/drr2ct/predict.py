@@ -25,7 +25,7 @@ from ..physics.detector import bin_pixels
 from ..physics.geometry import ConeBeam
 from ..physics.projector import project
 from ..physics.volume import Grid, Volume, hu_to_mu
-from ..training.checkpoints import load_weights, read_config
+from ..training.checkpoints import load_model
 
 # %% ../../nbs/drr2ct/08_predict.ipynb #cell-004
 def load_drr2ct(
@@ -35,10 +35,7 @@ def load_drr2ct(
 
     Raises WeightsError for a folder without a run, or of another system.
     """
-    config = read_config(folder, system="drr2ct")
-    model = DRR2CT(DRR2CTConfig.from_dict(config["network"]))
-    load_weights(folder, model)
-    return model.eval()
+    return load_model(folder, "drr2ct", lambda network: DRR2CT(DRR2CTConfig.from_dict(network)))
 
 # %% ../../nbs/drr2ct/08_predict.ipynb #cell-006
 def _to_volume(hu: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,6 @@ __all__ = ['REFERENCE', 'PERTURBATIONS', 'Perturbation', 'nominal_geometry', 'vi
            'residuals', 'Robustness', 'robustness', 'robustness_figure']
 
 # %% ../../nbs/drr2ct/10_robustness.ipynb #cell-002
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.errors import InputError
-from ..core.files import atomic_write, write_json
+from ..core.files import atomic_write, write_json, write_table
 from ..core.plot_style import BASELINE, FAINT, INK, MODEL, MUTED, plot_style
 from ..core.seeding import seeded_generator
 from ..data.cases import block_mean
@@ -500,12 +498,7 @@ def save(self: Robustness, out) -> Path:
     import matplotlib.pyplot as plt
 
     out = Path(out)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in self.rows)
-    with atomic_write(out / "robustness.csv") as path:
-        path.write_text(text.getvalue(), encoding="utf-8")
+    write_table(out / "robustness.csv", list(self.rows[0]), self.rows)
 
     def plain(row):
         return {

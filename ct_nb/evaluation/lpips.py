@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..core.errors import FileError, InputError
+from ..core.errors import FileError, InputError, first_line
 from .metrics import CHEST, as_pair
 from ..physics.volume import Window
 
@@ -38,9 +38,11 @@ class LPIPS:
         except Exception as error:
             raise FileError(
                 path,
-                f"not a safetensors file that can be read ({error}); give the LPIPS weights"
-                " as safetensors.",
+                f"not a safetensors file that can be read ({first_line(error)}); give the LPIPS"
+                " weights as safetensors.",
             ) from None
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.weights.values()):
+            raise FileError(path, "some of its weights are NaN or infinite; fetch it again.")
         for (index, *_), channels, head in zip(LAYERS, CHANNELS, range(5)):
             for key, shape in (
                 (f"features.{index}.weight", (channels,)),

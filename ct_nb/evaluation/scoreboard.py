@@ -8,10 +8,7 @@ __all__ = ['MAIN_METRICS', 'PRIMARY_METRICS', 'held_out_views', 'case_voxels', '
            'evaluate', 'save_case']
 
 # %% ../../nbs/evaluation/05_scoreboard.ipynb #cell-002
-import csv
-import io
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +19,7 @@ import numpy as np
 import torch
 
 from ..core.errors import InputError
-from ..core.files import atomic_write, write_json
+from ..core.files import atomic_write, file_names, write_json, write_table
 from ..core.plot_style import BASELINE, FAINT, INK, MODEL, MUTED, plot_style
 from .case_metrics import METRICS, volume_scores
 from .coverage import counted_voxels
@@ -519,15 +516,7 @@ def save_scoreboard(board: Scoreboard, out) -> Path:
     import matplotlib.pyplot as plt
 
     out = Path(out)
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(board.rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(
-        {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-        for row in board.rows
-    )
-    with atomic_write(out / "scoreboard.csv") as path:
-        path.write_text(text.getvalue(), encoding="utf-8")
+    write_table(out / "scoreboard.csv", list(board.rows[0]), board.rows)
     write_json(out / "metrics.json", scoreboard_content(board))
     figure = board.figure()
     with atomic_write(out / "scoreboard.png") as path:
@@ -562,7 +551,8 @@ def evaluate(
         raise InputError("pairs", "it is empty; hold at least one patient out of training")
     lpips = LPIPS(lpips_weights) if lpips_weights else None
     energy_kev = getattr(pairs, "energy_kev", 60.0) if energy_kev is None else energy_kev
-    rows, held_out = [], held_out_geometry
+    rows, saved = [], []
+    held_out = held_out_geometry
     for number in tqdm(range(len(pairs)), desc="evaluating", unit="case", disable=not progress):
         item = pairs[number]
         if held_out is None:
@@ -572,9 +562,8 @@ def evaluate(
         )
         rows += case_rows
         if out is not None and number < save_cases:
-            save_case(
-                Path(out) / "cases" / re.sub(r"[^\w.-]+", "_", str(item["id"])), item, volumes
-            )
+            saved.append(item["id"])
+            save_case(Path(out) / "cases" / file_names(saved)[-1], item, volumes)
     board = Scoreboard(
         rows,
         {

@@ -466,8 +466,8 @@ class Volume:
         """Write as .nii.gz, .nii, .nrrd, .mha or .npz, by the name's ending: int16 where all values
         are whole, else float32.
 
-        Written atomically (`ct_nb.core.files.atomic_write`). Raises FileError for another ending,
-        OSError where the file cannot be written.
+        Written atomically (`ct_nb.core.files.atomic_write`). Raises FileError for another ending
+        and for NaN or infinity, OSError where the file cannot be written.
         """
         save_volume(self, path)
 
@@ -481,13 +481,15 @@ def save_volume(volume: Volume, path) -> None:
     "Write a volume in the format of the name's ending; see `Volume.save`."
     path = Path(path)
     hu = volume.hu
+    if not np.isfinite(hu).all():
+        raise FileError(path, "was not written: some of its voxels are NaN or infinite, no HU are")
     if (hu == np.round(hu)).all() and np.abs(hu).max() < 32768:
         hu = hu.astype(np.int16)
     writers = {
         ".nii.gz": _write_nifti,
         ".nii": _write_nifti,
-        ".nrrd": _write_itk,
-        ".mha": _write_itk,
+        ".nrrd": _write_nrrd,
+        ".mha": _write_metaimage,
         ".npz": _write_npz,
     }
     writer = next((w for suffix, w in writers.items() if path.name.lower().endswith(suffix)), None)
@@ -523,15 +525,52 @@ def _write_nifti(path, hu, affine):
     nibabel.save(image, path)
 
 # %% ../../nbs/physics/00_volume.ipynb #cell-036
-def _write_itk(path, hu, affine):
-    import SimpleITK
+def _numbers(values) -> str:
+    return " ".join(f"{v:.17g}" for v in np.ravel(values))
 
-    image = SimpleITK.GetImageFromArray(hu)
+
+def _write_nrrd(path, hu, affine):
+    "NRRD0004, http://teem.sourceforge.net/nrrd/format.html"
+    import gzip
+
+    header = {
+        "type": {"int16": "short", "float32": "float"}[hu.dtype.name],
+        "dimension": 3,
+        "space": "left-posterior-superior",
+        "sizes": _numbers(hu.shape[::-1]),
+        "space directions": " ".join(
+            f"({_numbers(v)})".replace(" ", ",") for v in affine[:3, :3].T
+        ),
+        "kinds": "domain domain domain",
+        "endian": "little",
+        "encoding": "gzip",
+        "space origin": f"({_numbers(affine[:3, 3])})".replace(" ", ","),
+    }
+    lines = ["NRRD0004", *(f"{name}: {value}" for name, value in header.items()), "", ""]
+    voxels = hu.astype(hu.dtype.newbyteorder("<"), copy=False).tobytes()
+    path.write_bytes("\n".join(lines).encode() + gzip.compress(voxels, 3, mtime=0))
+
+
+def _write_metaimage(path, hu, affine):
+    "https://itk.org/Wiki/ITK/MetaIO/Documentation"
+    import zlib
+
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    image.SetSpacing(spacing.tolist())
-    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
-    image.SetOrigin(affine[:3, 3].tolist())
-    try:
-        SimpleITK.WriteImage(image, str(path), useCompression=True)
-    except RuntimeError as error:
-        raise OSError(str(error).strip().splitlines()[-1]) from None
+    voxels = zlib.compress(hu.astype(hu.dtype.newbyteorder("<"), copy=False).tobytes(), 3)
+    header = {
+        "ObjectType": "Image",
+        "NDims": 3,
+        "BinaryData": "True",
+        "BinaryDataByteOrderMSB": "False",
+        "CompressedData": "True",
+        "CompressedDataSize": len(voxels),
+        "TransformMatrix": _numbers((affine[:3, :3] / spacing).T),
+        "Offset": _numbers(affine[:3, 3]),
+        "CenterOfRotation": "0 0 0",
+        "ElementSpacing": _numbers(spacing),
+        "DimSize": _numbers(hu.shape[::-1]),
+        "ElementType": {"int16": "MET_SHORT", "float32": "MET_FLOAT"}[hu.dtype.name],
+        "ElementDataFile": "LOCAL",
+    }
+    lines = "".join(f"{key} = {value}\n" for key, value in header.items())
+    path.write_bytes(lines.encode() + voxels)

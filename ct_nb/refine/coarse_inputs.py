@@ -8,6 +8,7 @@ __all__ = ['COARSE_SAMPLES', 'CT_ENDINGS', 'PLATEAU_SHARE', 'CLASSICAL', 'earlie
            'CoarsePairs']
 
 # %% ../../nbs/refine/03_coarse_inputs.ipynb #cell-002
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -49,9 +50,9 @@ def earlier_runs(folder, visited: tuple = ()) -> list[dict]:
         if not config.get(key):
             continue
         earlier = Path(config[key])
-        if not earlier.is_dir():  # a folder of runs may have been moved as a whole
+        if not os.path.isdir(earlier):  # a folder of runs may have been moved as a whole
             earlier = folder.resolve().parent / earlier.name
-        if not earlier.is_dir():
+        if not os.path.isdir(earlier):
             raise InputError(
                 "coarse",
                 f"{folder} goes on from {config[key]}, which is missing, so its training patients"

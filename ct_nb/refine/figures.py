@@ -6,12 +6,12 @@
 __all__ = ['refinement_figure', 'spectrum_figure', 'draw_run', 'main']
 
 # %% ../../nbs/refine/07_figures.ipynb #cell-002
-import json
 from pathlib import Path
 
 from fastcore.script import call_parse
 
 from ..core.errors import InputError
+from ..core.files import read_json
 from ..core.plot_style import BASELINE, FAINT, MODEL, MUTED, SERIES, TRUTH, plot_style
 from ..data.read import read_volume
 from ..evaluation.metrics import psnr
@@ -150,9 +150,6 @@ def draw_run(out) -> list[Path]:
             " folder that the run wrote",
         )
 
-    def read(path):
-        return json.loads(path.read_text(encoding="utf-8"))
-
     paths = []
 
     def save(figure, path):
@@ -160,12 +157,12 @@ def draw_run(out) -> list[Path]:
         paths.append(path)
 
     save(training_figure(out / "history.jsonl"), out / "training.png")
-    save(spectrum_figure(read(out / "refinement.json")["spectra"]), out / "spectra.png")
+    save(spectrum_figure(read_json(out / "refinement.json")["spectra"]), out / "spectra.png")
     for case in sorted(path.parent for path in out.glob("cases/*/metrics.json")):
         names = ("coarse", "refined", "ground_truth")
         volumes = [read_volume(case / f"{name}.nii.gz") for name in names]
         save(refinement_figure(*volumes), case / "comparison.png")
-        save(spectrum_figure(read(case / "metrics.json")["spectra"]), case / "spectrum.png")
+        save(spectrum_figure(read_json(case / "metrics.json")["spectra"]), case / "spectrum.png")
     return paths
 
 # %% ../../nbs/refine/07_figures.ipynb #cell-016

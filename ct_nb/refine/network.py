@@ -56,8 +56,9 @@ class RefinerConfig(Config):
                 f"must be a multiple of {self.step} with {len(self.channels)} channels, got"
                 f" {self.size}",
             )
-        if not self.limit_hu > 0:
-            raise InputError("limit_hu", f"must be positive, got {self.limit_hu}")
+        self.require(0, "limit_hu", above=True)
+        self.require(1, "size", "channels", "prior_features", "hidden")
+        mu_water_per_mm(self.energy_kev)  # InputError for an energy outside its table
         if self.patch is not None:
             self._check_patches(self.step)
 

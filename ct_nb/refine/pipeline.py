@@ -28,7 +28,7 @@ from ..physics.solvers import data_consistency
 from ..physics.volume import Grid, Volume, hu_to_mu, mu_to_hu
 from .coarse_inputs import weights_digest
 from .network import Refiner, RefinerConfig
-from ..training.checkpoints import load_weights, read_config
+from ..training.checkpoints import load_model, read_config
 
 # %% ../../nbs/refine/04_pipeline.ipynb #cell-005
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class ConsistencySettings(Config):
     iterations: int = 8  # of the solver, in each round
     detector: int = 128  # X-rays are binned to at most this many rows and columns
     rounds: int = 2  # of data consistency and clipping at vacuum
+
+    def __post_init__(self):
+        self.require(0, "noise", "iterations", "rounds")
+        self.require(1, "detector")
 
     @classmethod
     def of(cls, network: DRR2CTConfig) -> "ConsistencySettings":
@@ -134,14 +138,17 @@ def load_refiner(folder) -> RefinementModel:
     Raises WeightsError for a folder without a run, or of another system.
     """
     config = read_config(folder, system="refiner")
-    model = RefinementModel(
-        RefinerConfig.from_dict(config["network"]),
-        ConsistencySettings.from_dict(config.get("consistency") or {}),
-    )
-    model.coarse_weights = config.get("coarse_weights")
-    model.limit = residual_limit(config.get("residual"))
-    load_weights(folder, model)
-    return model.eval()
+
+    def build(network: dict) -> RefinementModel:
+        model = RefinementModel(
+            RefinerConfig.from_dict(network),
+            ConsistencySettings.from_dict(config.get("consistency")),
+        )
+        model.coarse_weights = config.get("coarse_weights")
+        model.limit = residual_limit(config.get("residual"))
+        return model
+
+    return load_model(folder, "refiner", build)
 
 # %% ../../nbs/refine/04_pipeline.ipynb #cell-010
 def _check_reconstruction(

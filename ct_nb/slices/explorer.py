@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = ['INTERPOLATION_NAMES', 'TRAIN_HINT', 'BAND', 'REACH_MM', 'DIFFERENCE_HU', 'PROFILE_SIDE', 'DARK', 'GRID', 'CURSOR',
-           'PICTURES', 'TABLE_STYLE', 'TABLE_HEAD', 'open_thin_scans', 'ThickCut', 'SliceNetworks', 'SliceExplorer',
-           'code_html']
+           'PICTURES', 'TABLE_STYLE', 'TABLE_HEAD', 'open_thin_scans', 'ThickCut', 'SliceNetworks', 'SliceExplorer']
 
 # %% ../../nbs/slices/13_explorer.ipynb #cell-002
-import html
 import math
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,7 +53,18 @@ from ct_nb.viewer.canvas import (
 from ..viewer.ct_viewer import follow_wheel, slice_slider, window_menu
 from ..viewer.figures import BRIGHT, ENDS
 from ..viewer.slice_canvas import to_patient_axes
-from ..viewer.widgets import HTML, Dropdown, FloatSlider, HBox, Layout, VBox
+from ct_nb.viewer.widgets import (
+    HTML,
+    Dropdown,
+    FloatSlider,
+    HBox,
+    Layout,
+    Markup,
+    VBox,
+    code_markup,
+    join_markup,
+    markup,
+)
 
 # %% ../../nbs/slices/13_explorer.ipynb #cell-005
 def open_thin_scans(
@@ -406,7 +414,7 @@ def _compute_band_in_thread(self: SliceExplorer, *job) -> None:
     try:
         self._compute_band(*job)
     except Exception as error:  # an exception in a thread would not be seen
-        self.note.value = html.escape(f"{job[0][0]} failed: {error}")
+        self.note.value = f"{job[0][0]} failed: {error}"
         self.method.value = "back-projection"
     self._draw()
 
@@ -502,13 +510,9 @@ TABLE_HEAD = (
 )
 
 
-def code_html(text: str) -> str:
-    "A sentence as HTML, with text between backticks as code."
-    return re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(text))
-
-
-def _table_row(cells, tag: str = "td") -> str:
-    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+def _table_row(cells, tag: str = "td") -> Markup:
+    content = join_markup(markup(f"<{tag}>{{}}</{tag}>", cell) for cell in cells)
+    return markup("<tr>{}</tr>", content)
 
 
 @patch
@@ -516,9 +520,7 @@ def _write_table(self: SliceExplorer, predictions: dict[str, np.ndarray]) -> Non
     rows = [_table_row(TABLE_HEAD, "th")]
     for name, pred in predictions.items():
         scores = self.thick_cut.scores(pred, self.truth)
-        label = html.escape(name)
-        if name == self.method.value:
-            label = f"<b>{label}</b>"
+        label = markup("<b>{}</b>", name) if name == self.method.value else name
         numbers = (
             f"{scores['error_hu']:.1f}",
             f"{scores['edge']:.2f}",
@@ -526,11 +528,15 @@ def _write_table(self: SliceExplorer, predictions: dict[str, np.ndarray]) -> Non
         )
         rows.append(_table_row((label, *numbers)))
     notes = [f"Note: {note}." for note in self.networks.notes(self.thick_cut)]
-    text = code_html(" ".join([self.networks.status, *notes]))
+    text = code_markup(" ".join([self.networks.status, *notes]))
     scale = color_scale(-DIFFERENCE_HU, DIFFERENCE_HU, "berlin", "difference, HU")
-    self.table.value = (
-        f"{TABLE_STYLE}<table class='ct-nb-figures'>{''.join(rows)}</table>"
-        f"<div style='line-height:1.4;margin-top:6px'>{scale}<br>{text}</div>"
+    self.table.value = markup(
+        "{}<table class='ct-nb-figures'>{}</table>"
+        "<div style='line-height:1.4;margin-top:6px'>{}<br>{}</div>",
+        Markup(TABLE_STYLE),
+        join_markup(rows),
+        scale,
+        text,
     )
 
 # %% ../../nbs/slices/13_explorer.ipynb #d91c8d37
@@ -556,9 +562,13 @@ def _draw_cursor(self: SliceExplorer, column: float, z_mm: float) -> None:
     row = np.floor((z_mm - self.thin.edges_mm[0]) / self.thin.spacing_mm)
     d = int(np.clip(row, 0, rows - 1))
     k = int(np.abs(self.thick_cut.thick_axis.positions_mm - z_mm).argmin())
-    self.readout.value = (
-        f"{self.plane_name}, z = {z_mm:.1f} mm: thick {self.thick[k, i]:.0f}, prediction"
-        f" <b>{self.prediction[d, i]:.0f}</b>, truth <b>{self.truth[d, i]:.0f} HU</b>"
+    self.readout.value = markup(
+        "{}, z = {:.1f} mm: thick {:.0f}, prediction <b>{:.0f}</b>, truth <b>{:.0f} HU</b>",
+        self.plane_name,
+        z_mm,
+        self.thick[k, i],
+        self.prediction[d, i],
+        self.truth[d, i],
     )
     self._draw_curves(i, z_mm)
 

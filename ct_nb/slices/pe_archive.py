@@ -8,12 +8,14 @@ __all__ = ['MIN_SLICES', 'plausible_thickness', 'CTSeries', 'find_series', 'choo
 # %% ../../nbs/slices/01a_pe_archive.ipynb #cell-002
 import functools
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import FileError, InputError
-from ..data.dicom import arrange_slices, choose_series, dicom_slices
+from ..core.files import file_names
+from ..data.dicom import arrange_slices
+from ..data.dicom_files import dicom_slices, is_ct_image
+from ..data.dicom_series import choose_series
 from ..data.folders import stem
 from ..data.patients import read_patients
 from ..data.hounsfield import CTReadError
@@ -68,7 +70,7 @@ def find_series(path) -> tuple[list[CTSeries], list[str]]:
     series = []
     left_out = []
     for s in dicom_slices(path):
-        if "Rows" in s.header and s.header.get("Modality", "CT") == "CT":
+        if is_ct_image(s.header):
             groups.setdefault(str(s.header.get("SeriesInstanceUID", "")), []).append(s)
     for uid, slices in groups.items():
         if len(slices) < MIN_SLICES:
@@ -125,11 +127,6 @@ def read_pair(path, id: str, patient: str) -> ThinStack:
     return stack
 
 
-def _file_name(name: str) -> str:
-    "`name` without characters that file names should not have, half-decoded bytes included."
-    return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "case"
-
-
 def pe_archive(root) -> StackSource:
     """Every zip under a folder (`APE/…`, `non APE/…`, or any other), one a patient.
 
@@ -148,7 +145,7 @@ def pe_archive(root) -> StackSource:
     cases = []
     for path in paths:
         name = path.relative_to(root).as_posix()
-        id = _file_name(name[:-4])
+        (id,) = file_names([name[:-4]])
         patient = next((listed[key] for key in (name, id, stem(path)) if key in listed), id)
         load = functools.partial(read_pair, path, id, patient)
         cases.append(StackCase(id, patient, load, (path,)))

@@ -10,7 +10,8 @@ import functools
 from pathlib import Path
 
 from ..core.errors import FileError
-from ..data.folders import find_cases, name_cases
+from ..data.folders import name_cases
+from ..data.scan_files import find_cases, scan_files
 from ..data.hounsfield import CTReadError
 from ..data.read import read_ct
 from .paired_stacks import StackCase, StackSource
@@ -53,9 +54,6 @@ def thin_folder(root, most_spacing_mm: float = 1.5) -> StackSource:
         raise FileError(root, "holds no CT")
     cases = []
     for f in name_cases(root, paths):
-        files = (f.path,)
-        if f.path.is_dir():
-            files = tuple(sorted(p for p in f.path.iterdir() if p.is_file()))
         load = functools.partial(read_thin, f.path, f.id, f.patient, most_spacing_mm)
-        cases.append(StackCase(f.id, f.patient, load, files))
+        cases.append(StackCase(f.id, f.patient, load, tuple(scan_files(f.path))))
     return StackSource(cases)

@@ -36,7 +36,12 @@ from .network import SliceNetworkConfig
 from .slice_profile import StackPairs, ThickSliceRange, collate_stacks
 from .vae import SliceVAE
 from .vae_train import PHANTOM_SIDE_MM, VAERun, load_vae
-from ..training.checkpoints import STATE_FILE, load_weights, read_config, weights_digest
+from ct_nb.training.checkpoints import (
+    STATE_FILE,
+    load_model,
+    read_config,
+    weights_digest,
+)
 from ..training.run import Run, command, in_own_folder, schedule
 from ..training.trainer import Trainer, TrainerConfig
 
@@ -234,9 +239,7 @@ def load_slices(folder) -> SliceModels:
     `WeightsError` when the folder is not one, or of another system.
     """
     about = read_config(folder, system="slices")
-    slices = SliceModels.of(about["network"], about)
-    load_weights(folder, slices)
-    return slices.eval()
+    return load_model(folder, "slices", lambda network: SliceModels.of(network, about))
 
 # %% ../../nbs/slices/10_train.ipynb #cell-010
 SLICE_MODEL_NAMES = ("regressor", "diffusion")
@@ -529,10 +532,11 @@ def _train(self: SlicesRun, progress: bool) -> list[dict]:
     "Train one network after the other; one that is not to be trained is taken where it is there."
 
     def load(name):
-        folder = self.stage_folder(name)
-        network = read_config(folder, system="slices_stage")["network"]
-        self.models[name] = getattr(SliceModels.of({name: network}), name)
-        load_weights(folder, self.models[name])
+        self.models[name] = load_model(
+            self.stage_folder(name),
+            "slices_stage",
+            lambda network: getattr(SliceModels.of({name: network}), name),
+        )
 
     def train(name):
         return lambda: self._train_model(name, progress)

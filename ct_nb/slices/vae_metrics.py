@@ -6,7 +6,6 @@
 __all__ = ['slice_ssim', 'block_means', 'vae_baselines', 'volume_ssim', 'vae_scores', 'VAEScores']
 
 # %% ../../nbs/slices/03b_vae_metrics.ipynb #cell-002
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.errors import InputError
-from ..core.files import atomic_write, write_json
+from ..core.files import write_json, write_table
 from ct_nb.evaluation.metrics import (
     CHEST,
     SSIM_TAPS,
@@ -170,12 +169,5 @@ class VAEScores:
 
     def save(self, folder) -> None:
         "Write `vae_scores.csv` and `vae_scores.json` into the folder."
-        path = Path(folder) / "vae_scores.csv"
-        with (
-            atomic_write(path) as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, self.rows[0])
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_table(Path(folder) / "vae_scores.csv", list(self.rows[0]), self.rows)
         write_json(Path(folder) / "vae_scores.json", self.rows)

@@ -369,7 +369,7 @@ def join_histories(histories: dict[str, list[dict]]) -> list[dict]:
     joined, done = [], 0
     for stage, rows in histories.items():
         joined += [{**row, "step": done + row["step"], "stage": stage} for row in rows]
-        done += max(row["step"] for row in rows)
+        done += max((row["step"] for row in rows), default=0)
     return joined
 
 

@@ -12,15 +12,17 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core.errors import FileError, InputError
-from ..core.files import atomic_write
+from ..core.files import atomic_write, parse_json, read_text
 from .checkpoints import load_state, random_state, save_state, set_random_state
 from .gradient_cache import cached_backward
 
@@ -180,19 +182,60 @@ def _to_device(batch: dict, device) -> dict:
 HISTORY_FILE = "history.jsonl"
 
 
-def read_history(folder) -> list[dict]:
-    "The rows of `history.jsonl`, whole lines only; empty where there is no such file."
-    path = Path(folder) / HISTORY_FILE
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def read_history(
+    path,  # a `history.jsonl`, or the folder of a run
+) -> list[dict]:
+    """The rows of a history: `step` (0 or more), the name of a stage, and figures; a figure that is
+    not finite was written as null and is NaN.
+
+    Empty where a folder has none. A last line without its end, which a process that was killed
+    leaves, is left out. `FileError` with the line for one that is no row.
+    """
+    path = Path(path)
+    if not path.is_file():
+        path = path / HISTORY_FILE
+        if not path.exists():
+            return []
+    lines = read_text(path).split("\n")
+    rows = [
+        _history_row(line, path, number)
+        for number, line in enumerate(lines[:-1], 1)
+        if line.strip()
+    ]
+    with suppress(FileError):
+        rows += [_history_row(line, path, len(lines)) for line in lines[-1:] if line.strip()]
+    return rows
+
+
+def _history_row(line: str, path: Path, number: int) -> dict:
+    try:
+        row = parse_json(line, path)
+    except FileError as error:
+        raise FileError(path, f"line {number} {error.reason}") from None
+    step = row.get("step") if isinstance(row, dict) else None
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise FileError(path, f"line {number} has no step, a whole number; remove the line")
+    for name, value in row.items():
+        if type(value) not in ((str,) if name == "stage" else (int, float, NoneType)):
+            raise FileError(
+                path, f"line {number}: its {name[:60]} is {value!r:.60}; remove the line"
+            )
+    return {name: math.nan if value is None else value for name, value in row.items()}
+
+
+def _history_line(row: dict) -> str:
+    "A row as strict JSON, which has no NaN."
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def write_history(folder, rows: list[dict]) -> None:
     "Write `history.jsonl` into `folder`, atomically."
     with atomic_write(Path(folder) / HISTORY_FILE) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text("".join(map(_history_line, rows)), encoding="utf-8")
 
 
 class History:
@@ -220,7 +263,7 @@ class History:
         if not self.write:
             return
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_history_line(row))
         if self.board is not None:
             for name, value in figures.items():
                 self.board.add_scalar(name, value, step)

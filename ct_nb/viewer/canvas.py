@@ -18,7 +18,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..physics.volume import get_window
 from .figures import BRIGHT, orientation_marks, scale_bar
-from .widgets import anywidget, traitlets
+from .widgets import Markup, anywidget, markup, traitlets
 
 # %% ../../nbs/viewer/02_canvas.ipynb #3c941f52
 CANVAS_JS = """
@@ -318,12 +318,16 @@ def apply_colormap(values: np.ndarray, low: float, high: float, cmap: str = "ber
     return _table(cmap)[to_uint8(values, (low, high))]
 
 
-def color_scale(low: float, high: float, cmap: str, label: str) -> str:
+def color_scale(low: float, high: float, cmap: str, label: str) -> Markup:
     "HTML of a colour map from `low` to `high`, with a label."
     stops = ", ".join("rgb({}, {}, {})".format(*color) for color in _table(cmap)[::51])
-    return (
-        f'{label} &nbsp;{low:g} <span style="display:inline-block; width:9em; height:0.8em;'
-        f' background:linear-gradient(to right, {stops})"></span> {high:g}'
+    return markup(
+        '{} &nbsp;{:g} <span style="display:inline-block; width:9em; height:0.8em;'
+        ' background:linear-gradient(to right, {})"></span> {:g}',
+        label,
+        low,
+        stops,
+        high,
     )
 
 

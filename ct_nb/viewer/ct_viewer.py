@@ -12,7 +12,7 @@ from ..physics.volume import WINDOWS, Volume, get_window
 from .canvas import label_colors, overlay, to_uint8
 from .figures import PLANES, slices_figure
 from .slice_canvas import SliceCanvas, to_patient_axes, value_at
-from .widgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, Layout, VBox
+from .widgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, Layout, VBox, markup
 
 # %% ../../nbs/viewer/04_ct_viewer.ipynb #d59c5781
 def window_menu(window="chest") -> Dropdown:
@@ -153,9 +153,9 @@ class VolumeViewer(VBox):
         value = value_at(grid, self.volume.hu, point_mm, None)
         label = 0 if self.mask is None else int(value_at(grid, self.mask, point_mm, 0))
         x, y, z = point_mm
-        hu = "outside the scan" if value is None else f"<b>{value:.0f} HU</b>"
+        hu = "outside the scan" if value is None else markup("<b>{:.0f} HU</b>", value)
         name = f", {self._label_name(label)}" if label else ""
-        self.readout.value = f"x {x:.1f}, y {y:.1f}, z {z:.1f} mm: {hu}{name}"
+        self.readout.value = markup("x {:.1f}, y {:.1f}, z {:.1f} mm: {}{}", x, y, z, hu, name)
 
     def _label_name(self, label: int) -> str:
         return self.names.get(label, f"label {label}").replace("_", " ")

@@ -8,19 +8,19 @@ __all__ = ['PLANES', 'ENDS', 'BRIGHT', 'SHADE', 'ERROR_HU', 'BOOKKEEPING', 'alon
            'comparison_figure', 'training_figure', 'save_figure']
 
 # %% ../../nbs/viewer/00_figures.ipynb #cell-003
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core.errors import InputError
+from ..core.errors import FileError, InputError
 from ..core.files import atomic_write
 from ..core.plot_style import FAINT, MUTED, SERIES, plot_style
 from ..evaluation.metrics import psnr
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid, Volume, get_window
+from ..training.trainer import read_history
 
 # %% ../../nbs/viewer/00_figures.ipynb #6d78a119
 def along_lps(volume: Volume) -> Volume:
@@ -406,7 +406,7 @@ def training_figure(history):
     }
     panels = _training_panels(rows, series)
     stages = [
-        (row["step"], row["stage"])
+        (row["step"], row.get("stage", ""))
         for before, row in zip([{}, *rows], rows)
         if row.get("stage") != before.get("stage")
     ]
@@ -431,8 +431,9 @@ def training_figure(history):
 
 def _history_rows(history) -> list[dict]:
     if isinstance(history, (str, Path)):
-        lines = Path(history).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
+        if not Path(history).is_file():
+            raise FileError(history, "there is no such file; give the history.jsonl of a run")
+        rows = read_history(history)
     else:
         rows = getattr(history, "rows", history)
     if not rows:

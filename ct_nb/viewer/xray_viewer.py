@@ -20,7 +20,7 @@ from .canvas import ImageCanvas, dot_mark, draw_canvas, line_mark, to_uint8
 from .figures import view_name, xray_ends
 from .scene3d import Camera, SurfacePoints, fit_camera, render_scene, scene_marks
 from .slice_canvas import value_at
-from .widgets import HTML, FloatSlider, HBox, Layout, VBox
+from .widgets import HTML, FloatSlider, HBox, Layout, VBox, markup
 
 # %% ../../nbs/viewer/06_xray_viewer.ipynb #5f5820a0
 def clipped_line(abc, columns: int, rows: int) -> np.ndarray | None:
@@ -100,7 +100,7 @@ class XrayExplorer(VBox):
             VBox(
                 [
                     self.pictures[view],
-                    HTML(f'<b style="color:{VIEW_COLORS[view]}">■</b> view {view}'),
+                    HTML(markup('<b style="color:{}">■</b> view {}', VIEW_COLORS[view], view)),
                     *self.controls[view].values(),
                 ]
             )
@@ -289,11 +289,11 @@ class XrayExplorer(VBox):
         else:
             x, y, z = self.point_mm
             hu = value_at(self.volume.grid, self.volume.hu, self.point_mm)
-            text = f"picked in view {self.picked[0]}; at this depth x {x:.0f}, y {y:.0f}, z {z:.0f}"
-            text += f" mm: <b>{hu:.0f} HU</b>"
-            if not np.any(self.epipolar_line()):
-                text += "; both tubes are at one place, so there is no line"
-            self.readout.value = text
+            depth = f"at this depth x {x:.0f}, y {y:.0f}, z {z:.0f}"
+            place = f"picked in view {self.picked[0]}; {depth}"
+            has_line = np.any(self.epipolar_line())
+            line = "" if has_line else "; both tubes are at one place, so there is no line"
+            self.readout.value = markup("{} mm: <b>{:.0f} HU</b>{}", place, hu, line)
 
     def _pixel_text(self, view, at) -> str:
         column, row = (int(np.clip(x, 0, DETECTOR - 1)) for x in at[:2])

@@ -115,7 +115,7 @@ def save_untrained_reconstruction(runs: Path) -> None:
     from ct_nb.layers.diffusion import DiffusionConfig
     from ct_nb.phantom.chest import phantom
     from ct_nb.refine.network import RefinerConfig
-    from ct_nb.refine.pipeline import RefinementModel
+    from ct_nb.refine.pipeline import ConsistencySettings, RefinementModel
     from ct_nb.training.checkpoints import save_weights
 
     others = torch.stack([phantom(seed, 32).volume.tensor() for seed in range(20, 26)])
@@ -140,7 +140,13 @@ def save_untrained_reconstruction(runs: Path) -> None:
         torch.nn.init.normal_(parameter, std=0.05)
     save_weights(runs / "drr2ct", coarse, {"system": "drr2ct", "network": coarse.config.to_dict()})
     save_weights(
-        runs / "refinement", refiner, {"system": "refiner", "network": refiner.config.to_dict()}
+        runs / "refinement",
+        refiner,
+        {
+            "system": "refiner",
+            "network": refiner.config.to_dict(),
+            "consistency": ConsistencySettings().to_dict(),
+        },
     )
     save_weights(
         runs / "cascade", cascade, {"system": "cascade", "network": cascade.config.to_dict()}

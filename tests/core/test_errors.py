@@ -9,7 +9,7 @@ import pytest
 import torch
 from refusals import refused
 
-from ct_nb.core.errors import FileError, InputError, reading
+from ct_nb.core.errors import LONGEST_SENTENCE, FileError, InputError, reading
 
 
 class GridError(FileError):
@@ -89,3 +89,18 @@ def test_a_message_is_one_line_without_terminal_codes():
     name = "a\x1b[2J\n\u202eb.nii"
     assert str(FileError(name, "is empty")) == r"a\x1b[2J\n\u202eb.nii: is empty"
     assert FileError(name, "is empty").file == name
+
+
+def test_a_sentence_has_an_end():
+    error = FileError("a" * 500 + ".nii", "x" * 10**6 + " ends so")
+    assert len(str(error)) == LONGEST_SENTENCE and str(error).endswith("ends so")
+    assert str(error).startswith("a" * 500) and len(error.reason) > 10**6
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_an_argument_made_of_the_content_is_the_files():
+    for content, file in ((False, None), (True, "a.npz")):
+        with pytest.raises(InputError) as caught, reading("a.npz", GridError, content=content):
+            raise InputError("shape", "must be three counts")
+        assert caught.value.file == file and "shape: must be three counts" in str(caught.value)
+        assert isinstance(caught.value, GridError) is content

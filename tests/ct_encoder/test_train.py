@@ -624,7 +624,7 @@ def test_maps_that_nobody_understands_do_not_end_a_run(tmp_path):
         name for name, _ in opened.skipped
     ] == ["valid_4_a_1", "valid_5_a_1"]
     assert (
-        "labels/valid_4_a_1.json: must be a JSON object" in opened.skipped[0][1]
+        "labels/valid_4_a_1.json: is not JSON" in opened.skipped[0][1]
         and "labels/valid_5_a_1.nii.gz: holds values" in opened.skipped[1][1]
     )
     text = next(str(w.message) for w in said if "notes on" in str(w.message))

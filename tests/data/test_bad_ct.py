@@ -14,7 +14,8 @@ import refusals
 import SimpleITK
 from ct_files import affine_of, body, change, dicom_slice, write_series
 
-from ct_nb.data import dicom as dicom_module
+from ct_nb.data import zip_archives
+from ct_nb.data.dicom_files import dicom_slices
 from ct_nb.data.hounsfield import MAX_VOXELS, CTReadError, check_hounsfield
 from ct_nb.data.read import read_ct
 from ct_nb.physics.volume import Volume
@@ -66,7 +67,7 @@ def test_text_empty_missing_and_random_files(tmp_path, suffix):
         np.random.default_rng(0).bytes(4000),
     ):
         path.write_bytes(content)
-        refused(path, "not NIfTI|not a NIfTI|is empty or not what its name says|not an npz|no zip")
+        refused(path, "not (a NIfTI|a NRRD|a MetaImage|an npz)|no zip")
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha", ".npz"])
@@ -76,7 +77,7 @@ def test_cut_short(tmp_path, suffix, share):
     Volume(body(), affine_of()).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    refused(path, "cut short|not what its name says|gives no voxel spacing")
+    refused(path, "cut short")
 
 
 def test_unknown_ending(tmp_path):
@@ -125,8 +126,14 @@ def test_flipped_bytes_give_a_volume_or_a_sentence(tmp_path, kind):
 def test_nan_and_infinite_voxels(tmp_path, suffix, value):
     hu = body()
     hu[3, 4, 5:8] = value
-    Volume(hu, affine_of()).save(tmp_path / f"scan{suffix}")
-    refused(tmp_path / f"scan{suffix}", "3 voxels are NaN or infinite")
+    path = tmp_path / f"scan{suffix}"  # written by others: `Volume.save` refuses it
+    if suffix == ".nii.gz":
+        nibabel.save(nibabel.Nifti1Image(hu.T, affine_of()), path)
+    elif suffix == ".npz":
+        np.savez(path, hu=hu, affine=affine_of())
+    else:
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(hu), str(path))
+    refused(path, "3 voxels are NaN or infinite")
 
 
 def test_four_dimensions(tmp_path):
@@ -265,7 +272,7 @@ def test_npz_without_its_arrays(tmp_path):
     np.savez(tmp_path / "scan.npz", volume=body())
     refused(tmp_path / "scan.npz", "no array named affine and hu.*it has volume")
     np.savez(tmp_path / "pickled.npz", hu=np.array([object()]), affine=np.eye(4))
-    refused(tmp_path / "pickled.npz", "damaged.*pickle|damaged.*[Oo]bject")
+    refused(tmp_path / "pickled.npz", "object values")
 
 
 # ---------------------------------------------------------------- not HU
@@ -411,7 +418,7 @@ def test_mixed_slice_spacing(tmp_path, z):
             dict(RescaleSlope=None, RescaleIntercept=None),
             "no rescale slope and intercept while other slices have",
         ),
-        (dict(NumberOfFrames=5), "multi-frame"),
+        (dict(NumberOfFrames=5), "holds 5 frames"),
         (dict(Rows=31), "its size is"),
         (dict(PixelData=b"\0" * 100), "pixels .* (cut short|cannot be read)"),
     ],
@@ -460,8 +467,8 @@ def test_rescaled_twice_in_dicom(tmp_path):
 def test_damaged_dicom_files(series):
     content = series[6].read_bytes()
     for damaged, words in (
-        (content[: len(content) // 2], "damaged or cut short|cannot be read"),
-        (content[:200], "damaged|no DICOM|no usable"),
+        (content[: len(content) // 2], "cut short"),
+        (content[:200], "cut short|no DICOM|no usable"),
         (b"hello", "no DICOM file although"),
         (b"", "no DICOM file although|damaged"),
     ):
@@ -526,13 +533,13 @@ def test_slices_of_a_folder_and_of_a_zip_are_one_list(tmp_path):
         for file in files:
             archive.write(file, file.relative_to(tmp_path))
     for path in (tmp_path / "scan", tmp_path / "scan.zip"):
-        slices = dicom_module.dicom_slices(path)
+        slices = dicom_slices(path)
         assert len(slices) == 16
         assert sorted({float(s.header.SliceThickness) for s in slices}) == [2.5, 7.5]
         assert not any("PixelData" in s.header for s in slices)
     (tmp_path / "cut.zip").write_bytes((tmp_path / "scan.zip").read_bytes()[:500])
     with refusals.refused(file="cut.zip", kind=CTReadError):
-        dicom_module.dicom_slices(tmp_path / "cut.zip")
+        dicom_slices(tmp_path / "cut.zip")
 
 
 @pytest.mark.parametrize(
@@ -572,9 +579,9 @@ def test_bombs(tmp_path, slices, monkeypatch):
         zipped(tmp_path / "hundred.zip", [("bomb.dcm", noise + bytes(1_980_000))]),
         "[89][0-9] times its size",
     )
-    monkeypatch.setattr(dicom_module, "MAX_ZIP_BYTES", 10_000)
+    monkeypatch.setattr(zip_archives, "MAX_ZIP_BYTES", 10_000)
     refused(zipped(tmp_path / "large.zip", slices), "unpacks to .* GiB, more than")
-    monkeypatch.setattr(dicom_module, "MAX_ZIP_MEMBERS", 5)
+    monkeypatch.setattr(zip_archives, "MAX_ZIP_MEMBERS", 5)
     refused(zipped(tmp_path / "many.zip", slices), "holds 12 files, more than 5")
 
 
@@ -603,7 +610,7 @@ def test_encrypted_members(tmp_path, slices):
 def test_cut_short_and_corrupted_archives(tmp_path, slices):
     content = zipped(tmp_path / "scan.zip", slices).read_bytes()
     (tmp_path / "short.zip").write_bytes(content[: len(content) // 2])
-    refused(tmp_path / "short.zip", "cut short or no zip archive")
+    refused(tmp_path / "short.zip", "damaged or cut short")
     corrupted = bytearray(content)
     corrupted[2000:2050] = bytes(50)
     (tmp_path / "corrupted.zip").write_bytes(corrupted)
@@ -625,3 +632,13 @@ def test_missing_slice_in_an_archive(tmp_path, slices):
 
 def test_limits_are_those_of_real_scans():
     assert MAX_VOXELS >= 512 * 512 * 2000
+
+
+def test_a_voxel_beyond_all_metal_and_a_voxel_of_a_micrometre(tmp_path):
+    hu = body()
+    hu[5, 16, 20] = 1e20
+    np.savez(tmp_path / "bright.npz", hu=hu, affine=affine_of())
+    np.savez(tmp_path / "small.npz", hu=body(), affine=affine_of((2.0, 2.0, 0.001)))
+    for name in ("bright", "small"):
+        with refusals.refused(file=f"{name}.npz", kind=CTReadError):
+            read_ct(tmp_path / f"{name}.npz")

@@ -15,9 +15,10 @@ from refusals import refused
 from ct_nb.core.errors import FileError
 from ct_nb.data.cache import DiskCache, content_digest, default_cache_dir, files_digest
 from ct_nb.data.cases import CTSource
-from ct_nb.data.folders import find_cases, name_cases, read_folder
+from ct_nb.data.folders import name_cases, read_folder
 from ct_nb.data.open import open_source, phantom_source
 from ct_nb.data.prepare import main, prepare
+from ct_nb.data.scan_files import find_cases
 from ct_nb.data.thorax_check import ThoraxRule, measure_thorax
 from ct_nb.physics.volume import Grid, Volume
 
@@ -107,7 +108,7 @@ def test_bad_file_is_fatal_or_named(folder):
     (folder / "carl.nii.gz").write_text("this is text")
     with refused(file="carl.nii.gz", kind=FileError):
         read_folder(folder, 16)
-    with pytest.warns(UserWarning, match="1 of 4 cases are left out\n  carl.nii.gz: is damaged"):
+    with pytest.warns(UserWarning, match="1 of 4 cases are left out\n  carl.nii.gz: is text"):
         source = read_folder(folder, 16, on_error="skip")
     assert source.skipped[0][0] == "carl.nii.gz" and len(source) == 3
     with refused("on_error"):
@@ -297,6 +298,15 @@ def test_mixed_sources(folder):
     assert "phantom-00001" in caught.value.reason
     with refused("source"):
         phantom_source(1, 16) + read_folder(folder, 32)
+
+
+def test_one_scan_in_two_folders_is_refused(tmp_path):
+    scan = phantom_source(1, 32)[0].volume
+    for name in ("a/first", "b/second"):
+        scan.save(tmp_path / f"{name}.nii.gz")
+    one, two = (read_folder(tmp_path / name, 16, thorax_only=False) for name in "ab")
+    with refused("source"):
+        one + two
 
 
 def test_a_path_with_a_plus(folder):

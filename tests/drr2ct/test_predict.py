@@ -417,13 +417,12 @@ def test_weights_of_a_third_system_are_refused(tmp_path):
 # ---------------------------------------------------------------- a refiner behind it
 def test_an_untrained_refiner_leaves_the_answer_and_says_that_it_was_there(run, tmp_path):
     from ct_nb.refine.network import RefinerConfig
-    from ct_nb.refine.pipeline import RefinementModel
+    from ct_nb.refine.pipeline import ConsistencySettings, RefinementModel
 
     torch.manual_seed(0)
     model = RefinementModel(RefinerConfig(size=32, channels=(6, 12), prior_features=4, hidden=16))
-    save_weights(
-        tmp_path / "refiner", model, {"system": "refiner", "network": model.config.to_dict()}
-    )
+    settings = {"network": model.config.to_dict(), "consistency": ConsistencySettings().to_dict()}
+    save_weights(tmp_path / "refiner", model, {"system": "refiner", **settings})
     write_radiographs(tmp_path / "xrays", XRAYS, VIEWS)
     plain, refined = (
         reconstruct_files(

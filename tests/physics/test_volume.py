@@ -1,6 +1,7 @@
 "Grid, resampling, body and saving beyond nbs/physics/00_volume.ipynb: peers, faults, real scans."
 
 import errno
+import resource
 import time
 
 import numpy as np
@@ -335,7 +336,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
         temporary.write_bytes(b"half a fi")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("_write_nifti", "_write_itk", "_write_npz"):
+    for name in ("_write_nifti", "_write_nrrd", "_write_metaimage", "_write_npz"):
         monkeypatch.setattr(volume_module, name, full)
     with pytest.raises(
         OSError, match=rf"scan{suffix}: could not be written \(No space left on device\); choose"
@@ -365,3 +366,31 @@ def test_whole_numbers_are_saved_as_int16_and_others_as_float32(tmp_path):
     for hu, kind in ((body(), np.int16), (body() + 0.25, np.float32), (body() * 100, np.float32)):
         Volume(hu, affine_of()).save(tmp_path / "scan.nii")
         assert nibabel.load(tmp_path / "scan.nii").get_data_dtype() == kind
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_file_holds_a_voxel_that_is_no_number(tmp_path, value):
+    hu = np.zeros((3, 4, 5), np.float32)
+    hu[1, 2, 3] = value
+    with refused(file="ct.nii.gz"):
+        Volume(hu, np.eye(4)).save(tmp_path / "ct.nii.gz")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha", ".npz"])
+@pytest.mark.parametrize("missing", [1, 700, 20_000])
+def test_a_full_disk_is_named_with_the_file_and_the_old_file_stays(tmp_path, suffix, missing):
+    "Also where only the last bytes do not fit, which reach the disk when the file is closed."
+    scan = Volume(np.random.default_rng(0).integers(-1000, 1000, (12, 32, 64)), np.eye(4))
+    path = tmp_path / f"scan{suffix}"
+    scan.save(path)
+    old = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) - missing, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{path}: could not be written") as caught:
+            scan.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ".scan" not in str(caught.value)  # the temporary file's name
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]

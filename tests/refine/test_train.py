@@ -50,7 +50,6 @@ from ct_nb.refine.train import (
     REFINEMENT_PRESETS,
     RefinementLearner,
     RefinementRun,
-    case_folders,
     collate_coarse,
 )
 from ct_nb.training.checkpoints import WeightsError, save_weights
@@ -156,17 +155,6 @@ def test_the_command_says_how_to_draw_them(run):
         capture_output=True,
     )
     assert (run.out / "spectra.png").stat().st_size > 5000
-
-
-def test_every_case_has_a_folder_of_its_own():
-    ids = ["a/b", "a_b", "A_B", "..", "../..", "plain", "x.nii", "é"]
-    names = case_folders(ids)
-    assert (
-        len({name.casefold() for name in names}) == len(ids)
-        and names[5:] == ["plain", "x.nii", "é"]
-        and not any("/" in name or name.startswith(".") for name in names)
-    )
-    assert case_folders(ids[::-1]) == names[::-1]  # whatever the order
 
 
 def test_the_refiner_loads_as_it_was(run, coarse):

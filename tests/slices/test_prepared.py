@@ -1,6 +1,7 @@
 """Preparation that resumes, reports and survives."""
 
 import csv
+import dataclasses
 import functools
 import json
 import os
@@ -269,3 +270,109 @@ def test_from_the_shell(archive, tmp_path):
     )
     with pytest.raises(SystemExit, match="holds no zip"):
         main(f"pe:{tmp_path / 'out'}", out=str(tmp_path / "two"))
+
+
+def prepared(folder, **changes) -> Path:
+    "A prepared folder of one scan with entries of its about.json changed."
+    source = StackSource([StackCase(n, n, functools.partial(named, n)) for n in "abc"])
+    prepare_stacks(source, folder, workers=0)
+    about = folder / "a" / "about.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | changes))
+    return folder
+
+
+def named(name: str) -> ThinStack:
+    return dataclasses.replace(tiny(), id=name, patient=name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": "/thesis"},
+        {"id": "../thesis"},
+        {"id": ".."},
+        {"id": "a\nb"},
+        {"id": 3},
+        {"patient": None},
+        {"pixel_mm": [1.0]},
+        {"pixel_mm": [1.0, -1.0]},
+        {"pixel_mm": [1e308, 1.0]},
+        {"notes": "a note"},
+        {"affine": [[1.0]]},
+        {"affine": [[1.0, 2.0], [1.0]]},
+        {"bytes": {}},
+        {"bytes": {"thin": 3}},
+        {"bytes": {"../thin": 3}},
+        {"thin_axis": {"first_mm": 0.0, "spacing_mm": 0.0, "count": 4}},
+        {"thin_axis": {"first_mm": 0.0, "spacing_mm": 1.0, "count": 5}},
+        {"thin_axis": {"first_mm": 0.0, "spacing_mm": 1e9, "count": 4}},
+        {"thin_axis": None},
+        {"profile": {"width_mm": "5", "shape": "rectangular"}},
+    ],
+)
+def test_a_record_of_a_scan_that_is_not_ours(tmp_path, changes):
+    source_or_scan = prepared(tmp_path / "out", **changes)
+    with refused():
+        [case.load() for case in prepared_stacks(source_or_scan).cases]
+
+
+def test_damage_to_an_array_is_seen(tmp_path):
+    out = prepared(tmp_path / "out")
+    for name, change in (
+        ("order", lambda array: np.asfortranarray(array)),
+        ("type", lambda array: array.astype(">i2")),
+        ("kind", lambda array: array.astype(np.uint16)),
+        ("shape", lambda array: array.reshape(3, 4, 3)),
+    ):
+        np.save(out / "a" / "thin.npy", change(np.zeros((4, 3, 3), np.int16)))
+        with refused(file="thin.npy"):
+            prepared_stacks(out)[0]
+            pytest.fail(name)
+    source = StackSource([StackCase(n, n, functools.partial(named, n)) for n in "abc"])
+    again = statuses(prepare_stacks(source, out, workers=0))
+    assert again == {"a": "prepared", "b": "kept", "c": "kept"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"format": 1}',
+        '{"format": 2, "sides": {}}',
+        '{"format": 1, "sides": {"a": "x"}}',
+    ],
+)
+def test_a_split_that_is_not_ours(tmp_path, text):
+    out = prepared(tmp_path / "out")
+    (out / "stacks.json").write_text(text)
+    with refused(file="stacks.json"):
+        prepared_stacks(out)
+
+
+def test_a_patient_without_a_side(tmp_path):
+    with refused(file="stacks.json"):
+        prepared_stacks(prepared(tmp_path / "out", patient="somebody"))
+
+
+@pytest.mark.parametrize("name", ["../thesis", "absolute"])
+def test_no_id_leads_to_a_folder_of_somebody_else(tmp_path, name):
+    "A shared folder that says id: ../thesis must not delete it."
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").touch()
+    name = str(tmp_path / "thesis") if name == "absolute" else name
+    source = StackSource([StackCase(n, n, functools.partial(named, n)) for n in (name, "b", "c")])
+    lines = prepare_stacks(source, tmp_path / "out", workers=0)
+    assert statuses(lines)[name] == "failed"
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "thesis"]
+
+
+def test_a_folder_with_something_else_in_it_is_not_replaced(tmp_path):
+    out = prepared(tmp_path / "out")
+    (out / "a" / "thesis.txt").touch()
+    (out / "a" / "about.json").write_text("{}")
+    source = StackSource([StackCase(n, n, functools.partial(named, n)) for n in "abc"])
+    lines = {line["id"]: line for line in prepare_stacks(source, out, workers=0)}
+    assert lines["a"]["status"] == "failed" and "thesis.txt" in lines["a"]["reason"]
+    assert (out / "a" / "thesis.txt").is_file()

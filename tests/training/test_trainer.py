@@ -237,7 +237,7 @@ def test_weights_of_another_model_missing_or_broken(tmp_path):
     with pytest.raises(WeightsError, match="not a whole safetensors file"):
         load_weights(tmp_path, torch.nn.Linear(3, 2))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match="not readable JSON"):
+    with pytest.raises(WeightsError, match="is not JSON"):
         read_config(tmp_path)
 
 

@@ -700,3 +700,23 @@ def test_papermill_gets_figures_of_all_explorers(tmp_path, monkeypatch):
     white = io.BytesIO()
     Image.fromarray(np.full((50, 50), 255, np.uint8)).save(white, "png")
     assert blank(base64.b64encode(white.getvalue()))
+
+
+def test_names_from_files_are_text_on_the_page(uneven):
+    "A script in an HTML widget runs with the rights of the notebook."
+    script = "<img src=x onerror=alert(document.cookie)>"
+    mask = np.ones(uneven.hu.shape, np.uint8)
+    viewer = VolumeViewer(uneven, mask, {1: script})
+    assert "&lt;img src=x" in viewer.readout.value and "<img" not in viewer.readout.value
+    explorer = ReconstructionExplorer({script: uneven, "b": uneven})
+    explorer._read_out(uneven.grid.center_mm)
+    assert "&lt;img src=x" in explorer.readout.value and "<img" not in explorer.readout.value
+
+
+def test_html_is_made_in_one_place():
+    "Widgets of HTML come from `ct_nb.viewer.widgets`, which escapes what `markup` did not make."
+    for path in (ROOT / "ct_nb").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        own = path.name == "widgets.py"
+        assert own or "from ipywidgets" not in text, f"{path.name} takes a widget past the escaping"
+        assert own or path.name == "_modidx.py" or "html.escape" not in text, path.name
