@@ -22,7 +22,8 @@ def run_recipe(recipe: str, **parameters):
     given = {
         name: value if isinstance(value, int) else str(value) for name, value in parameters.items()
     }
-    code = "\n".join(f"{name} = {value!r}" for name, value in given.items())
+    assignments = [f"{name} = {value!r}" for name, value in given.items()]
+    code = "\n".join(["# Parameters", *assignments])  # as papermill writes it
     notebook.cells.insert(place + 1, mk_cell(code))
     folder = os.getcwd()
     backend = plt.get_backend()

@@ -36,8 +36,8 @@ from ..layers.denoiser import DenoiserConfig
 from ..layers.diffusion import DiffusionConfig
 from ..physics.geometry import ConeBeam
 from ..physics.geometry_io import geometry_to_json
-from ..training.checkpoints import load_model, load_weights, read_config
-from ..training.run import Run, command, get_preset, schedule
+from ..training.checkpoints import load_model, load_weights, read_config, weights_digest
+from ..training.run import Run, command, get_preset, in_own_folder, schedule
 from ..training.trainer import Trainer, TrainerConfig, TrainingStopped
 
 # %% ../../nbs/cascade/03_train.ipynb #cell-004
@@ -169,6 +169,8 @@ class CascadeRun(Run):
 
     system: ClassVar[str] = "cascade"
     presets: ClassVar[dict] = CASCADE_PRESETS
+    names: ClassVar[tuple[str, ...]] = (*Run.names, "coarse", "stage")
+    files: ClassVar[tuple[str, ...]] = (*Run.files, "uncertainty.json")
 
     out: str = "runs/cascade"
     steps: int | None = None  # of all stages together, shared out as in the preset
@@ -220,6 +222,15 @@ class CascadeRun(Run):
     def sizes(self) -> list[int]:
         "Voxels a side of the stages."
         return [stage.size for stage in self.settings.stages]
+
+    @property
+    def parts(self) -> list[str] | None:
+        "The stage that was asked for; None: all."
+        return None if self.stage is None else [str(self.stage)]
+
+    def inputs(self) -> dict:
+        "Digest of the coarse model's weights."
+        return {"coarse": self.coarse and weights_digest(self.coarse)}
 
     @property
     def network(self) -> Cascade:
@@ -369,7 +380,7 @@ def _train(self: CascadeRun, progress: bool) -> list[dict]:
     return self.train_stages(
         {str(size): train(number) for number, size in enumerate(self.sizes)},
         load,
-        None if self.stage is None else [str(self.stage)],
+        self.parts,
     )
 
 
@@ -522,6 +533,7 @@ def _predictors(self: CascadeRun, watch: Callable[[torch.Tensor], None]) -> list
 
 
 @patch
+@in_own_folder
 def evaluate(self: CascadeRun, out=None, progress: bool = True) -> scoreboard.Scoreboard:
     """The mean of the samples (`model`), a single one, unguided and exactly guided ones, the start
     and the baselines on the validation cases; writes scoreboard, NIfTI and `uncertainty.json`.

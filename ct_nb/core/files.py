@@ -45,7 +45,7 @@ def atomic_write(
     os.close(handle)
     try:
         yield Path(name)
-        with open(name, "rb") as written:
+        with open(name, "r+b") as written:  # Windows flushes no handle that only reads
             os.fsync(written.fileno())
         os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(name, path)

@@ -20,10 +20,10 @@ from .encoder import CTEncoderConfig
 from .evaluation import LanguageScores, evaluate_language
 from .model import ScanLanguage, ScanLanguageConfig, all_texts, target_text
 from .text_encoders import WordTokenizer, text_notes
-from ..data.cache import DiskCache, default_cache_dir
+from ..data.cache import DiskCache, default_cache_dir, files_digest
 from ..data.cases import CTSource
 from ..training.checkpoints import load_model
-from ..training.run import Run, command, list_names
+from ..training.run import Run, command, in_own_folder, list_names
 from ..training.trainer import Trainer, TrainerConfig
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-005
@@ -191,6 +191,8 @@ class CTEncoderRun(Run):
 
     system: ClassVar[str] = "ct_encoder"
     presets: ClassVar[dict] = CT_ENCODER_PRESETS
+    names: ClassVar[tuple[str, ...]] = (*Run.names, "reports")
+    files: ClassVar[tuple[str, ...]] = (*Run.files, "retrieval.csv", "lesions.csv")
 
     data: str = "phantom"  # "phantom", "phantom:COUNT", or a folder of CTs with a table of reports
     out: str = "runs/ct_encoder"
@@ -220,6 +222,12 @@ class CTEncoderRun(Run):
             text_pooling=self.text_pooling,
         )
         return super().configure(replace(settings, network=network))
+
+    def inputs(self) -> dict:
+        "Digest of the files of a text tower in a folder."
+        folder = Path(self.settings.network.text)
+        files = sorted(path for path in folder.glob("*") if path.is_file())
+        return {"text": files_digest(files) if files else None}
 
     def open(self, progress: bool = True) -> "CTEncoderRun":
         "Find the scans and their reports, prepare each once, and split them by patient."
@@ -338,6 +346,7 @@ def restore(self: CTEncoderRun) -> None:
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-012
 @patch
+@in_own_folder
 def evaluate(self: CTEncoderRun) -> LanguageScores:
     "All scores on the validation scans; writes `metrics.json`, `retrieval.csv`, `lesions.csv`."
     s = self.settings

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -180,5 +181,10 @@ class MemoryCache(dict):
 
 # %% ../../nbs/data/06_cache.ipynb #cell-020
 def default_cache_dir() -> Path:
-    "`$CT_NB_CACHE`, or `~/.cache/ct_nb`."
-    return Path(os.environ.get("CT_NB_CACHE") or Path.home() / ".cache" / "ct_nb")
+    "`$CT_NB_CACHE`, or `~/.cache/ct_nb`; for a user without a home, in the temporary folder."
+    if os.environ.get("CT_NB_CACHE"):
+        return Path(os.environ["CT_NB_CACHE"])
+    try:
+        return Path.home() / ".cache" / "ct_nb"
+    except RuntimeError:  # a container may run as a user who is in no list
+        return Path(tempfile.gettempdir()) / f"ct_nb_{os.getuid()}"

@@ -6,7 +6,7 @@
 __all__ = ['DRR2CT_PRESETS', 'PRIOR_NOISE', 'FEWEST_LATENT_CHANNELS', 'main', 'DRR2CTPreset', 'DRR2CTRun']
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-002
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,9 +25,11 @@ from ..evaluation.baselines import fit_baselines
 from ..evaluation.inference import RESIDUAL_MARGIN, view_residuals
 from ..evaluation.metrics import psnr, ssim
 from ..physics.xray_noise import PoseNoise, XrayNoise
-from ..training.checkpoints import WEIGHTS_FILE
-from ..training.run import Run, command, schedule
+from ..training.checkpoints import WEIGHTS_FILE, weights_digest
+from ..training.run import Run, command, in_own_folder, schedule
 from ..training.trainer import Trainer, TrainerConfig
+from ..training.run_folder import RUN_FILE
+from ..core.files import read_json
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-004
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ class DRR2CTRun(Run):
 
     system: ClassVar[str] = "drr2ct"
     presets: ClassVar[dict] = DRR2CT_PRESETS
+    names: ClassVar[tuple[str, ...]] = (*Run.names, "stage", "start", "teacher")
+    is_trained: ClassVar[bool] = False  # some stages alone give weights too; each says of itself
 
     out: str = "runs/drr2ct"
     stage: str = "all"  # all four stages in order, or some of joint, latent, masked, fine
@@ -172,7 +176,27 @@ class DRR2CTRun(Run):
     def configure(self, settings: DRR2CTPreset) -> DRR2CTPreset:
         "As `Run.configure`, with the stages that were asked for."
         settings = super().configure(settings)
+        self.all_settings = settings
         return settings if self.stage == "all" else replace(settings, stages=get_stages(self.stage))
+
+    @property
+    def parts(self) -> list[str] | None:
+        "The stages that were asked for; None: all."
+        return None if self.stage == "all" else [stage.name for stage in self.settings.stages]
+
+    def identity(self) -> dict:
+        "As `Run.identity`; the settings are those of all stages, whichever this run trains."
+        return super().identity() | {"settings": asdict(self.all_settings)}
+
+    def inputs(self) -> dict:
+        "Digests of the weights to start from and of the teacher's."
+        folders = {"start": self.start, "teacher": self.teacher}
+        digests = {name: folder and weights_digest(folder) for name, folder in folders.items()}
+        before = self.out / RUN_FILE
+        if self.start == str(self.out) and before.is_file():
+            # it goes on from what the folder itself began with
+            digests["start"] = read_json(before).get("inputs", {}).get("start")
+        return digests
 
     def open(self) -> "DRR2CTRun":
         "Find the cases and split them by patient."
@@ -352,6 +376,7 @@ def _finish(self: DRR2CTRun, cases: int = 8) -> None:
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-015
 @patch
+@in_own_folder
 def evaluate(
     self: DRR2CTRun, pairs: XrayPairs | None = None, out=None, progress: bool = True
 ) -> scoreboard.Scoreboard:

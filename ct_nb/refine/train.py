@@ -19,7 +19,7 @@ from torch import nn
 from ..core.errors import InputError
 from ..core.files import file_names, write_json
 from ..core.seeding import seeded_generator
-from ..data.cache import default_cache_dir
+from ..data.cache import default_cache_dir, files_digest
 from ..data.cohort import Cohort, RepeatedConcatDataset
 from ..data.open import open_source
 from ..data.xray_pairs import XrayPairs, collate
@@ -42,7 +42,7 @@ from .losses import RandomFeatures, RefinementWeights, refinement_loss
 from .network import Refiner, RefinerConfig
 from .pipeline import ConsistencySettings, RefinementModel, load_refiner
 from ..training.checkpoints import read_config, versions
-from ..training.run import Run, case_record, command, get_preset
+from ..training.run import Run, case_record, command, get_preset, in_own_folder
 from ..training.trainer import Trainer, TrainerConfig
 
 # %% ../../nbs/refine/06_train.ipynb #cell-005
@@ -154,6 +154,8 @@ class RefinementRun(Run):
 
     system: ClassVar[str] = "refiner"
     presets: ClassVar[dict] = REFINEMENT_PRESETS
+    names: ClassVar[tuple[str, ...]] = (*Run.names, "coarse")
+    files: ClassVar[tuple[str, ...]] = (*Run.files, "refinement.json")
 
     out: str = "runs/refinement"
     # folder of a run of drr2ct or of a cascade, or of coarse CTs named after their cases; or sirt
@@ -210,6 +212,12 @@ class RefinementRun(Run):
         "Where the coarse volumes come from, and the features of the perceptual term."
         perceptual = self.features.name if self.settings.weights.perceptual else None
         return {"coarse": str(self.coarse), "perceptual": perceptual}
+
+    def inputs(self) -> dict:
+        "Digests of what the coarse volumes come from: weights, files, or a method's name."
+        if isinstance(self.source, CoarseFiles):
+            return {"coarse": files_digest(self.source.files.values())}
+        return {"coarse": self.source.weights or str(self.coarse)}
 
     def network_config(self) -> dict:
         "What the refiner is made from again."
@@ -637,6 +645,7 @@ def _score(
 
 
 @patch
+@in_own_folder
 def evaluate(self: RefinementRun, out=None, progress: bool = True) -> RefinementScoreboard:
     """Refiner, input and baselines on the validation cases.
 

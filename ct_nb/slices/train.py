@@ -36,8 +36,13 @@ from .network import SliceNetworkConfig
 from .slice_profile import StackPairs, ThickSliceRange, collate_stacks
 from .vae import SliceVAE
 from .vae_train import PHANTOM_SIDE_MM, VAERun, load_vae
-from ..training.checkpoints import STATE_FILE, WEIGHTS_FILE, load_model, read_config
-from ..training.run import Run, command, schedule
+from ct_nb.training.checkpoints import (
+    STATE_FILE,
+    load_model,
+    read_config,
+    weights_digest,
+)
+from ..training.run import Run, command, in_own_folder, schedule
 from ..training.trainer import Trainer, TrainerConfig
 
 # %% ../../nbs/slices/10_train.ipynb #cell-005
@@ -247,6 +252,8 @@ class SlicesRun(Run):
 
     system: ClassVar[str] = "slices"
     presets: ClassVar[dict] = SLICES_PRESETS
+    names: ClassVar[tuple[str, ...]] = (*Run.names, "model", "vae")
+    files: ClassVar[tuple[str, ...]] = (*Run.files, "cuts.png")
 
     # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
     data: str = "phantom"
@@ -280,6 +287,15 @@ class SlicesRun(Run):
         return SLICE_MODEL_NAMES if self.model == "both" else (self.model,)
 
     @property
+    def parts(self) -> list[str] | None:
+        "The network that was asked for; None: both."
+        return None if self.model == "both" else [self.model]
+
+    def inputs(self) -> dict:
+        "Digest of the weights of the VAE, where one was named."
+        return {"vae": self.vae and weights_digest(self.vae)}
+
+    @property
     def network(self) -> SliceModels:
         "What is trained and saved."
         return self.slices
@@ -310,7 +326,9 @@ def open(self: SlicesRun) -> SlicesRun:
     `InputError` where the VAE was trained on a patient who would be evaluated.
     """
     settings = self.settings
-    self.vae_run = VAERun(self.preset, self.data, self.out / "vae", self.seed, self.resume).open()
+    self.vae_run = VAERun(
+        self.preset, self.data, self.out / "vae", self.seed, self.resume, self.overwrite
+    ).open()
     size = max(self.crop_size(name) for name in self.to_train)
     evaluated = ThickSliceRange((settings.thick_mm, settings.thick_mm))
 
@@ -450,11 +468,10 @@ def get_vae(self: SlicesRun, progress: bool = True) -> SliceVAE:
     if self.vae is not None:
         return load_vae(self.vae)
     folder = self.out / "vae"
-    if not (self.resume and (folder / WEIGHTS_FILE).is_file()):
-        if progress:
-            print(f"the VAE first: {self.vae_run.settings.trainer.steps} steps")
-        self.vae_run.fit(progress)
-        (folder / STATE_FILE).unlink(missing_ok=True)
+    if progress and not (self.resume and self.vae_run.is_trained):
+        print(f"the VAE first: {self.vae_run.settings.trainer.steps} steps")
+    self.vae_run.fit(progress)
+    (folder / STATE_FILE).unlink(missing_ok=True)
     return load_vae(folder)
 
 
@@ -572,6 +589,7 @@ def _validate(self: SlicesRun, learner: _Learner, most: int = 4) -> dict:
 
 # %% ../../nbs/slices/10_train.ipynb #cell-017
 @patch
+@in_own_folder
 def evaluate(
     self: SlicesRun,
     out=None,  # folder for the scoreboard; None: that of the run

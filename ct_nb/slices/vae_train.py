@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..core.errors import InputError
+from ..core.errors import InputError, reading
 from ..core.seeding import seeded_generator
 from ..data.cases import CTSource
 from ..evaluation.lpips import LPIPS
@@ -33,8 +33,9 @@ from .vae_tiles import decode_tiled, encode_tiled
 from ..training.adversarial import Adversary
 from ..training.checkpoints import load_model
 from ..training.losses import LossWeights, reconstruction_loss
-from ..training.run import Run, command, list_names
+from ..training.run import Run, command, in_own_folder, list_names
 from ..training.trainer import Trainer, TrainerConfig
+from ..data.cache import files_digest
 
 # %% ../../nbs/slices/03c_vae_train.ipynb #cell-005
 def check_crop(name: str, shape, crop: tuple[int, int, int]) -> None:
@@ -310,11 +311,20 @@ class VAERun(Run):
 
     system: ClassVar[str] = "slice_vae"
     presets: ClassVar[dict] = VAE_PRESETS
+    names: ClassVar[tuple[str, ...]] = (*Run.names, "perceptual")
+    files: ClassVar[tuple[str, ...]] = (*Run.files, "vae_scores.csv", "vae_scores.json")
 
     # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
     data: str = "phantom"
     out: str = "runs/vae"
     perceptual: str | None = None  # LPIPS weights as safetensors, for a perceptual term
+
+    def inputs(self) -> dict:
+        "Digest of the perceptual network's weights."
+        if self.perceptual is None:
+            return {}
+        with reading(self.perceptual):
+            return {"perceptual": files_digest([self.perceptual])}
 
     @property
     def network(self) -> SliceVAE:
@@ -493,6 +503,7 @@ def reconstructions(self: VAERun, hu: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @patch
+@in_own_folder
 def evaluate(self: VAERun, progress: bool = True) -> VAEScores:
     "VAE and baselines on whole volumes of the test cases; writes `vae_scores.csv` and `.json`."
     from tqdm.auto import tqdm

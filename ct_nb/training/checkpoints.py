@@ -73,7 +73,9 @@ def save_weights(
     # JSON-ready; must have "system", the name that `load_weights` checks, and "network"
     config: dict,
 ) -> None:
-    "Write `model.safetensors` and `config.json` into `folder`, each atomically."
+    """Write `config.json` and then `model.safetensors` into `folder`, each atomically: weights are
+    the mark that a run, or a stage of one, is finished.
+    """
     from safetensors.torch import save_file
 
     missing = {"system", "network"} - config.keys()
@@ -83,9 +85,9 @@ def save_weights(
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in model.state_dict().items()
     }
+    write_json(Path(folder) / CONFIG_FILE, {"versions": versions(), **config})
     with atomic_write(Path(folder) / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, metadata={"system": config["system"]})
-    write_json(Path(folder) / CONFIG_FILE, {"versions": versions(), **config})
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-007
 def read_config(folder, system: str | tuple[str, ...] | None = None) -> dict:

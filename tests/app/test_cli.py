@@ -269,6 +269,9 @@ def test_interpolate_slices_passes_its_options_on(calls):
         (("drr", "CT", "--azimuth", "front"), "--azimuth: "),
         (("drr", "CT", "--elevation", "1,2,3"), "--elevation: "),
         (("drr", "CT", "--cube-mm", "-1"), "--cube-mm: "),
+        (("drr", "CT", "--cube-mm", "1e9"), "--cube-mm: "),
+        (("drr", "CT", "--pixel-mm", "inf"), "--pixel-mm: "),
+        (("interpolate-slices", "CT", "--weights", "no_run", "--spacing", "nan"), "--spacing-mm: "),
         (("evaluate", "a.nii.gz", "CT"), "a.nii.gz: "),
         (("reconstruct", "a.png", "--geometry", "no.json", "--weights", "no_run"), "no_run"),
         (("interpolate-slices", "CT", "--weights", "no_run"), "no_run"),
@@ -338,3 +341,26 @@ def test_a_reader_that_has_gone_is_no_fault_of_the_input(ct):
     process.stdout.close()
     assert "evaluate:" not in process.stderr.read()
     process.wait()
+
+
+def test_a_terminal_of_ascii_and_a_user_without_a_home(ct, tmp_path):
+    script = (
+        "import os, pwd; pwd.getpwuid = lambda uid: {}[uid]; from ct_nb.app.cli import main; main()"
+    )
+    path = tmp_path / "Thorax für → µm.nii.gz"
+    path.write_bytes(ct.read_bytes())
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+        "PYTHONIOENCODING": "ascii",
+        "TMPDIR": str(tmp_path),
+    }
+    words = [str(word) for word in ("drr", path, "--out", tmp_path / "out", *SMALL)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out").glob("*.png"))

@@ -1009,7 +1009,7 @@ def test_the_bench_measures_the_networks_that_are_trained(tmp_path, monkeypatch)
         for cell in nbformat.read(ROOT / "nbs" / "bench_ct_encoder.ipynb", as_version=4).cells
         if cell.cell_type == "code" and not cell.source.startswith("%")
     ]
-    space = {}
+    space = {"In": cells[:1]}
     for number, source in enumerate(cells):
         exec(source, space)
         if number == 0:

@@ -1,4 +1,8 @@
-"""A small training run for the tests of the trainer: `train_line.py OUT [resume] [kill-in-save | small-disk]`; prints a digest of the weights."""
+"""A small training run for the tests of the trainer; prints a digest of the weights.
+
+`train_line.py OUT [resume] [noise] [stop] [kill-in-save | small-disk]`; `noise` is drawn from each
+process's own generator, `stop` ends after 15 of 30 steps, between two checkpoints.
+"""
 
 import os
 import resource
@@ -8,7 +12,6 @@ import sys
 import torch
 from torch.utils.data import Dataset
 
-from ct_nb.training import trainer as trainer_module
 from ct_nb.training.trainer import Trainer, TrainerConfig
 
 
@@ -48,7 +51,13 @@ def main(out, *words):
         shard_optimizer="zero" in words,
         accumulation=2 if "zero" in words else 1,
     )
-    trainer = Trainer(model, step, Points(), config, out, collate)
+    def noisy_step(model, batch, number):
+        if "stop" in words and number == 15:
+            sys.exit(0)
+        return step(model, {**batch, "x": batch["x"] + 0.1 * torch.randn(8)}, number)
+
+    used = noisy_step if "noise" in words else step
+    trainer = Trainer(model, used, Points(), config, out, collate)
     if "kill-in-save" in words:
         whole, calls = torch.save, []
 

@@ -296,3 +296,14 @@ def test_reconstruct_refuses_a_wrong_count_and_wrong_weights(trained, tmp_path):
     save_weights(tmp_path / "other", torch.nn.Linear(2, 2), {"system": "vae", "network": {}})
     assert "'vae'" in refusal("reconstruct", *images, *words, "--weights", tmp_path / "other")
     assert not (tmp_path / "ct.nii.gz").exists()
+
+
+def test_a_parameter_that_a_recipe_does_not_have_ends_it(tmp_path):
+    words = ("-p", "Steps", "5", "-p", "out", str(tmp_path / "run"))
+    done = subprocess.run(
+        [BIN / "papermill", ROOT / "nbs" / "train_vae.ipynb", tmp_path / "out.ipynb", *words],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "did you mean steps?" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ def run_recipe(monkeypatch):
     threads = torch.get_num_threads()
 
     def run(recipe: str, **parameters) -> dict:
-        space = {}
+        space = {"In": []}
         for number, cell in enumerate(nbformat.read(NBS / f"{recipe}.ipynb", as_version=4).cells):
             if cell.cell_type != "code":
                 continue

@@ -181,9 +181,7 @@ def test_one_of_the_two_alone(done, tmp_path):
         and "upper_bound_vae" not in board.predictors
         and not (tmp_path / "cuts.png").exists()
     )
-    other = SlicesRun(
-        "micro", out=tmp_path, vae=str(run.out / "vae"), model="diffusion", steps=1
-    ).open()
+    other = SlicesRun("micro", out=tmp_path, vae=str(run.out / "vae"), model="diffusion").open()
     other.fit(progress=False)
     # the one that was there was taken
     assert other.slices.regressor is not None and other.slices.diffusion is not None

@@ -324,6 +324,7 @@ def test_perceptual_weights_join_the_loss(run, tmp_path):
         for distance in (None, Distance())
     )
     assert with_it[0] > plain[0] and with_it[1]["perceptual"] > 0
+    (tmp_path / "none").write_text("no weights")
     with pytest.raises(ValueError, match="not a safetensors file"):
         VAERun("micro", out=tmp_path, perceptual=str(tmp_path / "none"), steps=1).open().fit(
             progress=False

@@ -26,8 +26,8 @@ def test_every_preset_is_there_and_every_flag_has_its_help(system):
     assert list(kind.presets) == ["micro", "smoke", "cpu", "gpu", "paper"]
     parser = command_parser(kind)
     flags = {action.dest: action for action in parser._actions}
-    shared = {own.name for own in fields(Run)} - {"settings", "built"}
-    assert shared <= set(flags) and not {"settings", "built", "features"} & set(flags)
+    shared = {own.name for own in fields(Run) if own.init} - {"settings"}
+    assert shared <= set(flags) and not {"settings", "built", "claimed", "features"} & set(flags)
     assert all(action.help for action in parser._actions)
     values = vars(parser.parse_args(["--preset", "smoke", "--seed", "4", "--resume"]))
     assert (values["preset"], values["seed"], values["resume"]) == ("smoke", 4, True)

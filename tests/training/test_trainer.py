@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from places import PROGRAMS
+from refusals import refused
 
 from ct_nb.core.files import atomic_write
 from ct_nb.training.checkpoints import (
@@ -16,10 +17,17 @@ from ct_nb.training.checkpoints import (
     load_state,
     load_weights,
     read_config,
+    save_state,
     save_weights,
 )
 
+from ct_nb.training.trainer import TrainerConfig
+
 PROGRAM = PROGRAMS / "train_line.py"
+TWO_PROCESSES = (
+    sys.executable,
+    *"-m torch.distributed.run --standalone --nproc_per_node 2".split(),
+)
 
 
 def train(out, *words, launcher=(sys.executable,), expect=0, **environment):
@@ -61,30 +69,27 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(tmp_path, undisturbed
 
 
 def test_two_processes_give_the_single_process_result(tmp_path, undisturbed):
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    )
-    done = train(tmp_path, launcher=torchrun, ACCELERATE_USE_CPU="true")
+    done = train(tmp_path, launcher=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
     assert done.stdout.count("weights") == 1, "each process should not train on its own"
     both = torch.load(tmp_path / "final.pt", weights_only=True)
     assert torch.allclose(both, undisturbed, atol=2e-6), (both - undisturbed).abs().max()
 
 
-def test_two_processes_that_share_the_optimizer_give_it_too(tmp_path, undisturbed):
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
+def test_each_of_two_processes_goes_on_with_its_own_random_numbers(tmp_path):
+    options = {"launcher": TWO_PROCESSES, "ACCELERATE_USE_CPU": "true"}
+    train(tmp_path / "whole", "noise", **options)
+    train(tmp_path / "parts", "noise", "stop", **options)
+    states = load_state(tmp_path / "parts")["random"]
+    assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
+    train(tmp_path / "parts", "noise", "resume", **options)
+    whole, parts = (
+        torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("whole", "parts")
     )
-    train(tmp_path, "zero", launcher=torchrun, ACCELERATE_USE_CPU="true")
+    assert torch.equal(whole, parts)
+
+
+def test_two_processes_that_share_the_optimizer_give_it_too(tmp_path, undisturbed):
+    train(tmp_path, "zero", launcher=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
     both = torch.load(tmp_path / "final.pt", weights_only=True)
     assert torch.allclose(both, undisturbed, atol=2e-6), (both - undisturbed).abs().max()
     moments = torch.load(tmp_path / "training_state.pt", weights_only=True)["optimizer"]["state"]
@@ -111,6 +116,20 @@ def test_resume_with_other_settings_is_refused(tmp_path):
             tmp_path,
             collate,
         ).fit(resume=True, progress=False)
+
+
+def test_resume_with_another_number_of_processes_is_refused(tmp_path):
+    from programs.train_line import Points, collate, step
+
+    from ct_nb.training.trainer import Trainer, TrainerConfig
+
+    config = TrainerConfig(steps=2, batch_size=2, checkpoint_every=1, validate_every=0)
+    trainer = Trainer(torch.nn.Linear(8, 1), step, Points(), config, tmp_path, collate)
+    trainer.fit(progress=False)
+    state = load_state(tmp_path)
+    save_state(tmp_path, {**state, "random": 2 * state["random"]})
+    with refused(file=tmp_path):
+        trainer.fit(resume=True, progress=False)
 
 
 def test_out_of_memory_cuts_the_batch_and_keeps_the_step(tmp_path):
@@ -227,3 +246,23 @@ def test_unwritable_folder_is_a_sentence(tmp_path):
     with pytest.raises(OSError, match="cannot be written"):
         with atomic_write(tmp_path / "a_file" / "b.txt"):
             pass
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("steps", 0),
+        ("steps", -5),
+        ("batch_size", 0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", 0.0),
+        ("gradient_clip", float("inf")),
+        ("ema_decay", 1.0),
+        ("log_every", 0),
+        ("validate_every", -1),
+        ("mixed_precision", "half"),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with refused(name):
+        TrainerConfig(**{"steps": 10, name: value})
