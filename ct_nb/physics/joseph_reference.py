@@ -57,7 +57,7 @@ class ColumnParameters:
     volume_shape: tuple[int, int, int]  # (D, H, W)
     detector_shape: tuple[int, int]  # (R, C)
     # (*batch, V, C, 2) float64: where the ray of the middle row begins and ends along axis m, in
-    # slices, the lower end first; differentiable
+    # slices; differentiable
     ends: torch.Tensor | None = None
 
     def map(self, function) -> "ColumnParameters":
@@ -164,9 +164,7 @@ def column_parameters(geometry: ConeBeam) -> ColumnParameters:
     slices = _slices(
         values.detach(), start.detach()[..., 0], 1 / slope.detach()[..., 0], shape, usable[..., 0]
     )
-    begin = start[..., :1]
-    both = begin, begin + 1 / slope
-    ends = torch.cat([torch.minimum(*both), torch.maximum(*both)], -1)
+    ends = torch.cat([start[..., :1], start[..., :1] + 1 / slope], -1)
     return ColumnParameters(
         values, axes, slices, geometry.grid.shape, geometry.detector_shape, ends
     )

@@ -50,17 +50,19 @@ def _part_slices(parameters: ColumnParameters) -> list[tuple[torch.Tensor, torch
     2), and what is missing of its weight or too much, (B, V, 1, C).
     """
     count = torch.tensor(parameters.volume_shape, device=parameters.axes.device)
-    count = count[parameters.axes[..., 0]]
+    nearest = (parameters.ends.detach() + 0.5).floor()
+    inside = (nearest >= 0) & (nearest < count[parameters.axes[..., :1]])
+    if not bool(inside.any()):
+        return []
     parts = []
-    for end, side in zip(parameters.ends.unbind(-1), (-1, 1)):
-        k = (end.detach() + 0.5).floor()
-        inside = (k >= 0) & (k < count)
-        if not bool(inside.any()):
-            continue
+    # +1 where the slices before the end are crossed, -1 where those after it are
+    upwards = torch.where(parameters.ends[..., 0] < parameters.ends[..., 1], 1, -1)
+    ends = (t.unbind(-1) for t in (parameters.ends, nearest, inside))
+    for end, k, here, side in zip(*ends, (-upwards, upwards)):
         counted = side * (end.detach() - k) >= 0  # by the whole slices between the ends
-        weight = torch.where(inside, side * (end - k) + 0.5 - counted.to(end), 0.0)
-        k = torch.where(inside, k, 0.0)
-        slices = torch.stack([k, k + inside.to(k)], -1).to(torch.int64)
+        weight = torch.where(here, side * (end - k) + 0.5 - counted.to(end), 0.0)
+        k = torch.where(here, k, 0.0)
+        slices = torch.stack([k, k + here.to(k)], -1).to(torch.int64)
         parts.append((slices, weight[..., None, :]))
     return parts
 
