@@ -49,9 +49,10 @@ def _part_slices(parameters: ColumnParameters) -> list[tuple[torch.Tensor, torch
     """For each end of the rays that lies inside the grid: the one slice in which it does, (B, V, C,
     2), and what is missing of its weight or too much, (B, V, 1, C).
     """
-    count = torch.tensor(parameters.volume_shape, device=parameters.axes.device)
+    axes = parameters.axes
+    count = torch.tensor(parameters.volume_shape, device=axes.device)
     nearest = (parameters.ends.detach() + 0.5).floor()
-    inside = (nearest >= 0) & (nearest < count[parameters.axes[..., :1]])
+    inside = (nearest >= 0) & (nearest < count.expand_as(axes).gather(-1, axes[..., :1]))
     if not bool(inside.any()):
         return []
     parts = []
