@@ -38,6 +38,13 @@ def _checked_vectors(geometry) -> dict[str, torch.Tensor]:
         )
 
     vectors = {name: floating(v) for name, v in values.items()}
+    for name, v in vectors.items():
+        if torch._C._functorch.is_batchedtensor(v):
+            raise GeometryError(
+                name,
+                "differs between the members of a torch.func.vmap, where its numbers cannot be"
+                " looked at; give the geometry a batch axis instead, (B, views, 3)",
+            )
     dtype = reduce(torch.promote_types, (v.dtype for v in vectors.values()))
     vectors = {name: v.to(dtype) for name, v in vectors.items()}
     shape = tuple(vectors["source_mm"].shape)

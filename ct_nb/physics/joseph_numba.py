@@ -274,26 +274,39 @@ def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     return torch.from_numpy(volume)
 
 # %% ../../nbs/physics/03_joseph_numba.ipynb #71fe4ac3
-def _gradient_of_group(volume, back, back_box, layouts, m, image, values, slices, members):
-    """Derivatives (N, 8) of the columns `members`, which march along m; adds the transpose to
-    `back`, unless that is empty.
+def _gradient_of_group(volume, result, is_first, b, m, image, values, slices, members):
+    """Derivatives (N, 8) of the columns `members`, which march along m with lines along b; adds the
+    transpose to `result` (D, H, W), or writes it where the group is the first, unless it is None.
 
-    The volume (D, H, W) is packed one of `layouts` at a time, each a part of the slices.
+    The volume and the result are packed half of the slices at a time, into one buffer of the size
+    that the forward projection had.
     """
     rows = image.shape[-2]
     weighted = _weighted_pixels(image, values, members)
     slope = 0
-    for layout in layouts:
-        parts = _ranges(layout.first + layout.count[m], 8, layout.first)
-        with _scratch(layout.size, volume.dtype) as planes:
+    count = volume.shape[m]
+    for half in _ranges(count, (count + 1) // 2):
+        layout = _Layout(volume.shape, b, m, *half)
+        box = layout.box(m)
+        parts = _ranges(half[1], 8, half[0])
+        room = layout.size + -layout.size % 16  # both parts begin at a cache line
+        with _scratch(room if result is None else 2 * room, volume.dtype) as buffer:
+            planes, back = buffer[:room], buffer[room:]
             layout.pack(volume, planes)
+            if result is not None:
+                if is_first:
+                    back.fill(0)
+                else:
+                    layout.pack(result, back)
             partial = np.zeros((len(parts), len(members), 8))
-            arguments = (back, back_box, planes, layout.box(m), weighted, rows)
+            arguments = (back, box, planes, box, weighted, rows)
 
             def task(i, partial=partial, arguments=arguments, parts=parts):
                 gradient_slices(partial[i], *arguments, values, slices, members, *parts[i])
 
             _run_tasks(task, range(len(parts)))
+            if result is not None:
+                layout.unpack(back, result)
         slope = slope + partial.sum(0)
     return slope
 
@@ -318,39 +331,33 @@ def gradient(
     None,
     as `joseph_reference.gradient`, on the CPU.
 
-    The volume is packed in halves, so the memory needed is one and a half volumes with the gradient
-    to the volume and half a volume without.
+    Volume and result are packed in halves, so the memory needed is one volume with the gradient to
+    the volume and half a volume without.
     """
     if projection is None:
         projection = forward(volume, parameters)
     volume, image, projection = (t.contiguous().numpy() for t in (volume, image, projection))
     slope = np.zeros((len(parameters.values), math.prod(parameters.values.shape[1:3]), len(VALUES)))
     result = np.empty_like(volume) if with_adjoint else None
-    shape = parameters.volume_shape
     for item in range(len(volume)):
         values, slices, groups = _columns_by_axes(parameters, item)
         slope_of_item = slope[item if len(slope) > 1 else 0]
         _length_gradient(slope_of_item, image[item], projection[item], values)
-        for i, (b, groups_b) in enumerate(groups.items()):
-            layout = _Layout(shape, b, outer=int(b == 0))
-            with _scratch(layout.size if with_adjoint else 0, volume.dtype, zeros=True) as back:
-                if with_adjoint and i:
-                    layout.pack(result[item], back)
-                for m, members in groups_b:
-                    halves = _ranges(shape[m], (shape[m] + 1) // 2)
-                    slope_of_item[members, :8] += _gradient_of_group(
-                        volume[item],
-                        back,
-                        layout.box(m),
-                        [_Layout(shape, b, m, *half) for half in halves],
-                        m,
-                        image[item],
-                        values,
-                        slices,
-                        members,
-                    )
-                if with_adjoint:
-                    layout.unpack(back, result[item])
+        is_first = True
+        for b, groups_b in groups.items():
+            for m, members in groups_b:
+                slope_of_item[members, :8] += _gradient_of_group(
+                    volume[item],
+                    None if result is None else result[item],
+                    is_first,
+                    b,
+                    m,
+                    image[item],
+                    values,
+                    slices,
+                    members,
+                )
+                is_first = False
     return torch.from_numpy(slope).view_as(parameters.values), (
         torch.from_numpy(result) if with_adjoint else None
     )

