@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.errors import InputError
-from ..core.seeding import seeded_generator
+from ..core.seeding import case_generators, seeded_generator
 from ..evaluation.metrics import psnr
 from .crops import SliceCrops, drop_unusable, split_record
 from .evaluation import evaluate_slice_models, rplhr_table, slice_models
@@ -441,7 +441,7 @@ def crops(self: SlicesRun, size: int) -> SliceCrops:
 
 
 class _Learner(nn.Module):
-    "A model with its noise, a batch's own in every step."
+    "A model with its noise, a case's own in every step."
 
     def __init__(self, model: nn.Module, seed: int):
         super().__init__()
@@ -452,8 +452,8 @@ class _Learner(nn.Module):
         arguments = [batch[name] for name in names]
         if isinstance(self.model, SliceRegressor):
             return self.model.loss(*arguments)
-        generator = seeded_generator("slices", self.seed, step, *batch["id"])
-        return self.model.loss(*arguments, generator=generator)
+        generators = case_generators(batch["id"], "slices", self.seed, step)
+        return self.model.loss(*arguments, generator=generators)
 
 
 RESIDUAL_SCALE_CROPS = 32  # that the scale of the latent residual is measured on

@@ -1,0 +1,123 @@
+"""A batch in pieces has the gradients of the whole, in every system: in pieces of one case too, whose contrastive loss alone would be 0."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from trained_runs import run_class, trained_folder
+
+from ct_nb.drr2ct.objective import get_stages
+from ct_nb.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("trained_cache")
+
+STEP = 1  # of the log; late enough for an adversary, see `eager`
+CASES = 4
+
+
+class Reached(Exception):
+    pass
+
+
+@pytest.fixture
+def trainer_of(monkeypatch):
+    "`trainer_of(call)` is the trainer that a call would have fitted."
+
+    def found(call) -> Trainer:
+        caught = []
+
+        def fit(trainer, *arguments, **options):
+            caught.append(trainer)
+            raise Reached
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "fit", fit)
+            with pytest.raises(Reached):
+                call()
+        return caught[0]
+
+    return found
+
+
+def opened(system, tmp_path, **options):
+    run = run_class(system)("micro", out=tmp_path, **options).open()
+    run.build(progress=False)
+    return run
+
+
+def drr2ct(tmp_path, stage):
+    run = opened("drr2ct", tmp_path)
+    run.teacher = str(trained_folder("drr2ct"))
+    stage = replace(get_stages(stage)[0], adversary_start=0.0)
+    return lambda: run._train_stage(stage, False), run.training
+
+
+def cascade(tmp_path, number):
+    run = opened("cascade", tmp_path)
+    return lambda: run._train_stage(number, False), run.cohorts[run.sizes[number]].training
+
+
+def refinement(tmp_path, _):
+    run = opened("refinement", tmp_path, coarse=str(trained_folder("drr2ct")))
+    return lambda: run._train(False), None
+
+
+def vae(tmp_path, _):
+    run = opened("vae", tmp_path)
+    run.settings = replace(run.settings, adversary_start=0.0)
+    return lambda: run._train(False), None
+
+
+def slices(tmp_path, name):
+    run = opened("slices", tmp_path, vae=str(trained_folder("vae")))
+    return lambda: run._train_model(name, False), None
+
+
+def ct_encoder(tmp_path, _):
+    run = opened("ct_encoder", tmp_path)
+    return lambda: run._train(False), None
+
+
+KINDS = [
+    *((drr2ct, stage) for stage in ("joint", "latent", "masked", "fine")),
+    *((cascade, number) for number in (0, 1)),
+    (refinement, None),
+    (vae, None),
+    *((slices, name) for name in ("regressor", "diffusion")),
+    (ct_encoder, None),
+]
+
+
+def gradients(trainer, batch, pieces):
+    "Loss, figures and gradient of a batch in pieces."
+    trainer.pieces = pieces
+    trainer.model.train()
+    loss, figures = trainer._accumulate(batch, STEP)
+    assert trainer.pieces == pieces
+    gradient = torch.cat(
+        [
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+            for p in trainer.plain_model.parameters()
+        ]
+    )
+    return loss, figures, gradient.clone()
+
+
+@pytest.mark.parametrize("kind, part", KINDS, ids=[f"{k.__name__} {p or ''}".strip() for k, p in KINDS])
+def test_gradients_do_not_depend_on_the_number_of_pieces(kind, part, tmp_path, trainer_of):
+    call, data = kind(tmp_path, part)
+    trainer = trainer_of(call)
+    data = trainer.data if data is None else data
+    at = data.at if hasattr(data, "at") else lambda _, index: data[index]
+    batch = trainer.collate([at(n // len(data), n % len(data)) for n in range(CASES)])
+    whole, figures, expected = gradients(trainer, batch, 1)
+    assert expected.norm() > 0
+    for pieces in (2, 4):
+        loss, found, gradient = gradients(trainer, batch, pieces)
+        error = float((gradient - expected).norm() / expected.norm())
+        print(f"{kind.__name__} {part}: {pieces} pieces, loss {loss:.6f}, {error:.1e}")
+        assert error < 1e-3
+        assert loss == pytest.approx(whole, rel=1e-4)
+        assert found.keys() == figures.keys()
+        if "contrast" in figures:
+            assert found["contrast"] == pytest.approx(figures["contrast"], rel=1e-4) and found["contrast"] > 0
