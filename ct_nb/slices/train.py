@@ -33,7 +33,7 @@ from ct_nb.slices.models import (
     SliceRegressorConfig,
 )
 from .network import SliceNetworkConfig
-from .slice_profile import StackPairs, ThickSliceRange, collate_stacks
+from .slice_profile import StackPairs, ThickSliceRange, by_length, collate_stacks
 from .vae import SliceVAE
 from .vae_train import PHANTOM_SIDE_MM, VAERun, load_vae
 from ..training.checkpoints import STATE_FILE, load_weights, read_config, weights_digest
@@ -448,6 +448,17 @@ class _Learner(nn.Module):
         self.model, self.seed = model, seed
 
     def forward(self, batch: dict, step: int):
+        total = 0.0
+        means = {}
+        for part in by_length(batch):  # padding would make a case depend on its batch
+            share = len(part["id"]) / len(batch["id"])
+            loss, figures = self._loss(part, step)
+            total = total + share * loss
+            for name, value in figures.items():
+                means[name] = means.get(name, 0.0) + share * value
+        return total, means
+
+    def _loss(self, batch: dict, step: int):
         names = ("thin", "thick", "thick_axis", "thin_axis", "profile", "mask")
         arguments = [batch[name] for name in names]
         if isinstance(self.model, SliceRegressor):

@@ -1,9 +1,13 @@
-"""A batch in pieces has the gradients of the whole, in every system: in pieces of one case too, whose contrastive loss alone would be 0."""
+"""A batch has the same gradients in one piece and in several, in one process and in two, in every system: in pieces of one case too, whose contrastive loss by itself would be 0."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from places import PROGRAMS
 from trained_runs import run_class, trained_folder
 
 from ct_nb.drr2ct.objective import get_stages
@@ -11,7 +15,7 @@ from ct_nb.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("trained_cache")
 
-STEP = 1  # of the log; late enough for an adversary, see `eager`
+STEP = 1
 CASES = 4
 
 
@@ -103,7 +107,9 @@ def gradients(trainer, batch, pieces):
     return loss, figures, gradient.clone()
 
 
-@pytest.mark.parametrize("kind, part", KINDS, ids=[f"{k.__name__} {p or ''}".strip() for k, p in KINDS])
+@pytest.mark.parametrize(
+    "kind, part", KINDS, ids=[f"{kind.__name__} {part}" for kind, part in KINDS]
+)
 def test_gradients_do_not_depend_on_the_number_of_pieces(kind, part, tmp_path, trainer_of):
     call, data = kind(tmp_path, part)
     trainer = trainer_of(call)
@@ -120,4 +126,28 @@ def test_gradients_do_not_depend_on_the_number_of_pieces(kind, part, tmp_path, t
         assert loss == pytest.approx(whole, rel=1e-4)
         assert found.keys() == figures.keys()
         if "contrast" in figures:
-            assert found["contrast"] == pytest.approx(figures["contrast"], rel=1e-4) and found["contrast"] > 0
+            assert found["contrast"] == pytest.approx(figures["contrast"], rel=1e-4)
+            assert found["contrast"] > 0.1
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    "Drr2ct's joint stage: each process with its share of the batch in one piece, and in two."
+    command = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    done = subprocess.run(
+        [sys.executable, *command, str(PROGRAMS / "pieces_of_drr2ct.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    from programs.pieces_of_drr2ct import gradients as gradients_of_one
+
+    _, [(loss, expected)] = gradients_of_one(tmp_path / "run", 1)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for way, (first, second) in zip(("one piece", "two pieces"), zip(*ranks)):
+        assert torch.equal(first[1], second[1])
+        error = float((first[1] - expected).norm() / expected.norm())
+        print(f"two processes, {way} each: loss {(first[0] + second[0]) / 2:.6f}, {error:.1e}")
+        assert error < 1e-3
+        assert (first[0] + second[0]) / 2 == pytest.approx(loss, rel=1e-4)
