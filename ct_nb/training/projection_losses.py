@@ -149,7 +149,9 @@ def cross_view_infonce(
         gather_batches(F.normalize(tokens.float(), dim=-1))
         for tokens in (view_tokens, latent_tokens)
     )
-    logits = torch.einsum("bvc,dc->vbd", views, latents) / temperature
+    # in half precision, cosines of 0.99 and 1 would be nearly the same
+    with torch.autocast(views.device.type, enabled=False):
+        logits = torch.einsum("bvc,dc->vbd", views, latents) / temperature
     if patients is not None:
         patients = gather_batches(patients.to(logits.device))
         same = (patients[:, None] == patients) & ~torch.eye(

@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -373,15 +374,12 @@ def _accumulate(self: Trainer, batch: dict, number: int) -> tuple[float, dict]:
             for place, part in enumerate(parts):
                 share = len(part["id"]) / size
                 last = place == len(parts) - 1
-                context = (
-                    self.accelerator.no_sync(self.model)
-                    if not last
-                    else self.accelerator.autocast()
-                )
-                with context, self.accelerator.autocast():
-                    loss, logs = self.step(
-                        self.model, _to_device(part, self.accelerator.device), number
-                    )
+                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                    with self.accelerator.autocast():
+                        loss, logs = self.step(
+                            self.model, _to_device(part, self.accelerator.device), number
+                        )
+                    # in the precision of the forward pass, which autocast would change
                     self.accelerator.backward(loss * share)
                 total += loss.item() * share
                 for name, value in logs.items():

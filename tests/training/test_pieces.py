@@ -10,6 +10,7 @@ import torch
 from places import PROGRAMS
 from trained_runs import run_class, trained_folder
 
+from ct_nb.cascade.train import CASCADE_PRESETS
 from ct_nb.drr2ct.objective import get_stages
 from ct_nb.training.trainer import Trainer
 
@@ -61,8 +62,16 @@ def cascade(tmp_path, number):
     return lambda: run._train_stage(number, False), run.cohorts[run.sizes[number]].training
 
 
-def refinement(tmp_path, _):
+def cascade_patches(tmp_path, number):
+    settings = CASCADE_PRESETS["micro"]
+    stages = [replace(stage, patch=stage.size // 2) for stage in settings.stages]
+    run = opened("cascade", tmp_path, settings=replace(settings, stages=tuple(stages)))
+    return lambda: run._train_stage(number, False), run.cohorts[run.sizes[number]].training
+
+
+def refinement(tmp_path, patch):
     run = opened("refinement", tmp_path, coarse=str(trained_folder("drr2ct")))
+    run.model.refiner.config = replace(run.model.refiner.config, patch=patch)
     return lambda: run._train(False), None
 
 
@@ -85,7 +94,8 @@ def ct_encoder(tmp_path, _):
 KINDS = [
     *((drr2ct, stage) for stage in ("joint", "latent", "masked", "fine")),
     *((cascade, number) for number in (0, 1)),
-    (refinement, None),
+    (cascade_patches, 1),
+    *((refinement, patch) for patch in (None, 8)),
     (vae, None),
     *((slices, name) for name in ("regressor", "diffusion")),
     (ct_encoder, None),
