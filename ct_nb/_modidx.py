@@ -4250,6 +4250,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'ct_nb/training/trainer.py'),
                                         'ct_nb.training.trainer._check_batch_size': ( 'training/trainer.html#_check_batch_size',
                                                                                       'ct_nb/training/trainer.py'),
+                                        'ct_nb.training.trainer._collate_entries': ( 'training/trainer.html#_collate_entries',
+                                                                                     'ct_nb/training/trainer.py'),
                                         'ct_nb.training.trainer._is_out_of_memory': ( 'training/trainer.html#_is_out_of_memory',
                                                                                       'ct_nb/training/trainer.py'),
                                         'ct_nb.training.trainer._line': ('training/trainer.html#_line', 'ct_nb/training/trainer.py'),

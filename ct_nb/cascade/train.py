@@ -339,7 +339,7 @@ class _Learner(nn.Module):
         self.seed = seed
 
     def forward(self, batch: dict, step: int):
-        generators = case_generators(batch["id"], "cascade", self.seed, self.number, step)
+        generators = case_generators(batch, "cascade", self.seed, self.number, step)
         cascade = self.others[0].to(batch["hu"].device)
         coarse = cascade.coarse_of(self.number, batch["hu"], batch["xrays"], batch["geometry"])
         return self.stage.loss(batch["hu"], batch["xrays"], batch["geometry"], coarse, generators)

@@ -8,7 +8,7 @@ __all__ = ['Generators', 'seeded_generator', 'case_generators', 'draw']
 # %% ../../nbs/core/04_seeding.ipynb #cell-002
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,9 +30,13 @@ def seeded_generator(
 Generators = torch.Generator | Sequence[torch.Generator] | None  # for all rows, or one for each
 
 
-def case_generators(names: Iterable[str], *key: str | int | float) -> list[torch.Generator]:
-    """A generator for each case of a batch, from the key and the name of the case alone."""
-    return [seeded_generator(*key, name) for name in names]
+def case_generators(batch: dict, *key: str | int | float) -> list[torch.Generator]:
+    """A generator for each case of a batch, from the key and the case alone.
+
+    A case is known by its `entry` in the training set, where the batch has it from the trainer (the
+    same patient may be in a batch twice), and by its `id` otherwise.
+    """
+    return [seeded_generator(*key, case) for case in batch.get("entry", batch["id"])]
 
 
 def draw(

@@ -215,7 +215,7 @@ class DRR2CTObjective(nn.Module):
 
     def _generators(self, batch: dict, step: int, what: str) -> list[torch.Generator]:
         "A generator for each case, whatever batch, piece or process it is in."
-        return case_generators(batch["id"], "drr2ct", self.seed, self.stage.name, step, what)
+        return case_generators(batch, "drr2ct", self.seed, self.stage.name, step, what)
 
     def _hidden(self, batch: dict, step: int) -> torch.Tensor | None:
         "The pixels that are hidden from the network, (B, V, R, C) bool."

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core.errors import InputError
 from ..core.files import write_json
-from ..core.seeding import seeded_generator
+from ..core.seeding import case_generators
 from ..data.cache import content_digest, default_cache_dir, files_digest
 from ..data.cohort import Cohort, RepeatedConcatDataset
 from ..data.open import open_source
@@ -399,14 +399,14 @@ class RefinementLearner(nn.Module):
         if self.refiner.config.patch is None:
             return self._loss(batch, None)
         cases = cut_batch(batch, len(batch["id"]))
-        parts = [self._loss(case, self._corner(case["id"][0], step)) for case in cases]
+        parts = [self._loss(case, self._corner(case, step)) for case in cases]
         figures = {name: sum(part[name] for _, part in parts) / len(parts) for name in parts[0][1]}
         return torch.stack([loss for loss, _ in parts]).mean(), figures
 
-    def _corner(self, name: str, step: int) -> tuple[int, int, int]:
+    def _corner(self, case: dict, step: int) -> tuple[int, int, int]:
         "Corner (z, y, x), voxels, of a random patch of a case at a step."
         c = self.refiner.config
-        generator = seeded_generator("refinement", self.seed, step, name)
+        generator = case_generators(case, "refinement", self.seed, step)[0]
         places = (c.size - c.patch) // c.step + 1
         return tuple((c.step * torch.randint(places, (3,), generator=generator)).tolist())
 

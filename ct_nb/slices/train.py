@@ -463,7 +463,7 @@ class _Learner(nn.Module):
         arguments = [batch[name] for name in names]
         if isinstance(self.model, SliceRegressor):
             return self.model.loss(*arguments)
-        generators = case_generators(batch["id"], "slices", self.seed, step)
+        generators = case_generators(batch, "slices", self.seed, step)
         return self.model.loss(*arguments, generator=generators)
 
 

@@ -272,7 +272,7 @@ class VAELearner(nn.Module):
         "The loss of a batch of crops at a step, and its parts for the log."
         window, truth = self.vae.window, batch["hu"]
         truth = truth.clamp(window.low_hu, window.high_hu)  # what the network can know
-        generators = case_generators(batch["id"], "vae", self.seed, step)
+        generators = case_generators(batch, "vae", self.seed, step)
         image, latent = self.vae(window.to_network(truth)[:, None], generators)
         hu = window.to_hu(image[:, 0].float())
         others = {

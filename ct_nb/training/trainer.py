@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -150,7 +151,17 @@ class _AtEpoch(Dataset):
 
     def __getitem__(self, entry):
         epoch, index = entry
-        return self.data.at(epoch, index) if hasattr(self.data, "at") else self.data[index]
+        item = self.data.at(epoch, index) if hasattr(self.data, "at") else self.data[index]
+        return entry, item
+
+
+def _collate_entries(collate: Callable, items: list[tuple]) -> dict:
+    """The batch of a run's own `collate`, and `entry`, the (epoch, index) of each case.
+
+    A case may be in a batch twice, under one name; its entries differ.
+    """
+    entries, items = zip(*items)
+    return collate(list(items)) | {"entry": [list(entry) for entry in entries]}
 
 # %% ../../nbs/training/05_trainer.ipynb #cell-014
 class TrainingStopped(RuntimeError):
@@ -476,7 +487,7 @@ def _loader(self: Trainer, first: int) -> DataLoader:
     return DataLoader(
         _AtEpoch(self.data),
         batch_sampler=order,
-        collate_fn=self.collate,
+        collate_fn=partial(_collate_entries, self.collate),
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         pin_memory=torch.cuda.is_available(),

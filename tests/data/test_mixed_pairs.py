@@ -1,4 +1,4 @@
-"""Mixtures of two cases: their X-rays, their weights, and that nothing but seed, epoch and index decides them."""
+"""Mixtures of two cases: their X-rays, their weights, and that seed, epoch and index decide them."""
 
 import pytest
 import torch

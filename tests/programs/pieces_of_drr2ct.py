@@ -1,4 +1,6 @@
-"""Gradients of drr2ct's joint stage for four cases, shared by the processes and cut into pieces: writes loss and gradient of each process."""
+"""Gradients of drr2ct's joint stage for four cases, shared by the processes and cut into pieces:
+writes loss and gradient of each process.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A batch has the same gradients in one piece and in several, in one process and in two, in every system: in pieces of one case too, whose contrastive loss by itself would be 0."""
+"""A batch has the same gradients in one piece and in several, in one process and in two, in every
+system: in pieces of one case too, whose contrastive loss by itself would be 0.
+"""
 
 import os
 import subprocess
@@ -12,6 +14,7 @@ from trained_runs import run_class, trained_folder
 
 from ct_nb.cascade.train import CASCADE_PRESETS
 from ct_nb.drr2ct.objective import get_stages
+from ct_nb.drr2ct.train import DRR2CT_PRESETS
 from ct_nb.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("trained_cache")
@@ -57,6 +60,14 @@ def drr2ct(tmp_path, stage):
     return lambda: run._train_stage(stage, False), run.training
 
 
+def drr2ct_diffusion(tmp_path, stage):
+    "With the decoder that draws noise and steps of its own."
+    settings = DRR2CT_PRESETS["micro"]
+    network = replace(settings.network, decoder="diffusion", size=32)
+    run = opened("drr2ct", tmp_path, settings=replace(settings, network=network))
+    return lambda: run._train_stage(get_stages(stage)[0], False), run.training
+
+
 def cascade(tmp_path, number):
     run = opened("cascade", tmp_path)
     return lambda: run._train_stage(number, False), run.cohorts[run.sizes[number]].training
@@ -92,6 +103,7 @@ def ct_encoder(tmp_path, _):
 
 
 KINDS = [
+    (drr2ct_diffusion, "joint"),
     *((drr2ct, stage) for stage in ("joint", "latent", "masked", "fine")),
     *((cascade, number) for number in (0, 1)),
     (cascade_patches, 1),
@@ -142,7 +154,7 @@ def test_gradients_do_not_depend_on_the_number_of_pieces(kind, part, tmp_path, t
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     "Drr2ct's joint stage: each process with its share of the batch in one piece, and in two."
-    command = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [sys.executable, *command, str(PROGRAMS / "pieces_of_drr2ct.py"), str(tmp_path)],
         capture_output=True,
