@@ -1,4 +1,4 @@
-"""Mixtures of two cases: their X-rays, their weights, and that seed, epoch and index decide them."""
+"""Mixtures of two cases: their X-rays, their weights; seed, epoch and index decide them."""
 
 import pytest
 import torch
