@@ -20,6 +20,7 @@ from torch import nn
 from .guidance import XrayGuidance
 from ..core.config import Config
 from ..core.errors import InputError
+from ..core.seeding import Generators, draw
 from ..drr2ct.network import DRR2CT, DRR2CTConfig
 from ..layers.blocks import channels_inner, keep_variance
 from ..layers.denoiser import Conditioning, Denoiser, DenoiserConfig
@@ -196,9 +197,8 @@ class CascadeStage(nn.Module):
         """
         coarse = self.to_range(coarse_hu)
         if bool((level > 0).any()):
-            coarse = coarse + level.view(-1, 1, 1, 1, 1) * torch.randn(
-                coarse.shape, generator=generator
-            ).to(coarse)
+            noise = draw(torch.randn, tuple(coarse.shape), generator).to(coarse)
+            coarse = coarse + level.view(-1, 1, 1, 1, 1) * noise
         return resized(coarse[:, 0], self.config.size)[:, None]
 
     def _condition(self, xrays, geometry, coarse, level, patch=None) -> Conditioning:
@@ -212,7 +212,8 @@ class CascadeStage(nn.Module):
         if c.patch is None:
             return None
         step = c.network.patch_step
-        corner = step * torch.randint((c.size - c.patch) // step + 1, (3,), generator=generator)
+        places = partial(torch.randint, (c.size - c.patch) // step + 1)
+        corner = step * draw(places, (1, 3), generator)[0]
         return (*corner.tolist(), c.patch)
 
     def _diffusion_loss(self, z0, condition, generator):
@@ -220,7 +221,7 @@ class CascadeStage(nn.Module):
         prediction of `z0` and ᾱ (B,) of the step.
         """
         step = self.diffusion.draw_steps(len(z0), generator)
-        noise = torch.randn(z0.shape, generator=generator).to(z0)
+        noise = draw(torch.randn, tuple(z0.shape), generator).to(z0)
         z_t = self.diffusion.noised(z0, noise, step)
         output = self.network(z_t, self.diffusion.time(step).to(z0), condition)
         error = (output - self.diffusion.target(z0, noise, step)).square().flatten(1).mean(1)
@@ -247,12 +248,13 @@ class CascadeStage(nn.Module):
         xrays: torch.Tensor,
         geometry: ConeBeam,
         coarse_hu: torch.Tensor,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean loss of a batch of truths (B, N, N, N), HU, and its parts.
 
-        `generator` (CPU) samples patch, steps, noise and what is dropped. Raises InputError for
-        volumes of another size.
+        `generator` (CPU), or one for each case, samples patch, steps, noise and what is dropped.
+        In a stage with patches each case has its own, and they are worked off one by one. Raises
+        InputError for volumes of another size.
         """
         c = self.config
         if tuple(hu.shape[1:]) != (c.size,) * 3:
@@ -261,11 +263,13 @@ class CascadeStage(nn.Module):
                 f"this stage is for {c.size}³ voxels, got {tuple(hu.shape[1:])}; give it the"
                 " volumes of its own size",
             )
-        level = torch.rand(len(hu), generator=generator).to(hu) * c.coarse_noise
+        if c.patch is not None and len(hu) > 1:
+            return self._mean_loss(hu, xrays, geometry, coarse_hu, generator)
+        level = draw(torch.rand, (len(hu),), generator).to(hu) * c.coarse_noise
         coarse = self._coarse(coarse_hu, level, generator)
         patch = self._random_patch(generator)
         condition = self._condition(xrays, geometry, coarse, level, patch)
-        chance = torch.rand(len(hu), generator=generator).to(hu.device)
+        chance = draw(torch.rand, (len(hu),), generator).to(hu.device)
         condition = condition.dropped(chance < c.diffusion.condition_dropout)
 
         region = _region(patch)
@@ -283,6 +287,25 @@ class CascadeStage(nn.Module):
             loss = loss + c.physics_weight * physics
             figures["physics"] = physics.item()
         return loss, figures
+
+    def _mean_loss(self, hu, xrays, geometry, coarse_hu, generator):
+        "The mean of `loss` over cases that are worked off one by one."
+        count = len(hu)
+        losses = []
+        means = {}
+        for case in range(count):
+            one = slice(case, case + 1)
+            loss, figures = self.loss(
+                hu[one],
+                xrays[one],
+                geometry[one] if geometry.batch_shape else geometry,
+                coarse_hu[one],
+                generator[one] if isinstance(generator, list) else generator,
+            )
+            losses.append(loss)
+            for name, value in figures.items():
+                means[name] = means.get(name, 0.0) + value / count
+        return torch.stack(losses).mean(), means
 
     def _tiled(self, evaluate: Callable) -> torch.Tensor:
         "`evaluate(patch)` of the whole volume (patch None), or of overlapping patches, blended."

@@ -20,7 +20,7 @@ from torch import nn
 from .network import Cascade, CascadeConfig, StageConfig, resized
 from ..core.errors import InputError
 from ..core.files import write_json
-from ..core.seeding import seeded_generator
+from ..core.seeding import case_generators
 from ..data.cache import content_digest
 from ..data.cohort import Cohort, materialize
 from ..data.open import phantom_source
@@ -339,11 +339,10 @@ class _Learner(nn.Module):
         self.seed = seed
 
     def forward(self, batch: dict, step: int):
-        # every piece of a batch and every process has its own
-        generator = seeded_generator("cascade", self.seed, self.number, step, *batch["id"])
+        generators = case_generators(batch, "cascade", self.seed, self.number, step)
         cascade = self.others[0].to(batch["hu"].device)
         coarse = cascade.coarse_of(self.number, batch["hu"], batch["xrays"], batch["geometry"])
-        return self.stage.loss(batch["hu"], batch["xrays"], batch["geometry"], coarse, generator)
+        return self.stage.loss(batch["hu"], batch["xrays"], batch["geometry"], coarse, generators)
 
 
 @patch

@@ -24,6 +24,7 @@ from ..data.cache import DiskCache, default_cache_dir, files_digest
 from ..data.cases import CTSource
 from ..training.checkpoints import load_model
 from ..training.run import Run, command, in_own_folder, list_names
+from ..training.gradient_cache import CachedLoss
 from ..training.trainer import Trainer, TrainerConfig
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-005
@@ -311,7 +312,7 @@ def _train(self: CTEncoderRun, progress: bool) -> list[dict]:
     def encode(model, batch, number):
         return model.encode(batch, (self.seed, number))
 
-    def loss(model, rows):
+    def loss(model, rows, number):
         return model.loss(rows)
 
     trainer = Trainer(
@@ -321,7 +322,7 @@ def _train(self: CTEncoderRun, progress: bool) -> list[dict]:
         self.settings.trainer,
         self.out,
         collate_scans,
-        cached=(encode, loss),
+        cached=CachedLoss(encode, loss),
     )
     return trainer.fit(self.resume, progress).rows
 

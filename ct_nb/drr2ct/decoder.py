@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.seeding import Generators
 from ..layers.blocks import ResidualBlock, channels_inner, group_norm
 from ..layers.camera import CAMERA_FEATURES, MeanCamera
 from ..physics.geometry import ConeBeam
@@ -29,12 +30,14 @@ class Decoder(nn.Module):
         geometry: ConeBeam | None = None,
         target: torch.Tensor | None = None,
         random: bool = False,
+        generator: Generators = None,
     ) -> torch.Tensor:
         """Outputs (B, outputs, N, N, N).
 
-        Only a sampling decoder uses the last two arguments. With `target` (B, outputs, N, N, N), in
-        training, it predicts the target from a noised one; otherwise it samples, with new noise if
-        `random`, with fixed noise if not.
+        Only a sampling decoder uses the last three arguments. With `target` (B, outputs, N, N, N),
+        in training, it predicts the target from a noised one; otherwise it samples, with new noise
+        if `random`, with fixed noise if not. New noise comes from `generator`, or from one for each
+        case.
         """
         raise NotImplementedError
 
@@ -71,6 +74,7 @@ class UNetDecoder(Decoder):
         geometry: ConeBeam | None = None,
         target=None,
         random=False,
+        generator=None,
     ) -> torch.Tensor:
         camera = self.camera(geometry) if self.camera else None
         x = latent

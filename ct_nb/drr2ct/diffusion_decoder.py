@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import InputError
+from ..core.seeding import Generators, draw
 from .decoder import Decoder
 from ..layers.denoiser import Conditioning, Denoiser, DenoiserConfig
 from ..layers.depth_prior import DEPTH_PRIOR_CHANNELS
@@ -96,16 +97,18 @@ class DiffusionDecoder(Decoder):
         target: torch.Tensor | None = None,
         random: bool = False,
         correct: Callable | None = None,
+        generator: Generators = None,
     ) -> torch.Tensor:
         """As `Decoder.forward`; `correct` is applied to every prediction of the sampler, (B, 1, N,
         N, N).
         """
         condition = self.condition(latent, grids, geometry)
         if target is not None:
-            return self._predict_noised(target, condition)
+            return self._predict_noised(target, condition, generator)
         shape = (len(latent), 1, *(self.denoiser.config.size,) * 3)
-        generator = None if random else torch.Generator().manual_seed(0)
-        noise = torch.randn(shape, generator=generator).to(latent)
+        if not random:
+            generator = torch.Generator().manual_seed(0)
+        noise = draw(torch.randn, shape, generator).to(latent)
 
         def correct_scaled(z, time):
             return correct(RESIDUAL_SCALE * z) / RESIDUAL_SCALE
@@ -118,10 +121,13 @@ class DiffusionDecoder(Decoder):
             noise=noise,
         )
 
-    def _predict_noised(self, target: torch.Tensor, condition: Conditioning) -> torch.Tensor:
+    def _predict_noised(
+        self, target: torch.Tensor, condition: Conditioning, generator: Generators
+    ) -> torch.Tensor:
         "Prediction of `target` (B, 1, N, N, N) from it with noise of a random step."
-        step = self.diffusion.draw_steps(len(target)).to(target.device)
+        step = self.diffusion.draw_steps(len(target), generator).to(target.device)
         z0 = target / RESIDUAL_SCALE
-        z_t = self.diffusion.noised(z0, torch.randn_like(z0), step)
+        noise = draw(torch.randn, tuple(z0.shape), generator).to(z0)
+        z_t = self.diffusion.noised(z0, noise, step)
         output = self.denoiser(z_t, self.diffusion.time(step).to(z0), condition)
         return RESIDUAL_SCALE * self.diffusion.to_x0(output, z_t, step)

@@ -135,5 +135,6 @@ class ImplicitDecoder(Decoder):
         geometry: ConeBeam | None = None,
         target=None,
         random=False,
+        generator=None,
     ) -> torch.Tensor:
         return self.at_size(grids[0].shape[-1], latent, grids, geometry)

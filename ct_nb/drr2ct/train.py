@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.errors import InputError
-from ..data.augmentation import VolumeAugmentation
+from ..data.augmentation import MixedPairs, VolumeAugmentation
 from ..data.cohort import Cohort, materialize
 from ..data.xray_pairs import XrayPairs, collate, xray_statistics
 from .network import DRR2CT, DRR2CTConfig
@@ -296,15 +296,18 @@ def _trainer(self: DRR2CTRun, stage: Stage) -> Trainer:
     )
     torch.manual_seed(self.seed)  # for the parts that only a stage has
     teacher = None if self.teacher is None else load_drr2ct(self.teacher)
+    objective = DRR2CTObjective(self.model.train(), stage, config.steps, self.seed, teacher)
+    data = self.cohort.cases(one_pose=stage.mixup > 0)
     return Trainer(
-        DRR2CTObjective(self.model.train(), stage, config.steps, self.seed, teacher),
+        objective,
         torch.nn.Module.__call__,
-        self.cohort.cases(one_pose=stage.mixup > 0),
+        MixedPairs(data, stage.mixup, seed=self.seed) if stage.mixup else data,
         config,
         self.stage_folder(stage.name),
         collate,
         self._validate,
         fewer_neighbours,
+        objective.cached,
     )
 
 

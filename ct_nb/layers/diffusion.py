@@ -10,12 +10,14 @@ __all__ = ['PREDICTIONS', 'SAMPLERS', 'DiffusionConfig', 'cosine_alphas_cumprod'
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from fastcore.basics import patch
 
 from ..core.config import Config
 from ..core.errors import InputError
+from ..core.seeding import Generators, draw
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-005
 PREDICTIONS = ("v", "epsilon", "x0")
@@ -127,14 +129,9 @@ class Diffusion:
         """
         return self._valid(step).to(torch.get_default_dtype()) / (self.config.steps - 1)
 
-    def draw_steps(self, batch: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    def draw_steps(self, batch: int, generator: Generators = None) -> torch.Tensor:
         "Uniformly random training steps (batch,), on the generator's device."
-        return torch.randint(
-            self.config.steps,
-            (batch,),
-            generator=generator,
-            device=generator.device if generator else None,
-        )
+        return draw(partial(torch.randint, self.config.steps), (batch,), generator)
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-012
 @patch
@@ -210,19 +207,14 @@ def weight(self: Diffusion, step) -> torch.Tensor:
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-020
 @patch
 def drop(
-    self: Diffusion, condition: torch.Tensor, generator: torch.Generator | None = None
+    self: Diffusion, condition: torch.Tensor, generator: Generators = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Set the condition (B, …) of some cases to zero; returns it with the mask (B,) of these cases.
 
     Each case with probability `config.condition_dropout` (Ho & Salimans 2022).
     """
-    dropped = (
-        torch.rand(
-            len(condition), generator=generator, device=generator.device if generator else None
-        )
-        < self.config.condition_dropout
-    )
-    dropped = dropped.to(condition.device)
+    chance = draw(torch.rand, (len(condition),), generator).to(condition.device)
+    dropped = chance < self.config.condition_dropout
     return condition.masked_fill(dropped.view(-1, *[1] * (condition.ndim - 1)), 0), dropped
 
 # %% ../../nbs/layers/07_diffusion.ipynb #cell-023

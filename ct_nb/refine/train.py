@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core.errors import InputError
 from ..core.files import file_names, write_json
-from ..core.seeding import seeded_generator
+from ..core.seeding import case_generators
 from ..data.cache import default_cache_dir, files_digest
 from ..data.cohort import Cohort, RepeatedConcatDataset
 from ..data.open import open_source
@@ -43,7 +43,7 @@ from .network import Refiner, RefinerConfig
 from .pipeline import ConsistencySettings, RefinementModel, load_refiner
 from ..training.checkpoints import read_config, versions
 from ..training.run import Run, case_record, command, get_preset, in_own_folder
-from ..training.trainer import Trainer, TrainerConfig
+from ..training.trainer import Trainer, TrainerConfig, cut_batch
 
 # %% ../../nbs/refine/06_train.ipynb #cell-005
 @dataclass(frozen=True)
@@ -394,15 +394,30 @@ class RefinementLearner(nn.Module):
             self.others[0].requires_grad_(False).eval()
 
     def forward(self, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        "The loss of a batch at a step, and its parts for the log."
+        """The loss of a batch at a step, and its parts for the log.
+
+        Of a refiner with patches each case has its own, and they are worked off one by one.
+        """
+        if self.refiner.config.patch is None:
+            return self._loss(batch, None)
+        cases = cut_batch(batch, len(batch["id"]))
+        parts = [self._loss(case, self._corner(case, step)) for case in cases]
+        figures = {name: sum(part[name] for _, part in parts) / len(parts) for name in parts[0][1]}
+        return torch.stack([loss for loss, _ in parts]).mean(), figures
+
+    def _corner(self, case: dict, step: int) -> tuple[int, int, int]:
+        "Corner (z, y, x), voxels, of a random patch of a case at a step."
+        c = self.refiner.config
+        generator = case_generators(case, "refinement", self.seed, step)[0]
+        places = (c.size - c.patch) // c.step + 1
+        return tuple((c.step * torch.randint(places, (3,), generator=generator)).tolist())
+
+    def _loss(self, batch: dict, corner) -> tuple[torch.Tensor, dict[str, float]]:
+        "The loss of whole volumes, or of the patches at a corner."
         c = self.refiner.config
         coarse = batch["coarse"]
         truth = batch["hu"]
-        corner = None
-        if c.patch is not None:
-            generator = seeded_generator("refinement", self.seed, step, *batch["id"])
-            places = (c.size - c.patch) // c.step + 1
-            corner = tuple((c.step * torch.randint(places, (3,), generator=generator)).tolist())
+        if corner is not None:
             z, y, x = (slice(start, start + c.patch) for start in corner)
             truth = truth[:, z, y, x]
         refined = self.refiner(coarse, batch["xrays"], batch["geometry"], corner=corner)

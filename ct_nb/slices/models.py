@@ -16,6 +16,7 @@ from torch import nn
 
 from ..core.config import Config
 from ..core.errors import InputError
+from ..core.seeding import Generators, draw
 from ..layers.diffusion import Diffusion, DiffusionConfig
 from ..layers.tiling import Tile, stitch, tile_axis
 from ..physics.volume import Window, get_window
@@ -82,11 +83,16 @@ def consistent_batch(
 
 
 def masked_mse(error: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    "Mean of error (B, …, D, H, W) over the slices where `mask` (B, D) is True; None: all slices."
+    """Mean over cases of the mean of error (B, …, D, H, W) over the slices where `mask` (B, D) is
+    True; None: all slices.
+
+    A mean over all slices of a batch would weigh a case by what else is in the batch.
+    """
     if mask is None:
         return error.mean()
     weight = mask.to(error).view(len(mask), *[1] * (error.ndim - 4), -1, 1, 1)
-    return (error * weight).sum() / weight.expand_as(error).sum()
+    sums = (error * weight).flatten(1).sum(1)
+    return (sums / weight.expand_as(error).flatten(1).sum(1)).mean()
 
 # %% ../../nbs/slices/06_models.ipynb #cell-007
 @dataclass(frozen=True)
@@ -335,11 +341,11 @@ class SliceDiffusion(nn.Module):
         thin_axis,
         profile,
         mask: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean loss of thin slices (B, D, H, W), HU, where `mask` (B, D) is True, and its parts.
 
-        `generator` (CPU) samples steps, noise and dropped conditions.
+        `generator` (CPU), or one for each case, samples steps, noise and dropped conditions.
         """
         with torch.no_grad():
             places, start, latent, condition = self.conditioned(
@@ -352,7 +358,7 @@ class SliceDiffusion(nn.Module):
         z0 = self.residual(thin, latent)
         condition, _ = self.diffusion.drop(condition, generator)
         step = self.diffusion.draw_steps(len(z0), generator)
-        noise = torch.randn(z0.shape, generator=generator).to(z0)
+        noise = draw(torch.randn, tuple(z0.shape), generator).to(z0)
         z_t = self.diffusion.noised(z0, noise, step)
         output = self.network(
             torch.cat([z_t, condition], 1), places, self.diffusion.time(step).to(z0)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FWHM_OVER_SIGMA', 'GAUSSIAN_CUT', 'SliceAxis', 'SliceProfile', 'thin_axis', 'widened_axis', 'linear_continuation',
            'slice_profile_matrix', 'average_slices', 'to_unit', 'from_unit', 'place_slices', 'covering_thin_slices',
-           'ThinStack', 'ThickSliceRange', 'StackPairs', 'collate_stacks']
+           'ThinStack', 'ThickSliceRange', 'StackPairs', 'collate_stacks', 'by_length']
 
 # %% ../../nbs/slices/00_slice_profile.ipynb #cell-002
 import math
@@ -584,3 +584,32 @@ def collate_stacks(items: list[dict]) -> dict:
     batch["thick"] = torch.stack(batch["thick"])
     batch["mask"] = torch.arange(depth) < depth - torch.tensor(missing)[:, None]
     return batch
+
+
+def by_length(batch: dict) -> list[dict]:
+    """A batch of `collate_stacks`, or a part of one, as batches of items with the same number of
+    thin slices, without padding.
+
+    A network sees what an item is padded to, which depends on what else is in the batch.
+    """
+    counts = [axis.count for axis in batch["thin_axis"]]
+    parts = []
+    for depth in sorted(set(counts)):
+        places = [place for place, count in enumerate(counts) if count == depth]
+        part = {
+            name: (
+                value[places]
+                if isinstance(value, torch.Tensor)
+                else [value[place] for place in places]
+            )
+            for name, value in batch.items()
+        }
+        parts.append(
+            part
+            | {
+                "thin": part["thin"][:, :depth],
+                "matrix": part["matrix"][..., :depth],
+                "mask": part["mask"][:, :depth],
+            }
+        )
+    return parts

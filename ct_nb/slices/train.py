@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.errors import InputError
-from ..core.seeding import seeded_generator
+from ..core.seeding import case_generators, seeded_generator
 from ..evaluation.metrics import psnr
 from .crops import SliceCrops, drop_unusable, split_record
 from .evaluation import evaluate_slice_models, rplhr_table, slice_models
@@ -33,7 +33,7 @@ from ct_nb.slices.models import (
     SliceRegressorConfig,
 )
 from .network import SliceNetworkConfig
-from .slice_profile import StackPairs, ThickSliceRange, collate_stacks
+from .slice_profile import StackPairs, ThickSliceRange, by_length, collate_stacks
 from .vae import SliceVAE
 from .vae_train import PHANTOM_SIDE_MM, VAERun, load_vae
 from ct_nb.training.checkpoints import (
@@ -444,19 +444,30 @@ def crops(self: SlicesRun, size: int) -> SliceCrops:
 
 
 class _Learner(nn.Module):
-    "A model with its noise, a batch's own in every step."
+    "A model with its noise, a case's own in every step."
 
     def __init__(self, model: nn.Module, seed: int):
         super().__init__()
         self.model, self.seed = model, seed
 
     def forward(self, batch: dict, step: int):
+        total = 0.0
+        means = {}
+        for part in by_length(batch):  # padding would make a case depend on its batch
+            share = len(part["id"]) / len(batch["id"])
+            loss, figures = self._loss(part, step)
+            total = total + share * loss
+            for name, value in figures.items():
+                means[name] = means.get(name, 0.0) + share * value
+        return total, means
+
+    def _loss(self, batch: dict, step: int):
         names = ("thin", "thick", "thick_axis", "thin_axis", "profile", "mask")
         arguments = [batch[name] for name in names]
         if isinstance(self.model, SliceRegressor):
             return self.model.loss(*arguments)
-        generator = seeded_generator("slices", self.seed, step, *batch["id"])
-        return self.model.loss(*arguments, generator=generator)
+        generators = case_generators(batch, "slices", self.seed, step)
+        return self.model.loss(*arguments, generator=generators)
 
 
 RESIDUAL_SCALE_CROPS = 32  # that the scale of the latent residual is measured on

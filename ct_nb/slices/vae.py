@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.config import Config
 from ..core.errors import InputError
+from ..core.seeding import Generators
 from ..layers.blocks import ChannelNorm, channels_inner, keep_variance
 from ..layers.latent import LOG_VARIANCE_RANGE, Latent
 from ..physics.volume import Window, get_window
@@ -287,9 +288,7 @@ class SliceVAE(nn.Module):
         ) + self.straight.decode(z)
         return image[..., :rows, :columns]
 
-    def forward(
-        self, x: torch.Tensor, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, Latent]:
+    def forward(self, x: torch.Tensor, generator: Generators = None) -> tuple[torch.Tensor, Latent]:
         latent = self.encode(x)
         return (
             self.decode(latent.sample(generator) if self.training else latent.mean, x.shape[-2:]),

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..core.errors import InputError, reading
-from ..core.seeding import seeded_generator
+from ..core.seeding import case_generators, seeded_generator
 from ..data.cases import CTSource
 from ..evaluation.lpips import LPIPS
 from ..evaluation.metrics import SSIM_TAPS, psnr
@@ -272,10 +272,8 @@ class VAELearner(nn.Module):
         "The loss of a batch of crops at a step, and its parts for the log."
         window, truth = self.vae.window, batch["hu"]
         truth = truth.clamp(window.low_hu, window.high_hu)  # what the network can know
-        generator = torch.Generator(truth.device).manual_seed(
-            seeded_generator("vae", self.seed, step, *batch["id"]).initial_seed() >> 1
-        )
-        image, latent = self.vae(window.to_network(truth)[:, None], generator)
+        generators = case_generators(batch, "vae", self.seed, step)
+        image, latent = self.vae(window.to_network(truth)[:, None], generators)
         hu = window.to_hu(image[:, 0].float())
         others = {
             "structure": lambda: 1 - slice_ssim(hu, truth, window).mean(),

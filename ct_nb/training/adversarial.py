@@ -60,16 +60,16 @@ def generator_hinge(predicted: torch.Tensor) -> torch.Tensor:
 def adaptive_weight(
     reconstruction: torch.Tensor,  # loss
     adversarial: torch.Tensor,  # loss
-    # tensor of both gradients: the prediction, or the weights of the last layer
-    at: torch.Tensor,
+    at: torch.Tensor,  # (B, …) tensor of both gradients: the prediction
     largest: float = 1e4,
 ) -> torch.Tensor:
-    """‖∂reconstruction/∂at‖ / ‖∂adversarial/∂at‖, at most `largest`; without gradient.
+    """‖∂reconstruction/∂at‖ / ‖∂adversarial/∂at‖ of each case, (B,), at most `largest`; without
+    gradient.
 
     The graphs are retained (Esser, Rombach & Ommer 2021, eq. 7).
     """
     norms = [
-        torch.autograd.grad(loss, at, retain_graph=True)[0].float().norm()
+        torch.autograd.grad(loss, at, retain_graph=True)[0].float().flatten(1).norm(dim=1)
         for loss in (reconstruction, adversarial)
     ]
     return (
@@ -88,7 +88,11 @@ class AdversaryLosses(NamedTuple):
 
 
 class Adversary(nn.Module):
-    "A patch discriminator with both losses; train its parameters with those of the network."
+    """A patch discriminator with both losses; train its parameters with those of the network.
+
+    In training, its spectral norms take one power iteration a step, however often it is called in
+    it.
+    """
 
     def __init__(
         self,
@@ -103,6 +107,20 @@ class Adversary(nn.Module):
         self.start_step = start_step
         self.ramp_steps = ramp_steps
         self.largest = largest
+        self._iterated = None  # the step of the last power iteration
+
+    def _estimate_norms(self, step: int) -> None:
+        "One power iteration of the spectral norms, at the first call of a step in training."
+        self.discriminator.eval()  # else each of its calls is an iteration
+        if not self.training or step == self._iterated:
+            return
+        self._iterated = step
+        for layer in self.discriminator.modules():
+            if isinstance(layer, nn.Conv3d):
+                layer.train()
+                with torch.no_grad():
+                    _ = layer.weight  # it is computed, with an iteration, where it is read
+                layer.eval()
 
     def share(self, step: int) -> float:
         "Factor of the generator loss at a step, 0 to 1."
@@ -123,25 +141,29 @@ class Adversary(nn.Module):
         truth_hu: torch.Tensor,  # (B, D, H, W)
         window: Window,
         step: int,  # of the run
-        # the reconstruction loss for the adaptive weight; None: a ratio of 1
+        # the mean reconstruction loss, for the adaptive weights; None: ratios of 1
         reconstruction: torch.Tensor | None = None,
     ) -> AdversaryLosses:
         if step < self.start_step:
             return AdversaryLosses(prediction_hu.new_zeros(()), prediction_hu.new_zeros(()), {})
+        self._estimate_norms(step)
         prediction, truth = (to_window(hu, window)[:, None] for hu in (prediction_hu, truth_hu))
         real, predicted = (
             self.discriminator(torch.cat([truth, prediction.detach()]))[-1].float().chunk(2)
         )
         discriminator = discriminator_hinge(real, predicted)
-        generator = generator_hinge(self.frozen(prediction).float())
+        # (B,): each case is weighed by itself
+        each = -self.frozen(prediction).float().flatten(1).mean(1)
+        generator = each.mean()
         ratio = (
-            1.0
+            torch.ones_like(each)
             if reconstruction is None
             else adaptive_weight(reconstruction, generator, prediction_hu, self.largest)
         )
         figures = {
             "discriminator": discriminator.item(),
             "adversary": generator.item(),
-            "adversary_ratio": float(ratio),
+            "adversary_ratio": ratio.mean().item(),
         }
-        return AdversaryLosses(self.share(step) * ratio * generator, discriminator, figures)
+        weighted = self.share(step) * (ratio * each).mean()
+        return AdversaryLosses(weighted, discriminator, figures)

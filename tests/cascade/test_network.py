@@ -435,7 +435,7 @@ def test_a_coarse_model_that_knows_the_judged_cases_is_refused(tmp_path):
     ) and run.sizes == [32, 64]
 
 
-def test_pieces_of_a_batch_draw_their_own_noise(cascade):
+def test_each_case_has_its_own_noise(cascade):
     from ct_nb.cascade.train import _Learner
 
     hu, xrays, geometry = scene()

@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from places import ROOT
+from refusals import refused
 
-from ct_nb.core.seeding import seeded_generator
+from ct_nb.core.seeding import case_generators, draw, seeded_generator
 
 
 def numbers(*key):
@@ -52,3 +54,24 @@ def test_seeds_fit_into_63_bits():
 def test_keys_that_json_cannot_hold():
     with pytest.raises(TypeError):
         seeded_generator(np.arange(2))
+
+
+@pytest.mark.parametrize("function", [torch.rand, torch.randn, partial(torch.randint, 9)])
+def test_numbers_of_a_case_do_not_depend_on_its_batch(function):
+    def of(*names):
+        return draw(function, (len(names), 4, 5), case_generators({"id": list(names)}, 3, "noise"))
+
+    assert torch.equal(of("a", "b", "c"), torch.cat([of("a"), of("b", "c")]))
+    assert torch.equal(of("a", "b").flip(0), of("b", "a"))
+    assert not torch.equal(*of("a", "b"))
+
+
+def test_a_case_that_is_twice_in_a_batch_has_two_entries():
+    batch = {"id": ["a", "a"], "entry": [[0, 3], [0, 9]]}
+    assert torch.equal(*draw(torch.rand, (2, 4), case_generators({"id": ["a", "a"]}, 3)))
+    assert not torch.equal(*draw(torch.rand, (2, 4), case_generators(batch, 3)))
+
+
+def test_one_generator_for_each_case():
+    with refused("generator"):
+        draw(torch.rand, (3, 4), case_generators({"id": ["a", "b"]}, 3))

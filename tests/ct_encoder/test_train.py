@@ -56,8 +56,8 @@ from ct_nb.data.cache import DiskCache
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Volume
 from ct_nb.training.checkpoints import WeightsError
-from ct_nb.training.gradient_cache import cached_backward
-from ct_nb.training.trainer import Trainer, TrainerConfig, _pieces
+from ct_nb.training.gradient_cache import CachedLoss, cached_backward
+from ct_nb.training.trainer import Trainer, TrainerConfig, cut_batch
 
 CONFIG = CTEncoderConfig.preset("smoke")
 
@@ -239,7 +239,7 @@ def test_a_batch_in_pieces_is_the_batch(data, model, tmp_path):
         if name == "cached":
             value = cached_backward(
                 lambda part: model.encode(part, 1),
-                _pieces(batch, 3),
+                cut_batch(batch, 3),
                 lambda rows: model.loss(rows)[0],
             )
         else:
@@ -248,7 +248,7 @@ def test_a_batch_in_pieces_is_the_batch(data, model, tmp_path):
                 if name == "whole"
                 else sum(
                     model(part, 1)[0]
-                    for part in _pieces(
+                    for part in cut_batch(
                         collate_scans([data[i] for i in range(6)])
                         | {"number": torch.tensor([0, 1, 0, 1, 0, 1])},
                         3,
@@ -268,9 +268,9 @@ def test_a_batch_in_pieces_is_the_batch(data, model, tmp_path):
         torch.manual_seed(0)
         again = ScanLanguage(model.config)
         step = lambda m, b, n: m(b, n)
-        cached = (
+        cached = CachedLoss(
             lambda m, b, n: m.encode(b, n),
-            lambda m, rows: m.loss(rows),
+            lambda m, rows, n: m.loss(rows),
         )
         rows = (
             Trainer(

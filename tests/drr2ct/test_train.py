@@ -111,7 +111,7 @@ def test_cases_that_were_trained_on_are_not_evaluated(trained):
 
 
 def test_out_of_memory_lowers_batch_then_lists_then_latent_channels(tmp_path, monkeypatch, capsys):
-    forward = DRR2CTObjective.forward
+    forward = DRR2CTObjective.with_own_loss
 
     def hungry(self, batch, step):
         if self.model.config.latent_channels > 8:
@@ -121,7 +121,7 @@ def test_out_of_memory_lowers_batch_then_lists_then_latent_channels(tmp_path, mo
     import ct_nb.drr2ct.train as train
 
     monkeypatch.setattr(train, "FEWEST_LATENT_CHANNELS", 8)
-    monkeypatch.setattr(DRR2CTObjective, "forward", hungry)
+    monkeypatch.setattr(DRR2CTObjective, "with_own_loss", hungry)
     run = fitted(tmp_path, stage="joint")
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     assert [

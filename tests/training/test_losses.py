@@ -35,7 +35,6 @@ from ct_nb.training.projection_losses import (
     drr_cycle_error,
     mask_patches,
     masked_error,
-    mixup,
     third_view,
 )
 
@@ -444,72 +443,6 @@ def test_distillation_by_hand_and_without_a_gradient_to_the_teacher():
         distillation_error(student, teacher[:1])
 
 
-# mixed patients
-
-
-def one_pose(batch=4):
-    geometry = ConeBeam.stack(
-        [ConeBeam.biplanar(grid=Grid.cube(16), detector_shape=(24, 24), pixel_mm=20.0)] * batch
-    ).to(torch.float32)
-    hu = torch.rand(batch, 16, 16, 16, generator=seeded(0)) * 1600 - 1100  # some of it below vacuum
-    return hu, project(hu_to_mu(hu), geometry), geometry
-
-
-@pytest.mark.parametrize("batched", [True, False])
-def test_xrays_of_a_mixture_are_the_mixture_of_xrays(batched):
-    hu, xrays, geometry = one_pose()
-    mixed, images = mixup(
-        hu,
-        xrays,
-        geometry=geometry if batched else geometry[0],
-        alpha=2.0,
-        probability=1.0,
-        generator=seeded(1),
-    )
-    assert (mixed - hu).abs().amax((1, 2, 3)).min() > 50, "every case should be mixed"
-    assert (project(hu_to_mu(mixed), geometry) - images).abs().max() < 1e-5 * images.max()
-
-
-def test_mixup_weights_follow_beta():
-    from scipy.stats import beta, kstest
-
-    count = 2000
-    one = ConeBeam.biplanar(grid=Grid.cube(2), detector_shape=(2, 2), pixel_mm=200.0)
-    hu = torch.arange(count, dtype=torch.float64).view(-1, 1, 1, 1).expand(-1, 2, 2, 2)
-    basis = torch.eye(count, dtype=torch.float64)
-    _, weights = mixup(hu, basis, geometry=one, alpha=0.4, probability=1.0, generator=seeded(2))
-    assert (
-        torch.allclose(weights.sum(1), torch.ones(count, dtype=torch.float64))
-        and ((weights > 0).sum(1) <= 2).all()
-    )
-    assert kstest(weights.diagonal().numpy(), beta(0.4, 0.4).cdf).pvalue > 0.01
-    _, some = mixup(hu, basis, geometry=one, probability=0.25, generator=seeded(3))
-    assert (some.diagonal() < 1).double().mean().item() == pytest.approx(0.25, abs=0.03)
-
-
-def test_mixup_leaves_alone_what_it_does_not_mix():
-    hu, xrays, geometry = one_pose()
-    for changes in (dict(probability=0.0), dict(probability=1.0)):
-        # a batch of one has no partner
-        chosen = slice(None) if changes["probability"] == 0 else slice(0, 1)
-        mixed, images = mixup(
-            hu[chosen], xrays[chosen], geometry=geometry[chosen], generator=seeded(0), **changes
-        )
-        expected = hu[chosen] if changes["probability"] == 0 else hu[chosen].clamp_min(-1000)
-        assert torch.allclose(mixed, expected, atol=1e-3) and torch.allclose(
-            images, xrays[chosen], rtol=1e-5
-        )
-
-
-def test_mixup_refuses_different_poses_and_wrong_settings():
-    hu, xrays, geometry = one_pose(2)
-    moved = ConeBeam.stack([geometry[0], translate(geometry[1], [0.0, 0.0, 0.5])])
-    with refused("geometry"):
-        mixup(hu, xrays, geometry=moved)
-    with refused("alpha"):
-        mixup(hu, xrays, geometry=geometry, alpha=0)
-
-
 # the adversarial loss
 
 
@@ -654,7 +587,7 @@ def test_adaptive_weight_balances_and_is_bounded():
     assert losses_of(bounded, prediction, reconstruction=reconstruction).figures[
         "adversary_ratio"
     ] == pytest.approx(1e-3)
-    x = torch.ones(3, requires_grad=True)
+    x = torch.ones(1, 3, requires_grad=True)
     assert (
         adaptive_weight(x.sum(), 0 * x.sum(), x, largest=7.0) == 7
         and adaptive_weight(0 * x.sum(), x.sum(), x) == 0
@@ -662,6 +595,33 @@ def test_adaptive_weight_balances_and_is_bounded():
     assert adaptive_weight(1e-12 * x.sum(), 2e-12 * x.sum(), x).item() == pytest.approx(
         0.5
     ), "no constant in the denominator"
+
+
+def test_cases_are_weighed_one_by_one():
+    torch.manual_seed(0)
+    adversary = Adversary(4, 2).eval()
+    prediction = torch.randn(2, 16, 16, 16) * 300
+    truth = prediction + torch.randn(2, 16, 16, 16) * torch.tensor([100.0, 1.0]).view(2, 1, 1, 1)
+
+    def gradient(cases):
+        x = prediction[cases].clone().requires_grad_()
+        reconstruction = (to_window(x, CHEST) - to_window(truth[cases], CHEST)).square().mean()
+        losses = adversary(x, truth[cases], CHEST, 0, reconstruction)
+        return torch.autograd.grad(losses.generator, x)[0]
+
+    halves = torch.cat([gradient(slice(0, 1)), gradient(slice(1, 2))]) / 2
+    assert torch.allclose(gradient(slice(0, 2)), halves, rtol=1e-4, atol=1e-12)
+
+
+def test_spectral_norms_are_estimated_once_a_step():
+    torch.manual_seed(0)
+    adversary = Adversary(4, 2)
+    prediction = torch.randn(1, 16, 16, 16) * 300
+
+    def scores(step):
+        return losses_of(adversary, prediction, step).discriminator.item()
+
+    assert scores(1) == scores(1) != scores(2)
 
 
 def test_a_discriminator_learns_and_can_be_saved(tmp_path):

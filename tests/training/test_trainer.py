@@ -174,6 +174,23 @@ def test_a_step_is_told_its_number(tmp_path):
     assert told == [0, 1, 2, 3]
 
 
+def test_a_batch_says_which_entries_of_the_set_it_has(tmp_path):
+    from programs.train_line import Points, collate, step
+
+    from ct_nb.training.trainer import Trainer, TrainerConfig
+
+    seen = []
+
+    def listening(model, batch, number):
+        seen.extend(map(tuple, batch["entry"]))
+        return step(model, batch, number)
+
+    data = Points()
+    config = TrainerConfig(steps=3, batch_size=len(data), accumulation=2, validate_every=0)
+    Trainer(torch.nn.Linear(8, 1), listening, data, config, tmp_path, collate).fit(progress=False)
+    assert sorted(seen) == [(epoch, n) for epoch in range(3) for n in range(len(data))]
+
+
 def test_out_of_memory_on_one_case_lightens_the_network_and_says_so(tmp_path, capsys):
     from programs.train_line import Points, collate, step
 
