@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS_FILE', 'CONFIG_FILE', 'STATE_FILE', 'versions', 'WeightsError', 'save_weights', 'read_config', 'load_weights',
-           'load_model', 'random_state', 'set_random_state', 'save_state', 'load_state', 'weights_digest']
+           'load_model', 'random_state', 'set_random_state', 'save_state', 'load_state', 'remove_state',
+           'weights_digest']
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-002
 import json
@@ -20,6 +21,7 @@ import torch
 from ..core.errors import FileError, InputError
 from ..core.files import atomic_write, write_json
 from ..data.cache import files_digest
+from .sharding import load_shards, put_shards, remove_shards, save_shards, take_shards
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-004
 def versions() -> dict:
@@ -173,8 +175,16 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-013
-def save_state(folder, state: dict) -> None:
-    "Write the training state (tensors and plain containers) into `folder`, atomically."
+def save_state(folder, state: dict, write: bool = True) -> None:
+    """Write the training state (tensors and plain containers) into `folder`, atomically; only the
+    process with `write` does. Of tensors that processes share each writes its part, so all call.
+    """
+    shards = {}
+    state = take_shards(state, shards)
+    if shards:
+        state["shards"] = save_shards(folder, shards)
+    if not write:
+        return
     with atomic_write(Path(folder) / STATE_FILE) as temporary:
         try:
             torch.save(state, temporary)
@@ -183,21 +193,34 @@ def save_state(folder, state: dict) -> None:
                 f"{Path(folder) / STATE_FILE}: could not be written ({error}); the checkpoint that"
                 " was there before is untouched."
             ) from error
+    remove_shards(folder, state.get("shards"))
 
 
-def load_state(folder) -> dict | None:
-    "The training state in `folder`, or None when there is none yet."
+def load_state(folder, mesh=None) -> dict | None:
+    """The training state in `folder`, or None when there is none yet.
+
+    What processes share is read whole, or by each its part where they give their device mesh.
+    """
     path = Path(folder) / STATE_FILE
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "shards" in state:
+            state = put_shards(state, load_shards(folder, state["shards"], mesh))
+        return state
     except Exception as error:
         raise WeightsError(
             path,
             f"is not a whole training state ({type(error).__name__}); delete it to start"
             " again from step 0.",
         ) from error
+
+
+def remove_state(folder) -> None:
+    "Remove the training state in `folder`."
+    (Path(folder) / STATE_FILE).unlink(missing_ok=True)
+    remove_shards(folder)
 
 # %% ../../nbs/training/04_checkpoints.ipynb #weights-digest
 def weights_digest(folder) -> str:

@@ -1,0 +1,80 @@
+"""A network shared by two processes (FSDP2) against one process; its checkpoints and launch files."""
+
+import json
+
+import pytest
+import torch
+from programs.train_line import network
+from refusals import refused
+from train_line_runs import TWO_PROCESSES, train
+
+from ct_nb.training.checkpoints import load_state
+from ct_nb.training.sharding import SHARDS_FOLDER, make_accelerator
+from ct_nb.training.trainer import read_history
+
+# what `accelerate launch` makes of launch/fsdp.yaml, on the CPU
+SHARED = {
+    "launcher": TWO_PROCESSES,
+    "ACCELERATE_USE_CPU": "true",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
+    "FSDP_ACTIVATION_CHECKPOINTING": "true",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true",
+}
+
+
+def final(out):
+    return torch.load(out / "final.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    train(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shared")
+    train(out, "pieces", **SHARED)
+    return out
+
+
+def test_two_processes_that_share_the_network_give_the_single_process_result(alone, shared):
+    assert torch.allclose(final(shared), final(alone), atol=2e-6)
+    for one, two in zip(read_history(alone), read_history(shared), strict=True):
+        names = one.keys() - {"seconds_per_step"}
+        assert {n: two[n] for n in names} == pytest.approx({n: one[n] for n in names}, abs=1e-5)
+
+
+def test_the_checkpoint_is_in_shards_and_is_read_whole(alone, shared):
+    pointed = torch.load(shared / "training_state.pt", weights_only=True)
+    (folder,) = (shared / SHARDS_FOLDER).iterdir()  # of the last checkpoint alone
+    assert pointed["shards"] == folder.name and len(list(folder.glob("*.safetensors"))) == 2
+    assert isinstance(pointed["model"]["1.weight"], str)
+    one, two = load_state(alone), load_state(shared)
+    for part in ("model", "average"):
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items():
+            assert torch.allclose(value, two[part][name], atol=2e-6)
+    for number, moments in one["optimizer"]["state"].items():
+        for name, value in moments.items():
+            found = two["optimizer"]["state"][number][name]
+            assert torch.allclose(value, found, rtol=1e-4, atol=1e-7)
+    network().load_state_dict(two["model"])
+
+
+def test_a_shared_run_resumes_to_the_last_bit(tmp_path):
+    train(tmp_path / "whole", "noise", **SHARED)
+    train(tmp_path / "parts", "noise", "stop", **SHARED)
+    assert load_state(tmp_path / "parts")["step"] == 10
+    train(tmp_path / "parts", "noise", "resume", **SHARED)
+    assert torch.equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
+
+
+def test_gradient_caching_in_a_shared_network(tmp_path, alone):
+    train(tmp_path, "cached", **SHARED)
+    assert torch.allclose(final(tmp_path), final(alone), atol=2e-6)
