@@ -38,9 +38,10 @@ def make_accelerator(mixed_precision: str = "no"):
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
+        version = os.environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise InputError("fsdp_version", f"must be 2 in accelerate's file, got {version}")
         plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
-        if plugin.fsdp_version != 2:
-            raise InputError("fsdp_version", f"must be 2, got {plugin.fsdp_version}")
     # a network at a small size may have parts that no voxel reaches, and gradients of several
     # processes must not wait for them
     accelerator = Accelerator(

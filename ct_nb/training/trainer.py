@@ -294,25 +294,29 @@ from fastcore.basics import patch
 # %% ../../nbs/training/05_trainer.ipynb #cell-021
 @patch
 def _prepare(self: Trainer, make_optimizer: Callable) -> None:
-    """The network that is trained (`plain_model`, in `model` for the processes), its optimiser, the
-    average, and the whole network that gets the average.
+    """Sets the network that is trained (`plain_model`, in `model` for the processes), its weights
+    and optimiser, their average, and the whole network that gets the average.
     """
     if self.is_sharded:
         self.model, self.optimizer = shard(self.accelerator, self.given, make_optimizer)
         self.plain_model = self.model.module
         self.averaged_model = self.given
         self.step = self._through_root(self.step)
-        self.cached = self.cached and tuple(map(self._through_root, self.cached))
+        if self.cached is not None:
+            parts = (part and self._through_root(part) for part in self.cached)
+            self.cached = getattr(self.cached, "_make", tuple)(parts)
     else:
         self.plain_model = self.given.to(self.accelerator.device)
         self.averaged_model = copy.deepcopy(self.plain_model)
         self.model, self.optimizer = self.accelerator.prepare(
             self.plain_model, make_optimizer(self.plain_model.parameters())
         )
-    source = self.plain_model if self.is_sharded else self.averaged_model
-    self.average = {name: value.detach() for name, value in source.named_parameters()}
-    if self.is_sharded:
-        self.average = {name: value.clone() for name, value in self.average.items()}
+    self.weights = dict(self.plain_model.named_parameters())
+    self.average = (
+        {name: value.detach().clone() for name, value in self.weights.items()}
+        if self.is_sharded
+        else {name: value.detach() for name, value in self.averaged_model.named_parameters()}
+    )
 
 
 @patch
@@ -502,10 +506,9 @@ def _optimizer_step(self: Trainer, step: int, batch: dict) -> tuple[float, dict,
     self.optimizer.step()
     # the average begins with the first weights that were trained
     decay = min(config.ema_decay, (1 + step) / (10 + step)) if step else 0.0
-    weights = dict(self.plain_model.named_parameters())
     get_ema_multi_avg_fn(decay)(
         [local(value) for value in self.average.values()],
-        [local(weights[name]) for name in self.average],
+        [local(self.weights[name]) for name in self.average],
         step,
     )
     return loss, figures, norm

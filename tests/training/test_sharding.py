@@ -1,7 +1,5 @@
 """A network shared by two processes (FSDP2) against one process; its checkpoints and launch files."""
 
-import json
-
 import pytest
 import torch
 from programs.train_line import network
@@ -78,3 +76,24 @@ def test_a_shared_run_resumes_to_the_last_bit(tmp_path):
 def test_gradient_caching_in_a_shared_network(tmp_path, alone):
     train(tmp_path, "cached", **SHARED)
     assert torch.allclose(final(tmp_path), final(alone), atol=2e-6)
+
+
+def test_a_checkpoint_of_processes_that_each_hold_the_network_is_refused(tmp_path):
+    each = {name: SHARED[name] for name in ("launcher", "ACCELERATE_USE_CPU")}
+    train(tmp_path, "noise", "stop", **each)
+    done = train(tmp_path, "noise", "resume", expect=1, **SHARED)
+    assert "each held the network, those of this run share it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, value, argument",
+    [
+        ("FSDP_VERSION", "1", "fsdp_version"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "distributed_type"),
+    ],
+)
+def test_what_is_not_supported_is_refused(monkeypatch, name, value, argument):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv(name, value)
+    with refused(argument):
+        make_accelerator()
