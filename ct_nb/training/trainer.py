@@ -25,7 +25,7 @@ from ..core.errors import FileError, InputError
 from ..core.files import atomic_write
 from .checkpoints import load_state, random_state, save_state, set_random_state
 from .gradient_cache import cached_backward
-from .sharding import local, make_accelerator, shard, whole
+from .sharding import gather_tensor, local_part, make_accelerator, shard
 
 # %% ../../nbs/training/05_trainer.ipynb #cell-004
 LEAST = {
@@ -507,8 +507,8 @@ def _optimizer_step(self: Trainer, step: int, batch: dict) -> tuple[float, dict,
     # the average begins with the first weights that were trained
     decay = min(config.ema_decay, (1 + step) / (10 + step)) if step else 0.0
     get_ema_multi_avg_fn(decay)(
-        [local(value) for value in self.average.values()],
-        [local(self.weights[name]) for name in self.average],
+        [local_part(value) for value in self.average.values()],
+        [local_part(self.weights[name]) for name in self.average],
         step,
     )
     return loss, figures, norm
@@ -615,7 +615,7 @@ def _fill_averaged(self: Trainer) -> torch.nn.Module:
     model = self.averaged_model.to(self.accelerator.device)
     if self.is_sharded:
         for name, parameter in model.named_parameters():
-            parameter.detach().copy_(whole(self.average[name]))
+            parameter.detach().copy_(gather_tensor(self.average[name]))
     for mine, trained in zip(model.buffers(), self.plain_model.buffers()):
         mine.copy_(trained)
     return model

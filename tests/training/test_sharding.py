@@ -1,4 +1,4 @@
-"""A network shared by two processes (FSDP2) against one process; its checkpoints and launch files."""
+"""A network shared by two processes (FSDP2) against one process, and its checkpoints."""
 
 import pytest
 import torch
