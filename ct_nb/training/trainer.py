@@ -315,7 +315,7 @@ def _prepare(self: Trainer, make_optimizer: Callable) -> None:
     self.average = (
         {name: value.detach().clone() for name, value in self.weights.items()}
         if self.is_sharded
-        else {name: value.detach() for name, value in self.averaged_model.named_parameters()}
+        else dict(self.averaged_model.named_parameters())
     )
 
 
@@ -331,7 +331,7 @@ def _state(self: Trainer, step: int, random_states: list[dict]) -> dict:
         "step": step,
         "config": asdict(self.config),
         "model": self.plain_model.state_dict(),
-        "average": self.average,
+        "average": {name: value.detach() for name, value in self.average.items()},
         "optimizer": self.optimizer.optimizer.state_dict(),
         "random": random_states,  # of each process
         "pieces": self.pieces,
@@ -369,7 +369,7 @@ def _restore(self: Trainer, state: dict) -> int:
     try:
         self.plain_model.load_state_dict(state["model"])
         for name, value in self.average.items():
-            value.copy_(state["average"][name])
+            value.detach().copy_(state["average"][name])
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise FileError(
@@ -612,8 +612,9 @@ def _mesh(self: Trainer):
 @patch
 def _fill_averaged(self: Trainer) -> torch.nn.Module:
     "The whole network with the averaged weights; all processes take part."
-    model = self.averaged_model.to(self.accelerator.device)
+    model = self.averaged_model
     if self.is_sharded:
+        model.to(self.accelerator.device)
         for name, parameter in model.named_parameters():
             parameter.detach().copy_(gather_tensor(self.average[name]))
     for mine, trained in zip(model.buffers(), self.plain_model.buffers()):
