@@ -82,12 +82,13 @@ def main(out, *words):
         accumulation=2 if {"pieces", "cached"} & set(words) else 1,
     )
 
-    def noisy_step(model, batch, number):
+    def used(model, batch, number):
         if "stop" in words and number == 15:
             sys.exit(0)
-        return step(model, {**batch, "x": batch["x"] + 0.1 * torch.randn(8)}, number)
+        if "noise" in words:
+            batch = {**batch, "x": batch["x"] + 0.1 * torch.randn(8)}
+        return step(model, batch, number)
 
-    used = noisy_step if "noise" in words else step
     cached = (encode, loss_of_rows) if "cached" in words else None
     trainer = Trainer(model, used, Points(), config, out, collate, validate, cached=cached)
     if "kill-in-save" in words:
