@@ -147,7 +147,6 @@ CASCADE_PRESETS = {
             steps=1,
             batch_size=24,
             accumulation=8,
-            shard_optimizer=True,
             learning_rate=V_LEARNING_RATE,
             warmup_steps=2000,
             log_every=100,

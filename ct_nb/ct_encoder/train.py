@@ -165,7 +165,6 @@ CT_ENCODER_PRESETS = {
         TrainerConfig(
             steps=100_000,
             batch_size=48,
-            shard_optimizer=True,
             learning_rate=1e-4,
             warmup_steps=2000,
             weight_decay=0.05,

@@ -130,7 +130,6 @@ REFINEMENT_PRESETS = {
             steps=100_000,
             batch_size=16,
             accumulation=4,
-            shard_optimizer=True,
             learning_rate=5e-4,
             warmup_steps=1000,
             log_every=100,

@@ -36,12 +36,7 @@ from .network import SliceNetworkConfig
 from .slice_profile import StackPairs, ThickSliceRange, by_length, collate_stacks
 from .vae import SliceVAE
 from .vae_train import PHANTOM_SIDE_MM, VAERun, load_vae
-from ct_nb.training.checkpoints import (
-    STATE_FILE,
-    load_model,
-    read_config,
-    weights_digest,
-)
+from ..training.checkpoints import load_model, read_config, remove_state, weights_digest
 from ..training.run import Run, command, in_own_folder, schedule
 from ..training.trainer import Trainer, TrainerConfig
 
@@ -169,7 +164,6 @@ SLICES_PRESETS = {
                 steps=200_000,
                 batch_size=24,
                 accumulation=4,
-                shard_optimizer=True,
                 learning_rate=rate,
                 warmup_steps=2000,
                 log_every=100,
@@ -482,7 +476,7 @@ def get_vae(self: SlicesRun, progress: bool = True) -> SliceVAE:
     if progress and not (self.resume and self.vae_run.is_trained):
         print(f"the VAE first: {self.vae_run.settings.trainer.steps} steps")
     self.vae_run.fit(progress)
-    (folder / STATE_FILE).unlink(missing_ok=True)
+    remove_state(folder)
     return load_vae(folder)
 
 

@@ -220,7 +220,6 @@ VAE_PRESETS = {
             steps=200_000,
             batch_size=24,
             accumulation=4,
-            shard_optimizer=True,
             learning_rate=2e-4,
             warmup_steps=2000,
             log_every=100,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS_FILE', 'CONFIG_FILE', 'CONFIG_FORMS', 'CASES_FORMS', 'SETTINGS_FORMS', 'MODULE_NUMBERS', 'STATE_FILE',
            'STATE_ENTRIES', 'versions', 'WeightsError', 'save_weights', 'read_config', 'load_weights', 'load_model',
-           'random_state', 'set_random_state', 'save_state', 'load_state', 'weights_digest']
+           'random_state', 'set_random_state', 'save_state', 'load_state', 'remove_state', 'weights_digest']
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-002
 import math
@@ -29,6 +29,7 @@ from ..core.config import LARGEST
 from ..core.errors import FileError, InputError, first_line, reading
 from ..core.files import atomic_write, check_entries, read_json, write_json
 from ..data.cache import files_digest
+from .sharding import load_shards, put_shards, remove_shards, save_shards, take_shards
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-004
 def versions() -> dict:
@@ -273,8 +274,16 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cell-013
-def save_state(folder, state: dict) -> None:
-    "Write the training state (tensors and plain containers) into `folder`, atomically."
+def save_state(folder, state: dict, write: bool = True) -> None:
+    """Write the training state (tensors and plain containers) into `folder`, atomically; only the
+    process with `write` does. Of tensors that processes share each writes its part, so all call.
+    """
+    shards = {}
+    state = take_shards(state, shards)
+    if shards:
+        state["shards"] = save_shards(folder, shards)
+    if not write:
+        return
     with atomic_write(Path(folder) / STATE_FILE) as temporary:
         try:
             torch.save(state, temporary)
@@ -283,10 +292,14 @@ def save_state(folder, state: dict) -> None:
                 f"{Path(folder) / STATE_FILE}: could not be written ({error}); the checkpoint that"
                 " was there before is untouched."
             ) from error
+    remove_shards(folder, state.get("shards"))
 
 
-def load_state(folder) -> dict | None:
-    "The training state in `folder`, or None when there is none yet."
+def load_state(folder, mesh=None) -> dict | None:
+    """The training state in `folder`, or None when there is none yet.
+
+    What processes share is read whole, or by each its part where they give their device mesh.
+    """
     path = Path(folder) / STATE_FILE
     if not path.exists():
         return None
@@ -298,6 +311,8 @@ def load_state(folder) -> dict | None:
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if "shards" in state:
+            state = put_shards(state, load_shards(folder, state["shards"], mesh))
         missing = STATE_ENTRIES - state.keys()
         if missing:
             raise ValueError(f"{sorted(missing)[0]} is missing")
@@ -308,6 +323,12 @@ def load_state(folder) -> dict | None:
             " it to start again from step 0.",
         ) from error
     return state
+
+
+def remove_state(folder) -> None:
+    "Remove the training state in `folder`."
+    (Path(folder) / STATE_FILE).unlink(missing_ok=True)
+    remove_shards(folder)
 
 # %% ../../nbs/training/04_checkpoints.ipynb #weights-digest
 def weights_digest(folder) -> str:

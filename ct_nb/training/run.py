@@ -31,6 +31,7 @@ from ct_nb.training.checkpoints import (
     STATE_FILE,
     WEIGHTS_FILE,
     read_config,
+    remove_state,
     save_weights,
     versions,
 )
@@ -41,6 +42,7 @@ from ct_nb.training.run_folder import (
     list_differences,
     lock_folder,
 )
+from .sharding import SHARDS_FOLDER
 from ct_nb.training.trainer import (
     HISTORY_FILE,
     TrainerConfig,
@@ -82,6 +84,7 @@ class Run:
         WEIGHTS_FILE,
         CONFIG_FILE,
         STATE_FILE,
+        SHARDS_FOLDER,
         HISTORY_FILE,
         "stages",
         "tensorboard",
@@ -391,7 +394,7 @@ def save_stage(self: Run, name: str, network: torch.nn.Module, configuration: di
     if self.is_main:
         folder = self.stage_folder(name)
         save_weights(folder, network, configuration)
-        (folder / STATE_FILE).unlink(missing_ok=True)
+        remove_state(folder)
 
 
 @patch

@@ -8,6 +8,7 @@ __all__ = ['LEAST', 'HISTORY_FILE', 'TrainerConfig', 'learning_rate_factor', 'Re
 
 # %% ../../nbs/training/05_trainer.ipynb #cell-002
 import atexit
+import copy
 import json
 import math
 import time
@@ -19,13 +20,14 @@ from pathlib import Path
 from types import NoneType
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core.errors import FileError, InputError
 from ..core.files import atomic_write, parse_json, read_text
 from .checkpoints import load_state, random_state, save_state, set_random_state
 from .gradient_cache import CachedLoss, cached_backward
+from .sharding import gather_tensor, local_part, make_accelerator, shard
 
 # %% ../../nbs/training/05_trainer.ipynb #cell-004
 LEAST = {
@@ -65,8 +67,6 @@ class TrainerConfig:
     validate_every: int = 100  # 0: never
     workers: int = 0  # data-loading processes
     mixed_precision: str = "no"  # accelerate's name: no, fp16 or bf16
-    # several processes share the optimiser's state among them (ZeRO, stage 1)
-    shard_optimizer: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -288,6 +288,9 @@ class History:
 class Trainer:
     """Trains `model` by `step(model, batch, number) -> (loss, figures)` on the cases of `data`;
     `model` ends with the averaged weights.
+
+    Several processes hold the network each (DDP) or share it (FSDP2), as they were launched; then a
+    copy of `model` is trained. The functions must use the module that they are given.
     """
 
     def __init__(
@@ -308,15 +311,7 @@ class Trainer:
         # meet; None: the loss is a mean over cases
         cached: CachedLoss | None = None,
     ):
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
-        # a network at a small size may have parts that no voxel reaches, and gradients of several
-        # processes must not wait for them
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            cpu=not torch.cuda.is_available(),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
+        self.accelerator = make_accelerator(config.mixed_precision)
         _check_batch_size(config.batch_size, self.accelerator.num_processes)
         self.config = config
         self.out = Path(out)
@@ -326,18 +321,9 @@ class Trainer:
         self.validate = validate
         self.lighten = lighten
         self.cached = cached
-        self.plain_model = model.to(self.accelerator.device)
-        self.average = AveragedModel(self.plain_model, use_buffers=False)
-        settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        self.shares = config.shard_optimizer and self.accelerator.num_processes > 1
-        if self.shares:
-            from torch.distributed.optim import ZeroRedundancyOptimizer
-
-            optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **settings)
-        else:
-            optimizer = torch.optim.AdamW(model.parameters(), **settings)
-        self.model, self.optimizer = self.accelerator.prepare(
-            self.plain_model, optimizer, device_placement=[True, not self.shares]
+        self.given = model
+        self._prepare(
+            partial(torch.optim.AdamW, lr=config.learning_rate, weight_decay=config.weight_decay)
         )
         self.pieces = config.accumulation
         # an interpreter that ends with the threads of a process group still running aborts now and
@@ -350,17 +336,55 @@ class Trainer:
         "Whether this process writes the files."
         return self.accelerator.is_main_process
 
+    @property
+    def is_sharded(self) -> bool:
+        "Whether the processes share one network among them."
+        return self.accelerator.is_fsdp2
+
 # %% ../../nbs/training/05_trainer.ipynb #cell-020
 from fastcore.basics import patch
 
 # %% ../../nbs/training/05_trainer.ipynb #cell-021
+@patch
+def _prepare(self: Trainer, make_optimizer: Callable) -> None:
+    """Sets the network that is trained (`plain_model`, in `model` for the processes), its weights
+    and optimiser, their average, and the whole network that gets the average.
+    """
+    if self.is_sharded:
+        self.model, self.optimizer = shard(self.accelerator, self.given, make_optimizer)
+        self.plain_model = self.model.module
+        self.averaged_model = self.given
+        self.step = self._through_root(self.step)
+        if self.cached is not None:
+            parts = (part and self._through_root(part) for part in self.cached)
+            self.cached = getattr(self.cached, "_make", tuple)(parts)
+    else:
+        self.plain_model = self.given.to(self.accelerator.device)
+        self.averaged_model = copy.deepcopy(self.plain_model)
+        self.model, self.optimizer = self.accelerator.prepare(
+            self.plain_model, make_optimizer(self.plain_model.parameters())
+        )
+    self.weights = dict(self.plain_model.named_parameters())
+    self.average = (
+        {name: value.detach().clone() for name, value in self.weights.items()}
+        if self.is_sharded
+        else dict(self.averaged_model.named_parameters())
+    )
+
+
+@patch
+def _through_root(self: Trainer, function: Callable) -> Callable:
+    "A function of a network and arguments, called where the weights are gathered."
+    return lambda model, *arguments: self.model(function, *arguments)
+
+
 @patch
 def _state(self: Trainer, step: int, random_states: list[dict]) -> dict:
     return {
         "step": step,
         "config": asdict(self.config),
         "model": self.plain_model.state_dict(),
-        "average": self.average.state_dict(),
+        "average": {name: value.detach() for name, value in self.average.items()},
         "optimizer": self.optimizer.optimizer.state_dict(),
         "random": random_states,  # of each process
         "pieces": self.pieces,
@@ -388,11 +412,19 @@ def _restore(self: Trainer, state: dict) -> int:
                 f" asks for {mine[name]}; resume with the same settings or choose another output"
                 " folder.",
             )
+    if self.is_sharded != ("shards" in state):
+        had, has = ("shared", "each hold") if "shards" in state else ("each held", "share")
+        raise FileError(
+            self.out,
+            f"the checkpoint was made by processes that {had} the network, those of this run {has}"
+            " it; resume with the same configuration of accelerate.",
+        )
     try:
         self.plain_model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
+        for name, value in self.average.items():
+            value.detach().copy_(state["average"][name])
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise FileError(
             self.out, "the checkpoint is of another network; choose another output folder."
         ) from error
@@ -427,7 +459,9 @@ def _accumulate(self: Trainer, batch: dict, number: int) -> tuple[float, dict]:
             for place, part in enumerate(parts):
                 share = len(part["id"]) / size
                 last = place == len(parts) - 1
-                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                # gradients that are kept from the other processes would be whole in each
+                together = last or self.is_sharded
+                with nullcontext() if together else self.accelerator.no_sync(self.model):
                     with self.accelerator.autocast():
                         loss, logs = self.step(
                             self.model, _to_device(part, self.accelerator.device), number
@@ -488,7 +522,7 @@ def _accumulate_cached(self: Trainer, parts: list[dict], number: int) -> tuple[f
         self.accelerator.backward,
         None if cached.again is None else again,
     )
-    if self.accelerator.num_processes > 1:
+    if self.accelerator.num_processes > 1 and not self.is_sharded:
         self._average_gradients()
     return value.item(), figures
 
@@ -550,9 +584,13 @@ def _optimizer_step(self: Trainer, step: int, batch: dict) -> tuple[float, dict,
     norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip))
     self._stop_if_not_finite(step, loss, norm, batch)
     self.optimizer.step()
-    decay = min(config.ema_decay, (1 + step) / (10 + step))
-    self.average.multi_avg_fn = get_ema_multi_avg_fn(decay)
-    self.average.update_parameters(self.plain_model)
+    # the average begins with the first weights that were trained
+    decay = min(config.ema_decay, (1 + step) / (10 + step)) if step else 0.0
+    get_ema_multi_avg_fn(decay)(
+        [local_part(value) for value in self.average.values()],
+        [local_part(self.weights[name]) for name in self.average],
+        step,
+    )
     return loss, figures, norm
 
 # %% ../../nbs/training/05_trainer.ipynb #cell-025
@@ -567,7 +605,7 @@ def fit(
 
     config = self.config
     torch.manual_seed(config.seed + 7919 * self.accelerator.process_index)
-    state = load_state(self.out) if resume else None
+    state = load_state(self.out, self._mesh()) if resume else None
     first = self._restore(state) if state else 0
     loader = self._loader(first)
     history = History(self.out, first, write=self.is_main)
@@ -641,23 +679,36 @@ def _log(
 def _checkpoint(self: Trainer, done: int) -> None:
     from accelerate.utils import gather_object
 
-    if self.shares:
-        self.optimizer.optimizer.consolidate_state_dict(to=0)
     states = gather_object([random_state()])  # every process draws from its own
-    if self.is_main:
-        save_state(self.out, self._state(done, states))
+    save_state(self.out, self._state(done, states), write=self.is_main)
+
+
+@patch
+def _mesh(self: Trainer):
+    "The device mesh of the processes that share the network; None where each holds it."
+    return next(iter(self.average.values())).device_mesh if self.is_sharded else None
+
+
+@patch
+def _fill_averaged(self: Trainer) -> torch.nn.Module:
+    "The whole network with the averaged weights; all processes take part."
+    model = self.averaged_model
+    if self.is_sharded:
+        model.to(self.accelerator.device)
+        for name, parameter in model.named_parameters():
+            parameter.detach().copy_(gather_tensor(self.average[name]))
+    for mine, trained in zip(model.buffers(), self.plain_model.buffers()):
+        mine.copy_(trained)
+    return model
 
 
 @patch
 def _take_average(self: Trainer) -> None:
-    "The averaged weights become the model's."
-    averaged = {
-        name.removeprefix("module."): value
-        for name, value in self.average.state_dict().items()
-        if name != "n_averaged"
-    }
-    self.plain_model.load_state_dict(averaged)
-    self.plain_model.eval()
+    "The averaged weights become those of the given model."
+    averaged = self._fill_averaged()
+    if averaged is not self.given:
+        self.given.load_state_dict(averaged.state_dict())
+    self.given.eval()
 
 
 @patch
@@ -680,16 +731,19 @@ def _validates_after(self: Trainer, done: int) -> bool:
 
 @patch
 def _validate(self: Trainer, step: int, history: History, progress: bool) -> None:
+    model = self._fill_averaged().eval()
     if self.is_main:
         before = random_state()
         with torch.no_grad():
-            figures = self.validate(self.average.module.eval())
+            figures = self.validate(model)
         set_random_state(before)  # looking must not change the run
         history.add(step, **figures)
         if progress:
             self.accelerator.print(
                 "validation  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
             )
+    if self.is_sharded:
+        model.cpu()
     self.accelerator.wait_for_everyone()
 
 # %% ../../nbs/training/05_trainer.ipynb #cell-027

@@ -7,12 +7,14 @@ import torch
 from places import ROOT
 
 from ct_nb.drr2ct.model_size import (
+    GATHERED,
     PARTS,
     buffer_bytes,
     count_activations,
     measure_model,
     meta_forward,
     parameter_counts,
+    process_memory,
     scene,
     size_table,
 )
@@ -127,28 +129,43 @@ def test_paper_takes_a_real_step_at_a_small_size():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8e6  # kB
 
 
-def test_accelerate_reads_the_configuration_that_ships():
+def test_shares_add_up_and_offloaded_activations_leave_the_card():
+    config = DRR2CTConfig.preset("gpu")
+    alone = process_memory(config, 10**9, 1)
+    assert process_memory(config, 10**9, 3) == alone  # each holds all of it
+    shared = process_memory(config, 10**9, 3, shared=True, offload=True)
+    for name in ("weights", "gradients", "moments of AdamW", "average"):
+        assert 0 <= 3 * shared[name] - alone[name] < 6
+    assert 0 < shared["gathered weights"] < alone["weights"]
+    assert (shared["activations"], shared["host"]) == (0, 10**9) == (alone["host"], 10**9)
+
+
+def test_accelerate_reads_the_configuration_that_ships(monkeypatch):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
 
     from ct_nb.drr2ct.train import DRR2CT_PRESETS
 
-    path = str(ROOT / "launch" / "paper.yaml")
+    path = str(ROOT / "launch" / "fsdp.yaml")
     config = load_config_from_file(path)
     preset = DRR2CT_PRESETS["paper"].trainer
-    assert (
-        config.distributed_type.value == "MULTI_GPU"
-        and config.num_processes == 3
-        and config.mixed_precision == preset.mixed_precision == "bf16"
-    )
-    args, _, _ = _validate_launch_command(
+    assert config.distributed_type.value == "FSDP" and config.num_processes == 3
+    assert config.mixed_precision == preset.mixed_precision == "bf16"
+    assert 16 <= preset.batch_size <= 32
+    assert preset.batch_size % (config.num_processes * preset.accumulation) == 0
+    assert DRR2CTConfig.preset("paper").recompute
+    arguments, _, _ = _validate_launch_command(
         launch_command_parser().parse_args(
             ["--config_file", path, "-m", "ct_nb.drr2ct.train", "--preset", "paper"]
         )
     )
-    assert args.multi_gpu and args.num_processes == 3
-    assert (
-        preset.shard_optimizer
-        and 16 <= preset.batch_size <= 32
-        and preset.batch_size % (config.num_processes * preset.accumulation) == 0
-    )
+    assert arguments.use_fsdp and arguments.num_processes == 3
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        if name.startswith(("FSDP_", "ACCELERATE_")):
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward
+    assert plugin.activation_checkpointing_offload
+    assert plugin.transformer_cls_names_to_wrap == [block.__name__ for block in GATHERED]

@@ -169,3 +169,34 @@ def test_accelerate_launches_two_processes(tmp_path):
         and (tmp_path / "model.safetensors").is_file()
         and (tmp_path / "metrics.json").is_file()
     )
+
+
+def test_two_processes_that_share_the_network_leave_whole_weights(tmp_path):
+    words = (
+        *"-m torch.distributed.run --standalone --nproc_per_node 2 -m ct_nb.drr2ct.train".split(),
+        *"--preset micro --stage joint --out".split(),
+        str(tmp_path),
+    )
+    environment = {  # what `accelerate launch` makes of launch/fsdp.yaml, on the CPU
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "ViewBlock,SwinBlock3d",
+        "FSDP_ACTIVATION_CHECKPOINTING": "true",
+        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PSNR, dB") == 1
+    network = load_drr2ct(tmp_path)
+    assert all(torch.isfinite(value).all() for value in network.state_dict().values())
+    assert not list(tmp_path.rglob("training_shards/*"))  # the stage is done

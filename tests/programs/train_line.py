@@ -1,7 +1,8 @@
 """A small training run for the tests of the trainer; prints a digest of the weights.
 
-`train_line.py OUT [resume] [noise] [stop] [kill-in-save | small-disk]`; `noise` is drawn from each
-process's own generator, `stop` ends after 15 of 30 steps, between two checkpoints.
+`train_line.py OUT [resume] [noise] [stop] [pieces] [cached] [kill-in-save | small-disk]`; `noise`
+is drawn from each process's own generator, `stop` ends after 15 of 30 steps, between two
+checkpoints, `pieces` works off a batch in two, `cached` by gradient caching.
 """
 
 import os
@@ -10,6 +11,7 @@ import signal
 import sys
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from ct_nb.training.trainer import Trainer, TrainerConfig
@@ -33,31 +35,62 @@ def collate(cases):
     }
 
 
+class Block(torch.nn.Sequential):
+    "What a process gathers at a time where the network is shared."
+
+
+class Network(torch.nn.Sequential):
+    "Two layers, the first of which is computed again in the backward pass."
+
+    def forward(self, x):
+        return self[1](checkpoint(self[0], x, use_reentrant=False))
+
+
+def network():
+    torch.manual_seed(5)
+    return Network(Block(torch.nn.Linear(8, 64), torch.nn.GELU()), torch.nn.Linear(64, 1))
+
+
 def step(model, batch, number):
     loss = ((model(batch["x"])[:, 0] - batch["y"]) ** 2).mean()
     return loss, {"error": loss.item()}
 
 
+def encode(model, batch, number):
+    # not by `forward`, as networks with several methods
+    return {"rows": model[1](model[0](batch["x"])), "y": batch["y"]}
+
+
+def loss_of_rows(model, rows, *number):
+    loss = ((rows["rows"][:, 0] - rows["y"]) ** 2).mean()
+    return loss, {"error": loss.item()}
+
+
+def validate(model):
+    return {"sum": model(torch.ones(1, 8)).item()}
+
+
 def main(out, *words):
-    torch.manual_seed(5)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
+    model = network()
     config = TrainerConfig(
         steps=30,
         batch_size=4,
         learning_rate=0.01,
         checkpoint_every=10,
-        validate_every=0,
+        validate_every=7,
         log_every=10,
-        shard_optimizer="zero" in words,
-        accumulation=2 if "zero" in words else 1,
+        accumulation=2 if {"pieces", "cached"} & set(words) else 1,
     )
-    def noisy_step(model, batch, number):
+
+    def used(model, batch, number):
         if "stop" in words and number == 15:
             sys.exit(0)
-        return step(model, {**batch, "x": batch["x"] + 0.1 * torch.randn(8)}, number)
+        if "noise" in words:
+            batch = {**batch, "x": batch["x"] + 0.1 * torch.randn(8)}
+        return step(model, batch, number)
 
-    used = noisy_step if "noise" in words else step
-    trainer = Trainer(model, used, Points(), config, out, collate)
+    cached = (encode, loss_of_rows) if "cached" in words else None
+    trainer = Trainer(model, used, Points(), config, out, collate, validate, cached=cached)
     if "kill-in-save" in words:
         whole, calls = torch.save, []
 

@@ -1,14 +1,11 @@
 """The trainer under a kill, a full disk, two processes; the weights files under abuse."""
 
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from places import PROGRAMS
 from refusals import refused
+from train_line_runs import TWO_PROCESSES, train
 
 from ct_nb.core.files import atomic_write
 from ct_nb.training.checkpoints import (
@@ -20,26 +17,7 @@ from ct_nb.training.checkpoints import (
     save_state,
     save_weights,
 )
-
 from ct_nb.training.trainer import TrainerConfig
-
-PROGRAM = PROGRAMS / "train_line.py"
-TWO_PROCESSES = (
-    sys.executable,
-    *"-m torch.distributed.run --standalone --nproc_per_node 2".split(),
-)
-
-
-def train(out, *words, launcher=(sys.executable,), expect=0, **environment):
-    done = subprocess.run(
-        [*launcher, str(PROGRAM), str(out), *words],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +64,6 @@ def test_each_of_two_processes_goes_on_with_its_own_random_numbers(tmp_path):
         torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("whole", "parts")
     )
     assert torch.equal(whole, parts)
-
-
-def test_two_processes_that_share_the_optimizer_give_it_too(tmp_path, undisturbed):
-    train(tmp_path, "zero", launcher=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
-    both = torch.load(tmp_path / "final.pt", weights_only=True)
-    assert torch.allclose(both, undisturbed, atol=2e-6), (both - undisturbed).abs().max()
-    moments = torch.load(tmp_path / "training_state.pt", weights_only=True)["optimizer"]["state"]
-    assert len(moments) == 4 and all(
-        torch.isfinite(m["exp_avg"]).all() for m in moments.values()
-    ), "the checkpoint must hold the moments of all processes"
 
 
 def test_resume_with_other_settings_is_refused(tmp_path):
