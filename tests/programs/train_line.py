@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
+from ct_nb.training.gradient_cache import CachedLoss
 from ct_nb.training.trainer import Trainer, TrainerConfig
 
 
@@ -89,7 +90,7 @@ def main(out, *words):
             batch = {**batch, "x": batch["x"] + 0.1 * torch.randn(8)}
         return step(model, batch, number)
 
-    cached = (encode, loss_of_rows) if "cached" in words else None
+    cached = CachedLoss(encode, loss_of_rows) if "cached" in words else None
     trainer = Trainer(model, used, Points(), config, out, collate, validate, cached=cached)
     if "kill-in-save" in words:
         whole, calls = torch.save, []
