@@ -87,8 +87,14 @@ def _copy_of_first(model: nn.Module, device) -> nn.Module:
 def shard(accelerator, model: nn.Module, make_optimizer):
     """The root of a sharded copy of a network, and its optimiser: `make_optimizer(parameters)`.
 
-    The network itself stays whole. All processes take part.
+    The network itself stays whole. All processes take part. `InputError` for a network with a
+    weight that is a single number.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise InputError(
+                "distributed_type", f"FSDP cannot share the single number {name}; take MULTI_GPU"
+            )
     plugin = accelerator.state.fsdp_plugin
     offload = plugin.activation_checkpointing_offload
     plugin.activation_checkpointing = plugin.activation_checkpointing_offload = False

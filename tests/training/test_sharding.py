@@ -9,7 +9,7 @@ from refusals import refused
 from train_line_runs import TWO_PROCESSES, train
 
 from ct_nb.training.checkpoints import load_state
-from ct_nb.training.sharding import SHARDS_FOLDER, make_accelerator
+from ct_nb.training.sharding import SHARDS_FOLDER, make_accelerator, shard
 from ct_nb.training.trainer import read_history
 
 # what `accelerate launch` makes of launch/fsdp.yaml, on the CPU
@@ -97,3 +97,10 @@ def test_what_is_not_supported_is_refused(monkeypatch, name, value, argument):
     monkeypatch.setenv(name, value)
     with refused(argument):
         make_accelerator()
+
+
+def test_a_single_number_cannot_be_shared():
+    network = torch.nn.Linear(2, 1)
+    network.factor = torch.nn.Parameter(torch.tensor(1.0))
+    with refused("distributed_type"):
+        shard(None, network, None)
