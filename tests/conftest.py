@@ -10,6 +10,34 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests share helpers as plain m
 from places import REAL_CT  # noqa: E402
 
 
+# files that take longest, by processor seconds; begun first, they do not keep one worker busy
+# when the others have ended
+LONG = (
+    "test_recipes.py",
+    "drr2ct/test_train.py",
+    "test_pieces.py",
+    "test_trainer.py",
+    "test_sharding.py",
+    "test_resume.py",
+    "drr2ct/test_network.py",
+    "refine/test_train.py",
+    "ct_encoder/test_train.py",
+    "test_predict.py",
+    "test_joseph_triton.py",
+    "test_run_folder.py",
+    "test_projector_peers.py",
+    "test_chest.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item) -> int:
+        path = item.path.as_posix()
+        return next((i for i, name in enumerate(LONG) if path.endswith(name)), len(LONG))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def real_ct() -> Path:
     "The folder of real CT, or a skip with its reason."

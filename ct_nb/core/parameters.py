@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from .errors import InputError
 
 # %% ../../nbs/core/06_parameters.ipynb #5cdb1a23
-TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
+# papermill makes a number of `-p sizes 64`, whatever the parameter's type
+TYPES = {"str": (str, int, float), "int": int, "float": (int, float), "bool": bool}
 
 
 def _assignments(cells: Iterable[str]):

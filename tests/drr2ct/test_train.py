@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import FULL
 from refusals import refused
 
 from ct_nb.drr2ct.objective import STAGES, DRR2CTObjective, get_stages
@@ -171,6 +172,7 @@ def test_accelerate_launches_two_processes(tmp_path):
     )
 
 
+@FULL
 def test_two_processes_that_share_the_network_leave_whole_weights(tmp_path):
     words = (
         *"-m torch.distributed.run --standalone --nproc_per_node 2 -m ct_nb.drr2ct.train".split(),

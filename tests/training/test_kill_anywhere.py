@@ -15,16 +15,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from places import FULL
 from trained_runs import SYSTEMS, options, run_class
 
 from ct_nb.data.cache import DiskCache, content_digest
 
-pytestmark = [
-    pytest.mark.usefixtures("trained_cache"),
-    pytest.mark.skipif(
-        not os.environ.get("CT_NB_TEST_ALL"), reason="minutes; part of `make test-all`"
-    ),
-]
+pytestmark = [pytest.mark.usefixtures("trained_cache"), FULL]
 
 MOMENTS = 20
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree")

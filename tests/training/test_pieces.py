@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from places import PROGRAMS
+from places import FULL, PROGRAMS
 from trained_runs import run_class, trained_folder
 
 from ct_nb.cascade.train import CASCADE_PRESETS
@@ -103,7 +103,7 @@ def ct_encoder(tmp_path, _):
 
 
 KINDS = [
-    (drr2ct_diffusion, "joint"),
+    pytest.param(drr2ct_diffusion, "joint", marks=FULL),
     *((drr2ct, stage) for stage in ("joint", "latent", "masked", "fine")),
     *((cascade, number) for number in (0, 1)),
     (cascade_patches, 1),
@@ -129,9 +129,11 @@ def gradients(trainer, batch, pieces):
     return loss, figures, gradient.clone()
 
 
-@pytest.mark.parametrize(
-    "kind, part", KINDS, ids=[f"{kind.__name__} {part}" for kind, part in KINDS]
-)
+def _name(value) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize("kind, part", KINDS, ids=_name)
 def test_gradients_do_not_depend_on_the_number_of_pieces(kind, part, tmp_path, trainer_of):
     call, data = kind(tmp_path, part)
     trainer = trainer_of(call)

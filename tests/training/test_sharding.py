@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from programs.train_line import network
+from places import FULL
 from refusals import refused
 from train_line_runs import TWO_PROCESSES, train
 
@@ -67,6 +68,7 @@ def test_the_checkpoint_is_in_shards_and_is_read_whole(alone, shared):
     network().load_state_dict(two["model"])
 
 
+@FULL
 def test_a_shared_run_resumes_to_the_last_bit(tmp_path, shared):
     train(tmp_path, "pieces", "stop", **SHARED)
     assert load_state(tmp_path)["step"] == 10
@@ -74,11 +76,13 @@ def test_a_shared_run_resumes_to_the_last_bit(tmp_path, shared):
     assert torch.equal(final(tmp_path), final(shared))
 
 
+@FULL
 def test_gradient_caching_in_a_shared_network(tmp_path, alone):
     train(tmp_path, "cached", **SHARED)
     assert torch.allclose(final(tmp_path), final(alone), atol=2e-6)
 
 
+@FULL
 def test_a_checkpoint_of_a_network_that_was_not_shared_is_refused(tmp_path, alone):
     shutil.copy(alone / "training_state.pt", tmp_path)
     done = train(tmp_path, "resume", expect=1, **SHARED)
