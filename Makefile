@@ -52,7 +52,7 @@ test: lint
 	@$(TESTING) $(BIN)/python -m pytest $(PARALLEL)
 
 test-all: lint
-	@$(TESTING) $(BIN)/python tests/run_chapters.py --all
+	@$(TESTING) $(BIN)/python tests/run_chapters.py --all --flags slow
 	@$(TESTING) CT_NB_TEST_ALL=1 $(BIN)/python -m pytest $(PARALLEL) tests tests/docs
 
 test-docs: $(STAMP)
