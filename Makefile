@@ -53,7 +53,8 @@ test: lint
 
 test-all: lint
 	@$(TESTING) $(BIN)/python tests/run_chapters.py --all --flags slow
-	@$(TESTING) CT_NB_TEST_ALL=1 $(BIN)/python -m pytest $(PARALLEL) tests tests/docs
+	@$(TESTING) CT_NB_TEST_ALL=1 $(BIN)/python -m pytest $(PARALLEL)
+	@$(TESTING) $(BIN)/python -m pytest $(PARALLEL) tests/docs
 
 test-docs: $(STAMP)
 	@$(TESTING) $(BIN)/python -m pytest $(PARALLEL) tests/docs

@@ -248,7 +248,8 @@ def members(symbol: type) -> list[tuple[str, str, str]]:
     "Name, call and first sentence of the public methods and properties that say what they do."
     found = []
     for name, member in vars(symbol).items():
-        function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+        bound = getattr(symbol, name) if type(member).__name__ == "_clsmethod" else member  # fastcore
+        function = getattr(bound, "fget", None) or getattr(bound, "__func__", bound)
         if name[0] == "_" or not inspect.isfunction(function) or not function.__doc__:
             continue
         call = (
