@@ -28,8 +28,7 @@ from ..physics.xray_noise import PoseNoise, XrayNoise
 from ..training.checkpoints import WEIGHTS_FILE, weights_digest
 from ..training.run import Run, command, in_own_folder, schedule
 from ..training.trainer import Trainer, TrainerConfig
-from ..training.run_folder import RUN_FILE
-from ..core.files import read_json
+from ..training.run_folder import read_run
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-004
 @dataclass(frozen=True)
@@ -191,10 +190,11 @@ class DRR2CTRun(Run):
         "Digests of the weights to start from and of the teacher's."
         folders = {"start": self.start, "teacher": self.teacher}
         digests = {name: folder and weights_digest(folder) for name, folder in folders.items()}
-        before = self.out / RUN_FILE
-        if self.start == str(self.out) and before.is_file():
+        before = read_run(self.out)
+        if self.start == str(self.out) and before is not None:
             # it goes on from what the folder itself began with
-            digests["start"] = read_json(before).get("inputs", {}).get("start")
+            inputs = before.get("inputs")
+            digests["start"] = inputs.get("start") if isinstance(inputs, dict) else None
         return digests
 
     def open(self) -> "DRR2CTRun":

@@ -24,7 +24,6 @@ import torch
 from fastcore.docments import docments
 
 from ..core.errors import FileError, InputError, printable
-from ..core.files import read_json
 from ..core.terminal import escape_unencodable
 from ct_nb.training.checkpoints import (
     CONFIG_FILE,
@@ -36,11 +35,11 @@ from ct_nb.training.checkpoints import (
     versions,
 )
 from ct_nb.training.run_folder import (
-    RUN_FILE,
     RunFolderError,
     claim_folder,
     list_differences,
     lock_folder,
+    read_run,
 )
 from .sharding import SHARDS_FOLDER
 from ct_nb.training.trainer import (
@@ -188,7 +187,7 @@ def fit(self: Run, progress: bool = True) -> list[dict]:
     with self.own_folder() as notes:
         if self.is_main:
             notes += self._claim()
-            self.claimed = read_json(self.out / RUN_FILE)
+            self.claimed = read_run(self.out)
         if progress:
             print("".join(f"note: {note}\n" for note in notes), end="")
         _wait_for_all()
@@ -234,10 +233,10 @@ def in_own_folder(evaluate: Callable) -> Callable:
 
     @wraps(evaluate)
     def evaluate_in_own_folder(self, *arguments, **options):
-        if options.get("out") is not None or not (self.out / RUN_FILE).is_file():
+        if options.get("out") is not None or read_run(self.out) is None:
             return evaluate(self, *arguments, **options)
         with self.own_folder():
-            if self.claimed is not None and self.claimed != read_json(self.out / RUN_FILE):
+            if self.claimed is not None and self.claimed != read_run(self.out):
                 raise RunFolderError(
                     self.out, "was taken by another run since; give another folder by out"
                 )

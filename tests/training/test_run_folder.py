@@ -199,6 +199,22 @@ def test_other_versions_are_told(tmp_path):
     assert json.loads((tmp_path / RUN_FILE).read_text()) == identity
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "{", '{"a": NaN}', "\u0000", '"x"'])
+def test_a_damaged_identity_is_one_sentence_and_changes_nothing(tmp_path, content):
+    (tmp_path / RUN_FILE).write_text(content)
+    (tmp_path / "weights").touch()
+    with refused(file=RUN_FILE, kind=RunFolderError):
+        claim_folder(tmp_path, {"seed": 0}, ["weights"], go_on=True, overwrite=True)
+    assert (tmp_path / RUN_FILE).read_text() == content and (tmp_path / "weights").exists()
+
+
+def test_versions_of_another_form_are_a_difference(tmp_path):
+    claim_folder(tmp_path, {"seed": 0, "versions": "old"}, ["weights"], go_on=True)
+    (tmp_path / "weights").touch()
+    notes = claim_folder(tmp_path, {"seed": 0, "versions": {"a": "1"}}, ["weights"], go_on=True)
+    assert len(notes) == 1 and "old" in notes[0]
+
+
 def test_what_is_removed_stays_inside(tmp_path):
     outside = tmp_path / "thesis"
     outside.mkdir()
