@@ -21,6 +21,7 @@ from .cases import CTSource, Sample, block_all, block_mean, block_mode
 from ..physics.drr import render_drr
 from ..physics.geometry import ConeBeam
 from ..physics.geometry_io import geometry_to_json
+from ..physics.scanned import continue_ends
 from ..physics.volume import Grid
 from ..physics.xray_noise import PoseNoise, XrayNoise, add_xray_noise, cut_out, perturb_pose
 
@@ -97,13 +98,15 @@ class XrayPairs(torch.utils.data.Dataset):
 def _cube(
     self: XrayPairs, index: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, Sample]:
-    "HU and labels of a case at the size that is rendered."
+    """HU and labels of a case at the size that is rendered; a short scan goes on beyond its ends.
+    """
     sample = self.source.load(index, keep)
     factor = self.source.size // self.render_size
     labels = sample.labels
     if labels is not None:
         labels = block_mode(torch.from_numpy(labels), factor)
-    return block_mean(sample.volume.tensor(), factor), labels, sample
+    hu = continue_ends(sample.volume.tensor(), sample.volume.scanned)
+    return block_mean(hu, factor), labels, sample
 
 
 @patch

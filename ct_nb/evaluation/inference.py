@@ -45,6 +45,9 @@ class Reconstruction:
     samples: list[Volume] = field(default_factory=list)  # for sampled latents
     spread: Volume | None = None  # standard deviation of the samples, HU
     spread_means: str = "standard deviation over samples of the network's latent; not calibrated"
+    labels: np.ndarray | None = None  # (D, H, W) uint8 region map on the grid of `volume`
+    label_probability: np.ndarray | None = None  # (D, H, W) of each voxel's label, 0 to 1
+    label_names: dict = field(default_factory=dict)  # value -> name
     window: str = "chest"  # the network's range of HU
     energy_kev: float = 60.0  # of the X-rays
     seed: int = 0  # of the samples
