@@ -6,16 +6,13 @@
 __all__ = ['prepare', 'main']
 
 # %% ../../nbs/data/11_prepare.ipynb #1ac480a8
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from fastcore.script import call_parse
 
 from ..core.errors import FileError
-from ..core.files import path_inside
+from ..core.files import atomic_folder, path_inside
 from .cases import Case, CTSource, Sample, sample_arrays
 from .open import open_source
 
@@ -36,25 +33,11 @@ def prepare(
         raise FileError(out, "exists already; choose another folder, or delete it first")
     for case in source.cases:
         path_inside(out, case.id)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise OSError(
-            f"{out}: cannot be written ({error.strerror}); choose a folder that is yours and has"
-            " room"
-        ) from None
-    try:
+    with atomic_folder(out) as temporary:
         samples = tqdm(source, desc=f"preparing {out.name}", disable=len(source) < 3)
         for case, sample in zip(source.cases, samples):
             path = path_inside(temporary, f"{case.id}.npz")
             np.savez_compressed(path, **_prepared_arrays(case, sample))
-        os.chmod(temporary, 0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 import time
 import uuid
 from dataclasses import asdict
@@ -23,11 +22,13 @@ import numpy as np
 
 from ..core.errors import FileError, InputError, printable, reading
 from ct_nb.core.files import (
+    atomic_folder,
     check_entries,
     is_file_name,
     map_array,
     path_inside,
     read_json,
+    remove_leftovers,
     write_json,
     write_table,
 )
@@ -57,8 +58,7 @@ def stack_identity(case: StackCase) -> str:
 
 def write_stack(stack: ThinStack, folder: Path, identity: str) -> None:
     "Write a stack as a folder, completely or not at all; an existing one is replaced."
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as temporary:
         about = {
             "identity": identity,
             "id": stack.id,
@@ -80,11 +80,7 @@ def write_stack(stack: ThinStack, folder: Path, identity: str) -> None:
         if stack.profile:
             about["profile"] = asdict(stack.profile)
         write_json(temporary / "about.json", about)
-        os.chmod(temporary, 0o755)
         remove_stack(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_stack(folder: Path) -> None:
@@ -351,14 +347,6 @@ def write_preparation_report(lines: list[dict], path: Path) -> None:
     write_table(path, COLUMNS, sorted(lines, key=lambda line: line["id"]))
 
 
-def _remove_temporary_folders(out: Path) -> None:
-    "Remove what a run that was killed left, but not what another run is writing now."
-    for folder in out.glob(".*.*"):
-        if folder.is_dir() and time.time() - folder.stat().st_mtime > 3600:
-            with contextlib.suppress(FileError):
-                remove_stack(folder)
-
-
 def prepare_stacks(
     source: StackSource,
     out,  # a folder; complete scans in it are kept
@@ -388,7 +376,7 @@ def prepare_stacks(
         out / PREPARED_FILE,
         {"format": PREPARED_FORMAT, "sides": assigned | sides, "shares": shares, "seed": seed},
     )
-    _remove_temporary_folders(out)
+    remove_leftovers(out)
     if workers == 0 and scheduler is None:
         results = (prepare_stack(case, out) for case in source.cases)
     else:

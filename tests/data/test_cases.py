@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -474,6 +475,33 @@ def test_a_cache_that_cannot_be_written_warns_once(tmp_path):
     assert sum("cannot be written" in str(w.message) for w in caught) == 1
 
 
+@pytest.mark.parametrize("mask", [0, 0o077])
+def test_the_cache_of_patients_is_its_owners_alone(tmp_path, mask):
+    folder = tmp_path / "home" / "cache"
+    before = os.umask(mask)
+    try:
+        DiskCache(folder).get(content_digest("x"), lambda: {"a": np.zeros(3)})
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())}
+    assert modes == {0o700}
+    assert [path.stat().st_mode & 0o777 for path in folder.glob("*/*")] == [0o600]
+
+
+def test_opening_a_cache_closes_it_and_removes_what_the_dead_left(tmp_path):
+    "An older version left it open to all; a killed process, half an entry."
+    cache, name = DiskCache(tmp_path), content_digest("x")
+    cache.get(name, lambda: {"a": np.zeros(3)})
+    part = cache.path(name).parent
+    part.chmod(0o755)
+    left = part / f".tmp-ffffffff-1-01234567.{name}.entry"
+    left.touch()
+    os.utime(left, (0, 0))
+    DiskCache(tmp_path)
+    assert part.stat().st_mode & 0o777 == 0o700
+    assert list(part.iterdir()) == [cache.path(name)]
+
+
 def _race(folder, start, results):
     cache = DiskCache(folder)
     start.wait()
@@ -512,3 +540,23 @@ def test_default_cache_dir(monkeypatch, tmp_path):
     assert default_cache_dir() == tmp_path
     monkeypatch.delenv("CT_NB_CACHE")
     assert default_cache_dir() == Path.home() / ".cache" / "ct_nb"
+
+
+def test_without_a_home_the_cache_is_a_folder_of_ones_own(monkeypatch, tmp_path):
+    "Whoever may write into the cache decides what is trained on."
+
+    def homeless():
+        raise RuntimeError
+
+    monkeypatch.delenv("CT_NB_CACHE", raising=False)
+    monkeypatch.setattr("ct_nb.data.cache.Path.home", homeless)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"ct_nb_{os.getuid()}"
+    assert default_cache_dir() == folder
+    folder.mkdir()
+    assert default_cache_dir() == folder
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    folder.rename(tmp_path / f"ct_nb_{other}")
+    with refused("CT_NB_CACHE"):
+        default_cache_dir()
