@@ -39,6 +39,7 @@ class FoundCase:
     id: str
     patient: str
     label_path: Path | None
+    person: str = ""  # see `ct_nb.data.patients.CasePatient`
 
 
 def name_cases(root: Path, paths: list[Path]) -> list[FoundCase]:
@@ -49,9 +50,9 @@ def name_cases(root: Path, paths: list[Path]) -> list[FoundCase]:
     shared = {id for id, count in Counter(ids).items() if count > 1}
     ids = [name.replace("/", "_") if id in shared else id for name, id in zip(names, ids)]
     stems = [stem(path) for path in paths]
-    patients = name_patients(base, paths, stems, list(zip(names, ids, stems)))
+    patients = name_patients(base, paths, stems, ids, list(zip(names, ids, stems)))
     return [
-        FoundCase(path, name, id, patient, find_labels(base, path))
+        FoundCase(path, name, id, patient.name, find_labels(base, path), patient.person)
         for path, name, id, patient in zip(paths, names, ids, patients)
     ]
 
@@ -233,7 +234,7 @@ def _open_case(files: FoundCase, size, side_mm, hold_lungs, cache) -> tuple[Case
     summary = cache.get(content_digest("summary", digest), summarise)
     about = json.loads(str(summary["about"])) | {"voxels": str(summary["voxels"])}
     id, patient = prepared or (files.id, files.patient)
-    return Case(id, patient, content, digest, load), about
+    return Case(id, patient, content, digest, load, files.person), about
 
 # %% ../../nbs/data/05a_folders.ipynb #81efa435
 def read_folder(

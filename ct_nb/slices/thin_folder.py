@@ -55,5 +55,5 @@ def thin_folder(root, most_spacing_mm: float = 1.5) -> StackSource:
     cases = []
     for f in name_cases(root, paths):
         load = functools.partial(read_thin, f.path, f.id, f.patient, most_spacing_mm)
-        cases.append(StackCase(f.id, f.patient, load, tuple(scan_files(f.path))))
+        cases.append(StackCase(f.id, f.patient, load, tuple(scan_files(f.path)), person=f.person))
     return StackSource(cases)

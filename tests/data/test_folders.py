@@ -35,7 +35,7 @@ def test_a_disc(tmp_path):
     files = write_scan(tmp_path / "DICOM" / "PAT0" / "SE0", PatientID="nobody")
     disc_index(tmp_path, files)
     assert find_cases(tmp_path) == [tmp_path / "DICOM" / "PAT0" / "SE0"]
-    assert cases(tmp_path) == {"DICOM_PAT0_SE0": "nobody"}
+    assert cases(tmp_path) == {"DICOM_PAT0_SE0": "DICOM_PAT0_SE0"}
     assert (read_ct(tmp_path).hu == body()).all()
 
 
@@ -54,7 +54,7 @@ def test_a_scout_above_its_scan(tmp_path):
     write_scan(tmp_path / "study" / "scan", PatientID="anna")
     other = write_series(tmp_path / "study", body()[:1], ImageType=["ORIGINAL", "LOCALIZER"])
     change(other[0], SeriesInstanceUID="1.2.9")
-    assert cases(tmp_path) == {"study_scan": "anna"}
+    assert cases(tmp_path) == {"study_scan": "study_scan"}
 
 
 def test_a_series_over_several_folders(tmp_path):
@@ -66,7 +66,7 @@ def test_a_series_over_several_folders(tmp_path):
     write_series(tmp_path / "SE1", hu, series="1.2.4", PatientID="anna")
     assert find_cases(tmp_path) == [tmp_path / "SE0", tmp_path / "SE1"]
     named = name_cases(tmp_path, find_cases(tmp_path))
-    assert [(case.id, case.patient) for case in named] == [("SE0", "anna"), ("SE1", "anna")]
+    assert [(case.id, case.patient) for case in named] == [("SE0", "SE0"), ("SE1", "SE0")]
 
 
 def test_patients_of_one_uid_stay_apart(tmp_path):
