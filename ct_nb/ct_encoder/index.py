@@ -9,7 +9,6 @@ __all__ = ['WHOLE', 'LENGTH_TOLERANCE', 'check_index_name', 'EmbeddingIndex', 'e
 # %% ../../nbs/ct_encoder/15_index.ipynb #cell-002
 import functools
 import os
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..core.errors import FileError, InputError, reading
+from ..core.errors import FileError, InputError, reading, warn
 from ..core.files import atomic_write
 from ..core.regions import REGIONS
 from .ct_rate import ct_rate_metadata, published_version, read_ct_rate
@@ -349,7 +348,7 @@ def search(
         raise InputError("top", f"at least one scan must be asked for, got {top}")
     names = regions_in_query(text, index, about)
     for note in query_notes(text, model):
-        warnings.warn(note, stacklevel=2)
+        warn(note)
     with torch.no_grad():
         query = model.embed_texts([text], "global" if names == [WHOLE] else "region")[0]
     best = {}

@@ -6,7 +6,6 @@
 __all__ = ['CT_ENCODER_PRESETS', 'USUAL_SCANS', 'main', 'CTEncoderPreset', 'CTEncoderRun', 'load_ct_encoder']
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-002
-import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import ClassVar, Literal
 
 from fastcore.basics import patch
 
-from ..core.errors import InputError
+from ..core.errors import InputError, warn
 from .dataset import collate_scans, open_scans
 from .encoder import CTEncoderConfig
 from .evaluation import LanguageScores, evaluate_language
@@ -274,7 +273,7 @@ def _build(self: CTEncoderRun, progress: bool) -> ScanLanguage:
     words = WordTokenizer.fit(2 * all_texts(self.report_of[id] for id in self.training.ids)).words
     self.model = ScanLanguage(replace(self.settings.network, words=tuple(words)))
     for note in _unread_texts(self):
-        warnings.warn(f"{self.data}: {note}", stacklevel=2)
+        warn(f"{self.data}: {note}")
     self.model.measure(
         (
             collate_scans([self.training.at(0, i)])

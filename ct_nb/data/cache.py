@@ -13,7 +13,6 @@ import json
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import ct_nb
-from ..core.errors import InputError
+from ..core.errors import InputError, warn
 from ..core.files import atomic_write, remove_leftovers
 
 # %% ../../nbs/data/06_cache.ipynb #cell-005
@@ -171,9 +170,7 @@ class DiskCache:
         except FileNotFoundError:
             pass
         except (ValueError, OSError) as error:
-            warnings.warn(
-                f"cache entry {path} is set aside and computed again: {error}", stacklevel=2
-            )
+            warn(f"cache entry {path} is set aside and computed again: {error}")
         arrays = build()
         if keep and self._writable:
             self._write(path, pack(name, arrays))
@@ -189,7 +186,7 @@ class DiskCache:
                 temporary.write_bytes(data)
         except OSError as error:
             self._writable = False
-            warnings.warn(
+            warn(
                 f"the cache in {self.folder} cannot be written and is not used for new entries in"
                 f" this run: {error}",
                 stacklevel=3,

@@ -6,14 +6,13 @@
 __all__ = ['MAX_LINE_INTEGRAL', 'to_line_integrals', 'PixelSettings', 'PixelEncoding', 'image_encoding', 'read_radiographs']
 
 # %% ../../nbs/data/04a_linearize.ipynb #d0122b8b
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core.errors import InputError
+from ..core.errors import InputError, warn
 from ..core.files import read_json
 from .direct_beam import DirectBeam, find_direct_beam
 from .radiograph_io import KINDS, Radiograph, RadiographError, open_radiographs
@@ -414,7 +413,7 @@ def read_radiographs(
     _check_views(images, geometry)
     for note in decided:
         if notes is None:
-            warnings.warn(note, stacklevel=2)
+            warn(note)
         else:
             notes.append(note)
     return torch.stack(line_integrals)

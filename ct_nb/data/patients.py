@@ -10,13 +10,12 @@ import hashlib
 import itertools
 import re
 import secrets
-import warnings
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.errors import FileError
+from ..core.errors import FileError, warn
 from ..core.files import read_table
 from .dicom_files import dicom_files
 
@@ -325,7 +324,7 @@ def _warn_of_names(base: Path, named: NamedPatients, answered: set[int], names: 
             more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
             sentences.append(f"{', '.join(shown[:5])}{more} {text}")
     if sentences:
-        warnings.warn(
+        warn(
             f"{base}: {'; '.join(sentences)}. A patients.csv with the columns case and patient"
             " decides.",
             stacklevel=4,

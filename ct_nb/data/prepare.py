@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.script import call_parse
 
-from ..core.errors import FileError
+from ..core.errors import FileError, printable
 from ..core.files import atomic_folder, path_inside
 from .cases import Case, CTSource, Sample, sample_arrays
 from .open import open_source
@@ -67,7 +67,7 @@ def main(
         source = open_source(data, size, side_mm, on_error, thorax_only)
         folder = prepare(source, out)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"ct_nb.data.prepare: {error}") from None
+        raise SystemExit(f"ct_nb.data.prepare: {printable(error)}") from None
     print(
         f"{folder}: {len(source)} cases of {len(set(source.patients))} patients,"
         f" {len(source.skipped)} left out"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
+from ..core.errors import printable
 from .open import open_stacks
 from .prepared import STATUSES, prepare_stacks
 
@@ -28,7 +29,7 @@ def main(
     try:
         lines = prepare_stacks(open_stacks(data, most_spacing_mm), out, workers, scheduler)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"ct_nb.slices.prepare: {error}") from None
+        raise SystemExit(f"ct_nb.slices.prepare: {printable(error)}") from None
     counts = Counter(line["status"] for line in lines)
     summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
     print(f"{out}: {summary}; see {Path(out) / 'report.csv'}")

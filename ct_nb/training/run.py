@@ -189,7 +189,7 @@ def fit(self: Run, progress: bool = True) -> list[dict]:
             notes += self._claim()
             self.claimed = read_run(self.out)
         if progress:
-            print("".join(f"note: {note}\n" for note in notes), end="")
+            print("".join(f"note: {printable(note)}\n" for note in notes), end="")
         _wait_for_all()
         if self.resume and self.parts is None and self.is_trained:
             self.restore()
@@ -289,7 +289,7 @@ def description(self: Run) -> list[tuple[str, str]]:
 @patch
 def describe(self: Run) -> str:
     "What the run learns from and is evaluated on, in sentences."
-    return "\n".join(f"{label + ':':<14}{text}" for label, text in self.description())
+    return "\n".join(f"{label + ':':<14}{printable(text)}" for label, text in self.description())
 
 
 @patch

@@ -7,6 +7,7 @@ import pytest
 from ct_files import body, change, disc_index, other_object, write_series
 from refusals import refused
 
+from ct_nb.core.errors import printable
 from ct_nb.data.cache import DiskCache
 from ct_nb.data.folders import name_cases, read_folder
 from ct_nb.data.read import read_ct
@@ -124,6 +125,29 @@ def test_a_folder_goes_by_its_own_name(tmp_path):
     write_scan(tmp_path / "zoe")
     (tmp_path / "current").symlink_to(tmp_path / "zoe", target_is_directory=True)
     assert find_cases(tmp_path) == [tmp_path / "zoe"]
+
+
+# ---------------------------------------------------------------- names
+def test_names_cannot_speak_to_the_terminal(tmp_path):
+    "Line breaks and terminal codes in the names of files, of folders and of a table's cells."
+    root = tmp_path / "a\x1b[2J"
+    write_scan(root / "b\nc_insp", SeriesDescription="d\x1b[2J")
+    write_scan(root / "b\nc_exp", body(seed=1))
+    write_scan(root / "twin\x07", body(seed=1))
+    (root / "bad\x1b[2J\n.nii").write_bytes(b"no CT")
+    (root / "cut\x1b.zip").write_bytes(b"PK")
+    with pytest.warns(UserWarning) as caught:
+        source = read_folder(root, 16, on_error="skip")
+    said = [str(warning.message) for warning in caught]
+    for sentence in ("one patient each", "2 of 5 cases are left out", "has the same voxels as"):
+        assert any(sentence in text for text in said), sentence
+    (root / "patients.csv").write_text("case,patient\nnobody\x1b[2J,x\n")
+    for opened in (lambda: read_folder(root, 16), lambda: source.split(["x\x1b[2J"])):
+        with refused() as error:
+            opened()
+        said.append(str(error.value))
+    assert all(line == printable(line) for text in said for line in text.split("\n"))
+    assert sum(len(text.split("\n")) for text in said) == len(said) + 2  # a line for each left out
 
 
 # ---------------------------------------------------------------- cache keys

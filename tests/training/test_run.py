@@ -71,6 +71,14 @@ def test_a_preset_that_is_not_there_is_refused(system, trained):
         run_class(system)("huge", **options(system))
 
 
+def test_names_of_patients_cannot_speak_to_the_terminal():
+    class Loud(Run):
+        def description(self):
+            return [("trained on", "a\x1b[2J\nevaluated on: b")]
+
+    assert Loud.describe(object.__new__(Loud)) == r"trained on:   a\x1b[2J\nevaluated on: b"
+
+
 @pytest.mark.parametrize("error", [OSError("x: is full"), TrainingStopped("loss nan")])
 def test_the_command_ends_with_one_sentence(error, monkeypatch, tmp_path):
     kind = run_class("vae")
