@@ -9,11 +9,12 @@ __all__ = ['PREPARED_FORMAT', 'PREPARED_FILE', 'STACK_FILES', 'MAX_MM', 'MIN_PIX
 
 # %% ../../nbs/slices/01c_prepared.ipynb #cell-003
 import contextlib
-import logging
+import multiprocessing
 import os
 import shutil
 import time
-import uuid
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -263,83 +264,40 @@ def prepare_stack(case: StackCase, out: Path) -> dict:
 STACK_BYTES = 4 * 2**30
 
 
-def _local_cluster(cases: list[StackCase], workers: int | None):
-    "A context manager: a Dask cluster on this machine."
-    import dask
-    from dask.distributed import LocalCluster
-    from distributed.system import MEMORY_LIMIT
-
-    most = min(os.cpu_count() or 1, MEMORY_LIMIT // STACK_BYTES, len(cases))
-    closing = contextlib.ExitStack()
-    # tasks of a process that dies are repeated, alone
-    closing.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 0}))
-    cluster = closing.enter_context(
-        LocalCluster(
-            n_workers=workers or max(most, 1),
-            threads_per_worker=1,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        )
-    )
-    return closing, cluster
+def _memory_bytes() -> int:
+    "Of this machine, or what its container may use."
+    if not hasattr(os, "sysconf"):
+        return STACK_BYTES
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return installed if allowed == "max" else min(installed, int(allowed))
 
 
-def _on_dask(cases: list[StackCase], out: Path, workers: int | None, scheduler: str | None):
-    "Prepare scans with Dask; yields lines of the report as they come in."
+def _in_a_process(case: StackCase, out: Path, context) -> dict:
+    "`prepare_stack` in a process of its own, whose death is a line of the report."
     try:
-        from dask.distributed import Client, as_completed
-    except ImportError:
-        raise InputError(
-            "workers",
-            "preparing with several processes needs Dask; install it (pip install dask"
-            " distributed), or give workers=0 to do without",
-        ) from None
-    with contextlib.ExitStack() as closing:
-        address = scheduler
-        if scheduler is None:
-            resources, address = _local_cluster(cases, workers)
-            closing.enter_context(resources)
-        try:
-            client = closing.enter_context(Client(address, timeout=30, set_as_default=False))
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"scheduler: {scheduler} cannot be reached ({str(error).splitlines()[0]}); check"
-                " the address, as tcp://HOST:8786"
-            ) from None
-
-        def submit(case):
-            key = f"prepare-{case.id}-{uuid.uuid4().hex}"
-            return client.submit(prepare_stack, case, out, key=key, pure=False)
-
-        futures = {submit(case): case for case in cases}
-        lost = []
-        for future in as_completed(futures, loop=client.loop):
-            try:
-                line = future.result()
-            except Exception:  # its process died, or the one that held its result
-                lost.append(futures[future])
-            else:
-                yield _checked(futures[future], out, line)
-            future.release()
-        for case in lost:
-            try:
-                yield _checked(case, out, submit(case).result())
-            except Exception as error:
-                reason = (
-                    f"its process died ({type(error).__name__}); it may need more memory, or a"
-                    " decoder crashes on it"
-                )
-                yield _line(case, "failed", reason=reason)
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            return process.submit(prepare_stack, case, out).result()
+    except BrokenProcessPool:
+        reason = "its process died; it may need more memory, or a decoder crashes on it"
+        return _line(case, "failed", reason=reason)
 
 
-def _checked(case: StackCase, out: Path, line: dict) -> dict:
-    "The line, or a failure where a prepared scan is not visible from this machine."
-    if line["status"] == "failed" or (out / case.id / "about.json").is_file():
-        return line
-    reason = (
-        f"was prepared where {out} cannot be seen from here; give a folder that all machines share"
-    )
-    return _line(case, "failed", reason=reason)
+def _in_processes(cases: list[StackCase], out: Path, workers: int | None):
+    "Prepare scans, several at a time; yields lines of the report as they come in."
+    most = min(os.cpu_count() or 1, _memory_bytes() // STACK_BYTES, len(cases))
+    # a fork server imports the library once for all processes; Windows has none
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    if os.name == "posix":
+        context.set_forkserver_preload(["ct_nb.slices.prepared"])
+    threads = ThreadPoolExecutor(workers or max(most, 1))
+    try:
+        waiting = [threads.submit(_in_a_process, case, out, context) for case in cases]
+        for done in as_completed(waiting):
+            yield done.result()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 # %% ../../nbs/slices/01c_prepared.ipynb #cell-012
 def write_preparation_report(lines: list[dict], path: Path) -> None:
@@ -350,10 +308,8 @@ def write_preparation_report(lines: list[dict], path: Path) -> None:
 def prepare_stacks(
     source: StackSource,
     out,  # a folder; complete scans in it are kept
-    # processes on this machine; None: as many as cores and memory allow; 0: in this process,
-    # without Dask
+    # processes; None: as many as cores and memory allow; 0: in this process
     workers: int | None = None,
-    scheduler: str | None = None,  # address of a Dask cluster
     shares=PE_SHARES,  # of patients for training, validation and test
     seed: int = 0,  # of the split
 ) -> list[dict]:  # the lines of the report
@@ -377,10 +333,10 @@ def prepare_stacks(
         {"format": PREPARED_FORMAT, "sides": assigned | sides, "shares": shares, "seed": seed},
     )
     remove_leftovers(out)
-    if workers == 0 and scheduler is None:
+    if workers == 0:
         results = (prepare_stack(case, out) for case in source.cases)
     else:
-        results = _on_dask(source.cases, out, workers, scheduler)
+        results = _in_processes(source.cases, out, workers)
     lines = []
     with contextlib.closing(results):
         for line in tqdm(
