@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core.errors import InputError, warn
-from ..core.files import read_json
+from ..core.files import is_file_name, read_json
 from .direct_beam import DirectBeam, find_direct_beam
 from .radiograph_io import KINDS, Radiograph, RadiographError, open_radiographs
 from ..physics.geometry import VECTORS, ConeBeam
@@ -481,7 +481,7 @@ def _listed(folder: Path) -> list[str]:
         raise RadiographError(sidecar, 'its "images" is no list; write it with write_radiographs')
     names = [entry.get("file") if isinstance(entry, dict) else None for entry in entries]
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+        if not is_file_name(name):
             raise RadiographError(
                 sidecar,
                 f'its "images" names {name!r}, which is no file of this folder; correct it',

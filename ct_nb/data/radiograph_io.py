@@ -20,7 +20,7 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from ..core.errors import FileError, InputError, reading
-from ..core.files import atomic_write, read_arrays, read_json
+from ..core.files import atomic_write, is_file_name, read_arrays, read_json
 from ct_nb.data.dicom_pixels import (
     DICOM_SUFFIXES,
     MAX_SIDE,
@@ -375,7 +375,7 @@ def write_radiographs(
     names: Sequence[str] | None = None,
 ) -> list[Path]:
     """Write PNGs, xrays.npz and geometry.json, each whole or not at all; returns the paths of the
-    PNGs. A wrong shape, NaN, names that are not all different: `InputError`.
+    PNGs. A wrong shape, NaN, names that are not all different or name no file: `InputError`.
     """
     folder = Path(folder)
     images = torch.as_tensor(line_integrals).detach().cpu().numpy().astype(np.float32)
@@ -393,6 +393,9 @@ def write_radiographs(
     names = [str(name) for name in names] if names else [f"xray_{v}" for v in range(len(images))]
     if len(set(names)) != len(images):
         raise InputError("names", f"must be {len(images)} different ones, got {names}")
+    wrong = next((name for name in names if not is_file_name(f"{name}.png")), None)
+    if wrong is not None:
+        raise InputError("names", f"{wrong[:80]!r} cannot be the name of a file; choose another")
     content = json.loads(geometry_to_json(geometry))
     content["images"] = [
         {"file": f"{name}.png", **_write_png(folder / f"{name}.png", image)}

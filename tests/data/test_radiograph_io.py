@@ -310,7 +310,9 @@ def test_a_geometry_that_is_not_the_sidecars(tmp_path):
     assert len(notes) == 1 and "cannot be compared" in notes[0]
 
 
-@pytest.mark.parametrize("name", ["../x.png", 3, None, "a/b.png"])
+@pytest.mark.parametrize(
+    "name", ["../x.png", "/etc/passwd", "..", "", ".", "..\\x.png", "C:x.png", 3, None, "a/b.png"]
+)
 def test_a_sidecar_that_names_no_file_of_its_folder(tmp_path, name):
     write_radiographs(tmp_path, IMAGES, GEOMETRY)
     change_sidecar(tmp_path, lambda c: c["images"][0].update(file=name))
@@ -322,6 +324,13 @@ def test_a_sidecar_that_names_no_file_of_its_folder(tmp_path, name):
     (tmp_path / "geometry.json").write_text("[" * 100_000)
     with refused(file="geometry.json", kind=RadiographError):
         read_radiographs(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "a\n"])
+def test_names_that_lead_elsewhere_are_not_written(tmp_path, name):
+    with refused("names"):
+        write_radiographs(tmp_path / "xrays", IMAGES, GEOMETRY, ["xray", name])
+    assert not list(tmp_path.rglob("*.png"))
 
 
 @pytest.mark.parametrize("scale", [0, -1, 1e300, "half", None])
