@@ -80,7 +80,7 @@ def _make_temporary(path: Path, make) -> Path:
     "A new temporary file or folder beside `path`, through `make`."
     # libraries choose the format by the ending
     name = f".tmp-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.{path.name}"
-    temporary = path.with_name(name)
+    temporary = path.parent / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, path.name)
