@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 from fastcore.basics import patch
 
+from ..core.config import Config
 from ..core.errors import InputError
 from .dataset import collate_scans, open_scans
 from .encoder import CTEncoderConfig
@@ -29,8 +30,11 @@ from ..training.trainer import Trainer, TrainerConfig
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-005
 @dataclass(frozen=True)
-class CTEncoderPreset:
-    "What a run of a given size is made of."
+class CTEncoderPreset(Config):
+    """What a run of a given size is made of.
+
+    InputError for counts below 1 and for a `written` below 0.
+    """
 
     network: ScanLanguageConfig
     trainer: TrainerConfig
@@ -41,6 +45,10 @@ class CTEncoderPreset:
     evaluation_cases: int = 128  # scans at most that are evaluated
     probed: int = 400  # training scans at most that the linear probe is fitted to
     written: int = 48  # scans at most whose reasoning is written
+
+    def __post_init__(self):
+        self.require(1, "phantoms", "validation_phantoms", "painted", "evaluation_cases", "probed")
+        self.require(0, "written")
 
 
 CT_ENCODER_PRESETS = {

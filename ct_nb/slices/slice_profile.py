@@ -384,10 +384,9 @@ class ThickSliceRange:
         for name, least in (("spacing_mm", 1e-6), ("width", 1e-6), ("offset", 0.0)):
             low, high = getattr(self, name)
             if not least <= low <= high < math.inf:
+                sign = "≤" if least == 0 else "<"
                 raise InputError(
-                    name,
-                    "must be (low, high) with {'0 ≤' if least == 0 else '0 <'}"
-                    f" low ≤ high, got {(low, high)}",
+                    name, f"must be (low, high) with 0 {sign} low ≤ high, got {(low, high)}"
                 )
         if not self.shapes:
             raise InputError("shapes", "is empty; name 'rectangular', 'gaussian' or both")

@@ -60,7 +60,7 @@ def get_preset(presets: dict, name: str):
 
 def schedule(trainer: TrainerConfig, steps: int | None = None, **changes) -> TrainerConfig:
     "Training for `steps` (None: as many as before), of which the warm-up takes a fifth at most."
-    steps = int(steps) if steps else trainer.steps
+    steps = trainer.steps if steps is None else int(steps)
     warmup = min(trainer.warmup_steps, max(steps // 5, 1))
     return replace(trainer, steps=steps, warmup_steps=warmup, **changes)
 
