@@ -16,6 +16,7 @@ from fastcore.script import call_parse
 
 from ..core.errors import FileError
 from ..core.files import path_inside
+from ..core.terminal import program
 from .cases import Case, CTSource, Sample, sample_arrays
 from .open import open_source
 
@@ -80,12 +81,10 @@ def main(
     thorax_only: bool = False,  # leave out what is no whole thorax
 ):
     "Convert a data set to a folder of cubes, one npz a case, that numpy alone can read."
-    try:
+    with program("ct_nb.data.prepare"):
         source = open_source(data, size, side_mm, on_error, thorax_only)
         folder = prepare(source, out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ct_nb.data.prepare: {error}") from None
-    print(
-        f"{folder}: {len(source)} cases of {len(set(source.patients))} patients,"
-        f" {len(source.skipped)} left out"
-    )
+        print(
+            f"{folder}: {len(source)} cases of {len(set(source.patients))} patients,"
+            f" {len(source.skipped)} left out"
+        )

@@ -23,8 +23,8 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 import torch
 from fastcore.docments import docments
 
-from ..core.errors import FileError, InputError, printable
-from ..core.terminal import escape_unencodable
+from ..core.errors import FileError, InputError
+from ..core.terminal import program
 from ct_nb.training.checkpoints import (
     CONFIG_FILE,
     STATE_FILE,
@@ -499,25 +499,19 @@ def command_parser(run_class: type[Run]) -> argparse.ArgumentParser:
 def run_main(run_class: type[Run], arguments: list[str] | None = None) -> None:
     """Train and evaluate a system as a command line says; None: that of this process.
 
-    `SystemExit` with one sentence for `InputError`, `OSError`, `TrainingStopped` and Ctrl-C.
+    `SystemExit` with one sentence for `InputError`, `OSError`, `TrainingStopped`, a full memory and
+    Ctrl-C.
     """
-    escape_unencodable()
     parser = command_parser(run_class)
     values = vars(parser.parse_args(arguments))
-    try:
+    interrupted = f"stopped; --resume goes on from the last checkpoint in {values['out']}"
+    errors = (InputError, OSError, TrainingStopped)
+    with program(parser.prog, interrupted=interrupted, errors=errors):
         run = run_class(**values).open()
         print(run.describe())
         run.fit()
-        if not run.is_main:
-            return
-        scores = run.evaluate()
-    except (InputError, OSError, TrainingStopped) as error:
-        raise SystemExit(f"{parser.prog}: {printable(error)}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(
-            f"{parser.prog}: stopped; --resume goes on from the last checkpoint in {values['out']}"
-        ) from None
-    print(run.summary(scores))
+        if run.is_main:
+            print(run.summary(run.evaluate()))
 
 
 def command(run_class: type[Run]) -> Callable[[list[str] | None], None]:

@@ -330,19 +330,6 @@ def test_a_defect_keeps_its_traceback(ct, monkeypatch):
         ct_nb("drr", ct)
 
 
-def test_a_reader_that_has_gone_is_no_fault_of_the_input(ct):
-    script = "from ct_nb.app.cli import app; app(prog_name='ct-nb')"
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", script, "evaluate", str(ct), str(ct)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process.stdout.close()
-    assert "evaluate:" not in process.stderr.read()
-    process.wait()
-
-
 def test_a_terminal_of_ascii_and_a_user_without_a_home(ct, tmp_path):
     script = (
         "import os, pwd; pwd.getpwuid = lambda uid: {}[uid]; from ct_nb.app.cli import main; main()"
