@@ -200,7 +200,6 @@ class CTEncoderRun(Run):
     system: ClassVar[str] = "ct_encoder"
     presets: ClassVar[dict] = CT_ENCODER_PRESETS
     names: ClassVar[tuple[str, ...]] = (*Run.names, "reports")
-    files: ClassVar[tuple[str, ...]] = (*Run.files, "retrieval.csv", "lesions.csv")
 
     data: str = "phantom"  # "phantom", "phantom:COUNT", or a folder of CTs with a table of reports
     out: str = "runs/ct_encoder"

@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.script import call_parse
 
 from ..core.errors import FileError
-from ..core.files import path_inside
+from ..core.files import path_inside, writing
 from ..core.terminal import program
 from .cases import Case, CTSource, Sample, sample_arrays
 from .open import open_source
@@ -49,11 +49,13 @@ def prepare(
         samples = tqdm(source, desc=f"preparing {out.name}", disable=len(source) < 3)
         for case, sample in zip(source.cases, samples):
             path = path_inside(temporary, f"{case.id}.npz")
-            np.savez_compressed(path, **_prepared_arrays(case, sample))
+            with writing(out / path.name):
+                np.savez_compressed(path, **_prepared_arrays(case, sample))
         os.chmod(temporary, 0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
+        with writing(out):
+            if out.exists():
+                out.rmdir()
+            os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out

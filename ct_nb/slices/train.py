@@ -262,7 +262,6 @@ class SlicesRun(Run):
     system: ClassVar[str] = "slices"
     presets: ClassVar[dict] = SLICES_PRESETS
     names: ClassVar[tuple[str, ...]] = (*Run.names, "model", "vae")
-    files: ClassVar[tuple[str, ...]] = (*Run.files, "cuts.png")
 
     # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
     data: str = "phantom"

@@ -318,7 +318,6 @@ class VAERun(Run):
     system: ClassVar[str] = "slice_vae"
     presets: ClassVar[dict] = VAE_PRESETS
     names: ClassVar[tuple[str, ...]] = (*Run.names, "perceptual")
-    files: ClassVar[tuple[str, ...]] = (*Run.files, "vae_scores.csv", "vae_scores.json")
 
     # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
     data: str = "phantom"

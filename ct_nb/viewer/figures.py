@@ -16,7 +16,7 @@ import torch
 
 from ..core.errors import FileError, InputError
 from ..core.files import atomic_write
-from ..core.plot_style import FAINT, MUTED, SERIES, plot_style
+from ..core.plot_style import FAINT, MUTED, SERIES, plain_log_labels, plot_style
 from ..evaluation.metrics import psnr
 from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid, Volume, get_window
@@ -473,6 +473,7 @@ def _draw_series(axis, title: str, series: dict) -> None:
     wide = min(everything) > 0 and max(everything) > 8 * min(everything)
     if wide and not title.startswith("validation"):
         axis.set_yscale("log")
+        plain_log_labels(axis.yaxis)
     if len(series) > 4:
         axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     elif len(series) > 1:

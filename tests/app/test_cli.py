@@ -330,6 +330,12 @@ def test_a_defect_keeps_its_traceback(ct, monkeypatch):
         ct_nb("drr", ct)
 
 
+@pytest.mark.parametrize("option", ["--sod-mm", "--sdd-mm", "--pixel-mm"])
+def test_no_tube_stands_beyond_a_kilometre(option, ct):
+    for length in ("1e18", "0"):
+        assert refusal("drr", ct, option, length).startswith(f"{option}: must be above 0 and up")
+
+
 def test_a_terminal_of_ascii_and_a_user_without_a_home(ct, tmp_path):
     script = (
         "import os, pwd; pwd.getpwuid = lambda uid: {}[uid]; from ct_nb.app.cli import main; main()"
