@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from ..core.config import Config
 from ..core.errors import InputError, reading
 from ..core.seeding import case_generators, seeded_generator
+from ..physics.scanned import scanned_voxels
 from ..data.cases import CTSource
 from ..evaluation.lpips import LPIPS
 from ..evaluation.metrics import SSIM_TAPS, psnr
@@ -518,12 +519,13 @@ def evaluate(self: VAERun, progress: bool = True) -> VAEScores:
     for number in tqdm(range(count), desc="evaluating", disable=not progress):
         stack = self.test[number]
         truth = stack.volume.tensor()
+        counted = scanned_voxels(stack.thin)
         rows += [
             {
                 "method": name,
                 "case": stack.id,
                 "patient": stack.patient,
-                **vae_scores(hu, truth, self.vae.window),
+                **vae_scores(hu, truth, self.vae.window, counted),
             }
             for name, hu in self.reconstructions(truth).items()
         ]
