@@ -127,7 +127,10 @@ def parse_direct_beam(text: str | None) -> float | str | None:
     return numbers[0]
 
 # %% ../../nbs/app/03_cli.ipynb #cell-009
-SERIES_HELP = "SeriesInstanceUID, needed if a DICOM folder or zip holds several CT series."
+SERIES_HELP = (
+    "SeriesInstanceUID, needed if a DICOM folder or zip holds several CT series; UID:VALUE for one"
+    " acquisition of several."
+)
 CT_HELP = "NIfTI, NRRD, MHA, npz, a DICOM folder or a zip of one"
 _Series = Annotated[str | None, typer.Option("--series", metavar="UID", help=SERIES_HELP)]
 _Ct = Annotated[Path, typer.Argument(help=f"The CT: {CT_HELP}.")]

@@ -40,7 +40,7 @@ HELP = {
     ),
     "evaluate": (
         "--labels --prediction-labels --out --series --prediction-series",
-        ["The true CT", "Dice and HD95 (mm)", "JSON", "SeriesInstanceUID"],
+        ["The true CT", "Dice and HD95 (mm)", "JSON", "SeriesInstanceUID", "UID:VALUE"],
     ),
     "interpolate-slices": (
         (
