@@ -11,8 +11,8 @@ import numpy as np
 from ..core.plot_style import plot_style
 from ..physics.volume import WINDOWS, Volume, get_window
 from .canvas import label_colors, overlay, to_uint8
-from .figures import PLANES, slices_figure
-from .slice_canvas import SliceCanvas, to_patient_axes, value_at
+from .figures import PLANES, slices_figure, to_patient_axes
+from .slice_canvas import SliceCanvas, value_at
 from .widgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, Layout, VBox, markup
 
 # %% ../../nbs/viewer/04_ct_viewer.ipynb #d59c5781
