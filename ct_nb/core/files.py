@@ -32,11 +32,12 @@ def writing(
     try:
         yield
     except OSError as error:
-        if error.errno is None:
+        if str(error).startswith(str(path)):  # it has its sentence
             raise
+        # numpy says how many bytes were written, and has no number of the error
         raise OSError(
-            f"{path}: could not be written ({error.strerror}); choose a folder that has space (what"
-            " was there before is unchanged)."
+            f"{path}: could not be written ({error.strerror or first_line(error)}); choose a folder"
+            " that has space (what was there before is unchanged)."
         ) from error
 
 

@@ -217,3 +217,9 @@ def test_a_full_disk_is_named_by_its_path(tmp_path):
     with pytest.raises(OSError) as caught, writing(tmp_path / "scan"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert str(caught.value).startswith(f"{tmp_path / 'scan'}: could not be written (No space")
+    with pytest.raises(OSError) as caught, writing(tmp_path / "scan"):
+        raise OSError("884736 requested and 51136 written")  # numpy on a full disk
+    assert str(caught.value).startswith(f"{tmp_path / 'scan'}: could not be written (884736")
+    with pytest.raises(OSError) as again, writing(tmp_path / "scan"):
+        raise caught.value
+    assert again.value is caught.value
