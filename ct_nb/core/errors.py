@@ -21,8 +21,11 @@ def printable(text) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     "Whether an exception is one of Python, numpy or torch about memory."
-    words = ("out of memory", "can't allocate memory", "not enough memory")  # torch has no class
-    return isinstance(error, MemoryError) or (
+    import torch
+
+    # torch has a class for the memory of accelerators alone
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(one in str(error) for one in words)
     )
 

@@ -65,6 +65,7 @@ def full_memory() -> RuntimeError:
 @pytest.mark.parametrize("error", [MemoryError(), full_memory()], ids=["Python", "torch"])
 def test_a_full_memory_is_a_sentence(error, monkeypatch, tmp_path):
     assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("shapes differ"))
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("by its class"))
 
     def fails(*arguments, **options):
         raise error
