@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from .. import __version__
 from ..core.errors import InputError, printable
-from ..core.terminal import escape_unencodable
+from ..core.terminal import escape_unencodable, program
 
 # %% ../../nbs/app/03_cli.ipynb #cell-004
 # arguments of the library whose options have another name
@@ -38,17 +38,18 @@ OPTION_NAMES = {
 
 
 class Command(TyperCommand):
-    "A command that reports `InputError` and `OSError` as one sentence, with exit code 1."
+    "A command that ends as `program` says, with the option that an error is about."
 
     def invoke(self, ctx):
         try:
-            self._check_finite(ctx.params)
-            return super().invoke(ctx)
-        except BrokenPipeError:  # the reader of our output has gone, as `head` does
-            raise
-        except (InputError, OSError) as error:
-            typer.echo(f"{ctx.command_path}: {printable(self._sentence(error))}", err=True)
-            raise typer.Exit(1) from error
+            with program(ctx.command_path, self._sentence):
+                self._check_finite(ctx.params)
+                return super().invoke(ctx)
+        except SystemExit as end:
+            if isinstance(end.code, int):
+                raise
+            typer.echo(end.code, err=True)
+            raise typer.Exit(1) from end
 
     def _check_finite(self, values: dict) -> None:
         "NaN passes the limits of an option, since it compares with nothing."
@@ -77,7 +78,7 @@ app = typer.Typer(
 
 def main() -> None:
     "The program `ct-nb`."
-    escape_unencodable()
+    escape_unencodable()  # also of help and of options that are not there
     app()
 
 
@@ -126,7 +127,10 @@ def parse_direct_beam(text: str | None) -> float | str | None:
     return numbers[0]
 
 # %% ../../nbs/app/03_cli.ipynb #cell-009
-SERIES_HELP = "SeriesInstanceUID, needed if a DICOM folder or zip holds several CT series."
+SERIES_HELP = (
+    "SeriesInstanceUID, needed if a DICOM folder or zip holds several CT series; UID:VALUE for one"
+    " acquisition of several."
+)
 CT_HELP = "NIfTI, NRRD, MHA, npz, a DICOM folder or a zip of one"
 _Series = Annotated[str | None, typer.Option("--series", metavar="UID", help=SERIES_HELP)]
 _Ct = Annotated[Path, typer.Argument(help=f"The CT: {CT_HELP}.")]

@@ -169,7 +169,6 @@ class CascadeRun(Run):
     system: ClassVar[str] = "cascade"
     presets: ClassVar[dict] = CASCADE_PRESETS
     names: ClassVar[tuple[str, ...]] = (*Run.names, "coarse", "stage")
-    files: ClassVar[tuple[str, ...]] = (*Run.files, "uncertainty.json")
 
     out: str = "runs/cascade"
     steps: int | None = None  # of all stages together, shared out as in the preset

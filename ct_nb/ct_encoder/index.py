@@ -25,6 +25,7 @@ from .ct_rate import ct_rate_metadata, published_version, read_ct_rate
 from .dataset import grouped_notes, scan_and_regions
 from .model import ScanLanguage
 from .reports import find_region_mentions
+from .text_encoders import tower_files
 from .train import load_ct_encoder
 from ..data.cache import files_digest
 from ..data.folders import find_cases, name_cases
@@ -206,12 +207,7 @@ def run_digest(folder) -> str:
     folder = Path(folder)
     config = read_config(folder, system="ct_encoder")
     files = [folder / WEIGHTS_FILE, folder / CONFIG_FILE]
-    network = config["network"]
-    text = network.get("text") if isinstance(network, dict) else None
-    if isinstance(text, str) and Path(text).expanduser().is_dir():
-        tower = sorted(Path(text).expanduser().iterdir())
-        endings = (".json", ".txt", ".safetensors")
-        files += [file for file in tower if file.suffix in endings and file.is_file()]
+    files += tower_files(config["network"].get("text"))
     with reading(folder, FileError):
         return files_digest(files)
 

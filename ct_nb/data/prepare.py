@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from fastcore.script import call_parse
 
-from ..core.errors import FileError, printable
-from ..core.files import atomic_folder, path_inside
+from ..core.errors import FileError
+from ..core.files import atomic_folder, path_inside, writing
+from ..core.terminal import program
 from .cases import Case, CTSource, Sample, sample_arrays
 from .open import open_source
 
@@ -37,7 +38,8 @@ def prepare(
         samples = tqdm(source, desc=f"preparing {out.name}", disable=len(source) < 3)
         for case, sample in zip(source.cases, samples):
             path = path_inside(temporary, f"{case.id}.npz")
-            np.savez_compressed(path, **_prepared_arrays(case, sample))
+            with writing(out / path.name):
+                np.savez_compressed(path, **_prepared_arrays(case, sample))
     return out
 
 
@@ -63,12 +65,10 @@ def main(
     thorax_only: bool = False,  # leave out what is no whole thorax
 ):
     "Convert a data set to a folder of cubes, one npz a case, that numpy alone can read."
-    try:
+    with program("ct_nb.data.prepare"):
         source = open_source(data, size, side_mm, on_error, thorax_only)
         folder = prepare(source, out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ct_nb.data.prepare: {printable(error)}") from None
-    print(
-        f"{folder}: {len(source)} cases of {len(set(source.patients))} patients,"
-        f" {len(source.skipped)} left out"
-    )
+        print(
+            f"{folder}: {len(source)} cases of {len(set(source.patients))} patients,"
+            f" {len(source.skipped)} left out"
+        )

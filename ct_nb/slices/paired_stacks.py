@@ -22,6 +22,7 @@ from ct_nb.slices.slice_profile import (
     SliceAxis,
     SliceProfile,
     ThinStack,
+    with_padding,
     average_slices,
     slice_profile_matrix,
 )
@@ -257,7 +258,7 @@ def pair_stack(
     `width_mm` is the width of the thick slices' profile, by default their spacing. Raises
     InputError for volumes that are no such pair.
     """
-    thick, thin = same_pixels(thick, thin)
+    thick, thin = same_pixels(with_padding(thick), with_padding(thin))
     thick_axis = SliceAxis.along(thick.grid)
     axis = SliceAxis.along(thin.grid)
     if thick_axis.spacing_mm < 1.5 * axis.spacing_mm:

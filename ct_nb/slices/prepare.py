@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
-from ..core.errors import printable
+from ..core.terminal import program
 from .open import open_stacks
 from .prepared import STATUSES, prepare_stacks
 
@@ -25,12 +25,11 @@ def main(
     most_spacing_mm: float = 1.5,  # slices farther apart do not count as thin
 ):
     "Prepare scans in thin and thick slices as a folder of arrays for training."
-    try:
+    interrupted = f"stopped; the same command goes on, complete scans in {out} are kept"
+    with program("ct_nb.slices.prepare", interrupted=interrupted):
         lines = prepare_stacks(open_stacks(data, most_spacing_mm), out, workers)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ct_nb.slices.prepare: {printable(error)}") from None
-    counts = Counter(line["status"] for line in lines)
-    summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
-    print(f"{out}: {summary}; see {Path(out) / 'report.csv'}")
+        counts = Counter(line["status"] for line in lines)
+        summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
+        print(f"{out}: {summary}; see {Path(out) / 'report.csv'}")
     if counts["failed"] == len(lines):
         raise SystemExit(1)

@@ -32,6 +32,7 @@ from ct_nb.core.files import (
     remove_leftovers,
     write_json,
     write_table,
+    writing,
 )
 from ..data.cache import content_digest
 from ct_nb.slices.paired_stacks import (
@@ -73,7 +74,9 @@ def write_stack(stack: ThinStack, folder: Path, identity: str) -> None:
             hu = getattr(stack, name)
             if hu is None:
                 continue
-            np.save(temporary / f"{name}.npy", np.clip(np.rint(hu), -32768, 32767).astype(np.int16))
+            with writing(folder / f"{name}.npy"):
+                stored = np.clip(np.rint(hu), -32768, 32767).astype(np.int16)
+                np.save(temporary / f"{name}.npy", stored)
             about |= {
                 f"{name}_axis": asdict(getattr(stack, f"{name}_axis")),
                 "bytes": about["bytes"] | {name: (temporary / f"{name}.npy").stat().st_size},

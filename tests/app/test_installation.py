@@ -30,7 +30,6 @@ NEED_WIDGETS = {
     "app.reconstruction_explorer",
     "ct_encoder.explorer",
     "slices.explorer",
-    "slices.figures",  # for viewer.slice_canvas.to_patient_axes, which would be at home in figures
     "viewer.canvas",
     "viewer.ct_viewer",
     "viewer.scene3d",

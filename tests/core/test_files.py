@@ -1,5 +1,6 @@
 "Atomic files beyond nbs/core/00_files.ipynb: faults of the disk, kinds of values, relative paths."
 
+import csv
 import errno
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from ct_nb.core.files import (
     table_columns,
     read_text,
     write_json,
+    writing,
 )
 from refusals import refused
 
@@ -268,3 +270,29 @@ def test_a_file_of_another_kind_is_told_by_its_beginning(tmp_path, content, what
     with refused(file="reports.csv", kind=FileError) as error:
         read_table(tmp_path / "reports.csv")
     assert what in error.value.reason
+
+
+def test_the_limit_of_the_csv_module_is_left_as_it_was(tmp_path):
+    "It is one for the whole process, and other readers of tables may rely on it."
+    before = csv.field_size_limit()
+    long = tmp_path / "long.csv"
+    long.write_text(f"a,b\n1,{'x' * (before + 1)}\n")
+    assert len(read_table(long)[0][1]["b"]) == before + 1
+    assert table_columns(long) == ["a", "b"] and csv.field_size_limit() == before
+    open_quote = tmp_path / "quote.csv"
+    open_quote.write_text('a,b\n1,"2\n')
+    with refused(file=open_quote):
+        read_table(open_quote)
+    assert csv.field_size_limit() == before
+
+
+def test_a_full_disk_is_named_by_its_path(tmp_path):
+    with pytest.raises(OSError) as caught, writing(tmp_path / "scan"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(caught.value).startswith(f"{tmp_path / 'scan'}: could not be written (No space")
+    with pytest.raises(OSError) as caught, writing(tmp_path / "scan"):
+        raise OSError("884736 requested and 51136 written")  # numpy on a full disk
+    assert str(caught.value).startswith(f"{tmp_path / 'scan'}: could not be written (884736")
+    with pytest.raises(OSError) as again, writing(tmp_path / "scan"):
+        raise caught.value
+    assert again.value is caught.value

@@ -18,6 +18,7 @@ from ct_nb.data.cache import DiskCache, content_digest, default_cache_dir, files
 from ct_nb.data.cases import CTSource
 from ct_nb.data.folders import name_cases, read_folder
 from ct_nb.data.open import open_source, phantom_source
+from ct_nb.data import prepare as prepare_module
 from ct_nb.data.prepare import main, prepare
 from ct_nb.data.scan_files import find_cases
 from ct_nb.data.thorax_check import ThoraxRule, measure_thorax
@@ -392,9 +393,29 @@ def test_prepare_leaves_nothing_half_done(folder, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", full_disk)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as caught:
         prepare(source, tmp_path / "prepared")
+    name = tmp_path / "prepared" / f"{source.ids[0]}.npz"
+    assert str(caught.value).startswith(f"{name}: could not be written (No space left on device)")
     assert [p.name for p in tmp_path.iterdir()] == ["cts"]
+
+
+def test_two_that_prepare_one_folder_at_once(folder, tmp_path, monkeypatch):
+    "The second says so, by the folder's name, and what the first wrote stays."
+    source = read_folder(folder, 16)
+    out = tmp_path / "prepared"
+    arrays = prepare_module._prepared_arrays
+
+    def first_is_faster(*arguments):
+        out.mkdir(exist_ok=True)
+        (out / "theirs.npz").touch()
+        return arrays(*arguments)
+
+    monkeypatch.setattr(prepare_module, "_prepared_arrays", first_is_faster)
+    with pytest.raises(OSError) as caught:
+        prepare(source, out)
+    assert str(caught.value).startswith(f"{out}: could not be written (Directory not empty)")
+    assert [p.name for p in out.iterdir()] == ["theirs.npz"]
 
 
 # ---------------------------------------------------------------- the cache

@@ -95,6 +95,23 @@ def test_the_command_ends_with_one_sentence(error, monkeypatch, tmp_path):
         run_main(kind, ["--preset", "micro", "--out", str(tmp_path)])
 
 
+@every_system
+def test_a_folder_that_cannot_be_is_said_before_anything_is_made(
+    system, trained, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    kind = run_class(system)
+
+    def never(run, progress):
+        raise AssertionError("it builds a network first")
+
+    monkeypatch.setattr(kind, "_build", never)
+    words = [f"--{name}={value}" for name, value in options(system).items()]
+    with pytest.raises(SystemExit) as ended:
+        run_main(kind, ["--preset", "micro", "--out", str(tmp_path / "file" / "run"), *words])
+    assert str(ended.value.code).startswith(f"{kind.__module__}: {tmp_path / 'file' / 'run'}")
+
+
 def test_a_stage_that_is_not_there_is_refused(tmp_path):
     run = run_class("cascade")("micro", out=tmp_path, stage=32)
     with refused("stage"):
