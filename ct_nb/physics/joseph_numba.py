@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -64,28 +64,23 @@ def _ranges(count: int, size: int = 8, first: int = 0) -> list[tuple[int, int]]:
 
 # %% ../../nbs/physics/03_joseph_numba.ipynb #971fa0d1
 class _Layout:
-    """Order of the voxels for the kernels: planes along axis `outer`, in them rows, and axis b
-    along
-    the rows. Only planes first:stop are held.
+    """Order of the voxels for the kernels: planes along axis `outer`, in them rows, and in these
+    axis b.
 
     16 unused numbers follow each plane: without them the rows of a slice across the planes would
     map to the same cache lines.
     """
 
-    def __init__(self, shape, b: int, outer: int, first: int = 0, stop: int | None = None):
+    def __init__(self, shape, b: int):
         self.b = b
-        self.outer = outer
-        self.inner = 3 - b - outer
-        self.first = first
-        self.count = {axis: n for axis, n in enumerate(shape)} | {
-            outer: (shape[outer] if stop is None else stop) - first
-        }
-        self.step = {outer: shape[self.inner] * shape[b] + 16, self.inner: shape[b], b: 1}
+        self.outer = int(b == 0)
+        self.inner = 3 - b - self.outer
+        self.step = {self.outer: shape[self.inner] * shape[b] + 16, self.inner: shape[b], b: 1}
         self.stride = (shape[1] * shape[2], shape[2], 1)
         self.shape = shape
 
     def box(self, m: int) -> tuple:
-        "(n_m, n_a, n_b, step of m, step of a, first slice) for the columns that march along m."
+        "(n_m, n_a, n_b, step of m, step of a) for the columns that march along m."
         a = 3 - m - self.b
         return (
             self.shape[m],
@@ -93,70 +88,44 @@ class _Layout:
             self.shape[self.b],
             self.step[m],
             self.step[a],
-            self.first if m == self.outer else 0,
         )
 
     @property
     def size(self) -> int:
         "Numbers that the planes take."
-        return self.count[self.outer] * self.step[self.outer]
+        return self.shape[self.outer] * self.step[self.outer]
 
     def _rows(self, planes: np.ndarray, volume: np.ndarray):
         "Both as arrays (outer, inner, b), for b the last axis of the volume."
-        n = self.count[self.inner] * self.count[self.b]
-        return (
-            planes[: self.size]
-            .reshape(-1, self.step[self.outer])[:, :n]
-            .reshape(-1, self.count[self.inner], self.count[self.b]),
-            volume.transpose(self.outer, self.inner, self.b)[
-                self.first : self.first + self.count[self.outer]
-            ],
-        )
+        rows, b = self.shape[self.inner], self.shape[self.b]
+        planes = planes[: self.size].reshape(-1, self.step[self.outer])[:, : rows * b]
+        return planes.reshape(-1, rows, b), volume.transpose(self.outer, self.inner, self.b)
 
     def pack(self, volume: np.ndarray, planes: np.ndarray) -> None:
         "A volume (D, H, W) into planes."
         if self.b == 2:
             self._rows(planes, volume)[0][:] = self._rows(planes, volume)[1]
         else:
-            self._transpose(
-                planes,
-                self.step,
-                2,
-                volume.reshape(-1),
-                self.stride,
-                self.b,
-                0,
-                self.first * self.stride[self.outer],
-            )
+            self._transpose(planes, self.step, 2, volume.reshape(-1), self.stride, self.b)
 
     def unpack(self, planes: np.ndarray, volume: np.ndarray) -> None:
         "Planes into the volume."
         if self.b == 2:
             self._rows(planes, volume)[1][:] = self._rows(planes, volume)[0]
         else:
-            self._transpose(
-                volume.reshape(-1),
-                self.stride,
-                self.b,
-                planes,
-                self.step,
-                2,
-                self.first * self.stride[self.outer],
-                0,
-            )
+            self._transpose(volume.reshape(-1), self.stride, self.b, planes, self.step, 2)
 
-    def _transpose(self, target, target_steps, i, source, source_steps, j, to, at):
+    def _transpose(self, target, target_steps, i, source, source_steps, j):
         """Exchange axis i, contiguous in the source, and axis j, contiguous in the target, for
         every
         index o of the third axis.
         """
         o = 3 - i - j
+        counts = self.shape[i], self.shape[j]
         steps = (target_steps[o], target_steps[i]), (source_steps[o], source_steps[j])
         _run_tasks(
-            lambda piece: transpose_planes(
-                target, to, steps[0], source, at, steps[1], (self.count[i], self.count[j]), *piece
-            ),
-            _ranges(self.count[o], 1 + (1 << 17) // (self.count[i] * self.count[j])),
+            lambda piece: transpose_planes(target, steps[0], source, steps[1], counts, *piece),
+            _ranges(self.shape[o], 1 + (1 << 17) // (counts[0] * counts[1])),
         )
 
 # %% ../../nbs/physics/03_joseph_numba.ipynb #9f4681cd
@@ -166,11 +135,15 @@ SCRATCH_LIMIT = 1 << 24
 _buffers = []  # two at the most
 
 
+def _aligned(memory: np.ndarray, size: int) -> np.ndarray:
+    "`size` numbers of the memory, from a cache line on, from which registers load fastest."
+    start = -memory.ctypes.data % 64 // memory.itemsize
+    return memory[start : start + size]
+
+
 @contextmanager
 def _scratch(size: int, dtype, zeros: bool = False):
-    """`size` numbers, undefined or zeros, aligned to a cache line, from which registers load
-    fastest.
-    """
+    "`size` numbers, undefined or zeros, aligned to a cache line."
     count = size * np.dtype(dtype).itemsize
     try:
         buffer = _buffers.pop()
@@ -179,8 +152,7 @@ def _scratch(size: int, dtype, zeros: bool = False):
     is_new = len(buffer) < count + 64
     if is_new:
         buffer = (np.zeros if zeros else np.empty)(count + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    numbers = buffer[start : start + count].view(dtype)
+    numbers = _aligned(buffer, count).view(dtype)
     if zeros and not is_new:
         numbers.fill(0)
     yield numbers
@@ -236,7 +208,7 @@ def forward(volume: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     for item, (source, target) in enumerate(zip(volume, image)):
         values, slices, groups = _columns_by_axes(parameters, item)
         for b, groups_b in groups.items():
-            layout = _Layout(parameters.volume_shape, b, outer=int(b == 0))
+            layout = _Layout(parameters.volume_shape, b)
             with _scratch(layout.size, source.dtype) as planes:
                 layout.pack(source, planes)
                 for m, members in groups_b:
@@ -264,7 +236,7 @@ def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     for item, (source, target) in enumerate(zip(image, volume)):
         values, slices, groups = _columns_by_axes(parameters, item)
         for i, (b, groups_b) in enumerate(groups.items()):
-            layout = _Layout(parameters.volume_shape, b, outer=int(b == 0))
+            layout = _Layout(parameters.volume_shape, b)
             with _scratch(layout.size, target.dtype, zeros=True) as planes:
                 if i:
                     layout.pack(target, planes)
@@ -274,41 +246,21 @@ def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     return torch.from_numpy(volume)
 
 # %% ../../nbs/physics/03_joseph_numba.ipynb #71fe4ac3
-def _gradient_of_group(volume, result, is_first, b, m, image, values, slices, members):
-    """Derivatives (N, 8) of the columns `members`, which march along m with lines along b; adds the
-    transpose to `result` (D, H, W), or writes it where the group is the first, unless it is None.
-
-    The volume and the result are packed half of the slices at a time, into one buffer of the size
-    that the forward projection had.
+def _gradient_group(back, planes, image, box, values, slices, members) -> np.ndarray:
+    """Derivatives (N, 8) of the columns `members`, which share their axes; adds the transpose to
+    the planes `back` unless they are empty.
     """
     rows = image.shape[-2]
     weighted = _weighted_pixels(image, values, members)
-    slope = 0
-    count = volume.shape[m]
-    for half in _ranges(count, (count + 1) // 2):
-        layout = _Layout(volume.shape, b, m, *half)
-        box = layout.box(m)
-        parts = _ranges(half[1], 8, half[0])
-        room = layout.size + -layout.size % 16  # both parts begin at a cache line
-        with _scratch(room if result is None else 2 * room, volume.dtype) as buffer:
-            planes, back = buffer[:room], buffer[room:]
-            layout.pack(volume, planes)
-            if result is not None:
-                if is_first:
-                    back.fill(0)
-                else:
-                    layout.pack(result, back)
-            partial = np.zeros((len(parts), len(members), 8))
-            arguments = (back, box, planes, box, weighted, rows)
+    parts = _ranges(box[0])
+    partial = np.zeros((len(parts), len(members), 8))
 
-            def task(i, partial=partial, arguments=arguments, parts=parts):
-                gradient_slices(partial[i], *arguments, values, slices, members, *parts[i])
+    def task(i):
+        arguments = back, planes, box, weighted, rows, values, slices, members
+        gradient_slices(partial[i], *arguments, *parts[i])
 
-            _run_tasks(task, range(len(parts)))
-            if result is not None:
-                layout.unpack(back, result)
-        slope = slope + partial.sum(0)
-    return slope
+    _run_tasks(task, range(len(parts)))
+    return partial.sum(0)
 
 
 def _length_gradient(slope, image, projection, values) -> None:
@@ -331,33 +283,40 @@ def gradient(
     None,
     as `joseph_reference.gradient`, on the CPU.
 
-    Volume and result are packed in halves, so the memory needed is one volume with the gradient to
-    the volume and half a volume without.
+    The memory needed beyond the result is one volume, or two where the lines of the columns run
+    along different axes.
     """
     if projection is None:
         projection = forward(volume, parameters)
     volume, image, projection = (t.contiguous().numpy() for t in (volume, image, projection))
     slope = np.zeros((len(parameters.values), math.prod(parameters.values.shape[1:3]), len(VALUES)))
-    result = np.empty_like(volume) if with_adjoint else None
+    # a cache line of room for the start of the planes, and the unused numbers of each of them
+    room = 16 * (max(parameters.volume_shape) + 1)
+    memory = np.empty(volume.size + room if with_adjoint else 0, volume.dtype)
+    result = memory[: volume.size].reshape(volume.shape) if with_adjoint else None
     for item in range(len(volume)):
         values, slices, groups = _columns_by_axes(parameters, item)
         slope_of_item = slope[item if len(slope) > 1 else 0]
         _length_gradient(slope_of_item, image[item], projection[item], values)
-        is_first = True
-        for b, groups_b in groups.items():
-            for m, members in groups_b:
-                slope_of_item[members, :8] += _gradient_of_group(
-                    volume[item],
-                    None if result is None else result[item],
-                    is_first,
-                    b,
-                    m,
-                    image[item],
-                    values,
-                    slices,
-                    members,
-                )
-                is_first = False
+        for i, (b, groups_b) in enumerate(groups.items()):
+            layout = _Layout(parameters.volume_shape, b)
+            with ExitStack() as stack:
+                if with_adjoint and i == 0:
+                    planes = _aligned(memory[item * volume[0].size :], layout.size)
+                else:
+                    planes = stack.enter_context(_scratch(layout.size, volume.dtype))
+                back = planes[:0]
+                if with_adjoint:
+                    back = stack.enter_context(_scratch(layout.size, volume.dtype, zeros=i == 0))
+                if i and with_adjoint:
+                    layout.pack(result[item], back)
+                layout.pack(volume[item], planes)
+                for m, members in groups_b:
+                    slope_of_item[members, :8] += _gradient_group(
+                        back, planes, image[item], layout.box(m), values, slices, members
+                    )
+                if with_adjoint:
+                    layout.unpack(back, result[item])
     return torch.from_numpy(slope).view_as(parameters.values), (
         torch.from_numpy(result) if with_adjoint else None
     )
