@@ -3116,6 +3116,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                            'ct_nb/physics/joseph_numba.py'),
                                             'ct_nb.physics.joseph_numba._gradient_group': ( 'physics/joseph_numba.html#_gradient_group',
                                                                                             'ct_nb/physics/joseph_numba.py'),
+                                            'ct_nb.physics.joseph_numba._grouped': ( 'physics/joseph_numba.html#_grouped',
+                                                                                     'ct_nb/physics/joseph_numba.py'),
                                             'ct_nb.physics.joseph_numba._length_gradient': ( 'physics/joseph_numba.html#_length_gradient',
                                                                                              'ct_nb/physics/joseph_numba.py'),
                                             'ct_nb.physics.joseph_numba._ranges': ( 'physics/joseph_numba.html#_ranges',

@@ -160,15 +160,19 @@ def _scratch(size: int, dtype, zeros: bool = False):
         _buffers.append(buffer)
 
 # %% ../../nbs/physics/03_joseph_numba.ipynb #90577e6c
-def _columns_by_axes(parameters: ColumnParameters, item: int):
-    """For one batch item: values (V·C, 11) and slices (V·C, 2) of all columns; and for each axis b
-    a
-    list of (marching axis m, its columns).
+def _columns_by_axes(parameters: ColumnParameters, count: int):
+    """For each of `count` batch items: values (V·C, 11) and slices (V·C, 2) of all columns; and for
+    each axis b a list of (marching axis m, its columns). Items that share a geometry share these.
     """
-    values, axes, slices = (
-        getattr(parameters, n)[item if len(parameters.values) > 1 else 0].flatten(0, 1).numpy()
-        for n in ("values", "axes", "slices")
-    )
+    geometries = [
+        _grouped(*(t.flatten(0, 1).numpy() for t in tensors))
+        for tensors in zip(parameters.values, parameters.axes, parameters.slices)
+    ]
+    return geometries if len(geometries) > 1 else geometries * count
+
+
+def _grouped(values, axes, slices):
+    "The columns of one geometry by their axes."
     groups, codes = {}, axes[:, 0] * 3 + axes[:, 2]
     # by line offset: neighbours in this order read neighbouring rows of voxels
     order = np.argsort(values[:, 0], kind="stable")
@@ -205,8 +209,8 @@ def forward(volume: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     """
     volume = volume.contiguous().numpy()
     image = np.zeros((len(volume), parameters.views, *parameters.detector_shape), volume.dtype)
-    for item, (source, target) in enumerate(zip(volume, image)):
-        values, slices, groups = _columns_by_axes(parameters, item)
+    columns = _columns_by_axes(parameters, len(volume))
+    for source, target, (values, slices, groups) in zip(volume, image, columns):
         for b, groups_b in groups.items():
             layout = _Layout(parameters.volume_shape, b)
             with _scratch(layout.size, source.dtype) as planes:
@@ -233,8 +237,8 @@ def adjoint(image: torch.Tensor, parameters: ColumnParameters) -> torch.Tensor:
     """
     image = image.contiguous().numpy()
     volume = np.empty((len(image), *parameters.volume_shape), image.dtype)
-    for item, (source, target) in enumerate(zip(image, volume)):
-        values, slices, groups = _columns_by_axes(parameters, item)
+    columns = _columns_by_axes(parameters, len(image))
+    for source, target, (values, slices, groups) in zip(image, volume, columns):
         for i, (b, groups_b) in enumerate(groups.items()):
             layout = _Layout(parameters.volume_shape, b)
             with _scratch(layout.size, target.dtype, zeros=True) as planes:
@@ -294,8 +298,8 @@ def gradient(
     room = 16 * (max(parameters.volume_shape) + 1)
     memory = np.empty(volume.size + room if with_adjoint else 0, volume.dtype)
     result = memory[: volume.size].reshape(volume.shape) if with_adjoint else None
-    for item in range(len(volume)):
-        values, slices, groups = _columns_by_axes(parameters, item)
+    columns = _columns_by_axes(parameters, len(volume))
+    for item, (values, slices, groups) in enumerate(columns):
         slope_of_item = slope[item if len(slope) > 1 else 0]
         _length_gradient(slope_of_item, image[item], projection[item], values)
         for i, (b, groups_b) in enumerate(groups.items()):
