@@ -195,10 +195,11 @@ def forward_columns(image, volume, box, values, slices, columns):
                 count + 2,
             )
     for i, c in enumerate(columns):
+        view, column = c // width, c % width
         for r in range(rows):
-            image[c // width, r, c % width] += sums[i * pitch + r] * _step_length(
-                values[c], r - half
-            )
+            sums[i * pitch + r] *= _step_length(values[c], r - half)
+        for r in range(rows):
+            image[view, r, column] += sums[i * pitch + r]
 
 # %% ../../nbs/physics/02b_joseph_kernels.ipynb #8130c7c5
 @_jit
@@ -209,10 +210,12 @@ def weight_pixels(weighted, image, values, columns, begin, end):
     rows, width = image.shape[1:]
     for i in range(begin, end):
         c = columns[i]
+        view, column = c // width, c % width
+        # pixels of a column lie apart in memory: copied first, so that the other loop is vectorised
         for r in range(rows):
-            weighted[i, r] = image[c // width, r, c % width] * _step_length(
-                values[c], r - 0.5 * (rows - 1)
-            )
+            weighted[i, r] = image[view, r, column]
+        for r in range(rows):
+            weighted[i, r] *= _step_length(values[c], r - 0.5 * (rows - 1))
 
 # %% ../../nbs/physics/02b_joseph_kernels.ipynb #96b73621
 @_jit
@@ -569,7 +572,11 @@ def length_gradient(slope, image, projection, values, begin, end):
     through the step length; `projection` (V, R, C) is the forward projection.
     """
     rows, width = image.shape[1:]
+    products = np.empty(rows)
     for c in range(begin, end):
+        view, column = c // width, c % width
+        for r in range(rows):
+            products[r] = np.float64(image[view, r, column]) * projection[view, r, column]
         mu, length_0, length_1, length_2 = values[c, 7:]
         d_mu = 0.0
         d0 = 0.0
@@ -579,13 +586,10 @@ def length_gradient(slope, image, projection, values, begin, end):
             rho = r - 0.5 * (rows - 1)
             w = 1 + mu * rho
             square = length_0 + rho * (length_1 + rho * length_2)
-            if w < MINIMUM_W or square <= 0:
-                continue
-            product = (
-                np.float64(image[c // width, r, c % width]) * projection[c // width, r, c % width]
-            )
-            part = 0.5 * product / square
-            d_mu = d_mu - product * rho / w
+            usable = w >= MINIMUM_W and square > 0
+            product = products[r] if usable else 0.0
+            part = 0.5 * product / (square if usable else 1.0)
+            d_mu = d_mu - product * rho / (w if usable else 1.0)
             d0 = d0 + part
             d1 = d1 + part * rho
             d2 = d2 + part * rho * rho
