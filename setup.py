@@ -15,8 +15,8 @@ def requirements(name):
     return shlex.split(settings[name])
 
 
-extras = {name: requirements(f"{name}_requirements") for name in ("notebooks", "archives")}
-extras["dev"] = [*extras["notebooks"], *extras["archives"], *requirements("dev_requirements")]
+notebooks = requirements("notebooks_requirements")
+extras = {"notebooks": notebooks, "dev": [*notebooks, *requirements("dev_requirements")]}
 
 setuptools.setup(
     name=settings["lib_name"],

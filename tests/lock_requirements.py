@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-EXTRAS = ("notebooks", "archives", "dev")
+EXTRAS = ("notebooks", "dev")
 HEAD = """# The versions that ct_nb was tested with (Linux, Python 3.11); the ranges: settings.ini.
 # Made by `python tests/lock_requirements.py --write`.
 # Used by `pip install -c requirements.lock -e '.[dev]'`.

@@ -25,6 +25,7 @@ from ..data.radiograph_io import write_radiographs
 from ..data.read import read_ct, read_labels, read_volume, settle_padding
 from ..evaluation.case_metrics import evaluate_volumes
 from ..physics.geometry import ConeBeam
+from ..physics.geometry_io import MAX_MM
 from ..physics.projector import project
 from ..physics.volume import hu_to_mu
 
@@ -59,6 +60,14 @@ def simulate_drrs(
         )
     if not 0 < cube_mm <= MAX_CUBE_MM:
         raise InputError("cube_mm", f"must be above 0 and up to {MAX_CUBE_MM:g} mm, got {cube_mm}")
+    lengths = {
+        "source_to_isocenter_mm": source_to_isocenter_mm,
+        "source_to_detector_mm": source_to_detector_mm,
+        "pixel_mm": pixel_mm,
+    }
+    for name, length in lengths.items():
+        if not 0 < length <= MAX_MM:
+            raise InputError(name, f"must be above 0 and up to {MAX_MM:g} mm, got {length}")
     volume = read_ct(ct, series)
     cube = volume.to_grid(max(int(round(cube_mm / DRR_VOXEL_MM)), 1), cube_mm)
     geometry = ConeBeam.orbit(

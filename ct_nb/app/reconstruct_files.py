@@ -6,10 +6,13 @@
 __all__ = ['SHOWN_VIEWS', 'ENDINGS', 'reconstruction_figure', 'report', 'save_reconstruction', 'reconstruct_files']
 
 # %% ../../nbs/app/00_reconstruct_files.ipynb #cell-002
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from ..atlas.reconstruct import reconstruct as reconstruct_by_atlas
+from ..atlas.volumes import DEFAULT_ATLAS
 from ..cascade.sample import SAMPLES, reconstruct_sampled
 from ..cascade.train import load_cascade
 from ..core.errors import InputError
@@ -17,10 +20,10 @@ from ..core.files import atomic_write, write_json
 from ..core.plot_style import MODEL, MUTED, plot_style
 from ..data.linearize import read_radiographs
 from ..drr2ct.predict import load_drr2ct, reconstruct
-from ..evaluation.inference import Reconstruction
+from ..evaluation.inference import DomainCheck, Reconstruction, check_domain
 from ..physics.geometry import ConeBeam
 from ..physics.geometry_io import load_geometry
-from ..physics.volume import get_window
+from ..physics.volume import Volume, get_window
 from ..refine.pipeline import load_refiner, refine_reconstruction
 from ..training.checkpoints import read_config, versions
 from ..viewer.figures import PLANES, along_lps, draw_plane, draw_xray, scale_bar, view_name
@@ -182,6 +185,15 @@ def _samples_entry(reconstruction: Reconstruction) -> dict | None:
     }
 
 
+def _regions_entry(reconstruction: Reconstruction) -> dict | None:
+    if reconstruction.labels is None:
+        return None
+    return {
+        "names": {str(value): name for value, name in reconstruction.label_names.items()},
+        "mean_probability": float(reconstruction.label_probability.mean()),
+    }
+
+
 def report(
     reconstruction: Reconstruction,
     about: dict | None = None,  # more entries, ready for JSON
@@ -206,6 +218,7 @@ def report(
             "affine_index_xyz_to_lps_mm": grid.affine,
         },
         "samples": _samples_entry(reconstruction),
+        "regions": _regions_entry(reconstruction),
         "notes": reconstruction.notes,
         "versions": versions(),
         **(about or {}),
@@ -245,6 +258,10 @@ def save_reconstruction(
         volumes[folder / f"{name}_sample_{number}{ending}"] = volume
     if reconstruction.spread is not None:
         volumes[folder / f"{name}_spread{ending}"] = reconstruction.spread
+    if reconstruction.labels is not None:
+        regions = reconstruction.labels.astype(np.float32)
+        regions = Volume(regions, reconstruction.volume.affine)
+        volumes[folder / f"{name}_regions{ending}"] = regions
     for path, volume in volumes.items():
         volume.save(path)
     preview_path = folder / f"{name}_preview.png"
@@ -258,8 +275,8 @@ def save_reconstruction(
     return [*volumes, preview_path, report_path]
 
 # %% ../../nbs/app/00_reconstruct_files.ipynb #cell-010
-def _provenance(xrays, weights, config: dict, refine, notes: list[str], pixels: dict) -> dict:
-    "Entries of the report on the X-ray files, the refiner and the run."
+def _provenance(xrays, refine, notes: list[str], pixels: dict) -> dict:
+    "Entries of the report on the X-ray files and the refiner."
     files = [xrays] if isinstance(xrays, (str, Path)) else list(xrays)
     return {
         "xrays": {
@@ -268,43 +285,24 @@ def _provenance(xrays, weights, config: dict, refine, notes: list[str], pixels: 
             "read_as": notes,
         },
         "refined_by": None if refine is None else Path(refine).resolve().name,
-        "weights": {
-            "run": Path(weights).resolve().name,
-            "system": config["system"],
-            "preset": config.get("preset"),
-            "training_fingerprint": (config.get("training") or {}).get("fingerprint"),
-            "residual": config.get("residual"),
-            "versions": config.get("versions"),
-        },
     }
 
 
-def reconstruct_files(
-    # files in the order of the geometry's views (PNG, npz, NIfTI, DICOM), or a folder that
-    # `write_radiographs` wrote
-    xrays,
-    geometry,  # geometry.json of these X-rays, or a ConeBeam
-    weights,  # run folder of drr2ct or of a cascade
-    out,  # the CT to write; None: no files are written
-    # posterior samples: beside the reconstruction, or, for a cascade, to average (0: 8)
-    samples: int = 0,
-    consistency: bool = True,  # move the reconstruction onto the X-rays
-    seed: int = 0,  # of the samples
-    # data consistency of a cascade's samples: "soft", up to the noise of the X-rays, or "exact"
-    guidance: str = "soft",
-    refine=None,  # run folder of the refiner, which sharpens the reconstruction; None: no refiner
-    **pixels,  # kind, i0, inverted, white, scale: what the pixels hold, see `read_radiographs`
-) -> Reconstruction:
-    """Read X-rays, reconstruct, and write the CT with preview and report.
+def _weights_entry(weights, config: dict, domain: DomainCheck | None) -> dict:
+    "Entry of the report on the run, and on whether these X-rays are its business."
+    return {
+        "run": Path(weights).resolve().name,
+        "system": config["system"],
+        "preset": config.get("preset"),
+        "training_fingerprint": (config.get("training") or {}).get("fingerprint"),
+        "residual": config.get("residual"),
+        "versions": config.get("versions"),
+        "domain": None if domain is None else asdict(domain),
+    }
 
-    `InputError` or `OSError` with one sentence for what cannot be read, reconstructed or written.
-    """
-    if out is not None:
-        _split_name(out)  # before minutes of work
-    config = read_config(weights, system=("drr2ct", "cascade"))
-    notes = []
-    views = geometry if isinstance(geometry, ConeBeam) else load_geometry(geometry)
-    images = read_radiographs(xrays, views, notes=notes, **pixels)
+
+def _by_weights(images, views, weights, config, samples, consistency, seed, guidance, refine):
+    "The reconstruction of a run of drr2ct or of a cascade, sharpened by a refiner if there is one."
     if config["system"] == "cascade":
         reconstruction = reconstruct_sampled(
             images,
@@ -327,8 +325,60 @@ def reconstruct_files(
     if refine is not None:
         refiner = load_refiner(refine)
         reconstruction = refine_reconstruction(reconstruction, refiner, coarse=weights)
+    return reconstruction
+
+
+def reconstruct_files(
+    # files in the order of the geometry's views (PNG, npz, NIfTI, DICOM), or a folder that
+    # `write_radiographs` wrote
+    xrays,
+    geometry,  # geometry.json of these X-rays, or a ConeBeam
+    weights=None,  # run folder of drr2ct or of a cascade; None: the atlas, without training
+    out=None,  # the CT to write; None: no files are written
+    # posterior samples: beside the reconstruction, or, for a cascade, to average (0: 8)
+    samples: int = 0,
+    consistency: bool = True,  # move the reconstruction onto the X-rays
+    seed: int = 0,  # of the samples
+    # data consistency of a cascade's samples: "soft", up to the noise of the X-rays, or "exact"
+    guidance: str = "soft",
+    refine=None,  # run folder of the refiner, which sharpens the reconstruction; None: no refiner
+    atlas: str = DEFAULT_ATLAS,  # "phantom:COUNT" or a folder of CTs
+    size: int = 128,  # voxels a side of the atlas's cube
+    insist: bool = False,  # take the run's answer where the X-rays are unlike its training
+    progress=None,  # of the atlas, see `reconstruct_by_atlas`
+    **pixels,  # kind, i0, inverted, white, scale: what the pixels hold, see `read_radiographs`
+) -> Reconstruction:
+    """Read X-rays, reconstruct, and write the CT with preview and report.
+
+    Without `weights` an atlas is bent (`ct_nb.atlas`). With them, the atlas is asked too, and
+    answers where the X-rays are unlike what the run was trained on (`check_domain`), unless
+    `insist`. `InputError` or `OSError` with one sentence for what cannot be read, reconstructed or
+    written.
+    """
+    if out is not None:
+        _split_name(out)  # before minutes of work
+    if weights is None and refine is not None:
+        raise InputError(
+            "refine", "a refiner sharpens what its own coarse run reconstructs; give weights too"
+        )
+    config = None if weights is None else read_config(weights, system=("drr2ct", "cascade"))
+    notes, domain = [], None
+    views = geometry if isinstance(geometry, ConeBeam) else load_geometry(geometry)
+    images = read_radiographs(xrays, views, notes=notes, **pixels)
+    reconstruction = None
+    if weights is not None:
+        reconstruction = _by_weights(
+            images, views, weights, config, samples, consistency, seed, guidance, refine
+        )
+        domain = check_domain(reconstruction, config.get("residual"))
+        notes.append(domain.sentence)
+    if reconstruction is None or (domain.outside and not insist):
+        reconstruction = reconstruct_by_atlas(
+            images, views, atlas, size, samples=samples, progress=progress
+        )
     reconstruction.notes = [*notes, *reconstruction.notes]
     if out is not None:
-        about = _provenance(xrays, weights, config, refine, notes, pixels)
+        about = _provenance(xrays, refine, notes, pixels)
+        about["weights"] = None if weights is None else _weights_entry(weights, config, domain)
         save_reconstruction(reconstruction, out, about)
     return reconstruction

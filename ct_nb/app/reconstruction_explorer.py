@@ -19,8 +19,8 @@ from ..physics.geometry import ConeBeam
 from ..physics.volume import Grid, Volume
 from ..viewer.canvas import ImageCanvas, apply_colormap, color_scale, draw_canvas, to_uint8
 from ..viewer.ct_viewer import follow_wheel, slice_slider, window_menu
-from ..viewer.figures import ERROR_HU, PLANES, view_name, xray_ends
-from ..viewer.slice_canvas import AXES, SliceCanvas, to_patient_axes, value_at
+from ..viewer.figures import ERROR_HU, PLANES, to_patient_axes, view_name, xray_ends
+from ..viewer.slice_canvas import AXES, SliceCanvas, value_at
 from ct_nb.viewer.widgets import (
     HTML,
     Dropdown,

@@ -55,9 +55,9 @@ def bspline_derivatives(
     position = (torch.arange(count, dtype=torch.float64) + 0.5) * (side_mm / count) / spacing_mm
     cell = position.floor().long()
     t = position - position.floor()
-    first = torch.stack(
-        [-((1 - t) ** 2), 3 * t**2 - 4 * t, -3 * t**2 + 2 * t + 1, t**2], -1
-    ) / (2 * spacing_mm)
+    first = torch.stack([-((1 - t) ** 2), 3 * t**2 - 4 * t, -3 * t**2 + 2 * t + 1, t**2], -1) / (
+        2 * spacing_mm
+    )
     second = torch.stack([1 - t, 3 * t - 2, 1 - 3 * t, t], -1) / spacing_mm**2
     zeros = torch.zeros(count, int(math.ceil(side_mm / spacing_mm)) + 3, dtype=torch.float64)
     places = cell[:, None] + torch.arange(4)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .fit import Bend, Fit, XrayTarget
+from .fit import Bend, XrayTarget
 from .volumes import Atlas
 from ..physics.projector import backproject
 from ..physics.solvers import data_consistency

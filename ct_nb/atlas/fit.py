@@ -153,8 +153,7 @@ class VolumeTarget:
         "The same CT on `size`³ voxels, a divisor of its own."
         factor = self.density.shape[-1] // size
         hu, counted = (
-            F.avg_pool3d(t[None], factor)[0]
-            for t in ((self.density - 1) * 1000, self.counted)
+            F.avg_pool3d(t[None], factor)[0] for t in ((self.density - 1) * 1000, self.counted)
         )
         return VolumeTarget(hu, counted)
 
@@ -235,7 +234,8 @@ class _Misfit:
     def scaling(self, gradient):
         "The gradient as a smooth movement."
         control, affine, tissues = self.parts(gradient)
-        return self.rows(smoothed(control, self.side_mm, self.spacing_mm), affine, 0.05 * tissues)
+        control = smoothed(control, self.side_mm, self.spacing_mm)
+        return self.rows(control, 10 * affine, 0.05 * tissues)
 
     def longest(self, rows):
         "The farthest that the rows move a voxel, roughly, mm (K, 1)."
@@ -266,6 +266,11 @@ def _refined(rows, coarse: _Misfit, fine: _Misfit):
     return _Misfit.rows(control, affine, tissues)
 
 
+def _divisor(size: int, most: int) -> int:
+    "The largest divisor of a size that is at most `most`."
+    return max(d for d in range(1, most + 1) if size % d == 0)
+
+
 def fit(
     atlas: Atlas,
     target,  # `XrayTarget` or `VolumeTarget` in the frame of the atlas's cube
@@ -275,13 +280,13 @@ def fit(
     """Bend every CT of an atlas onto one patient.
 
     The least Jacobian of each map is proven to be above 0 (`unfolded`), so no bend is folded.
-    Levels finer than the atlas are fitted at its own size.
+    A level is fitted at the largest size that divides the atlas's and is at most the level's.
     """
     settings = FitSettings() if settings is None else settings
     misfit = rows = None
     iterations = []
     for number, level in enumerate(settings.levels, 1):
-        size = min(level.size, atlas.size)
+        size = _divisor(atlas.size, level.size)
         finer = _Misfit(
             atlas.resized(size).hu,
             target.resized(size, atlas.side_mm),

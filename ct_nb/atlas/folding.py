@@ -11,11 +11,11 @@ import torch
 
 from .bspline import bspline_derivatives, separable
 from ..data.augmentation import bspline_basis
-from ..physics.joseph_kernels import _jit
+from ..physics.joseph_kernels import jit
 from ..physics.joseph_numba import run_tasks
 
 # %% ../../nbs/atlas/01a_folding.ipynb #cell-004
-@_jit
+@jit
 def _penalise(slopes, floor, gradient):
     "The sum of (floor − det)₊², its gradient by ∇u (3, 3, M), and the least determinant."
     total, least = 0.0, np.inf
@@ -54,9 +54,7 @@ def folding_penalty(
     samples = 2 * round(side_mm / spacing_mm)
     basis = bspline_basis(samples, float(side_mm), float(spacing_mm))
     derivative = bspline_derivatives(samples, float(side_mm), float(spacing_mm))[0]
-    along = [
-        [derivative if axis == other else basis for other in range(3)] for axis in range(3)
-    ]
+    along = [[derivative if axis == other else basis for other in range(3)] for axis in range(3)]
     slopes = torch.stack([separable(control_mm, *matrices) for matrices in along], 2)
     flat = slopes.flatten(3).numpy()
     gradient = np.empty_like(flat)

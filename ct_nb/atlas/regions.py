@@ -16,7 +16,7 @@ from .fit import FitSettings, VolumeTarget, fit
 from .volumes import DEFAULT_ATLAS, Atlas
 from ..core.errors import InputError
 from ..data.cases import nearest_labels
-from ..physics.volume import Grid, Volume, resample
+from ..physics.volume import Volume, resample
 
 # %% ../../nbs/atlas/07_regions.ipynb #cell-005
 SCAN_SETTINGS = FitSettings(bending_mm2=3.0)

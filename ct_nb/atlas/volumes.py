@@ -118,9 +118,7 @@ class Atlas:
     def resized(self, size: int) -> "Atlas":
         "The atlas on `size`³ voxels, a divisor of its own size; HU are averaged."
         if self.size % size:
-            raise InputError(
-                "size", f"must divide the {self.size} voxels of the atlas, got {size}"
-            )
+            raise InputError("size", f"must divide the {self.size} voxels of the atlas, got {size}")
         factor = self.size // size
         if factor == 1:
             return self

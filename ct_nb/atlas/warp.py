@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from ..data.augmentation import TISSUE_KNOTS_HU, shift_tissues
-from ..physics.joseph_kernels import _jit
+from ..physics.joseph_kernels import jit
 from ..physics.joseph_numba import run_tasks
 
 # %% ../../nbs/atlas/02_warp.ipynb #cell-006
 KNOT_AIR, KNOT_LUNG, KNOT_SOFT, KNOT_BONE = (np.float32(knot) for knot in TISSUE_KNOTS_HU)
 
 
-@_jit
+@jit
 def _offset(hu, lung, soft, bone):
     "The offset of a tissue and its slope by HU."
     if hu < KNOT_AIR:
@@ -36,7 +36,7 @@ def _offset(hu, lung, soft, bone):
     return bone, np.float32(0)
 
 
-@_jit
+@jit
 def _clamped(place, count):
     "A position within the axis, the voxel before it, and 1 where it was within."
     top = np.float32(count - 1)
@@ -47,7 +47,7 @@ def _clamped(place, count):
     return place, int(place), np.float32(1)
 
 
-@_jit
+@jit
 def _look_up(atlas, z, y, x):
     "HU of an atlas (N, N, N) at a position in voxels, and the slope along z, y and x."
     n = atlas.shape[0]
@@ -68,7 +68,7 @@ def _look_up(atlas, z, y, x):
     return value, in_z * (upper - lower), in_y * along_y, in_x * along_x
 
 
-@_jit
+@jit
 def _place(shift, matrix, middle, z, y, x):
     "The position of the atlas (z, y, x), and the moved position from the middle, for a voxel."
     qz = np.float32(z - middle + shift[0, z, y, x])
@@ -80,7 +80,7 @@ def _place(shift, matrix, middle, z, y, x):
     return pz, py, px, qz, qy, qx
 
 
-@_jit
+@jit
 def _bend_slab(atlas, shift, matrix, offsets, density, slope, original, begin, end):
     "Density, its slope by the shift of each voxel, and the HU before the offsets, of some slices."
     n = atlas.shape[0]
@@ -108,7 +108,7 @@ def _bend_slab(atlas, shift, matrix, offsets, density, slope, original, begin, e
                 )
 
 
-@_jit
+@jit
 def _pull_slab(pull, slope, density, original, shift, matrix, sums, begin, end):
     """`slope` becomes pull · slope; to `sums` of each slice (15) go its products with (q, 1) and
     the gradient by the three offsets.

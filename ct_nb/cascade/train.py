@@ -17,6 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from ..atlas.reconstruct import atlas_baseline
 from .network import Cascade, CascadeConfig, StageConfig, resized
 from ..core.errors import InputError
 from ..core.files import write_json
@@ -169,7 +170,6 @@ class CascadeRun(Run):
     system: ClassVar[str] = "cascade"
     presets: ClassVar[dict] = CASCADE_PRESETS
     names: ClassVar[tuple[str, ...]] = (*Run.names, "coarse", "stage")
-    files: ClassVar[tuple[str, ...]] = (*Run.files, "uncertainty.json")
 
     out: str = "runs/cascade"
     steps: int | None = None  # of all stages together, shared out as in the preset
@@ -323,7 +323,7 @@ def _build(self: CascadeRun, progress: bool) -> Cascade:
         }
         self.cascade = Cascade(CascadeConfig(self.settings.stages, "prior", start))
         self.cascade.start.prior.fit(torch.stack([item["hu"] for item in items]))
-    self.baselines = fit_baselines(last.training)
+    self.baselines = [*fit_baselines(last.training), atlas_baseline(last.training)]
     return self.cascade
 
 
@@ -393,7 +393,7 @@ def load_cascade(folder) -> Cascade:
 @patch
 def restore(self: CascadeRun) -> None:
     "The weights, and the baselines fitted anew to the training cases."
-    self.baselines = fit_baselines(self.training)
+    self.baselines = [*fit_baselines(self.training), atlas_baseline(self.training)]
     self.cascade = load_cascade(self.out)
 
 # %% ../../nbs/cascade/03_train.ipynb #cell-012

@@ -21,16 +21,19 @@ class Config:
         "The settings as dictionaries, tuples and plain values, which JSON can hold."
         return asdict(self)
 
-    def require(self, low: float, *names: str, above: bool = False) -> None:
-        """Raises InputError unless the settings `names`, numbers or tuples of them, are at least
-        `low`, or `above` it.
+    def require(self, low: float, *names: str, high: float = math.inf, above: bool = False) -> None:
+        """Raises InputError unless the settings `names`, numbers or tuples of them, are finite, at
+        least `low`, or `above` it, and at most `high`. None is a setting that is not given.
         """
         for name in names:
             value = getattr(self, name)
-            for one in value if isinstance(value, tuple) else (value,):
-                if not (one > low if above else one >= low):
-                    words = "above" if above else "at least"
-                    raise InputError(name, f"must be {words} {low:g}, got {value}")
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                if one is None:
+                    continue
+                if not (low < one if above else low <= one) or not one <= high or one == math.inf:
+                    words = f"above {low:g}" if above else f"at least {low:g}"
+                    words += " and finite" if high == math.inf else f" and at most {high:g}"
+                    raise InputError(name, f"must be {words}, got {value}")
 
     @classmethod
     def from_dict(cls, values: dict):

@@ -10,7 +10,6 @@ __all__ = ['Finding', 'ScanCase', 'phantom_cases', 'read_reports', 'folder_cases
 import functools
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 import ct_nb
-from ..core.errors import FileError, InputError, printable
+from ..core.errors import FileError, InputError, printable, warn
 from ..core.files import table_columns
 from ..core.regions import REGIONS
 from ..core.seeding import seeded_generator
@@ -635,14 +634,13 @@ def open_scans(
     if notes:
         count = len({name for name, _ in notes})
         lines = [f"{data}: notes on {count} of {len(facts)} scans", *grouped_notes(notes)]
-        warnings.warn("\n  ".join(lines), stacklevel=2)
+        warn(*lines)
     placeless = [fact for fact in facts if _names_no_place(fact.get("report"))]
     if 2 * len(placeless) > len(facts):
-        warnings.warn(
+        warn(
             f"{data}: {len(placeless)} of {len(facts)} reports have findings but name none of the"
             f" twenty regions in English, the first of {placeless[0]['id']}; what they say of a"
             " place is not learned",
-            stacklevel=2,
         )
     if len(set(opened.patients)) < 2:
         raise InputError(

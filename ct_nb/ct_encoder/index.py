@@ -9,7 +9,6 @@ __all__ = ['WHOLE', 'LENGTH_TOLERANCE', 'check_index_name', 'EmbeddingIndex', 'e
 # %% ../../nbs/ct_encoder/15_index.ipynb #cell-002
 import functools
 import os
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..core.errors import FileError, InputError, reading
+from ..core.errors import FileError, InputError, reading, warn
 from ..core.files import atomic_write
 from ..core.regions import REGIONS
 from .ct_rate import ct_rate_metadata, published_version, read_ct_rate
 from .dataset import grouped_notes, scan_and_regions
 from .model import ScanLanguage
 from .reports import find_region_mentions
+from .text_encoders import tower_files
 from .train import load_ct_encoder
 from ..data.cache import files_digest
 from ..data.folders import find_cases, name_cases
@@ -207,12 +207,7 @@ def run_digest(folder) -> str:
     folder = Path(folder)
     config = read_config(folder, system="ct_encoder")
     files = [folder / WEIGHTS_FILE, folder / CONFIG_FILE]
-    network = config["network"]
-    text = network.get("text") if isinstance(network, dict) else None
-    if isinstance(text, str) and Path(text).expanduser().is_dir():
-        tower = sorted(Path(text).expanduser().iterdir())
-        endings = (".json", ".txt", ".safetensors")
-        files += [file for file in tower if file.suffix in endings and file.is_file()]
+    files += tower_files(config["network"].get("text"))
     with reading(folder, FileError):
         return files_digest(files)
 
@@ -349,7 +344,7 @@ def search(
         raise InputError("top", f"at least one scan must be asked for, got {top}")
     names = regions_in_query(text, index, about)
     for note in query_notes(text, model):
-        warnings.warn(note, stacklevel=2)
+        warn(note)
     with torch.no_grad():
         query = model.embed_texts([text], "global" if names == [WHOLE] else "region")[0]
     best = {}

@@ -103,7 +103,8 @@ def all_texts(reports) -> list[str]:
 class ScanLanguageConfig(Config):
     """Configuration of the whole network, stored beside its weights.
 
-    InputError for a share outside [0, 1], a negative map error and counts of texts below 1.
+    InputError for a share outside [0, 1], a weight or map error below 0, and counts, widths, depths
+    and lengths below 1 (a decoder's length below 3).
     """
 
     encoder: CTEncoderConfig = CTEncoderConfig()
@@ -130,13 +131,12 @@ class ScanLanguageConfig(Config):
     words_weight: float = 0.3  # of the language-modelling loss
 
     def __post_init__(self):
-        if not 0 <= self.hidden_maps <= 1:
-            raise InputError("hidden_maps", f"must be a share, 0 to 1, got {self.hidden_maps}")
-        if self.map_error_mm < 0:
-            raise InputError("map_error_mm", f"must not be negative, got {self.map_error_mm}")
-        for name in ("region_texts", "step_texts"):
-            if getattr(self, name) < 1:
-                raise InputError(name, f"must be at least 1, got {getattr(self, name)}")
+        self.require(0, "hidden_maps", "written_share", high=1)
+        self.require(0, "map_error_mm", "global_weight", "anchor_weight", "claim_weight")
+        self.require(0, "map_weight", "words_weight")
+        self.require(1, "region_texts", "step_texts", "refine", "text_width", "text_depth")
+        self.require(1, "text_length", "writer_width", "writer_depth")
+        self.require(3, "writer_length")  # a start, a word and a stop
 
 
 def make_tower(config: ScanLanguageConfig) -> TextTower:

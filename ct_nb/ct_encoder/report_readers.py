@@ -9,11 +9,10 @@ __all__ = ['RADGENOME_ANATOMY', 'lines_of', 'tidy_text', 'plain_name', 'Record',
 
 # %% ../../nbs/ct_encoder/01_report_readers.ipynb #cell-002
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.errors import FileError, InputError, printable, reading
+from ..core.errors import FileError, InputError, reading, warn
 from ..core.files import parse_json, read_table, read_text
 from ..core.regions import REGIONS
 from .ct_rate import CTRateName, ct_rate_name
@@ -249,7 +248,7 @@ def ct_rate_labels(path) -> dict[str, dict[str, bool]]:
     if faults:
         rows = "1 row is" if len(faults) == 1 else f"{len(faults)} rows are"
         sentence = f"{rows} left out, their volumes have no labels: {faults[0]}"
-        warnings.warn(printable(sentence), stacklevel=2)
+        warn(sentence)
     return labels
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'POLARITY_TRIPLES', 'TextFeatures', 'UnreadText', 'TextTower', 'mean_pool_tokens', 'WordTokenizer',
-           'TinyText', 'FolderText', 'text_notes', 'negation_gap', 'minilm']
+           'TinyText', 'tower_files', 'tower_digest', 'FolderText', 'text_notes', 'negation_gap', 'minilm']
 
 # %% ../../nbs/ct_encoder/06_text_encoders.ipynb #cell-002
 import re
@@ -27,6 +27,7 @@ from torch import nn
 
 from ..core.errors import FileError, InputError, reading
 from ..core.files import atomic_write
+from ..data.cache import files_digest
 
 # %% ../../nbs/ct_encoder/06_text_encoders.ipynb #cell-005
 class TextFeatures(NamedTuple):
@@ -247,6 +248,24 @@ class TinyText(TextTower):
 
 # %% ../../nbs/ct_encoder/06_text_encoders.ipynb #cell-013
 POOLINGS = ("mean", "first")
+
+
+def tower_files(text) -> list[Path]:
+    """The files that decide what a text tower in a folder says, sorted; none for another name, such
+    as "tiny".
+    """
+    folder = Path(str(text)).expanduser()
+    if text in ("tiny", "minilm"):
+        return []
+    endings = (".json", ".txt", ".safetensors")
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in files if file.suffix in endings and file.is_file()]
+
+
+def tower_digest(text) -> str | None:
+    "Digest of `tower_files`; None where there are none."
+    files = tower_files(text)
+    return files_digest(files) if files else None
 
 
 class FolderText(TextTower):

@@ -6,7 +6,6 @@
 __all__ = ['CT_ENCODER_PRESETS', 'USUAL_SCANS', 'main', 'CTEncoderPreset', 'CTEncoderRun', 'load_ct_encoder']
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-002
-import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,23 +13,27 @@ from typing import ClassVar, Literal
 
 from fastcore.basics import patch
 
-from ..core.errors import InputError
+from ..core.config import Config
+from ..core.errors import InputError, warn
 from .dataset import collate_scans, open_scans
 from .encoder import CTEncoderConfig
 from .evaluation import LanguageScores, evaluate_language
 from .model import ScanLanguage, ScanLanguageConfig, all_texts, target_text
-from .text_encoders import WordTokenizer, text_notes
-from ..data.cache import DiskCache, default_cache_dir, files_digest
+from .text_encoders import WordTokenizer, text_notes, tower_digest
+from ..data.cache import DiskCache, default_cache_dir
 from ..data.cases import CTSource
-from ..training.checkpoints import load_model
+from ..training.checkpoints import CONFIG_FILE, WeightsError, load_model, read_config
 from ..training.run import Run, command, in_own_folder, list_names
 from ..training.gradient_cache import CachedLoss
 from ..training.trainer import Trainer, TrainerConfig
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-005
 @dataclass(frozen=True)
-class CTEncoderPreset:
-    "What a run of a given size is made of."
+class CTEncoderPreset(Config):
+    """What a run of a given size is made of.
+
+    InputError for counts below 1 and for a `written` below 0.
+    """
 
     network: ScanLanguageConfig
     trainer: TrainerConfig
@@ -41,6 +44,10 @@ class CTEncoderPreset:
     evaluation_cases: int = 128  # scans at most that are evaluated
     probed: int = 400  # training scans at most that the linear probe is fitted to
     written: int = 48  # scans at most whose reasoning is written
+
+    def __post_init__(self):
+        self.require(1, "phantoms", "validation_phantoms", "painted", "evaluation_cases", "probed")
+        self.require(0, "written")
 
 
 CT_ENCODER_PRESETS = {
@@ -192,7 +199,6 @@ class CTEncoderRun(Run):
     system: ClassVar[str] = "ct_encoder"
     presets: ClassVar[dict] = CT_ENCODER_PRESETS
     names: ClassVar[tuple[str, ...]] = (*Run.names, "reports")
-    files: ClassVar[tuple[str, ...]] = (*Run.files, "retrieval.csv", "lesions.csv")
 
     data: str = "phantom"  # "phantom", "phantom:COUNT", or a folder of CTs with a table of reports
     out: str = "runs/ct_encoder"
@@ -225,9 +231,11 @@ class CTEncoderRun(Run):
 
     def inputs(self) -> dict:
         "Digest of the files of a text tower in a folder."
-        folder = Path(self.settings.network.text)
-        files = sorted(path for path in folder.glob("*") if path.is_file())
-        return {"text": files_digest(files) if files else None}
+        return {"text": tower_digest(self.settings.network.text)}
+
+    def facts(self) -> dict:
+        "Digest of the files of a text tower in a folder, since it is read from there again."
+        return {"tower": tower_digest(self.settings.network.text)}
 
     def open(self, progress: bool = True) -> "CTEncoderRun":
         "Find the scans and their reports, prepare each once, and split them by patient."
@@ -274,7 +282,7 @@ def _build(self: CTEncoderRun, progress: bool) -> ScanLanguage:
     words = WordTokenizer.fit(2 * all_texts(self.report_of[id] for id in self.training.ids)).words
     self.model = ScanLanguage(replace(self.settings.network, words=tuple(words)))
     for note in _unread_texts(self):
-        warnings.warn(f"{self.data}: {note}", stacklevel=2)
+        warn(f"{self.data}: {note}")
     self.model.measure(
         (
             collate_scans([self.training.at(0, i)])
@@ -329,9 +337,18 @@ def _train(self: CTEncoderRun, progress: bool) -> list[dict]:
 def load_ct_encoder(folder) -> ScanLanguage:
     """The trained network of a run, in evaluation mode.
 
-    `WeightsError` when the folder is not one, or of another system; a frozen text tower is read
-    from where it was.
+    `WeightsError` when the folder is not one, or of another system; a text tower in a folder is
+    read from where it was, and `WeightsError` where its files are not those of the training.
     """
+    config = read_config(folder, system="ct_encoder")
+    text = config["network"].get("text")
+    found = tower_digest(text)
+    if found is not None and found != config.get("tower"):
+        raise WeightsError(
+            Path(folder) / CONFIG_FILE,
+            f"its text tower in {text} has other files than it was trained with; put them back, or"
+            " train again",
+        )
     return load_model(
         folder,
         "ct_encoder",

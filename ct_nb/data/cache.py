@@ -11,16 +11,17 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
-import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 import ct_nb
-from ..core.errors import InputError
-from ..core.files import atomic_write
+from ..core.errors import InputError, warn
+from ..core.files import atomic_write, remove_leftovers
 
 # %% ../../nbs/data/06_cache.ipynb #cell-005
 def content_digest(
@@ -113,18 +114,48 @@ def unpack(name: str, data: bytes) -> dict:
 
 # %% ../../nbs/data/06_cache.ipynb #eeb7a301
 class DiskCache:
-    """Dictionaries of arrays on disk, one file each, safe under any number of processes.
-
-    Delete the folder to be rid of it.
+    """Dictionaries of arrays on disk, one file each, safe under any number of processes, readable
+    by their owner alone.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self._writable = True
+        for part in self._parts():
+            remove_leftovers(part)
+            with suppress(OSError):  # of another user
+                part.chmod(0o700)
+
+    def _parts(self) -> list[Path]:
+        "The folders of the entries, one for each two digits that their names begin with."
+        return [part for part in self.folder.glob("[0-9a-f][0-9a-f]") if part.is_dir()]
 
     def path(self, name: str) -> Path:
         "The file of an entry."
         return self.folder / name[:2] / f"{name}.entry"
+
+    def entries(self) -> list[Path]:
+        "The files of all entries, and of nothing else that lies in the folder."
+        return [
+            file
+            for part in self._parts()
+            for file in part.glob(f"{part.name}*.entry")
+            if re.fullmatch("[0-9a-f]{32}", file.stem) and not file.is_symlink()
+        ]
+
+    def clear(self) -> tuple[int, int]:
+        "Delete all entries, and the folders that are empty then: how many, and their bytes."
+        parts = self._parts()
+        count = size = 0
+        for file in self.entries():
+            with suppress(FileNotFoundError):  # another process was faster
+                size += file.stat().st_size
+                file.unlink()
+                count += 1
+        for folder in (*parts, self.folder):
+            with suppress(OSError):  # it holds something else, or is not there
+                folder.rmdir()
+        return count, size
 
     def get(
         self,
@@ -139,9 +170,7 @@ class DiskCache:
         except FileNotFoundError:
             pass
         except (ValueError, OSError) as error:
-            warnings.warn(
-                f"cache entry {path} is set aside and computed again: {error}", stacklevel=2
-            )
+            warn(f"cache entry {path} is set aside and computed again: {error}")
         arrays = build()
         if keep and self._writable:
             self._write(path, pack(name, arrays))
@@ -149,11 +178,15 @@ class DiskCache:
 
     def _write(self, path: Path, data: bytes):
         try:
-            with atomic_write(path) as temporary:
+            for folder in (self.folder, path.parent):
+                if not folder.is_dir():
+                    folder.mkdir(0o700, parents=True, exist_ok=True)
+                    folder.chmod(0o700)
+            with atomic_write(path, private=True) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
             self._writable = False
-            warnings.warn(
+            warn(
                 f"the cache in {self.folder} cannot be written and is not used for new entries in"
                 f" this run: {error}",
                 stacklevel=3,
@@ -181,10 +214,15 @@ class MemoryCache(dict):
 
 # %% ../../nbs/data/06_cache.ipynb #cell-020
 def default_cache_dir() -> Path:
-    "`$CT_NB_CACHE`, or `~/.cache/ct_nb`; for a user without a home, in the temporary folder."
+    """`$CT_NB_CACHE`, or `~/.cache/ct_nb`; for a user without a home, in the temporary folder:
+    `InputError` where another user has made a folder of that name.
+    """
     if os.environ.get("CT_NB_CACHE"):
         return Path(os.environ["CT_NB_CACHE"])
     try:
         return Path.home() / ".cache" / "ct_nb"
     except RuntimeError:  # a container may run as a user who is in no list
-        return Path(tempfile.gettempdir()) / f"ct_nb_{os.getuid()}"
+        folder = Path(tempfile.gettempdir()) / f"ct_nb_{os.getuid()}"
+    if os.path.lexists(folder) and folder.lstat().st_uid != os.getuid():
+        raise InputError("CT_NB_CACHE", f"{folder} is another user's; set it to a folder of yours")
+    return folder

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..core.errors import first_line, reading
+from ..core.errors import first_line, printable, reading
 from ct_nb.data.dicom_pixels import (
     check_deflated,
     has_data_set,
@@ -136,8 +136,8 @@ def object_kind(header) -> str:
     modality = str(header.get("Modality") or "").strip()
     uid = pydicom.uid.UID(_sop_class(header))
     if not uid or uid in CT_CLASSES and modality not in ("", "CT"):
-        return modality or "no modality"
-    return uid.name
+        return printable(modality) or "no modality"
+    return printable(uid.name)
 
 
 def is_localizer(header) -> bool:

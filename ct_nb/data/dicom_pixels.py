@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DICOM_SUFFIXES', 'MAX_INFLATED_BYTES', 'MAX_INFLATED_RATIO', 'MAX_CODEC_RATIO', 'MAX_SIDE', 'MAX_PIXELS',
            'has_dicom_suffix', 'has_preamble', 'has_data_set', 'is_dicom', 'number_tag', 'ModalityTable', 'PixelTags',
-           'read_pixel_tags', 'blocked_mask', 'check_deflated', 'read_image']
+           'read_pixel_tags', 'blocked_mask', 'unread_shapes', 'check_deflated', 'read_image']
 
 # %% ../../nbs/data/01a_dicom_pixels.ipynb #4f316e05
 import struct
@@ -18,7 +18,7 @@ from pathlib import PurePath
 import numpy as np
 
 from ..core.errors import FileError
-from ..core.errors import first_line
+from ..core.errors import first_line, printable
 
 # %% ../../nbs/data/01a_dicom_pixels.ipynb #6cddc958
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
@@ -266,13 +266,33 @@ def blocked_mask(header, shape: tuple[int, int], name, error: type[FileError]) -
     """
     blocked = np.zeros(shape, dtype=bool)
     for kind in ("Collimator", "Shutter"):
-        forms = header.get(f"{kind}Shape") or ()
-        for form in (forms,) if isinstance(forms, str) else forms:
+        forms = _shapes(header, kind)
+        for form in forms:
             if form in _OPENINGS:
                 blocked |= ~_OPENINGS[form](header, kind, shape, name, error)
         if blocked.all():
-            raise error(name, f"its {kind}Shape {forms} leaves no pixel open; correct the header")
+            raise error(
+                name,
+                f"its {kind}Shape {', '.join(forms)} leaves no pixel open; correct the header",
+            )
     return blocked
+
+
+def _shapes(header, kind: str) -> tuple[str, ...]:
+    forms = header.get(f"{kind}Shape") or ()
+    return (forms,) if isinstance(forms, str) else tuple(map(str, forms))
+
+
+def unread_shapes(header) -> list[str]:
+    """Collimators and shutters that `blocked_mask` does not know, as "ShutterShape BITMAP": DICOM
+    has bitmaps in presentation states only (PS3.3 C.7.6.15), and some write them into images.
+    """
+    return [
+        f"{kind}Shape {printable(form)}"
+        for kind in ("Collimator", "Shutter")
+        for form in _shapes(header, kind)
+        if form not in _OPENINGS
+    ]
 
 
 def _rectangle(header, kind: str, shape, name, error) -> np.ndarray:

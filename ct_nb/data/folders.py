@@ -9,7 +9,6 @@ __all__ = ['PREPARED_FORMS', 'PREPARED_MAPS', 'FoundCase', 'name_cases', 'find_l
 # %% ../../nbs/data/05a_folders.ipynb #16a22d16
 import functools
 import json
-import warnings
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.errors import FileError, InputError, reading
+from ..core.errors import FileError, InputError, reading, warn
 from ..core.files import check_entries, fits, is_file_name, parse_json, read_arrays, read_json
 from .cache import MemoryCache, code_digest, content_digest, files_digest
 from .cases import Case, CTSource, block_all, block_mean, block_mode, sample_arrays
@@ -39,6 +38,7 @@ class FoundCase:
     id: str
     patient: str
     label_path: Path | None
+    person: str = ""  # see `ct_nb.data.patients.CasePatient`
 
 
 def name_cases(root: Path, paths: list[Path]) -> list[FoundCase]:
@@ -49,9 +49,9 @@ def name_cases(root: Path, paths: list[Path]) -> list[FoundCase]:
     shared = {id for id, count in Counter(ids).items() if count > 1}
     ids = [name.replace("/", "_") if id in shared else id for name, id in zip(names, ids)]
     stems = [stem(path) for path in paths]
-    patients = name_patients(base, paths, stems, list(zip(names, ids, stems)))
+    patients = name_patients(base, paths, stems, ids, list(zip(names, ids, stems)))
     return [
-        FoundCase(path, name, id, patient, find_labels(base, path))
+        FoundCase(path, name, id, patient.name, find_labels(base, path), patient.person)
         for path, name, id, patient in zip(paths, names, ids, patients)
     ]
 
@@ -233,7 +233,7 @@ def _open_case(files: FoundCase, size, side_mm, hold_lungs, cache) -> tuple[Case
     summary = cache.get(content_digest("summary", digest), summarise)
     about = json.loads(str(summary["about"])) | {"voxels": str(summary["voxels"])}
     id, patient = prepared or (files.id, files.patient)
-    return Case(id, patient, content, digest, load), about
+    return Case(id, patient, content, digest, load, files.person), about
 
 # %% ../../nbs/data/05a_folders.ipynb #81efa435
 def read_folder(
@@ -303,9 +303,9 @@ def _report_skipped(root: Path, count: int, skipped: list, stacklevel: int) -> N
     "Warn of what is left out; an error where nothing is left."
     if not skipped:
         return
-    warnings.warn(
-        f"{root}: {len(skipped)} of {count} cases are left out\n"
-        + "\n".join(f"  {name}: {reason}" for name, reason in skipped),
+    warn(
+        f"{root}: {len(skipped)} of {count} cases are left out",
+        *(f"{name}: {reason}" for name, reason in skipped),
         stacklevel=stacklevel,
     )
     if len(skipped) == count:
@@ -323,7 +323,7 @@ def _join_twins(cases: list[Case], summaries: dict) -> list[Case]:
         new = renamed.get(twin.patient, twin.patient)
         if old == new:
             continue
-        warnings.warn(
+        warn(
             f"{case.id} has the same voxels as {twin.id}; both are counted as patient {new}",
             stacklevel=3,
         )

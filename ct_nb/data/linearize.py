@@ -6,18 +6,24 @@
 __all__ = ['MAX_LINE_INTEGRAL', 'to_line_integrals', 'PixelSettings', 'PixelEncoding', 'image_encoding', 'read_radiographs']
 
 # %% ../../nbs/data/04a_linearize.ipynb #d0122b8b
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core.errors import InputError
-from ..core.files import read_json
+from ..core.errors import InputError, warn
+from ..core.files import is_file_name, read_json
 from .direct_beam import DirectBeam, find_direct_beam
-from .radiograph_io import KINDS, Radiograph, RadiographError, open_radiographs
-from ..physics.geometry import VECTORS, ConeBeam
+from ct_nb.data.radiograph_io import (
+    KINDS,
+    SAME_MM,
+    Radiograph,
+    RadiographError,
+    open_radiographs,
+    views_apart_mm,
+)
+from ..physics.geometry import ConeBeam
 from ..physics.geometry_io import load_geometry
 
 # %% ../../nbs/data/04a_linearize.ipynb #2cfab013
@@ -414,7 +420,7 @@ def read_radiographs(
     _check_views(images, geometry)
     for note in decided:
         if notes is None:
-            warnings.warn(note, stacklevel=2)
+            warn(note)
         else:
             notes.append(note)
     return torch.stack(line_integrals)
@@ -482,7 +488,7 @@ def _listed(folder: Path) -> list[str]:
         raise RadiographError(sidecar, 'its "images" is no list; write it with write_radiographs')
     names = [entry.get("file") if isinstance(entry, dict) else None for entry in entries]
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+        if not is_file_name(name):
             raise RadiographError(
                 sidecar,
                 f'its "images" names {name!r}, which is no file of this folder; correct it',
@@ -492,8 +498,16 @@ def _listed(folder: Path) -> list[str]:
 
 def _sidecar_note(images: list[Radiograph], geometry: ConeBeam | None) -> list[str]:
     """A note where the files of one folder do not go with the geometry.json beside them: another
-    order, or another geometry than the one that is given.
+    order, or another geometry than the one that is given; likewise for one in the files themselves.
     """
+    if geometry is not None and not geometry.batch_shape and geometry.views == len(images):
+        for number, image in enumerate(images):
+            own = image.geometry
+            if own is not None and views_apart_mm(own, geometry.select([number])) > SAME_MM:
+                return [
+                    f"{image.label}: the geometry that is given is not the one in the file; check"
+                    " that it is theirs."
+                ]
     paths = [Path(image.path) for image in images]
     folder = paths[0].parent
     single = all(image.view is None and p.parent == folder for image, p in zip(images, paths))
@@ -514,11 +528,8 @@ def _sidecar_note(images: list[Radiograph], geometry: ConeBeam | None) -> list[s
         beside = load_geometry(folder / "geometry.json").select(places)
     except (InputError, IndexError) as error:
         return [f"{folder}: the views of its geometry.json cannot be compared ({error})."]
-    apart = max(
-        float((getattr(beside, name) - getattr(geometry, name).detach().cpu()).abs().max())
-        for name in VECTORS
-    )
-    if apart < 0.01:
+    apart = views_apart_mm(beside, geometry)
+    if apart <= SAME_MM:
         return []
     return [
         f"{folder}: the geometry that is given is not that of the geometry.json beside the files,"

@@ -6,16 +6,14 @@
 __all__ = ['prepare', 'main']
 
 # %% ../../nbs/data/11_prepare.ipynb #1ac480a8
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from fastcore.script import call_parse
 
 from ..core.errors import FileError
-from ..core.files import path_inside
+from ..core.files import atomic_folder, path_inside, writing
+from ..core.terminal import program
 from .cases import Case, CTSource, Sample, sample_arrays
 from .open import open_source
 
@@ -36,25 +34,12 @@ def prepare(
         raise FileError(out, "exists already; choose another folder, or delete it first")
     for case in source.cases:
         path_inside(out, case.id)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise OSError(
-            f"{out}: cannot be written ({error.strerror}); choose a folder that is yours and has"
-            " room"
-        ) from None
-    try:
+    with atomic_folder(out) as temporary:
         samples = tqdm(source, desc=f"preparing {out.name}", disable=len(source) < 3)
         for case, sample in zip(source.cases, samples):
             path = path_inside(temporary, f"{case.id}.npz")
-            np.savez_compressed(path, **_prepared_arrays(case, sample))
-        os.chmod(temporary, 0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            with writing(out / path.name):
+                np.savez_compressed(path, **_prepared_arrays(case, sample))
     return out
 
 
@@ -80,12 +65,10 @@ def main(
     thorax_only: bool = False,  # leave out what is no whole thorax
 ):
     "Convert a data set to a folder of cubes, one npz a case, that numpy alone can read."
-    try:
+    with program("ct_nb.data.prepare"):
         source = open_source(data, size, side_mm, on_error, thorax_only)
         folder = prepare(source, out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ct_nb.data.prepare: {error}") from None
-    print(
-        f"{folder}: {len(source)} cases of {len(set(source.patients))} patients,"
-        f" {len(source.skipped)} left out"
-    )
+        print(
+            f"{folder}: {len(source)} cases of {len(set(source.patients))} patients,"
+            f" {len(source.skipped)} left out"
+        )

@@ -7,14 +7,13 @@ __all__ = ['CT_READERS', 'LATTICE_VOXELS', 'read_volume', 'volume_files', 'read_
 
 # %% ../../nbs/data/03_read.ipynb #e774afab
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 
 from .dicom import read_dicom
 from .dicom_pixels import is_dicom
-from ..core.errors import reading
+from ..core.errors import reading, warn
 from .hounsfield import CTReadError, check_background, check_hounsfield, format_mm
 from .metaimage import metaimage_files, read_metaimage
 from .nrrd import nrrd_files, read_nrrd
@@ -195,7 +194,7 @@ def _check_inside(path, labels: Volume, scan: Grid) -> None:
             " the map of this scan",
         )
     if inside < 0.5:
-        warnings.warn(
+        warn(
             f"{path}: {1 - inside:.0%} of its labelled voxels lie outside of its scan; is it the"
             " map of this scan?",
             stacklevel=3,

@@ -106,6 +106,7 @@ class DRR2CTConfig(Config):
             *("size", "latent_size", "grid_channels", "latent_channels", "bottleneck_channels"),
             *("view_depths", "view_heads", "view_window", "epipolar_neighbours", "prior_modes"),
             *("lifted_channels", "contrast_channels", "consistency_detector"),
+            *("view_channels", "keep_tokens", "epipolar_strides"),
         )
         self.require(0, "latent_blocks", "consistency_noise", "consistency_iterations")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Predictor', 'AirBaseline', 'MeanAtlas', 'NearestNeighbour', 'to_hu', 'MinimumNorm', 'SIRT', 'AtlasDataConsistency',
-           'shrunk_std', 'fit_baselines']
+           'ModesBaseline', 'shrunk_std', 'fit_baselines']
 
 # %% ../../nbs/evaluation/04_baselines.ipynb #cell-002
 from typing import Protocol
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.errors import InputError
+from ..layers.pca_prior import LinearPrior
 from ..physics.geometry import ConeBeam
 from ..physics.volume import AIR_HU, hu_to_mu, mu_to_hu
 
@@ -181,6 +182,31 @@ class AtlasDataConsistency:
             )
         return to_hu(mu, self.energy_kev)
 
+# %% ../../nbs/evaluation/04_baselines.ipynb #cell-0mo1
+class ModesBaseline:
+    "The mean of the training CTs and their principal modes, fitted to the X-rays."
+
+    name = "linear_prior"
+
+    def __init__(
+        self,
+        volumes: torch.Tensor,  # (n, D, H, W) HU of training CTs
+        noise: float = 4.0,  # of the line integrals around what the modes explain
+        energy_kev: float = 60.0,
+        modes_mb: float = 512.0,  # memory for the modes
+    ):
+        room = max(1, int(modes_mb * 2**20 / (4 * volumes[0].numel())))
+        every = -(-len(volumes) // room)
+        volumes = volumes[::every].float()
+        self.prior = LinearPrior(volumes.shape[-1], max(len(volumes) - 1, 1), noise, energy_kev)
+        self.prior.fit_modes(volumes)
+        self.settings = {"cases": len(volumes), "noise": noise}
+
+    def predict(self, xrays, geometry):
+        _require_size(self.name, self.prior.mean_hu, geometry)
+        prior = self.prior.to(xrays.device)
+        return prior(xrays[None], ConeBeam.stack([geometry]))[0].clamp_min(AIR_HU)
+
 # %% ../../nbs/evaluation/04_baselines.ipynb #cell-017
 def shrunk_std(variance: torch.Tensor, cases: int, prior_cases: int = 5) -> torch.Tensor:
     """Standard deviation of each voxel, shrunk towards the mean over voxels; any unit.
@@ -198,7 +224,7 @@ def fit_baselines(
     energy_kev: float | None = None,  # None: that of the pairs, or 60
     library_mb: float = 1024.0,  # memory for the nearest neighbour's CTs
 ) -> list[Predictor]:
-    """The six baselines, in the order of the table above, fitted to training cases.
+    """The seven baselines, in the order of the table above, fitted to training cases.
 
     Raises InputError where there are none.
     """
@@ -229,5 +255,6 @@ def fit_baselines(
         NearestNeighbour(*(torch.stack(part) for part in zip(*library))),
         MinimumNorm(energy_kev=energy_kev),
         SIRT(energy_kev=energy_kev),
+        ModesBaseline(torch.stack([hu for _, hu in library]), energy_kev=energy_kev),
         AtlasDataConsistency(atlas, spread if n > 1 else None, energy_kev=energy_kev),
     ]

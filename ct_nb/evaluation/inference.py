@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESIDUAL_DETECTOR', 'RESIDUAL_MARGIN', 'Reconstruction', 'view_residuals', 'residual_limit', 'inconsistent_views',
-           'fit_detector', 'center_on_patient']
+           'DomainCheck', 'expected_residual', 'check_domain', 'fit_detector', 'center_on_patient']
 
 # %% ../../nbs/evaluation/08_inference.ipynb #cell-002
 import math
@@ -118,6 +118,50 @@ def inconsistent_views(
         for view, residual in enumerate(residuals)
         if residual > limit
     ]
+
+# %% ../../nbs/evaluation/08_inference.ipynb #cell-0do1
+@dataclass
+class DomainCheck:
+    "Whether X-rays are like those that a run was trained on."
+
+    outside: bool | None  # None: the run does not record what its own kind of X-rays has
+    residual: float | None  # the largest of the views, before data consistency
+    limit: float | None  # the largest of held-out training cases, with the margin
+    sentence: str
+
+
+def expected_residual(residuals: list[float]) -> dict:
+    "Median and limit of relative residuals, for config.json."
+    return {
+        "median": float(np.median(residuals)),
+        "limit": RESIDUAL_MARGIN * float(np.max(residuals)),
+    }
+
+
+def check_domain(
+    reconstruction: Reconstruction,  # of a run, with its residuals before data consistency
+    expected: dict | None,  # the "residual" entry of the run's config.json
+) -> DomainCheck:
+    "Compare the residual before data consistency with that of the run's held-out cases."
+    limit = residual_limit((expected or {}).get("unconstrained"))
+    if limit is None or not reconstruction.residual_unconstrained:
+        return DomainCheck(
+            None,
+            None,
+            limit,
+            "the run does not record how well it explains X-rays of its own kind before data"
+            " consistency, so it is not known whether these are; train it again",
+        )
+    residual = max(reconstruction.residual_unconstrained)
+    told = f"residual {residual:.3f} before data consistency, limit {limit:.3f}"
+    if residual <= limit:
+        sentence = f"the X-rays are like those the run was trained on ({told})"
+    else:
+        sentence = (
+            f"the X-rays are unlike those the run was trained on ({told}), so the atlas is the"
+            " better answer"
+        )
+    return DomainCheck(residual > limit, residual, limit, sentence)
 
 # %% ../../nbs/evaluation/08_inference.ipynb #cell-014
 def _suitable(count: int, longest: int, multiple: int, most: int) -> int:

@@ -87,7 +87,8 @@ class Conditioning(NamedTuple):
 class DenoiserConfig(Config):
     """Settings of a `Denoiser`; stored beside its weights.
 
-    Raises InputError for settings that do not fit together.
+    Raises InputError for settings that do not fit together and for numbers below 1 (token_blocks
+    and condition_channels: below 0).
     """
 
     size: int = 64  # voxels a side
@@ -101,6 +102,8 @@ class DenoiserConfig(Config):
 
     def __post_init__(self):
         object.__setattr__(self, "channels", tuple(self.channels))
+        self.require(1, "size", "channels", "token_channels", "heads", "prior_features")
+        self.require(0, "token_blocks", "condition_channels")
         if len(self.channels) != self.levels:
             raise InputError(
                 "channels",

@@ -52,10 +52,15 @@ class LinearPrior(nn.Module):
 
         `patients` has the patient of each volume (None: all different). Modes beyond n − 1 stay 0.
         """
+        self.fit_modes(volumes_hu)
+        self.spread_hu.copy_(self._residual_std(volumes_hu, patients))
+
+    @torch.no_grad()
+    def fit_modes(self, volumes_hu: torch.Tensor) -> None:
+        "Fit mean and modes alone to volumes (n, N, N, N) in HU."
         mean, modes = principal_modes(volumes_hu, len(self.modes_hu))
         self.mean_hu.copy_(mean)
         self.modes_hu.zero_()[: len(modes)] = modes.half()
-        self.spread_hu.copy_(self._residual_std(volumes_hu, patients))
         self._projected.clear()
 
     def _residual_std(self, volumes_hu, patients) -> torch.Tensor:

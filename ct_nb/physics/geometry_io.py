@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.errors import FileError, InputError, reading
+from ..core.errors import FileError, InputError, reading, warn
 from ..core.files import atomic_write, parse_json, read_text
 from .geometry import VECTORS, ConeBeam, GeometryError
 from .volume import Grid
@@ -527,7 +527,7 @@ def geometry_from_dicom(
         )
     for note in assumed:
         if notes is None:
-            warnings.warn(note, stacklevel=2)
+            warn(note)
         else:
             notes.append(note)
     return ConeBeam(

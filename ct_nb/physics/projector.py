@@ -7,7 +7,6 @@ __all__ = ['project', 'backproject']
 
 # %% ../../nbs/physics/05_projector.ipynb #cell-002
 import importlib
-import warnings
 import weakref
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,7 +14,7 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-from ..core.errors import InputError
+from ..core.errors import InputError, warn
 from . import joseph_reference as joseph
 from .geometry import VECTORS, ConeBeam
 from .joseph_reference import ColumnParameters, column_parameters
@@ -114,10 +113,9 @@ def _backend(name: str | None, device: torch.device):
         return importlib.import_module(_MODULES[name])
     except ImportError as error:
         if name not in _warned:
-            warnings.warn(
+            warn(
                 f"{name} cannot be imported ({error}); the projector falls back to plain torch,"
-                " which is many times slower",
-                stacklevel=2,
+                " which is many times slower"
             )
         _warned.add(name)
         return joseph

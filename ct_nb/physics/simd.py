@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HAS_AVX512', 'PADDING', 'Lanes', 'lane_index', 'broadcast', 'load', 'store', 'add_to', 'where', 'clamp', 'truncate',
-           'as_float', 'hat', 'lane_sum', 'lookup_pair', 'transpose']
+           'as_float', 'in_unit', 'shift_in', 'hat', 'lane_sum', 'lookup_pair', 'transpose']
 
 # %% ../../nbs/physics/02a_simd.ipynb #cell-002
 import operator
@@ -125,6 +125,18 @@ def add_to(typing, array, index, lanes, count):
     after them are neither read nor written, so other threads may work on them.
     """
 
+    def masked(builder, name, result, pointer, *rest):
+        "A call of LLVM's masked load or store."
+        arguments = *rest[:-1], pointer, _I32(lanes.kind.bitwidth // 8), rest[-1]
+        if result == lanes.llvm:
+            arguments += (_constant(result, 0.0),)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(result, [a.type for a in arguments]),
+            f"llvm.masked.{name}.v{lanes.count}f{lanes.kind.bitwidth}.p0",
+        )
+        return builder.call(function, arguments)
+
     def generate(context, builder, sig, args):
         pointer = _pointer(context, builder, array, *args[:2])
         with builder.if_else(
@@ -134,12 +146,17 @@ def add_to(typing, array, index, lanes, count):
                 _store(
                     builder, builder.fadd(_load(builder, pointer, lanes), args[2]), pointer, lanes
                 )
-            with partial, cgutils.for_range(builder, args[3]) as loop:
-                one = builder.gep(pointer, [loop.index])
-                builder.store(
-                    builder.fadd(builder.load(one), builder.extract_element(args[2], loop.index)),
-                    one,
+            with partial:
+                integers = ir.VectorType(_I32, lanes.count)
+                mask = builder.icmp_signed(
+                    "<",
+                    _constant(integers, range(lanes.count)),
+                    _splat(builder, builder.trunc(args[3], _I32), integers),
                 )
+                pointer = builder.bitcast(pointer, lanes.llvm.as_pointer())
+                before = masked(builder, "load", lanes.llvm, pointer, mask)
+                after = builder.fadd(before, args[2])
+                masked(builder, "store", ir.VoidType(), pointer, after, mask)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, lanes, types.intp), generate
@@ -234,6 +251,25 @@ def as_float(typing, integers, lanes):
     "int32 lanes as floating-point numbers of the type of `lanes`."
     return lanes(integers, lanes), lambda context, builder, sig, args: builder.sitofp(
         args[0], lanes.llvm
+    )
+
+
+@intrinsic
+def in_unit(typing, lanes):
+    "Where 0 ≤ x < 1, by one comparison: of the bits, which negative numbers have larger; not −0."
+    one = {32: 0x3F800000, 64: 0x3FF0000000000000}[lanes.kind.bitwidth]
+    bits = ir.VectorType(ir.IntType(lanes.kind.bitwidth), lanes.count)
+    return Lanes(types.boolean, lanes.count)(lanes), lambda context, builder, sig, args: (
+        builder.icmp_unsigned("<", builder.bitcast(args[0], bits), _constant(bits, one))
+    )
+
+
+@intrinsic
+def shift_in(typing, before, lanes):
+    "The last lane of `before`, then all lanes of `lanes` but the last."
+    order = _constant(ir.VectorType(_I32, lanes.count), range(lanes.count - 1, 2 * lanes.count - 1))
+    return lanes(before, lanes), lambda context, builder, sig, args: builder.shuffle_vector(
+        *args, order
     )
 
 # %% ../../nbs/physics/02a_simd.ipynb #cell-012
@@ -361,30 +397,33 @@ def _emit_permutes(builder, kind, pointer, index, results, registers):
 
 
 def _emit_gather(builder, kind, pointer, index, results):
-    """Code that loads lane by lane.
-
-    It is a function of its own: inlined, LLVM computes 16 addresses
-    in advance for a case that is rare.
+    """Code that loads lane by lane, by the gather instruction (`vgatherdps`, `vgatherdpd`) where
+    the processor has AVX-512.
     """
-    name = f"lanes_gather_{kind.llvm.element}_{kind.count}"
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(
-            builder.module, ir.FunctionType(kind.llvm, (pointer.type, index.type)), name
-        )
-        function.linkage = "internal"
+    for ahead, result in enumerate(results):
+        table = builder.gep(pointer, [_I64(ahead)])
         if HAS_AVX512:
-            function.attributes.add("noinline")
-        inner = ir.IRBuilder(function.append_basic_block())
+            byte = ir.IntType(8).as_pointer()
+            arguments = (
+                _constant(kind.llvm, 0.0),
+                builder.bitcast(table, byte),
+                index,
+                _constant(ir.VectorType(ir.IntType(1), kind.count), 1),
+                _I32(kind.kind.bitwidth // 8),
+            )
+            letter = "dpd" if kind.kind == types.float64 else "dps"
+            gather = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(kind.llvm, [a.type for a in arguments]),
+                f"llvm.x86.avx512.mask.gather.{letter}.512",
+            )
+            builder.store(builder.call(gather, arguments), result)
+            continue
         lanes = ir.Constant(kind.llvm, ir.Undefined)
         for i in range(kind.count):
-            at = inner.sext(inner.extract_element(function.args[1], _I32(i)), _I64)
-            lanes = inner.insert_element(
-                lanes, inner.load(inner.gep(function.args[0], [at])), _I32(i)
-            )
-        inner.ret(lanes)
-    for ahead, result in enumerate(results):
-        builder.store(builder.call(function, [builder.gep(pointer, [_I64(ahead)]), index]), result)
+            at = builder.sext(builder.extract_element(index, _I32(i)), _I64)
+            lanes = builder.insert_element(lanes, builder.load(builder.gep(table, [at])), _I32(i))
+        builder.store(lanes, result)
 
 # %% ../../nbs/physics/02a_simd.ipynb #cell-017
 @intrinsic

@@ -12,7 +12,16 @@ from fastcore.script import call_parse
 
 from ..core.errors import InputError
 from ..core.files import read_json
-from ..core.plot_style import BASELINE, FAINT, MODEL, MUTED, SERIES, TRUTH, plot_style
+from ct_nb.core.plot_style import (
+    BASELINE,
+    FAINT,
+    MODEL,
+    MUTED,
+    SERIES,
+    TRUTH,
+    plain_log_labels,
+    plot_style,
+)
 from ..data.read import read_volume
 from ..evaluation.metrics import psnr
 from ..physics.volume import Volume, get_window
@@ -123,6 +132,7 @@ def spectrum_figure(
             label = name.replace("_", " ")
             left.semilogy(frequency, spectra["power"][name], label=label, **line)
             right.plot(frequency, spectra["correlation"][name], **line)
+        plain_log_labels(left.yaxis)
         left.set_title("power, HU² mm³", loc="left")
         right.set_title("correlation with the CT", loc="left")
         right.set_ylim(min(0.0, *(min(spectra["correlation"][name]) for name in names)), 1.02)

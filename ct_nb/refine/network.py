@@ -46,10 +46,9 @@ class RefinerConfig(Config):
         object.__setattr__(self, "channels", tuple(self.channels))
         if self.window not in WINDOWS:
             raise InputError("window", f"must be one of {', '.join(WINDOWS)}, got {self.window!r}")
-        if len(self.channels) < 2 or self.blocks < 1:
-            name = "channels" if len(self.channels) < 2 else "blocks"
-            least = "two levels" if name == "channels" else "one"
-            raise InputError(name, f"need at least {least}, got {getattr(self, name)}")
+        self.require(1, "size", "channels", "blocks", "prior_features", "hidden")
+        if len(self.channels) < 2:
+            raise InputError("channels", f"need at least two levels, got {self.channels}")
         if self.size % self.step:
             raise InputError(
                 "size",
@@ -57,7 +56,8 @@ class RefinerConfig(Config):
                 f" {self.size}",
             )
         self.require(0, "limit_hu", above=True)
-        self.require(1, "size", "channels", "prior_features", "hidden")
+        self.require(1, "patch")
+        self.require(0, "overlap")
         mu_water_per_mm(self.energy_kev)  # InputError for an energy outside its table
         if self.patch is not None:
             self._check_patches(self.step)

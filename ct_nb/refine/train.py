@@ -154,7 +154,6 @@ class RefinementRun(Run):
     system: ClassVar[str] = "refiner"
     presets: ClassVar[dict] = REFINEMENT_PRESETS
     names: ClassVar[tuple[str, ...]] = (*Run.names, "coarse")
-    files: ClassVar[tuple[str, ...]] = (*Run.files, "refinement.json")
 
     out: str = "runs/refinement"
     # folder of a run of drr2ct or of a cascade, or of coarse CTs named after their cases; or sirt

@@ -51,8 +51,7 @@ from ct_nb.viewer.canvas import (
     to_uint8,
 )
 from ..viewer.ct_viewer import follow_wheel, slice_slider, window_menu
-from ..viewer.figures import BRIGHT, ENDS
-from ..viewer.slice_canvas import to_patient_axes
+from ..viewer.figures import BRIGHT, ENDS, to_patient_axes
 from ct_nb.viewer.widgets import (
     HTML,
     Dropdown,

@@ -15,8 +15,7 @@ from ..core.errors import InputError
 from ..core.plot_style import MUTED, plot_style
 from ..physics.volume import Volume, get_window
 from .thin_ct_files import thin_slice_affine
-from ..viewer.figures import draw_plane, scale_bar
-from ..viewer.slice_canvas import to_patient_axes
+from ..viewer.figures import draw_plane, scale_bar, to_patient_axes
 
 # %% ../../nbs/slices/12_figures.ipynb #cell-006
 FIGURE_PREDICTORS = (  # in this order; others are left out

@@ -24,7 +24,7 @@ import torch
 from ..core.errors import InputError
 from ..core.files import atomic_write, write_json
 from ..evaluation.case_metrics import METRICS, Metric
-from ..evaluation.metrics import CHEST, as_pair
+from ..evaluation.metrics import CHEST, as_pair, masked
 from ct_nb.evaluation.scoreboard import (
     Scoreboard,
     scoreboard_content,
@@ -33,6 +33,7 @@ from ct_nb.evaluation.scoreboard import (
     save_scoreboard,
 )
 from ..evaluation.sharpness import Edges
+from ..physics.scanned import scanned_voxels
 from ..physics.volume import Window
 from .consistency import INTERPOLATIONS, along_z, back_projection, interpolate_stack
 from .slice_profile import SliceAxis, SliceProfile, slice_profile_matrix
@@ -42,9 +43,10 @@ from .vae_tiles import decode_tiled, encode_tiled
 from ..training.checkpoints import versions
 
 # %% ../../nbs/slices/07_metrics.ipynb #cell-005
-def slice_noise(hu: torch.Tensor) -> torch.Tensor:
+def slice_noise(hu: torch.Tensor, counted=None) -> torch.Tensor:
     """Standard deviation of the noise of each slice of (D, H, W), in HU: (D,) float64 (Immerkær
-    1996, Comput. Vis. Image Underst. 64:300).
+    1996, Comput. Vis. Image Underst. 64:300), where all 3 × 3 pixels are `counted` (None: all are);
+    NaN for a slice without such pixels.
 
     Raises InputError for fewer than 3 rows or columns.
     """
@@ -54,29 +56,42 @@ def slice_noise(hu: torch.Tensor) -> torch.Tensor:
     def second_difference(x):
         return x[..., 2:] - 2 * x[..., 1:-1] + x[..., :-2]
 
-    laplacian = [second_difference(second_difference(image.double()).mT) for image in hu]
+    laplacian = [second_difference(second_difference(image.double()).mT).mT for image in hu]
+    if counted is not None:
+        whole = torch.as_tensor(counted).unfold(1, 3, 1).unfold(2, 3, 1).all(-1).all(-1)
+        laplacian = [image[mask] for image, mask in zip(laplacian, whole)]
     return math.sqrt(math.pi / 2) / 6 * torch.stack([image.abs().mean() for image in laplacian])
 
 
-def through_plane_scores(pred, truth, window: Window = CHEST) -> dict[str, float]:
-    """`step_error_hu`, `step_level_db` and `noise_unevenness` of HU volumes (D, H, W).
+def _counted_steps(counted) -> torch.Tensor:
+    "Steps (D-1, H, W) from one slice to the next of which both voxels are counted."
+    counted = torch.as_tensor(counted)
+    return counted[1:] & counted[:-1]
+
+
+def through_plane_scores(pred, truth, window: Window = CHEST, counted=None) -> dict[str, float]:
+    """`step_error_hu`, `step_level_db` and `noise_unevenness` of HU volumes (D, H, W), over steps
+    between `counted` voxels (None: all are).
 
     NaN for a single slice or a truth without steps or noise.
     """
     pred, truth = as_pair(pred, truth, window)
+    steps = None if counted is None else _counted_steps(counted)
     if len(truth) < 2:
         return {"step_error_hu": math.nan, "step_level_db": math.nan, "noise_unevenness": math.nan}
     error = 0.0
     pred_energy = 0.0
     truth_energy = 0.0
-    for below, above, truth_below, truth_above in zip(pred, pred[1:], truth, truth[1:]):
-        step = (above - below).double()
-        truth_step = (truth_above - truth_below).double()
-        error += (step - truth_step).abs().mean().item()
+    for k in range(len(truth) - 1):
+        mask = None if steps is None else steps[k]
+        step = masked(pred[k + 1] - pred[k], mask)
+        truth_step = masked(truth[k + 1] - truth[k], mask)
+        error += (step - truth_step).abs().sum().item()
         pred_energy += step.square().sum().item()
         truth_energy += truth_step.square().sum().item()
-    noise = slice_noise(pred)
-    truth_noise = slice_noise(truth)
+    noise = slice_noise(pred, counted)
+    truth_noise = slice_noise(truth, counted)
+    number = truth[1:].numel() if steps is None else int(steps.sum())
     noisy = truth_noise > 0
     unevenness = math.nan
     if noisy.sum() > 1:
@@ -85,23 +100,26 @@ def through_plane_scores(pred, truth, window: Window = CHEST) -> dict[str, float
     if truth_energy:
         level = 10 * math.log10(max(pred_energy, 1e-12) / truth_energy)
     return {
-        "step_error_hu": error / (len(truth) - 1),
+        "step_error_hu": error / number if number else math.nan,
         "step_level_db": level,
         "noise_unevenness": unevenness,
     }
 
 # %% ../../nbs/slices/07_metrics.ipynb #cell-009
-def through_plane_edges(pred, truth, window: Window = CHEST, share: float = 0.05) -> Edges:
-    """`Edges` of HU volumes (D, H, W) for steps along z; the `share` of the steps that are largest
-    in the truth are edges. NaN for a truth without steps.
+def through_plane_edges(
+    pred, truth, window: Window = CHEST, share: float = 0.05, counted=None
+) -> Edges:
+    """`Edges` of HU volumes (D, H, W) for steps along z between `counted` voxels (None: all are);
+    the `share` of the steps that are largest in the truth are edges. NaN for a truth without steps.
 
     Raises InputError for a share outside (0, 1).
     """
     if not 0 < share < 1:
         raise InputError("share", f"must be between 0 and 1, got {share}")
     pred, truth = as_pair(pred, truth, window)
-    step = pred.diff(dim=0).double()
-    truth_step = truth.diff(dim=0).double()
+    mask = None if counted is None else _counted_steps(counted)
+    step = masked(pred.diff(dim=0), mask)
+    truth_step = masked(truth.diff(dim=0), mask)
     if not truth_step.numel():
         return Edges(math.nan, math.nan, math.nan)
     size = truth_step.abs()
@@ -229,25 +247,39 @@ def reaveraging_error(
 SCAN_KEYS = ("thick", "thick_axis", "thin_axis", "profile")  # of an item, for `interpolate`
 
 
-def slice_scores(pred, truth, scan=None, window: Window = CHEST) -> dict[str, float]:
+def slice_scores(
+    pred,
+    truth,
+    scan=None,
+    window: Window = CHEST,
+    counted=None,  # (D, H, W) bool, the voxels that were scanned (`scanned_voxels`), or None: all
+) -> dict[str, float]:
     """All columns for HU volumes (D, H, W).
 
     The re-averaged ones need the `scan`: thick slices (K, H, W), HU, their axis, that of the thin
-    slices, and the profile, as `interpolate` takes them; without it they are NaN.
+    slices, and the profile, as `interpolate` takes them; without it they are NaN. They count where
+    all thin slices under the profile do.
     """
     pred, truth = as_pair(pred, truth)
-    edges = through_plane_edges(pred, truth, window)
-    misfit = torch.tensor(math.nan)
+    edges = through_plane_edges(pred, truth, window, counted=counted)
+    misfit = torch.tensor([math.nan])
     if scan is not None:
         misfit = reaveraging_error(pred, *scan).abs()
+        if counted is not None:
+            _, thick_axis, thin_axis, profile = scan
+            matrix = sampled_profile_matrix(thin_axis, thick_axis, profile).abs()
+            missing = along_z(matrix, (~torch.as_tensor(counted)).float()).to(misfit.device)
+            misfit = misfit[missing == 0]
+    worst = misfit.max().item() if misfit.numel() else math.nan
     return {
-        **vae_scores(pred, truth, window),
-        **through_plane_scores(pred, truth, window),
+        **vae_scores(pred, truth, window, counted),
+        **through_plane_scores(pred, truth, window, counted),
+        "left_out": 0.0 if counted is None else 1 - float(np.mean(np.asarray(counted))),
         "z_edge_response": edges.response,
         "z_edge_softness": abs(1 - edges.response),
         "z_edge_error": edges.error,
         "reaveraged_hu": misfit.mean().item(),
-        "reaveraged_worst_hu": misfit.max().item(),
+        "reaveraged_worst_hu": worst,
     }
 
 # %% ../../nbs/slices/07_metrics.ipynb #cell-016
@@ -558,7 +590,7 @@ def evaluate_slices(
     on_case: Callable[[dict, dict], None] | None = None,
     progress: bool = True,
 ) -> SliceScoreboard:
-    """Evaluate predictors on cases.
+    """Evaluate predictors on cases, over the voxels that were scanned.
 
     Raises InputError for no cases, two predictors of one name, or a prediction of another shape or
     with a NaN.
@@ -576,6 +608,8 @@ def evaluate_slices(
     for number in tqdm(range(len(items)), desc="evaluation", unit="case", disable=not progress):
         item = items[number]
         predictions, seconds = _predict_case(predictors, item, progress)
+        counted = scanned_voxels(item["thin"])
+        scan = [item[key] for key in SCAN_KEYS]
         if upper_bounds is not None:
             predictions |= upper_bounds(item)
         rows += [
@@ -583,7 +617,7 @@ def evaluate_slices(
                 "case": item["id"],
                 "patient": item["patient"],
                 "predictor": name,
-                **slice_scores(hu, item["thin"], [item[key] for key in SCAN_KEYS], window),
+                **slice_scores(hu, item["thin"], scan, window, counted),
                 "seconds": seconds.get(name, math.nan),
             }
             for name, hu in predictions.items()

@@ -97,7 +97,10 @@ def masked_mse(error: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 # %% ../../nbs/slices/06_models.ipynb #cell-007
 @dataclass(frozen=True)
 class SliceRegressorConfig(Config):
-    "Configuration of a `SliceRegressor`, stored with its weights."
+    """Configuration of a `SliceRegressor`, stored with its weights.
+
+    InputError for another window or start, a fold below 1 and a residual_scale that is not above 0.
+    """
 
     network: SliceNetworkConfig = field(default_factory=SliceNetworkConfig)
     window: str = "chest"
@@ -111,10 +114,8 @@ class SliceRegressorConfig(Config):
             raise InputError(
                 "start", f"must be one of {', '.join(SLICE_STARTS)}, got {self.start!r}"
             )
-        if self.fold < 1:
-            raise InputError("fold", f"must be 1 or more, got {self.fold}")
-        if not self.residual_scale > 0:
-            raise InputError("residual_scale", f"must be positive, got {self.residual_scale}")
+        self.require(1, "fold")
+        self.require(0, "residual_scale", above=True)
 
     @classmethod
     def preset(cls, name: str) -> "SliceRegressorConfig":

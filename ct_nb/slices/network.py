@@ -184,7 +184,8 @@ class DepthAttention(nn.Module):
 class SliceNetworkConfig(Config):
     """Configuration of a `SliceNetwork`, stored with its weights.
 
-    Raises InputError for settings that do not fit together.
+    Raises InputError for settings that do not fit together and for numbers below 1 (depth_halvings:
+    below 0).
     """
 
     # at full resolution, half of it in the plane, a quarter, …
@@ -197,14 +198,9 @@ class SliceNetworkConfig(Config):
 
     def __post_init__(self):
         object.__setattr__(self, "channels", tuple(self.channels))
-        for name, value in (
-            ("channels", min(self.channels, default=0)),
-            ("blocks", self.blocks),
-            ("heads", self.heads),
-            ("features", self.features),
-        ):
-            if value < 1:
-                raise InputError(name, f"must be 1 or more, got {value}")
+        self.require(1, "channels", "blocks", "heads", "features")
+        if not self.channels:
+            raise InputError("channels", "must be one number a level, got none")
         if not 0 <= self.depth_halvings < len(self.channels):
             raise InputError(
                 "depth_halvings",

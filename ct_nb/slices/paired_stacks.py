@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import InputError
-from ..data.cases import CTSource, uniform_hash
+from ..data.cases import CTSource, check_persons, uniform_hash
 from ..physics.volume import Grid, Volume, resample
 from ct_nb.slices.slice_profile import (
     SliceAxis,
     SliceProfile,
     ThinStack,
+    with_padding,
     average_slices,
     slice_profile_matrix,
 )
@@ -37,6 +38,7 @@ class StackCase:
     files: tuple[Path, ...] = ()  # it is read from
     side: str | None = None  # "train", "validation" or "test", where the archive has its own split
     content: str = ""  # settings that change the stack beside its files, for digests
+    person: str = ""  # of `ct_nb.data.patients.CasePatient`; never written
 
 
 class StackSource(Sequence):
@@ -52,6 +54,7 @@ class StackSource(Sequence):
             raise InputError(
                 "cases", f"two scans are named {repeated[0]!r}; give every scan a name of its own"
             )
+        check_persons(self.cases)
 
     @property
     def ids(self) -> list[str]:
@@ -81,7 +84,11 @@ class StackSource(Sequence):
         "The cubes of a `CTSource`, such as phantoms, as stacks."
         return cls(
             StackCase(
-                case.id, case.patient, functools.partial(_load_cube, source, i), content=case.digest
+                case.id,
+                case.patient,
+                functools.partial(_load_cube, source, i),
+                content=case.digest,
+                person=case.person,
             )
             for i, case in enumerate(source.cases)
         )
@@ -251,7 +258,7 @@ def pair_stack(
     `width_mm` is the width of the thick slices' profile, by default their spacing. Raises
     InputError for volumes that are no such pair.
     """
-    thick, thin = same_pixels(thick, thin)
+    thick, thin = same_pixels(with_padding(thick), with_padding(thin))
     thick_axis = SliceAxis.along(thick.grid)
     axis = SliceAxis.along(thin.grid)
     if thick_axis.spacing_mm < 1.5 * axis.spacing_mm:

@@ -141,11 +141,11 @@ def pe_archive(root) -> StackSource:
     )
     if not paths:
         raise FileError(root, "holds no zip; expected an archive of one DICOM zip a patient")
-    listed = read_patients(root)
+    names = [path.relative_to(root).as_posix() for path in paths]
+    ids = [file_names([name[:-4]])[0] for name in names]
+    listed = read_patients(root, {*names, *ids, *map(stem, paths)})
     cases = []
-    for path in paths:
-        name = path.relative_to(root).as_posix()
-        (id,) = file_names([name[:-4]])
+    for path, name, id in zip(paths, names, ids):
         patient = next((listed[key] for key in (name, id, stem(path)) if key in listed), id)
         load = functools.partial(read_pair, path, id, patient)
         cases.append(StackCase(id, patient, load, (path,)))

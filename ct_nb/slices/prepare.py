@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
+from ..core.terminal import program
 from .open import open_stacks
 from .prepared import STATUSES, prepare_stacks
 
@@ -20,17 +21,15 @@ def main(
     # "pe:FOLDER", "rplhr:FOLDER", "phantom:COUNT", a folder of thin CT, or several joined by "+"
     data: str,
     out: str = "stacks",  # folder to make or to continue
-    workers: int = None,  # processes on this machine; 0: in this one, without Dask
-    scheduler: str = None,  # address of a Dask cluster, tcp://HOST:8786
+    workers: int = None,  # processes; by default as many as cores and memory allow, 0: in this one
     most_spacing_mm: float = 1.5,  # slices farther apart do not count as thin
 ):
     "Prepare scans in thin and thick slices as a folder of arrays for training."
-    try:
-        lines = prepare_stacks(open_stacks(data, most_spacing_mm), out, workers, scheduler)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ct_nb.slices.prepare: {error}") from None
-    counts = Counter(line["status"] for line in lines)
-    summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
-    print(f"{out}: {summary}; see {Path(out) / 'report.csv'}")
+    interrupted = f"stopped; the same command goes on, complete scans in {out} are kept"
+    with program("ct_nb.slices.prepare", interrupted=interrupted):
+        lines = prepare_stacks(open_stacks(data, most_spacing_mm), out, workers)
+        counts = Counter(line["status"] for line in lines)
+        summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
+        print(f"{out}: {summary}; see {Path(out) / 'report.csv'}")
     if counts["failed"] == len(lines):
         raise SystemExit(1)

@@ -9,12 +9,12 @@ __all__ = ['PREPARED_FORMAT', 'PREPARED_FILE', 'STACK_FILES', 'MAX_MM', 'MIN_PIX
 
 # %% ../../nbs/slices/01c_prepared.ipynb #cell-003
 import contextlib
-import logging
+import multiprocessing
 import os
 import shutil
-import tempfile
 import time
-import uuid
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,16 @@ import numpy as np
 
 from ..core.errors import FileError, InputError, printable, reading
 from ct_nb.core.files import (
+    atomic_folder,
     check_entries,
     is_file_name,
     map_array,
     path_inside,
     read_json,
+    remove_leftovers,
     write_json,
     write_table,
+    writing,
 )
 from ..data.cache import content_digest
 from ct_nb.slices.paired_stacks import (
@@ -57,8 +60,7 @@ def stack_identity(case: StackCase) -> str:
 
 def write_stack(stack: ThinStack, folder: Path, identity: str) -> None:
     "Write a stack as a folder, completely or not at all; an existing one is replaced."
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as temporary:
         about = {
             "identity": identity,
             "id": stack.id,
@@ -72,7 +74,9 @@ def write_stack(stack: ThinStack, folder: Path, identity: str) -> None:
             hu = getattr(stack, name)
             if hu is None:
                 continue
-            np.save(temporary / f"{name}.npy", np.clip(np.rint(hu), -32768, 32767).astype(np.int16))
+            with writing(folder / f"{name}.npy"):
+                stored = np.clip(np.rint(hu), -32768, 32767).astype(np.int16)
+                np.save(temporary / f"{name}.npy", stored)
             about |= {
                 f"{name}_axis": asdict(getattr(stack, f"{name}_axis")),
                 "bytes": about["bytes"] | {name: (temporary / f"{name}.npy").stat().st_size},
@@ -80,11 +84,7 @@ def write_stack(stack: ThinStack, folder: Path, identity: str) -> None:
         if stack.profile:
             about["profile"] = asdict(stack.profile)
         write_json(temporary / "about.json", about)
-        os.chmod(temporary, 0o755)
         remove_stack(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_stack(folder: Path) -> None:
@@ -267,83 +267,40 @@ def prepare_stack(case: StackCase, out: Path) -> dict:
 STACK_BYTES = 4 * 2**30
 
 
-def _local_cluster(cases: list[StackCase], workers: int | None):
-    "A context manager: a Dask cluster on this machine."
-    import dask
-    from dask.distributed import LocalCluster
-    from distributed.system import MEMORY_LIMIT
-
-    most = min(os.cpu_count() or 1, MEMORY_LIMIT // STACK_BYTES, len(cases))
-    closing = contextlib.ExitStack()
-    # tasks of a process that dies are repeated, alone
-    closing.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 0}))
-    cluster = closing.enter_context(
-        LocalCluster(
-            n_workers=workers or max(most, 1),
-            threads_per_worker=1,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        )
-    )
-    return closing, cluster
+def _memory_bytes() -> int:
+    "Of this machine, or what its container may use."
+    if not hasattr(os, "sysconf"):
+        return STACK_BYTES
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return installed if allowed == "max" else min(installed, int(allowed))
 
 
-def _on_dask(cases: list[StackCase], out: Path, workers: int | None, scheduler: str | None):
-    "Prepare scans with Dask; yields lines of the report as they come in."
+def _in_a_process(case: StackCase, out: Path, context) -> dict:
+    "`prepare_stack` in a process of its own, whose death is a line of the report."
     try:
-        from dask.distributed import Client, as_completed
-    except ImportError:
-        raise InputError(
-            "workers",
-            "preparing with several processes needs Dask; install it (pip install dask"
-            " distributed), or give workers=0 to do without",
-        ) from None
-    with contextlib.ExitStack() as closing:
-        address = scheduler
-        if scheduler is None:
-            resources, address = _local_cluster(cases, workers)
-            closing.enter_context(resources)
-        try:
-            client = closing.enter_context(Client(address, timeout=30, set_as_default=False))
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"scheduler: {scheduler} cannot be reached ({str(error).splitlines()[0]}); check"
-                " the address, as tcp://HOST:8786"
-            ) from None
-
-        def submit(case):
-            key = f"prepare-{case.id}-{uuid.uuid4().hex}"
-            return client.submit(prepare_stack, case, out, key=key, pure=False)
-
-        futures = {submit(case): case for case in cases}
-        lost = []
-        for future in as_completed(futures, loop=client.loop):
-            try:
-                line = future.result()
-            except Exception:  # its process died, or the one that held its result
-                lost.append(futures[future])
-            else:
-                yield _checked(futures[future], out, line)
-            future.release()
-        for case in lost:
-            try:
-                yield _checked(case, out, submit(case).result())
-            except Exception as error:
-                reason = (
-                    f"its process died ({type(error).__name__}); it may need more memory, or a"
-                    " decoder crashes on it"
-                )
-                yield _line(case, "failed", reason=reason)
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            return process.submit(prepare_stack, case, out).result()
+    except BrokenProcessPool:
+        reason = "its process died; it may need more memory, or a decoder crashes on it"
+        return _line(case, "failed", reason=reason)
 
 
-def _checked(case: StackCase, out: Path, line: dict) -> dict:
-    "The line, or a failure where a prepared scan is not visible from this machine."
-    if line["status"] == "failed" or (out / case.id / "about.json").is_file():
-        return line
-    reason = (
-        f"was prepared where {out} cannot be seen from here; give a folder that all machines share"
-    )
-    return _line(case, "failed", reason=reason)
+def _in_processes(cases: list[StackCase], out: Path, workers: int | None):
+    "Prepare scans, several at a time; yields lines of the report as they come in."
+    most = min(os.cpu_count() or 1, _memory_bytes() // STACK_BYTES, len(cases))
+    # a fork server imports the library once for all processes; Windows has none
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    if os.name == "posix":
+        context.set_forkserver_preload(["ct_nb.slices.prepared"])
+    threads = ThreadPoolExecutor(workers or max(most, 1))
+    try:
+        waiting = [threads.submit(_in_a_process, case, out, context) for case in cases]
+        for done in as_completed(waiting):
+            yield done.result()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 # %% ../../nbs/slices/01c_prepared.ipynb #cell-012
 def write_preparation_report(lines: list[dict], path: Path) -> None:
@@ -351,21 +308,11 @@ def write_preparation_report(lines: list[dict], path: Path) -> None:
     write_table(path, COLUMNS, sorted(lines, key=lambda line: line["id"]))
 
 
-def _remove_temporary_folders(out: Path) -> None:
-    "Remove what a run that was killed left, but not what another run is writing now."
-    for folder in out.glob(".*.*"):
-        if folder.is_dir() and time.time() - folder.stat().st_mtime > 3600:
-            with contextlib.suppress(FileError):
-                remove_stack(folder)
-
-
 def prepare_stacks(
     source: StackSource,
     out,  # a folder; complete scans in it are kept
-    # processes on this machine; None: as many as cores and memory allow; 0: in this process,
-    # without Dask
+    # processes; None: as many as cores and memory allow; 0: in this process
     workers: int | None = None,
-    scheduler: str | None = None,  # address of a Dask cluster
     shares=PE_SHARES,  # of patients for training, validation and test
     seed: int = 0,  # of the split
 ) -> list[dict]:  # the lines of the report
@@ -388,11 +335,11 @@ def prepare_stacks(
         out / PREPARED_FILE,
         {"format": PREPARED_FORMAT, "sides": assigned | sides, "shares": shares, "seed": seed},
     )
-    _remove_temporary_folders(out)
-    if workers == 0 and scheduler is None:
+    remove_leftovers(out)
+    if workers == 0:
         results = (prepare_stack(case, out) for case in source.cases)
     else:
-        results = _on_dask(source.cases, out, workers, scheduler)
+        results = _in_processes(source.cases, out, workers)
     lines = []
     with contextlib.closing(results):
         for line in tqdm(

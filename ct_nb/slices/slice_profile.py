@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FWHM_OVER_SIGMA', 'GAUSSIAN_CUT', 'SliceAxis', 'SliceProfile', 'thin_axis', 'widened_axis', 'linear_continuation',
            'slice_profile_matrix', 'average_slices', 'to_unit', 'from_unit', 'place_slices', 'covering_thin_slices',
-           'ThinStack', 'ThickSliceRange', 'StackPairs', 'collate_stacks', 'by_length']
+           'with_padding', 'ThinStack', 'ThickSliceRange', 'StackPairs', 'collate_stacks', 'by_length']
 
 # %% ../../nbs/slices/00_slice_profile.ipynb #cell-002
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from ..core.errors import InputError
 from ..core.seeding import seeded_generator
+from ..physics.scanned import PADDING_HU
 from ..physics.volume import Grid, Volume, Window, get_window
 
 # %% ../../nbs/slices/00_slice_profile.ipynb #cell-005
@@ -321,6 +322,15 @@ def covering_thin_slices(
     return max(math.floor(ends[0] + 1e-6), 0), min(math.ceil(ends[1] - 1e-6), thin.count)
 
 # %% ../../nbs/slices/00_slice_profile.ipynb #cell-026
+def with_padding(volume: Volume) -> Volume:
+    """The volume with `PADDING_HU` in voxels that were not scanned: in whole numbers, and after any
+    storage, `scanned_voxels` finds them again.
+    """
+    if volume.scanned is None:
+        return volume
+    return replace(volume, hu=np.where(volume.scanned, volume.hu, np.float32(PADDING_HU)))
+
+
 @dataclass(eq=False)
 class ThinStack:
     "One scan in thin slices on its own grid, with measured thick slices if there are any."
@@ -359,7 +369,7 @@ class ThinStack:
         return cls(
             sample.id,
             sample.patient,
-            sample.volume.hu,
+            with_padding(sample.volume).hu,
             SliceAxis.along(sample.volume.grid),
             (float(rows), float(columns)),
             affine=sample.volume.affine,
@@ -384,10 +394,9 @@ class ThickSliceRange:
         for name, least in (("spacing_mm", 1e-6), ("width", 1e-6), ("offset", 0.0)):
             low, high = getattr(self, name)
             if not least <= low <= high < math.inf:
+                sign = "≤" if least == 0 else "<"
                 raise InputError(
-                    name,
-                    "must be (low, high) with {'0 ≤' if least == 0 else '0 <'}"
-                    f" low ≤ high, got {(low, high)}",
+                    name, f"must be (low, high) with 0 {sign} low ≤ high, got {(low, high)}"
                 )
         if not self.shapes:
             raise InputError("shapes", "is empty; name 'rectangular', 'gaussian' or both")

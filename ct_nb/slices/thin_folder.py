@@ -15,7 +15,7 @@ from ..data.scan_files import find_cases, scan_files
 from ..data.hounsfield import CTReadError
 from ..data.read import read_ct
 from .paired_stacks import StackCase, StackSource
-from .slice_profile import SliceAxis, ThinStack
+from .slice_profile import SliceAxis, ThinStack, with_padding
 
 # %% ../../nbs/slices/01d_thin_folder.ipynb #cell-004
 def read_thin(path, id: str, patient: str, most_spacing_mm: float = 1.5) -> ThinStack:
@@ -23,7 +23,7 @@ def read_thin(path, id: str, patient: str, most_spacing_mm: float = 1.5) -> Thin
 
     Raises CTReadError for slices farther apart than `most_spacing_mm`.
     """
-    volume = read_ct(path)
+    volume = with_padding(read_ct(path))
     axis = SliceAxis.along(volume.grid)
     if axis.spacing_mm > most_spacing_mm * (1 + 1e-3):
         raise CTReadError(
@@ -55,5 +55,5 @@ def thin_folder(root, most_spacing_mm: float = 1.5) -> StackSource:
     cases = []
     for f in name_cases(root, paths):
         load = functools.partial(read_thin, f.path, f.id, f.patient, most_spacing_mm)
-        cases.append(StackCase(f.id, f.patient, load, tuple(scan_files(f.path))))
+        cases.append(StackCase(f.id, f.patient, load, tuple(scan_files(f.path)), person=f.person))
     return StackSource(cases)

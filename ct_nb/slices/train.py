@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from ..core.config import Config
 from ..core.errors import InputError
 from ..core.seeding import case_generators, seeded_generator
 from ..evaluation.metrics import psnr
@@ -34,7 +35,7 @@ from ct_nb.slices.models import (
 )
 from .network import SliceNetworkConfig
 from .slice_profile import StackPairs, ThickSliceRange, by_length, collate_stacks
-from .vae import SliceVAE
+from .vae import REDUCTION, SliceVAE
 from .vae_train import PHANTOM_SIDE_MM, VAERun, load_vae
 from ..training.checkpoints import load_model, read_config, remove_state, weights_digest
 from ..training.run import Run, command, in_own_folder, schedule
@@ -42,8 +43,12 @@ from ..training.trainer import Trainer, TrainerConfig
 
 # %% ../../nbs/slices/10_train.ipynb #cell-005
 @dataclass(frozen=True)
-class SlicesPreset:
-    "What a run of a given size is made of."
+class SlicesPreset(Config):
+    """What a run of a given size is made of.
+
+    InputError for lengths, ranges and memory that are not above 0, ranges that fall, a `coarsest`
+    below 1, counts below 1 and a latent_size below 8.
+    """
 
     network: SliceNetworkConfig  # of both
     regressor: TrainerConfig
@@ -59,6 +64,16 @@ class SlicesPreset:
     samples: int = 4
     evaluation_cases: int = 4  # cases at most that are evaluated
     memory_gib: float = 2.0  # of a tile, in evaluation
+
+    def __post_init__(self):
+        self.require(0, "thick_mm", "spacing", "width", "memory_gib", above=True)
+        self.require(1, "coarsest", "count", "size", "sampling_steps", "samples")
+        self.require(1, "evaluation_cases")
+        self.require(REDUCTION, "latent_size")
+        for name in ("spacing", "width"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise InputError(name, f"must be (low, high) with low ≤ high, got {(low, high)}")
 
 
 SLICES_PRESETS = {
@@ -247,7 +262,6 @@ class SlicesRun(Run):
     system: ClassVar[str] = "slices"
     presets: ClassVar[dict] = SLICES_PRESETS
     names: ClassVar[tuple[str, ...]] = (*Run.names, "model", "vae")
-    files: ClassVar[tuple[str, ...]] = (*Run.files, "cuts.png")
 
     # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
     data: str = "phantom"
@@ -270,7 +284,7 @@ class SlicesRun(Run):
         "The settings with seed and steps of both networks, and the spacing of the thick slices."
         return replace(
             settings,
-            thick_mm=float(self.thick_mm or settings.thick_mm),
+            thick_mm=float(settings.thick_mm if self.thick_mm is None else self.thick_mm),
             regressor=schedule(settings.regressor, self.steps, seed=self.seed),
             diffusion=schedule(settings.diffusion, self.steps, seed=self.seed),
         )

@@ -151,7 +151,7 @@ class SliceBlock(nn.Module):
 class SliceVAEConfig(Config):
     """Everything that decides what the weights mean; stored beside them.
 
-    ValueError for settings that do not fit together.
+    InputError for settings that do not fit together and for numbers below 1.
     """
 
     fold: int = 4  # pixels a side that the entrance folds into channels: 1, 2, 4 or 8
@@ -171,13 +171,7 @@ class SliceVAEConfig(Config):
                 f"a fold of {self.fold} needs {levels} numbers, one for each resolution"
                 f" down to 1/8, got {len(self.channels)}",
             )
-        for name, value in (
-            ("channels", min(self.channels)),
-            ("blocks", self.blocks),
-            ("latent_channels", self.latent_channels),
-        ):
-            if value < 1:
-                raise InputError(name, f"must be 1 or more, got {value}")
+        self.require(1, "channels", "blocks", "latent_channels")
         get_window(self.window)
 
     @property

@@ -21,9 +21,11 @@ from ct_nb.evaluation.metrics import (
     as_pair,
     bias_hu,
     mae_hu,
+    masked,
     mean_sd,
     psnr,
     ssim_map,
+    whole_windows,
 )
 from ..physics.volume import Window
 from .vae import LinearAutoencoder, pad_in_plane
@@ -45,9 +47,12 @@ def _blurred(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def slice_ssim(pred_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window) -> torch.Tensor:
+def slice_ssim(
+    pred_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window, counted=None
+) -> torch.Tensor:
     """Mean SSIM of each slice of (…, D, H, W) in HU, scaled by the window to a range of 1 → (…, D)
-    (Wang et al. 2004).
+    (Wang et al. 2004), over pixels whose 11×11 neighbours are all `counted` (None: all are); NaN
+    for a slice without any.
 
     Raises InputError for slices below 11×11 pixels.
     """
@@ -62,7 +67,12 @@ def slice_ssim(pred_hu: torch.Tensor, truth_hu: torch.Tensor, window: Window) ->
         mean_a, mean_b, aa, bb, ab = _blurred(torch.stack([a, b, a * a, b * b, a * b]))
     top = (2 * mean_a * mean_b + 1e-4) * (2 * (ab - mean_a * mean_b) + 9e-4)
     bottom = (mean_a**2 + mean_b**2 + 1e-4) * ((aa - mean_a**2) + (bb - mean_b**2) + 9e-4)
-    return (top / bottom).mean((-2, -1))
+    local = top / bottom
+    if counted is None:
+        return local.mean((-2, -1))
+    windows = torch.as_tensor(counted).unfold(-2, SSIM_TAPS, 1).all(-1)
+    windows = windows.unfold(-1, SSIM_TAPS, 1).all(-1).to(local.device)
+    return torch.where(windows, local, 0.0).sum((-2, -1)) / windows.sum((-2, -1))
 
 # %% ../../nbs/slices/03b_vae_metrics.ipynb #cell-008
 def block_means(x: torch.Tensor, factor: int) -> torch.Tensor:
@@ -87,8 +97,10 @@ def vae_baselines(x: torch.Tensor, linear: LinearAutoencoder) -> dict[str, torch
     }
 
 # %% ../../nbs/slices/03b_vae_metrics.ipynb #cell-012
-def volume_ssim(pred, truth, window: Window = CHEST, slices: int = 32) -> float:
-    "`metrics.ssim`, computed for `slices` slices at a time; NaN below 11 voxels a side."
+def volume_ssim(pred, truth, window: Window = CHEST, slices: int = 32, counted=None) -> float:
+    """`metrics.ssim` over the windows that are whole in `counted`, computed for `slices` slices at
+    a time; NaN below 11 voxels a side and where no window counts.
+    """
     pred, truth = as_pair(pred, truth, window)
     if min(truth.shape) < SSIM_TAPS:
         return math.nan
@@ -96,28 +108,47 @@ def volume_ssim(pred, truth, window: Window = CHEST, slices: int = 32) -> float:
     for first in range(0, len(truth) - SSIM_TAPS + 1, slices):
         part = slice(first, first + slices + SSIM_TAPS - 1)
         local = ssim_map(pred[part], truth[part], window)
+        if counted is not None:
+            local = masked(local, whole_windows(counted[part]))
         total = total + local.sum().item()
         count = count + local.numel()
-    return total / count
+    return total / count if count else math.nan
 
 
-def vae_scores(pred, truth, window: Window = CHEST) -> dict[str, float]:
-    """Scores of HU volumes (D, H, W), over the volume and over slices.
+def vae_scores(
+    pred,
+    truth,
+    window: Window = CHEST,
+    counted=None,  # (D, H, W) bool, the voxels that were scanned (`scanned_voxels`), or None: all
+) -> dict[str, float]:
+    """Scores of HU volumes (D, H, W), over the volume and over the slices that have voxels that
+    count.
 
     SSIM is NaN for fewer than 11 voxels along an axis.
     """
     pred, truth = as_pair(pred, truth, window)
-    each = torch.stack([(p.double() - t.double()).square().mean() for p, t in zip(pred, truth)])
-    decibel = -10 * torch.log10((each / window.width_hu**2).clamp_min(1e-12))
+    parts = [None] * len(truth) if counted is None else torch.as_tensor(counted)
+    each = [
+        masked(p.double() - t.double(), part).square().mean()
+        for p, t, part in zip(pred, truth, parts)
+        if part is None or part.any()
+    ]
+    decibel = -10 * torch.log10((torch.stack(each) / window.width_hu**2).clamp_min(1e-12))
     ssim = math.nan
     if min(truth.shape[1:]) >= SSIM_TAPS:
-        parts = zip(pred.split(16), truth.split(16))
-        ssim = torch.cat([slice_ssim(p, t, window) for p, t in parts]).mean().item()
+        blocks = [slice(first, first + 16) for first in range(0, len(truth), 16)]
+        ssim = torch.cat(
+            [
+                slice_ssim(pred[b], truth[b], window, None if counted is None else counted[b])
+                for b in blocks
+            ]
+        )
+        ssim = ssim.nanmean().item()
     return {
-        "psnr": psnr(pred, truth, window),
-        "ssim": volume_ssim(pred, truth, window),
-        "mae_hu": mae_hu(pred, truth, window=window),
-        "bias_hu": bias_hu(pred, truth, window=window),
+        "psnr": psnr(pred, truth, window, counted),
+        "ssim": volume_ssim(pred, truth, window, counted=counted),
+        "mae_hu": mae_hu(pred, truth, counted, window),
+        "bias_hu": bias_hu(pred, truth, counted, window),
         "slice_psnr": decibel.mean().item(),
         "worst_slice_psnr": decibel.min().item(),
         "slice_ssim": ssim,

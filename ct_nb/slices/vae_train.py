@@ -19,8 +19,10 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..core.config import Config
 from ..core.errors import InputError, reading
 from ..core.seeding import case_generators, seeded_generator
+from ..physics.scanned import scanned_voxels
 from ..data.cases import CTSource
 from ..evaluation.lpips import LPIPS
 from ..evaluation.metrics import SSIM_TAPS, psnr
@@ -108,8 +110,12 @@ LATENT_SCALE_CROPS = 64  # that the linear start and the scale of the latents ar
 
 
 @dataclass(frozen=True)
-class VAEPreset:
-    "What a run of a given size is made of."
+class VAEPreset(Config):
+    """What a run of a given size is made of.
+
+    InputError for counts, sizes and layers below 1, an adversary_start outside [0, 1], a memory
+    that is not above 0, and crops too small for the loss.
+    """
 
     network: SliceVAEConfig
     trainer: TrainerConfig
@@ -127,6 +133,10 @@ class VAEPreset:
     memory_gib: float = 2.0  # of a tile, in evaluation
 
     def __post_init__(self):
+        self.require(1, "crop", "adversary_channels", "adversary_layers", "phantoms")
+        self.require(1, "validation_phantoms", "phantom_size", "evaluation_cases")
+        self.require(0, "adversary_start", high=1)
+        self.require(0, "memory_gib", above=True)
         if min(self.crop[1:]) < SSIM_TAPS:
             raise InputError(
                 "crop", f"needs at least {SSIM_TAPS} rows and columns, got {self.crop}"
@@ -309,7 +319,6 @@ class VAERun(Run):
     system: ClassVar[str] = "slice_vae"
     presets: ClassVar[dict] = VAE_PRESETS
     names: ClassVar[tuple[str, ...]] = (*Run.names, "perceptual")
-    files: ClassVar[tuple[str, ...]] = (*Run.files, "vae_scores.csv", "vae_scores.json")
 
     # "phantom", "phantom:COUNT", "pe:FOLDER", "rplhr:FOLDER", a prepared folder or one of thin CTs
     data: str = "phantom"
@@ -510,12 +519,13 @@ def evaluate(self: VAERun, progress: bool = True) -> VAEScores:
     for number in tqdm(range(count), desc="evaluating", disable=not progress):
         stack = self.test[number]
         truth = stack.volume.tensor()
+        counted = scanned_voxels(stack.thin)
         rows += [
             {
                 "method": name,
                 "case": stack.id,
                 "patient": stack.patient,
-                **vae_scores(hu, truth, self.vae.window),
+                **vae_scores(hu, truth, self.vae.window, counted),
             }
             for name, hu in self.reconstructions(truth).items()
         ]

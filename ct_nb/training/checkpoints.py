@@ -58,7 +58,7 @@ CONFIG_FORMS = {  # of the entries that readers rely on, where they are there
     "consistency": dict,
     "residual": (dict, None),
     "seen": {str: [float, float]},
-    **dict.fromkeys(("coarse", "start", "teacher", "vae", "coarse_weights"), (str, None)),
+    **dict.fromkeys(("coarse", "start", "teacher", "vae", "coarse_weights", "tower"), (str, None)),
 }
 CASES_FORMS = {"cases": [str], "patients": [str], "fingerprint": str}  # of a side of the split
 SETTINGS_FORMS = {"phantoms": int, "trained_on": str, "samples": int, "sampling_steps": int}

@@ -23,7 +23,7 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..core.errors import FileError, InputError
+from ..core.errors import FileError, InputError, is_out_of_memory
 from ..core.files import atomic_write, parse_json, read_text
 from .checkpoints import load_state, random_state, save_state, set_random_state
 from .gradient_cache import CachedLoss, cached_backward
@@ -167,14 +167,6 @@ def _collate_entries(collate: Callable, items: list[tuple]) -> dict:
 # %% ../../nbs/training/05_trainer.ipynb #cell-014
 class TrainingStopped(RuntimeError):
     "Training cannot go on; the message says why and what is saved."
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, torch.cuda.OutOfMemoryError)
-        or "can't allocate memory" in str(error)
-        or "not enough memory" in str(error)
-    )
 
 # %% ../../nbs/training/05_trainer.ipynb #cell-015
 def cut_batch(batch: dict, count: int) -> list[dict]:
@@ -473,7 +465,7 @@ def _accumulate(self: Trainer, batch: dict, number: int) -> tuple[float, dict]:
                     figures[name] = figures.get(name, 0.0) + float(value) * share
             return total, figures
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or self.accelerator.num_processes > 1:
+            if not is_out_of_memory(error) or self.accelerator.num_processes > 1:
                 raise
             if self.pieces < size:
                 self.pieces = min(self.pieces * 2, size)

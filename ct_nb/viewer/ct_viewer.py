@@ -8,10 +8,11 @@ __all__ = ['window_menu', 'slice_slider', 'follow_wheel', 'VolumeViewer']
 # %% ../../nbs/viewer/04_ct_viewer.ipynb #cell-002
 import numpy as np
 
+from ..core.plot_style import plot_style
 from ..physics.volume import WINDOWS, Volume, get_window
 from .canvas import label_colors, overlay, to_uint8
-from .figures import PLANES, slices_figure
-from .slice_canvas import SliceCanvas, to_patient_axes, value_at
+from .figures import PLANES, slices_figure, to_patient_axes
+from .slice_canvas import SliceCanvas, value_at
 from .widgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, Layout, VBox, markup
 
 # %% ../../nbs/viewer/04_ct_viewer.ipynb #d59c5781
@@ -180,7 +181,6 @@ class VolumeViewer(VBox):
         ]
         if patches:
             figure.set_figheight(figure.get_figheight() + 0.16 * -(-len(patches) // 5))
-            figure.legend(
-                handles=patches, loc="outside lower left", ncols=5, fontsize=7, frameon=False
-            )
+            with plot_style():
+                figure.legend(handles=patches, loc="outside lower left", ncols=5, fontsize=7)
         return figure

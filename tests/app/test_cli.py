@@ -15,6 +15,7 @@ from refusals import refused
 
 from ct_nb.app import cli
 from ct_nb.core.errors import InputError
+from ct_nb.data.cache import DiskCache, content_digest
 from ct_nb.evaluation.inference import Reconstruction
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.geometry_io import load_geometry
@@ -40,7 +41,7 @@ HELP = {
     ),
     "evaluate": (
         "--labels --prediction-labels --out --series --prediction-series",
-        ["The true CT", "Dice and HD95 (mm)", "JSON", "SeriesInstanceUID"],
+        ["The true CT", "Dice and HD95 (mm)", "JSON", "SeriesInstanceUID", "UID:VALUE"],
     ),
     "interpolate-slices": (
         (
@@ -54,6 +55,7 @@ HELP = {
         "--index --weights --region --top-k",
         ["cosine similarity (-1 to 1)", "[default: 10; x>=1]", "nodule"],
     ),
+    "cache": ("--clear", ["CT_NB_CACHE", "what else lies in the folder stays"]),
 }
 
 
@@ -116,6 +118,35 @@ def test_completion_scripts_are_offered():
         text=True,
     )
     assert done.stdout.split() == ["evaluate"], done.stderr
+
+
+# ---------------------------------------------------------------- the cache
+def test_the_cache_is_shown_and_cleared_of_what_is_its_own(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CT_NB_CACHE", str(folder))
+    assert ct_nb("cache").stdout == f"{folder}: 0 entries, 0.0 MiB\n"
+    assert not folder.exists()
+    cache = DiskCache(folder)
+    names = [content_digest("x", number) for number in range(3)]
+    for name in names:
+        cache.get(name, lambda: {"a": np.zeros(2**17)})
+    part = cache.path(names[0]).parent
+    (tmp_path / "scan.entry").touch()
+    others = [folder / "notes.txt", part / "notes.entry", folder / "ab.entry"]
+    for path in others:
+        path.touch()
+    link = part / f"{part.name}{'0' * 30}.entry"
+    link.symlink_to(tmp_path / "scan.entry")
+    assert ct_nb("cache").stdout == f"{folder}: 3 entries, 3.0 MiB\n"
+    said = ct_nb("cache", "--clear").stdout
+    assert said == f"removed 3 entries, 3.0 MiB, from {folder}\n"
+    assert not any(cache.path(name).exists() for name in names)
+    assert {path for path in folder.rglob("*") if not path.is_dir()} == {*others, link}
+    assert (tmp_path / "scan.entry").exists()
+    for path in (*others, link):
+        path.unlink()
+    assert ct_nb("cache", "--clear").stdout.startswith("removed 0 entries, 0.0 MiB")
+    assert not folder.exists()
 
 
 # ---------------------------------------------------------------- values
@@ -319,6 +350,14 @@ def test_a_place_that_cannot_be_written_is_a_sentence(ct, tmp_path):
     assert str(tmp_path / "file") in refusal("drr", ct, "--out", tmp_path / "file", *SMALL)
 
 
+def test_a_note_cannot_speak_to_the_terminal(ct, monkeypatch):
+    "Notes hold names of files, and text out of them."
+    notes = ["IM\x1b[2J\nview 0: residual 0.000 is damaged"]
+    monkeypatch.setattr("ct_nb.app.commands.simulate_drrs", lambda *args, **kwargs: ([], notes))
+    said = ct_nb("drr", ct).stdout
+    assert said == "note: IM\\x1b[2J\\nview 0: residual 0.000 is damaged\n"
+
+
 def test_a_defect_keeps_its_traceback(ct, monkeypatch):
     import ct_nb.app.commands as commands
 
@@ -330,17 +369,10 @@ def test_a_defect_keeps_its_traceback(ct, monkeypatch):
         ct_nb("drr", ct)
 
 
-def test_a_reader_that_has_gone_is_no_fault_of_the_input(ct):
-    script = "from ct_nb.app.cli import app; app(prog_name='ct-nb')"
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", script, "evaluate", str(ct), str(ct)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process.stdout.close()
-    assert "evaluate:" not in process.stderr.read()
-    process.wait()
+@pytest.mark.parametrize("option", ["--sod-mm", "--sdd-mm", "--pixel-mm"])
+def test_no_tube_stands_beyond_a_kilometre(option, ct):
+    for length in ("1e18", "0"):
+        assert refusal("drr", ct, option, length).startswith(f"{option}: must be above 0 and up")
 
 
 def test_a_terminal_of_ascii_and_a_user_without_a_home(ct, tmp_path):

@@ -30,7 +30,6 @@ NEED_WIDGETS = {
     "app.reconstruction_explorer",
     "ct_encoder.explorer",
     "slices.explorer",
-    "slices.figures",  # for viewer.slice_canvas.to_patient_axes, which would be at home in figures
     "viewer.canvas",
     "viewer.ct_viewer",
     "viewer.scene3d",
@@ -89,7 +88,7 @@ def test_no_module_imports_more_than_the_base_requirements():
 def test_the_base_requirements_bring_no_notebook_server():
     versions = closure(extras=())
     assert {"torch", "typer", "monai", "scikit-image"} <= set(versions)
-    heavy = {"jupyterlab", "papermill", "nbdev", "tensorboard", "dask", "distributed", "ipykernel"}
+    heavy = {"jupyterlab", "papermill", "nbdev", "tensorboard", "ipykernel"}
     assert not heavy & set(versions)
 
 
@@ -141,7 +140,7 @@ def environment(wheel, tmp_path_factory) -> Path:
         for name, distributions in packages_distributions().items()
         if not base & {canonicalize_name(d) for d in distributions} and name != "ct_nb"
     }
-    assert {"ipywidgets", "dask", "jupyterlab", "tensorboard"} <= hidden and "torch" not in hidden
+    assert {"ipywidgets", "jupyterlab", "tensorboard"} <= hidden and "torch" not in hidden
     text = BLOCK_EXTRAS.replace("{names}", repr(sorted(hidden)))
     (site / "sitecustomize.py").write_text(text)
     return folder

@@ -9,7 +9,7 @@ import pytest
 import torch
 from refusals import refused
 
-from ct_nb.core.errors import LONGEST_SENTENCE, FileError, InputError, reading
+from ct_nb.core.errors import LONGEST_SENTENCE, FileError, InputError, reading, warn
 
 
 class GridError(FileError):
@@ -89,6 +89,21 @@ def test_a_message_is_one_line_without_terminal_codes():
     name = "a\x1b[2J\n\u202eb.nii"
     assert str(FileError(name, "is empty")) == r"a\x1b[2J\n\u202eb.nii: is empty"
     assert FileError(name, "is empty").file == name
+
+
+def _say(*sentences):
+    warn(*sentences)
+
+
+def test_a_warning_has_the_lines_that_it_is_given_and_the_place_of_the_caller():
+    with pytest.warns(UserWarning) as caught:
+        _say("2 files are left out", "a\x1b[2J\nb.nii: is empty", "c.nii: is empty")
+    assert str(caught[0].message).splitlines() == [
+        "2 files are left out",
+        r"  a\x1b[2J\nb.nii: is empty",
+        "  c.nii: is empty",
+    ]
+    assert caught[0].filename == __file__
 
 
 def test_a_sentence_has_an_end():

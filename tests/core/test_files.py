@@ -1,8 +1,12 @@
 "Atomic files beyond nbs/core/00_files.ipynb: faults of the disk, kinds of values, relative paths."
 
+import csv
 import errno
 import json
+import multiprocessing
 import os
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +16,16 @@ import torch
 from ct_nb.core import files
 from ct_nb.core.errors import FileError
 from ct_nb.core.files import (
+    atomic_folder,
     atomic_write,
     project_path,
     read_json,
     read_table,
+    remove_leftovers,
     table_columns,
     read_text,
     write_json,
+    writing,
 )
 from refusals import refused
 
@@ -56,10 +63,78 @@ def test_the_temporary_file_is_beside_the_target_with_its_ending(tmp_path):
     assert (tmp_path / "scan.nii.gz").read_bytes() == b"1"
 
 
-def test_others_may_read_the_file(tmp_path):
-    with atomic_write(tmp_path / "x.txt") as temporary:
+@contextmanager
+def umask(mask: int):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def permissions(path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_files_and_folders_have_the_permissions_that_the_umask_leaves(tmp_path, mask):
+    with umask(mask):
+        write_json(tmp_path / "x.json", 1)
+        with atomic_folder(tmp_path / "x") as temporary:
+            (temporary / "y").touch()
+    assert permissions(tmp_path / "x.json") == permissions(tmp_path / "x" / "y") == 0o666 & ~mask
+    assert permissions(tmp_path / "x") == 0o777 & ~mask
+
+
+@pytest.mark.parametrize("mask", [0, 0o777])
+def test_a_private_file_is_its_owners_whatever_the_umask(tmp_path, mask):
+    with umask(mask), atomic_write(tmp_path / "x", private=True) as temporary:
         temporary.write_text("1")
-    assert (tmp_path / "x.txt").stat().st_mode & 0o777 == 0o644
+    assert permissions(tmp_path / "x") == 0o600
+
+
+def _hang(write, path, begun):
+    with write(path) as temporary:
+        (temporary if temporary.is_file() else temporary / "half").write_text("half")
+        begun.set()
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("write", [atomic_write, atomic_folder])
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path, write):
+    "And not while it lives."
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    path = tmp_path / "x"
+    process = context.Process(target=_hang, args=(write, path, begun))
+    process.start()
+    try:
+        assert begun.wait(20)
+        with write(path):
+            pass
+        assert len(os.listdir(tmp_path)) == 2
+    finally:
+        process.kill()
+        process.join(20)
+    assert len(os.listdir(tmp_path)) == 2
+    with write(path):
+        pass
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("age_s, left", [(3600, True), (2 * 86400, False)])
+def test_what_another_machine_writes_counts_as_left_after_a_day(tmp_path, age_s, left):
+    written = tmp_path / ".tmp-ffffffff-1-01234567.x"
+    others = [".tmp-ffffffff-1-01234567.y", ".tmp-x", ".x", ".tmp-ffffffff-one-01234567.x"]
+    for path in (written, *(tmp_path / name for name in others)):
+        path.touch()
+        os.utime(path, (time.time() - age_s,) * 2)
+    with atomic_write(tmp_path / "x"):
+        pass
+    assert written.exists() == left
+    assert all((tmp_path / name).exists() for name in others)  # none is of this output
+    remove_leftovers(tmp_path)
+    assert [(tmp_path / name).exists() for name in others] == [left, True, True, True]
 
 
 def test_the_data_are_flushed_before_the_rename(tmp_path, monkeypatch):
@@ -147,7 +222,7 @@ def test_a_table_is_read_as_written(tmp_path, delimiter):
         ("a,b\n1,2,3\n", 2),
         ("a,b\n1,2\n\n1\n", 4),
         ('a,b\n1,2\n3,"x\n4,5\n', 3),
-        ("a,b\n1,x\"\"y\"\n", 0),
+        ('a,b\n1,x""y"\n', 0),
     ],
 )
 def test_a_row_that_breaks_the_rules_is_named(tmp_path, rows, line):
@@ -195,3 +270,29 @@ def test_a_file_of_another_kind_is_told_by_its_beginning(tmp_path, content, what
     with refused(file="reports.csv", kind=FileError) as error:
         read_table(tmp_path / "reports.csv")
     assert what in error.value.reason
+
+
+def test_the_limit_of_the_csv_module_is_left_as_it_was(tmp_path):
+    "It is one for the whole process, and other readers of tables may rely on it."
+    before = csv.field_size_limit()
+    long = tmp_path / "long.csv"
+    long.write_text(f"a,b\n1,{'x' * (before + 1)}\n")
+    assert len(read_table(long)[0][1]["b"]) == before + 1
+    assert table_columns(long) == ["a", "b"] and csv.field_size_limit() == before
+    open_quote = tmp_path / "quote.csv"
+    open_quote.write_text('a,b\n1,"2\n')
+    with refused(file=open_quote):
+        read_table(open_quote)
+    assert csv.field_size_limit() == before
+
+
+def test_a_full_disk_is_named_by_its_path(tmp_path):
+    with pytest.raises(OSError) as caught, writing(tmp_path / "scan"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(caught.value).startswith(f"{tmp_path / 'scan'}: could not be written (No space")
+    with pytest.raises(OSError) as caught, writing(tmp_path / "scan"):
+        raise OSError("884736 requested and 51136 written")  # numpy on a full disk
+    assert str(caught.value).startswith(f"{tmp_path / 'scan'}: could not be written (884736")
+    with pytest.raises(OSError) as again, writing(tmp_path / "scan"):
+        raise caught.value
+    assert again.value is caught.value

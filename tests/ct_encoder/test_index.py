@@ -26,6 +26,7 @@ from ct_nb.ct_encoder.index import (
     run_digest,
     search,
 )
+from ct_nb.ct_encoder.text_encoders import tower_digest, tower_files
 from ct_nb.ct_encoder.train import CTEncoderRun, load_ct_encoder
 from ct_nb.phantom.chest import phantom
 
@@ -374,3 +375,25 @@ def test_images_of_ct_rate_are_embedded_by_their_table(run, tmp_path):
     second, _, _ = embed_scans([tmp_path / "scan.nii.gz"], run.out, progress=False)
     assert np.allclose(first.vectors, second.vectors, atol=1e-4)
     assert any("the table's" in note for note in notes)
+
+
+def test_a_tower_with_other_files_is_refused_wherever_a_run_is_loaded(run, tmp_path):
+    "Its weights are no part of the run's: other ones give other vectors, without a word."
+    other = shutil.copytree(run.out, tmp_path / "run")
+    tower = tmp_path / "bert"
+    tower.mkdir()
+    (tower / "model.safetensors").write_bytes(b"1")
+    config = json.loads((other / "config.json").read_text())
+    assert config["tower"] is None
+    config["network"]["text"] = str(tower)
+    for digest in (None, "0" * 32, tower_digest(tower)):
+        (other / "config.json").write_text(json.dumps(config | {"tower": digest}))
+        with refused() as caught:
+            load_ct_encoder(other)
+        told = "has other files than it was trained with" in caught.value.reason
+        assert told == (digest != tower_digest(tower))  # else it is read, and is no tower
+    before = tower_digest(tower)
+    (tower / "model.safetensors").write_bytes(b"2")
+    assert tower_digest(tower) != before and tower_digest("tiny") is None
+    (tower / "notes.md").write_text("of no matter")
+    assert len(tower_files(tower)) == 1

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ct_nb.data.cache import DiskCache, content_digest, default_cache_dir, files
 from ct_nb.data.cases import CTSource
 from ct_nb.data.folders import name_cases, read_folder
 from ct_nb.data.open import open_source, phantom_source
+from ct_nb.data import prepare as prepare_module
 from ct_nb.data.prepare import main, prepare
 from ct_nb.data.scan_files import find_cases
 from ct_nb.data.thorax_check import ThoraxRule, measure_thorax
@@ -198,9 +200,9 @@ def test_dicom_folders_belong_to_the_patient_in_their_files(tmp_path):
     (tmp_path / "erna.zip").write_bytes(b"")
     cases = name_cases(tmp_path, find_cases(tmp_path))
     assert {case.name: case.patient for case in cases} == {
-        "p1/CT": "P1",
-        "p2/CT": "P2",
-        "p1/later": "P1",
+        "p1/CT": "p1_CT",
+        "p2/CT": "p2_CT",
+        "p1/later": "p1_CT",
         "erna": "erna",
         "erna.zip": "erna",
         "noname": "noname",
@@ -391,9 +393,29 @@ def test_prepare_leaves_nothing_half_done(folder, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", full_disk)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as caught:
         prepare(source, tmp_path / "prepared")
+    name = tmp_path / "prepared" / f"{source.ids[0]}.npz"
+    assert str(caught.value).startswith(f"{name}: could not be written (No space left on device)")
     assert [p.name for p in tmp_path.iterdir()] == ["cts"]
+
+
+def test_two_that_prepare_one_folder_at_once(folder, tmp_path, monkeypatch):
+    "The second says so, by the folder's name, and what the first wrote stays."
+    source = read_folder(folder, 16)
+    out = tmp_path / "prepared"
+    arrays = prepare_module._prepared_arrays
+
+    def first_is_faster(*arguments):
+        out.mkdir(exist_ok=True)
+        (out / "theirs.npz").touch()
+        return arrays(*arguments)
+
+    monkeypatch.setattr(prepare_module, "_prepared_arrays", first_is_faster)
+    with pytest.raises(OSError) as caught:
+        prepare(source, out)
+    assert str(caught.value).startswith(f"{out}: could not be written (Directory not empty)")
+    assert [p.name for p in out.iterdir()] == ["theirs.npz"]
 
 
 # ---------------------------------------------------------------- the cache
@@ -474,6 +496,33 @@ def test_a_cache_that_cannot_be_written_warns_once(tmp_path):
     assert sum("cannot be written" in str(w.message) for w in caught) == 1
 
 
+@pytest.mark.parametrize("mask", [0, 0o077])
+def test_the_cache_of_patients_is_its_owners_alone(tmp_path, mask):
+    folder = tmp_path / "home" / "cache"
+    before = os.umask(mask)
+    try:
+        DiskCache(folder).get(content_digest("x"), lambda: {"a": np.zeros(3)})
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())}
+    assert modes == {0o700}
+    assert [path.stat().st_mode & 0o777 for path in folder.glob("*/*")] == [0o600]
+
+
+def test_opening_a_cache_closes_it_and_removes_what_the_dead_left(tmp_path):
+    "An older version left it open to all; a killed process, half an entry."
+    cache, name = DiskCache(tmp_path), content_digest("x")
+    cache.get(name, lambda: {"a": np.zeros(3)})
+    part = cache.path(name).parent
+    part.chmod(0o755)
+    left = part / f".tmp-ffffffff-1-01234567.{name}.entry"
+    left.touch()
+    os.utime(left, (0, 0))
+    DiskCache(tmp_path)
+    assert part.stat().st_mode & 0o777 == 0o700
+    assert list(part.iterdir()) == [cache.path(name)]
+
+
 def _race(folder, start, results):
     cache = DiskCache(folder)
     start.wait()
@@ -512,3 +561,23 @@ def test_default_cache_dir(monkeypatch, tmp_path):
     assert default_cache_dir() == tmp_path
     monkeypatch.delenv("CT_NB_CACHE")
     assert default_cache_dir() == Path.home() / ".cache" / "ct_nb"
+
+
+def test_without_a_home_the_cache_is_a_folder_of_ones_own(monkeypatch, tmp_path):
+    "Whoever may write into the cache decides what is trained on."
+
+    def homeless():
+        raise RuntimeError
+
+    monkeypatch.delenv("CT_NB_CACHE", raising=False)
+    monkeypatch.setattr("ct_nb.data.cache.Path.home", homeless)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"ct_nb_{os.getuid()}"
+    assert default_cache_dir() == folder
+    folder.mkdir()
+    assert default_cache_dir() == folder
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    folder.rename(tmp_path / f"ct_nb_{other}")
+    with refused("CT_NB_CACHE"):
+        default_cache_dir()

@@ -249,3 +249,15 @@ def test_compressed_pixels_that_claim_too_much():
     with refused(file="slice.dcm", kind=FileError) as caught:
         image_of(dataset)
     assert "claims" in caught.value.reason
+
+
+def test_the_kind_of_an_object_can_be_printed():
+    "It stands in notes and messages, and a damaged file can have any bytes there."
+    from pydicom.dataset import Dataset
+
+    from ct_nb.data.dicom_files import object_kind
+
+    assert object_kind({"SOPClassUID": "1.2.3\x1b[2J", "Modality": "CT"}).isprintable()
+    header = Dataset()
+    header.Modality = "OT"
+    assert object_kind(header) == "OT"

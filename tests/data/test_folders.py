@@ -7,6 +7,7 @@ import pytest
 from ct_files import body, change, disc_index, other_object, write_series
 from refusals import refused
 
+from ct_nb.core.errors import printable
 from ct_nb.data.cache import DiskCache
 from ct_nb.data.folders import name_cases, read_folder
 from ct_nb.data.read import read_ct
@@ -35,7 +36,7 @@ def test_a_disc(tmp_path):
     files = write_scan(tmp_path / "DICOM" / "PAT0" / "SE0", PatientID="nobody")
     disc_index(tmp_path, files)
     assert find_cases(tmp_path) == [tmp_path / "DICOM" / "PAT0" / "SE0"]
-    assert cases(tmp_path) == {"DICOM_PAT0_SE0": "nobody"}
+    assert cases(tmp_path) == {"DICOM_PAT0_SE0": "DICOM_PAT0_SE0"}
     assert (read_ct(tmp_path).hu == body()).all()
 
 
@@ -54,7 +55,7 @@ def test_a_scout_above_its_scan(tmp_path):
     write_scan(tmp_path / "study" / "scan", PatientID="anna")
     other = write_series(tmp_path / "study", body()[:1], ImageType=["ORIGINAL", "LOCALIZER"])
     change(other[0], SeriesInstanceUID="1.2.9")
-    assert cases(tmp_path) == {"study_scan": "anna"}
+    assert cases(tmp_path) == {"study_scan": "study_scan"}
 
 
 def test_a_series_over_several_folders(tmp_path):
@@ -66,7 +67,7 @@ def test_a_series_over_several_folders(tmp_path):
     write_series(tmp_path / "SE1", hu, series="1.2.4", PatientID="anna")
     assert find_cases(tmp_path) == [tmp_path / "SE0", tmp_path / "SE1"]
     named = name_cases(tmp_path, find_cases(tmp_path))
-    assert [(case.id, case.patient) for case in named] == [("SE0", "anna"), ("SE1", "anna")]
+    assert [(case.id, case.patient) for case in named] == [("SE0", "SE0"), ("SE1", "SE0")]
 
 
 def test_patients_of_one_uid_stay_apart(tmp_path):
@@ -124,6 +125,29 @@ def test_a_folder_goes_by_its_own_name(tmp_path):
     write_scan(tmp_path / "zoe")
     (tmp_path / "current").symlink_to(tmp_path / "zoe", target_is_directory=True)
     assert find_cases(tmp_path) == [tmp_path / "zoe"]
+
+
+# ---------------------------------------------------------------- names
+def test_names_cannot_speak_to_the_terminal(tmp_path):
+    "Line breaks and terminal codes in the names of files, of folders and of a table's cells."
+    root = tmp_path / "a\x1b[2J"
+    write_scan(root / "b\nc_insp", SeriesDescription="d\x1b[2J")
+    write_scan(root / "b\nc_exp", body(seed=1))
+    write_scan(root / "twin\x07", body(seed=1))
+    (root / "bad\x1b[2J\n.nii").write_bytes(b"no CT")
+    (root / "cut\x1b.zip").write_bytes(b"PK")
+    with pytest.warns(UserWarning) as caught:
+        source = read_folder(root, 16, on_error="skip")
+    said = [str(warning.message) for warning in caught]
+    for sentence in ("one patient each", "2 of 5 cases are left out", "has the same voxels as"):
+        assert any(sentence in text for text in said), sentence
+    (root / "patients.csv").write_text("case,patient\nnobody\x1b[2J,x\n")
+    for opened in (lambda: read_folder(root, 16), lambda: source.split(["x\x1b[2J"])):
+        with refused() as error:
+            opened()
+        said.append(str(error.value))
+    assert all(line == printable(line) for text in said for line in text.split("\n"))
+    assert sum(len(text.split("\n")) for text in said) == len(said) + 2  # a line for each left out
 
 
 # ---------------------------------------------------------------- cache keys

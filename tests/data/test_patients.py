@@ -1,10 +1,24 @@
 """Who is who: several scans of one person never count as several persons."""
 
+import io
+import shutil
+import warnings
+import zipfile
+
+import numpy as np
 import pytest
+from ct_files import body, change, write_series
 from refusals import refused
 
 from ct_nb.core.errors import FileError
-from ct_nb.data.folders import find_cases, name_cases
+from ct_nb.data.cache import DiskCache
+from ct_nb.data.folders import find_cases, name_cases, read_folder
+from ct_nb.data.open import open_source
+from ct_nb.data.prepare import prepare
+from ct_nb.slices.open import open_stacks
+from ct_nb.slices.prepared import prepare_stacks
+from ct_nb.slices.thin_folder import thin_folder
+from ct_nb.training.run import case_record
 
 
 def patients_of(root, names, ending=".nii.gz") -> dict[str, str]:
@@ -108,3 +122,82 @@ def test_patients_csv_as_spreadsheets_save_it(tmp_path, encoding):
     (tmp_path / "patients.csv").write_bytes(text.encode("latin-1"))
     with refused(file="patients.csv", kind=FileError):
         patients_of(tmp_path, ["a", "b"])
+
+
+# ---------------------------------------------------------------- PatientID
+NUMBERS = {"a/first": "GEHEIM-4711", "a/later": "GEHEIM-4711", "b": "GEHEIM-4712", "c": "GEHEIM-1"}
+
+
+def write_patients(root, numbers=NUMBERS, first_seed=0):
+    "Scans of 320 × 256 × 240 mm with a PatientID each."
+    for seed, (name, number) in enumerate(numbers.items(), first_seed):
+        write_series(
+            root / name,
+            body(seed=seed),
+            20.0 * np.arange(12),
+            PixelSpacing=[8.0, 8.0],
+            PatientID=number,
+            PatientName="Geheim^Anna",
+            SeriesDescription="GEHEIM",
+        )
+    return root
+
+
+def everything_written(folder) -> bytes:
+    "All files of a folder, and what is packed in them."
+    found = b""
+    for path in folder.rglob("*"):
+        found += path.name.encode()
+        content = path.read_bytes() if path.is_file() else b""
+        begin = content.find(b"PK\x03\x04")
+        found += content
+        if begin >= 0:
+            with zipfile.ZipFile(io.BytesIO(content[begin:])) as archive:
+                found += b"".join(map(archive.read, archive.namelist()))
+    return found + found.replace(b"\0", b"")  # numpy's text has four bytes a letter
+
+
+def test_a_patient_id_joins_scans_and_is_written_nowhere(tmp_path, capsys):
+    root = write_patients(tmp_path / "scans")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        source = read_folder(root, 16, cache=DiskCache(tmp_path / "out" / "cache"))
+        prepare(source, tmp_path / "out" / "prepared")
+        lines = prepare_stacks(thin_folder(root, 25.0), tmp_path / "out" / "stacks", workers=0)
+    assert dict(zip(source.ids, source.patients)) == {
+        "a_first": "a_first",
+        "a_later": "a_first",
+        "b": "b",
+        "c": "c",
+    }
+    assert {line["status"] for line in lines} == {"prepared"}
+    written = everything_written(tmp_path / "out")
+    assert b"a_later" in written and b"geheim" not in written.lower()
+    said = [str(warning.message) for warning in caught]
+    shown = [*said, *capsys.readouterr(), repr(source.cases), repr(case_record(source)), str(lines)]
+    assert "geheim" not in " ".join(shown).lower()
+
+
+def test_the_split_is_the_same_on_another_machine(tmp_path):
+    "And for a copy whose numbers were replaced."
+    here = name_cases(write_patients(tmp_path / "here"), find_cases(tmp_path / "here"))
+    there = tmp_path / "other" / "place"
+    shutil.copytree(tmp_path / "here", there)
+    for file in there.rglob("*.dcm"):
+        number = {"a": "X1", "b": "X2", "c": "X3"}[file.relative_to(there).parts[0]]
+        change(file, PatientID=number)
+    copied = name_cases(there, find_cases(there))
+    assert [(c.id, c.patient) for c in here] == [(c.id, c.patient) for c in copied]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_person_in_two_folders_is_not_two_patients(tmp_path):
+    one = write_patients(tmp_path / "one", {"a": "4711", "b": "4712"})
+    two = write_patients(tmp_path / "two", {"z/x": "4713", "z/y": "4711"}, 2)
+    for joined in (f"{one}+{two}", f"{two}+{one}"):
+        for opened in (lambda: open_source(joined, 16), lambda: open_stacks(joined, 25.0)):
+            with refused("data") as caught:
+                opened()
+            assert "z_y" in str(caught.value) and "4711" not in str(caught.value)
+    (two / "patients.csv").write_text("case,patient\nz_y,a\n")
+    assert open_stacks(f"{one}+{two}", 25.0).patients == ["a", "b", "z_x", "a"]

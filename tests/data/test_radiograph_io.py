@@ -10,7 +10,16 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from radiograph_files import GEOMETRY, IMAGES, INTENSITY, LINEAR, save_dicom, save_png, with_chunk
+from radiograph_files import (
+    GEOMETRY,
+    IMAGES,
+    INTENSITY,
+    LINEAR,
+    NAMES,
+    save_dicom,
+    save_png,
+    with_chunk,
+)
 from refusals import refused
 
 from ct_nb.data.linearize import read_radiographs
@@ -22,7 +31,8 @@ from ct_nb.data.radiograph_io import (
     write_radiographs,
 )
 from ct_nb.physics.geometry import ConeBeam
-from ct_nb.physics.geometry_io import geometry_from_json, load_geometry
+from ct_nb.physics.geometry_io import geometry_from_json, geometry_to_json, load_geometry
+from ct_nb.physics.volume import Grid
 
 
 # ---------------------------------------------------------------- our own folder
@@ -310,7 +320,9 @@ def test_a_geometry_that_is_not_the_sidecars(tmp_path):
     assert len(notes) == 1 and "cannot be compared" in notes[0]
 
 
-@pytest.mark.parametrize("name", ["../x.png", 3, None, "a/b.png"])
+@pytest.mark.parametrize(
+    "name", ["../x.png", "/etc/passwd", "..", "", ".", "..\\x.png", "C:x.png", 3, None, "a/b.png"]
+)
 def test_a_sidecar_that_names_no_file_of_its_folder(tmp_path, name):
     write_radiographs(tmp_path, IMAGES, GEOMETRY)
     change_sidecar(tmp_path, lambda c: c["images"][0].update(file=name))
@@ -322,6 +334,13 @@ def test_a_sidecar_that_names_no_file_of_its_folder(tmp_path, name):
     (tmp_path / "geometry.json").write_text("[" * 100_000)
     with refused(file="geometry.json", kind=RadiographError):
         read_radiographs(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "a\n"])
+def test_names_that_lead_elsewhere_are_not_written(tmp_path, name):
+    with refused("names"):
+        write_radiographs(tmp_path / "xrays", IMAGES, GEOMETRY, ["xray", name])
+    assert not list(tmp_path.rglob("*.png"))
 
 
 @pytest.mark.parametrize("scale", [0, -1, 1e300, "half", None])
@@ -514,3 +533,60 @@ def test_masked_pixels_continue_the_nearest_measured_one():
     assert Radiograph(image[:1], "x", masked=np.zeros((1, 4), dtype=bool)).masked is None
     with refused(file="x", kind=RadiographError):
         Radiograph(image, "x", masked=np.ones((3, 4), dtype=bool))
+
+
+# ---------------------------------------------------------------- a geometry in two places
+OTHER = ConeBeam.orbit([10, 100], detector_shape=(20, 30), pixel_mm=10.0)
+
+
+def with_geometry(path, geometry, images=IMAGES):
+    "The arrays that `write_radiographs` puts into an npz, with a geometry of their own."
+    np.savez(path, line_integrals=images.numpy(), geometry=np.array(geometry_to_json(geometry)))
+
+
+def test_an_npz_and_its_sidecar_of_two_geometries(tmp_path):
+    "The digest covers the images alone, so that a geometry could be another's without a word."
+    write_radiographs(tmp_path, IMAGES, GEOMETRY)
+    with_geometry(tmp_path / "xrays.npz", OTHER)
+    with refused(file="xrays.npz", kind=RadiographError) as caught:
+        read_radiographs(tmp_path / "xrays.npz")
+    assert "geometry.json" in caught.value.reason
+    with_geometry(tmp_path / "xrays.npz", GEOMETRY.on(Grid.cube(16, 100.0)))
+    with refused(file="xrays.npz", kind=RadiographError):
+        read_radiographs(tmp_path / "xrays.npz")
+    with_geometry(tmp_path / "xrays.npz", GEOMETRY)
+    notes = []
+    assert torch.equal(read_radiographs(tmp_path / "xrays.npz", notes=notes), IMAGES)
+    change_sidecar(tmp_path, lambda c: c.pop("arrays"))  # it does not speak of this file
+    with_geometry(tmp_path / "xrays.npz", OTHER)
+    read_radiographs(tmp_path / "xrays.npz", OTHER, notes=notes)
+    assert notes == []
+
+
+def test_a_geometry_that_is_not_the_files_own(tmp_path):
+    with_geometry(tmp_path / "a.npz", GEOMETRY)
+    for geometry, said in ((GEOMETRY, 0), (OTHER, 1), (GEOMETRY.select([1, 0]), 1)):
+        notes = []
+        read_radiographs(tmp_path / "a.npz", geometry, notes=notes)
+        assert len(notes) == said and all("a.npz" in note for note in notes)
+
+
+def test_a_geometry_in_a_file_that_is_none(tmp_path):
+    with_geometry(tmp_path / "views.npz", GEOMETRY.select([0]))
+    with refused(file="views.npz", kind=RadiographError):
+        read_radiographs(tmp_path / "views.npz")
+    np.savez(tmp_path / "text.npz", line_integrals=IMAGES.numpy(), geometry=np.array("{"))
+    with refused(file="text.npz"):
+        read_radiographs(tmp_path / "text.npz")
+    # an array of another program that has this name
+    np.savez(tmp_path / "theirs.npz", line_integrals=IMAGES.numpy(), geometry=np.eye(3))
+    assert torch.equal(read_radiographs(tmp_path / "theirs.npz"), IMAGES)
+
+
+@pytest.mark.parametrize("shape", ["BITMAP", ["RECTANGULAR", "BITMAP"], "OVAL\x1b[2J"])
+def test_a_shutter_that_is_not_applied_is_said(tmp_path, shape):
+    edges = {f"Shutter{name}": edge for name, edge in zip(NAMES, (1, 30, 1, 20))}
+    save_dicom(tmp_path / "a.dcm", INTENSITY[0], **LINEAR, ShutterShape=shape, **edges)
+    image = read_radiograph(tmp_path / "a.dcm")
+    said = [remark for remark in image.remarks if "ShutterShape" in remark]
+    assert len(said) == 1 and "is not applied" in said[0] and said[0].isprintable()

@@ -242,7 +242,7 @@ def defined_names() -> set[str]:
 # of other programs, and names of files, columns, options and presets
 ELSEWHERE = set(
     "nn Module nbdev_export nbdev_clean nbdev_update lint-imports ruff case patient patients csv"
-    " labels json notebooks archives dev micro smoke cpu gpu paper".split()
+    " labels json notebooks dev micro smoke cpu gpu paper".split()
 )
 
 

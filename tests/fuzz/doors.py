@@ -791,6 +791,54 @@ def read_training_state(folder: Path):
     return {name: state[name] for name in ("step", "model")}
 
 
+IDENTITY = {
+    "system": "slices",
+    "seed": 0,
+    "settings": {"thick_mm": 5.0, "spacing": [0.8, 1.2], "regressor": {"steps": 8}},
+    "vae": None,
+    "model": "both",
+    "training": {"cases": ["a", "b"], "patients": ["a", "b"], "fingerprint": "f"},
+    "validation": {"cases": ["c"], "patients": ["c"], "fingerprint": "g"},
+    "inputs": {"vae": "0" * 32},
+    "processes": 1,
+    "versions": {"python": "3.11.9", "torch": "2.13.0", "monai": None},
+    "threads": 2,
+}
+
+
+def save_identity(folder: Path) -> None:
+    from ct_nb.training.run_folder import claim_folder
+
+    claim_folder(folder, IDENTITY, ["model.safetensors"], go_on=True)
+    (folder / "model.safetensors").touch()
+
+
+def go_on(folder: Path):
+    "What is said to a run that goes on in the folder, and what its run.json holds."
+    from ct_nb.training.run_folder import claim_folder, read_run
+
+    return claim_folder(folder, IDENTITY, ["model.safetensors"], go_on=True), read_run(folder)
+
+
+def _without_null(value):
+    "An entry of null is one that is not there."
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_null(one) for name, one in value.items() if one is not None}
+
+
+def check_identity(value) -> str:
+    "Only what does not decide the numbers may differ, and it is told."
+    notes, there = value
+    here, there = _without_null(IDENTITY), _without_null(there)
+    told = [[one.pop(name, None) for name in ("versions", "threads")] for one in (here, there)]
+    if here != there:
+        return f"another run is taken for this one: {there!r:.60}"
+    if bool(notes) != (told[0] != told[1]):
+        return f"of {told[1]!r:.60} is said {notes}"
+    return first(*(f"the note {n!r:.60}" for n in notes if not n.isprintable() or len(n) > 2000))
+
+
 def save_pe_archive(folder: Path) -> None:
     from ct_files import pair_members
 
@@ -894,6 +942,7 @@ DOORS = [
     *map(_run_door, ("drr2ct", "cascade", "refiner", "slices", "slice_vae", "ct_encoder")),
     Door("training state", save_training_state, read_training_state, check_state,
          {"*.pt": "zip"}, ("*.pt",)),
+    Door("run.json", save_identity, go_on, check_identity, {"run.json": "json"}),
     Door("PE archive", save_pe_archive, read_pe_archive, check_stacks,
          {"*.zip": "zip of dicom"}, ("*.zip",)),
     Door("history.jsonl", save_history, read_history_rows, check_history,

@@ -50,6 +50,16 @@ def test_nothing_local_is_tracked():
     assert not local, f"paths of a machine stand in {local}"
 
 
+def test_every_warning_escapes_the_names_in_it():
+    "`ct_nb.core.errors.warn` does; `warnings.warn` would let a file's name speak to the terminal."
+    others = [
+        path.name
+        for path in (ROOT / "ct_nb").rglob("*.py")
+        if "warnings.warn(" in path.read_text(encoding="utf-8")
+    ]
+    assert others == ["errors.py"]
+
+
 def test_environment_says_nothing_that_settings_do_not():
     text = (ROOT / "environment.yml").read_text()
     assert "-e .[dev]" in text and "==" not in text

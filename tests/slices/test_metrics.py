@@ -5,6 +5,7 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from refusals import refused
@@ -44,6 +45,7 @@ from ct_nb.slices.slice_profile import (
 )
 from ct_nb.slices.vae import SliceVAE, SliceVAEConfig
 from ct_nb.slices.vae_metrics import vae_scores as vae_figures
+from ct_nb.physics.scanned import scanned_voxels
 from ct_nb.slices.vae_metrics import volume_ssim
 
 THICK, PROFILE = SliceAxis(2.5, 5.0, 6), SliceProfile(5.0)
@@ -177,6 +179,58 @@ def test_slice_figures_are_means_over_slices():
     assert {name: found[name] for name in vae_figures(pred, item["thin"])} == vae_figures(
         pred, item["thin"]
     )
+
+
+def field_of_view(shape=(30, 24, 26), radius=10.5):
+    "Voxels inside of a circle, whose outside a scanner pads."
+    _, y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in shape), indexing="ij")
+    return (torch.hypot(x, y) < radius).numpy()
+
+
+def test_voxels_that_were_not_scanned_do_not_count():
+    "Whatever a method makes of the padding, its scores are those of the scan; as elsewhere."
+    thin = torch.where(torch.from_numpy(field_of_view()), volume(), -1024.0)
+    item = case() | {"thin": thin, "thick": average_slices(thin, MATRIX)}
+    inside = scanned_voxels(thin.numpy())
+    assert (inside != field_of_view()).mean() < 0.05  # corners of the circle
+    pred = thin + 20 * torch.randn(thin.shape, generator=torch.Generator().manual_seed(1))
+    found = slice_scores(pred, thin, scan(item), counted=inside)
+    for padding in (-1024.0, 300.0):
+        other = torch.where(torch.from_numpy(inside), pred, padding)
+        assert slice_scores(other, thin, scan(item), counted=inside) == found
+    assert found["left_out"] == pytest.approx(1 - inside.mean()) and found["left_out"] > 0.4
+    assert found["psnr"] == psnr(pred, thin, mask=inside)
+    assert found["ssim"] == pytest.approx(ssim(pred, thin, counted=inside), rel=1e-9)
+    assert all(math.isfinite(value) for value in found.values())
+    # padding that is copied is no skill: with it, the error seems half as large
+    copied = slice_scores(torch.where(torch.from_numpy(inside), pred, thin), thin, scan(item))
+    assert copied["mae_hu"] < 0.6 * found["mae_hu"] and copied["psnr"] > found["psnr"] + 2
+    everything = np.ones_like(inside)
+    for name, value in slice_scores(pred, thin, scan(item), counted=everything).items():
+        assert value == pytest.approx(slice_scores(pred, thin, scan(item))[name], rel=1e-6), name
+
+
+def test_the_board_leaves_the_padding_out():
+    thin = torch.where(torch.from_numpy(field_of_view()), volume(), -1024.0)
+    inside = torch.from_numpy(scanned_voxels(thin.numpy()))
+    item = case() | {"thin": thin, "thick": average_slices(thin, MATRIX)}
+    board = evaluate_slices(slice_baselines(), [item], progress=False)
+    assert board.mean("linear", "left_out") == pytest.approx(1 - float(inside.double().mean()))
+    hu = slice_baselines()[1].interpolate(*scan(item))
+    assert board.mean("linear", "mae_hu") == pytest.approx(
+        slice_scores(hu, thin, counted=inside.numpy())["mae_hu"]
+    )
+
+
+def test_slices_of_padding_alone():
+    "A slice that was not scanned at all has no PSNR of its own."
+    thin = volume()
+    thin[:5] = -1024
+    counted = scanned_voxels(thin.numpy())
+    assert not counted[:5].any() and counted[5:].all()
+    found = slice_scores(thin + 20.48, thin, scan(case()), counted=counted)
+    assert found["worst_slice_psnr"] == pytest.approx(40, abs=0.3)
+    assert found["step_error_hu"] < 1e-3 and math.isfinite(found["reaveraged_worst_hu"])
 
 
 def test_re_averaging_is_not_clipped():

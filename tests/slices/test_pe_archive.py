@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ct_files import body, zipped
 from ct_files import series_members as series
+from refusals import refused
 
 from ct_nb.data.hounsfield import CTReadError
 from ct_nb.slices.paired_stacks import (
@@ -124,6 +125,11 @@ def test_file_names_become_ids(tmp_path):
     )
     (tmp_path / "patients.csv").write_text("case,patient\nAPE/1.zip,anna\nnon_APE_1,anna\n")
     assert Counter(pe_archive(tmp_path).patients)["anna"] == 2
+    # a slip in a name would put one patient on both sides of the split
+    (tmp_path / "patients.csv").write_text("case,patient\nAPE/1.zip,anna\nnon_APE_7,anna\n")
+    with refused(file="patients.csv") as caught:
+        pe_archive(tmp_path)
+    assert "line 3" in caught.value.reason
 
 
 def test_other_series_and_doubles_do_not_disturb(tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -190,62 +191,50 @@ def tiny(error=None) -> ThinStack:
     return ThinStack("a", "a", np.zeros((4, 3, 3), np.float32), SliceAxis(0.0, 1.0, 4), (1.0, 1.0))
 
 
-def test_processes_of_dask_and_one_that_dies(archive, tmp_path):
-    pytest.importorskip("distributed")
-    good = pe_archive(archive).cases[:2]
+@pytest.mark.parametrize("workers", [1, 2])
+def test_processes_and_one_that_dies(archive, tmp_path, workers):
+    cases = pe_archive(archive).cases
     deadly = StackCase("deadly", "deadly", functools.partial(os._exit, 3))
-    lines = prepare_stacks(StackSource([*good, deadly]), tmp_path / "out", workers=1)
-    found = statuses(lines)
-    assert (
-        len(lines) == 3
-        and found.pop("deadly") == "failed"
-        and "process died" in next(line["reason"] for line in lines if line["id"] == "deadly")
-    )
-    # those in line behind it are not lost
-    assert set(found.values()) <= {"prepared", "kept"} and np.array_equal(
-        prepared_stacks(tmp_path / "out")[1].thin, THIN
-    )
-
-
-def test_a_scheduler_whose_worker_is_another_process(archive, tmp_path):
-    distributed = pytest.importorskip("dask.distributed")
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50
-    ) as cluster:
-        address = cluster.scheduler_address
-        with distributed.Client(address, set_as_default=False) as client:
-            elsewhere = client.run(os.getpid)
-        # one that is whole, one that is not
-        lines = prepare_stacks(
-            StackSource(pe_archive(archive).cases[::2]), tmp_path / "out", scheduler=address
-        )
-    assert address.startswith("tcp://") and os.getpid() not in elsewhere.values()
+    source = StackSource([cases[0], deadly, *cases[2:]])
+    lines = prepare_stacks(source, tmp_path / "out", workers=workers)
     assert statuses(lines) == {
         "APE_0001": "prepared",
         "APE_0003": "failed",
+        "deadly": "failed",
+        "non_APE_0001": "prepared",
         "non_APE_0002": "failed",
-    } and np.array_equal(prepared_stacks(tmp_path / "out")[0].thin, THIN)
+    }
+    reasons = {line["id"]: line.get("reason", "") for line in lines}
+    assert "process died" in reasons["deadly"] and "cut short" in reasons["APE_0003"]
+    assert np.array_equal(prepared_stacks(tmp_path / "out")[1].thin, THIN)
 
 
-def test_a_scheduler_that_is_not_there(tmp_path, monkeypatch):
-    distributed = pytest.importorskip("dask.distributed")
-    real = distributed.Client
-    monkeypatch.setattr(
-        distributed, "Client", lambda address, timeout, **more: real(address, timeout=1, **more)
-    )
-    with pytest.raises(OSError, match="scheduler: tcp://127.0.0.1:9 cannot be reached"):
-        prepare_stacks(
-            StackSource([StackCase("a", "a", tiny)]),
-            tmp_path / "out",
-            scheduler="tcp://127.0.0.1:9",
-        )
+def open_ports(process) -> list[str]:
+    "Addresses on which a process listens for TCP."
+    held = {os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir() if link.exists()}
+    lines = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return [f[1] for f in lines if f[3] == "0A" and f"socket:[{f[9]}]" in held]
 
 
-def test_without_dask_a_sentence(tmp_path, monkeypatch):
-    for name in ("dask.distributed", "distributed"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match="pip install dask distributed"):
-        prepare_stacks(StackSource([StackCase("a", "a", tiny)]), tmp_path / "out", workers=2)
+def _ports_while_at_work(file: Path, parent: int) -> ThinStack:
+    processes = (parent, os.getppid(), os.getpid())  # the second forks the third
+    file.write_text(str([open_ports(process) for process in processes]))
+    return tiny()
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").is_file(), reason="asks Linux for open ports")
+def test_no_port_is_open_while_scans_are_prepared(tmp_path):
+    "Whoever could connect to one could have code of theirs run as this user."
+    with socket.create_server(("127.0.0.1", 0)):
+        assert len(open_ports(os.getpid())) == 1
+    load = functools.partial(_ports_while_at_work, tmp_path / "ports", os.getpid())
+    source = StackSource([StackCase("a", "a", load)])
+    assert statuses(prepare_stacks(source, tmp_path / "out", workers=2)) == {"a": "prepared"}
+    assert (tmp_path / "ports").read_text() == "[[], [], []]"
 
 
 def test_from_the_shell(archive, tmp_path):

@@ -6,8 +6,10 @@ from ct_files import body
 from places import PROGRAMS
 
 from ct_nb.data.hounsfield import CTReadError
+from ct_nb.physics.scanned import PADDING_HU, scanned_voxels
 from ct_nb.physics.volume import Volume
 from ct_nb.slices.open import open_stacks
+from ct_nb.slices.paired_stacks import pair_stack
 from ct_nb.slices.thin_folder import thin_folder
 
 THIN = body((60, 32, 40))
@@ -61,3 +63,27 @@ def test_real_thin_folder(real_ct):
         pytest.skip("no thin CT among the real CTs here")
     source = thin_folder(real_ct / "thin")
     assert {"lidc-0002", "nsclcrg-R01-001"} <= set(source.ids)
+
+
+@pytest.mark.parametrize("fill", [-2000, -3024, -1024])
+def test_padding_can_be_told_in_the_stack(tmp_path, fill):
+    "Padding of any number is -1024 HU in the stack: the metrics find it, also after storage."
+    y, x = np.indices(THIN.shape[1:]) - np.array([[[15.5]], [[19.5]]])
+    radius = np.broadcast_to(np.hypot(y, x), THIN.shape)
+    volume(np.where(radius < 14, THIN, fill), 1.0, 0.0).save(tmp_path / "thin.npz")
+    stack = thin_folder(tmp_path)[0]
+    found = scanned_voxels(stack.thin.astype(np.int16))
+    inside, outside = radius < 12, radius > 16  # the corners of the circle count as either
+    assert np.array_equal(stack.thin[inside], THIN[inside]) and found[inside].all()
+    assert (stack.thin[outside] == PADDING_HU).all() and not found[outside].any()
+
+
+def test_a_pair_is_padded_in_both_stacks():
+    inside = np.ones(THIN.shape, bool)
+    inside[:, :6] = False
+    thin = volume(np.where(inside, THIN, -1000), 1.0, 0.0)
+    thick = volume(np.where(inside[::5], THICK, -1000), 5.0, 2.0)
+    thin.scanned, thick.scanned = inside, inside[::5]
+    stack = pair_stack("a", "a", thick, thin)
+    assert (stack.thin[:, :6] == PADDING_HU).all() and (stack.thick[:, :6] == PADDING_HU).all()
+    assert np.array_equal(stack.thin[:, 6:], THIN[:, 6:])

@@ -367,7 +367,7 @@ def test_bad_input_gets_a_sentence(chest, tmp_path):
         (lambda: encode_tiled(vae, chest[0]), "x: slices must be"),
         (lambda: SliceVAEConfig(fold=3), "fold: must be 1, 2, 4 or 8"),
         (lambda: SliceVAEConfig(fold=2, channels=(8, 8)), "channels: a fold of 2 needs 3 numbers"),
-        (lambda: SliceVAEConfig(blocks=0), "blocks: must be 1 or more"),
+        (lambda: SliceVAEConfig(blocks=0), "blocks: must be at least 1"),
         (lambda: SliceVAEConfig(window="brain"), "window: there is none named"),
         (lambda: SliceVAEConfig.preset("huge"), "preset: must be one of"),
         (lambda: SliceVAEConfig.from_dict({"colour": 1}), "unknown settings colour"),

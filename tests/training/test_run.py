@@ -71,6 +71,14 @@ def test_a_preset_that_is_not_there_is_refused(system, trained):
         run_class(system)("huge", **options(system))
 
 
+def test_names_of_patients_cannot_speak_to_the_terminal():
+    class Loud(Run):
+        def description(self):
+            return [("trained on", "a\x1b[2J\nevaluated on: b")]
+
+    assert Loud.describe(object.__new__(Loud)) == r"trained on:   a\x1b[2J\nevaluated on: b"
+
+
 @pytest.mark.parametrize("error", [OSError("x: is full"), TrainingStopped("loss nan")])
 def test_the_command_ends_with_one_sentence(error, monkeypatch, tmp_path):
     kind = run_class("vae")
@@ -85,6 +93,23 @@ def test_the_command_ends_with_one_sentence(error, monkeypatch, tmp_path):
     monkeypatch.setattr(kind, "fit", lambda run, progress=True: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a fault of the program is no sentence
         run_main(kind, ["--preset", "micro", "--out", str(tmp_path)])
+
+
+@every_system
+def test_a_folder_that_cannot_be_is_said_before_anything_is_made(
+    system, trained, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    kind = run_class(system)
+
+    def never(run, progress):
+        raise AssertionError("it builds a network first")
+
+    monkeypatch.setattr(kind, "_build", never)
+    words = [f"--{name}={value}" for name, value in options(system).items()]
+    with pytest.raises(SystemExit) as ended:
+        run_main(kind, ["--preset", "micro", "--out", str(tmp_path / "file" / "run"), *words])
+    assert str(ended.value.code).startswith(f"{kind.__module__}: {tmp_path / 'file' / 'run'}")
 
 
 def test_a_stage_that_is_not_there_is_refused(tmp_path):

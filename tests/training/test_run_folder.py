@@ -14,6 +14,7 @@ import torch
 from refusals import refused
 from trained_runs import SYSTEMS, options, run_class
 
+from ct_nb.training.run import Run, surroundings
 from ct_nb.training.run_folder import (
     OWNER_FILE,
     RUN_FILE,
@@ -241,3 +242,40 @@ def test_what_is_removed_stays_inside(tmp_path):
 )
 def test_differences_are_named(there, here, said):
     assert list_differences(there, here) == said
+
+
+def test_threads_are_told(tmp_path):
+    "Sums are divided by threads, so their last digits depend on the number; it does not count."
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        claim_folder(tmp_path, {"seed": 0, **surroundings()}, ["weights"], go_on=True)
+        (tmp_path / "weights").touch()
+        assert claim_folder(tmp_path, {"seed": 0, **surroundings()}, ["weights"], go_on=True) == []
+        torch.set_num_threads(1)
+        notes = claim_folder(tmp_path, {"seed": 0, **surroundings()}, ["weights"], go_on=True)
+    finally:
+        torch.set_num_threads(before)
+    assert len(notes) == 1 and "threads is 2 there and 1 here" in notes[0]
+    assert json.loads((tmp_path / RUN_FILE).read_text())["threads"] == 2
+
+
+@every_system
+def test_a_run_records_its_threads_and_names_its_files(system, trained):
+    "What a finished run leaves is what the next run of any system removes from the folder."
+    folder = trained(system)
+    for name in (RUN_FILE, "config.json"):
+        assert json.loads((folder / name).read_text())["threads"] >= 1
+    own = {".lock", "finished", RUN_FILE, "vae"}  # a run of its own is in `vae`
+    left = {path.name for path in folder.iterdir()} - own
+    assert left <= set(Run.files) and run_class(system).files == Run.files
+
+
+def test_nothing_of_another_system_stays(trained, tmp_path):
+    folder = copy_of(trained("vae"), tmp_path / "run")
+    assert (folder / "vae_scores.csv").is_file() and (folder / "config.json").is_file()
+    run = run_class("ct_encoder")("micro", out=folder)
+    with refused(kind=RunFolderError):
+        claim_folder(folder, {"system": "ct_encoder"}, run.files, go_on=False)
+    claim_folder(folder, {"system": "ct_encoder"}, run.files, go_on=False, overwrite=True)
+    assert {path.name for path in folder.iterdir()} <= {RUN_FILE, ".lock"}

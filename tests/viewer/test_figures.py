@@ -19,9 +19,10 @@ from figure_marks import marks_faults
 from places import ROOT
 from refusals import refused
 
-from ct_nb.core.plot_style import BASELINE, MODEL, SERIES, TRUTH
+from ct_nb.core.plot_style import BASELINE, MODEL, SERIES, TRUTH, plot_style
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
+from ct_nb.viewer.ct_viewer import VolumeViewer
 from ct_nb.viewer.figures import (
     along_lps,
     comparison_figure,
@@ -496,3 +497,21 @@ def test_a_scale_bar_is_as_long_as_it_says_on_every_axis():
 
 def test_the_colours_are_one_set():
     assert SERIES[:3] == (BASELINE, MODEL, TRUTH) and len(set(SERIES)) == 6
+
+
+def test_dollars_in_a_name_are_dollars():
+    "Names of losses, stages and labels come from files; as mathtext `$^{$` stops the figure."
+    name = "a$^{$ b"
+    rows = [{"step": k, "loss": 10.0**-k, name: 1.0, "stage": f"{name}{k}"} for k in (1, 2, 3)]
+    figure = training_figure(rows)
+    figure.canvas.draw()
+    ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert not any("$" in text for text in ticks) and "1e−02" in ticks
+    ball = np.zeros((8, 8, 8), np.uint8)
+    ball[2:6, 2:6, 2:6] = 1
+    volume = Volume(ball * 40.0 - 1000, np.diag([4.0, 4, 4, 1]))
+    labelled = VolumeViewer(volume, mask=ball, names={1: name}).static()
+    labelled.canvas.draw()
+    assert [text.get_text() for text in labelled.legends[0].get_texts()] == [name]
+    with plot_style():
+        plt.figure().suptitle(name).figure.canvas.draw()

@@ -35,7 +35,8 @@ from ct_nb.viewer.canvas import (
 from ct_nb.viewer.ct_viewer import VolumeViewer
 from ct_nb.viewer.geometry_figure import corners_mm, surface_mesh
 from ct_nb.viewer.scene3d import Camera, SurfacePoints, fit_camera, render_scene
-from ct_nb.viewer.slice_canvas import SliceCanvas, to_patient_axes, value_at
+from ct_nb.viewer.figures import to_patient_axes
+from ct_nb.viewer.slice_canvas import SliceCanvas, value_at
 from ct_nb.viewer.xray_viewer import DETECTOR, XrayExplorer, clipped_line, ray_inside
 
 PLANES = ("axial", "coronal", "sagittal")
