@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .combine import combine, sampled, vote
+from .combine import Combination, combine, sampled, vote
 from .fit import FitSettings, XrayTarget, fit
 from .volumes import DEFAULT_ATLAS, HIGHEST_HU, Atlas
 from ..core.errors import InputError
@@ -33,6 +33,7 @@ class AtlasPredictor:
     fit_settings: FitSettings | None = None
     energy_kev: float = 60.0
     name: str = "atlas_reconstruction"
+    last: Combination | None = None  # what the last prediction came from
 
     @property
     def settings(self) -> dict:
@@ -57,7 +58,8 @@ class AtlasPredictor:
         target = XrayTarget(xrays.float().cpu(), geometry.to("cpu").to(torch.float32))
         target = XrayTarget(target.xrays, target.geometry, self.energy_kev)
         bend = fit(atlas, target, self.fit_settings).bend
-        return combine(atlas, bend, target).hu
+        self.last = combine(atlas, bend, target)
+        return self.last.hu
 
 # %% ../../nbs/atlas/06_reconstruct.ipynb #cell-006
 def atlas_baseline(
