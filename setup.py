@@ -15,7 +15,7 @@ def requirements(name):
     return shlex.split(settings[name])
 
 
-extras = {name: requirements(f"{name}_requirements") for name in ("notebooks", "archives")}
+extras = {name: requirements(f"{name}_requirements") for name in ("notebooks", "archives", "deepspeed")}
 extras["dev"] = [*extras["notebooks"], *extras["archives"], *requirements("dev_requirements")]
 
 setuptools.setup(
