@@ -66,8 +66,8 @@ def schedule(trainer: TrainerConfig, steps: int | None = None, **changes) -> Tra
     return replace(trainer, steps=steps, warmup_steps=warmup, **changes)
 
 # %% ../../nbs/training/06_run.ipynb #cell-008
-class _Patched(abc.ABC):
-    "A base whose abstract methods `patch` may write when the class is there already."
+class _Patched:
+    "For an abstract class whose methods `patch` may write when the class is there already."
 
     def __new__(cls, *_, **__):
         cls.__abstractmethods__ = frozenset(
@@ -79,7 +79,7 @@ class _Patched(abc.ABC):
 
 
 @dataclass
-class Run(_Patched):
+class Run(_Patched, abc.ABC):
     """A training run of one system: `open`, `build`, `fit`, `evaluate`, in this order; `fit` builds
     where nobody has.
 
@@ -435,6 +435,8 @@ def train_stages(
             )
         if self.is_done(name) and (self.resume or name not in trained):
             load(name)
+            if self.is_main:
+                remove_state(self.stage_folder(name))  # of a run killed as it was removed
             histories[name] = read_history(self.stage_folder(name))
         else:
             histories[name] = train()
