@@ -42,7 +42,7 @@ def _fsdp_plugin():
 def _deepspeed_plugin(mixed_precision: str):
     from accelerate import DeepSpeedPlugin
     from accelerate.state import AcceleratorState
-    from accelerate.utils import is_deepspeed_available
+    from accelerate.utils import DistributedType, is_deepspeed_available
 
     if not is_deepspeed_available():
         raise InputError(
@@ -52,8 +52,9 @@ def _deepspeed_plugin(mixed_precision: str):
         )
     if mixed_precision == "fp16":
         raise InputError("mixed_precision", "must be no or bf16 with DeepSpeed, got fp16")
-    if AcceleratorState._shared_state:  # all stages of a run have the plugin of the first
-        return None
+    state = AcceleratorState._shared_state
+    if state.get("distributed_type") is DistributedType.DEEPSPEED:
+        return None  # all stages of a run have the plugin of the first
     plugin = DeepSpeedPlugin()
     zero = plugin.deepspeed_config["zero_optimization"]
     if plugin.zero_stage != 3:
