@@ -34,9 +34,9 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(
 )
 
 
-def train(out, *words, launcher=(sys.executable,), expect=0, **environment):
+def run_program(program, *words, launcher=(sys.executable,), expect=0, **environment):
     done = subprocess.run(
-        [*launcher, str(PROGRAM), str(out), *words],
+        [*launcher, str(program), *words],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -44,3 +44,7 @@ def train(out, *words, launcher=(sys.executable,), expect=0, **environment):
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done
+
+
+def train(out, *words, **options):
+    return run_program(PROGRAM, str(out), *words, **options)

@@ -6,12 +6,12 @@ import os
 
 import pytest
 import torch
-from places import ROOT
+from places import PROGRAMS, ROOT
 from refusals import refused
-from train_line_runs import NEEDS_DEEPSPEED, TWO_PROCESSES, ZERO3, train
+from train_line_runs import NEEDS_DEEPSPEED, TWO_PROCESSES, ZERO3, run_program, train
 
 from ct_nb.training.checkpoints import load_state
-from ct_nb.training.sharding import SHARDS_FOLDER, make_accelerator
+from ct_nb.training.sharding import SHARDS_FOLDER, ZERO_BUCKET, make_accelerator
 from ct_nb.training.trainer import read_history
 
 SHARED = {"launcher": TWO_PROCESSES, **ZERO3}
@@ -83,6 +83,14 @@ def test_autocast_is_that_of_two_processes_that_each_hold_the_network(tmp_path, 
     train(tmp_path / "held", "bf16", launcher=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
     assert torch.allclose(final(tmp_path / "shared"), final(tmp_path / "held"), atol=2e-6)
     assert (final(tmp_path / "shared") - final(alone)).abs().max() > 1e-4  # bfloat16 was at work
+
+
+@NEEDS_DEEPSPEED
+def test_no_more_is_gathered_than_the_table_of_memory_says():
+    done = run_program(PROGRAMS / "gathered_weights.py", **SHARED)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("gathered")]
+    layer = 1000 * 1000 + 1000
+    assert layer < int(line.split()[1]) <= ZERO_BUCKET + layer
 
 
 @NEEDS_DEEPSPEED
