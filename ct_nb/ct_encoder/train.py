@@ -296,6 +296,13 @@ def _train(self: CTEncoderRun, progress: bool) -> list[dict]:
         collate_scans,
         cached=CachedLoss(encode, loss),
     )
+    if trainer.sharing == "ZeRO-3":
+        raise InputError(
+            "distributed_type",
+            "DEEPSPEED wants every process to reach the same weights in a step, and cases without"
+            " findings or maps do not; share the network by launch/fsdp.yaml with"
+            " --fsdp_auto_wrap_policy NO_WRAP",
+        )
     return trainer.fit(self.resume, progress).rows
 
 
