@@ -15,8 +15,8 @@ def requirements(name):
     return shlex.split(settings[name])
 
 
-notebooks = requirements("notebooks_requirements")
-extras = {"notebooks": notebooks, "dev": [*notebooks, *requirements("dev_requirements")]}
+extras = {name: requirements(f"{name}_requirements") for name in ("notebooks", "deepspeed")}
+extras["dev"] = [*extras["notebooks"], *requirements("dev_requirements")]
 
 setuptools.setup(
     name=settings["lib_name"],

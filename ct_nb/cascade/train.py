@@ -39,7 +39,7 @@ from ..physics.geometry import ConeBeam
 from ..physics.geometry_io import geometry_to_json
 from ..training.checkpoints import load_model, load_weights, read_config, weights_digest
 from ..training.run import Run, command, get_preset, in_own_folder, schedule
-from ..training.trainer import Trainer, TrainerConfig, TrainingStopped
+from ..training.trainer import Trainer, TrainerConfig, TrainingStopped, trainer_preset
 
 # %% ../../nbs/cascade/03_train.ipynb #cell-004
 V_LEARNING_RATE = 5e-5  # of v-prediction in the two large presets
@@ -77,16 +77,7 @@ CASCADE_PRESETS = {
     "micro": CascadePreset(  # 16³ → 32³, for tests of the plumbing
         _stages("smoke", (16, 32), 10),
         (1, 1),
-        TrainerConfig(
-            steps=1,
-            batch_size=2,
-            learning_rate=2e-3,
-            warmup_steps=1,
-            log_every=1,
-            checkpoint_every=1,
-            validate_every=0,
-            ema_decay=0.9,
-        ),
+        trainer_preset("micro", steps=1, learning_rate=2e-3),
         sampling_steps=2,
         samples=2,
         evaluation_cases=1,
@@ -94,16 +85,7 @@ CASCADE_PRESETS = {
     "smoke": CascadePreset(
         _stages("smoke", (16, 32, 64), 50),
         (8, 8, 4),
-        TrainerConfig(
-            steps=1,
-            batch_size=2,
-            learning_rate=2e-3,
-            warmup_steps=2,
-            log_every=4,
-            checkpoint_every=8,
-            validate_every=0,
-            ema_decay=0.9,
-        ),
+        trainer_preset("smoke", steps=1, learning_rate=2e-3, checkpoint_every=8),
         sampling_steps=4,
         samples=2,
         evaluation_cases=2,
@@ -126,17 +108,8 @@ CASCADE_PRESETS = {
     "gpu": CascadePreset(
         _stages("gpu", (64, 128), 250),
         (20_000, 20_000),
-        TrainerConfig(
-            steps=1,
-            batch_size=4,
-            learning_rate=V_LEARNING_RATE,
-            warmup_steps=500,
-            log_every=50,
-            checkpoint_every=500,
-            validate_every=0,
-            ema_decay=0.999,
-            workers=8,
-            mixed_precision="bf16",
+        trainer_preset(
+            "gpu", steps=1, batch_size=4, learning_rate=V_LEARNING_RATE, validate_every=0
         ),
         samples=8,
         evaluation_cases=16,
@@ -144,18 +117,13 @@ CASCADE_PRESETS = {
     "paper": CascadePreset(
         _stages("paper", (64, 128, 256), 250, patch=64),
         (200_000, 200_000, 100_000),
-        TrainerConfig(
+        trainer_preset(
+            "paper",
             steps=1,
             batch_size=24,
             accumulation=8,
             learning_rate=V_LEARNING_RATE,
-            warmup_steps=2000,
-            log_every=100,
-            checkpoint_every=1000,
             validate_every=0,
-            ema_decay=0.9999,
-            workers=12,
-            mixed_precision="bf16",
         ),
         samples=16,
         evaluation_cases=64,

@@ -81,11 +81,12 @@ class Temperature(nn.Module):
                 f"expected 0 < lowest <= start, got lowest {lowest} and start {start}",
             )
         self.log_cap = -math.log(lowest)
-        self.log_factor = nn.Parameter(torch.tensor(-math.log(start)))
+        # an axis of length 1, since FSDP2 shares out along the first
+        self.log_factor = nn.Parameter(torch.tensor([-math.log(start)]))
 
     def forward(self) -> torch.Tensor:
         self.log_factor.data.clamp_(max=self.log_cap)
-        return self.log_factor.exp()
+        return self.log_factor.exp().squeeze()
 
 # %% ../../nbs/ct_encoder/09_contrastive.ipynb #cell-016
 def processes() -> tuple[int, int]:

@@ -25,7 +25,7 @@ from ..data.cases import CTSource
 from ..training.checkpoints import CONFIG_FILE, WeightsError, load_model, read_config
 from ..training.run import Run, command, in_own_folder, list_names
 from ..training.gradient_cache import CachedLoss
-from ..training.trainer import Trainer, TrainerConfig
+from ..training.trainer import Trainer, TrainerConfig, trainer_preset
 
 # %% ../../nbs/ct_encoder/14_train.ipynb #cell-005
 @dataclass(frozen=True)
@@ -60,16 +60,7 @@ CT_ENCODER_PRESETS = {
             writer_depth=1,
             writer_length=16,
         ),
-        TrainerConfig(
-            steps=2,
-            batch_size=2,
-            learning_rate=2e-3,
-            warmup_steps=1,
-            log_every=1,
-            checkpoint_every=1,
-            validate_every=0,
-            ema_decay=0.9,
-        ),
+        trainer_preset("micro", learning_rate=2e-3),
         phantoms=4,
         validation_phantoms=2,
         probed=4,
@@ -84,16 +75,7 @@ CT_ENCODER_PRESETS = {
             writer_depth=1,
             writer_length=64,
         ),
-        TrainerConfig(
-            steps=8,
-            batch_size=4,
-            learning_rate=2e-3,
-            warmup_steps=2,
-            log_every=4,
-            checkpoint_every=4,
-            validate_every=0,
-            ema_decay=0.9,
-        ),
+        trainer_preset("smoke", steps=8, batch_size=4, learning_rate=2e-3),
         phantoms=10,
         validation_phantoms=8,
         probed=10,
@@ -139,18 +121,14 @@ CT_ENCODER_PRESETS = {
             writer_depth=4,
             writer_length=400,
         ),
-        TrainerConfig(
+        trainer_preset(
+            "gpu",
             steps=12_000,
             batch_size=32,
             learning_rate=4e-4,
-            warmup_steps=500,
             weight_decay=0.05,
-            log_every=50,
-            checkpoint_every=500,
             validate_every=0,
-            ema_decay=0.999,
             workers=12,
-            mixed_precision="bf16",
         ),
         phantoms=4000,
         validation_phantoms=256,
@@ -169,18 +147,13 @@ CT_ENCODER_PRESETS = {
             writer_length=512,
             refine=(2, 4, 4),
         ),
-        TrainerConfig(
+        trainer_preset(
+            "paper",
             steps=100_000,
             batch_size=48,
             learning_rate=1e-4,
-            warmup_steps=2000,
             weight_decay=0.05,
-            log_every=100,
-            checkpoint_every=1000,
             validate_every=0,
-            ema_decay=0.9999,
-            workers=12,
-            mixed_precision="bf16",
         ),
         phantoms=4000,
         validation_phantoms=256,
@@ -331,6 +304,13 @@ def _train(self: CTEncoderRun, progress: bool) -> list[dict]:
         collate_scans,
         cached=CachedLoss(encode, loss),
     )
+    if trainer.sharing == "ZeRO-3":
+        raise InputError(
+            "distributed_type",
+            "DEEPSPEED wants every process to reach the same weights in a step, and cases without"
+            " findings or maps do not; share the network by launch/fsdp.yaml with"
+            " --fsdp_auto_wrap_policy NO_WRAP",
+        )
     return trainer.fit(self.resume, progress).rows
 
 

@@ -22,6 +22,7 @@ from .network import DRR2CT, DRR2CTConfig
 from .view_encoder import ViewBlock
 from ..physics.geometry import VECTORS, ConeBeam
 from ..physics.volume import Grid
+from ..training.sharding import ZERO_BUCKET
 
 # %% ../../nbs/drr2ct/11_model_size.ipynb #cell-004
 PARTS = ("views", "epipolar", "grid", "volumization", "trunk", "bottleneck", "decoder", "joints")
@@ -294,7 +295,8 @@ def process_memory(
     config: DRR2CTConfig,
     activations: int,  # bytes that autograd saves for one case, as `count_activations` finds
     processes: int,
-    shared: bool = False,  # the processes share one network (FSDP2); else each holds it (DDP)
+    # FSDP2 or ZeRO-3, by which the processes share one network; None: each holds it (DDP)
+    sharing: str | None = None,
     offload: bool = False,  # activations wait in the host's memory
 ) -> dict[str, int]:
     """Bytes of a process in training, float32, without what single operations need for themselves.
@@ -304,21 +306,29 @@ def process_memory(
     with torch.device("meta"):
         model = DRR2CT(config)
     whole = 4 * sum(parameter.numel() for parameter in model.parameters())
-    blocks = [
-        4 * sum(parameter.numel() for parameter in module.parameters())
-        for module in model.modules()
-        if isinstance(module, GATHERED)
-    ]
-    part = -(-whole // processes) if shared else whole
-    gathered = whole - sum(blocks) + 2 * max(blocks) if shared else 0
+    part = -(-whole // processes) if sharing else whole
+    gathered = 0
+    if sharing == "FSDP2":
+        blocks = [
+            4 * sum(parameter.numel() for parameter in module.parameters())
+            for module in model.modules()
+            if isinstance(module, GATHERED)
+        ]
+        gathered = whole - sum(blocks) + 2 * max(blocks)
+    elif sharing == "ZeRO-3":
+        layers = [
+            4 * sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            for module in model.modules()
+        ]
+        gathered = min(whole, max(layers) + 4 * ZERO_BUCKET)
     return {
-        "weights": part,
+        "weights": 2 * part if sharing == "ZeRO-3" else part,
         "gradients": part,
         "moments of AdamW": 2 * part,
         "average": part,
         "gathered weights": gathered,
         "their gradients": gathered,
-        "buffers of the prior": buffer_bytes(model) * (1 if shared else 2),
+        "buffers of the prior": buffer_bytes(model) * (1 if sharing else 2),
         "activations": 0 if offload else activations,
         "host": activations if offload else 0,
     }

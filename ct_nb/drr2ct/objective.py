@@ -207,7 +207,7 @@ class DRR2CTObjective(nn.Module):
         window = self.model.window
         loss, figures = reconstruction_loss(prediction.hu, truth, window, weights, terms)
         if self.adversary is not None:
-            adversarial = self.adversary(prediction.hu, truth, window, step, loss)
+            adversarial = self.adversary.losses(prediction.hu, truth, window, step, loss)
             loss = loss + weights.adversary * adversarial.generator
             loss = loss + DISCRIMINATOR_WEIGHT * adversarial.discriminator
             figures = figures | adversarial.figures

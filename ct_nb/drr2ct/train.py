@@ -28,7 +28,7 @@ from ..evaluation.metrics import psnr, ssim
 from ..physics.xray_noise import PoseNoise, XrayNoise
 from ..training.checkpoints import WEIGHTS_FILE, weights_digest
 from ..training.run import Run, command, in_own_folder, schedule
-from ..training.trainer import Trainer, TrainerConfig
+from ..training.trainer import Trainer, TrainerConfig, trainer_preset
 from ..training.run_folder import read_run
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-004
@@ -68,30 +68,14 @@ class DRR2CTPreset:
 DRR2CT_PRESETS = {
     "micro": DRR2CTPreset(  # 16³, for tests of the plumbing
         replace(DRR2CTConfig.preset("smoke"), size=16, latent_size=8, prior_modes=2),
-        TrainerConfig(
-            steps=2,
-            batch_size=2,
-            log_every=1,
-            checkpoint_every=1,
-            validate_every=0,
-            warmup_steps=1,
-            ema_decay=0.9,
-        ),
+        trainer_preset("micro"),
         render_size=32,
         phantoms=4,
         validation_phantoms=1,
     ),
     "smoke": DRR2CTPreset(
         DRR2CTConfig.preset("smoke"),
-        TrainerConfig(
-            steps=12,
-            batch_size=2,
-            log_every=4,
-            checkpoint_every=6,
-            validate_every=12,
-            warmup_steps=2,
-            ema_decay=0.9,
-        ),
+        trainer_preset("smoke", steps=12, checkpoint_every=6, validate_every=12),
         render_size=64,
         phantoms=12,
         validation_phantoms=2,
@@ -107,37 +91,14 @@ DRR2CT_PRESETS = {
     ),
     "gpu": DRR2CTPreset(
         DRR2CTConfig.preset("gpu"),
-        TrainerConfig(
-            steps=20_000,
-            batch_size=4,
-            learning_rate=3e-4,
-            warmup_steps=500,
-            log_every=50,
-            checkpoint_every=500,
-            validate_every=1000,
-            ema_decay=0.999,
-            workers=8,
-            mixed_precision="bf16",
-        ),
+        trainer_preset("gpu", batch_size=4, learning_rate=3e-4),
         render_size=256,
         phantoms=1000,
         validation_phantoms=32,
     ),
     "paper": DRR2CTPreset(
         DRR2CTConfig.preset("paper"),
-        TrainerConfig(
-            steps=200_000,
-            batch_size=24,
-            accumulation=8,
-            learning_rate=2e-4,
-            warmup_steps=2000,
-            log_every=100,
-            checkpoint_every=1000,
-            validate_every=5000,
-            ema_decay=0.9999,
-            workers=12,
-            mixed_precision="bf16",
-        ),
+        trainer_preset("paper", batch_size=24, accumulation=8, learning_rate=2e-4),
         render_size=256,
         phantoms=4000,
         validation_phantoms=64,

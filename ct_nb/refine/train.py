@@ -43,7 +43,7 @@ from .network import Refiner, RefinerConfig
 from .pipeline import ConsistencySettings, RefinementModel, load_refiner
 from ..training.checkpoints import read_config, versions
 from ..training.run import Run, case_record, command, get_preset, in_own_folder
-from ..training.trainer import Trainer, TrainerConfig, cut_batch
+from ..training.trainer import Trainer, TrainerConfig, cut_batch, trainer_preset
 
 # %% ../../nbs/refine/06_train.ipynb #cell-005
 @dataclass(frozen=True)
@@ -62,31 +62,15 @@ class RefinementPreset:
 REFINEMENT_PRESETS = {
     "micro": RefinementPreset(  # 16³, for tests of the plumbing
         RefinerConfig.preset("smoke"),
-        TrainerConfig(
-            steps=2,
-            batch_size=2,
-            learning_rate=2e-3,
-            warmup_steps=1,
-            log_every=1,
-            checkpoint_every=1,
-            validate_every=0,
-            ema_decay=0.9,
-        ),
+        trainer_preset("micro", learning_rate=2e-3),
         phantoms=4,
         fitted=2,
         evaluation_cases=1,
     ),
     "smoke": RefinementPreset(
         RefinerConfig.preset("smoke"),
-        TrainerConfig(
-            steps=6,
-            batch_size=2,
-            learning_rate=2e-3,
-            warmup_steps=2,
-            log_every=2,
-            checkpoint_every=3,
-            validate_every=6,
-            ema_decay=0.9,
+        trainer_preset(
+            "smoke", steps=6, learning_rate=2e-3, log_every=2, checkpoint_every=3, validate_every=6
         ),
         phantoms=4,
         fitted=4,
@@ -107,18 +91,7 @@ REFINEMENT_PRESETS = {
     ),
     "gpu": RefinementPreset(
         RefinerConfig.preset("gpu"),
-        TrainerConfig(
-            steps=20_000,
-            batch_size=4,
-            learning_rate=1e-3,
-            warmup_steps=500,
-            log_every=50,
-            checkpoint_every=500,
-            validate_every=1000,
-            ema_decay=0.999,
-            workers=8,
-            mixed_precision="bf16",
-        ),
+        trainer_preset("gpu", batch_size=4, learning_rate=1e-3),
         phantoms=1000,
         draws=2,
         fitted=64,
@@ -126,18 +99,13 @@ REFINEMENT_PRESETS = {
     ),
     "paper": RefinementPreset(
         RefinerConfig.preset("paper"),
-        TrainerConfig(
+        trainer_preset(
+            "paper",
             steps=100_000,
             batch_size=16,
             accumulation=4,
             learning_rate=5e-4,
             warmup_steps=1000,
-            log_every=100,
-            checkpoint_every=1000,
-            validate_every=5000,
-            ema_decay=0.9999,
-            workers=12,
-            mixed_precision="bf16",
         ),
         phantoms=4000,
         draws=4,

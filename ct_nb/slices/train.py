@@ -39,7 +39,7 @@ from .vae import REDUCTION, SliceVAE
 from .vae_train import PHANTOM_SIDE_MM, VAERun, load_vae
 from ..training.checkpoints import load_model, read_config, remove_state, weights_digest
 from ..training.run import Run, command, in_own_folder, schedule
-from ..training.trainer import Trainer, TrainerConfig
+from ..training.trainer import Trainer, TrainerConfig, trainer_preset
 
 # %% ../../nbs/slices/10_train.ipynb #cell-005
 @dataclass(frozen=True)
@@ -79,19 +79,7 @@ class SlicesPreset(Config):
 SLICES_PRESETS = {
     "micro": SlicesPreset(  # crops of 16 × 16 pixels, for tests of the plumbing
         SliceNetworkConfig.preset("smoke"),
-        *(
-            TrainerConfig(
-                steps=2,
-                batch_size=2,
-                learning_rate=rate,
-                warmup_steps=1,
-                log_every=1,
-                checkpoint_every=1,
-                validate_every=0,
-                ema_decay=0.9,
-            )
-            for rate in (5e-3, 2e-3)
-        ),
+        *(trainer_preset("micro", learning_rate=rate) for rate in (5e-3, 2e-3)),
         thick_mm=20.0,  # its phantoms have thin slices of 7.5 mm
         count=2,
         size=16,
@@ -102,19 +90,7 @@ SLICES_PRESETS = {
     ),
     "smoke": SlicesPreset(
         SliceNetworkConfig.preset("smoke"),
-        *(
-            TrainerConfig(
-                steps=8,
-                batch_size=2,
-                learning_rate=rate,
-                warmup_steps=2,
-                log_every=4,
-                checkpoint_every=4,
-                validate_every=0,
-                ema_decay=0.9,
-            )
-            for rate in (5e-3, 2e-3)
-        ),
+        *(trainer_preset("smoke", steps=8, learning_rate=rate) for rate in (5e-3, 2e-3)),
         thick_mm=12.0,
         count=3,
         size=32,
@@ -151,18 +127,7 @@ SLICES_PRESETS = {
     "gpu": SlicesPreset(
         SliceNetworkConfig.preset("gpu"),
         *(
-            TrainerConfig(
-                steps=20_000,
-                batch_size=batch,
-                learning_rate=rate,
-                warmup_steps=500,
-                log_every=50,
-                checkpoint_every=500,
-                validate_every=1000,
-                ema_decay=0.999,
-                workers=8,
-                mixed_precision="bf16",
-            )
+            trainer_preset("gpu", batch_size=batch, learning_rate=rate)
             for batch, rate in ((8, 4e-4), (16, 2e-4))
         ),
         count=6,
@@ -175,19 +140,7 @@ SLICES_PRESETS = {
     "paper": SlicesPreset(
         SliceNetworkConfig.preset("paper"),
         *(
-            TrainerConfig(
-                steps=200_000,
-                batch_size=24,
-                accumulation=4,
-                learning_rate=rate,
-                warmup_steps=2000,
-                log_every=100,
-                checkpoint_every=1000,
-                validate_every=5000,
-                ema_decay=0.9999,
-                workers=12,
-                mixed_precision="bf16",
-            )
+            trainer_preset("paper", batch_size=24, accumulation=4, learning_rate=rate)
             for rate in (2e-4, 1e-4)
         ),
         count=10,

@@ -36,7 +36,7 @@ from ..training.adversarial import Adversary
 from ..training.checkpoints import load_model
 from ..training.losses import LossWeights, reconstruction_loss
 from ..training.run import Run, command, in_own_folder, list_names
-from ..training.trainer import Trainer, TrainerConfig
+from ..training.trainer import Trainer, TrainerConfig, trainer_preset
 from ..data.cache import files_digest
 
 # %% ../../nbs/slices/03c_vae_train.ipynb #cell-005
@@ -153,16 +153,7 @@ class VAEPreset(Config):
 VAE_PRESETS = {
     "micro": VAEPreset(  # crops of 16 × 16 pixels, for tests of the plumbing
         SliceVAEConfig.preset("smoke"),
-        TrainerConfig(
-            steps=2,
-            batch_size=2,
-            learning_rate=2e-3,
-            warmup_steps=1,
-            log_every=1,
-            checkpoint_every=1,
-            validate_every=0,
-            ema_decay=0.9,
-        ),
+        trainer_preset("micro", learning_rate=2e-3),
         crop=(4, 16, 16),
         adversary_channels=4,
         phantoms=4,
@@ -172,16 +163,7 @@ VAE_PRESETS = {
     ),
     "smoke": VAEPreset(
         SliceVAEConfig.preset("smoke"),
-        TrainerConfig(
-            steps=12,
-            batch_size=2,
-            learning_rate=2e-3,
-            warmup_steps=2,
-            log_every=4,
-            checkpoint_every=6,
-            validate_every=0,
-            ema_decay=0.9,
-        ),
+        trainer_preset("smoke", steps=12, learning_rate=2e-3, checkpoint_every=6),
         crop=(4, 32, 32),
         adversary_channels=4,
         phantoms=2,
@@ -203,18 +185,7 @@ VAE_PRESETS = {
     ),
     "gpu": VAEPreset(
         SliceVAEConfig.preset("gpu"),
-        TrainerConfig(
-            steps=20_000,
-            batch_size=8,
-            learning_rate=4e-4,
-            warmup_steps=500,
-            log_every=50,
-            checkpoint_every=500,
-            validate_every=1000,
-            ema_decay=0.999,
-            workers=8,
-            mixed_precision="bf16",
-        ),
+        trainer_preset("gpu", batch_size=8, learning_rate=4e-4),
         crop=(16, 128, 128),
         adversary_channels=32,
         adversary_layers=3,
@@ -226,19 +197,7 @@ VAE_PRESETS = {
     ),
     "paper": VAEPreset(
         SliceVAEConfig.preset("paper"),
-        TrainerConfig(
-            steps=200_000,
-            batch_size=24,
-            accumulation=4,
-            learning_rate=2e-4,
-            warmup_steps=2000,
-            log_every=100,
-            checkpoint_every=1000,
-            validate_every=5000,
-            ema_decay=0.9999,
-            workers=12,
-            mixed_precision="bf16",
-        ),
+        trainer_preset("paper", batch_size=24, accumulation=4, learning_rate=2e-4),
         crop=(16, 192, 192),
         adversary_channels=64,
         adversary_layers=3,
@@ -299,7 +258,7 @@ class VAELearner(nn.Module):
             loss = loss + PERCEPTUAL_WEIGHT * distance
             figures = figures | {"perceptual": distance.item()}
         if self.adversary is not None:
-            adversarial = self.adversary(hu, truth, window, step, loss)
+            adversarial = self.adversary.losses(hu, truth, window, step, loss)
             loss = (
                 loss
                 + self.preset.loss.adversary * adversarial.generator

@@ -130,12 +130,16 @@ class Adversary(nn.Module):
 
     def frozen(self, x: torch.Tensor) -> torch.Tensor:
         "Scores of volumes (B, 1, D, H, W), with gradient to the volumes and none to the weights."
-        weights = {
-            name: parameter.detach() for name, parameter in self.discriminator.named_parameters()
-        }
-        return torch.func.functional_call(self.discriminator, weights, (x,))[-1]
+        trained = [weight for weight in self.discriminator.parameters() if weight.requires_grad]
+        try:
+            for weight in trained:
+                weight.requires_grad_(False)
+            return self.discriminator(x)[-1]
+        finally:
+            for weight in trained:
+                weight.requires_grad_(True)
 
-    def forward(
+    def losses(
         self,
         prediction_hu: torch.Tensor,  # (B, D, H, W)
         truth_hu: torch.Tensor,  # (B, D, H, W)
@@ -144,6 +148,10 @@ class Adversary(nn.Module):
         # the mean reconstruction loss, for the adaptive weights; None: ratios of 1
         reconstruction: torch.Tensor | None = None,
     ) -> AdversaryLosses:
+        """Losses of network and discriminator, by the prediction itself.
+
+        Not a `forward`, since ZeRO-3 hands that a copy, from which `reconstruction` was not made.
+        """
         if step < self.start_step:
             return AdversaryLosses(prediction_hu.new_zeros(()), prediction_hu.new_zeros(()), {})
         self._estimate_norms(step)

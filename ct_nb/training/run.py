@@ -7,6 +7,7 @@ __all__ = ['get_preset', 'schedule', 'Run', 'in_own_folder', 'list_names', 'case
            'command_parser', 'run_main', 'command']
 
 # %% ../../nbs/training/06_run.ipynb #cell-002
+import abc
 import argparse
 import contextlib
 import importlib
@@ -14,7 +15,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from types import NoneType
@@ -65,8 +66,20 @@ def schedule(trainer: TrainerConfig, steps: int | None = None, **changes) -> Tra
     return replace(trainer, steps=steps, warmup_steps=warmup, **changes)
 
 # %% ../../nbs/training/06_run.ipynb #cell-008
+class _Patched:
+    "For an abstract class whose methods `patch` may write when the class is there already."
+
+    def __new__(cls, *_, **__):
+        cls.__abstractmethods__ = frozenset(
+            name
+            for name in cls.__abstractmethods__
+            if getattr(getattr(cls, name), "__isabstractmethod__", False)
+        )
+        return super().__new__(cls)
+
+
 @dataclass
-class Run:
+class Run(_Patched, abc.ABC):
     """A training run of one system: `open`, `build`, `fit`, `evaluate`, in this order; `fit` builds
     where nobody has.
 
@@ -148,24 +161,28 @@ class Run:
         "What is trained and saved."
         return self.model
 
+    @abc.abstractmethod
     def open(self) -> "Run":
         "Find the cases and split them by patient: sets `training` and `validation`."
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _build(self, progress: bool) -> torch.nn.Module:
         "The network before training; the generator is seeded."
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _train(self, progress: bool) -> list[dict]:
         "Train the network that was built; the rows of the history."
-        raise NotImplementedError
 
-    def _finish(self) -> None:
-        "Measure what the configuration says of the trained network."
+    @abc.abstractmethod
+    def restore(self) -> None:
+        "Take the weights in `out`, and what `evaluate` needs beside them."
 
+    @abc.abstractmethod
     def evaluate(self):
         "Scores of network and baselines on the validation cases, with a `table()`; writes them."
-        raise NotImplementedError
+
+    def _finish(self) -> None:  # noqa: B027, most systems measure nothing
+        "Measure what the configuration says of the trained network."
 
     def summary(self, scores) -> str:
         "What the command prints in the end."
@@ -433,6 +450,8 @@ def train_stages(
             )
         if self.is_done(name) and (self.resume or name not in trained):
             load(name)
+            if self.is_main:
+                remove_state(self.stage_folder(name))  # of a run killed as it was removed
             histories[name] = read_history(self.stage_folder(name))
         else:
             histories[name] = train()
@@ -442,12 +461,6 @@ def train_stages(
     return history
 
 # %% ../../nbs/training/06_run.ipynb #cell-017
-@patch
-def restore(self: Run) -> None:
-    "Take the weights in `out`, and what `evaluate` needs beside them."
-    raise NotImplementedError
-
-
 @patch(cls_method=True)
 def load(cls: Run, folder) -> Run:
     """The finished run in `folder`, with its data open and its weights.
@@ -475,7 +488,7 @@ def load(cls: Run, folder) -> Run:
 def _field_comments(run_class: type[Run]) -> dict[str, str]:
     "Field → the comment beside it, of the class or of those it derives from."
     comments = {}
-    for one in reversed(run_class.__mro__[:-1]):
+    for one in filter(is_dataclass, reversed(run_class.__mro__)):
         comments |= {name: text for name, text in docments(one).items() if text}
     return comments
 

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from ct_files import write_stored, write_table
-from places import ROOT
+from places import FULL, ROOT
 from refusals import refused
+from train_line_runs import FSDP2, NEEDS_DEEPSPEED, ZERO3
 
 from ct_nb.core.errors import FileError
 from ct_nb.core.regions import REGIONS
@@ -57,7 +60,7 @@ from ct_nb.phantom.chest import phantom
 from ct_nb.physics.volume import Volume
 from ct_nb.training.checkpoints import WeightsError
 from ct_nb.training.gradient_cache import CachedLoss, cached_backward
-from ct_nb.training.trainer import Trainer, TrainerConfig, cut_batch
+from ct_nb.training.trainer import Trainer, TrainerConfig, cut_batch, read_history
 
 CONFIG = CTEncoderConfig.preset("smoke")
 
@@ -1080,3 +1083,40 @@ def test_reports_in_another_language_are_said(tmp_path):
     write_table(tmp_path / "other.csv", ("name", "age"), ("a", "3"))
     with refused(file="other.csv", kind=FileError):
         read_reports(tmp_path / "other.csv")
+
+
+def run_as_two(out, sharing):
+    words = (
+        *"-m torch.distributed.run --standalone --nproc_per_node 2 -m ct_nb.ct_encoder.train".split(),
+        *f"--preset micro --out {out}".split(),
+    )
+    environment = {**sharing, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
+
+
+@FULL
+def test_two_processes_that_share_the_network_give_the_single_process_losses(trained, tmp_path):
+    """All terms by the history. In a step some terms have cases in one process alone, so each
+    reaches weights that the other does not.
+    """
+    done = run_as_two(tmp_path, FSDP2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = read_history(trained("ct_encoder"))
+    for one, two in zip(alone, read_history(tmp_path), strict=True):
+        names = one.keys() - {"seconds_per_step"}
+        assert {n: two[n] for n in names} == pytest.approx({n: one[n] for n in names}, abs=1e-4)
+    factor = load_ct_encoder(tmp_path).alignment.temperatures["global"].log_factor
+    assert factor.shape == (1,)
+
+
+@FULL
+@NEEDS_DEEPSPEED
+def test_deepspeed_is_refused_as_processes_reach_different_weights(tmp_path):
+    done = run_as_two(tmp_path, ZERO3)
+    assert done.returncode == 1 and "launch/fsdp.yaml" in " ".join(done.stderr.split())

@@ -19,6 +19,7 @@ from ct_nb.drr2ct.model_size import (
     size_table,
 )
 from ct_nb.drr2ct.network import DRR2CT, DRR2CTConfig
+from ct_nb.training.sharding import ZERO_BUCKET
 
 SMOKE = DRR2CTConfig.preset("smoke")
 
@@ -133,11 +134,18 @@ def test_shares_add_up_and_offloaded_activations_leave_the_card():
     config = DRR2CTConfig.preset("gpu")
     alone = process_memory(config, 10**9, 1)
     assert process_memory(config, 10**9, 3) == alone  # each holds all of it
-    shared = process_memory(config, 10**9, 3, shared=True, offload=True)
+    shared = process_memory(config, 10**9, 3, "FSDP2", offload=True)
     for name in ("weights", "gradients", "moments of AdamW", "average"):
         assert 0 <= 3 * shared[name] - alone[name] < 6
     assert 0 < shared["gathered weights"] < alone["weights"]
     assert (shared["activations"], shared["host"]) == (0, 10**9) == (alone["host"], 10**9)
+    zero = process_memory(config, 10**9, 3, "ZeRO-3")
+    assert zero["weights"] == 2 * shared["weights"]  # AdamW's and those that are gathered
+    for name in ("gradients", "moments of AdamW", "average", "buffers of the prior"):
+        assert zero[name] == shared[name]
+    layers = [m for m in DRR2CT(config).modules() if list(m.parameters(recurse=False))]
+    largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in layers)
+    assert 4 * ZERO_BUCKET < zero["gathered weights"] <= 4 * (ZERO_BUCKET + largest)
 
 
 def test_accelerate_reads_the_configuration_that_ships(monkeypatch):

@@ -11,10 +11,12 @@ import pytest
 import torch
 from places import FULL
 from refusals import refused
+from train_line_runs import FSDP2, NEEDS_DEEPSPEED, ZERO3
 
 from ct_nb.drr2ct.objective import STAGES, DRR2CTObjective, get_stages
 from ct_nb.drr2ct.predict import load_drr2ct
 from ct_nb.drr2ct.train import DRR2CT_PRESETS, DRR2CTRun
+from ct_nb.training.trainer import read_history
 
 pytestmark = pytest.mark.usefixtures("trained_cache")
 
@@ -173,20 +175,18 @@ def test_accelerate_launches_two_processes(tmp_path):
 
 
 @FULL
-def test_two_processes_that_share_the_network_leave_whole_weights(tmp_path):
+@pytest.mark.parametrize(
+    "sharing", [FSDP2, pytest.param(ZERO3, marks=NEEDS_DEEPSPEED)], ids=["FSDP2", "ZeRO-3"]
+)
+def test_two_processes_that_share_the_network_train_all_stages(sharing, trained, tmp_path):
     words = (
         *"-m torch.distributed.run --standalone --nproc_per_node 2 -m ct_nb.drr2ct.train".split(),
-        *"--preset micro --stage joint --out".split(),
+        *"--preset micro --out".split(),
         str(tmp_path),
     )
-    environment = {  # what `accelerate launch` makes of launch/fsdp.yaml, on the CPU
-        "ACCELERATE_USE_CPU": "true",
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    environment = {
+        **sharing,
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "ViewBlock,SwinBlock3d",
-        "FSDP_ACTIVATION_CHECKPOINTING": "true",
-        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
@@ -201,4 +201,7 @@ def test_two_processes_that_share_the_network_leave_whole_weights(tmp_path):
     assert done.stdout.count("PSNR, dB") == 1
     network = load_drr2ct(tmp_path)
     assert all(torch.isfinite(value).all() for value in network.state_dict().values())
-    assert not list(tmp_path.rglob("training_shards/*"))  # the stage is done
+    assert not list(tmp_path.rglob("training_shards/*"))  # all stages are done
+    alone = read_history(trained("drr2ct"))
+    for one, two in zip(alone, read_history(tmp_path), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)

@@ -1,8 +1,10 @@
 """A small training run for the tests of the trainer; prints a digest of the weights.
 
-`train_line.py OUT [resume] [noise] [stop] [pieces] [cached] [kill-in-save | small-disk]`; `noise`
-is drawn from each process's own generator, `stop` ends after 15 of 30 steps, between two
-checkpoints, `pieces` works off a batch in two, `cached` by gradient caching.
+`train_line.py OUT [resume] [noise] [stop] [pieces] [cached] [bf16] [seldom [zeros]]
+[kill-in-save | small-disk]`; `noise` is drawn from each process's own generator, `stop` ends after
+15 of 30 steps, between two checkpoints, `pieces` works off a batch in two, `cached` by gradient
+caching. In `seldom` every other step leaves out the last layer, which has a gradient of zero with
+`zeros`.
 """
 
 import os
@@ -72,6 +74,7 @@ def validate(model):
 
 
 def main(out, *words):
+    os.makedirs(out, exist_ok=True)
     model = network()
     config = TrainerConfig(
         steps=30,
@@ -81,6 +84,7 @@ def main(out, *words):
         validate_every=7,
         log_every=10,
         accumulation=2 if {"pieces", "cached"} & set(words) else 1,
+        mixed_precision="bf16" if "bf16" in words else "no",
     )
 
     def used(model, batch, number):
@@ -88,6 +92,11 @@ def main(out, *words):
             sys.exit(0)
         if "noise" in words:
             batch = {**batch, "x": batch["x"] + 0.1 * torch.randn(8)}
+        if "seldom" in words and number % 2:
+            loss = model[0](batch["x"]).square().mean()
+            if "zeros" in words:
+                loss = loss + 0 * model[1](model[0](batch["x"])).sum()
+            return loss, {}
         return step(model, batch, number)
 
     cached = CachedLoss(encode, loss_of_rows) if "cached" in words else None

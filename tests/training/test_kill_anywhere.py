@@ -1,21 +1,25 @@
 """A run that is killed at any moment in which it changes a file ends with the same weights.
 
 The moments are the audit events of Python that change a file: opened for writing, renamed, deleted,
-folder made. Twenty of them are drawn for each system and each writer of a cache. A life is a forked
-process, which has its imports already.
+folder made. Twenty of them are drawn for each system and each writer of a cache, four for two
+processes that share a network. A life is a forked process, which has its imports already.
 """
 
 import os
 import random
 import resource
+import select
 import signal
+import socket
 import sys
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from places import FULL
+from train_line_runs import FSDP2
 from trained_runs import SYSTEMS, options, run_class
 
 from ct_nb.data.cache import DiskCache, content_digest
@@ -23,6 +27,7 @@ from ct_nb.data.cache import DiskCache, content_digest
 pytestmark = [pytest.mark.usefixtures("trained_cache"), FULL]
 
 MOMENTS = 20
+SHARED_MOMENTS = 4  # each takes two runs of two processes
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree")
 
 
@@ -33,10 +38,9 @@ def changes_a_file(event: str, arguments: tuple) -> bool:
     return event in CHANGES
 
 
-def live(act, moment: int | None = None, death=None) -> tuple[int, int]:
+def begin(act, moment: int | None = None, death=None, environment: dict | None = None):
     """Runs `act` in a process of its own; `death()` is called there at its `moment`-th change of a
-    file. Gives its exit status (negative: the signal) and the number of changes, counted up to its
-    end.
+    file. Gives its number and the pipe by which it tells how many changes there were up to its end.
     """
     here, there = os.pipe()
     child = os.fork()
@@ -44,6 +48,7 @@ def live(act, moment: int | None = None, death=None) -> tuple[int, int]:
         code = 1
         signal.alarm(300)
         try:
+            os.environ.update(environment or {})
             torch.set_num_threads(1)
             count = 0
 
@@ -64,10 +69,41 @@ def live(act, moment: int | None = None, death=None) -> tuple[int, int]:
             os.write(there, str(count).encode())
             os._exit(code)
     os.close(there)
-    with os.fdopen(here) as pipe:
-        counted = pipe.read()
+    return child, here
+
+
+def end(child: int, pipe: int) -> tuple[int, int]:
+    "Waits for a life; its exit status (negative: the signal) and the number of changes."
+    with os.fdopen(pipe) as told:
+        counted = told.read()
     status = os.waitpid(child, 0)[1]
     return os.waitstatus_to_exitcode(status), int(counted or 0)
+
+
+def live(act, moment: int | None = None, death=None) -> tuple[int, int]:
+    return end(*begin(act, moment, death))
+
+
+def live_as_two(act, moments=(None, None), death=None) -> list[tuple[int, int]]:
+    """Two processes that share the network by FSDP2, one of which may die at a moment of its own;
+    when one has failed the other is killed, as by a launcher.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {**FSDP2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    common |= {"LOCAL_WORLD_SIZE": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "ViewBlock,SwinBlock3d"}
+    both = [
+        begin(act, moment, death, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, moment in enumerate(moments)
+    ]
+    # an end is told at once, and without a word where it was a kill
+    first = select.select([pipe for _, pipe in both], [], [])[0][0]
+    place = [pipe for _, pipe in both].index(first)
+    ends = {place: end(*both[place])}
+    if ends[place][0]:
+        os.kill(both[1 - place][0], signal.SIGKILL)
+    ends[1 - place] = end(*both[1 - place])
+    return [ends[0], ends[1]]
 
 
 def kill():
@@ -122,6 +158,36 @@ def test_a_run_goes_on_after_any_death(system, trained, tmp_path):
         assert code == 0, what
         assert weights_equal(folder, reference), what
         assert not list(folder.rglob("running.json")), what
+
+
+def test_a_shared_run_goes_on_after_any_death(trained, tmp_path):
+    "drr2ct's first stage, of which each process writes its part of every checkpoint."
+    assert live(lambda: trained("drr2ct"))[0] == 0  # its phantoms and X-rays stay in the cache
+
+    def act(folder, resume):
+        def train():
+            run = run_class("drr2ct")("micro", out=folder, resume=resume, stage="joint").open()
+            run.fit(progress=False)
+            PartialState().destroy_process_group()
+
+        return train
+
+    both = live_as_two(act(tmp_path / "whole", False))
+    assert [code for code, _ in both] == [0, 0]
+    draw = random.Random("shared 0")
+    for number in range(SHARED_MOMENTS):
+        folder = tmp_path / f"{number}"
+        rank = number % 2
+        death = fill_the_disk if number == SHARED_MOMENTS - 1 else kill
+        moments = [None, None]
+        moments[rank] = draw.randint(1, both[rank][1])
+        what = f"{death.__name__} of process {rank} at change {moments[rank]} of {both[rank][1]}"
+        first = live_as_two(act(folder, False), moments, death)
+        assert any(code for code, _ in first) or death is fill_the_disk, what
+        assert [code for code, _ in live_as_two(act(folder, True))] == [0, 0], what
+        assert weights_equal(folder, tmp_path / "whole"), what
+        assert not list(folder.rglob("running.json")), what
+        assert not list(folder.rglob("training_shards/*")), what
 
 
 @pytest.mark.parametrize("writer", ["entries", "phantoms"])

@@ -524,7 +524,7 @@ def test_the_discriminator_takes_thin_stacks_and_no_batch_statistics():
 
 def losses_of(adversary, prediction, step=0, **changes):
     truth = torch.rand(prediction.shape, generator=seeded(9)) * 500 - 500
-    return adversary(prediction, truth, CHEST, step, **changes)
+    return adversary.losses(prediction, truth, CHEST, step, **changes)
 
 
 def test_one_backward_pass_is_two_separate_ones():
@@ -606,7 +606,7 @@ def test_cases_are_weighed_one_by_one():
     def gradient(cases):
         x = prediction[cases].clone().requires_grad_()
         reconstruction = (to_window(x, CHEST) - to_window(truth[cases], CHEST)).square().mean()
-        losses = adversary(x, truth[cases], CHEST, 0, reconstruction)
+        losses = adversary.losses(x, truth[cases], CHEST, 0, reconstruction)
         return torch.autograd.grad(losses.generator, x)[0]
 
     halves = torch.cat([gradient(slice(0, 1)), gradient(slice(1, 2))]) / 2
@@ -633,7 +633,7 @@ def test_a_discriminator_learns_and_can_be_saved(tmp_path):
     history = []
     for step in range(40):
         rough = torch.randn(4, 16, 16, 16) * 800
-        losses = adversary(rough / 4, rough, CHEST, step)
+        losses = adversary.losses(rough / 4, rough, CHEST, step)
         optimizer.zero_grad(), losses.discriminator.backward(), optimizer.step()
         history.append(losses.discriminator.item())
     assert history[-1] < 0.8 * history[0], history

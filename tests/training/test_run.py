@@ -3,9 +3,11 @@
 import json
 import shutil
 from dataclasses import fields
+from typing import ClassVar
 
 import pytest
 import torch
+from fastcore.basics import patch_to
 from refusals import refused
 from safetensors.torch import load_file
 from trained_runs import SYSTEMS, options, run_class
@@ -35,6 +37,28 @@ def test_every_preset_is_there_and_every_flag_has_its_help(system):
         own.default for own in fields(kind) if own.name == "out"
     )
     assert parser.prog == kind.__module__
+
+
+def test_a_run_without_its_methods_cannot_be_made():
+    class Half(Run):
+        presets: ClassVar[dict] = {"cpu": None}
+
+        def configure(self, settings):
+            return settings
+
+        def open(self):
+            return self
+
+    with pytest.raises(TypeError, match="abstract methods _build, _train, evaluate, restore"):
+        Half()
+    for name in ("_build", "_train", "evaluate", "restore"):
+
+        def method(self):
+            return None
+
+        method.__name__ = name
+        patch_to(Half)(method)
+    assert Half().open().preset == "cpu"
 
 
 @every_system
@@ -72,11 +96,11 @@ def test_a_preset_that_is_not_there_is_refused(system, trained):
 
 
 def test_names_of_patients_cannot_speak_to_the_terminal():
-    class Loud(Run):
+    class Loud:
         def description(self):
             return [("trained on", "a\x1b[2J\nevaluated on: b")]
 
-    assert Loud.describe(object.__new__(Loud)) == r"trained on:   a\x1b[2J\nevaluated on: b"
+    assert Run.describe(Loud()) == r"trained on:   a\x1b[2J\nevaluated on: b"
 
 
 @pytest.mark.parametrize("error", [OSError("x: is full"), TrainingStopped("loss nan")])
