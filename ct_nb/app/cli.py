@@ -404,12 +404,14 @@ def reconstruct_command(
     max_value: _MaxValue = None,
     log_step: _LogStep = None,
 ):
-    """Reconstruct a CT from one or more X-rays, by an atlas or by a trained run.
+    """Reconstruct a CT from one or more X-rays.
 
-    Where the X-rays are unlike what a run was trained on, the atlas answers and the notes say so.
+    By an atlas of known CTs that is bent onto the X-rays, or by a trained run. Where the X-rays
+    are unlike what the run was trained on, the atlas answers and the notes say so.
+
     Writes Hounsfield units on the cube about the centre of the geometry's grid, in the patient's
-    frame. Beside the CT: a preview (_preview.png), a report (_report.json) and, with samples,
-    the samples and their standard deviation. Prints how well the CT explains each X-ray, how the
+    frame. Beside the CT: a preview (_preview.png), a report (_report.json), the standard deviation
+    over the atlas or over samples (_spread), the samples, and the atlas's region map (_regions). Prints how well the CT explains each X-ray, how the
     pixels were interpreted, and whether an X-ray contradicts the geometry.
     """
     from ct_nb.app.reconstruct_files import reconstruct_files

@@ -29,7 +29,15 @@ from ct_nb.physics.geometry_io import geometry_from_json
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import Grid, Volume, hu_to_mu
 
-NAMES = ["air", "mean_atlas", "nearest_neighbour", "minimum_norm", "sirt", "atlas_consistent"]
+NAMES = [
+    "air",
+    "mean_atlas",
+    "nearest_neighbour",
+    "minimum_norm",
+    "sirt",
+    "linear_prior",
+    "atlas_consistent",
+]
 
 
 def torso(seed, size):
@@ -140,7 +148,7 @@ def test_csv_has_a_row_per_case_and_predictor(evaluated):
     assert [(r["case"], r["predictor"]) for r in rows[:2]] == [
         ("case/100", "model"),
         ("case/100", "air"),
-    ] and len(rows) == 4 * 7
+    ] and len(rows) == 4 * 8
     assert (
         float(rows[0]["psnr"]) == board.rows[0]["psnr"]
         and rows[0]["lpips"] == ""
@@ -334,7 +342,7 @@ def test_nearest_neighbour_stores_as_many_volumes_as_fit(training):
     assert torch.equal(
         alone[2].predict(training[4]["xrays"], training[4]["geometry"]), training[0]["hu"].round()
     )
-    assert alone[5].settings["spread"] == "none"
+    assert alone[-1].settings["spread"] == "none"
     ranking = NearestNeighbour(
         torch.stack([c["xrays"] for c in training]), torch.stack([c["hu"] for c in training])
     ).ranking(training[3]["xrays"])

@@ -206,7 +206,9 @@ def test_the_run_leaves_what_the_readme_promises(trained):
         "nearest_neighbour",
         "minimum_norm",
         "sirt",
+        "linear_prior",
         "atlas_consistent",
+        "atlas_reconstruction",
     }
     for row in metrics["predictors"].values():
         assert {
