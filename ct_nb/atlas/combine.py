@@ -33,7 +33,7 @@ def atlas_weights(
     return weights / weights.sum(0)
 
 
-FLOOR_HU = 30.0  # the least standard deviation of the prior, where all atlases agree
+FLOOR_HU = 200.0  # is added to the spread, since all atlases can be wrong together
 
 
 def onto_xrays(
