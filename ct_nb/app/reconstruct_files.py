@@ -40,7 +40,7 @@ def _draw_volumes(figure, reconstruction: Reconstruction, window, width_ratios) 
         std = along_lps(reconstruction.spread)
         top = max(float(np.percentile(std.hu, 99.9)), 1e-3)
         rows.append((std, dict(vmin=0, vmax=top, cmap="magma")))
-        labels.append(f"standard deviation over {len(reconstruction.samples)} samples, HU")
+        labels.append(f"{reconstruction.spread_means.split(';')[0]}, HU")
     axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=width_ratios)
     for number, (row, (volume, look), label) in enumerate(zip(axes, rows, labels)):
         for axis, plane, letter in zip(row, PLANES, "zyx"):
