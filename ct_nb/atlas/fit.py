@@ -103,12 +103,21 @@ class Bend:
 
     def apply(self, hu: torch.Tensor) -> torch.Tensor:
         "Volumes (K, N, N, N), one for each bend, bent: HU of at least -1000."
-        return bend_atlases(hu, *self.in_voxels(hu.shape[-1]), self.offsets_hu).hu
+        bent = []
+        for k in range(len(self)):  # one by one: what a gradient needs is as large as four volumes
+            one = self[k]
+            bent.append(
+                bend_atlases(hu[k : k + 1], *one.in_voxels(hu.shape[-1]), one.offsets_hu).hu
+            )
+        return torch.cat(bent)
 
     def apply_to_labels(self, labels: torch.Tensor) -> torch.Tensor:
         "Label maps (K, N, N, N) uint8, one for each bend, bent."
-        u, matrix = self.in_voxels(labels.shape[-1])
-        return torch.stack([bend_labels(*one) for one in zip(labels, u, matrix)])
+        bent = []
+        for k, one in enumerate(labels):
+            u, matrix = self[k].in_voxels(labels.shape[-1])
+            bent.append(bend_labels(one, u[0], matrix[0]))
+        return torch.stack(bent)
 
 # %% ../../nbs/atlas/04_fit.ipynb #cell-008
 class XrayTarget:
