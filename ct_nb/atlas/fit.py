@@ -98,7 +98,7 @@ class Bend:
     def in_voxels(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         "u at each voxel (K, 3, size, size, size) and A, b (K, 3, 4), in voxels."
         voxel = self.side_mm / size
-        u = displacement(self.control_mm, size, self.side_mm, self.spacing_mm) / voxel
+        u = displacement(self.control_mm / voxel, size, self.side_mm, self.spacing_mm)
         return u, torch.cat([self.matrix, self.shift_mm[:, :, None] / voxel], 2)
 
     def apply(self, hu: torch.Tensor) -> torch.Tensor:
