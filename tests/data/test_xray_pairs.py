@@ -417,3 +417,23 @@ def test_statistics_look_at_a_spread_of_cases(source):
     assert math.isclose(found["mean"], images.mean().item(), rel_tol=1e-6) and math.isclose(
         found["sd"], images.std(correction=0).item(), rel_tol=1e-6
     )
+
+
+def test_the_xrays_of_a_short_scan_are_those_of_a_body_that_goes_on():
+    "A scan of half the cube: beyond its ends a real X-ray shows a body and no air."
+    from ct_nb.phantom.chest import phantom
+    from ct_nb.physics.scanned import continue_ends
+
+    size = 16
+    grid = Grid.cube(size)
+    hu = phantom(3, size).volume.hu.copy()
+    scanned = np.ones(hu.shape, bool)
+    scanned[:5] = scanned[12:] = False
+    hu[~scanned] = -1000
+    source = CTSource.from_list([Volume(hu, grid.affine, scanned=scanned)], size)
+    item = XrayPairs(source, size=size)[0]
+    continued = torch.as_tensor(continue_ends(hu, scanned)).float()
+    geometry = item["geometry"]
+    assert torch.allclose(item["xrays"], render_drr(continued, geometry), atol=1e-5)
+    assert item["xrays"].sum() > 1.3 * render_drr(torch.as_tensor(hu).float(), geometry).sum()
+    assert torch.equal(item["scanned"], torch.as_tensor(scanned))
