@@ -434,6 +434,6 @@ def test_the_xrays_of_a_short_scan_are_those_of_a_body_that_goes_on():
     item = XrayPairs(source, size=size)[0]
     continued = torch.as_tensor(continue_ends(hu, scanned)).float()
     geometry = item["geometry"]
-    assert torch.allclose(item["xrays"], render_drr(continued, geometry), atol=1e-5)
+    assert torch.allclose(item["xrays"], render_drr(continued, geometry), atol=0.01)
     assert item["xrays"].sum() > 1.3 * render_drr(torch.as_tensor(hu).float(), geometry).sum()
     assert torch.equal(item["scanned"], torch.as_tensor(scanned))
