@@ -6,6 +6,7 @@
 __all__ = ['patient_folds', 'cross_validate']
 
 # %% ../../nbs/atlas/08_crossval.ipynb #cell-003
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def cross_validate(
         if path is not None and path.is_file():
             kept = read_json(path)
             if kept.get("key") == key:
-                rows += kept["rows"]
+                rows += [
+                    {k: math.nan if v is None else v for k, v in r.items()} for r in kept["rows"]
+                ]
                 continue
         training, judged = source.split(held_out)
         found = _fold_rows(predictors(training), pairs(judged), more)
