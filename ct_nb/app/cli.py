@@ -411,8 +411,9 @@ def reconstruct_command(
 
     Writes Hounsfield units on the cube about the centre of the geometry's grid, in the patient's
     frame. Beside the CT: a preview (_preview.png), a report (_report.json), the standard deviation
-    over the atlas or over samples (_spread), the samples, and the atlas's region map (_regions). Prints how well the CT explains each X-ray, how the
-    pixels were interpreted, and whether an X-ray contradicts the geometry.
+    over the atlas or over samples (_spread), the samples, and the atlas's region map (_regions).
+    Prints how well the CT explains each X-ray, how the pixels were interpreted, and whether an
+    X-ray contradicts the geometry.
     """
     from ct_nb.app.reconstruct_files import reconstruct_files
 

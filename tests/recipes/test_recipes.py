@@ -157,6 +157,8 @@ def test_the_refiner_runs_on_the_trained_model(trained, tmp_path):
         "coarse",
         "unsharp_mask",
         "consistency_alone",
+        "linear_prior",
+        "atlas_reconstruction",
     } == set(json.loads((found / "refinement.json").read_text())["gain_over"])
     case = next((found / "cases").iterdir())
     assert {
@@ -227,7 +229,7 @@ def test_the_run_leaves_what_the_readme_promises(trained):
         and config["versions"]["torch"]
     )
     rows = (out / "scoreboard.csv").read_text().splitlines()
-    assert len(rows) == 1 + 8 * metrics["cases"]
+    assert len(rows) == 1 + len(metrics["predictors"]) * metrics["cases"]
 
 
 def test_the_parameters_cell_is_typed_and_commented():
