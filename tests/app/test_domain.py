@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from places import FULL, REAL_CT
 from trained_runs import trained_folder
 
 import ct_nb.app.reconstruct_files as room
@@ -15,10 +16,12 @@ from ct_nb.atlas.reconstruct import reconstruct as reconstruct_by_atlas
 from ct_nb.cascade.sample import reconstruct_sampled
 from ct_nb.cascade.train import load_cascade
 from ct_nb.core.files import read_json, write_json
+from ct_nb.data.open import open_source, phantom_source
 from ct_nb.data.radiograph_io import write_radiographs
 from ct_nb.data.read import read_ct
+from ct_nb.data.xray_pairs import XrayPairs
 from ct_nb.drr2ct.predict import load_drr2ct, reconstruct
-from ct_nb.evaluation.inference import check_domain
+from ct_nb.evaluation.inference import DOMAIN_MARGIN, check_domain
 from ct_nb.layers.pca_prior import LinearPrior
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.geometry import ConeBeam
@@ -170,3 +173,24 @@ def test_a_cascade_is_measured_before_it_is_made_consistent():
     }
     assert check_domain(found, limits).outside is False
     assert check_domain(other, limits).outside is True
+
+
+@FULL
+@pytest.mark.skipif(not REAL_CT.is_dir(), reason="no real CTs here")
+def test_every_real_thorax_lies_outside_what_phantoms_teach():
+    "By distance alone, with the margin that runs have; new phantoms lie inside."
+
+    def distances(source):
+        pairs = XrayPairs(source, size=32, render_size=64)
+        items = (pairs[index] for index in range(len(pairs)))
+        return [prior.distance(item["xrays"], item["geometry"]) for item in items]
+
+    volumes = [sample.volume.tensor().float() for sample in phantom_source(90, 32)]
+    prior = LinearPrior(32, 89)
+    prior.fit_modes(torch.stack(volumes))
+    limit = DOMAIN_MARGIN * max(distances(phantom_source(8, 64, first_seed=90)))
+    new = distances(phantom_source(30, 64, first_seed=5000))
+    thoraxes = open_source(str(REAL_CT), 64, on_error="skip", thorax_only=True)
+    real = distances(thoraxes.one_per_patient())
+    assert len(real) > 10 and min(real) > limit, (sorted(real)[:3], limit)
+    assert np.mean([value > limit for value in new]) <= 0.1, (sorted(new)[-3:], limit)

@@ -85,7 +85,28 @@ def test_the_training_recipe_takes_parameters_and_shows_pictures(trained):
         and f"s: {out / 'first.png'}" in said[first]
         and (out / "first.png").is_file()
     ), "a picture before the network trains"
-    assert any("dB before training" in text and "dB after" in text for text in said)
+    assert "by the atlas, without training" in said[first]
+    by_atlas, before, after = next(
+        map(float, found.groups())
+        for text in said
+        if (
+            found := re.search(
+                r"([\d.]+) dB by the atlas, ([\d.]+) dB before training, ([\d.]+) dB after", text
+            )
+        )
+    )
+    assert f"{by_atlas:.1f} dB" in said[first], "the same case, by the same atlas"
+    case = json.loads((out / "config.json").read_text())["validation"]["cases"][0]
+    rows = [line.split(",") for line in (out / "scoreboard.csv").read_text().splitlines()]
+    columns = {name: place for place, name in enumerate(rows[0])}
+    scores = {
+        row[columns["predictor"]]: float(row[columns["psnr"]])
+        for row in rows[1:]
+        if row[columns["case"]] == case
+    }
+    # the row of the scoreboard is what the two pictures show
+    assert scores["atlas_reconstruction"] == pytest.approx(by_atlas, abs=0.06)
+    assert scores["model"] == pytest.approx(after, abs=0.06) and before > 0
 
 
 def readme_picture(name, runs, images) -> dict:
