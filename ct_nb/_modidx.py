@@ -2438,6 +2438,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                          'ct_nb/evaluation/inference.py'),
                                             'ct_nb.evaluation.inference.inconsistent_views': ( 'evaluation/inference.html#inconsistent_views',
                                                                                                'ct_nb/evaluation/inference.py'),
+                                            'ct_nb.evaluation.inference.learnt_from': ( 'evaluation/inference.html#learnt_from',
+                                                                                        'ct_nb/evaluation/inference.py'),
                                             'ct_nb.evaluation.inference.residual_limit': ( 'evaluation/inference.html#residual_limit',
                                                                                            'ct_nb/evaluation/inference.py'),
                                             'ct_nb.evaluation.inference.view_residuals': ( 'evaluation/inference.html#view_residuals',

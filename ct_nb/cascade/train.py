@@ -31,7 +31,7 @@ from ..drr2ct.predict import load_drr2ct
 from ..drr2ct.train import DRR2CT_PRESETS
 from ..evaluation import scoreboard
 from ..evaluation.baselines import fit_baselines
-from ..evaluation.inference import domain_record, view_residuals
+from ..evaluation.inference import domain_record, learnt_from, view_residuals
 from ..evaluation.metrics import ssim
 from ..evaluation.uncertainty import summarize_samples, uncertainty_rows
 from ..layers.denoiser import DenoiserConfig
@@ -374,7 +374,7 @@ def _finish(self: CascadeRun, cases: int = 8) -> None:
         found, distance = start_measures(self.cascade, item["xrays"], item["geometry"])
         residuals += found
         distances.append(distance)
-    self.domain = domain_record(cohort.learnt_from, residuals, distances)
+    self.domain = domain_record(learnt_from(cohort.learnt_from, self.coarse), residuals, distances)
 
 
 @patch

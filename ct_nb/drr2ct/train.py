@@ -23,7 +23,7 @@ from .objective import DRR2CTObjective, Stage, fewer_neighbours, get_stages
 from .predict import ModelPredictor, load_drr2ct
 from ..evaluation import scoreboard
 from ..evaluation.baselines import fit_baselines
-from ..evaluation.inference import domain_record, expected_residual, view_residuals
+from ..evaluation.inference import domain_record, expected_residual, learnt_from, view_residuals
 from ..evaluation.metrics import psnr, ssim
 from ..physics.xray_noise import PoseNoise, XrayNoise
 from ..training.checkpoints import WEIGHTS_FILE, weights_digest
@@ -340,7 +340,9 @@ def _finish(self: DRR2CTRun, cases: int = 8) -> None:
     self.residual = expected_residual(residuals(some(self.cohort.cases()), None))
     held_out = some(self.cohort.held_out_with_noise)
     distances = [self.model.prior.distance(item["xrays"], item["geometry"]) for item in held_out]
-    self.domain = domain_record(self.cohort.learnt_from, residuals(held_out, False), distances)
+    self.domain = domain_record(
+        learnt_from(self.cohort.learnt_from, self.start), residuals(held_out, False), distances
+    )
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-015
 @patch

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESIDUAL_DETECTOR', 'RESIDUAL_MARGIN', 'DOMAIN_MARGIN', 'Reconstruction', 'view_residuals', 'residual_limit',
-           'inconsistent_views', 'DomainCheck', 'expected_residual', 'domain_record', 'check_domain', 'fit_detector',
-           'center_on_patient']
+           'inconsistent_views', 'DomainCheck', 'expected_residual', 'learnt_from', 'domain_record', 'check_domain',
+           'fit_detector', 'center_on_patient']
 
 # %% ../../nbs/evaluation/08_inference.ipynb #cell-002
 import math
@@ -148,8 +148,21 @@ def expected_residual(residuals: list[float], margin: float = RESIDUAL_MARGIN) -
     }
 
 
+def learnt_from(
+    own: str,  # "238 phantoms", see `Cohort.learnt_from`
+    folder=None,  # of the run whose weights it went on from; None: it began from nothing
+) -> str:
+    "What a run learnt from, the run before it included."
+    if folder is None:
+        return own
+    before = (read_config(folder).get("domain") or {}).get("learnt_from")
+    if before == own:
+        return own
+    return f"{own}, after {before or 'weights that do not say what they learnt from'}"
+
+
 def domain_record(
-    learnt_from: str,  # "238 phantoms", see `Cohort.learnt_from`
+    learnt_from: str,  # see the function of this name
     residuals: list[float],  # of views of held-out cases, before data consistency
     distances: list[float],  # of held-out cases
 ) -> dict:

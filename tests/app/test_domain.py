@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from places import FULL, REAL_CT
+from refusals import refused
 from trained_runs import trained_folder
 
 import ct_nb.app.reconstruct_files as room
@@ -21,12 +22,13 @@ from ct_nb.data.radiograph_io import write_radiographs
 from ct_nb.data.read import read_ct
 from ct_nb.data.xray_pairs import XrayPairs
 from ct_nb.drr2ct.predict import load_drr2ct, reconstruct
-from ct_nb.evaluation.inference import DOMAIN_MARGIN, check_domain
+from ct_nb.evaluation.inference import DOMAIN_MARGIN, check_domain, learnt_from
 from ct_nb.layers.pca_prior import LinearPrior
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import Grid, hu_to_mu
+from ct_nb.training.checkpoints import WeightsError
 
 GRID = Grid.cube(32, center_mm=(20.0, -35.0, 150.0))
 VIEWS = ConeBeam.biplanar(grid=GRID, detector_shape=(64, 64), pixel_mm=8.0)
@@ -110,6 +112,16 @@ def test_within_the_limits_and_without_any_the_run_answers(
     assert report["weights"]["domain"]["outside"] is outside
 
 
+def test_a_record_that_is_none_is_refused(files, tmp_path):
+    run = run_with(tmp_path / "run", distance=-1.0)
+    with refused("expected_residual"):
+        reconstruct_files(files, VIEWS, run, None)
+    config = read_json(run / "config.json")
+    write_json(run / "config.json", config | {"domain": {"distance": "far"}})
+    with refused(file="config.json", kind=WeightsError):
+        reconstruct_files(files, VIEWS, run, None)
+
+
 def test_a_refiner_does_not_sharpen_the_atlas(files, tmp_path, monkeypatch):
     def refused(*_, **__):
         raise AssertionError("refined")
@@ -130,6 +142,15 @@ def test_a_run_records_what_it_learnt_from_and_which_x_rays_it_knows(system):
     assert config["domain"]["learnt_from"] == f"{count} phantoms"
     for name in ("unconstrained", "distance"):
         assert 0 < config["domain"][name]["median"] < config["domain"][name]["limit"] < 2
+
+
+def test_what_the_weights_learnt_from_before_is_told(tmp_path):
+    before = trained_folder("drr2ct")
+    known = read_json(before / "config.json")["domain"]["learnt_from"]
+    assert learnt_from("9 CTs") == "9 CTs" and learnt_from(known, before) == known
+    assert learnt_from("9 CTs", before) == f"9 CTs, after {known}"
+    older = run_with(tmp_path / "run", distance=None)
+    assert "do not say what they learnt from" in learnt_from(known, older)
 
 
 # ---------------------------------------------------------------- what is measured
