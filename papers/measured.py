@@ -429,11 +429,11 @@ def scores(m: dict) -> str:
     "drr2ct beside its baselines, best first."
     r = m.get("drr2ct")
     if not r:
-        return "Not yet: `make demo`, then `python papers/measured.py`."
+        return "Not yet: `papermill nbs/train_drr2ct.ipynb`, then `python papers/measured.py`."
     rows = sorted(r["scores"], key=lambda name: (name != "model", -r["scores"][name]["psnr"][0]))
     lines = [
         (
-            f"`make demo` (preset `cpu`, seed 0): {r['cases']} held-out phantoms, 64³ voxels of"
+            f"`papermill nbs/train_drr2ct.ipynb` (preset `cpu`, seed 0): {r['cases']} held-out phantoms, 64³ voxels of"
             " 5 mm, mean ± sd. The baselines use no network; the atlases and the nearest neighbour"
             f" know the {r['training_cases']} training phantoms."
         ),
@@ -484,7 +484,7 @@ def put(text: str, name: str, new: str) -> str:
 
 
 def phantoms_today() -> str:
-    "Fingerprint of what `make demo` trains on, as this version makes it."
+    "Fingerprint of what the recipe `train_drr2ct` trains on, as this version makes it."
     from ct_nb.drr2ct.train import DRR2CTRun
 
     return DRR2CTRun("cpu").open().training.source.fingerprint()

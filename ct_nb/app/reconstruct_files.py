@@ -301,10 +301,10 @@ def _weights_entry(weights, config: dict, domain: DomainCheck | None) -> dict:
     }
 
 
-def _by_weights(images, views, weights, config, samples, consistency, seed, guidance, refine):
-    "The reconstruction of a run of drr2ct or of a cascade, sharpened by a refiner if there is one."
+def _by_weights(images, views, weights, config, samples, consistency, seed, guidance):
+    "The reconstruction of a run of drr2ct or of a cascade."
     if config["system"] == "cascade":
-        reconstruction = reconstruct_sampled(
+        return reconstruct_sampled(
             images,
             views,
             load_cascade(weights),
@@ -312,20 +312,22 @@ def _by_weights(images, views, weights, config, samples, consistency, seed, guid
             guidance=guidance if consistency else "off",
             seed=seed,
         )
-    else:
-        reconstruction = reconstruct(
-            images,
-            views,
-            load_drr2ct(weights),
-            samples=samples,
-            consistency=consistency,
-            seed=seed,
-            expected_residual=config.get("residual"),
-        )
-    if refine is not None:
-        refiner = load_refiner(refine)
-        reconstruction = refine_reconstruction(reconstruction, refiner, coarse=weights)
-    return reconstruction
+    return reconstruct(
+        images,
+        views,
+        load_drr2ct(weights),
+        samples=samples,
+        consistency=consistency,
+        seed=seed,
+        expected_residual=config.get("residual"),
+    )
+
+
+def _answer_sentence(by_atlas: bool, atlas: str) -> str:
+    "Whose CT it is, where the X-rays are none of the run's business."
+    if by_atlas:
+        return f"the CT is that of the atlas {atlas}; insist to have the run's"
+    return "the CT is the run's all the same, as was insisted on"
 
 
 def reconstruct_files(
@@ -350,10 +352,10 @@ def reconstruct_files(
 ) -> Reconstruction:
     """Read X-rays, reconstruct, and write the CT with preview and report.
 
-    Without `weights` an atlas is bent (`ct_nb.atlas`). With them, the atlas is asked too, and
-    answers where the X-rays are unlike what the run was trained on (`check_domain`), unless
-    `insist`. `InputError` or `OSError` with one sentence for what cannot be read, reconstructed or
-    written.
+    Without `weights` an atlas is bent (`ct_nb.atlas`). With them, the atlas answers where the
+    X-rays are unlike what the run learnt from (`check_domain`), unless `insist`; the notes say
+    which of both it was. `InputError` or `OSError` with one sentence for what cannot be read,
+    reconstructed or written.
     """
     if out is not None:
         _split_name(out)  # before minutes of work
@@ -362,23 +364,29 @@ def reconstruct_files(
             "refine", "a refiner sharpens what its own coarse run reconstructs; give weights too"
         )
     config = None if weights is None else read_config(weights, system=("drr2ct", "cascade"))
-    notes, domain = [], None
+    refiner = None if refine is None else load_refiner(refine)
+    read_as, notes, domain = [], [], None
     views = geometry if isinstance(geometry, ConeBeam) else load_geometry(geometry)
-    images = read_radiographs(xrays, views, notes=notes, **pixels)
-    reconstruction = None
+    images = read_radiographs(xrays, views, notes=read_as, **pixels)
+    by_atlas = weights is None
     if weights is not None:
         reconstruction = _by_weights(
-            images, views, weights, config, samples, consistency, seed, guidance, refine
+            images, views, weights, config, samples, consistency, seed, guidance
         )
-        domain = check_domain(reconstruction, config.get("residual"))
+        domain = check_domain(reconstruction, config.get("domain"))
         notes.append(domain.sentence)
-    if reconstruction is None or (domain.outside and not insist):
+        by_atlas = bool(domain.outside) and not insist
+        if domain.outside:
+            notes.append(_answer_sentence(by_atlas, atlas))
+    if by_atlas:
         reconstruction = reconstruct_by_atlas(
             images, views, atlas, size, samples=samples, progress=progress
         )
-    reconstruction.notes = [*notes, *reconstruction.notes]
+    elif refiner is not None:
+        reconstruction = refine_reconstruction(reconstruction, refiner, coarse=weights)
+    reconstruction.notes = [*read_as, *notes, *reconstruction.notes]
     if out is not None:
-        about = _provenance(xrays, refine, notes, pixels)
+        about = _provenance(xrays, None if by_atlas else refine, read_as, pixels)
         about["weights"] = None if weights is None else _weights_entry(weights, config, domain)
         save_reconstruction(reconstruction, out, about)
     return reconstruction

@@ -394,10 +394,17 @@ class PcaInitializer(nn.Module):
             "energy_kev": energy_kev,
         }
 
+    def _beam(self, geometry: ConeBeam) -> ConeBeam:
+        grid = geometry.grid.resized(self.settings["size"])
+        return geometry.on(grid).to(device=self.prior.mean_hu.device, dtype=torch.float32)
+
+    def unconstrained(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
+        "The estimate (B, N, N, N), HU, before it is made consistent with the X-rays."
+        return self.prior(xrays, self._beam(geometry))
+
     @torch.no_grad()
     def forward(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
-        size = self.settings["size"]
-        beam = geometry.on(geometry.grid.resized(size)).to(device=xrays.device, dtype=torch.float32)
+        beam = self._beam(geometry)
         guide = XrayGuidance(
             xrays,
             beam,
@@ -422,6 +429,16 @@ class Drr2ctInitializer(nn.Module):
 
     def train(self, mode: bool = True):
         return super().train(False)
+
+    @property
+    def prior(self) -> LinearPrior:
+        "The linear prior of the network."
+        return self.model.prior
+
+    @torch.no_grad()
+    def unconstrained(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
+        "The reconstruction (B, N, N, N), HU, before data consistency."
+        return self.model(xrays, geometry).unconstrained_hu
 
     @torch.no_grad()
     def forward(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .network import Cascade
-from .train import Sampler
+from .train import Sampler, start_measures
 from ..core.errors import InputError
 from ..evaluation.inference import Reconstruction, center_on_patient, view_residuals
 from ..physics.geometry import ConeBeam
@@ -47,6 +47,7 @@ def reconstruct_sampled(
     cascade.eval()
     try:
         sampled = Sampler(cascade, steps, sampler, seed).draws(xrays, moved, samples, guidance)
+        unconstrained, distance = start_measures(cascade, xrays, moved)
     finally:
         cascade.train(training)
     stage = cascade.config.stages[-1]
@@ -61,6 +62,8 @@ def reconstruct_sampled(
         reprojection.numpy(),
         xrays.numpy(),
         geometry,
+        residual_unconstrained=unconstrained,
+        distance=distance,
         consistent=guidance != "off",
         how=f"{description}, X-ray guidance {guidance}",
         samples=volumes[1:],

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['V_LEARNING_RATE', 'CASCADE_PRESETS', 'BODY_HU', 'main', 'CascadePreset', 'CascadeRun', 'load_cascade', 'Sampler',
-           'SamplePredictor', 'InitializerPredictor', 'sanity_checks']
+           'SamplePredictor', 'InitializerPredictor', 'start_measures', 'sanity_checks']
 
 # %% ../../nbs/cascade/03_train.ipynb #cell-002
 from collections.abc import Callable
@@ -31,6 +31,7 @@ from ..drr2ct.predict import load_drr2ct
 from ..drr2ct.train import DRR2CT_PRESETS
 from ..evaluation import scoreboard
 from ..evaluation.baselines import fit_baselines
+from ..evaluation.inference import domain_record, learnt_from, view_residuals
 from ..evaluation.metrics import ssim
 from ..evaluation.uncertainty import summarize_samples, uncertainty_rows
 from ..layers.denoiser import DenoiserConfig
@@ -199,6 +200,10 @@ class CascadeRun(Run):
         "Digest of the coarse model's weights."
         return {"coarse": self.coarse and weights_digest(self.coarse)}
 
+    def facts(self) -> dict:
+        "Which X-rays it knows, once that is measured."
+        return {"domain": getattr(self, "domain", None)}
+
     @property
     def network(self) -> Cascade:
         "What is trained and saved."
@@ -359,6 +364,20 @@ def load_cascade(folder) -> Cascade:
 
 
 @patch
+def _finish(self: CascadeRun, cases: int = 8) -> None:
+    "Measure on held-out cases with noise what `check_domain` compares with."
+    cohort = self.cohorts[self.sizes[-1]]
+    pairs = cohort.held_out_with_noise
+    residuals, distances = [], []
+    for index in range(0, len(pairs), max(1, len(pairs) // cases)):
+        item = pairs[index]
+        found, distance = start_measures(self.cascade, item["xrays"], item["geometry"])
+        residuals += found
+        distances.append(distance)
+    self.domain = domain_record(learnt_from(cohort.learnt_from, self.coarse), residuals, distances)
+
+
+@patch
 def restore(self: CascadeRun) -> None:
     "The weights, and the baselines fitted anew to the training cases."
     self.baselines = [*fit_baselines(self.training), atlas_baseline(self.training)]
@@ -445,6 +464,26 @@ class InitializerPredictor:
             .cpu()
             .clamp_min(-1000)
         )
+
+
+@torch.no_grad()
+def start_measures(
+    cascade: Cascade, xrays: torch.Tensor, geometry: ConeBeam
+) -> tuple[list[float], float]:
+    """What `check_domain` asks of X-rays (V, R, C) and their geometry in the frame of the cube.
+
+    The residual of each view of what the cascade starts from, before data consistency, and
+    `LinearPrior.distance`.
+    """
+    device = next(cascade.parameters()).device
+    beam = geometry.to(device=device, dtype=torch.float32)
+    images = xrays.float().to(device)
+    start = cascade.start
+    hu = start.unconstrained(images[None], ConeBeam.stack([beam]))[0]
+    beam = beam.on(beam.grid.resized(hu.shape[-1]))
+    energy_kev = cascade.config.stages[0].energy_kev
+    residuals, _ = view_residuals(hu.float().clamp_min(-1000), images, beam, energy_kev)
+    return residuals, start.prior.distance(images, beam)
 
 # %% ../../nbs/cascade/03_train.ipynb #cell-014
 def sanity_checks(samples: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:

@@ -165,6 +165,22 @@ class Cohort:
             return RepeatedConcatDataset(real)
         return RepeatedConcatDataset(real, (phantoms, 1))
 
+    @property
+    def held_out_with_noise(self) -> XrayPairs:
+        "The validation cases as X-rays of patients would be, with noise and moved poses."
+        return self.pairs(self.validation.source, noise=self.noise, pose=self.pose)
+
+    @property
+    def learnt_from(self) -> str:
+        "What trains a network, in words: how many phantoms, how many CTs."
+        if not self.is_real:
+            return f"{len(self.training)} phantoms"
+        real = f"{len(self.training)} CTs"
+        phantoms = f"{self.phantoms} phantoms"
+        return {"both": f"{real} and {phantoms}", "real": real, "phantom": phantoms}[
+            self.trained_on
+        ]
+
     def description(self) -> list[tuple[str, str]]:
         "What is learned from, evaluated and left out, as pairs of a label and a text."
 

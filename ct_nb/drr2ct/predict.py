@@ -149,4 +149,5 @@ def reconstruct(
         energy_kev=config.energy_kev,
         seed=seed,
         notes=[*notes, *(contradictions or [])],
+        distance=model.prior.distance(xrays, beam),
     )

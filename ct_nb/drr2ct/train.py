@@ -23,7 +23,7 @@ from .objective import DRR2CTObjective, Stage, fewer_neighbours, get_stages
 from .predict import ModelPredictor, load_drr2ct
 from ..evaluation import scoreboard
 from ..evaluation.baselines import fit_baselines
-from ..evaluation.inference import expected_residual, view_residuals
+from ..evaluation.inference import domain_record, expected_residual, learnt_from, view_residuals
 from ..evaluation.metrics import psnr, ssim
 from ..physics.xray_noise import PoseNoise, XrayNoise
 from ..training.checkpoints import WEIGHTS_FILE, weights_digest
@@ -171,8 +171,8 @@ class DRR2CTRun(Run):
         return self.cohort.description()
 
     def facts(self) -> dict:
-        "How well reconstructions explain X-rays, once that is measured."
-        return {"residual": getattr(self, "residual", None)}
+        "How well it explains X-rays, and which of them it knows, once both are measured."
+        return {name: getattr(self, name, None) for name in ("residual", "domain")}
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-008
 @patch
@@ -322,21 +322,27 @@ def _train(self: DRR2CTRun, progress: bool) -> list[dict]:
 @patch
 def _finish(self: DRR2CTRun, cases: int = 8) -> None:
     """Median and limit of ‖Aμ − y‖/‖y‖ over the views of some cases with noise: of training cases
-    for what noise leaves, and of held-out ones before data consistency for `check_domain`.
+    for what noise leaves, and of held-out ones, with their distances, for `check_domain`.
     """
 
-    def residuals(data, consistency):
+    def some(data):
+        return [data[index] for index in range(0, len(data), max(1, len(data) // cases))]
+
+    def residuals(items, consistency):
         predictor = ModelPredictor(self.model, consistency=consistency)
         found = []
-        for index in range(0, len(data), max(1, len(data) // cases)):
-            item = data[index]
+        for item in items:
             hu = predictor.predict(item["xrays"], item["geometry"])
             energy_kev = self.settings.network.energy_kev
             found += view_residuals(hu, item["xrays"], item["geometry"], energy_kev)[0]
-        return expected_residual(found)
+        return found
 
-    self.residual = residuals(self.cohort.cases(), None)
-    self.residual["unconstrained"] = residuals(self.validation, False)
+    self.residual = expected_residual(residuals(some(self.cohort.cases()), None))
+    held_out = some(self.cohort.held_out_with_noise)
+    distances = [self.model.prior.distance(item["xrays"], item["geometry"]) for item in held_out]
+    self.domain = domain_record(
+        learnt_from(self.cohort.learnt_from, self.start), residuals(held_out, False), distances
+    )
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-015
 @patch

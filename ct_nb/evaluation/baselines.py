@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Predictor', 'AirBaseline', 'MeanAtlas', 'NearestNeighbour', 'to_hu', 'MinimumNorm', 'SIRT', 'AtlasDataConsistency',
-           'ModesBaseline', 'shrunk_std', 'fit_baselines']
+           'ModesBaseline', 'shrunk_std', 'modes_baseline', 'fit_baselines']
 
 # %% ../../nbs/evaluation/04_baselines.ipynb #cell-002
 from typing import Protocol
@@ -215,6 +215,22 @@ def shrunk_std(variance: torch.Tensor, cases: int, prior_cases: int = 5) -> torc
     `prior_cases` volumes.
     """
     return ((cases * variance + prior_cases * variance.mean()) / (cases + prior_cases)).sqrt()
+
+
+def modes_baseline(
+    train_pairs,  # items with `hu` (D, H, W), as `XrayPairs` without augmentation has
+    limit: int = 500,  # cases used, evenly spaced
+    energy_kev: float | None = None,  # None: that of the pairs, or 60
+    modes_mb: float = 512.0,  # memory for the modes; no more cases are read than it holds
+) -> ModesBaseline:
+    "The linear prior alone, for a scoreboard that has other baselines besides."
+    energy_kev = getattr(train_pairs, "energy_kev", 60.0) if energy_kev is None else energy_kev
+    first = torch.as_tensor(train_pairs[0]["hu"])
+    room = max(1, int(modes_mb * 2**20 / (4 * first.numel())))
+    n = min(limit, room, len(train_pairs))
+    indices = torch.linspace(0, len(train_pairs) - 1, n).round().long().unique().tolist()
+    volumes = [torch.as_tensor(train_pairs[index]["hu"]).cpu() for index in indices]
+    return ModesBaseline(torch.stack(volumes), energy_kev=energy_kev, modes_mb=modes_mb)
 
 
 def fit_baselines(

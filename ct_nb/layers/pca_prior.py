@@ -131,3 +131,19 @@ class LinearPrior(nn.Module):
             normal = modes @ modes.T + self.noise**2 * torch.eye(len(modes), device=modes.device)
             coefficients.append(torch.linalg.solve(normal, modes @ (y.flatten() - mean[0])))
         return self.mean_hu + torch.tensordot(torch.stack(coefficients), self.modes_hu.to(xrays), 1)
+
+    @torch.no_grad()
+    def distance(self, xrays: torch.Tensor, geometry: ConeBeam) -> float:
+        """‖y − A(m + Mc)‖ / ‖y‖ of one scan's line integrals y (V, R, C) for the best c: how far
+        they lie from all X-rays that mean m and modes M can have, however unlikely.
+
+        The geometry has batch shape () and is on the prior's grid; binned as in `forward`.
+        """
+        y, coarse = bin_pixels(xrays.to(self.mean_hu), geometry.to(torch.float32), 64)
+        mean, modes = (part.double() for part in self._projections(coarse))
+        deviation = y.flatten().double() - mean[0]
+        normal = modes @ modes.T
+        # modes that were never fitted are 0
+        normal.diagonal().add_(1e-3 * normal.diagonal().mean() + 1e-12)
+        left = deviation - torch.linalg.solve(normal, modes @ deviation) @ modes
+        return float(left.norm() / y.double().norm().clamp_min(1e-12))

@@ -34,7 +34,13 @@ REFINEMENT_MAIN = (
     "null_right",
     "null_invented",
 )
-REFINEMENT_BASELINES = ("coarse", "unsharp_mask", "consistency_alone")
+REFINEMENT_BASELINES = (
+    "coarse",
+    "unsharp_mask",
+    "consistency_alone",
+    "linear_prior",
+    "atlas_reconstruction",
+)
 # metrics whose gains are written to `refinement.json`
 GAINS = (
     "psnr",
@@ -59,9 +65,7 @@ class RefinementScoreboard(Scoreboard):
 
     model: str = "refined"
     definitions = (
-        METRICS
-        | SHARPNESS_METRICS
-        | {
+        METRICS | SHARPNESS_METRICS | {
             "drr_error_of_truth": Metric(
                 "DRR error of the CTs",
                 "",

@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from ..atlas.reconstruct import atlas_baseline
 from ..core.errors import InputError
 from ..core.files import file_names, write_json
 from ..core.seeding import case_generators
@@ -24,7 +25,7 @@ from ..data.cohort import Cohort, RepeatedConcatDataset
 from ..data.open import open_source
 from ..data.xray_pairs import XrayPairs, collate
 from ..drr2ct.train import DRR2CT_PRESETS, DRR2CTPreset
-from ..evaluation.baselines import shrunk_std
+from ..evaluation.baselines import Predictor, modes_baseline, shrunk_std
 from ..evaluation.inference import RESIDUAL_MARGIN, view_residuals
 from ..evaluation.metrics import drr_error, psnr, ssim
 from ct_nb.evaluation.scoreboard import (
@@ -37,7 +38,7 @@ from ..evaluation.sharpness import sharpness_scores, spectra
 from ..physics.volume import Volume, hu_to_mu
 from .baselines import DataConsistencyBaseline, IdentityBaseline, UnsharpMask
 from .coarse_inputs import CoarseFiles, CoarsePairs, open_coarse, unseen_phantoms
-from .evaluation import RefinementScoreboard
+from .evaluation import REFINEMENT_BASELINES, RefinementScoreboard
 from .losses import RandomFeatures, RefinementWeights, refinement_loss
 from .network import Refiner, RefinerConfig
 from .pipeline import ConsistencySettings, RefinementModel, load_refiner
@@ -579,15 +580,22 @@ def fit_baselines(self: RefinementRun) -> list:
 
 
 @patch
-def _predictors(self: RefinementRun) -> list[_RefinerPredictor]:
-    "Refiner, refiner without its layer, input and baselines."
+def fit_reconstructions(self: RefinementRun) -> list[Predictor]:
+    "What reconstructs from the X-rays alone, without a network: linear prior and atlas."
+    return [modes_baseline(self.training), atlas_baseline(self.training)]
+
+
+@patch
+def _predictors(self: RefinementRun) -> list[Predictor]:
+    "Refiner, refiner without its layer, input, baselines, and what needs no input."
     refiners = (
         self.model.eval(),
         _NetworkAlone(self.model),
         IdentityBaseline(),
         *self.fit_baselines(),
     )
-    return [_RefinerPredictor(refiner, self.evaluation_pairs) for refiner in refiners]
+    takes_coarse = [_RefinerPredictor(refiner, self.evaluation_pairs) for refiner in refiners]
+    return [*takes_coarse, *self.fit_reconstructions()]
 
 
 @patch

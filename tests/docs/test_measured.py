@@ -111,7 +111,7 @@ def test_figures_come_from_the_files_of_a_run(tmp_path):
     )
     assert (
         measured.systems({}).count("not yet") == 5
-        and "make demo" in measured.scores({})
+        and "papermill nbs/train_drr2ct.ipynb" in measured.scores({})
         and "--clone" in measured.waiting({})
     )
 

@@ -85,7 +85,28 @@ def test_the_training_recipe_takes_parameters_and_shows_pictures(trained):
         and f"s: {out / 'first.png'}" in said[first]
         and (out / "first.png").is_file()
     ), "a picture before the network trains"
-    assert any("dB before training" in text and "dB after" in text for text in said)
+    assert "by the atlas, without training" in said[first]
+    by_atlas, before, after = next(
+        map(float, found.groups())
+        for text in said
+        if (
+            found := re.search(
+                r"([\d.]+) dB by the atlas, ([\d.]+) dB before training, ([\d.]+) dB after", text
+            )
+        )
+    )
+    assert f"{by_atlas:.1f} dB" in said[first], "the same case, by the same atlas"
+    case = json.loads((out / "config.json").read_text())["validation"]["cases"][0]
+    rows = [line.split(",") for line in (out / "scoreboard.csv").read_text().splitlines()]
+    columns = {name: place for place, name in enumerate(rows[0])}
+    scores = {
+        row[columns["predictor"]]: float(row[columns["psnr"]])
+        for row in rows[1:]
+        if row[columns["case"]] == case
+    }
+    # the row of the scoreboard is what the two pictures show
+    assert scores["atlas_reconstruction"] == pytest.approx(by_atlas, abs=0.06)
+    assert scores["model"] == pytest.approx(after, abs=0.06) and before > 0
 
 
 def readme_picture(name, runs, images) -> dict:
@@ -157,6 +178,8 @@ def test_the_refiner_runs_on_the_trained_model(trained, tmp_path):
         "coarse",
         "unsharp_mask",
         "consistency_alone",
+        "linear_prior",
+        "atlas_reconstruction",
     } == set(json.loads((found / "refinement.json").read_text())["gain_over"])
     case = next((found / "cases").iterdir())
     assert {
@@ -227,7 +250,7 @@ def test_the_run_leaves_what_the_readme_promises(trained):
         and config["versions"]["torch"]
     )
     rows = (out / "scoreboard.csv").read_text().splitlines()
-    assert len(rows) == 1 + 8 * metrics["cases"]
+    assert len(rows) == 1 + len(metrics["predictors"]) * metrics["cases"]
 
 
 def test_the_parameters_cell_is_typed_and_commented():

@@ -6,7 +6,14 @@ from ct_nb.evaluation.scoreboard import scoreboard_content
 from ct_nb.evaluation.sharpness import SHARPNESS_METRICS
 from ct_nb.refine.evaluation import REFINEMENT_MAIN, RefinementScoreboard
 
-PREDICTORS = ("refined", "coarse", "unsharp_mask", "consistency_alone")
+PREDICTORS = (
+    "refined",
+    "coarse",
+    "unsharp_mask",
+    "consistency_alone",
+    "linear_prior",
+    "atlas_reconstruction",
+)
 
 
 def rows(*gains, refined=(), **columns):
@@ -70,13 +77,16 @@ def test_gains_are_paired():
     assert "one patient gives no interval" in verdict(1.0)[0] and "a gain." not in " ".join(
         verdict(1.0)
     )
+    for place, baseline in enumerate(PREDICTORS[1:]):
+        told = verdict(1.0, 1.1, 0.9)[place]
+        assert f"over {baseline}: +1.00" in told and told.endswith("a gain.")
     # less is better
     assert RefinementScoreboard(rows(0, 0, refined={"edge_error": 0.4})).gain(
         "coarse", "edge_error"
     ).mean == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("metric, line", [("drr_error", 5), ("drr_error_held_out", 6)])
+@pytest.mark.parametrize("metric, line", [("drr_error", 7), ("drr_error_held_out", 8)])
 @pytest.mark.parametrize(
     "after, conclusion",
     [
@@ -89,7 +99,7 @@ def test_gains_are_paired():
 def test_worse_on_the_xrays_is_what_the_interval_says(metric, line, after, conclusion):
     sentences = verdict(0, 0, 0, refined={metric: after})
     assert sentences[line].rsplit(": ", 1)[1] == conclusion and "DRR error" in sentences[line]
-    assert sentences[11 - line].rsplit(": ", 1)[1] == "no worse."  # the other views did not change
+    assert sentences[15 - line].rsplit(": ", 1)[1] == "no worse."  # the other views did not change
     assert verdict(0, refined={metric: 0.5})[line].endswith(
         "one patient gives no interval: whether it is worse cannot be said."
     )
@@ -97,7 +107,7 @@ def test_worse_on_the_xrays_is_what_the_interval_says(metric, line, after, concl
 
 def test_the_error_on_given_views_stands_beside_that_of_the_cts():
     def sentence(truth, after):
-        return verdict(0, 0, 0, drr_error_of_truth=truth, refined={"drr_error": after})[5]
+        return verdict(0, 0, 0, drr_error_of_truth=truth, refined={"drr_error": after})[7]
 
     assert sentence(0.05, [0.03, 0.031, 0.029]).endswith(
         ": worse; the CTs themselves, on this grid, have 0.0500, so before and after are within"
@@ -124,7 +134,7 @@ def test_the_spectrum_has_a_sentence():
                 "spectrum_error_db": [5 + s, 5 + 1.1 * s, 5 + 0.9 * s],
                 "fine_correlation": [0.3 - 0.1 * s, 0.3 - 0.11 * s, 0.3 - 0.09 * s],
             },
-        )[7]
+        )[9]
         for s in (-1, 1)
     )
     assert (
@@ -136,7 +146,7 @@ def test_the_spectrum_has_a_sentence():
         "farther from the truth" in farther
         and farther.endswith("a loss.")
         and "no difference is shown"
-        in verdict(0, 0, 0, refined={"spectrum_error_db": [4, 6, 5]})[7]
+        in verdict(0, 0, 0, refined={"spectrum_error_db": [4, 6, 5]})[9]
     )
 
 
@@ -145,18 +155,18 @@ def test_invented_detail_is_compared_with_the_baselines():
         0, 0, 0, refined={"null_invented": [0.3, 0.31, 0.29], "null_right": -0.2, "null_added": 0.4}
     )
     assert (
-        "added 0.40 of the size" in sentences[8]
-        and "-20% of the missing energy was recovered" in sentences[8]
-        and "has 0.30 of its size" in sentences[8]
+        "added 0.40 of the size" in sentences[10]
+        and "-20% of the missing energy was recovered" in sentences[10]
+        and "has 0.30 of its size" in sentences[10]
     )
     assert (
-        sentences[9].startswith("unsharp_mask invented 0.10; a change of +0.200")
-        and sentences[10].startswith("consistency_alone")
-        and all(line.endswith("the refiner invented more.") for line in sentences[9:11])
+        sentences[11].startswith("unsharp_mask invented 0.10; a change of +0.200")
+        and sentences[12].startswith("consistency_alone")
+        and all(line.endswith("the refiner invented more.") for line in sentences[11:13])
     )
-    assert verdict(0, 0, 0, refined={"null_invented": [0.05, 0.04, 0.06]})[9].endswith(
+    assert verdict(0, 0, 0, refined={"null_invented": [0.05, 0.04, 0.06]})[11].endswith(
         "the refiner invented less."
-    ) and verdict(0, 0, 0, refined={"null_invented": [0.05, 0.15, 0.1]})[9].endswith(
+    ) and verdict(0, 0, 0, refined={"null_invented": [0.05, 0.15, 0.1]})[11].endswith(
         "no difference is shown."
     )
 
@@ -193,7 +203,7 @@ def test_every_column_is_defined_and_shown():
     ):
         assert words in head
     gains = board.gains()
-    assert set(gains) == {"coarse", "unsharp_mask", "consistency_alone"} and {
+    assert set(gains) == set(PREDICTORS) - {"refined"} and {
         "psnr",
         "edge_response",
         "null_right",

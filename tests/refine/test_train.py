@@ -87,10 +87,14 @@ def test_a_run_leaves_weights_scores_and_a_folder_for_each_case(run):
         "coarse",
         "unsharp_mask",
         "consistency_alone",
+        "linear_prior",
+        "atlas_reconstruction",
     } == set(run.board.predictors) and set(run.board.baselines) == {
         "coarse",
         "unsharp_mask",
         "consistency_alone",
+        "linear_prior",
+        "atlas_reconstruction",
     }
     head = (run.out / "scoreboard.csv").read_text().splitlines()[0].split(",")
     assert {"psnr", "ssim", "drr_error", "drr_error_held_out", *SHARPNESS_METRICS} <= set(head)
