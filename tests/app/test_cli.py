@@ -39,6 +39,13 @@ HELP = {
         ),
         ["PNG", "Hounsfield units", "standard deviation", "[required]", "<soft|exact>", "x>=0"],
     ),
+    "register": (
+        (
+            "--geometry --out --similarity --separate --source --rotation-deg --shift-mm --size"
+            " --kev --seed --series --input-kind --i0 --invert --no-invert --max-value --log-step"
+        ),
+        ["in the CT's frame", "degrees", "in mm", "[default: posed.json]", "or doubtful and why"],
+    ),
     "evaluate": (
         "--labels --prediction-labels --out --series --prediction-series",
         ["The true CT", "Dice and HD95 (mm)", "JSON", "SeriesInstanceUID", "UID:VALUE"],
