@@ -127,6 +127,25 @@ def test_completion_scripts_are_offered():
     assert done.stdout.split() == ["evaluate"], done.stderr
 
 
+# ---------------------------------------------------------------- register
+def test_register_prints_the_movement_and_a_verdict(tmp_path):
+    scan = tmp_path / "ct.nii.gz"
+    phantom(5, 32).volume.save(scan)
+    ct_nb("drr", scan, "--out", tmp_path, "--detector-size", 32, "--pixel-mm", 16)
+    words = ("register", scan, tmp_path, "--geometry", tmp_path / "geometry.json")
+    posed = tmp_path / "posed.json"
+    lines = ct_nb(*words, "--out", posed, "--size", 32, "--shift-mm", 5).stdout.splitlines()
+    assert lines[-3].startswith("all views: turned by (") and "±" in lines[-3]
+    assert lines[-2:] == ["verdict: accepted", str(posed)]
+    load_geometry(posed)
+    other = tmp_path / "other.nii.gz"
+    phantom(11, 32).volume.save(other)
+    words = ("register", other, *words[2:], "--separate", "--size", 32, "--out", posed)
+    lines = ct_nb(*words).stdout.splitlines()
+    assert lines[-2] == "verdict: doubtful" and lines[-3].startswith("doubt: view")
+    assert "none.json" in refusal("register", scan, tmp_path, "--geometry", tmp_path / "none.json")
+
+
 # ---------------------------------------------------------------- the cache
 def test_the_cache_is_shown_and_cleared_of_what_is_its_own(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
