@@ -103,25 +103,23 @@ class _BodyBox:
         ray = (geometry.detector_center_mm - geometry.source_mm) @ matrix
         column, row = geometry.column_step_mm @ matrix, geometry.row_step_mm @ matrix
         rows, columns = (torch.arange(n) - (n - 1) / 2 for n in geometry.detector_shape)
-        enter, leave, sides = (
-            [],
-            [],
-            zip(*(t.float().unbind(-1) for t in (source, ray, column, row))),
-        )
-        steps = []
-        for axis, (s, d, c, r) in enumerate(sides):
-            step = d[:, None, None] + c[:, None, None] * columns + r[:, None, None] * rows[:, None]
-            steps.append(torch.where(step.abs() < 1e-6, 1e-6, step))
-            if axis < 2:
-                ends = [
-                    (float(end[axis]) - s[:, None, None]) / steps[axis]
-                    for end in (self.low, self.high)
-                ]
-                enter.append(torch.minimum(*ends))
-                leave.append(torch.maximum(*ends))
+
+        def along(axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+            "Where the rays begin, and the way from there to their pixels."
+            at, d, c, r = (t[:, axis, None, None].float() for t in (source, ray, column, row))
+            way = d + c * columns + r * rows[:, None]
+            return at, torch.where(way.abs() < 1e-6, 1e-6, way)
+
+        enter, leave = [], []
+        for axis in (0, 1):
+            at, way = along(axis)
+            sides = [(float(end[axis]) - at) / way for end in (self.low, self.high)]
+            enter.append(torch.minimum(*sides))
+            leave.append(torch.maximum(*sides))
         first, last = torch.maximum(*enter), torch.minimum(*leave)
-        z = [source[:, 2, None, None].float() + t * steps[2] for t in (first, last)]
-        inside = [(height >= float(self.low[2])) & (height <= float(self.high[2])) for height in z]
+        at, way = along(2)
+        heights = [at + part * way for part in (first, last)]
+        inside = [(h >= float(self.low[2])) & (h <= float(self.high[2])) for h in heights]
         return ((first >= last) | (inside[0] & inside[1])).float()
 
 # %% ../../nbs/physics/10_registration.ipynb #cell-010
