@@ -75,6 +75,9 @@ SMALL = {  # parameters of a recipe at its smallest, beside `preset`
     "bench_ct_encoder": dict(whole=False),
     "bench_drr2ct": dict(repeats=1, batches="1"),
     "bench_projector": dict(sizes="32", detector=32, rounds=1),
+    "bench_registration": dict(
+        data="phantom:1", cases=1, reaches="0.5", conditions="all single", size=32, starts=16
+    ),
     "bench_scores": dict(data="phantom:3", size=32, repeats=50),
     "explore_reconstruction": dict(samples=2),
     "evaluate": dict(data="phantom:2"),

@@ -39,6 +39,13 @@ HELP = {
         ),
         ["PNG", "Hounsfield units", "standard deviation", "[required]", "<soft|exact>", "x>=0"],
     ),
+    "register": (
+        (
+            "--geometry --out --similarity --separate --source --rotation-deg --shift-mm --size"
+            " --kev --seed --series --input-kind --i0 --invert --no-invert --max-value --log-step"
+        ),
+        ["in the CT's frame", "degrees", "in mm", "[default: posed.json]", "or doubtful and why"],
+    ),
     "evaluate": (
         "--labels --prediction-labels --out --series --prediction-series",
         ["The true CT", "Dice and HD95 (mm)", "JSON", "SeriesInstanceUID", "UID:VALUE"],
@@ -118,6 +125,25 @@ def test_completion_scripts_are_offered():
         text=True,
     )
     assert done.stdout.split() == ["evaluate"], done.stderr
+
+
+# ---------------------------------------------------------------- register
+def test_register_prints_the_movement_and_a_verdict(tmp_path):
+    scan = tmp_path / "ct.nii.gz"
+    phantom(5, 32).volume.save(scan)
+    ct_nb("drr", scan, "--out", tmp_path, "--detector-size", 32, "--pixel-mm", 16)
+    words = ("register", scan, tmp_path, "--geometry", tmp_path / "geometry.json")
+    posed = tmp_path / "posed.json"
+    lines = ct_nb(*words, "--out", posed, "--size", 32, "--shift-mm", 5).stdout.splitlines()
+    assert lines[-3].startswith("all views: turned by (") and "±" in lines[-3]
+    assert lines[-2:] == ["verdict: accepted", str(posed)]
+    load_geometry(posed)
+    other = tmp_path / "other.nii.gz"
+    phantom(11, 32).volume.save(other)
+    words = ("register", other, *words[2:], "--separate", "--size", 32, "--out", posed)
+    lines = ct_nb(*words).stdout.splitlines()
+    assert lines[-2] == "verdict: doubtful" and lines[-3].startswith("doubt: view")
+    assert "none.json" in refusal("register", scan, tmp_path, "--geometry", tmp_path / "none.json")
 
 
 # ---------------------------------------------------------------- the cache

@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 from refusals import refused
 
-from ct_nb.app.commands import DRR_VOXEL_MM, embed_files, evaluate_files, simulate_drrs
+from ct_nb.app.commands import (
+    DRR_VOXEL_MM,
+    embed_files,
+    evaluate_files,
+    register_files,
+    simulate_drrs,
+)
 from ct_nb.data.linearize import read_radiographs
 from ct_nb.phantom.chest import phantom
-from ct_nb.physics.geometry_io import load_geometry
+from ct_nb.physics.geometry_io import load_geometry, save_geometry
+from ct_nb.physics.pose_errors import rotate, translate
 from ct_nb.physics.projector import project
+from ct_nb.physics.registration import target_registration_error
 from ct_nb.physics.volume import Grid, Volume, hu_to_mu
 
 SMALL = {"detector_size": 16, "pixel_mm": 32.0}
@@ -74,3 +82,18 @@ def test_labels_of_the_prediction_alone_are_refused(ct):
 def test_the_name_of_an_index_is_checked_before_the_weights_are_read(tmp_path):
     with refused(file="index.csv"):
         embed_files([tmp_path], tmp_path / "no_run", tmp_path / "index.csv")
+
+
+def test_a_moved_geometry_is_registered_back(ct, tmp_path):
+    simulate_drrs(ct, tmp_path, detector_size=64, pixel_mm=8.0)
+    geometry = load_geometry(tmp_path / "geometry.json")
+    moved = translate(rotate(geometry, (0.0, 2.0, 3.0)), (9.0, -6.0, 5.0))
+    save_geometry(moved, tmp_path / "moved.json")
+    files = (ct, tmp_path / "xrays.npz", tmp_path / "moved.json", tmp_path / "posed.json")
+    found, _ = register_files(*files, size=32, starts=32)
+    corners = geometry.grid.index_to_mm([[64, 64, 64], [192, 192, 192]])
+    posed = load_geometry(tmp_path / "posed.json")
+    assert found.accepted, found.doubts
+    assert target_registration_error(moved, geometry, corners).min() > 10
+    assert target_registration_error(posed, geometry, corners).max() < 2
+    assert posed.grid == geometry.grid and posed.detector_shape == geometry.detector_shape
