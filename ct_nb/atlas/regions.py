@@ -16,7 +16,8 @@ from .fit import FitSettings, VolumeTarget, fit
 from .volumes import DEFAULT_ATLAS, Atlas
 from ..core.errors import InputError
 from ..data.cases import nearest_labels
-from ..physics.volume import Volume, resample
+from ..data.thorax_check import ThoraxRule, measure_thorax
+from ..physics.volume import Grid, Volume, resample
 
 # %% ../../nbs/atlas/07_regions.ipynb #cell-005
 SCAN_SETTINGS = FitSettings(bending_mm2=3.0)
@@ -37,17 +38,26 @@ def region_map(
     volume: Volume,  # a CT of the thorax, any grid
     atlas: Atlas | str = DEFAULT_ATLAS,  # with region maps
     settings: FitSettings = SCAN_SETTINGS,
+    anyway: bool = False,  # also for a scan that is no whole thorax
 ) -> RegionMap:
     """A region map of a CT from an atlas that is bent onto it.
 
-    Beyond the cube of the atlas, about the body, the map is 0. An atlas without region maps:
-    `InputError`.
+    Beyond the cube of the atlas, about the lungs, the map is 0. An atlas without region maps, or a
+    scan that is no whole thorax (an atlas of thoraxes fits it wrongly): `InputError`.
     """
     if not isinstance(atlas, Atlas):
         atlas = Atlas.open(atlas)
     if atlas.labels is None:
         raise InputError("atlas", f"{atlas.name} has no region maps; use 'phantom'")
-    cube = volume.to_grid(atlas.size, atlas.side_mm)
+    measure = measure_thorax(volume, atlas.side_mm)
+    reasons = ThoraxRule().reasons(measure)
+    if reasons and not anyway:
+        raise InputError(
+            "volume",
+            f"is no whole thorax: {'; '.join(reasons)}; use anyway=True to fit the atlas to it"
+            " nevertheless, and look at the map",
+        )
+    cube = volume.onto_cube(Grid.cube(atlas.size, atlas.side_mm, measure.center_mm))
     counted = None if cube.scanned is None else torch.as_tensor(np.asarray(cube.scanned))
     result = fit(atlas, VolumeTarget(cube.tensor().float(), counted), settings)
     bent = result.bend.apply_to_labels(atlas.labels)

@@ -25,7 +25,7 @@ from ct_nb.evaluation.metrics import psnr
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.drr import render_drr
 from ct_nb.physics.geometry import ConeBeam
-from ct_nb.physics.volume import Grid
+from ct_nb.physics.volume import Grid, Volume
 
 QUICK = FitSettings(levels=(Level(16, 4, 10), Level(32, 8, 10)))
 CUBE = Grid.cube(32)
@@ -181,6 +181,9 @@ def test_what_cannot_be_reconstructed_is_refused(atlas, target):
     with refused("atlas"):
         bare = Atlas(atlas.hu, atlas.ids, atlas.patients)
         region_map(phantom(1, 32).volume, bare)
+    air = phantom(1, 32).volume
+    with refused("volume"):
+        region_map(Volume(air.hu[:8].copy(), air.affine), atlas)
 
 
 def test_the_baseline_of_a_run_takes_its_training_cases():
