@@ -217,6 +217,7 @@ def found_reconstruction():
         residual=[0.01, 0.02],
         residual_consistent=[0.01, 0.2],
         limit=0.1,
+        spread_means="standard deviation over 2 samples; not calibrated",
         how="for a test",
     )
 
