@@ -71,6 +71,7 @@ def html_of(page: str) -> str:
 # ---------------------------------------------------------------- execute
 SMALL = {  # parameters of a recipe at its smallest, beside `preset`
     "ablations_drr2ct": dict(steps=2, phantoms=12),
+    "bench_atlas": dict(data="phantom:4", phantoms=2, size=32, folds=2, few=2, parts="board few views speed"),
     "bench_cascade": dict(sizes="16 32"),
     "bench_ct_encoder": dict(whole=False),
     "bench_drr2ct": dict(repeats=1, batches="1"),
@@ -81,6 +82,7 @@ SMALL = {  # parameters of a recipe at its smallest, beside `preset`
     "bench_scores": dict(data="phantom:3", size=32, repeats=50),
     "explore_reconstruction": dict(samples=2),
     "evaluate": dict(data="phantom:2"),
+    "reconstruct": dict(size=64),
     "robustness_drr2ct": dict(cases=1),
     "two_views": dict(data="phantom:3", flat=16, solid=12, size=16, views="1 2 4", train=12),
 }

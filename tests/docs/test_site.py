@@ -609,7 +609,7 @@ def test_what_reads_a_run_comes_after_what_leaves_it():
         "physics/01_geometry.ipynb",
     } <= set(first)
     assert (
-        {"train_refinement.ipynb", "reconstruct.ipynb", "evaluate.ipynb"} <= set(then)
+        {"train_refinement.ipynb", "robustness_drr2ct.ipynb", "evaluate.ipynb"} <= set(then)
         and last == [name for name in notebooks() if name.startswith("explore_")]
         and len(last) == 5
     )
@@ -625,14 +625,14 @@ def test_recipes_run_small_and_say_so(tmp_path):
         "out": str(tmp_path / "work" / "drr2ct"),
     }
     assert given("reconstruct") == {
-        "weights": str(tmp_path / "work" / "drr2ct"),
+        "size": 64,
         "out": str(tmp_path / "work" / "reconstruction.nii.gz"),
     }
+    small = {"data": "phantom:2", "out": str(tmp_path / "work" / "evaluation")}
+    assert given("evaluate") == {"weights": str(tmp_path / "work" / "drr2ct"), **small}
     (tmp_path / "runs" / "drr2ct").mkdir(parents=True)
     (tmp_path / "runs" / "drr2ct" / "config.json").write_text("{}")
-    assert given("reconstruct") == {
-        "out": str(tmp_path / "work" / "reconstruction.nii.gz")
-    }, "weights that were trained are used"
+    assert given("evaluate") == small, "weights that were trained are used"
     for name, given in build_site.SMALL.items():
         cell = next(
             c
