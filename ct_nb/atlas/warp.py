@@ -33,22 +33,13 @@ PER_LUNG, PER_SOFT, PER_BONE = (np.float32(1 / step) for step in np.diff(TISSUE_
 
 
 @inline
-def _offset(hu, lung, soft, bone):
-    "The offset of a tissue and its slope by HU."
-    none = np.float32(0)
-    to_lung = lung * PER_LUNG
-    to_soft = (soft - lung) * PER_SOFT
-    to_bone = (bone - soft) * PER_BONE
-    # without branches, so that several voxels are computed at once
-    offset = to_lung * (hu - KNOT_AIR)
-    offset = lung + to_soft * (hu - KNOT_LUNG) if hu >= KNOT_LUNG else offset
-    offset = soft + to_bone * (hu - KNOT_SOFT) if hu >= KNOT_SOFT else offset
-    slope = to_soft if hu >= KNOT_LUNG else to_lung
-    slope = to_bone if hu >= KNOT_SOFT else slope
-    outside = hu < KNOT_AIR or hu >= KNOT_BONE
-    offset = offset if hu < KNOT_BONE else bone
-    offset = none if hu < KNOT_AIR else offset
-    return offset, none if outside else slope
+def _shares(hu):
+    "How much of the offsets of lung, soft tissue and bone a voxel of this HU gets."
+    none, one = np.float32(0), np.float32(1)
+    to_lung = min(max((hu - KNOT_AIR) * PER_LUNG, none), one)
+    to_soft = min(max((hu - KNOT_LUNG) * PER_SOFT, none), one)
+    to_bone = min(max((hu - KNOT_SOFT) * PER_BONE, none), one)
+    return to_lung - to_soft, to_soft - to_bone, to_bone
 
 
 @inline
@@ -147,7 +138,7 @@ def _pull_slab(pull, slope, density, original, shift, sums, begin, end):
     """
     n = density.shape[0]
     middle = np.float32((n - 1) / 2)
-    none, one = np.float32(0), np.float32(1)
+    none = np.float32(0)
     for z in range(begin, end):
         for axis in range(3):
             by_z = by_y = by_x = alone = 0.0
@@ -167,10 +158,10 @@ def _pull_slab(pull, slope, density, original, shift, sums, begin, end):
         for y in range(n):
             for x in range(n):
                 strength = pull[z, y, x] if density[z, y, x] > 0 else none
-                hu = original[z, y, x]
-                lung += strength * _offset(hu, one, none, none)[0]
-                soft += strength * _offset(hu, none, one, none)[0]
-                bone += strength * _offset(hu, none, none, one)[0]
+                of_lung, of_soft, of_bone = _shares(original[z, y, x])
+                lung += strength * of_lung
+                soft += strength * of_soft
+                bone += strength * of_bone
         sums[z, 12] = lung / 1000
         sums[z, 13] = soft / 1000
         sums[z, 14] = bone / 1000
