@@ -186,6 +186,14 @@ def test_what_cannot_be_reconstructed_is_refused(atlas, target):
         region_map(Volume(air.hu[:8].copy(), air.affine), atlas)
 
 
+def test_images_that_are_no_line_integrals_are_said(atlas, target):
+    good = reconstruct(target.xrays, BEAM, atlas, settings=QUICK)
+    assert not any("explains these X-rays badly" in note for note in good.notes)
+    for wrong in (torch.exp(-target.xrays), 20 * target.xrays):
+        found = reconstruct(wrong, BEAM, atlas, settings=QUICK)
+        assert any("explains these X-rays badly" in note for note in found.notes)
+
+
 def test_the_baseline_of_a_run_takes_its_training_cases():
     pairs = XrayPairs(phantom_source(5, 16), size=16)
     baseline = atlas_baseline(pairs, count=3)
