@@ -23,7 +23,8 @@ def atlas_weights(
     "The weight of each atlas at each voxel, (K, N, N, N), of sum 1."
     rms = residual.square().flatten(1).mean(1).sqrt()
     along = target.geometry
-    rays = backproject(torch.ones_like(residual[0]), along)
+    ones = torch.ones_like(residual[0]) if target.counted is None else target.counted
+    rays = backproject(ones, along)
     # what no ray crosses is decided by the whole image
     seen = rays > 1e-3 * rays.amax()
     local = backproject(residual.square(), along) / rays.clamp_min(1e-12)
@@ -49,7 +50,7 @@ def onto_xrays(
     if std_hu is not None:
         std_hu = std_hu + FLOOR_HU
         prior = (std_hu / std_hu.mean()).expand(hu.shape)
-    mu = data_consistency(mu, image, target.geometry, prior_std=prior)
+    mu = data_consistency(mu, image, target.geometry, prior_std=prior, counted=target.whole)
     return ((mu / water - 1) * 1000).clamp_min(-1000)
 
 # %% ../../nbs/atlas/05_combine.ipynb #cell-006

@@ -7,6 +7,7 @@ __all__ = ['LONGEST_STEP_MM', 'Level', 'FitSettings', 'Bend', 'XrayTarget', 'Vol
 
 # %% ../../nbs/atlas/04_fit.ipynb #cell-003
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -128,23 +129,43 @@ class XrayTarget:
         xrays: torch.Tensor,  # (V, R, C) line integrals
         geometry: ConeBeam,  # in the frame of the cube
         energy_kev: float = 60.0,
+        counted: torch.Tensor | None = None,  # (V, R, C), 0 to 1; None: all pixels
     ):
-        self.xrays, self.geometry = xrays, geometry
+        self.xrays, self.geometry, self.counted = xrays, geometry, counted
         self.energy_kev = energy_kev
         self.water_per_mm = float(hu_to_mu(0.0, energy_kev))
 
     def resized(self, size: int, side_mm: float) -> "XrayTarget":
-        "The same X-rays for a cube of `size`³ voxels, with at most as many rows and columns."
-        xrays, geometry = bin_pixels(self.xrays, self.geometry, size)
-        return XrayTarget(xrays, geometry.on(Grid.cube(size, side_mm)), self.energy_kev)
+        """The same X-rays for a cube of `size`³ voxels, with at most as many rows and columns; each
+        is the mean of the pixels that count.
+        """
+        if self.counted is None:
+            xrays, geometry = bin_pixels(self.xrays, self.geometry, size)
+            counted = None
+        else:
+            both = torch.stack([self.xrays * self.counted, self.counted])
+            (xrays, counted), geometry = bin_pixels(both, self.geometry, size)
+            xrays = xrays / counted.clamp_min(1e-6)
+        geometry = geometry.on(Grid.cube(size, side_mm))
+        return XrayTarget(xrays, geometry, self.energy_kev, counted)
+
+    @property
+    def whole(self) -> torch.Tensor | None:
+        "1 where all of a pixel counts, else 0, (V, R, C); None where every pixel does."
+        return None if self.counted is None else (self.counted > 0.999).to(self.xrays)
+
+    def _masked(self, images: torch.Tensor) -> torch.Tensor:
+        return images if self.counted is None else images * self.counted
 
     def residual(self, density: torch.Tensor) -> torch.Tensor:
-        "Line integrals of atlases (K, N, N, N) minus those of the patient, (K, V, R, C)."
-        return project(density * self.water_per_mm, self.geometry) - self.xrays
+        """Line integrals of atlases (K, N, N, N) minus those of the patient, (K, V, R, C), 0 where
+        a pixel does not count.
+        """
+        return self._masked(project(density * self.water_per_mm, self.geometry) - self.xrays)
 
     def pull(self, weighted: torch.Tensor) -> torch.Tensor:
         "The transpose of `residual`, (K, N, N, N)."
-        return backproject(weighted, self.geometry) * self.water_per_mm
+        return backproject(self._masked(weighted), self.geometry) * self.water_per_mm
 
 
 class VolumeTarget:
@@ -285,6 +306,9 @@ def fit(
     target,  # `XrayTarget` or `VolumeTarget` in the frame of the atlas's cube
     settings: FitSettings | None = None,
     progress=None,  # is called with the share that is done, 0 to 1, after each level
+    # (target, densities (K, N, N, N) of the atlases as they are bent so far) -> the target of the
+    # next level, where it is not known before the fit; called before each level
+    retarget: Callable | None = None,
 ) -> Fit:
     """Bend every CT of an atlas onto one patient.
 
@@ -296,6 +320,13 @@ def fit(
     iterations = []
     for number, level in enumerate(settings.levels, 1):
         size = _divisor(atlas.size, level.size)
+        if retarget is not None:
+            if misfit is None:
+                density = (1 + atlas.resized(size).hu / 1000).clamp_min(0)
+            else:
+                misfit.residual(rows)
+                density = misfit.bent.density
+            target = retarget(target, density)
         finer = _Misfit(
             atlas.resized(size).hu,
             target.resized(size, atlas.side_mm),

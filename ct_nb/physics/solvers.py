@@ -19,9 +19,10 @@ def _dot(a, b):
     return (a.flatten(-3)[..., None, :] @ b.flatten(-3)[..., :, None]).double()[..., None]
 
 # %% ../../nbs/physics/06_solvers.ipynb #cell-007
-def _solve(image, geometry, iterations, tolerance, damping, prior_std=None):
+def _solve(image, geometry, iterations, tolerance, damping, prior_std=None, counted=None):
     """(z, x): conjugate residuals for (A W Aᵀ + damping) z = image and x = W Aᵀ z, W =
-    diag(prior_std²); every batch element has its own step lengths.
+    diag(prior_std²); every batch element has its own step lengths. Rows of A whose pixel does not
+    count are 0.
     """
 
     def weighted(x):
@@ -30,10 +31,16 @@ def _solve(image, geometry, iterations, tolerance, damping, prior_std=None):
     def transpose(r):
         return backproject(r, geometry)
 
+    def forward(x):
+        projected = project(x, geometry)
+        return projected if counted is None else projected * counted
+
+    if counted is not None:
+        image = image * counted
     z, r = torch.zeros_like(image), image.clone()
     s = transpose(r)
     p = r.clone()
-    q = project(weighted(s), geometry) + damping * r
+    q = forward(weighted(s)) + damping * r
     v = weighted(s)
     x = torch.zeros_like(v)
     # rᵀ(AWAᵀ + damping)r, the squared size of the residual
@@ -53,7 +60,7 @@ def _solve(image, geometry, iterations, tolerance, damping, prior_std=None):
         beta = torch.where(active, new / energy.clamp_min(1e-300), 0.0).to(image.dtype)
         p = r + beta * p
         v = w + beta * v
-        q = project(w, geometry) + damping * r + beta * q
+        q = forward(w) + damping * r + beta * q
         energy = torch.where(active, new, energy)
     return z, x
 
@@ -230,11 +237,10 @@ def fdk(
 # %% ../../nbs/physics/06_solvers.ipynb #cell-032
 class _DataConsistency(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mu, image, prior_std, geometry, iterations, tolerance, damping):
-        z, step = _solve(
-            image - project(mu, geometry), geometry, iterations, tolerance, damping, prior_std
-        )
-        ctx.settings = geometry, iterations, tolerance, damping
+    def forward(ctx, mu, image, prior_std, geometry, iterations, tolerance, damping, counted):
+        difference = image - project(mu, geometry)
+        z, step = _solve(difference, geometry, iterations, tolerance, damping, prior_std, counted)
+        ctx.settings = geometry, iterations, tolerance, damping, counted
         ctx.save_for_backward(
             *((prior_std, backproject(z, geometry)) if prior_std is not None else ())
         )
@@ -243,17 +249,17 @@ class _DataConsistency(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        geometry, iterations, tolerance, damping = ctx.settings
+        geometry, iterations, tolerance, damping, counted = ctx.settings
         prior_std, lifted = ctx.saved_tensors or (None, None)
         weighted = gradient if prior_std is None else gradient * prior_std.square()
-        q, _ = _solve(
-            project(weighted, geometry), geometry, iterations, tolerance, damping, prior_std
-        )
+        image = project(weighted, geometry)
+        q, _ = _solve(image, geometry, iterations, tolerance, damping, prior_std, counted)
         to_mu = gradient - backproject(q, geometry)
         return (
             to_mu,
             q,
             2 * prior_std * lifted * to_mu if ctx.needs_input_grad[2] else None,
+            None,
             None,
             None,
             None,
@@ -270,6 +276,8 @@ def data_consistency(
     damping: float = 0.0,  # mm²; 0 asks for equality
     # (*batch, D, H, W) relative standard deviation of each voxel of `mu`; None: equal
     prior_std: torch.Tensor | None = None,
+    # (V, R, C) 0 where a pixel does not count, else 1; None: all count
+    counted: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """μ + A⁺(y − Aμ), (*batch, D, H, W): the volume nearest to `mu` with these X-rays.
 
@@ -277,4 +285,6 @@ def data_consistency(
     (the derivatives of the converged solution), not to the geometry.
     """
     _check(geometry, image=image, mu=mu)
-    return _DataConsistency.apply(mu, image, prior_std, geometry, iterations, tolerance, damping)
+    return _DataConsistency.apply(
+        mu, image, prior_std, geometry, iterations, tolerance, damping, counted
+    )
