@@ -344,6 +344,17 @@ _InputKind = Annotated[
         )
     ),
 ]
+_KindOrGrey = Annotated[
+    Literal["line_integrals", "intensity", "log_intensity", "grey"] | None,
+    typer.Option(
+        "--input-kind",
+        help=(
+            "What a pixel holds. By default the file says, or it is inferred from the direct"
+            " beam at the border. grey: a picture of unknown contrast, whose curve is fitted"
+            " with the reconstruction; the default for 8 bits that do not say what they are."
+        ),
+    ),
+]
 _I0 = Annotated[
     str | None,
     typer.Option(
@@ -398,7 +409,7 @@ def reconstruct_command(
     atlas: _Atlas = "phantom:12",
     size: _AtlasSize = 128,
     insist: _Insist = False,
-    input_kind: _InputKind = None,
+    input_kind: _KindOrGrey = None,
     i0: _I0 = None,
     invert: _Invert = None,
     max_value: _MaxValue = None,
@@ -444,7 +455,7 @@ def reconstruct_command(
     for line in _describe_residuals(reconstruction):
         typer.echo(line)
     if reconstruction.contradictions is None:
-        typer.echo("contradictions are not checked: the residual of noise alone is not known")
+        typer.echo("contradictions are not checked: what right X-rays have is not known")
     if reconstruction.spread is not None:
         typer.echo(
             f"spread: {reconstruction.spread.hu.mean():.1f} HU on average"

@@ -18,6 +18,7 @@ from ..cascade.train import load_cascade
 from ..core.errors import InputError
 from ..core.files import atomic_write, write_json
 from ..core.plot_style import MODEL, MUTED, plot_style
+from ..data.exposed_area import GREY, grey_reasons, read_greys
 from ..data.linearize import read_radiographs
 from ..drr2ct.predict import load_drr2ct, reconstruct
 from ..evaluation.inference import DomainCheck, Reconstruction, check_domain
@@ -164,13 +165,20 @@ def _contradiction_entry(reconstruction: Reconstruction) -> dict:
     "Whether a view's residual is beyond that of noise alone; `found` is None where not judged."
     if reconstruction.contradictions is None:
         found = None
-        sentence = "not judged: the run's config.json does not record the residual of noise alone"
+        sentence = "not judged: the residual of noise alone is not known"
     else:
         found = bool(reconstruction.contradictions)
         sentence = "; ".join(reconstruction.contradictions) or (
-            f"no view's residual is beyond what noise explains ({reconstruction.limit:.3f})"
+            "the X-rays contradict neither each other nor what was said about them"
+            if reconstruction.limit is None
+            else f"no view's residual is beyond what noise explains ({reconstruction.limit:.3f})"
         )
-    return {"found": found, "limit": reconstruction.limit, "sentence": sentence}
+    return {
+        "found": found,
+        "limit": reconstruction.limit,
+        "comparisons": reconstruction.comparisons,
+        "sentence": sentence,
+    }
 
 
 def _samples_entry(reconstruction: Reconstruction) -> dict | None:
@@ -323,6 +331,34 @@ def _by_weights(images, views, weights, config, samples, consistency, seed, guid
     )
 
 
+def _read(xrays, views: ConeBeam, weights, notes: list[str], pixels: dict):
+    """Line integrals and None, or grey values and the pixels that count, where nothing says what
+    the numbers are.
+    """
+    reasons = []
+    stated = {name for name, value in pixels.items() if value is not None}
+    if pixels.get("kind") == GREY:
+        if stated != {"kind"}:
+            raise InputError("kind", "grey values are read by no other option; leave those out")
+        reasons = ["pixels are taken for grey values, as stated."]
+    elif not stated & {"kind", "i0", "scale"}:
+        reasons = grey_reasons(xrays)
+    if not reasons:
+        return read_radiographs(xrays, views, notes=notes, **pixels), None
+    if weights is not None:
+        raise InputError(
+            "kind",
+            f"{reasons[0]} A trained run needs line integrals; leave out the run, or say how the"
+            " pixels are to be read",
+        )
+    notes += reasons
+    notes.append(
+        "the curve from line integrals to grey values is not known and was fitted together with"
+        " the reconstruction, whose densities are therefore those of the atlas"
+    )
+    return read_greys(xrays, views, notes)
+
+
 def _answer_sentence(by_atlas: bool, atlas: str) -> str:
     "Whose CT it is, where the X-rays are none of the run's business."
     if by_atlas:
@@ -367,7 +403,8 @@ def reconstruct_files(
     refiner = None if refine is None else load_refiner(refine)
     read_as, notes, domain = [], [], None
     views = geometry if isinstance(geometry, ConeBeam) else load_geometry(geometry)
-    images = read_radiographs(xrays, views, notes=read_as, **pixels)
+    images, counted = _read(xrays, views, weights, read_as, pixels)
+    grey = counted is not None
     by_atlas = weights is None
     if weights is not None:
         reconstruction = _by_weights(
@@ -380,7 +417,14 @@ def reconstruct_files(
             notes.append(_answer_sentence(by_atlas, atlas))
     if by_atlas:
         reconstruction = reconstruct_by_atlas(
-            images, views, atlas, size, samples=samples, progress=progress
+            images,
+            views,
+            atlas,
+            size,
+            samples=samples,
+            progress=progress,
+            grey=grey,
+            counted=counted,
         )
     elif refiner is not None:
         reconstruction = refine_reconstruction(reconstruction, refiner, coarse=weights)

@@ -56,6 +56,8 @@ class Reconstruction:
     notes: list[str] = field(default_factory=list)
     # of the X-rays from all that the run's linear model can have, see `LinearPrior.distance`
     distance: float | None = None
+    # of an atlas, what the contradictions were judged by: a name -> a number
+    comparisons: dict[str, float] = field(default_factory=dict)
 
 # %% ../../nbs/evaluation/08_inference.ipynb #cell-007
 RESIDUAL_DETECTOR = 64  # rows and columns at most

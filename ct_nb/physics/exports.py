@@ -43,7 +43,7 @@ LOOKS = ("gamma", "equalised", "multiscale")
 
 
 def _multiscale(image: np.ndarray, power: float = 0.7, scales: int = 6) -> np.ndarray:
-    "Bands of differences of Gaussians, each raised to a power below 1 about its strongest contrast."
+    "Each band of a pyramid raised to a power below 1, about its strongest contrast."
     rest, result = image, 0
     for scale in range(scales):
         smooth = gaussian_filter(rest, 2.0**scale, mode="nearest")

@@ -53,7 +53,8 @@ def test_a_view_beyond_the_limit_contradicts(reconstruction):
     assert [row["without_consistency"] for row in rows] == [0.3, 0.4]
     assert "reached_by_the_layer" not in rows[0] and content["note"] == "mine"
     found = content["contradiction"]
-    assert found == {"found": True, "limit": 0.1, "sentence": "view 1: beyond"}
+    assert found["found"] is True and found["limit"] == 0.1
+    assert found["sentence"] == "view 1: beyond" and found["comparisons"] == {}
     assert content["samples"]["count"] == 2 and content["samples"]["seed"] == 4
     assert content["samples"]["mean_spread_hu"] == pytest.approx(50, abs=0.5)
 
@@ -64,6 +65,8 @@ def test_without_a_limit_nothing_is_judged(reconstruction):
     assert content["contradiction"]["found"] is None and content["samples"] is None
     content = report(replace(reconstruction, contradictions=[], limit=0.5))
     assert content["contradiction"]["found"] is False
+    content = report(replace(reconstruction, contradictions=[], limit=None))
+    assert "neither each other" in content["contradiction"]["sentence"]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
