@@ -7,7 +7,6 @@ __all__ = ['LONGEST_STEP_MM', 'Level', 'FitSettings', 'Bend', 'XrayTarget', 'Vol
 
 # %% ../../nbs/atlas/04_fit.ipynb #cell-003
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -303,12 +302,9 @@ def _divisor(size: int, most: int) -> int:
 
 def fit(
     atlas: Atlas,
-    target,  # `XrayTarget` or `VolumeTarget` in the frame of the atlas's cube
+    target,  # `XrayTarget`, `GreyTarget` or `VolumeTarget` in the frame of the atlas's cube
     settings: FitSettings | None = None,
     progress=None,  # is called with the share that is done, 0 to 1, after each level
-    # (target, densities (K, N, N, N) of the atlases as they are bent so far) -> the target of the
-    # next level, where it is not known before the fit; called before each level
-    retarget: Callable | None = None,
 ) -> Fit:
     """Bend every CT of an atlas onto one patient.
 
@@ -320,13 +316,6 @@ def fit(
     iterations = []
     for number, level in enumerate(settings.levels, 1):
         size = _divisor(atlas.size, level.size)
-        if retarget is not None:
-            if misfit is None:
-                density = (1 + atlas.resized(size).hu / 1000).clamp_min(0)
-            else:
-                misfit.residual(rows)
-                density = misfit.bent.density
-            target = retarget(target, density)
         finer = _Misfit(
             atlas.resized(size).hu,
             target.resized(size, atlas.side_mm),

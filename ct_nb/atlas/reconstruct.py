@@ -171,6 +171,9 @@ def reconstruct(
     found = combine(atlas, result.bend, target)
     chosen = sampled(found, target, samples) if samples else []
     affine = Grid.cube(atlas.size, atlas.side_mm, geometry.grid.center_mm).affine
+    if target.counted is not None:  # a residual is that of the pixels that count
+        own = view_residuals(found.hu, xrays, target.geometry, energy_kev)[1]
+        xrays = torch.where(target.counted > 0.5, xrays, own)
     (residual, projected), (unconstrained, _) = (
         view_residuals(hu, xrays, target.geometry, energy_kev) for hu in (found.hu, found.mean_hu)
     )
