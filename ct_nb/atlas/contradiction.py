@@ -22,7 +22,7 @@ COARSE = FitSettings(levels=(Level(32, 4, 15), Level(32, 8, 15)))
 ATLASES = 4  # of the atlas that are bent, evenly spaced
 OTHER_READING = 1.05  # limit of r / r_h
 TOGETHER = 1.6  # limit of r over that of the views alone
-SOFT_HU = (-60.0, 90.0)  # limits of the offset of soft tissue
+SOFT_HU = (-80.0, 90.0)  # limits of the offset of soft tissue
 UNEXPLAINED = 0.2  # limit of r itself
 
 
