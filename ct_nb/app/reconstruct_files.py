@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .find_views import find_views
 from ..atlas.reconstruct import reconstruct as reconstruct_by_atlas
 from ..atlas.volumes import DEFAULT_ATLAS
 from ..cascade.sample import SAMPLES, reconstruct_sampled
@@ -18,11 +19,9 @@ from ..cascade.train import load_cascade
 from ..core.errors import InputError
 from ..core.files import atomic_write, write_json
 from ..core.plot_style import MODEL, MUTED, plot_style
-from ..data.linearize import read_radiographs
 from ..drr2ct.predict import load_drr2ct, reconstruct
 from ..evaluation.inference import DomainCheck, Reconstruction, check_domain
-from ..physics.geometry import ConeBeam
-from ..physics.geometry_io import load_geometry
+from ..physics.geometry_io import save_geometry
 from ..physics.volume import Volume, get_window
 from ..refine.pipeline import load_refiner, refine_reconstruction
 from ..training.checkpoints import read_config, versions
@@ -244,9 +243,10 @@ def save_reconstruction(
     out,  # the CT: .nii.gz, .nii, .nrrd, .mha or .npz; the other files are named after it
     about: dict | None = None,  # more entries of the report
     window=None,  # of the preview
+    page: str | None = None,  # what is known of a geometry that was found, Markdown
 ) -> list[Path]:
-    """Write the CT, its samples and their standard deviation, the preview and the report; returns
-    the paths, the CT first.
+    """Write the CT, its samples and their standard deviation, the preview and the report, and the
+    geometry with its page where there is one; returns the paths, the CT first.
 
     `InputError` for another ending, `OSError` for a folder that cannot be written.
     """
@@ -270,9 +270,15 @@ def save_reconstruction(
     with atomic_write(preview_path) as temporary:
         figure.savefig(temporary, dpi=150, facecolor="white", format="png")
     plt.close(figure)
-    files = [path.name for path in (*volumes, preview_path)]
+    others = [preview_path]
+    if page is not None:
+        others += [folder / f"{name}_geometry{kind}" for kind in (".md", ".json")]
+        with atomic_write(others[1]) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+        save_geometry(reconstruction.geometry, others[2])
+    files = [path.name for path in (*volumes, *others)]
     write_json(report_path, report(reconstruction, {"files": files, **(about or {})}))
-    return [*volumes, preview_path, report_path]
+    return [*volumes, *others, report_path]
 
 # %% ../../nbs/app/00_reconstruct_files.ipynb #cell-010
 def _provenance(xrays, refine, notes: list[str], pixels: dict) -> dict:
@@ -334,7 +340,8 @@ def reconstruct_files(
     # files in the order of the geometry's views (PNG, npz, NIfTI, DICOM), or a folder that
     # `write_radiographs` wrote
     xrays,
-    geometry,  # geometry.json of these X-rays, or a ConeBeam
+    # geometry.json of these X-rays, or a ConeBeam; None: the folder's own, or as in the set-up
+    geometry=None,
     weights=None,  # run folder of drr2ct or of a cascade; None: the atlas, without training
     out=None,  # the CT to write; None: no files are written
     # posterior samples: beside the reconstruction, or, for a cascade, to average (0: 8)
@@ -348,14 +355,19 @@ def reconstruct_files(
     size: int = 128,  # voxels a side of the atlas's cube
     insist: bool = False,  # take the run's answer where the X-rays are unlike its training
     progress=None,  # of the atlas, see `reconstruct_by_atlas`
+    # a name of SETUPS. Without a geometry: how the X-rays were taken; None: "chest". With one: how
+    # far it may be off, and it is moved; None: it is not
+    setup: str | None = None,
+    pixel_mm: float | None = None,  # side of a pixel, where neither geometry nor files say it
     **pixels,  # kind, i0, inverted, white, scale: what the pixels hold, see `read_radiographs`
 ) -> Reconstruction:
     """Read X-rays, reconstruct, and write the CT with preview and report.
 
-    Without `weights` an atlas is bent (`ct_nb.atlas`). With them, the atlas answers where the
-    X-rays are unlike what the run learnt from (`check_domain`), unless `insist`; the notes say
-    which of both it was. `InputError` or `OSError` with one sentence for what cannot be read,
-    reconstructed or written.
+    Without a geometry the X-rays are a frontal and a lateral one, or one of them, and their poses
+    are found (`find_views`). Without `weights` an atlas is bent (`ct_nb.atlas`). With them, the
+    atlas answers where the X-rays are unlike what the run learnt from (`check_domain`), unless
+    `insist`; the notes say which of both it was. `InputError` or `OSError` with one sentence for
+    what cannot be read, reconstructed or written.
     """
     if out is not None:
         _split_name(out)  # before minutes of work
@@ -366,12 +378,14 @@ def reconstruct_files(
     config = None if weights is None else read_config(weights, system=("drr2ct", "cascade"))
     refiner = None if refine is None else load_refiner(refine)
     read_as, notes, domain = [], [], None
-    views = geometry if isinstance(geometry, ConeBeam) else load_geometry(geometry)
-    images = read_radiographs(xrays, views, notes=read_as, **pixels)
+    views = find_views(
+        xrays, geometry, setup, pixel_mm, (atlas, size), notes=read_as, progress=progress, **pixels
+    )
+    images, geometry = views.xrays, views.geometry
     by_atlas = weights is None
     if weights is not None:
         reconstruction = _by_weights(
-            images, views, weights, config, samples, consistency, seed, guidance
+            images, geometry, weights, config, samples, consistency, seed, guidance
         )
         domain = check_domain(reconstruction, config.get("domain"))
         notes.append(domain.sentence)
@@ -380,13 +394,25 @@ def reconstruct_files(
             notes.append(_answer_sentence(by_atlas, atlas))
     if by_atlas:
         reconstruction = reconstruct_by_atlas(
-            images, views, atlas, size, samples=samples, progress=progress
+            images,
+            geometry,
+            views.atlas or atlas,
+            size,
+            samples=samples,
+            progress=progress,
+            look=views.page is None,
         )
     elif refiner is not None:
         reconstruction = refine_reconstruction(reconstruction, refiner, coarse=weights)
-    reconstruction.notes = [*read_as, *notes, *reconstruction.notes]
+    about_views = [
+        f"{head}: {line}"
+        for head, part in (("assumed", "assumed"), ("found", "found"), ("doubt", "doubts"))
+        for line in views.entry.get(part, [])
+    ]
+    reconstruction.notes = [*read_as, *about_views, *notes, *reconstruction.notes]
     if out is not None:
         about = _provenance(xrays, None if by_atlas else refine, read_as, pixels)
         about["weights"] = None if weights is None else _weights_entry(weights, config, domain)
-        save_reconstruction(reconstruction, out, about)
+        about["geometry"] = views.entry
+        save_reconstruction(reconstruction, out, about, page=views.page)
     return reconstruction

@@ -14,6 +14,7 @@ import torch
 
 from .combine import Combination, combine, sampled, vote
 from .fit import FitSettings, XrayTarget, fit
+from .views import doubtful_views
 from .volumes import DEFAULT_ATLAS, HIGHEST_HU, Atlas
 from ..core.errors import InputError
 from ct_nb.evaluation.inference import (
@@ -96,6 +97,7 @@ def reconstruct(
     energy_kev: float = 60.0,
     settings: FitSettings | None = None,
     progress: Callable | None = None,  # is called with what is done and a share, 0 to 1
+    look: bool = True,  # whether the X-rays are what the geometry says, by `doubtful_views`
 ) -> Reconstruction:
     """A CT from X-rays, without weights: bent atlases, averaged and moved onto the X-rays.
 
@@ -120,6 +122,9 @@ def reconstruct(
         atlas = Atlas.open(atlas, size)
     xrays, geometry, centered, notes = center_on_patient(xrays, geometry, atlas.size, atlas.side_mm)
     target = XrayTarget(xrays, centered.to(torch.float32), energy_kev)
+    if look:
+        say("looking at the views", 0.05)
+        notes += doubtful_views(atlas, xrays, target.geometry)
     say("bending the atlas", 0.1)
     result = fit(atlas, target, settings, lambda share: say("bending the atlas", 0.1 + 0.6 * share))
     say("combining", 0.75)
