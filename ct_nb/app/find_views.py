@@ -73,7 +73,8 @@ def _refined_views(images, views: ConeBeam, setup: Setup, opened, progress) -> V
 # %% ../../nbs/app/000_find_views.ipynb #cell-006
 def _own_geometry(xrays):
     "The geometry.json of a folder that `write_radiographs` wrote, or None."
-    path = Path(xrays) / "geometry.json" if isinstance(xrays, (str, Path)) else None
+    folders = [xrays] if isinstance(xrays, (str, Path)) else list(xrays)
+    path = Path(folders[0]) / "geometry.json" if len(folders) == 1 else None
     return path if path is not None and path.is_file() else None
 
 

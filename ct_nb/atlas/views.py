@@ -249,7 +249,7 @@ def check_views(
     return found
 
 # %% ../../nbs/atlas/05b_views.ipynb #cell-015
-MUCH_WORSE = 1.05  # ratio of residuals from which an explanation is refused
+MUCH_WORSE = 1.03  # ratio of residuals from which an explanation is refused
 
 
 def coarse_residual(
