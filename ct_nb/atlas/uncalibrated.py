@@ -75,14 +75,47 @@ def pixel_sizes(
     return torch.tensor(sizes, dtype=torch.float64)
 
 
+def _within_cube(image, extent_mm, distance_mm: ViewDistances, half_mm: float):
+    "An upright image and its extent without the rows whose rays leave the cube at head or feet."
+    to_detector, to_patient = distance_mm.source_to_detector_mm, distance_mm.source_to_patient_mm
+    most = 2 * half_mm * to_detector / (to_patient + half_mm)
+    rows = image.shape[0]
+    kept = min(rows, max(1, int(rows * most / float(extent_mm[0]))))
+    first = (rows - kept) // 2
+    return image[first : first + kept], extent_mm * torch.tensor([kept / rows, 1.0])
+
+
+def _presented(image, pixel, view: ToldView, distance: ViewDistances, name: str, side_mm: float):
+    "An image upright and within the cube, its extent, and a sentence where rows were left out."
+    extent = pixel * torch.tensor(image.shape)
+    image = view.orientation.upright(image)
+    extent = extent.flip(0) if view.orientation.turns % 2 else extent
+    whole = len(image)
+    image, extent = _within_cube(image, extent, distance, side_mm / 2)
+    if len(image) == whole:
+        return image, extent, []
+    line = (
+        f"{name}: the middle {len(image) / whole:.0%} of its height, which is what the atlas of"
+        f" {side_mm:g} mm covers"
+    )
+    return image, extent, [line]
+
+
 def _on_equal_pixels(images, extents_mm):
     "Images on the same number of rows and columns (V, R, C), and their pixels (V, 2) mm."
     least = [min(image.shape[axis] for image in images) for axis in (0, 1)]
     shape = tuple(max(32, min(MOST_PIXELS, n) // 32 * 32) for n in least)
     stacked = torch.stack([average_pixels(image.float(), shape) for image in images])
-    return stacked, extents_mm / torch.tensor(shape, dtype=torch.float64)
+    return stacked, torch.stack(extents_mm) / torch.tensor(shape, dtype=torch.float64)
 
 # %% ../../nbs/atlas/06b_uncalibrated.ipynb #cell-009
+def _distances(setup: Setup, position: str, known: Acquisition) -> ViewDistances:
+    "By the tags, else by the set-up."
+    to_detector = known.source_to_detector_mm or setup.source_to_detector_mm
+    to_patient = known.source_to_patient_mm or to_detector - setup.behind_mm(position)
+    return ViewDistances(to_detector, to_patient)
+
+
 def _assumptions(setup: Setup, told, taken, names, pixels_mm, given: bool) -> list[str]:
     lines = [
         f"set-up {setup.name}: {setup.frontal} and {setup.lateral} views at right angles; the"
@@ -131,6 +164,24 @@ def _doubts(told, names, ratio) -> list[str]:
     return doubts
 
 # %% ../../nbs/atlas/06b_uncalibrated.ipynb #cell-011
+def _positions(taken: list[Acquisition]) -> list[str | None]:
+    "The positions by the tags, of a frontal and a lateral view or of one of them."
+    if not 1 <= len(taken) <= 2:
+        raise InputError(
+            "geometry",
+            f"is needed for {len(taken)} X-rays; without one, give one or two: a frontal and a"
+            " lateral one",
+        )
+    positions = [known.position for known in taken]
+    if None not in positions and len({p in FRONTAL for p in positions}) < len(positions):
+        raise InputError(
+            "geometry",
+            f"is needed: both X-rays are {' and '.join(positions)} by their tags, and a set-up has"
+            " a frontal and a lateral one",
+        )
+    return positions
+
+
 def uncalibrated(
     images: list[torch.Tensor],  # one or two, (R, C) each: line integrals
     setup: Setup,
@@ -147,31 +198,19 @@ def uncalibrated(
     """
     taken = [Acquisition()] * len(images) if taken is None else taken
     names = [f"image {k}" for k in range(len(images))] if names is None else names
-    if not 1 <= len(images) <= 2:
-        raise InputError(
-            "geometry",
-            f"is needed for {len(images)} X-rays; without one, give one or two: a frontal and a"
-            " lateral one",
-        )
-    positions = [known.position for known in taken]
-    if None not in positions and len({p in FRONTAL for p in positions}) < len(positions):
-        raise InputError(
-            "geometry",
-            f"is needed: both X-rays are {' and '.join(positions)} by their tags, and a set-up has"
-            " a frontal and a lateral one",
-        )
+    positions = _positions(taken)
     pixels = pixel_sizes(taken, names, pixel_mm)
     shapes = torch.tensor([list(image.shape) for image in images])
     told = tell_views(images, pixels * shapes, setup, atlas, positions)
     order = sorted(range(len(told)), key=lambda k: told[k].position not in FRONTAL)
     told, taken, names = ([part[k] for k in order] for part in (told, taken, names))
-    upright, extents = [], []
-    for k, view in zip(order, told):
-        upright.append(view.orientation.upright(images[k]))
-        extent = pixels[k] * shapes[k]
-        extents.append(extent.flip(0) if view.orientation.turns % 2 else extent)
-    xrays, pitches = _on_equal_pixels(upright, torch.stack(extents))
-    distances = [ViewDistances(t.source_to_detector_mm, t.source_to_patient_mm) for t in taken]
+    distances = [_distances(setup, view.position, known) for view, known in zip(told, taken)]
+    upright, cut = [], []
+    for k, view, distance, name in zip(order, told, distances, names):
+        image, extent, line = _presented(images[k], pixels[k], view, distance, name, atlas.side_mm)
+        upright.append((image, extent))
+        cut += line
+    xrays, pitches = _on_equal_pixels(*zip(*upright))
     views = setup_geometry(
         setup,
         [view.position for view in told],
@@ -192,6 +231,6 @@ def uncalibrated(
     poses = find_poses(atlas, target, setup.uncertainty, progress=progress)
     found += poses.sentences(names)
     sizes = torch.stack([pixels[k] for k in order])
-    assumed = _assumptions(setup, told, taken, names, sizes, pixel_mm is not None)
+    assumed = _assumptions(setup, told, taken, names, sizes, pixel_mm is not None) + cut
     doubts = _doubts(told, names, ratio)
     return Uncalibrated(xrays, poses.geometry, order, told, poses, assumed, found, doubts)

@@ -85,6 +85,7 @@ def test_eight_bit_logarithms_upside_down(images, tmp_path, atlas):
         scale=step,
     )
     assert any("lateral.png" in line and "upside down" in line for line in found.entry["found"])
+    assert any("lateral.png: the middle" in line for line in found.entry["assumed"])
     expected = uncalibrated(images, CHEST, atlas, pixel_mm=3.4)
     assert (found.xrays - expected.xrays).abs().max() < step
 
