@@ -77,7 +77,7 @@ class PoseSettings:
     "What a pose fit weighs."
 
     fit: FitSettings = FitSettings(levels=(Level(32, 4, 25), Level(32, 8, 25)))
-    price: float = 2e-4  # w_p, of a movement of one standard deviation
+    price: float = 2e-3  # w_p, of a movement of one standard deviation
     shear_price: float = 2e-3  # w_E
     shear: float = 0.03  # standard deviation of the shear between persons
     step: float = 0.2  # of the movements, in the first direction of the minimiser

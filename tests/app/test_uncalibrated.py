@@ -18,11 +18,11 @@ from ct_nb.data.read import read_volume
 from ct_nb.phantom.chest import phantom
 from ct_nb.physics.drr import render_drr
 from ct_nb.physics.geometry_io import load_geometry
-from ct_nb.physics.pose_errors import rotate
+from ct_nb.physics.pose_errors import translate
 from ct_nb.physics.setups import SETUPS, setup_geometry
 
 CHEST = SETUPS["chest"]
-TURNED_DEG = 4.0  # of the lateral view about the body's axis, against the set-up
+LOWER_MM = 15.0  # the lateral view, against the set-up
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def images():
     volume = phantom(20, 96).volume
     frontal = setup_geometry(CHEST, ["PA"], (128, 112), [[3.4, 3.4]], grid=volume.grid)
     lateral = setup_geometry(CHEST, ["LL"], (120, 112), [[3.4, 3.4]], grid=volume.grid)
-    views = frontal, rotate(lateral, (0.0, 0.0, TURNED_DEG))
+    views = frontal, translate(lateral, (0.0, 0.0, -LOWER_MM))
     return [render_drr(volume.tensor(), view)[0] for view in views]
 
 
@@ -61,7 +61,9 @@ def test_two_pngs_become_a_ct(images, tmp_path, monkeypatch):
     page = (tmp_path / "ct_geometry.md").read_text()
     assert all(f"- {line}" in page for line in (*geometry["assumed"], *geometry["found"]))
     views = load_geometry(tmp_path / "ct_geometry.json")
-    assert abs(float(views.azimuth_deg[1]) - (90 - TURNED_DEG)) < 3
+    rows = views.project_points(torch.zeros(1, 3))[0][1, 0, 1] - views.detector_shape[0] / 2
+    higher_mm = -float(rows) * float(views.row_step_mm[1].norm())
+    assert abs(higher_mm - LOWER_MM * 1800 / 1580) < 5
     volume = read_volume(tmp_path / "ct.nii.gz")
     body = volume.hu[16] > -300
     assert 0.1 < body.mean() < 0.8 and max(row["residual"] for row in content["residual"]) < 0.05
