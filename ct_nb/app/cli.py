@@ -279,7 +279,33 @@ _Xrays = Annotated[
         )
     ),
 ]
-_Geometry = Annotated[Path, typer.Option(help="geometry.json of these X-rays.")]
+_Geometry = Annotated[
+    Path | None,
+    typer.Option(
+        help=(
+            "geometry.json of these X-rays. Without it, and where the folder has none, the X-rays"
+            " are a frontal and a lateral view of --setup, told apart and posed by the atlas."
+        )
+    ),
+]
+_Setup = Annotated[
+    Literal["chest", "portable", "c-arm"] | None,
+    typer.Option(
+        help=(
+            "How the X-rays were taken: chest (PA and left lateral, 1,800 mm), portable (AP and"
+            " left lateral, 1,000 mm) or c-arm (AP and left lateral, 1,200 mm). With --geometry:"
+            " that geometry may be off by as much as in this set-up, and is moved. By default"
+            " chest without a geometry, and a geometry is believed."
+        )
+    ),
+]
+_GivenPixelMm = Annotated[
+    float | None,
+    typer.Option(
+        "--pixel-mm",
+        help="Side of a detector pixel in mm, where there is no geometry and no tag says it.",
+    ),
+]
 _ReconstructionRun = Annotated[
     Path | None,
     typer.Option(
@@ -398,7 +424,9 @@ _LogStep = Annotated[
 @app.command("reconstruct", cls=Command)
 def reconstruct_command(
     xrays: _Xrays,
-    geometry: _Geometry,
+    geometry: _Geometry = None,
+    setup: _Setup = None,
+    pixel_mm: _GivenPixelMm = None,
     weights: _ReconstructionRun = None,
     out: _CtOut = Path("ct.nii.gz"),
     num_samples: _NumSamples = 0,
@@ -419,6 +447,9 @@ def reconstruct_command(
 
     By an atlas of known CTs that is bent onto the X-rays, or by a trained run. Where the X-rays
     are unlike what the run was trained on, the atlas answers and the notes say so.
+
+    Without --geometry, two images are enough: ct-nb reconstruct pa.png lateral.png --pixel-mm 0.14.
+    What was assumed and found stands in the notes, in _geometry.md, and in _geometry.json.
 
     Writes Hounsfield units on the cube about the centre of the geometry's grid, in the patient's
     frame. Beside the CT: a preview (_preview.png), a report (_report.json), the standard deviation
@@ -449,6 +480,8 @@ def reconstruct_command(
         size,
         insist,
         _progress_bar(),
+        setup,
+        pixel_mm,
         **{name: value for name, value in pixels.items() if value is not None},
     )
     _print_notes(reconstruction.notes)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .find_views import find_views
 from ..atlas.reconstruct import reconstruct as reconstruct_by_atlas
 from ..atlas.volumes import DEFAULT_ATLAS
 from ..cascade.sample import SAMPLES, reconstruct_sampled
@@ -18,12 +19,9 @@ from ..cascade.train import load_cascade
 from ..core.errors import InputError
 from ..core.files import atomic_write, write_json
 from ..core.plot_style import MODEL, MUTED, plot_style
-from ..data.exposed_area import GREY, grey_reasons, read_greys
-from ..data.linearize import read_radiographs
 from ..drr2ct.predict import load_drr2ct, reconstruct
 from ..evaluation.inference import DomainCheck, Reconstruction, check_domain
-from ..physics.geometry import ConeBeam
-from ..physics.geometry_io import load_geometry
+from ..physics.geometry_io import save_geometry
 from ..physics.volume import Volume, get_window
 from ..refine.pipeline import load_refiner, refine_reconstruction
 from ..training.checkpoints import read_config, versions
@@ -252,9 +250,10 @@ def save_reconstruction(
     out,  # the CT: .nii.gz, .nii, .nrrd, .mha or .npz; the other files are named after it
     about: dict | None = None,  # more entries of the report
     window=None,  # of the preview
+    page: str | None = None,  # what is known of a geometry that was found, Markdown
 ) -> list[Path]:
-    """Write the CT, its samples and their standard deviation, the preview and the report; returns
-    the paths, the CT first.
+    """Write the CT, its samples and their standard deviation, the preview and the report, and the
+    geometry with its page where there is one; returns the paths, the CT first.
 
     `InputError` for another ending, `OSError` for a folder that cannot be written.
     """
@@ -278,9 +277,15 @@ def save_reconstruction(
     with atomic_write(preview_path) as temporary:
         figure.savefig(temporary, dpi=150, facecolor="white", format="png")
     plt.close(figure)
-    files = [path.name for path in (*volumes, preview_path)]
+    others = [preview_path]
+    if page is not None:
+        others += [folder / f"{name}_geometry{kind}" for kind in (".md", ".json")]
+        with atomic_write(others[1]) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+        save_geometry(reconstruction.geometry, others[2])
+    files = [path.name for path in (*volumes, *others)]
     write_json(report_path, report(reconstruction, {"files": files, **(about or {})}))
-    return [*volumes, preview_path, report_path]
+    return [*volumes, *others, report_path]
 
 # %% ../../nbs/app/00_reconstruct_files.ipynb #cell-010
 def _provenance(xrays, refine, notes: list[str], pixels: dict) -> dict:
@@ -331,34 +336,6 @@ def _by_weights(images, views, weights, config, samples, consistency, seed, guid
     )
 
 
-def _read(xrays, views: ConeBeam, weights, notes: list[str], pixels: dict):
-    """Line integrals and None, or grey values and the pixels that count, where nothing says what
-    the numbers are.
-    """
-    reasons = []
-    stated = {name for name, value in pixels.items() if value is not None}
-    if pixels.get("kind") == GREY:
-        if stated != {"kind"}:
-            raise InputError("kind", "grey values are read by no other option; leave those out")
-        reasons = ["pixels are taken for grey values, as stated."]
-    elif not stated & {"kind", "i0", "scale"}:
-        reasons = grey_reasons(xrays)
-    if not reasons:
-        return read_radiographs(xrays, views, notes=notes, **pixels), None
-    if weights is not None:
-        raise InputError(
-            "kind",
-            f"{reasons[0]} A trained run needs line integrals; leave out the run, or say how the"
-            " pixels are to be read",
-        )
-    notes += reasons
-    notes.append(
-        "the curve from line integrals to grey values is not known and was fitted together with"
-        " the reconstruction, whose densities are therefore those of the atlas"
-    )
-    return read_greys(xrays, views, notes)
-
-
 def _answer_sentence(by_atlas: bool, atlas: str) -> str:
     "Whose CT it is, where the X-rays are none of the run's business."
     if by_atlas:
@@ -370,7 +347,8 @@ def reconstruct_files(
     # files in the order of the geometry's views (PNG, npz, NIfTI, DICOM), or a folder that
     # `write_radiographs` wrote
     xrays,
-    geometry,  # geometry.json of these X-rays, or a ConeBeam
+    # geometry.json of these X-rays, or a ConeBeam; None: the folder's own, or as in the set-up
+    geometry=None,
     weights=None,  # run folder of drr2ct or of a cascade; None: the atlas, without training
     out=None,  # the CT to write; None: no files are written
     # posterior samples: beside the reconstruction, or, for a cascade, to average (0: 8)
@@ -384,14 +362,19 @@ def reconstruct_files(
     size: int = 128,  # voxels a side of the atlas's cube
     insist: bool = False,  # take the run's answer where the X-rays are unlike its training
     progress=None,  # of the atlas, see `reconstruct_by_atlas`
+    # a name of SETUPS. Without a geometry: how the X-rays were taken; None: "chest". With one: how
+    # far it may be off, and it is moved; None: it is not
+    setup: str | None = None,
+    pixel_mm: float | None = None,  # side of a pixel, where neither geometry nor files say it
     **pixels,  # kind, i0, inverted, white, scale: what the pixels hold, see `read_radiographs`
 ) -> Reconstruction:
     """Read X-rays, reconstruct, and write the CT with preview and report.
 
-    Without `weights` an atlas is bent (`ct_nb.atlas`). With them, the atlas answers where the
-    X-rays are unlike what the run learnt from (`check_domain`), unless `insist`; the notes say
-    which of both it was. `InputError` or `OSError` with one sentence for what cannot be read,
-    reconstructed or written.
+    Without a geometry the X-rays are a frontal and a lateral one, or one of them, and their poses
+    are found (`find_views`). Without `weights` an atlas is bent (`ct_nb.atlas`). With them, the
+    atlas answers where the X-rays are unlike what the run learnt from (`check_domain`), unless
+    `insist`; the notes say which of both it was. `InputError` or `OSError` with one sentence for
+    what cannot be read, reconstructed or written.
     """
     if out is not None:
         _split_name(out)  # before minutes of work
@@ -402,13 +385,20 @@ def reconstruct_files(
     config = None if weights is None else read_config(weights, system=("drr2ct", "cascade"))
     refiner = None if refine is None else load_refiner(refine)
     read_as, notes, domain = [], [], None
-    views = geometry if isinstance(geometry, ConeBeam) else load_geometry(geometry)
-    images, counted = _read(xrays, views, weights, read_as, pixels)
-    grey = counted is not None
+    views = find_views(
+        xrays, geometry, setup, pixel_mm, (atlas, size), notes=read_as, progress=progress, **pixels
+    )
+    images, geometry = views.xrays, views.geometry
+    if weights is not None and views.grey:
+        raise InputError(
+            "kind",
+            f"{views.grey} A trained run needs line integrals; leave out the run, or say how the"
+            " pixels are to be read",
+        )
     by_atlas = weights is None
     if weights is not None:
         reconstruction = _by_weights(
-            images, views, weights, config, samples, consistency, seed, guidance
+            images, geometry, weights, config, samples, consistency, seed, guidance
         )
         domain = check_domain(reconstruction, config.get("domain"))
         notes.append(domain.sentence)
@@ -418,19 +408,26 @@ def reconstruct_files(
     if by_atlas:
         reconstruction = reconstruct_by_atlas(
             images,
-            views,
-            atlas,
+            geometry,
+            views.atlas or atlas,
             size,
             samples=samples,
             progress=progress,
-            grey=grey,
-            counted=counted,
+            grey=bool(views.grey),
+            counted=views.counted,
+            look=views.page is None,
         )
     elif refiner is not None:
         reconstruction = refine_reconstruction(reconstruction, refiner, coarse=weights)
-    reconstruction.notes = [*read_as, *notes, *reconstruction.notes]
+    about_views = [
+        f"{head}: {line}"
+        for head, part in (("assumed", "assumed"), ("found", "found"), ("doubt", "doubts"))
+        for line in views.entry.get(part, [])
+    ]
+    reconstruction.notes = [*read_as, *about_views, *notes, *reconstruction.notes]
     if out is not None:
         about = _provenance(xrays, None if by_atlas else refine, read_as, pixels)
         about["weights"] = None if weights is None else _weights_entry(weights, config, domain)
-        save_reconstruction(reconstruction, out, about)
+        about["geometry"] = views.entry
+        save_reconstruction(reconstruction, out, about, page=views.page)
     return reconstruction

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from .combine import Combination, combine, sampled, vote
-from .contradiction import COARSE, Contradictions, contradictions
+from .contradiction import COARSE, contradictions
 from .fit import Fit, FitSettings, XrayTarget, fit
-from .intensities import fit_greys, grey_target
+from .intensities import GreyTarget, fit_greys, grey_target
+from .views import check_views
 from .volumes import DEFAULT_ATLAS, HIGHEST_HU, Atlas
 from ..core.errors import InputError
 from ct_nb.evaluation.inference import (
@@ -101,25 +102,32 @@ def _on_pixels(
     return shown / shares.clamp_min(1e-6), shares
 
 
-def _bend(
-    atlas: Atlas, target: XrayTarget, grey: bool, settings, say
-) -> tuple[Fit, XrayTarget, Contradictions | None]:
-    "The bends, the line integrals that they explain, and what contradicts; None: not asked."
+def _bent(atlas: Atlas, target: XrayTarget, settings, say) -> tuple[Fit, XrayTarget]:
+    "The bends, and the line integrals that they explain."
 
     def bending(share):
         say("bending the atlas", 0.1 + 0.4 * share)
 
-    if grey:
-        start = grey_target(
-            target.xrays, target.geometry, atlas, target.energy_kev, target.counted
-        )
-        return *fit_greys(atlas, start, settings, bending), None
-    found = fit(atlas, target, settings, bending)
+    if isinstance(target, GreyTarget):
+        return fit_greys(atlas, target, settings, bending)
+    return fit(atlas, target, settings, bending), target
+
+
+def _contradicted(
+    atlas: Atlas, target: XrayTarget, settings, say
+) -> tuple[list[str] | None, dict[str, float]]:
+    "A sentence for each contradiction (None: not all were asked), and what they were judged by."
+    grey = isinstance(target, GreyTarget)
+    say("looking at the views", 0.5)
+    seen = check_views(target.xrays, target.geometry, atlas, turned_only=not grey)
+    if seen or grey:
+        return seen or None, {}
 
     def comparing(share):
         say("looking for contradictions", 0.5 + 0.25 * share)
 
-    return found, target, contradictions(atlas, target, comparing, settings or COARSE)
+    found = contradictions(atlas, target, comparing, settings or COARSE)
+    return found.sentences, found.statistics
 
 
 def reconstruct(
@@ -135,6 +143,7 @@ def reconstruct(
     progress: Callable | None = None,  # is called with what is done and a share, 0 to 1
     grey: bool = False,  # the pixels rise or fall with the line integrals, nobody knows how
     counted=None,  # (V, R, C) 1 where a pixel counts, 0 where it shows no patient; None: all do
+    look: bool = True,  # ask whether the X-rays are what the geometry says; not where it was found
 ) -> Reconstruction:
     """A CT from X-rays, without weights: bent atlases, averaged and moved onto the X-rays.
 
@@ -165,8 +174,13 @@ def reconstruct(
         xrays, counted = _on_pixels(raw, original, counted)
     target = XrayTarget(xrays, centered.to(torch.float32), energy_kev, counted)
     say("bending the atlas", 0.1)
-    result, target, contradicted = _bend(atlas, target, grey, settings, say)
-    xrays = target.xrays
+    if grey:
+        target = grey_target(xrays, target.geometry, atlas, energy_kev, counted)
+    contradicted, comparisons = None, {}
+    result, explained = _bent(atlas, target, settings, say)
+    if look:
+        contradicted, comparisons = _contradicted(atlas, target, settings, say)
+    target, xrays = explained, explained.xrays
     say("combining", 0.75)
     found = combine(atlas, result.bend, target)
     chosen = sampled(found, target, samples) if samples else []
@@ -179,8 +193,7 @@ def reconstruct(
     )
     if samples > len(atlas):
         notes.append(f"the atlas has {len(atlas)} CTs, so there are {len(atlas)} samples")
-    if contradicted is not None:
-        notes += contradicted.sentences
+    notes += contradicted or []
     reconstruction = Reconstruction(
         Volume(found.hu.numpy(), affine),
         residual,
@@ -193,8 +206,8 @@ def reconstruct(
         samples=[Volume(hu.numpy(), affine) for hu in chosen],
         spread=Volume(found.spread_hu.numpy(), affine),
         spread_means=f"standard deviation over {len(atlas)} bent atlases; not calibrated",
-        contradictions=None if contradicted is None else contradicted.sentences,
-        comparisons={} if contradicted is None else contradicted.statistics,
+        contradictions=contradicted,
+        comparisons=comparisons,
         energy_kev=energy_kev,
         notes=notes,
     )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.ndimage import binary_dilation, black_tophat, label, white_tophat
 
-from .linearize import _check_views, _files
+from .linearize import check_detector, image_files
 from .radiograph_io import Radiograph, open_radiographs
 from ..physics.geometry import ConeBeam
 
@@ -150,7 +150,7 @@ def why_grey(image: Radiograph) -> str:
 
 def grey_reasons(paths) -> list[str]:
     "A sentence for each image file (as `read_radiographs` takes them) that holds grey values."
-    images = [image for path in _files(paths) for image in open_radiographs(path)]
+    images = [image for path in image_files(paths) for image in open_radiographs(path)]
     return [f"{i.label}: its pixels {why_grey(i)}." for i in images if why_grey(i)]
 
 
@@ -164,8 +164,8 @@ def read_greys(
     Blades, letters and what the file marks as not measured do not count. Files that cannot be read
     or do not fit the geometry: `RadiographError` or `InputError`.
     """
-    images = [image for path in _files(paths) for image in open_radiographs(path)]
-    _check_views(images, geometry)
+    images = [image for path in image_files(paths) for image in open_radiographs(path)]
+    check_detector(images, geometry)
     counted = []
     for view, image in enumerate(images):
         magnified = float(geometry.column_step_mm[view].norm())

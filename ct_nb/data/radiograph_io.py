@@ -22,6 +22,7 @@ from scipy.ndimage import distance_transform_edt
 
 from ..core.errors import FileError, InputError, reading
 from ..core.files import atomic_write, is_file_name, read_arrays, read_json
+from .acquisition import Acquisition, read_acquisition
 from ct_nb.data.dicom_pixels import (
     DICOM_SUFFIXES,
     MAX_SIDE,
@@ -74,6 +75,7 @@ class Radiograph:
     masked: np.ndarray | None = None  # (R, C), True where nothing was measured; None: nowhere
     remarks: list[str] = field(default_factory=list)  # sentences on what was decided in reading
     geometry: ConeBeam | None = None  # of this one view, where the file holds it
+    taken: Acquisition = Acquisition()  # pixel size, distances, position, where the file says them
 
     def __post_init__(self):
         self.image = np.ascontiguousarray(self.image, dtype=np.float32)
@@ -347,6 +349,7 @@ def _read_dicom(path: Path) -> list[Radiograph]:
         by_tag=kind is not None,
         processed=processed,
         remarks=_dicom_remarks(dataset, kind),
+        taken=read_acquisition(dataset),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..core.errors import InputError
-from ..physics.detector import bin_pixels
+from ..physics.detector import average_pixels, bin_pixels
 from ..physics.geometry import ConeBeam
 from ..physics.pose_errors import translate
 from ..physics.projector import project
@@ -210,14 +210,6 @@ def _suitable(count: int, longest: int, multiple: int, most: int) -> int:
     return max(multiple, round(count * scale / multiple) * multiple)
 
 
-def _averaging_weights(old: int, new: int) -> torch.Tensor:
-    "(new, old) float64: the mean of `old` equal pixels over `new` equal pixels of the same line."
-    edges = torch.arange(new + 1, dtype=torch.float64) * (old / new)
-    starts = torch.arange(old)
-    overlap = torch.minimum(edges[1:, None], starts + 1) - torch.maximum(edges[:-1, None], starts)
-    return overlap.clamp_min(0) * (new / old)
-
-
 def fit_detector(
     xrays: torch.Tensor,  # (V, R, C)
     geometry: ConeBeam,
@@ -233,10 +225,7 @@ def fit_detector(
     new = tuple(_suitable(count, longest, multiple, most) for count in (rows, columns))
     if new == (rows, columns):
         return xrays, geometry
-    vertical, horizontal = (
-        _averaging_weights(a, b).to(xrays) for a, b in zip((rows, columns), new)
-    )
-    return vertical @ xrays @ horizontal.T, geometry.rebinned(new)
+    return average_pixels(xrays, new), geometry.rebinned(new)
 
 # %% ../../nbs/evaluation/08_inference.ipynb #cell-017
 def _checked_xrays(xrays, geometry: ConeBeam) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from ..core.errors import InputError
+from .detector import average_pixels
 from .geometry import VECTORS, ConeBeam, GeometryError
 from .pose_errors import rotate, translate
 from .projector import project
@@ -123,19 +124,6 @@ class _BodyBox:
         return ((first >= last) | (inside[0] & inside[1])).float()
 
 # %% ../../nbs/physics/10_registration.ipynb #cell-010
-def _averaged(images: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    "Means over equal areas of the detector: (V, R, C) -> (V, *shape)."
-
-    def weights(count: int, parts: int) -> torch.Tensor:
-        bounds = torch.linspace(0, count, parts + 1)
-        edges = torch.arange(count + 1.0)
-        covered = edges.clamp(bounds[:-1, None], bounds[1:, None]).diff(dim=1)
-        return covered * (parts / count)
-
-    rows, columns = (weights(n, m) for n, m in zip(images.shape[-2:], shape))
-    return rows @ images @ columns.T
-
-
 @dataclass
 class _Level:
     "The registration at one resolution: residuals as a function of movements."
@@ -158,8 +146,8 @@ class _Level:
         hu = resample(patient.hu, patient.grid, grid)
         factor = max(max(geometry.detector_shape) / size, 1)
         shape = tuple(max(round(n / factor), 1) for n in geometry.detector_shape)
-        counts = _averaged(weight, shape)
-        target = _averaged(xrays * weight, shape) / counts.clamp_min(1e-6)
+        counts = average_pixels(weight, shape)
+        target = average_pixels(xrays * weight, shape) / counts.clamp_min(1e-6)
         mu = torch.from_numpy(hu_to_mu(hu, energy_kev)).float()
         views = geometry.rebinned(shape).on(grid)
         return cls(mu, box, views, target, (counts > 0.999).float(), *rest)

@@ -33,11 +33,11 @@ HELP = {
     ),
     "reconstruct": (
         (
-            "--geometry --weights --out --num-samples --data-consistency --no-data-consistency"
-            " --seed --guidance --refine --input-kind --i0 --invert --no-invert --max-value"
-            " --log-step"
+            "--geometry --setup --pixel-mm --weights --out --num-samples --data-consistency"
+            " --no-data-consistency --seed --guidance --refine --input-kind --i0 --invert"
+            " --no-invert --max-value --log-step"
         ),
-        ["PNG", "Hounsfield units", "standard deviation", "[required]", "<soft|exact>", "x>=0"],
+        ["PNG", "Hounsfield units", "standard deviation", "c-arm", "<soft|exact>", "x>=0"],
     ),
     "register": (
         (

@@ -134,6 +134,18 @@ def test_swapped_views_and_a_strangers_lateral_are_said(atlas, xrays):
     assert other_scale.statistics["soft tissue"] < right.statistics["soft tissue"] - 60
 
 
+@pytest.mark.parametrize(
+    "fault, grey", [("swapped", False), ("upside down", False), ("upside down", True)]
+)
+def test_one_fault_has_one_sentence(atlas, xrays, fault, grey):
+    wrong = xrays[[1, 0]] if fault == "swapped" else torch.stack([xrays[0].flip(-1, -2), xrays[1]])
+    images = exported(wrong, "gamma", seed(0)) if grey else wrong
+    found = reconstruct(images, FINE, atlas, settings=QUICK, grey=grey)
+    (sentence,) = found.contradictions
+    assert fault in sentence
+    assert found.notes.count(sentence) == 1
+
+
 def test_two_pictures_become_a_ct_and_the_page_says_how(tmp_path, patient, xrays):
     blocked, _ = collimated(exported(add_scatter(xrays, 3.0), "gamma", seed(0)), 3.0, seed(0), 0.0)
     files = [tmp_path / "pa.png", tmp_path / "lateral.png"]
