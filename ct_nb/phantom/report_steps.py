@@ -37,7 +37,7 @@ APPEARANCES = {
     "central venous catheter": "a metal-dense line in the vein",
 }
 
-# %% ../../nbs/phantom/06e_report_steps.ipynb #cell-004
+# %% ../../nbs/phantom/06e_report_steps.ipynb #cell-005
 REASONS = {
     "solid nodule": (
         "[solid tissue up to 30 mm in the lung is a nodule, and its size decides about follow-up|"
@@ -68,7 +68,7 @@ REASONS = {
     "central venous catheter": "the tip belongs in the superior vena cava",
 }
 
-# %% ../../nbs/phantom/06e_report_steps.ipynb #cell-005
+# %% ../../nbs/phantom/06e_report_steps.ipynb #cell-007
 OBSERVATIONS = (
     "{name}: {appearance}.",
     "{appearance} in the {name}.",
