@@ -62,9 +62,13 @@ class ChestMasks:
 # %% ../../nbs/phantom/08a_chest_masks.ipynb #cell-005
 def edge_distance(mask: np.ndarray, spacing_mm: float) -> np.ndarray:
     "Distance, mm, of each voxel of a mask to the nearest voxel outside of it; 0 outside."
-    from scipy.ndimage import distance_transform_edt
+    from scipy.ndimage import distance_transform_edt, find_objects
 
-    return distance_transform_edt(mask, sampling=spacing_mm).astype(np.float32)
+    distance = np.zeros(mask.shape, np.float32)
+    for box in find_objects(mask.astype(np.uint8)):  # one, with a voxel around it
+        box = tuple(slice(max(edge.start - 1, 0), edge.stop + 1) for edge in box)
+        distance[box] = distance_transform_edt(mask[box], sampling=spacing_mm)
+    return distance
 
 
 def extent_mm(mask: np.ndarray, axis: int, spacing_mm: float) -> float:
@@ -75,31 +79,49 @@ def extent_mm(mask: np.ndarray, axis: int, spacing_mm: float) -> float:
 
 
 def _filled(mask: np.ndarray) -> np.ndarray:
-    "A mask without holes in any axial slice."
+    """A mask without holes in any axial slice; a hole that the left or right side of the cube cuts
+    is one too.
+    """
     from scipy.ndimage import binary_fill_holes
 
-    return np.stack([binary_fill_holes(section) for section in mask])
+    closed = np.pad(mask, ((0, 0), (0, 0), (1, 1)))
+    for side in (0, -1):  # from the first to the last row that the mask has there
+        column = mask[:, :, side]
+        ahead = np.logical_or.accumulate(column, axis=1)
+        behind = np.logical_or.accumulate(column[:, ::-1], axis=1)[:, ::-1]
+        closed[:, :, side] = ahead & behind
+    return np.stack([binary_fill_holes(section) for section in closed])[:, :, 1:-1]
 
 
 def _closed(mask: np.ndarray, spacing_mm: float, radius_mm: float) -> np.ndarray:
     "A mask closed by a ball."
+    from scipy.ndimage import find_objects
+
     n = int(np.ceil(radius_mm / spacing_mm)) + 1
-    grown = edge_distance(~np.pad(mask, n), spacing_mm) <= radius_mm
-    return (edge_distance(grown, spacing_mm) > radius_mm)[n:-n, n:-n, n:-n] | mask
+    closed = mask.copy()
+    for box in find_objects(mask.astype(np.uint8)):  # one
+        grown = edge_distance(~np.pad(mask[box], n), spacing_mm) <= radius_mm
+        closed[box] |= (edge_distance(grown, spacing_mm) > radius_mm)[n:-n, n:-n, n:-n]
+    return closed
 
 # %% ../../nbs/phantom/08a_chest_masks.ipynb #cell-007
 def _body(volume: Volume, spacing_mm: float) -> np.ndarray:
     "The patient (D, H, W), lungs included."
-    from scipy.ndimage import binary_dilation
+    from scipy.ndimage import binary_dilation, label
 
     coarse, grid = find_body(volume)
-    coarse = _filled(_closed(coarse, float(grid.spacing_mm[0]), 12.0))
     nearest = [
         ((np.arange(n) + 0.5) * m // n).astype(int) for n, m in zip(volume.grid.shape, grid.shape)
     ]
     coarse = coarse[np.ix_(*nearest)]
+    dense = volume.hu > -300
+    pieces, _ = label(_filled(dense) & ~dense)
+    share = np.bincount(pieces.ravel(), coarse.ravel()) / np.bincount(pieces.ravel())
+    share[0] = 0
+    pockets = (share > 1 / 3)[pieces]
     around = binary_dilation(coarse, iterations=max(1, round(5 / spacing_mm)))
-    return _filled(coarse | (around & (volume.hu > -300)))
+    around |= edge_distance(~pockets, spacing_mm) <= 20
+    return _filled(coarse | pockets | (around & dense))
 
 # %% ../../nbs/phantom/08a_chest_masks.ipynb #cell-009
 def _lung_cores(hu, air, middle: float, spacing_mm: float) -> np.ndarray | None:

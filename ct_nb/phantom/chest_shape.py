@@ -85,8 +85,11 @@ def dome_heights(chest: ChestMasks) -> dict[int, float]:
         inner = edge_distance(np.pad(shadow, 1), mm)[1:-1, 1:-1] > 15
         out = sign * (np.arange(shadow.shape[1]) - middle)
         share = out / out[shadow.any(axis=0)].max()
-        values = lowest[inner & (share > 0.6) & (share < 0.8)]
-        found[side] = float(np.percentile(values, 95)) if values.size else np.nan
+        rows = np.flatnonzero(shadow.any(axis=1))
+        deep = ((np.arange(shadow.shape[0]) - rows[0]) / np.ptp(rows))[:, None]
+        strip = (share > 0.6) & (share < 0.8) & (deep > 0.4) & (deep < 0.85)
+        values = lowest[inner & strip]
+        found[side] = float(np.percentile(values, 90)) if values.size else np.nan
     return found
 
 
@@ -230,7 +233,8 @@ def rib_measures(chest: ChestMasks) -> dict[str, float]:
         power = np.abs(wave @ ((profile - profile.mean()) * np.hanning(len(profile))))
         spacing = periods[power.argmax()]
         height = (chest.ends[side][1] - chest.ends[side][0] + 1) * mm
-        sides.append((slope, spacing, height / spacing, profile.std(), profile.var() / picture.var()))
+        regular = profile.var() / picture.var()
+        sides.append((slope, spacing, height / spacing, profile.std(), regular))
     names = ("rib_slope", "rib_spacing", "ribs_along_lung", "rib_contrast", "rib_regularity")
     values = np.mean(sides, axis=0) if sides else np.full(len(names), np.nan)
     return dict(zip(names, values))
