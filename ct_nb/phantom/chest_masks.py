@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from ..core.errors import InputError
-from ..physics.volume import Grid, Volume, find_body
+from ..physics.volume import AIR_HU, Grid, Volume, find_body
 
 # %% ../../nbs/phantom/08a_chest_masks.ipynb #cell-004
 RIGHT, LEFT = 1, 2
@@ -23,7 +23,7 @@ LEAST_SECTION_MM2 = 300.0
 class ChestMasks:
     "What thresholds find in a chest CT; arrays are (D, H, W) along LPS, made by `chest_masks`."
 
-    hu: np.ndarray  # float32
+    hu: np.ndarray  # float32, air where it was not scanned
     spacing_mm: float  # the same along all axes
     scanned: np.ndarray  # bool, voxels that a scanner measured
     body: np.ndarray  # bool, lungs included, couch and clothes not
@@ -193,15 +193,16 @@ def chest_masks(volume: Volume) -> ChestMasks:
             "volume", "must have voxels of one size along LPS; Volume.to_grid(size) makes a cube"
         )
     scanned = volume.scanned if volume.scanned is not None else np.ones(grid.shape, bool)
-    body = _body(volume, spacing_mm) & scanned
-    lungs = _lungs(volume.hu, body, spacing_mm) if body.any() else None
+    hu = np.where(scanned, volume.hu, np.float32(AIR_HU))  # whatever number pads
+    body = _body(Volume(hu, volume.affine), spacing_mm) & scanned
+    lungs = _lungs(hu, body, spacing_mm) if body.any() else None
     if lungs is None:
         raise InputError("volume", "shows no two separate lungs; is it a whole chest?")
     hulls = np.zeros_like(lungs)
     for side in (RIGHT, LEFT):
         hull = _filled(_closed(lungs == side, spacing_mm, 8.0)) & body
         hulls[hull & (hulls == 0)] = side
-    chest = ChestMasks(volume.hu, spacing_mm, scanned, body, lungs, hulls)
+    chest = ChestMasks(hu, spacing_mm, scanned, body, lungs, hulls)
     if any(high - low < 8 for low, high in chest.ends.values()):
         raise InputError("volume", "shows a lung of fewer than eight slices; is it a whole chest?")
     return chest
