@@ -284,7 +284,8 @@ def diaphragm_height(patient, x, y):
         (6, -42, left, 74, 74),
     ):
         rho = ((x - cx * s[0]) / (a * s[0])) ** 2 + ((y - cy * s[1]) / (b * s[1])) ** 2
-        height = smooth_max(height, recess + (top - recess) * np.maximum(1 - rho, 0) ** np.float32(0.55), 12)
+        dome = recess + (top - recess) * np.maximum(1 - rho, 0) ** np.float32(0.55)
+        height = smooth_max(height, dome, 12)
     return height
 
 

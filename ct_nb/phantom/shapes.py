@@ -9,6 +9,7 @@ __all__ = ['Profile', 'smooth_min', 'smooth_max', 'ellipsoid', 'orthonormal_fram
 
 # %% ../../nbs/phantom/00_shapes.ipynb #cell-003
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -251,9 +252,7 @@ class VoxelCanvas:
         (x, y, z).
         """
         low, high = np.asarray(low_mm, float), np.asarray(high_mm, float)
-        corners = self.to_grid(
-            [(x, y, z) for x in (low[0], high[0]) for y in (low[1], high[1]) for z in (low[2], high[2])]
-        )
+        corners = self.to_grid(list(product(*zip(low, high))))
         where = self.grid_box(corners.min(0), corners.max(0))
         return where, self.axes(where)
 

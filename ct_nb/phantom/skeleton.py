@@ -107,7 +107,8 @@ def rib_line(patient, number, side, points=48):
     """
     arc_fraction = np.linspace(0, 1, points)
     bone = RIB_BONE[number]
-    drop = patient.rib_slope * RIB_DROP[number] * np.sin(np.minimum(arc_fraction / 0.82, 1) * np.pi / 2) ** 1.35
+    fall = np.sin(np.minimum(arc_fraction / 0.82, 1) * np.pi / 2) ** 1.35
+    drop = patient.rib_slope * RIB_DROP[number] * fall
     rise = np.clip((arc_fraction - bone) / (1 - bone), 0, 1) ** 1.2 * min(
         max(number - 1, 0) * 9, 44
     )

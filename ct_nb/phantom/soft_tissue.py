@@ -58,8 +58,11 @@ def body_outline(patient, x, y, z):
     back = body_back(patient, z)
     b = (back - front) / 2
     v = (y - (back + front) / 2) / b
-    a = a * (1 + np.float32(patient.keystone) * np.clip(v, -1, 1))
-    return squircle((x - np.float32(0.3) * patient.spine_x(z)) / a, v, a, b, patient.corner + np.float32(0.4) * np.clip(v, -1, 1))
+    backness = np.clip(v, -1, 1)
+    a = a * (1 + np.float32(patient.keystone) * backness)
+    # the back is squarer than the front
+    corner = np.float32(patient.corner) + np.float32(0.4) * backness
+    return squircle((x - np.float32(0.3) * patient.spine_x(z)) / a, v, a, b, corner)
 
 # %% ../../nbs/phantom/02_soft_tissue.ipynb #cell-009
 # angle about the rib cage and its width (degrees; −90 front, 0 side, 90 back), height and its
