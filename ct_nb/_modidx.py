@@ -2918,6 +2918,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'ct_nb.phantom.anatomy.extent_x': ('phantom/anatomy.html#extent_x', 'ct_nb/phantom/anatomy.py'),
                                        'ct_nb.phantom.anatomy.fissures': ('phantom/anatomy.html#fissures', 'ct_nb/phantom/anatomy.py'),
                                        'ct_nb.phantom.anatomy.heart': ('phantom/anatomy.html#heart', 'ct_nb/phantom/anatomy.py'),
+                                       'ct_nb.phantom.anatomy.heart_turn': ('phantom/anatomy.html#heart_turn', 'ct_nb/phantom/anatomy.py'),
                                        'ct_nb.phantom.anatomy.lift_share': ('phantom/anatomy.html#lift_share', 'ct_nb/phantom/anatomy.py'),
                                        'ct_nb.phantom.anatomy.lobe': ('phantom/anatomy.html#lobe', 'ct_nb/phantom/anatomy.py'),
                                        'ct_nb.phantom.anatomy.lobe_at': ('phantom/anatomy.html#lobe_at', 'ct_nb/phantom/anatomy.py'),

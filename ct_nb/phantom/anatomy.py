@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TISSUE_HU', 'VARIATION', 'RIB_CAGE_CORNER', 'CHAMBERS', 'draw_couch', 'lift_share', 'Anatomy', 'build_rib_cage',
            'build_spine', 'squircle', 'rib_cage', 'rib_cage_point', 'build_diaphragm', 'diaphragm_height', 'diaphragm',
-           'thorax_width', 'extent_x', 'chambers', 'heart', 'apex_cap', 'spine_block', 'mediastinum', 'lungs',
-           'fissures', 'lobe', 'lobe_at']
+           'thorax_width', 'extent_x', 'heart_turn', 'chambers', 'heart', 'apex_cap', 'spine_block', 'mediastinum',
+           'lungs', 'fissures', 'lobe', 'lobe_at']
 
 # %% ../../nbs/phantom/01_anatomy.ipynb #cell-003
 import numpy as np
@@ -325,13 +325,19 @@ def extent_x(parts) -> float:
     return max(c + r for c, r in reach) - min(c - r for c, r in reach)
 
 
+def heart_turn(patient) -> np.ndarray:
+    "The rotation (3, 3) of the heart of the reference into that of the patient."
+    angle = np.radians(patient.heart_turn_deg)
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+
+
 def chambers(patient) -> dict:
     "The four chambers as ellipsoids, name -> (centre mm, radii mm, axes)."
     # the heart follows half of the height of the diaphragm
     lift_mm = 0.8 * (patient.dome_tops[1] - patient.at([(0, 0, -92)])[0, 2])
     middle = patient.at([(12, -40, -53)])[0] + patient.heart_shift + (0, 0, lift_mm)
-    c, s = np.cos(np.radians(patient.heart_turn_deg)), np.sin(np.radians(patient.heart_turn_deg))
-    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    turn = heart_turn(patient)
     parts = {n: (turn @ c, r, a @ turn.T) for n, (c, r, a) in CHAMBERS.items()}
     k = patient.heart_ratio * thorax_width(patient) / extent_x(parts.values())
     return {
