@@ -128,7 +128,6 @@ class Anatomy:
         self.breast_mm = 0.0 if self.male else self.breast_mm
         self.gland_share = float(rng.uniform(0.3, 1.0))
         self.nodal_hu = float(rng.uniform(10, 90))
-        self.air_hu = -1000 + abs(clipped_normal(0, 14, -30, 30))
         self.slice_mm = float(rng.choice([1.0, 2.0, 2.5, 3.0, 5.0]))
         self.contrast = float(rng.random() < 0.55) * clipped_normal(1.0, 0.3, 0.5, 1.7)
         self.hu = {

@@ -63,7 +63,6 @@ def phantom(seed: int, size: int = 64, side_mm: float = 320.0) -> Phantom:
     check_request(seed, size, side_mm)
     patient = Anatomy(seed)
     canvas = VoxelCanvas(Grid.cube(size, side_mm), patient.offset_mm, patient.turn_deg)
-    canvas.hu[:] = patient.air_hu
     lesions = plan_lesions(patient)
     mask = np.zeros(canvas.grid.shape, np.uint8)
     rib_cage_mm = paint_torso(canvas, patient)
