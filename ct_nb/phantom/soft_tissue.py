@@ -138,7 +138,7 @@ def paint_couch(canvas: VoxelCanvas, patient, where):
         where,
         canvas.sheet_coverage(couch_mm - np.float32(couch["thick"] / 2), couch["thick"] / 2)
         * on_couch,
-        couch["foam_hu"],
+        np.float32(couch["foam_hu"]) + 8 * canvas.noise(where, patient.seed * 16 + 7, 40.0),
     )
     for depth in (couch["mattress"], couch["thick"]):
         canvas.paint(
