@@ -75,6 +75,7 @@ SMALL = {  # parameters of a recipe at its smallest, beside `preset`
     "bench_cascade": dict(sizes="16 32"),
     "bench_ct_encoder": dict(whole=False),
     "bench_drr2ct": dict(repeats=1, batches="1"),
+    "bench_phantom": dict(data="phantom:4", patients="all", phantoms=4, size=64, linear=6, parts="measures sets page linear"),
     "bench_projector": dict(sizes="32", detector=32, rounds=1),
     "bench_registration": dict(
         data="phantom:1", cases=1, reaches="0.5", conditions="all single", size=32, starts=16

@@ -434,7 +434,7 @@ def reconstruct_command(
     seed: _Seed = 0,
     guidance: _Guidance = "soft",
     refine: _Refine = None,
-    atlas: _Atlas = "phantom:12",
+    atlas: _Atlas = "phantom:24",
     size: _AtlasSize = 128,
     insist: _Insist = False,
     input_kind: _KindOrGrey = None,

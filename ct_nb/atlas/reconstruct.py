@@ -149,8 +149,8 @@ def reconstruct(
 
     `spread` is the standard deviation over the bent atlases, `samples` single ones, at most as many
     as the atlas has; `labels` the region map of the largest share of the atlases, where they have
-    maps. The memory is about 16 bytes for each voxel of each atlas: 0.4 GiB at 128³ with twelve,
-    3 GiB at 256³.
+    maps. The memory is about 16 bytes for each voxel of each atlas: 0.8 GiB at 128³ with 24 of
+    them, 6 GiB at 256³.
 
     Raises InputError when X-rays and geometry do not fit together, no ray meets the cube, or grey
     values show no chest.

@@ -18,7 +18,7 @@ from ..data.open import open_source
 from ..physics.scanned import continue_ends
 
 # %% ../../nbs/atlas/00_volumes.ipynb #cell-005
-DEFAULT_ATLAS = "phantom:12"
+DEFAULT_ATLAS = "phantom:24"
 HIGHEST_HU = 1500.0  # metal and its streaks are not bent into other people
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import InputError
+from .label_words import LABEL_WORDS, label_state
 from .region_attention import patch_overlaps
 from .reports import clauses, finding_states, is_denial
 from .text_encoders import WordTokenizer
@@ -217,13 +218,17 @@ def generate(
 def stated_findings(text: str, names) -> dict[str, bool]:
     """Finding → whether the text states that it is present.
 
-    Names are as in texts ("pleural effusion", "Lung nodule"), from `FINDINGS` or any other.
+    Names are as in texts ("pleural effusion", "Lung nodule"), from `FINDINGS`, `LABEL_WORDS` or any
+    other.
     """
     stated = {name: False for name in names}
     for clause in clauses(text):
         states, denied = finding_states(clause), is_denial(clause)
         for name in stated:
             state = states.get(name.lower())
+            if name.lower() in LABEL_WORDS:
+                stated[name] |= state is True or label_state(clause, name.lower()) is True
+                continue
             literal = re.search(rf"\b{re.escape(name.lower())}\b", clause.lower()) is not None
             stated[name] |= state is True or (state is None and literal and not denied)
     return stated

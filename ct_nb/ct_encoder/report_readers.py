@@ -20,6 +20,7 @@ from ct_nb.ct_encoder.reports import (
     CT_RATE_LABELS,
     RadiologyReport,
     ReasoningStep,
+    clauses,
     find_mentions,
     find_region_mentions,
     region_texts,
@@ -463,7 +464,7 @@ def phantom_report(report, volume: str) -> RadiologyReport:
     in_view = tuple(
         (int(n), text)
         for n, text in fields["findings"].items()
-        if not text.startswith("Not in the field of view")
+        if clauses(text)  # none is left of what is out of view
     )
     steps = tuple(
         ReasoningStep(

@@ -88,7 +88,7 @@ VOCABULARY = (  # pattern, regions on the left, regions on the right
     (
         (
             r"(?:superior|inferior) vena cava|vena cava|svc|brachiocephalic\w*|subclavian\w*"
-            r"|carotid\w*|great vessels?|central venous|jugular"
+            r"|carotid\w*|great vessels?|central (?:venous|lines?)|jugular"
         ),
         (10,),
         (10,),
@@ -109,7 +109,7 @@ VOCABULARY = (  # pattern, regions on the left, regions on the right
     (r"spine|spinal|vertebra\w*|[tl]\d{1,2}|kyphosis|scoliosis|paravertebral", (13,), (13,)),
     (r"ribs?|stern(?:um|al)|costal|costochondral", (14,), (14,)),
     (r"clavic\w+|scapula\w*|humer\w+|shoulders?|axill\w+", (15,), (15,)),
-    (r"bones?|osseous|skelet\w+|lytic|sclerotic", BONES, BONES),
+    (r"bones?|osseous|skelet\w+|(?:osteo)?lytic|sclerotic|osteoblastic", BONES, BONES),
     (r"liver|hepat\w+|gall ?bladder|biliary|bile ducts?|portal vein", (16,), (16,)),
     (r"splen\w+|spleen|pancrea\w+|adrenals?|surrenals?", (17,), (17,)),
     (r"kidneys?|renal|nephro\w+|perirenal", (18,), (18,)),

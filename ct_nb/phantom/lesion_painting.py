@@ -133,7 +133,7 @@ def paint_pleural_effusion(canvas: VoxelCanvas, patient, lesion: Lesion, lung_fr
     def ramp(t):
         return np.clip(t, 0, 1) ** 2 * (3 - 2 * np.clip(t, 0, 1))
 
-    top = np.float32(patient.shift_z - 25 + 1.8 * depth)
+    top = np.float32(patient.at([(0, 0, -25)])[0, 2] + 1.8 * depth)
     layer = depth * ramp((y - 5) / np.float32(60)) * ramp((top - z) / np.float32(70))
     cover = (
         canvas.coverage(-(rib_cage(patient, x, y, z) + layer))
@@ -150,9 +150,7 @@ def paint_pericardial_effusion(
 ):
     "Paint a shell of fluid about the heart, above the diaphragm."
     where, distance = heart_box
-    x = canvas.x[..., where[2]]
-    y = canvas.y[:, where[1]]
-    z = canvas.z[where[0]]
+    x, y, z = canvas.axes(where)
     cover = canvas.coverage(distance - np.float32(patient.pericardial_mm)) - canvas.coverage(
         distance
     )

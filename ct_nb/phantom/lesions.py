@@ -21,6 +21,7 @@ from ct_nb.phantom.anatomy import (
     extent_x,
     fissures,
     heart,
+    heart_turn,
     lobe_at,
     lungs,
     rib_cage,
@@ -353,12 +354,13 @@ def coronary_line(patient):
     the root of the aorta to the apex.
     """
     left, right = (chambers(patient)[n][0] for n in ("left ventricle", "right ventricle"))
-    start = (left + right) / 2 + (4, -8, 34)
-    end = (left * 2 + right) / 3 + (34, -40, -20)
+    turn = heart_turn(patient)
+    start = (left + right) / 2 + turn @ (4, -8, 34)
+    end = (left * 2 + right) / 3 + turn @ (34, -40, -20)
     line = start + (end - start) * np.linspace(0, 1, 12)[:, None]
     for _ in range(30):  # move every point forward and left until it lies 2 mm outside the heart
         line += (
-            np.array([0.45, -0.85, 0.25])
+            turn @ (0.45, -0.85, 0.25)
             * np.clip(2 - heart(patient, *line.T), -6, 6)[:, None]
             * 0.5
         )

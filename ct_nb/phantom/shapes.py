@@ -9,6 +9,7 @@ __all__ = ['Profile', 'smooth_min', 'smooth_max', 'ellipsoid', 'orthonormal_fram
 
 # %% ../../nbs/phantom/00_shapes.ipynb #cell-003
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -169,10 +170,13 @@ class Tubes:
 # %% ../../nbs/phantom/00_shapes.ipynb #cell-016
 class VoxelCanvas:
     """A cube of voxels being painted: HU, region numbers, and the voxel centres as broadcastable
-    float32 axes in mm.
+    float32 axes in mm, in the frame of a patient.
+
+    The patient lies `offset_mm` (x, y) from the middle of the grid, turned by `turn_deg` about the
+    z axis; `grid_x` and `grid_y` are the axes of the grid itself.
     """
 
-    def __init__(self, grid: Grid):
+    def __init__(self, grid: Grid, offset_mm=(0.0, 0.0), turn_deg: float = 0.0):
         self.grid, self.spacing_mm = grid, float(grid.spacing_mm[0])
         self.origin_mm = np.array(grid.affine[:3, 3])
         depth, height, width = grid.shape
@@ -180,9 +184,21 @@ class VoxelCanvas:
         def axis(n, k):
             return (self.origin_mm[k] + self.spacing_mm * np.arange(n)).astype(np.float32)
 
-        self.x = axis(width, 0)[None, None]
-        self.y = axis(height, 1)[None, :, None]
+        self.grid_x = axis(width, 0)[None, None]
+        self.grid_y = axis(height, 1)[None, :, None]
         self.z = axis(depth, 2)[:, None, None]
+        self.offset_mm = np.array([*offset_mm, 0.0])
+        turn = np.radians(turn_deg)
+        self.turn = np.array(
+            [[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]]
+        )
+        dx = self.grid_x - np.float32(offset_mm[0])
+        dy = self.grid_y - np.float32(offset_mm[1])
+        self.x, self.y = dx, dy
+        if turn_deg:
+            c, s = self.turn[0, 0].astype(np.float32), self.turn[1, 0].astype(np.float32)
+            self.x = c * dx + s * dy
+            self.y = c * dy - s * dx
         self.hu = np.full(grid.shape, AIR_HU, np.float32)
         self.regions = np.zeros(grid.shape, np.uint8)
 
@@ -192,14 +208,34 @@ class VoxelCanvas:
         """
         step = max(voxels // (self.grid.shape[1] * self.grid.shape[2]), 1)
         for low in range(0, self.grid.shape[0], step):
-            yield (slice(low, low + step), slice(None), slice(None)), (
-                self.x,
-                self.y,
-                self.z[low : low + step],
-            )
+            where = (slice(low, low + step), slice(None), slice(None))
+            yield where, self.axes(where)
 
-    def box(self, low_mm, high_mm):
-        "Slices of the voxels within a box of mm (a voxel to spare), and their axes (x, y, z)."
+    def axes(self, where):
+        "The axes (x, y, z) of the voxels `where` (slices along z, y, x), in mm of the patient."
+
+        def part(axis):
+            return axis[
+                :,
+                where[1] if axis.shape[1] > 1 else slice(None),
+                where[2] if axis.shape[2] > 1 else slice(None),
+            ]
+
+        return part(self.x), part(self.y), self.z[where[0]]
+
+    def noise(self, where, seed: int, wavelength_mm: float) -> np.ndarray:
+        "`value_noise` on the voxels `where` (slices along z, y, x)."
+        z, y, x = where
+        return value_noise(
+            self.grid_x[..., x], self.grid_y[:, y], self.z[z], seed, wavelength_mm
+        )
+
+    def to_grid(self, points):
+        "Points (n, 3) mm of the patient -> mm of the grid."
+        return np.asarray(points, float) @ self.turn.T + self.offset_mm
+
+    def grid_box(self, low_mm, high_mm):
+        "Slices (z, y, x) of the voxels within a box of mm of the grid, with a voxel to spare."
         start = (
             np.floor((np.asarray(low_mm, float) - self.origin_mm) / self.spacing_mm).astype(int) - 1
         )
@@ -209,11 +245,16 @@ class VoxelCanvas:
         limit = np.array(self.grid.shape[::-1])
         x0, y0, z0 = np.clip(start, 0, limit)
         x1, y1, z1 = np.clip(stop, 0, limit)
-        return (slice(z0, z1), slice(y0, y1), slice(x0, x1)), (
-            self.x[..., x0:x1],
-            self.y[:, y0:y1],
-            self.z[z0:z1],
-        )
+        return slice(z0, z1), slice(y0, y1), slice(x0, x1)
+
+    def box(self, low_mm, high_mm):
+        """Slices of the voxels about a box of mm of the patient (a voxel to spare), and their axes
+        (x, y, z).
+        """
+        low, high = np.asarray(low_mm, float), np.asarray(high_mm, float)
+        corners = self.to_grid(list(product(*zip(low, high))))
+        where = self.grid_box(corners.min(0), corners.max(0))
+        return where, self.axes(where)
 
     def coverage(self, distance):
         "Share of a voxel behind a flat face at signed `distance` (mm) from its centre."
@@ -318,10 +359,11 @@ def tube_coverage(canvas: VoxelCanvas, tubes: Tubes, stretch=(1, 1, 1)):
     """
     h, stretch = canvas.spacing_mm, np.asarray(stretch, float)
     t = tubes.cut(max(4 * h, 8.0))
+    t = Tubes(canvas.to_grid(t.start), canvas.to_grid(t.end), t.start_radius, t.end_radius)
     reach = np.maximum(t.start_radius, t.end_radius)[:, None] * stretch + 1.1 * h
     low = np.minimum(t.start, t.end) - reach
     high = np.maximum(t.start, t.end) + reach
-    where, _ = canvas.box(low.min(0), high.max(0))
+    where = canvas.grid_box(low.min(0), high.max(0))
     out = np.zeros([s.stop - s.start for s in where], np.float32)
     if out.size == 0:
         return where, out

@@ -14,11 +14,11 @@ from .anatomy import rib_cage, rib_cage_point
 from .shapes import Tubes, VoxelCanvas, curve, paint_pipe, paint_tubes, smooth_min
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-004
-def paint_bone(canvas: VoxelCanvas, patient, where, outside, inside, region):
+def paint_bone(canvas: VoxelCanvas, patient, where, outside, inside, region, cortex=1.0):
     """Paint a bone given the coverage of its outer surface and of its marrow: what lies between is
     cortex.
     """
-    hus = [np.float32(patient.hu["cortex"]), np.float32(patient.hu["marrow"])]
+    hus = [np.float32(cortex * patient.hu["cortex"]), np.float32(patient.hu["marrow"])]
     canvas.paint_layers(where, [outside, np.minimum(inside, outside)], hus, region)
 
 
@@ -30,7 +30,7 @@ def paint_bone_tubes(canvas: VoxelCanvas, patient, tubes, cortex_mm, region, str
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-006
 # at height 0, per mm downwards, and the height of T1 in the reference
-PITCH_MM = 22.8
+PITCH_MM = 24.0
 PITCH_GROWTH = 0.028
 T1_MM = 134.0
 
@@ -90,8 +90,8 @@ def paint_spine(canvas: VoxelCanvas, patient):
         patient.hu["cord"],
         13,
     )
-    cortex_mm = np.where(dy > 13, np.float32(0.8), np.float32(0.65))
-    paint_bone(canvas, patient, where, c(bone * s), c((bone + cortex_mm) * s), 13)
+    cortex_mm = np.where(dy > 13, np.float32(1.3), np.float32(1.2))
+    paint_bone(canvas, patient, where, c(bone * s), c((bone + cortex_mm) * s), 13, 0.6)
 
 # %% ../../nbs/phantom/04_skeleton.ipynb #cell-012
 # mm from the head of the rib to its lowest point
@@ -107,7 +107,8 @@ def rib_line(patient, number, side, points=48):
     """
     arc_fraction = np.linspace(0, 1, points)
     bone = RIB_BONE[number]
-    drop = RIB_DROP[number] * np.sin(np.minimum(arc_fraction / 0.82, 1) * np.pi / 2) ** 1.35
+    fall = np.sin(np.minimum(arc_fraction / 0.82, 1) * np.pi / 2) ** 1.35
+    drop = patient.rib_slope * RIB_DROP[number] * fall
     rise = np.clip((arc_fraction - bone) / (1 - bone), 0, 1) ** 1.2 * min(
         max(number - 1, 0) * 9, 44
     )
@@ -149,7 +150,7 @@ def paint_ribs(canvas: VoxelCanvas, patient):
     paint_tubes(
         canvas, cartilage, patient.hu["cartilage"] + max(patient.age - 55, 0) * 3, 14, (1, 1, 1.35)
     )
-    paint_bone_tubes(canvas, patient, bone, 1.05, 14, (1, 1, 1.5))
+    paint_bone_tubes(canvas, patient, bone, 1.2, 14, (1, 1, 1.5))
 
 
 def paint_sternum(canvas: VoxelCanvas, patient):

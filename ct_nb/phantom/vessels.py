@@ -153,13 +153,14 @@ def esophagus(patient) -> Tubes:
 
 def airways(patient) -> Tubes:
     "Trachea and main bronchi, lumen only."
-    carina = patient.spine_at(40, 0, -36)
+    dx, dy = patient.airway_x, patient.airway_y
+    carina = patient.spine_at(40, 0.5 * dx, -36 + 0.5 * dy)
     right = patient.at([(-16, 13, 28), (-32, 17, 15), (-46, 18, -2)])
     left = patient.at([(18, 12, 26), (36, 14, 12), (50, 16, -2)])
     trachea = [
-        patient.spine_at(175, 0, -30),
-        patient.spine_at(120, 0, -32),
-        patient.spine_at(80, 1, -34),
+        patient.spine_at(175, dx, -30 + dy),
+        patient.spine_at(120, dx, -32 + dy),
+        patient.spine_at(80, 1 + dx, -34 + dy),
         carina,
     ]
     return Tubes.join(
@@ -267,12 +268,12 @@ def lung_trees(patient):
         ]
         half = len(points) * 4 // 7
         artery = limit_radius(
-            grow_tree(np.array([hub, hub + (side * 2, 1, -8)]), points[:half], 0.9), 7.5
+            grow_tree(np.array([hub, hub + (side * 2, 1, -8)]), points[:half], 0.8), 7.5
         )
         vein = grow_tree(
             np.array([atrium, atrium + radii * (side * 0.8, 0.1, 0), hub + (side * 1, -12, -20)]),
             points[half:],
-            0.9,
+            0.8,
         )
         is_wide = artery.end_radius > 2.1
         radius = artery.end_radius[is_wide]

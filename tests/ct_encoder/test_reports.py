@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -23,6 +24,7 @@ from ct_nb.ct_encoder.report_readers import (
     split_steps,
     tidy_text,
 )
+from ct_nb.ct_encoder.report_variety import planned_reports
 from ct_nb.ct_encoder.reports import (
     CT_RATE_LABELS,
     FINDINGS,
@@ -117,23 +119,18 @@ def test_findings_are_asserted_or_denied(clause, wanted):
 
 
 def test_phantom_sentences_find_their_region_and_polarity():
+    "Every clause that names its region; below a heading the region is named once."
     wrong = []
-    for seed in range(6):
-        chest = phantom(seed, 16)
-        sick = {lesion.region for lesion in chest.lesions}
-        for number, text in chest.report.findings.items():
+    total = 0
+    for report in planned_reports(40):
+        for number, text in report.regions:
             for clause in clauses(text):
                 mine = [m.negated for m in find_mentions(clause) if m.region == number]
-                denies = (
-                    clause.startswith(("No ", "There is no "))
-                    or " has no " in clause
-                    or " not " in clause
-                )
-                if mine[:1] != [denies]:
+                denies = re.search(r"\b(no|not|without|neither|(free|clear) of)\b", clause, re.I)
+                total += bool(mine)
+                if mine and mine[0] != bool(denies):
                     wrong.append(clause)
-            if clauses(text) and is_normal(text) == (number in sick):
-                wrong.append(text)
-    assert wrong == []
+    assert wrong == [] and total > 800
 
 
 def test_normal_is_conservative():
