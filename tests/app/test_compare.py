@@ -47,7 +47,7 @@ def test_the_cache_folder_follows_weights_xrays_and_geometry(comparison, tmp_pat
     folder = compare.cache_folder(run, comparison)
     assert folder.parent == run / "explored" and folder == compare.cache_folder(run, comparison)
     assert compare.cache_folder(run, comparison, "coarse weights") != folder
-    other = simulate_xray_pair(phantom(4, 32).volume, **SMALL)
+    other = simulate_xray_pair(phantom(9, 32).volume, **SMALL)
     assert geometry_to_json(other.geometry) != geometry_to_json(comparison.geometry)
     assert compare.cache_folder(run, other) != folder
     (run / WEIGHTS_FILE).write_bytes(b"other weights")
