@@ -39,7 +39,7 @@ def atlas():
 
 @pytest.fixture(scope="module")
 def patient():
-    return phantom(40, 32).volume.tensor().float()
+    return phantom(41, 32).volume.tensor().float()
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +101,9 @@ def test_the_fit_does_not_depend_on_threads_or_company(atlas, target, fitted):
     finally:
         torch.set_num_threads(threads)
     # sums of products may round differently, and a fit follows rounding a little
-    assert (two.bend.control_mm - fitted.bend.control_mm).abs().mean() < 0.3
+    assert (two.bend.control_mm - fitted.bend.control_mm).abs().mean() < 0.1
     alone = fit(atlas.subset([1]), target, QUICK)
-    assert (alone.bend.control_mm[0] - fitted.bend.control_mm[1]).abs().mean() < 0.3
+    assert (alone.bend.control_mm[0] - fitted.bend.control_mm[1]).abs().mean() < 0.1
     same = fit(atlas, target, QUICK)
     assert torch.equal(same.bend.control_mm, fitted.bend.control_mm)
 

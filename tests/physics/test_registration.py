@@ -154,21 +154,26 @@ def test_another_patient_is_doubtful(chest, start):
     assert not found.accepted and "similarity" in found.doubts[0]
 
 
-def test_the_covariance_is_that_of_repeated_noise(chest, start, body):
-    patient, _ = _patient(phantom(5, 48).volume)
-    coarse = patient.resample_onto(chest.grid.resized(32))
+def test_the_covariance_is_that_of_repeated_noise(start):
+    """About the movement without noise, which is not zero: `register` takes air for all but the
+    body, and the body that it finds in coarse voxels is not quite the one of the X-rays.
+    """
+    patient, _ = _patient(phantom(0, 48).volume)
+    coarse = patient.resample_onto(start.grid.resized(32))
     views = start.rebinned((32, 32))
     clean = xrays_of(coarse, views)
+
+    def found(xrays):
+        return register(coarse, xrays, views, "ncc", size=32, starts=1, rotation_deg=0, shift_mm=0)
+
+    without_noise = found(clean).movements[0]
     squares = []
     for seed in range(16):
         noise = 0.05 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-        found = register(
-            coarse, clean + noise, views, "ncc", size=32, starts=1, rotation_deg=0, shift_mm=0
-        )
-        movement = found.movements[0]
-        squares.append(float(movement @ torch.linalg.solve(found.covariance[0], movement)))
-    # of six numbers six; the noise of a volume itself, resampled, adds to it
-    assert 3 < np.mean(squares) < 20
+        noisy = found(clean + noise)
+        movement = noisy.movements[0] - without_noise
+        squares.append(float(movement @ torch.linalg.solve(noisy.covariance[0], movement)))
+    assert 3 < np.mean(squares) < 12, "of six numbers, six"
 
 
 @pytest.mark.skipif(
