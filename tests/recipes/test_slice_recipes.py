@@ -99,3 +99,29 @@ def test_the_bench(run_recipe, tmp_path, capsys):
         and ranges["diffusion"]["VAE input"]["high"] <= 1
         and "1 thread, torch" in said
     )
+
+
+def test_the_bench_of_planes(run_recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CT_NB_CACHE", str(tmp_path / "cache"))
+    said = run_recipe(
+        "bench_planes",
+        preset="smoke",
+        data="phantom:1",
+        protocols="8to2",
+        length_mm=80.0,
+        slab_mm=30.0,
+        out=str(tmp_path / "out"),
+    )
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "slabs.csv" in files and len([name for name in files if name.endswith(".png")]) == 1
+    rows = said["rows"]
+    assert {row["protocol"] for row in rows} == {"8to2"}
+    assert {row["predictor"] for row in rows} == {"linear", "cubic", "back_projection", "planes"}
+    assert "the worst slab is" in capsys.readouterr().out
+
+
+def test_training_on_planes(run_recipe, tmp_path, capsys):
+    run_recipe("train_planes", preset="smoke", data="phantom:1", out=str(tmp_path / "run"))
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"config.json", "model.safetensors", "training.png"}
+    assert "1 scans: phantom0" in capsys.readouterr().out
