@@ -33,7 +33,7 @@ class PlanesPreset(Config):
     """
 
     network: PlaneNetworkConfig = PlaneNetworkConfig()
-    learning: PlaneLearningConfig = PlaneLearningConfig(steps=4000)
+    learning: PlaneLearningConfig = PlaneLearningConfig(steps=1500)
     thick_mm: tuple[float, float] = (2.5, 8.0)  # spacing of the thick slices
     width: tuple[float, float] = (0.75, 1.25)  # of the profile, in spacings
     thin_mm: float = 1.0
