@@ -33,7 +33,7 @@ class PlanesPreset(Config):
     """
 
     network: PlaneNetworkConfig = PlaneNetworkConfig()
-    learning: PlaneLearningConfig = PlaneLearningConfig(steps=1500)
+    learning: PlaneLearningConfig = PlaneLearningConfig(steps=1000)
     thick_mm: tuple[float, float] = (2.5, 8.0)  # spacing of the thick slices
     width: tuple[float, float] = (0.75, 1.25)  # of the profile, in spacings
     thin_mm: float = 1.0
@@ -83,6 +83,7 @@ def open_planes(data, settings: PlanesPreset, leave_out: tuple[str, ...] = ()) -
     Raises InputError where none can be used or `leave_out` names nobody, FileError for a folder
     without a CT.
     """
+    data = Path(data)
     paths = find_cases(data)
     if not paths:
         raise FileError(data, "holds no CT")

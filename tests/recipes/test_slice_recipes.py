@@ -8,6 +8,8 @@ import pytest
 import torch
 from places import ROOT
 
+from ct_nb.slices.open import open_stacks
+
 NBS = ROOT / "nbs"
 
 
@@ -103,20 +105,26 @@ def test_the_bench(run_recipe, tmp_path, capsys):
 
 def test_the_bench_of_planes(run_recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CT_NB_CACHE", str(tmp_path / "cache"))
+    for number, stack in enumerate(open_stacks("phantom:2", size=64, side_mm=96)):
+        stack.volume.save(tmp_path / "data" / f"scan{number}.nii.gz")
     said = run_recipe(
         "bench_planes",
         preset="smoke",
-        data="phantom:1",
+        data=str(tmp_path / "data"),
         protocols="8to2",
+        pretrain="smoke",
+        steps=3,
+        patients=1,
         length_mm=80.0,
         slab_mm=30.0,
         out=str(tmp_path / "out"),
     )
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "slabs.csv" in files and len([name for name in files if name.endswith(".png")]) == 1
-    rows = said["rows"]
-    assert {row["protocol"] for row in rows} == {"8to2"}
-    assert {row["predictor"] for row in rows} == {"linear", "cubic", "back_projection", "planes"}
+    assert files == {"slabs.csv", "8to2_scan0.png", "without_scan0"}
+    trained = json.loads((tmp_path / "out" / "without_scan0" / "config.json").read_text())
+    assert trained["training"]["cases"] == ["scan1"]
+    methods = ["linear", "cubic", "back_projection", "planes", "planes_pretrained"]
+    assert list(dict.fromkeys(row["predictor"] for row in said["rows"])) == methods
     assert "the worst slab is" in capsys.readouterr().out
 
 
