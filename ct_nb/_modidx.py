@@ -269,6 +269,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'ct_nb.atlas.fit._Misfit.__init__': ('atlas/fit.html#_misfit.__init__', 'ct_nb/atlas/fit.py'),
                                  'ct_nb.atlas.fit._Misfit.bend': ('atlas/fit.html#_misfit.bend', 'ct_nb/atlas/fit.py'),
                                  'ct_nb.atlas.fit._Misfit.longest': ('atlas/fit.html#_misfit.longest', 'ct_nb/atlas/fit.py'),
+                                 'ct_nb.atlas.fit._Misfit.minimised': ('atlas/fit.html#_misfit.minimised', 'ct_nb/atlas/fit.py'),
                                  'ct_nb.atlas.fit._Misfit.parts': ('atlas/fit.html#_misfit.parts', 'ct_nb/atlas/fit.py'),
                                  'ct_nb.atlas.fit._Misfit.residual': ('atlas/fit.html#_misfit.residual', 'ct_nb/atlas/fit.py'),
                                  'ct_nb.atlas.fit._Misfit.rows': ('atlas/fit.html#_misfit.rows', 'ct_nb/atlas/fit.py'),
