@@ -1631,6 +1631,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'ct_nb.data.cases.sample_arrays': ('data/cases.html#sample_arrays', 'ct_nb/data/cases.py'),
                                   'ct_nb.data.cases.uniform_hash': ('data/cases.html#uniform_hash', 'ct_nb/data/cases.py')},
             'ct_nb.data.cohort': { 'ct_nb.data.cohort.Cohort': ('data/cohort.html#cohort', 'ct_nb/data/cohort.py'),
+                                   'ct_nb.data.cohort.Cohort.__post_init__': ( 'data/cohort.html#cohort.__post_init__',
+                                                                               'ct_nb/data/cohort.py'),
                                    'ct_nb.data.cohort.Cohort.cases': ('data/cohort.html#cohort.cases', 'ct_nb/data/cohort.py'),
                                    'ct_nb.data.cohort.Cohort.description': ('data/cohort.html#cohort.description', 'ct_nb/data/cohort.py'),
                                    'ct_nb.data.cohort.Cohort.find': ('data/cohort.html#cohort.find', 'ct_nb/data/cohort.py'),

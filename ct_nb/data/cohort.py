@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..core.errors import InputError
 from .augmentation import VolumeAugmentation
 from .cache import default_cache_dir
 from .cases import CTSource
@@ -119,6 +120,12 @@ class Cohort:
     trained_on: str = "both"  # of a folder: "both" real cases and phantoms, or "real" or "phantom"
     prior_share: float = 0.75  # of the phantoms for training, to fit the prior or be the atlas
     variants: int | None = None  # augmentations and poses a case; None: new in each epoch
+
+    def __post_init__(self):
+        if self.trained_on not in ("both", "real", "phantom"):
+            raise InputError(
+                "trained_on", f"must be 'both', 'real' or 'phantom', got {self.trained_on!r}"
+            )
 
     @property
     def is_real(self) -> bool:

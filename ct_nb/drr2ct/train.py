@@ -131,6 +131,8 @@ class DRR2CTRun(Run):
     teacher: str | None = None  # folder of a run whose latent the stage masked is to match
     # what the network corrects, "linear" or "atlas"; the preset's unless given
     base: str | None = None
+    # of a folder: "both" real cases and phantoms, "real" or "phantom"; the preset's unless given
+    trained_on: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,6 +151,8 @@ class DRR2CTRun(Run):
         settings = super().configure(settings)
         if self.base is not None:
             settings = replace(settings, network=replace(settings.network, base=self.base))
+        if self.trained_on is not None:
+            settings = replace(settings, trained_on=self.trained_on)
         if settings.network.base == "atlas":  # a mixture of two cases is no case with a base
             stages = tuple(replace(stage, mixup=0.0) for stage in settings.stages)
             settings = replace(settings, stages=stages)
