@@ -2510,6 +2510,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'ct_nb/drr2ct/train.py'),
                                     'ct_nb.drr2ct.train.DRR2CTRun._trainer': ( 'drr2ct/train.html#drr2ctrun._trainer',
                                                                                'ct_nb/drr2ct/train.py'),
+                                    'ct_nb.drr2ct.train.DRR2CTRun._untrained': ( 'drr2ct/train.html#drr2ctrun._untrained',
+                                                                                 'ct_nb/drr2ct/train.py'),
                                     'ct_nb.drr2ct.train.DRR2CTRun._validate': ( 'drr2ct/train.html#drr2ctrun._validate',
                                                                                 'ct_nb/drr2ct/train.py'),
                                     'ct_nb.drr2ct.train.DRR2CTRun.beside': ('drr2ct/train.html#drr2ctrun.beside', 'ct_nb/drr2ct/train.py'),

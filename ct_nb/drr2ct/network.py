@@ -122,8 +122,8 @@ class DRR2CTConfig(Config):
 
     @classmethod
     def preset(cls, name: str) -> "DRR2CTConfig":
-        """smoke (32³, seconds), cpu (64³, minutes on two cores), gpu (128³, one card) or paper
-        (256³, several large cards).
+        """smoke (32³, seconds), cpu (64³, minutes on two cores), atlas (64³, smaller, corrects bent
+        CTs), gpu (128³, one card) or paper (256³, several large cards).
         """
         presets = {
             "smoke": dict(
@@ -140,6 +140,15 @@ class DRR2CTConfig(Config):
                 consistency_detector=64,
             ),
             "cpu": {},
+            "atlas": dict(
+                base="atlas",
+                prior_modes=24,
+                view_channels=(8, 16, 32, 32),
+                lifted_channels=(2, 16, 32),
+                grid_channels=(4, 16, 32),
+                latent_channels=32,
+                latent_blocks=1,
+            ),
             "gpu": dict(
                 size=128,
                 prior_modes=64,

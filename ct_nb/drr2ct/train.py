@@ -31,6 +31,7 @@ from ..evaluation.inference import domain_record, expected_residual, learnt_from
 from ..evaluation.metrics import psnr, ssim
 from ..physics.xray_noise import PoseNoise, XrayNoise
 from ..training.checkpoints import WEIGHTS_FILE, weights_digest
+from ..training.losses import LossWeights
 from ..training.run import Run, command, in_own_folder, schedule
 from ..training.trainer import Trainer, TrainerConfig, trainer_preset
 from ..training.run_folder import read_run
@@ -88,6 +89,27 @@ DRR2CT_PRESETS = {
         render_size=64,
         phantoms=12,
         validation_phantoms=2,
+    ),
+    "atlas": DRR2CTPreset(  # a small network on a base that is good already
+        DRR2CTConfig.preset("atlas"),
+        TrainerConfig(
+            steps=600,
+            batch_size=2,
+            learning_rate=2e-3,
+            log_every=10,
+            checkpoint_every=100,
+            validate_every=200,
+        ),
+        render_size=128,
+        phantoms=240,
+        validation_phantoms=8,
+        stages=(
+            replace(
+                get_stages("joint")[0],
+                share=1.0,
+                loss=LossWeights(absolute=1.0, squared=5.0, kl=1e-4),
+            ),
+        ),
     ),
     "cpu": DRR2CTPreset(
         DRR2CTConfig.preset("cpu"),
@@ -204,27 +226,15 @@ def _build(self: DRR2CTRun, progress: bool) -> DRR2CT:
     """The network with what it has to know of the training cases; and the baselines, fitted to the
     training cases.
     """
-    settings = self.settings
+    started = None if self.start is None else self._started(self.settings.network)
     if not self.is_real:
         materialize(self.training, "rendering X-rays", progress, keep=False)  # into the cache
-    statistics = xray_statistics(self.training)
     torch.manual_seed(self.seed)
-    if self.start is not None:
-        self.model = self._started(settings.network)
-        self._give_atlas()
-        self.baselines = self._baselines()
-        return self.model
-    count = min(settings.network.atlas_count, len(self.cohort.for_atlas))
-    self.model = DRR2CT(
-        replace(
-            settings.network,
-            xray_mean=statistics["mean"],
-            xray_std=statistics["sd"],
-            atlas_count=count,
-        )
-    )
+    self.model = self._untrained() if started is None else started
     self._give_atlas()
     self.baselines = self._baselines()
+    if started is not None:
+        return self.model
     items = materialize(
         self.cohort.cases(for_prior=True), "reading volumes for the prior", progress
     )
@@ -232,6 +242,21 @@ def _build(self: DRR2CTRun, progress: bool) -> DRR2CT:
         self._choose_prior_noise(items)
     self.model.prior.fit(torch.stack([item["hu"] for item in items]))
     return self.model
+
+
+@patch
+def _untrained(self: DRR2CTRun) -> DRR2CT:
+    "A new network for the X-rays of the training cases, with an atlas of as many CTs as there are."
+    statistics = xray_statistics(self.training)
+    network = self.settings.network
+    return DRR2CT(
+        replace(
+            network,
+            xray_mean=statistics["mean"],
+            xray_std=statistics["sd"],
+            atlas_count=min(network.atlas_count, len(self.cohort.for_atlas)),
+        )
+    )
 
 
 @patch
