@@ -61,7 +61,9 @@ class DRR2CTConfig(Config):
     atlas_levels: tuple[tuple[int, int, int], ...] = ((16, 4, 20), (32, 8, 20))
     prior_modes: int = 160  # principal components
     prior_noise: float = 0.5
-    grid_channels: tuple[int, ...] = (8, 32, 64)  # at full size, half of it, a quarter, …
+    grid_channels: tuple[int, ...] = (8, 32, 64)  # of the finest grid, half its size, a quarter, …
+    # voxels a side of the finest grid, whose correction is interpolated; None: the size
+    grid_size: int | None = None
     # voxels a side of the latent grid; a multiple of 4
     latent_size: int = 16
     latent_channels: int = 64
@@ -101,12 +103,7 @@ class DRR2CTConfig(Config):
                 "xray_normalization",
                 f"must be 'dataset' or 'scan', got {self.xray_normalization!r}",
             )
-        if self.size % 2 ** (len(self.grid_channels) - 1):
-            raise InputError(
-                "size",
-                f"must be a multiple of {2 ** (len(self.grid_channels) - 1)} with"
-                f" {len(self.grid_channels)} grid_channels, got {self.size}",
-            )
+        self._check_grid()
         if self.latent_size % 4:
             raise InputError("latent_size", f"must be a multiple of 4, got {self.latent_size}")
         mu_water_per_mm(self.energy_kev)  # InputError for an energy outside its table
@@ -119,6 +116,31 @@ class DRR2CTConfig(Config):
             *("view_channels", "keep_tokens", "epipolar_strides", "atlas_count"),
         )
         self.require(0, "latent_blocks", "consistency_noise", "consistency_iterations")
+
+    def _check_grid(self):
+        "InputError for a finest grid that cannot be halved, or that the volume is no multiple of."
+        halved = 2 ** (len(self.grid_channels) - 1)
+        if self.finest % halved:
+            raise InputError(
+                "size" if self.grid_size is None else "grid_size",
+                f"must be a multiple of {halved} with {len(self.grid_channels)} grid_channels, got"
+                f" {self.finest}",
+            )
+        if self.grid_size is not None and (
+            not 1 <= self.grid_size <= self.size or self.size % self.grid_size
+        ):
+            raise InputError(
+                "grid_size", f"must divide the size, {self.size}, got {self.grid_size}"
+            )
+        if self.grid_size is not None and self.decoder == "diffusion":
+            raise InputError(
+                "grid_size", "a diffusion decoder samples whole voxels; leave it out"
+            )
+
+    @property
+    def finest(self) -> int:
+        "Voxels a side of the finest grid."
+        return self.size if self.grid_size is None else self.grid_size
 
     @classmethod
     def preset(cls, name: str) -> "DRR2CTConfig":
@@ -144,8 +166,9 @@ class DRR2CTConfig(Config):
                 base="atlas",
                 prior_modes=24,
                 view_channels=(8, 16, 32, 32),
-                lifted_channels=(2, 16, 32),
-                grid_channels=(4, 16, 32),
+                lifted_channels=(4, 16, 32),
+                grid_channels=(16, 32, 64),
+                grid_size=32,
                 latent_channels=32,
                 latent_blocks=1,
             ),
@@ -245,7 +268,7 @@ class DRR2CT(nn.Module):
         if c.base == "atlas":
             self.atlas = AtlasBase(c.size, c.atlas_count, c.atlas_levels, c.energy_kev)
         physical = 7 if self.atlas is None else 9
-        self.grid = LatentGrid(c.lifted_channels, c.grid_channels, physical, size=c.size)
+        self.grid = LatentGrid(c.lifted_channels, c.grid_channels, physical, size=c.finest)
         self.enter = nn.Conv3d(c.grid_channels[-1], c.latent_channels, 1)
         self.leave = nn.Conv3d(c.latent_channels, c.grid_channels[-1], 1)
         self.decoder = make_decoder(c.decoder, c.grid_channels, outputs=1, camera=True)
@@ -319,21 +342,22 @@ class DRR2CT(nn.Module):
         residual, minimum over views of the X-ray, and position; with an atlas its spread and what
         the X-rays moved, (B, 9, N, N, N).
         """
-        size = self.config.size
+        size = self.config.finest
         projections = project_voxels(geometry, size)
         lifted = lift(images, projections)
         visible = projections.seen[:, :, None]
         mean = lifted.sum(1) / visible.sum(1).clamp_min(1)
         least = lifted[:, :, :1].masked_fill(~visible, 1e4).amin(1).clamp_max(10.0)
         maps = torch.cat([mean, least], 1).unflatten(-1, (size,) * 3)
-        grid, device = geometry.grid, images.device
+        grid, device = geometry.grid.resized(size), images.device
         center = torch.as_tensor(grid.center_mm.copy(), dtype=torch.float32, device=device)
         position = ((grid.centers_mm(device=device) - center) / 160).permute(3, 0, 1, 2)
         position = position.expand(len(base.hu), 3, size, size, size)
         volumes = [self.window.to_network(base.hu)]
         if self.atlas is not None:
             volumes += [base.spread_hu / 200, (base.hu - base.mean_hu) / 200]
-        return torch.cat([torch.stack(volumes, 1), maps, position], 1)
+        volumes = F.avg_pool3d(torch.stack(volumes, 1), self.config.size // size)
+        return torch.cat([volumes, maps, position], 1)
 
     def _base(self, xrays, geometry, base=None) -> Base:
         "What is corrected, from a `Base`, its volumes (B, 3, N, N, N) or HU (B, N, N, N), or None."
@@ -449,6 +473,6 @@ class DRR2CT(nn.Module):
             start = self.window.to_network(base)[:, None]
             options["correct"] = lambda residual: guide(start + residual) - start
         residual = self.decoder(x, grids, geometry, target, random, **options)
-        hu = base + residual[:, 0] * scale
+        hu = base + _resized(residual, self.config.size)[:, 0] * scale
         # a leaky clamp at vacuum, so that voxels below it have a gradient
         return torch.maximum(hu, -1000 + 0.01 * (hu + 1000))

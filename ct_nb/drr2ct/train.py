@@ -107,7 +107,7 @@ DRR2CT_PRESETS = {
             replace(
                 get_stages("joint")[0],
                 share=1.0,
-                loss=LossWeights(absolute=1.0, squared=5.0, kl=1e-4),
+                loss=LossWeights(absolute=0.2, squared=5.0, kl=1e-4),
             ),
         ),
     ),
