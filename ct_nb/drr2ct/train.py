@@ -45,7 +45,7 @@ class DRR2CTPreset:
     trainer: TrainerConfig
     render_size: int  # voxels a side of the cubes that X-rays are rendered from
     # for training: three in four fit the linear prior, the others train the network; with an atlas,
-    # which needs fewer, one in four
+    # which needs fewer, one in three
     phantoms: int
     validation_phantoms: int  # evaluated, where the data are phantoms
     stages: tuple[Stage, ...] = get_stages()
@@ -70,7 +70,7 @@ class DRR2CTPreset:
             self.pose,
             self.augmentation,
             self.trained_on,
-            prior_share=0.25 if self.network.base == "atlas" else 0.75,
+            prior_share=1 / 3 if self.network.base == "atlas" else 0.75,
             variants=self.variants if self.network.base == "atlas" else None,
         )
 
@@ -94,7 +94,7 @@ DRR2CT_PRESETS = {
         DRR2CTConfig.preset("atlas"),
         TrainerConfig(
             steps=600,
-            batch_size=2,
+            batch_size=4,
             learning_rate=2e-3,
             log_every=10,
             checkpoint_every=100,
