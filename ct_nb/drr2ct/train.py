@@ -181,9 +181,14 @@ class DRR2CTRun(Run):
         self.all_settings = settings
         if self.stage == "all":
             return settings
-        wanted = {stage.name for stage in get_stages(self.stage)}
-        stages = tuple(stage for stage in settings.stages if stage.name in wanted)
-        return replace(settings, stages=stages)
+        own = {stage.name: stage for stage in settings.stages}
+        wanted = [stage.name for stage in get_stages(self.stage)]
+        if not set(wanted) <= set(own):
+            raise InputError(
+                "stage",
+                f"the preset {self.preset} has {', '.join(own)} alone, got {self.stage!r}",
+            )
+        return replace(settings, stages=tuple(own[name] for name in wanted))
 
     @property
     def parts(self) -> list[str] | None:

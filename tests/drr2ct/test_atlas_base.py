@@ -84,6 +84,17 @@ def test_before_training_it_gives_the_atlas_reconstruction(atlas, scene):
     assert torch.equal(prediction.base_hu[0].clamp_min(-1000), prediction.unconstrained_hu[0])
 
 
+def test_a_coarser_grid_corrects_the_whole_volume(atlas, scene):
+    _, xrays = scene
+    model = network(atlas, replace(SMALL, grid_size=8, latent_size=4))
+    torch.nn.init.normal_(model.decoder.last.weight, std=0.1)
+    with torch.no_grad():
+        found = model(xrays[None], BEAM, consistency=False)
+    change = found.unconstrained_hu - found.base_hu
+    assert change.shape == (1, 16, 16, 16) and change.std() > 1
+    assert (change[..., 1:] - change[..., :-1]).std() < change.std(), "it is not smooth"
+
+
 def test_the_spread_and_what_the_xrays_moved_reach_the_network(atlas, scene):
     _, xrays = scene
     model = network(atlas)
@@ -159,13 +170,19 @@ def test_weights_without_an_atlas_are_refused_with_a_sentence(atlas, tmp_path):
     assert "no atlas yet" in caught.value.reason
 
 
-def test_what_does_not_fit_is_refused(atlas):
+def test_what_does_not_fit_is_refused(atlas, tmp_path):
     with refused("base"):
         replace(SMALL, base="mean")
     with refused("atlas_count"):
         replace(SMALL, atlas_count=0)
     with refused("atlas"):
         AtlasBase(16, 2, LEVELS).take(atlas)
+    with refused("grid_size"):
+        replace(SMALL, grid_size=6)
+    with refused("grid_size"):
+        replace(SMALL, grid_size=8, decoder="diffusion")
+    with refused("stage"):
+        DRR2CTRun("atlas", stage="joint fine", out=tmp_path)
 
 
 # ---------------------------------------------------------------- a run
