@@ -21,7 +21,7 @@ from ct_nb.atlas.bspline import (
     unfolded,
 )
 from .folding import folding_penalty
-from .minimise import minimise
+from .minimise import Minimum, minimise
 from .volumes import Atlas
 from .warp import Bent, bend_atlases, bend_labels, pull_back
 from ..core.errors import InputError
@@ -195,6 +195,9 @@ class VolumeTarget:
         return weighted * self.counted
 
 # %% ../../nbs/atlas/04_fit.ipynb #cell-010
+LONGEST_STEP_MM = 15.0  # of an iteration
+
+
 class _Misfit:
     "f and its gradient for rows of parameters (K, n)."
 
@@ -272,10 +275,12 @@ class _Misfit:
         farthest = control.flatten(1).abs().amax(1, keepdim=True)
         return torch.maximum(farthest, affine.flatten(1).abs().amax(1, keepdim=True))
 
+    def minimised(self, rows, iterations: int) -> Minimum:
+        "The rows after at most so many iterations."
+        limit, tolerance = LONGEST_STEP_MM, self.settings.tolerance
+        return minimise(self, rows, iterations, self.longest, limit, self.scaling, tolerance)
+
 # %% ../../nbs/atlas/04_fit.ipynb #cell-011
-LONGEST_STEP_MM = 15.0  # of an iteration
-
-
 @dataclass
 class Fit:
     "K atlases that were bent onto one patient."
@@ -328,15 +333,7 @@ def fit(
         else:
             rows = _refined(rows, misfit, finer)
         misfit = finer
-        found = minimise(
-            misfit,
-            rows,
-            level.iterations,
-            misfit.longest,
-            LONGEST_STEP_MM,
-            misfit.scaling,
-            settings.tolerance,
-        )
+        found = misfit.minimised(rows, level.iterations)
         rows = found.at
         iterations.append(found.iterations)
         if progress is not None:

@@ -12,7 +12,6 @@ import torch
 
 from .bspline import bspline_basis
 from ct_nb.atlas.fit import (
-    LONGEST_STEP_MM,
     FitSettings,
     Level,
     XrayTarget,
@@ -20,7 +19,6 @@ from ct_nb.atlas.fit import (
     _Misfit,
     _refined,
 )
-from .minimise import minimise
 from .volumes import Atlas
 from ..physics.geometry import ConeBeam
 from ..physics.pose_errors import rotate, translate
@@ -198,15 +196,7 @@ def find_poses(
             bends, moves = misfit.split(rows)
             rows = torch.cat([_refined(bends, misfit, finer), moves], 1)
         misfit = finer
-        rows = minimise(
-            misfit,
-            rows,
-            level.iterations,
-            misfit.longest,
-            LONGEST_STEP_MM,
-            misfit.scaling,
-            settings.fit.tolerance,
-        ).at
+        rows = misfit.minimised(rows, level.iterations).at
         if progress is not None:
             progress(number / len(settings.fit.levels))
     return _together(geometry, misfit.movements(rows), misfit.residual(rows))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from atlas_inputs import CUBE, QUICK
 from commands import ct_nb
 from places import REAL_CT
 from refusals import refused
@@ -27,19 +28,7 @@ from ct_nb.physics.drr import render_drr
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.volume import Grid, Volume
 
-QUICK = FitSettings(levels=(Level(16, 4, 10), Level(32, 8, 10)))
-CUBE = Grid.cube(32)
 BEAM = ConeBeam.biplanar(grid=CUBE, detector_shape=(32, 32), pixel_mm=16.0)
-
-
-@pytest.fixture(scope="module")
-def atlas():
-    return Atlas.open("phantom:3", size=32, cache_dir=None)
-
-
-@pytest.fixture(scope="module")
-def patient():
-    return phantom(41, 32).volume.tensor().float()
 
 
 @pytest.fixture(scope="module")

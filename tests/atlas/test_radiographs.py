@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from atlas_inputs import CUBE, QUICK
 from commands import ct_nb
 from PIL import Image
 from refusals import refused
 
 from ct_nb.app.reconstruct_files import reconstruct_files
 from ct_nb.atlas.contradiction import contradictions
-from ct_nb.atlas.fit import FitSettings, Level, XrayTarget
+from ct_nb.atlas.fit import XrayTarget
 from ct_nb.atlas.intensities import fit_greys, grey_target
 from ct_nb.atlas.reconstruct import reconstruct
-from ct_nb.atlas.volumes import Atlas
 from ct_nb.data.exposed_area import find_exposed_area
 from ct_nb.data.read import read_ct
 from ct_nb.evaluation.metrics import psnr
@@ -25,25 +25,13 @@ from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.geometry_io import save_geometry
 from ct_nb.physics.solvers import data_consistency
 from ct_nb.physics.projector import project
-from ct_nb.physics.volume import Grid, hu_to_mu
+from ct_nb.physics.volume import hu_to_mu
 
-QUICK = FitSettings(levels=(Level(16, 4, 10), Level(32, 8, 10)))
-CUBE = Grid.cube(32)
 FINE = ConeBeam.biplanar(grid=CUBE, detector_shape=(128, 128), pixel_mm=3.0)
 
 
 def seed(number):
     return torch.Generator().manual_seed(number)
-
-
-@pytest.fixture(scope="module")
-def atlas():
-    return Atlas.open("phantom:3", size=32, cache_dir=None)
-
-
-@pytest.fixture(scope="module")
-def patient():
-    return phantom(41, 32).volume.tensor().float()
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ def test_the_librarys_reader_agrees_with_the_labels():
     def stated(text):
         return {kind for kind, present in stated_findings(text, names).items() if present}
 
-    for seed in range(200, 500):
+    for seed in range(200, 320):
         in_view = ALL if seed % 3 else np.delete(ALL, [9, 12, 15, 17, 18, 19, 20])
         _, lesions, report = written(seed, in_view)
         kinds = {l.kind for l in lesions}
