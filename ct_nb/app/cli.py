@@ -498,25 +498,6 @@ def reconstruct_command(
     typer.echo(out)
 
 # %% ../../nbs/app/03_cli.ipynb #cell-reg2
-def _lines_of_poses(found) -> list[str]:
-    "A line for each movement, and whether it is accepted."
-    lines = []
-    numbers = zip(found.movements, found.covariance, found.similarity, found.agreement)
-    for which, (movement, covariance, similarity, agreement) in enumerate(numbers):
-        deviation = covariance.diagonal().clamp_min(0).sqrt()
-        turned, shifted = (
-            ", ".join(f"{m:+.2f} ± {d:.2f}" for m, d in zip(movement[three], deviation[three]))
-            for three in (slice(0, 3), slice(3, 6))
-        )
-        name = "all views" if len(found.movements) == 1 else f"view {which}"
-        lines.append(
-            f"{name}: turned by ({turned})°, shifted by ({shifted}) mm; similarity"
-            f" {similarity:.3f}, {agreement:.0%} of the starts agree"
-        )
-    verdict = "accepted" if found.accepted else "doubtful"
-    return [*lines, *(f"doubt: {doubt}" for doubt in found.doubts), f"verdict: {verdict}"]
-
-
 @app.command("register", cls=Command)
 def register_command(
     ct: _Ct,
@@ -599,7 +580,7 @@ def register_command(
         seed=seed,
     )
     _print_notes(notes)
-    for line in _lines_of_poses(found):
+    for line in found.sentences():
         typer.echo(line)
     typer.echo(out)
 

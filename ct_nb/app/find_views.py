@@ -14,6 +14,7 @@ import torch
 from ..atlas.fit import XrayTarget
 from ..atlas.poses import find_poses, moved_views
 from ..atlas.uncalibrated import Uncalibrated, pixel_sizes, uncalibrated
+from ..atlas.views import check_views
 from ..atlas.volumes import DEFAULT_ATLAS, Atlas
 from ..core.errors import InputError
 from ..data.exposed_area import GREY, grey_reasons, read_greys
@@ -60,13 +61,18 @@ def _assumed_views(
 
 
 def _refined_views(images, views: ConeBeam, setup: Setup, opened, progress) -> Views:
-    "The geometry that is given, moved within the uncertainty of a set-up."
+    """The geometry that is given, moved within the uncertainty of a set-up.
+
+    Views that look exchanged, mirrored or upside down are doubts: no small movement mends them.
+    """
     atlas = opened()
     images, views, centered, _ = center_on_patient(images, views, atlas.size, atlas.side_mm)
     target = XrayTarget(images, centered.to(torch.float32))
+    doubts = check_views(target.xrays, target.geometry, atlas)
     poses = find_poses(atlas, target, setup.uncertainty, progress=progress)
     geometry = moved_views(views, poses.movements.to(views.dtype))
     result = Uncalibrated(images, geometry, [*range(len(images))], [], poses)
+    result.doubts = doubts
     result.assumed = [
         f"the geometry that is given, up to the uncertainty of the set-up {setup.name}"
     ]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARGIN_MM', 'END_MM', 'LONGEST', 'SHORTEST', 'LEAST_SIMILARITY', 'MOST_ERROR_MM', 'RIVAL_MM', 'RIVAL_SHARE', 'STARTS',
-           'ITERATIONS', 'move', 'target_registration_error', 'Registration', 'register']
+           'ITERATIONS', 'move', 'one_after_another', 'target_registration_error', 'patient_alone', 'PoseLevel',
+           'Registration', 'register']
 
 # %% ../../nbs/physics/10_registration.ipynb #cell-002
 import math
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from ..core.errors import InputError
 from .detector import average_pixels
 from .geometry import VECTORS, ConeBeam, GeometryError
-from .pose_errors import rotate, translate
+from .pose_errors import rotate, rotation_matrix, translate
 from .projector import project
 from .similarity import SIMILARITIES, residuals
 from .volume import AIR_HU, Grid, Volume, find_body, hu_to_mu, resample
@@ -38,6 +39,17 @@ def move(
         shift = (F.normalize(axes, dim=-2) * movements[..., None, 6:]).sum(-1)
         views = replace(views, source_mm=views.source_mm + shift)
     return views._map(lambda vectors: vectors.flatten(0, 1))
+
+
+def one_after_another(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    "The movement (6,) that does what two do, about one centre: degrees, mm. Float64."
+    from scipy.spatial.transform import Rotation
+
+    turns = [rotation_matrix(movement[:3].double()) for movement in (first, second)]
+    turned = Rotation.from_matrix((turns[1] @ turns[0]).numpy()).as_rotvec(degrees=True)
+    shifted = turns[1] @ first[3:6].double() + second[3:6]
+    return torch.cat([torch.from_numpy(turned), shifted])
+
 
 # %% ../../nbs/physics/10_registration.ipynb #cell-006
 def _in_detector_frame(geometry: ConeBeam, points_mm: torch.Tensor) -> torch.Tensor:
@@ -64,7 +76,7 @@ def target_registration_error(
 MARGIN_MM = 10.0  # kept around the body, which is found on a coarse grid
 
 
-def _patient(volume: Volume) -> tuple[Volume, np.ndarray]:
+def patient_alone(volume: Volume) -> tuple[Volume, np.ndarray]:
     "The CT with air around the body, and points of the body, (n, 3) LPS mm."
     from scipy.ndimage import binary_dilation
 
@@ -125,8 +137,8 @@ class _BodyBox:
 
 # %% ../../nbs/physics/10_registration.ipynb #cell-010
 @dataclass
-class _Level:
-    "The registration at one resolution: residuals as a function of movements."
+class PoseLevel:
+    "A CT and X-rays at one resolution: X-rays of the CT, and residuals, as functions of movements."
 
     mu: torch.Tensor  # (D, H, W) mm⁻¹
     box: _BodyBox
@@ -134,12 +146,22 @@ class _Level:
     target: torch.Tensor  # (V, R, C)
     weight: torch.Tensor  # (V, R, C) 0 or 1
     similarity: str
-    center_mm: np.ndarray
-    render: Callable
+    center_mm: np.ndarray  # (3,) about which movements turn
+    render: Callable = project
     projections: int = 0  # views computed
 
     @classmethod
-    def at(cls, size, patient, points, xrays, weight, geometry, energy_kev, *rest):
+    def at(
+        cls,
+        size: int,
+        patient: Volume,
+        points: np.ndarray,  # (n, 3) LPS mm, of the body; both of `patient_alone`
+        xrays: torch.Tensor,  # (V, R, C) line integrals
+        weight: torch.Tensor,  # (V, R, C) 1 where a pixel counts, 0 elsewhere
+        geometry: ConeBeam,  # float64
+        energy_kev: float,
+        *rest,  # the last fields
+    ) -> "PoseLevel":
         "`size`³ voxels at most, and `size` pixels along the longer side of the detector."
         box = _BodyBox.around(points, patient.grid)
         grid = patient.grid.resized(tuple(min(size, n) for n in patient.grid.shape))
@@ -158,12 +180,15 @@ class _Level:
         views = move(self.geometry, movements.detach(), self.center_mm)
         return self.weight * self.box.holds(views).unflatten(0, (len(movements), -1))
 
-    def residuals(self, movements: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        "(K, P) -> (K, n), over the pixels that count."
+    def images(self, movements: torch.Tensor) -> torch.Tensor:
+        "X-rays of the CT, (K, P) -> (K, V, R, C)."
         views = move(self.geometry, movements, self.center_mm)
         self.projections += views.views
-        images = self.render(self.mu, views).unflatten(0, (len(movements), -1))
-        return residuals(images, self.target, counts, self.similarity)
+        return self.render(self.mu, views).unflatten(0, (len(movements), -1))
+
+    def residuals(self, movements: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        "(K, P) -> (K, n), over the pixels that count."
+        return residuals(self.images(movements), self.target, counts, self.similarity)
 
     @property
     def differences(self) -> torch.Tensor:
@@ -172,7 +197,7 @@ class _Level:
         return torch.tensor([math.degrees(step / 100)] * 3 + [step] * 6, dtype=torch.float64)
 
 # %% ../../nbs/physics/10_registration.ipynb #cell-012
-def _value_and_gradient(level: _Level, at: torch.Tensor):
+def _value_and_gradient(level: PoseLevel, at: torch.Tensor):
     "½‖r‖² (K,) and its derivative (K, P), for the pixels that count at these movements."
     counts = level.counts(at)
     with torch.enable_grad():
@@ -183,7 +208,7 @@ def _value_and_gradient(level: _Level, at: torch.Tensor):
 
 
 @torch.no_grad()
-def _hessian(level: _Level, at: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+def _hessian(level: PoseLevel, at: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     "JᵀJ, (K, P, P), from difference quotients."
     count, numbers = at.shape
     moved = torch.cat([at[:, None], at[:, None] + torch.diag(steps)], 1).flatten(0, 1)
@@ -198,7 +223,7 @@ SHORTEST = 0.05  # difference steps: a fit ends with a step that is shorter in a
 
 
 def _levenberg_marquardt(
-    level: _Level,
+    level: PoseLevel,
     start: torch.Tensor,  # (K, P) float64
     iterations: int,  # at most
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -261,6 +286,25 @@ class Registration:
         "Whether nothing speaks against the poses."
         return not self.doubts
 
+    def sentences(self) -> list[str]:
+        "A line for each movement, one for each doubt, and the verdict."
+        lines = []
+        numbers = zip(self.movements, self.covariance, self.similarity, self.agreement)
+        for which, (movement, covariance, similarity, agreement) in enumerate(numbers):
+            deviation = covariance.diagonal().clamp_min(0).sqrt()
+            turned, shifted = (
+                ", ".join(f"{m:+.2f} ± {d:.2f}" for m, d in zip(movement[three], deviation[three]))
+                for three in (slice(0, 3), slice(3, 6))
+            )
+            name = "all views" if len(self.movements) == 1 else f"view {which}"
+            lines.append(
+                f"{name}: turned by ({turned})°, shifted by ({shifted}) mm; similarity"
+                f" {similarity:.3f}, {agreement:.0%} of the starts agree"
+            )
+        verdict = "accepted" if self.accepted else "doubtful"
+        return [*lines, *(f"doubt: {doubt}" for doubt in self.doubts), f"verdict: {verdict}"]
+
+
 # %% ../../nbs/physics/10_registration.ipynb #cell-016
 def _doubts(which: str, similarity, name: str, error, rival) -> list[str]:
     found = []
@@ -310,7 +354,7 @@ STARTS = (8, 4, 2)  # minimised at the coarse, middle and fine resolution
 ITERATIONS = (12, 10, 15)
 
 
-def _value(level: _Level, at: torch.Tensor) -> torch.Tensor:
+def _value(level: PoseLevel, at: torch.Tensor) -> torch.Tensor:
     return level.residuals(at, level.counts(at)).square().sum(-1) / 2
 
 
@@ -345,7 +389,7 @@ def _search(levels, geometry, center_mm, points, reach, count, seed, extended) -
     )
 
 # %% ../../nbs/physics/10_registration.ipynb #cell-021
-def _covariance(value: float, hessian: torch.Tensor, level: _Level) -> torch.Tensor:
+def _covariance(value: float, hessian: torch.Tensor, level: PoseLevel) -> torch.Tensor:
     "σ² H⁻¹ with the variance of the residuals."
     freedom = max(int(level.weight.sum()) - len(hessian), 1)
     return 2 * value / freedom * torch.linalg.pinv(hessian, hermitian=True)
@@ -401,7 +445,7 @@ def register(
     weight = torch.ones(xrays.shape) if mask is None else mask.float()
     xrays = torch.where(weight > 0, xrays, 0.0).float()
     geometry = geometry.detach().to("cpu", torch.float64)
-    patient, body = _patient(volume)
+    patient, body = patient_alone(volume)
     center_mm = body.mean(0)
     points = torch.from_numpy(body[:: max(len(body) // 1000, 1)])
     reach = torch.tensor([rotation_deg] * 3 + [shift_mm] * 3, dtype=torch.float64)
@@ -411,7 +455,7 @@ def register(
         views = geometry.select(group)
         given = (patient, body, xrays[group], weight[group], views, energy_kev)
         levels = [
-            _Level.at(n, *given, name, center_mm, render)
+            PoseLevel.at(n, *given, name, center_mm, render)
             for n, name in zip((size // 4, size // 2, size), ("ncc", "ncc", similarity))
         ]
         movement, hessian, value, agreement, rival = _search(

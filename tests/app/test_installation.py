@@ -28,6 +28,7 @@ EXTRA_IMPORTS = {  # modules that nothing outside the extra imports, and what th
 }
 NEED_WIDGETS = {
     "app.reconstruction_explorer",
+    "app.registration_explorer",
     "ct_encoder.explorer",
     "slices.explorer",
     "viewer.canvas",

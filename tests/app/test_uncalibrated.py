@@ -147,6 +147,20 @@ def test_a_geometry_that_does_not_fit_is_named(images, atlas):
     assert mirrored_ratio(atlas, mirrored, views) > MUCH_WORSE
 
 
+def test_exchanged_views_are_named_where_the_geometry_is_moved(tmp_path):
+    views = setup_geometry(CHEST, ["PA", "LL"], (96, 96), [[4.0, 4.0]] * 2)
+    xrays = render_drr(phantom(20, 64).volume.tensor(), views)
+    how = dict(geometry=views, setup="chest", atlas=("phantom:4", 32), notes=[])
+    for name, images in (("right", xrays), ("exchanged", xrays.flip(0))):
+        write_radiographs(tmp_path / name, images, views)
+    right = find_views(tmp_path / "right", **how)
+    assert right.entry["doubts"] == [] and right.entry["sure"]
+    found = find_views(tmp_path / "exchanged", **how)
+    (doubt,) = found.entry["doubts"]
+    assert doubt.startswith("views 0 and 1 look as if they were exchanged")
+    assert not found.entry["sure"] and doubt in found.page
+
+
 @pytest.mark.parametrize("kind", [None, "grey"])
 def test_eight_bits_without_a_geometry_are_no_greys(images, tmp_path, kind):
     "A curve is fitted only where the geometry is known, and a sentence says it."

@@ -1,5 +1,7 @@
 """Every explorer as a reader meets it: opened, run, played with."""
 
+import re
+
 import lab
 
 
@@ -70,6 +72,66 @@ def test_xrays(reader):
         ), notebook.page.mouse.up()
 
     check_change(notebook, "scene", drag)
+
+
+def test_registration(reader):
+    """A drag brings the CT nearer to its X-rays, *register* finds the pose to 2 mm, and
+    *reconstruct* shows the atlas at that pose.
+    """
+    notebook = opened(reader, "explore_registration")
+    page = notebook.page
+    notebook.save("explore_registration")
+    status = page.locator(".widget-html-content", has_text="from the true pose")
+
+    def said() -> tuple[float, float]:
+        "The similarity, and the distance from the true pose in mm."
+        found = re.search(r"\) (\d\.\d+).*; ([\d.]+) mm from", status.inner_text())
+        return float(found[1]), float(found[2])
+
+    def press_button(name: str):
+        return page.get_by_role("button", name=name, exact=True).click
+
+    def drag(right: int, down: int):
+        def act():
+            box = notebook.picture("view 0").bounding_box()
+            x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+            page.mouse.move(x, y)
+            page.mouse.down()
+            page.mouse.move(x + right, y + down, steps=5)
+            page.mouse.up()
+
+        return act
+
+    start = said()
+    check_change(notebook, "view 0", drag(-15, 14))
+    nearer = said()
+    assert nearer[0] > start[0] + 0.05 and nearer[1] < start[1] - 5
+    check_change(notebook, "view 1", turn(notebook, "view 0"))
+    check_change(notebook, "view 0", lambda: notebook.slider("head, mm").press("PageUp"))
+    page.get_by_role("button", name="tilt", exact=True).click()
+    check_change(notebook, "view 1", drag(20, 0))
+    check_change(
+        notebook, "view 0", lambda: notebook.menu("show").select_option(label="checkerboard")
+    )
+    notebook.menu("show").select_option(label="both in colour")
+    notebook.settle()
+    assert said()[1] > 2
+    notebook.save("explore_registration_dragged")
+    press_button("register")()
+    page.get_by_text("Accepted: nothing speaks against this pose.").wait_for()
+    notebook.settle()
+    found = said()
+    assert found[1] < 2 and found[0] > 0.8 and found[0] > nearer[0]
+    assert page.get_by_text("all views: turned by").count() == 1
+    notebook.save("explore_registration_found")
+    press_button("reconstruct")()
+    page.get_by_text("Reconstructed from the atlas").wait_for()
+    notebook.settle()
+    check_change(notebook, "reconstruction", press_button("axial"))
+    notebook.save("explore_registration_reconstructed")
+    check_change(notebook, "view 0", press_button("reset"))
+    assert said() == start
+    notebook.check()
 
 
 def test_reconstruction(reader):

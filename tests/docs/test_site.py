@@ -611,7 +611,7 @@ def test_what_reads_a_run_comes_after_what_leaves_it():
     assert (
         {"train_refinement.ipynb", "robustness_drr2ct.ipynb", "evaluate.ipynb"} <= set(then)
         and last == [name for name in notebooks() if name.startswith("explore_")]
-        and len(last) == 5
+        and len(last) == 6
     )
 
 

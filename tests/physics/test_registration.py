@@ -11,8 +11,9 @@ from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
 from ct_nb.physics.registration import (
     _BodyBox,
-    _patient,
     move,
+    one_after_another,
+    patient_alone,
     register,
     target_registration_error,
 )
@@ -35,7 +36,7 @@ def start(chest):
 
 @pytest.fixture(scope="module")
 def body(chest):
-    return _patient(chest)[1]
+    return patient_alone(chest)[1]
 
 
 def xrays_of(volume, geometry, kev=60.0):
@@ -90,6 +91,15 @@ def test_many_movements_are_the_views_of_one_geometry(start):
         chosen = both.select([2 * number, 2 * number + 1])
         assert torch.allclose(chosen.source_mm, one.source_mm, atol=1e-9)
     assert torch.allclose(both.select([0, 1]).row_step_mm, start.row_step_mm, atol=1e-9)
+
+
+def test_two_movements_are_one(start, body):
+    second = torch.tensor([[-20.0, 11, 40, 3, 30, -5]]).double()
+    center = body.mean(0)
+    twice = move(move(start, MOVEMENT, center), second, center)
+    once = move(start, one_after_another(MOVEMENT[0], second[0])[None], center)
+    for name in ("source_mm", "detector_center_mm", "column_step_mm", "row_step_mm"):
+        assert torch.allclose(getattr(once, name), getattr(twice, name), atol=1e-9), name
 
 
 def test_a_ray_through_the_first_or_last_slice_does_not_count():
@@ -158,7 +168,7 @@ def test_the_covariance_is_that_of_repeated_noise(start):
     """About the movement without noise, which is not zero: `register` takes air for all but the
     body, and the body that it finds in coarse voxels is not quite the one of the X-rays.
     """
-    patient, _ = _patient(phantom(0, 48).volume)
+    patient, _ = patient_alone(phantom(0, 48).volume)
     coarse = patient.resample_onto(start.grid.resized(32))
     views = start.rebinned((32, 32))
     clean = xrays_of(coarse, views)
@@ -184,7 +194,7 @@ def test_a_patient_at_another_energy_with_noise():
     from ct_nb.physics.xray_noise import XrayNoise, add_xray_noise
 
     volume = read_ct(REAL_CT / "cip-ct64.nii.gz")
-    patient, body = _patient(volume)
+    patient, body = patient_alone(volume)
     start = ConeBeam.biplanar(
         grid=volume.grid, isocenter_mm=body.mean(0), detector_shape=(64, 64), pixel_mm=8.0
     )

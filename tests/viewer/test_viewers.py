@@ -662,6 +662,7 @@ def test_papermill_gets_figures_of_all_explorers(tmp_path, monkeypatch):
     small = {
         "explore_ct": f"data = {ct}",
         "explore_xrays": f"data = {ct}; size = 32",
+        "explore_registration": f"data = {ct}; size = 32",
         "explore_reconstruction": f"data = {ct}; runs = {nothing}",
         "explore_steps": f"size = 32; weights = {nothing}",
         "explore_slices": f"size = 48; weights = {nothing}",
