@@ -30,7 +30,7 @@ def check(*words, code=0):
     return done
 
 
-def test_everything_is_measured_once(tmp_path, trained):
+def test_everything_is_measured_once(tmp_path, trained, trained_cache):
     shutil.copytree(trained("drr2ct"), tmp_path / "training")  # as an earlier call left it
     said = check("--tiny", "--out", tmp_path).stdout
     record = json.loads((tmp_path / "gpu_check.json").read_text())
