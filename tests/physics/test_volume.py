@@ -13,6 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from ct_nb.core.errors import FileError
 from ct_nb.data.read import read_ct
+from ct_nb.phantom.chest import phantom
 from ct_nb.physics import volume as volume_module
 from ct_nb.physics.volume import (
     AIR_HU,
@@ -322,6 +323,28 @@ def test_real_scans_are_centred(real_ct):
         inside = np.abs(points - cube.grid.center_mm).max(1) < 155
         index = np.round(cube.grid.mm_to_index(points[inside])).astype(int)
         assert np.mean(cube.hu[tuple(index.T[::-1])] > AIR_HU) > 0.99, path.name
+
+
+def test_lungs_behind_a_thin_wall_belong_to_the_body():
+    made = phantom(36, 64)
+    mask, coarse = find_body(made.volume)
+    lungs = (made.regions > 0) & (made.regions < 6)
+    seen = resample(mask.astype(np.float32), coarse, made.volume.grid) > 0.5
+    assert seen[lungs].mean() > 0.97
+
+
+def test_a_couch_of_foam_and_air_under_a_blanket_do_not():
+    hu = np.full((24, 64, 64), -1000.0, np.float32)
+    hu[:, 20:40, 16:48] = 0  # the trunk
+    hu[:, 24:34, 20:30] = -800  # a lung behind 20 mm of wall
+    hu[:, 24:32, 4:10] = hu[:, 24:32, 54:60] = 0  # arms
+    hu[:, 16, 4:60] = hu[:, 16:24, 4] = hu[:, 16:24, 59] = 0  # a blanket from arm to arm
+    hu[:, 40:48, 2:62] = -930  # foam
+    hu[:, [40, 47], 2:62] = hu[:, 40:48, [2, 61]] = -100  # in a shell of carbon fibre
+    mask, _ = find_body(Volume(hu, np.diag([5.0, 5.0, 5.0, 1.0])))
+    trunk = np.zeros(hu.shape, bool)
+    trunk[:, 20:40, 16:48] = True
+    assert mask[trunk].mean() > 0.97 and mask[~trunk].mean() < 0.02
 
 
 # ---------------------------------------------------------------- saving
