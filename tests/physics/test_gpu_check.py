@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from places import ROOT
+from places import FULL, ROOT
 
 PROGRAM = ROOT / "launch" / "gpu_check.py"
 pytestmark = pytest.mark.skipif(
@@ -30,6 +30,7 @@ def check(*words, code=0):
     return done
 
 
+@FULL
 def test_everything_is_measured_once(tmp_path, trained, trained_cache):
     shutil.copytree(trained("drr2ct"), tmp_path / "training")  # as an earlier call left it
     said = check("--tiny", "--out", tmp_path).stdout
