@@ -8,11 +8,13 @@ __all__ = ['VALIDATION_SHARE', 'RepeatedConcatDataset', 'materialize', 'Cohort']
 # %% ../../nbs/data/10_cohort.ipynb #cell-002
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..core.errors import InputError
 from .augmentation import VolumeAugmentation
 from .cache import default_cache_dir
 from .cases import CTSource
@@ -40,13 +42,34 @@ class RepeatedConcatDataset(Dataset):
     def __getitem__(self, place: int) -> dict:
         return self.at(0, place)
 
+    def in_epoch(self, epoch: int) -> Dataset:
+        "The items of an epoch, by place."
+        return _Epoch(self, epoch)
+
     def at(self, epoch: int, place: int) -> dict:
         "The item at a place in an epoch: copy c of epoch e is epoch `e·copies + c` of its set."
         pairs, index, copy, copies = self.entries[place]
         return pairs.at(epoch * copies + copy, index)
 
+
+@dataclass
+class _Epoch(Dataset):
+    data: RepeatedConcatDataset
+    epoch: int
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, place: int) -> dict:
+        return self.data.at(self.epoch, place)
+
 # %% ../../nbs/data/10_cohort.ipynb #cell-007
-def materialize(pairs: Dataset, about: str, progress: bool = True) -> list[dict]:
+def materialize(
+    pairs: Dataset,
+    about: str,  # what is done, for the progress
+    progress: bool = True,
+    keep: bool = True,  # return the items; False: fill the caches, and return none
+) -> list[dict]:
     "All items of a set, in order, computed by as many processes as there are cores."
     from tqdm.auto import tqdm
 
@@ -57,16 +80,18 @@ def materialize(pairs: Dataset, about: str, progress: bool = True) -> list[dict]
         generator=torch.Generator(),
     )
     items, clock = [], time.perf_counter()
-    for item in tqdm(loader, desc=about, unit="case", mininterval=5, disable=not progress):
-        # a worker's tensor holds an open file until it is copied, and open files are few
-        items.append(
-            {
-                key: value.clone() if isinstance(value, torch.Tensor) else value
-                for key, value in item.items()
-            }
-        )
-        if progress and len(items) % 60 == 0:
-            print(f"{about}: {len(items)} of {len(pairs)}, {time.perf_counter() - clock:.0f} s")
+    bar = tqdm(loader, desc=about, unit="case", mininterval=5, disable=not progress)
+    for done, item in enumerate(bar, 1):
+        if keep:
+            # a worker's tensor holds an open file until it is copied, and open files are few
+            items.append(
+                {
+                    key: value.clone() if isinstance(value, torch.Tensor) else value
+                    for key, value in item.items()
+                }
+            )
+        if progress and done % 60 == 0:
+            print(f"{about}: {done} of {len(pairs)}, {time.perf_counter() - clock:.0f} s")
     return items
 
 # %% ../../nbs/data/10_cohort.ipynb #cell-009
@@ -93,6 +118,14 @@ class Cohort:
     pose: PoseNoise = PoseNoise()  # in training
     augmentation: VolumeAugmentation = field(default_factory=VolumeAugmentation.strong)
     trained_on: str = "both"  # of a folder: "both" real cases and phantoms, or "real" or "phantom"
+    prior_share: float = 0.75  # of the phantoms for training, to fit the prior or be the atlas
+    variants: int | None = None  # augmentations and poses a case; None: new in each epoch
+
+    def __post_init__(self):
+        if self.trained_on not in ("both", "real", "phantom"):
+            raise InputError(
+                "trained_on", f"must be 'both', 'real' or 'phantom', got {self.trained_on!r}"
+            )
 
     @property
     def is_real(self) -> bool:
@@ -129,7 +162,7 @@ class Cohort:
             phantoms = open_source(
                 f"phantom:{self.phantoms}", self.render_size, cache_dir=default_cache_dir()
             )
-        cut = max(1, 3 * len(phantoms) // 4)
+        cut = max(1, int(self.prior_share * len(phantoms)))
         self.phantoms_for_prior = phantoms[:cut]
         self.phantoms_for_network = phantoms[cut:] if cut < len(phantoms) else phantoms
         return self
@@ -146,20 +179,22 @@ class Cohort:
             **changes,
         )
 
-    def cases(self, for_prior: bool = False, one_pose: bool = False) -> RepeatedConcatDataset:
-        """What the network learns from, with noise and moved poses (unless `one_pose`), or what
-        the prior is fitted to.
+    def cases(
+        self, for_prior: bool = False, one_pose: bool = False, beside: Callable | None = None
+    ) -> RepeatedConcatDataset:
+        """What the network learns from, with noise and moved poses (unless `one_pose`) and what is
+        to go `beside` an item (see `XrayPairs`), or what the prior is fitted to.
         """
         pose = PoseNoise() if one_pose and not for_prior else self.pose
-        changes = {} if for_prior else {"noise": self.noise, "pose": pose}
+        changes = {"noise": self.noise, "pose": pose, "variants": self.variants, "beside": beside}
+        if for_prior:
+            changes = {"variants": self.variants}
         phantoms = self.pairs(
             self.phantoms_for_prior if for_prior else self.phantoms_for_network, **changes
         )
         if not self.is_real or self.trained_on == "phantom":
             return RepeatedConcatDataset((phantoms, 1))
-        augmented = self.pairs(
-            self.training.source, augmentation=self.augmentation, noise=self.noise, pose=pose
-        )
+        augmented = self.pairs(self.training.source, augmentation=self.augmentation, **changes)
         real = augmented, max(1, round(len(phantoms) / len(augmented)))
         if self.trained_on == "real":
             return RepeatedConcatDataset(real)
@@ -169,6 +204,15 @@ class Cohort:
     def held_out_with_noise(self) -> XrayPairs:
         "The validation cases as X-rays of patients would be, with noise and moved poses."
         return self.pairs(self.validation.source, noise=self.noise, pose=self.pose)
+
+    @property
+    def for_atlas(self) -> CTSource:
+        """CTs to bend onto the cases: the patients of training, or the phantoms of the prior, which
+        the network is not trained on.
+        """
+        if self.is_real and self.trained_on != "phantom":
+            return self.training.source
+        return self.phantoms_for_prior
 
     @property
     def learnt_from(self) -> str:

@@ -7,7 +7,8 @@ __all__ = ['XrayPairs', 'collate', 'xray_statistics']
 
 # %% ../../nbs/data/08_xray_pairs.ipynb #cell-002
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -50,6 +51,10 @@ class XrayPairs(torch.utils.data.Dataset):
         augmentation: VolumeAugmentation | None = None,
         cache_dir=None,  # keeps clean pairs; `ct_nb.data.cache.default_cache_dir()` is a good place
         seed: int = 0,
+        # as many augmentations and poses a case, which the cache keeps too; None: new in each epoch
+        variants: int | None = None,
+        # an item before noise -> entries that go with it, such as what a network starts from
+        beside: Callable[[dict], dict] | None = None,
     ):
         size = int(size)
         render_size = int(source.size if render_size is None else render_size)
@@ -67,6 +72,10 @@ class XrayPairs(torch.utils.data.Dataset):
         self.pose = PoseNoise() if pose is None else pose
         self.augmentation = VolumeAugmentation() if augmentation is None else augmentation
         self.seed = seed
+        self.variants = variants
+        self.beside = beside
+        if variants is not None and variants < 1:
+            raise InputError("variants", f"must be 1 or more, or None, got {variants}")
         self.grid = Grid.cube(size, source.side_mm)
         geometry = ConeBeam.biplanar(grid=self.grid) if geometry is None else geometry
         self.geometry = geometry.on(self.grid)
@@ -75,7 +84,9 @@ class XrayPairs(torch.utils.data.Dataset):
                 "geometry", f"must be of one scan, got a batch {self.geometry.batch_shape}"
             )
         self.cache = None if cache_dir is None else DiskCache(cache_dir)
-        self._code = code_digest("physics/*.py", "data/xray_pairs.py", "data/cases.py")
+        self._code = code_digest(
+            "physics/*.py", *(f"data/{name}.py" for name in ("xray_pairs", "cases", "augmentation"))
+        )
 
     def __len__(self):
         return len(self.source)
@@ -129,58 +140,81 @@ def _arrays(self: XrayPairs, hu, labels, geometry, sample: Sample) -> dict:
 
 # %% ../../nbs/data/08_xray_pairs.ipynb #ab76e4a7
 @patch
-def _clean(self: XrayPairs, index: int) -> dict:
-    "The arrays without augmentation, pose and noise; from the cache where there is one."
-
-    def build():
-        hu, labels, sample = self._cube(index, keep=self.cache is None)
-        tensors = self._arrays(hu, labels, self.geometry, sample)
-        return {key: tensor.numpy() for key, tensor in tensors.items()}
-
+def _kept(self: XrayPairs, index: int, build: Callable[[], dict], *changes) -> dict:
+    "What `build` gives for a case, tensors by name; from the cache where there is one."
+    if self.cache is None:
+        return build()
     name = content_digest(
         "pair",
         self.source.cases[index].digest,
         [self.size, self.render_size, self.energy_kev],
         geometry_to_json(self.geometry),
         self._code,
+        *changes,
     )
-    arrays = build() if self.cache is None else self.cache.get(name, build)
+    arrays = self.cache.get(
+        name, lambda: {key: tensor.numpy() for key, tensor in build().items()}
+    )
     return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+@patch
+def _clean(self: XrayPairs, index: int) -> dict:
+    "The arrays without augmentation, pose and noise."
+
+    def build():
+        hu, labels, sample = self._cube(index, keep=self.cache is None)
+        return self._arrays(hu, labels, self.geometry, sample)
+
+    return self._kept(index, build)
 
 
 @patch
 def _changed(self: XrayPairs, index: int, key: tuple) -> tuple[dict, ConeBeam]:
     "The arrays with augmentation and pose noise, and the geometry that is recorded."
-    hu, labels, sample = self._cube(index, keep=True)
-    if self.augmentation != VolumeAugmentation():
-        hu, labels = augment(
-            hu,
-            self.source.side_mm,
-            self.augmentation,
-            seeded_generator(*key, "volume"),
-            labels,
-            sample.label_names,
-        )
     true, recorded = perturb_pose(self.geometry, self.pose, seeded_generator(*key, "pose"))
-    return self._arrays(hu, labels, true, sample), recorded
+
+    def build():
+        hu, labels, sample = self._cube(index, keep=True)
+        if self.augmentation != VolumeAugmentation():
+            hu, labels = augment(
+                hu,
+                self.source.side_mm,
+                self.augmentation,
+                seeded_generator(*key, "volume"),
+                labels,
+                sample.label_names,
+            )
+        return self._arrays(hu, labels, true, sample)
+
+    if self.variants is None:
+        return build(), recorded
+    changes = [asdict(self.augmentation), asdict(self.pose), list(key)]
+    return self._kept(index, build, changes), recorded
 
 # %% ../../nbs/data/08_xray_pairs.ipynb #525f49a9
 @patch
 def at(self: XrayPairs, epoch: int, index: int) -> dict:
-    "The item of a case in an epoch: each epoch samples its own augmentation, pose and noise."
+    """The item of a case in an epoch: each epoch samples its own noise, and its own augmentation
+    and pose, or the next of the `variants`.
+    """
     index = range(len(self))[index]
     key = (self.seed, epoch, index)
     geometry = self.geometry
     if self.augmentation == VolumeAugmentation() and self.pose == PoseNoise():
         arrays = self._clean(index)
     else:
-        arrays, geometry = self._changed(index, key)
+        variant = epoch if self.variants is None else epoch % self.variants
+        arrays, geometry = self._changed(index, (self.seed, variant, index))
+    item = {"id": self.ids[index], "patient": self.patients[index], "geometry": geometry}
+    if self.beside is not None:
+        arrays |= self.beside(item | arrays)
     if self.noise != XrayNoise():
         generator = seeded_generator(*key, "noise")
         arrays["xrays"] = add_xray_noise(arrays["xrays"], self.noise, generator)
         if self.noise.cutout_mm:
             arrays["xrays"] = cut_out(arrays["xrays"], geometry, self.noise.cutout_mm, generator)
-    return {"id": self.ids[index], "patient": self.patients[index], "geometry": geometry, **arrays}
+    return item | arrays
 
 # %% ../../nbs/data/08_xray_pairs.ipynb #cell-015
 def collate(items: list[dict]) -> dict:
@@ -188,7 +222,7 @@ def collate(items: list[dict]) -> dict:
     batch = {"geometry": ConeBeam.stack([item["geometry"] for item in items])}
     for key in ("id", "patient"):
         batch[key] = [item[key] for item in items]
-    for key in ("hu", "xrays", "affine", "labels"):
+    for key in ("hu", "xrays", "affine", "labels", "base"):
         if all(key in item for item in items):
             batch[key] = torch.stack([item[key] for item in items])
     return batch

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..atlas.combine import FLOOR_HU
 from ..core.config import Config
 from ..core.errors import InputError
 from ..core.seeding import Generators
+from .atlas_base import AtlasBase, Base
 from .decoder import Decoder, UNetDecoder
 from .diffusion_decoder import DiffusionDecoder
 from .feature_grid import LatentGrid
@@ -53,9 +55,15 @@ class DRR2CTConfig(Config):
     epipolar_neighbours: int = 32
     epipolar_gate: bool = True
     lifted_channels: tuple[int, ...] = (4, 24, 48)  # of the features that are lifted into the grid
+    base: str = "linear"  # what the network corrects: "linear", the prior's estimate, or "atlas"
+    atlas_count: int = 24  # CTs of the atlas
+    # voxels a side, intervals of control points and iterations of each level of the atlas's fit
+    atlas_levels: tuple[tuple[int, int, int], ...] = ((16, 4, 20), (32, 8, 20))
     prior_modes: int = 160  # principal components
     prior_noise: float = 0.5
-    grid_channels: tuple[int, ...] = (8, 32, 64)  # at full size, half of it, a quarter, …
+    grid_channels: tuple[int, ...] = (8, 32, 64)  # of the finest grid, half its size, a quarter, …
+    # voxels a side of the finest grid, whose correction is interpolated; None: the size
+    grid_size: int | None = None
     # voxels a side of the latent grid; a multiple of 4
     latent_size: int = 16
     latent_channels: int = 64
@@ -84,6 +92,10 @@ class DRR2CTConfig(Config):
             "grid_channels",
         ):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        levels = tuple(tuple(level) for level in self.atlas_levels)
+        object.__setattr__(self, "atlas_levels", levels)
+        if self.base not in ("linear", "atlas"):
+            raise InputError("base", f"must be 'linear' or 'atlas', got {self.base!r}")
         if self.window not in WINDOWS:
             raise InputError("window", f"must be one of {', '.join(WINDOWS)}, got {self.window!r}")
         if self.xray_normalization not in ("dataset", "scan"):
@@ -91,12 +103,7 @@ class DRR2CTConfig(Config):
                 "xray_normalization",
                 f"must be 'dataset' or 'scan', got {self.xray_normalization!r}",
             )
-        if self.size % 2 ** (len(self.grid_channels) - 1):
-            raise InputError(
-                "size",
-                f"must be a multiple of {2 ** (len(self.grid_channels) - 1)} with"
-                f" {len(self.grid_channels)} grid_channels, got {self.size}",
-            )
+        self._check_grid()
         if self.latent_size % 4:
             raise InputError("latent_size", f"must be a multiple of 4, got {self.latent_size}")
         mu_water_per_mm(self.energy_kev)  # InputError for an energy outside its table
@@ -106,14 +113,39 @@ class DRR2CTConfig(Config):
             *("size", "latent_size", "grid_channels", "latent_channels", "bottleneck_channels"),
             *("view_depths", "view_heads", "view_window", "epipolar_neighbours", "prior_modes"),
             *("lifted_channels", "contrast_channels", "consistency_detector"),
-            *("view_channels", "keep_tokens", "epipolar_strides"),
+            *("view_channels", "keep_tokens", "epipolar_strides", "atlas_count"),
         )
         self.require(0, "latent_blocks", "consistency_noise", "consistency_iterations")
 
+    def _check_grid(self):
+        "InputError for a finest grid that cannot be halved, or that the volume is no multiple of."
+        halved = 2 ** (len(self.grid_channels) - 1)
+        if self.finest % halved:
+            raise InputError(
+                "size" if self.grid_size is None else "grid_size",
+                f"must be a multiple of {halved} with {len(self.grid_channels)} grid_channels, got"
+                f" {self.finest}",
+            )
+        if self.grid_size is not None and (
+            not 1 <= self.grid_size <= self.size or self.size % self.grid_size
+        ):
+            raise InputError(
+                "grid_size", f"must divide the size, {self.size}, got {self.grid_size}"
+            )
+        if self.grid_size is not None and self.decoder == "diffusion":
+            raise InputError(
+                "grid_size", "a diffusion decoder samples whole voxels; leave it out"
+            )
+
+    @property
+    def finest(self) -> int:
+        "Voxels a side of the finest grid."
+        return self.size if self.grid_size is None else self.grid_size
+
     @classmethod
     def preset(cls, name: str) -> "DRR2CTConfig":
-        """smoke (32³, seconds), cpu (64³, minutes on two cores), gpu (128³, one card) or paper
-        (256³, several large cards).
+        """smoke (32³, seconds), cpu (64³, minutes on two cores), atlas (64³, smaller, corrects bent
+        CTs), gpu (128³, one card) or paper (256³, several large cards).
         """
         presets = {
             "smoke": dict(
@@ -124,10 +156,22 @@ class DRR2CTConfig(Config):
                 grid_channels=(6, 12),
                 latent_channels=16,
                 bottleneck_channels=8,
+                atlas_count=4,
+                atlas_levels=((16, 4, 10), (16, 8, 10)),
                 contrast_channels=8,
                 consistency_detector=64,
             ),
             "cpu": {},
+            "atlas": dict(
+                base="atlas",
+                prior_modes=24,
+                view_channels=(8, 16, 32, 32),
+                lifted_channels=(4, 16, 32),
+                grid_channels=(16, 32, 64),
+                grid_size=32,
+                latent_channels=32,
+                latent_blocks=1,
+            ),
             "gpu": dict(
                 size=128,
                 prior_modes=64,
@@ -162,7 +206,7 @@ class DRR2CTConfig(Config):
 class Encoding(NamedTuple):
     "What a network knows of a batch before the decoder."
 
-    base_hu: torch.Tensor  # (B, N, N, N) estimate of the linear prior
+    base: Base  # of the linear prior or the atlas
     features: list[torch.Tensor]  # (B, V, lifted channels, R/s, C/s) at strides 4, 8 and 16
     grids: list[torch.Tensor]  # (B, grid channels, …), from full size down
     latent: Latent  # of (B, bottleneck channels, latent size, …)
@@ -174,12 +218,17 @@ class Prediction(NamedTuple):
     "Reconstruction of a batch, with intermediate results for losses and reports."
 
     hu: torch.Tensor  # (B, N, N, N)
-    base_hu: torch.Tensor  # (B, N, N, N) estimate of the linear prior
+    base: Base  # of the linear prior or the atlas
     unconstrained_hu: torch.Tensor  # (B, N, N, N) before data consistency
     latent: Latent  # of (B, bottleneck channels, latent size, …)
     view_tokens: torch.Tensor  # (B, V, contrast channels) pooled features of each view
     latent_tokens: torch.Tensor  # (B, contrast channels) pooled latent
     features: list[torch.Tensor]  # (B, V, lifted channels, R/s, C/s) at strides 4, 8 and 16
+
+    @property
+    def base_hu(self) -> torch.Tensor:
+        "(B, N, N, N), HU, what was corrected."
+        return self.base.hu
 
 # %% ../../nbs/drr2ct/06_network.ipynb #cell-008
 DECODERS = {
@@ -215,7 +264,11 @@ class DRR2CT(nn.Module):
         super().__init__()
         self.config = c = config
         self.prior = LinearPrior(c.size, c.prior_modes, c.prior_noise, c.energy_kev)
-        self.grid = LatentGrid(c.lifted_channels, c.grid_channels, physical=7, size=c.size)
+        self.atlas = None
+        if c.base == "atlas":
+            self.atlas = AtlasBase(c.size, c.atlas_count, c.atlas_levels, c.energy_kev)
+        physical = 7 if self.atlas is None else 9
+        self.grid = LatentGrid(c.lifted_channels, c.grid_channels, physical, size=c.finest)
         self.enter = nn.Conv3d(c.grid_channels[-1], c.latent_channels, 1)
         self.leave = nn.Conv3d(c.latent_channels, c.grid_channels[-1], 1)
         self.decoder = make_decoder(c.decoder, c.grid_channels, outputs=1, camera=True)
@@ -245,6 +298,8 @@ class DRR2CT(nn.Module):
                 if block.modulation is not None:
                     nn.init.zeros_(block.modulation.weight)
         self.decoder.start_small()
+        if self.atlas is not None:
+            nn.init.zeros_(self.decoder.last.weight)  # any noise would make a good base worse
 
     @property
     def window(self) -> Window:
@@ -255,9 +310,11 @@ class DRR2CT(nn.Module):
         geometry = batched_geometry(xrays, geometry)
         return geometry.on(geometry.grid.resized(self.config.size))
 
-    def _consistent(self, hu, xrays, geometry):
+    def _consistent(self, hu, base: Base, xrays, geometry):
         y, coarse = bin_pixels(xrays, geometry, self.config.consistency_detector)
-        spread = (self._to_mu(self.prior.spread_hu) - self._to_mu(0.0)).expand_as(hu)
+        # all bent atlases can be wrong together
+        floor = 0.0 if self.atlas is None else FLOOR_HU
+        spread = self._to_mu(base.spread_hu + floor) - self._to_mu(0.0)
         mu = data_consistency(
             self._to_mu(hu),
             y,
@@ -280,28 +337,45 @@ class DRR2CT(nn.Module):
         std = xrays.std((1, 2, 3), keepdim=True)
         return (xrays - mean) / std.clamp_min(1e-6)
 
-    def _physical(self, base, images, geometry):
+    def _physical(self, base: Base, images, geometry):
         """Physical features of each voxel, (B, 7, N, N, N): base, mean over views of X-ray and
-        residual, minimum over views of the X-ray, and position.
+        residual, minimum over views of the X-ray, and position; with an atlas its spread and what
+        the X-rays moved, (B, 9, N, N, N).
         """
-        size = self.config.size
+        size = self.config.finest
         projections = project_voxels(geometry, size)
         lifted = lift(images, projections)
         visible = projections.seen[:, :, None]
         mean = lifted.sum(1) / visible.sum(1).clamp_min(1)
         least = lifted[:, :, :1].masked_fill(~visible, 1e4).amin(1).clamp_max(10.0)
         maps = torch.cat([mean, least], 1).unflatten(-1, (size,) * 3)
-        grid, device = geometry.grid, images.device
+        grid, device = geometry.grid.resized(size), images.device
         center = torch.as_tensor(grid.center_mm.copy(), dtype=torch.float32, device=device)
         position = ((grid.centers_mm(device=device) - center) / 160).permute(3, 0, 1, 2)
-        position = position.expand(len(base), 3, size, size, size)
-        return torch.cat([self.window.to_network(base)[:, None], maps, position], 1)
+        position = position.expand(len(base.hu), 3, size, size, size)
+        volumes = [self.window.to_network(base.hu)]
+        if self.atlas is not None:
+            volumes += [base.spread_hu / 200, (base.hu - base.mean_hu) / 200]
+        volumes = F.avg_pool3d(torch.stack(volumes, 1), self.config.size // size)
+        return torch.cat([volumes, maps, position], 1)
+
+    def _base(self, xrays, geometry, base=None) -> Base:
+        "What is corrected, from a `Base`, its volumes (B, 3, N, N, N) or HU (B, N, N, N), or None."
+        if isinstance(base, Base):
+            return base
+        if base is not None and base.ndim == 5:
+            return Base.unstack(base.to(xrays.device))
+        if base is None and self.atlas is not None:
+            return self.atlas(xrays, geometry)
+        hu = self.prior(xrays, geometry) if base is None else base
+        return Base(hu, hu, self.prior.spread_hu.expand_as(hu))
 
     @torch.no_grad()
     def start(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
-        "The prior's estimate with data consistency: X-rays (B, V, R, C) → HU (B, N, N, N)."
+        "The base with data consistency: X-rays (B, V, R, C) → HU (B, N, N, N)."
         geometry = self._on_grid(xrays, geometry)
-        return self._consistent(self.prior(xrays, geometry), xrays, geometry)
+        base = self._base(xrays, geometry)
+        return self._consistent(base.hu, base, xrays, geometry)
 
     def forward(
         self,
@@ -317,10 +391,11 @@ class DRR2CT(nn.Module):
     ) -> Prediction:
         """Reconstruct a batch.
 
-        `base` (B, N, N, N), HU, replaces the prior's estimate. `sample` samples the latent, by
+        `base`, a `Base`, or its three volumes in one (B, 3, N, N, N), or the estimate alone
+        (B, N, N, N), replaces what prior or atlas would give. `sample` samples the latent, by
         default in training only, from `generator` or one for each case. `consistency` applies data
         consistency, by default as configured. Pixels that are `hidden`, (B, V, R, C) bool, reach
-        prior and data consistency, but not the network. A diffusion decoder is trained with the
+        base and data consistency, but not the network. A diffusion decoder is trained with the
         `truth` (B, N, N, N), HU, and its predictions are corrected by `guide`, an `XrayGuidance` of
         this window and grid. Raises InputError for a guide with another decoder, or X-rays that do
         not fit.
@@ -337,10 +412,10 @@ class DRR2CT(nn.Module):
         unconstrained = self._decode(code, value, geometry, truth, bool(sample), guide, generator)
         hu = unconstrained
         if self.config.consistency if consistency is None else consistency:
-            hu = self._consistent(unconstrained, xrays, geometry)
+            hu = self._consistent(unconstrained, code.base, xrays, geometry)
         return Prediction(
             hu,
-            code.base_hu,
+            code.base,
             unconstrained,
             code.latent,
             code.view_tokens,
@@ -352,9 +427,8 @@ class DRR2CT(nn.Module):
         "The first half of `forward`, with its arguments: up to the latent, without the decoder."
         geometry = self._on_grid(xrays, geometry)
         with torch.no_grad():
-            if base is None:
-                base = self.prior(xrays, geometry)
-            images = self._images(base, xrays, geometry, hidden)
+            base = self._base(xrays, geometry, base)
+            images = self._images(base.mean_hu, xrays, geometry, hidden)
             physical = self._physical(base, images, geometry)
         features = self.views(images, geometry)
         grids = self.grid(features, physical, geometry)
@@ -368,10 +442,12 @@ class DRR2CT(nn.Module):
             self.latent_head(latent.mean.mean((-3, -2, -1))),
         )
 
-    def _images(self, base, xrays, geometry, hidden):
-        "Input images of the views, (B, V, 2, R, C): X-rays, and their residual after the base."
+    def _images(self, hu, xrays, geometry, hidden):
+        """Input images of the views, (B, V, 2, R, C): X-rays, and their residual after the base,
+        before it was moved onto them.
+        """
         y, coarse = bin_pixels(xrays, geometry, 128)
-        residual = y - project(self._to_mu(base), coarse)
+        residual = y - project(self._to_mu(hu), coarse)
         if hidden is not None:
             coarse_hidden = F.adaptive_max_pool2d(hidden.float(), residual.shape[-2:])
             residual = residual * (coarse_hidden == 0)
@@ -388,7 +464,7 @@ class DRR2CT(nn.Module):
 
     def _decode(self, code, value, geometry, truth, random, guide, generator):
         "The base corrected by the decoder, HU (B, N, N, N), before data consistency."
-        base, grids = code.base_hu, code.grids
+        base, grids = code.base.hu, code.grids
         x = _resized(self.leave(self.bottleneck.expand(value)), grids[-1].shape[-1])
         scale = self.window.width_hu / 2
         target = None if truth is None else ((truth - base) / scale)[:, None]
@@ -397,6 +473,6 @@ class DRR2CT(nn.Module):
             start = self.window.to_network(base)[:, None]
             options["correct"] = lambda residual: guide(start + residual) - start
         residual = self.decoder(x, grids, geometry, target, random, **options)
-        hu = base + residual[:, 0] * scale
+        hu = base + _resized(residual, self.config.size)[:, 0] * scale
         # a leaky clamp at vacuum, so that voxels below it have a gradient
         return torch.maximum(hu, -1000 + 0.01 * (hu + 1000))

@@ -170,7 +170,8 @@ class DRR2CTObjective(nn.Module):
     def encode(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         "The rows of a batch that `loss_of_rows` takes; without the decoder."
         hidden = self._hidden(batch, step)
-        return self._rows(self.model.encode(batch["xrays"], batch["geometry"], None, hidden), batch)
+        code = self.model.encode(batch["xrays"], batch["geometry"], batch.get("base"), hidden)
+        return self._rows(code, batch)
 
     def loss_of_rows(self, rows: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         "The terms in which cases meet, over the rows of all pieces and processes."
@@ -196,6 +197,7 @@ class DRR2CTObjective(nn.Module):
         prediction = self.model(
             batch["xrays"],
             batch["geometry"],
+            batch.get("base"),
             hidden=hidden,
             truth=truth,
             generator=self._generators(batch, step, "noise"),
@@ -258,7 +260,7 @@ class DRR2CTObjective(nn.Module):
             terms["masked"] = masked
         for teacher in self.teacher:
             with torch.no_grad():
-                target = teacher(xrays, geometry).latent.mean
+                target = teacher(xrays, geometry, batch.get("base")).latent.mean
             terms["distillation"] = partial(distillation_error, prediction.latent.mean, target)
         return terms
 

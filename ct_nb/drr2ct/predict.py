@@ -53,13 +53,14 @@ class ModelPredictor:
     consistency: bool | None = None
 
     @torch.no_grad()
-    def predict(self, xrays: torch.Tensor, geometry: ConeBeam) -> torch.Tensor:
+    def predict(self, xrays: torch.Tensor, geometry: ConeBeam, base=None) -> torch.Tensor:
         """Line integrals (V, R, C) and a geometry in the frame of the cube → HU (N, N, N), at least
-        −1000.
+        −1000. The `base` (3, N, N, N) is computed unless given.
         """
         device = next(self.model.parameters()).device
         images = xrays[None].float().to(device)
-        hu = self.model(images, geometry.to(device), consistency=self.consistency).hu
+        base = None if base is None else base[None].to(device)
+        hu = self.model(images, geometry.to(device), base, consistency=self.consistency).hu
         return _to_volume(hu)
 
 # %% ../../nbs/drr2ct/08_predict.ipynb #cell-008
@@ -68,14 +69,14 @@ def _check_count(samples) -> None:
         raise InputError("samples", f"must be a whole number from 0 up, got {samples!r}")
 
 
-def _samples(model: DRR2CT, images, geometry, base_hu, count: int, seed: int, consistency: bool):
+def _samples(model: DRR2CT, images, geometry, base, count: int, seed: int, consistency: bool):
     "HU (N, N, N) of `count` samples of the latent; the caller's random state is not changed."
     device = images.device
     samples = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for _ in range(count):
-            sample = model(images, geometry, base=base_hu, sample=True, consistency=consistency)
+            sample = model(images, geometry, base=base, sample=True, consistency=consistency)
             samples.append(_to_volume(sample.hu))
     return samples
 
@@ -120,7 +121,7 @@ def reconstruct(
     model.eval()
     try:
         prediction = model(images, beam, sample=False, consistency=True)
-        sampled = _samples(model, images, beam, prediction.base_hu, samples, seed, consistency)
+        sampled = _samples(model, images, beam, prediction.base, samples, seed, consistency)
     finally:
         model.train(training)
     volumes = [_to_volume(hu) for hu in (prediction.hu, prediction.unconstrained_hu)]

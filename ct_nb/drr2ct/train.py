@@ -13,11 +13,15 @@ from typing import ClassVar
 import torch
 from fastcore.basics import patch
 
+from ..atlas.fit import FitSettings
 from ..atlas.reconstruct import atlas_baseline
+from ..atlas.volumes import Atlas
 from ..core.errors import InputError
 from ..data.augmentation import MixedPairs, VolumeAugmentation
+from ..data.cache import DiskCache, default_cache_dir
 from ..data.cohort import Cohort, materialize
 from ..data.xray_pairs import XrayPairs, collate, xray_statistics
+from .atlas_base import KeptAtlas
 from .network import DRR2CT, DRR2CTConfig
 from .objective import DRR2CTObjective, Stage, fewer_neighbours, get_stages
 from .predict import ModelPredictor, load_drr2ct
@@ -27,6 +31,7 @@ from ..evaluation.inference import domain_record, expected_residual, learnt_from
 from ..evaluation.metrics import psnr, ssim
 from ..physics.xray_noise import PoseNoise, XrayNoise
 from ..training.checkpoints import WEIGHTS_FILE, weights_digest
+from ..training.losses import LossWeights
 from ..training.run import Run, command, in_own_folder, schedule
 from ..training.trainer import Trainer, TrainerConfig, trainer_preset
 from ..training.run_folder import read_run
@@ -39,7 +44,9 @@ class DRR2CTPreset:
     network: DRR2CTConfig
     trainer: TrainerConfig
     render_size: int  # voxels a side of the cubes that X-rays are rendered from
-    phantoms: int  # for training: three in four fit the linear prior, the others train the network
+    # for training: three in four fit the linear prior, the others train the network; with an atlas,
+    # which needs fewer, one in three
+    phantoms: int
     validation_phantoms: int  # evaluated, where the data are phantoms
     stages: tuple[Stage, ...] = get_stages()
     noise: XrayNoise = XrayNoise(photons_per_pixel=1e5)  # in training; evaluation has none
@@ -47,6 +54,7 @@ class DRR2CTPreset:
     augmentation: VolumeAugmentation = VolumeAugmentation.strong()  # of real cases, which are few
     # where the data are real: "both" real cases and phantoms, or "real" or "phantom" alone
     trained_on: str = "both"
+    variants: int = 4  # augmentations of a real case where each needs a fit of the atlas
 
     def cohort(self, data: str, seed: int) -> Cohort:
         "The cases of a run with this preset."
@@ -62,6 +70,8 @@ class DRR2CTPreset:
             self.pose,
             self.augmentation,
             self.trained_on,
+            prior_share=1 / 3 if self.network.base == "atlas" else 0.75,
+            variants=self.variants if self.network.base == "atlas" else None,
         )
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-005
@@ -79,6 +89,27 @@ DRR2CT_PRESETS = {
         render_size=64,
         phantoms=12,
         validation_phantoms=2,
+    ),
+    "atlas": DRR2CTPreset(  # a small network on a base that is good already
+        DRR2CTConfig.preset("atlas"),
+        TrainerConfig(
+            steps=600,
+            batch_size=4,
+            learning_rate=2e-3,
+            log_every=10,
+            checkpoint_every=100,
+            validate_every=200,
+        ),
+        render_size=128,
+        phantoms=240,
+        validation_phantoms=8,
+        stages=(
+            replace(
+                get_stages("joint")[0],
+                share=1.0,
+                loss=LossWeights(absolute=0.2, squared=5.0, kl=1e-4),
+            ),
+        ),
     ),
     "cpu": DRR2CTPreset(
         DRR2CTConfig.preset("cpu"),
@@ -120,6 +151,10 @@ class DRR2CTRun(Run):
     # folder of a run whose weights to start from; a later stage starts from `out` unless given
     start: str | None = None
     teacher: str | None = None  # folder of a run whose latent the stage masked is to match
+    # what the network corrects, "linear" or "atlas"; the preset's unless given
+    base: str | None = None
+    # of a folder: "both" real cases and phantoms, "real" or "phantom"; the preset's unless given
+    trained_on: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -136,8 +171,24 @@ class DRR2CTRun(Run):
     def configure(self, settings: DRR2CTPreset) -> DRR2CTPreset:
         "As `Run.configure`, with the stages that were asked for."
         settings = super().configure(settings)
+        if self.base is not None:
+            settings = replace(settings, network=replace(settings.network, base=self.base))
+        if self.trained_on is not None:
+            settings = replace(settings, trained_on=self.trained_on)
+        if settings.network.base == "atlas":  # a mixture of two cases is no case with a base
+            stages = tuple(replace(stage, mixup=0.0) for stage in settings.stages)
+            settings = replace(settings, stages=stages)
         self.all_settings = settings
-        return settings if self.stage == "all" else replace(settings, stages=get_stages(self.stage))
+        if self.stage == "all":
+            return settings
+        own = {stage.name: stage for stage in settings.stages}
+        wanted = [stage.name for stage in get_stages(self.stage)]
+        if not set(wanted) <= set(own):
+            raise InputError(
+                "stage",
+                f"the preset {self.preset} has {', '.join(own)} alone, got {self.stage!r}",
+            )
+        return replace(settings, stages=tuple(own[name] for name in wanted))
 
     @property
     def parts(self) -> list[str] | None:
@@ -180,31 +231,56 @@ def _build(self: DRR2CTRun, progress: bool) -> DRR2CT:
     """The network with what it has to know of the training cases; and the baselines, fitted to the
     training cases.
     """
-    settings = self.settings
+    started = None if self.start is None else self._started(self.settings.network)
     if not self.is_real:
-        materialize(self.training, "rendering X-rays", progress)  # into the cache
-    self.baselines = [*fit_baselines(self.training), atlas_baseline(self.training)]
-    statistics = xray_statistics(self.training)
+        materialize(self.training, "rendering X-rays", progress, keep=False)  # into the cache
     torch.manual_seed(self.seed)
-    if self.start is not None:
-        self.model = load_drr2ct(self.start)
-        if self.model.config.size != settings.network.size:
-            raise InputError(
-                "start",
-                f"{self.start} reconstructs {self.model.config.size}³ voxels, the preset"
-                f" {self.preset} {settings.network.size}³; take the same preset",
-            )
+    self.model = self._untrained() if started is None else started
+    self._give_atlas()
+    self.baselines = self._baselines()
+    if started is not None:
         return self.model
-    self.model = DRR2CT(
-        replace(settings.network, xray_mean=statistics["mean"], xray_std=statistics["sd"])
-    )
     items = materialize(
         self.cohort.cases(for_prior=True), "reading volumes for the prior", progress
     )
-    if self.is_real:
+    if self.is_real and self.model.atlas is None:
         self._choose_prior_noise(items)
     self.model.prior.fit(torch.stack([item["hu"] for item in items]))
     return self.model
+
+
+@patch
+def _untrained(self: DRR2CTRun) -> DRR2CT:
+    "A new network for the X-rays of the training cases, with an atlas of as many CTs as there are."
+    statistics = xray_statistics(self.training)
+    network = self.settings.network
+    return DRR2CT(
+        replace(
+            network,
+            xray_mean=statistics["mean"],
+            xray_std=statistics["sd"],
+            atlas_count=min(network.atlas_count, len(self.cohort.for_atlas)),
+        )
+    )
+
+
+@patch
+def _started(self: DRR2CTRun, wanted: DRR2CTConfig) -> DRR2CT:
+    "The network whose weights this run starts from; of another size or base: `InputError`."
+    model = load_drr2ct(self.start)
+    if model.config.size != wanted.size:
+        raise InputError(
+            "start",
+            f"{self.start} reconstructs {model.config.size}³ voxels, the preset"
+            f" {self.preset} {wanted.size}³; take the same preset",
+        )
+    if model.config.base != wanted.base:
+        raise InputError(
+            "start",
+            f"{self.start} corrects the base {model.config.base!r}, this run {wanted.base!r};"
+            " take the same base",
+        )
+    return model
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-010
 PRIOR_NOISE = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # line integrals
@@ -232,7 +308,8 @@ def _validate(self: DRR2CTRun, learner: DRR2CTObjective, most: int = 4) -> dict:
     scores = []
     for index in range(min(most, len(self.validation))):
         item = self.validation[index]
-        hu = ModelPredictor(learner.model).predict(item["xrays"], item["geometry"])
+        base = None if self.case_base is None else self.case_base.beside(item)["base"]
+        hu = ModelPredictor(learner.model).predict(item["xrays"], item["geometry"], base)
         scanned = item.get("scanned")
         quality = psnr(hu, item["hu"], mask=scanned), ssim(hu, item["hu"], counted=scanned)
         scores.append(quality)
@@ -240,6 +317,62 @@ def _validate(self: DRR2CTRun, learner: DRR2CTObjective, most: int = 4) -> dict:
         "psnr": sum(one for one, _ in scores) / len(scores),
         "ssim": sum(one for _, one in scores) / len(scores),
     }
+
+# %% ../../nbs/drr2ct/09_train.ipynb #cell-atlas1
+@patch
+def _give_atlas(self: DRR2CTRun) -> None:
+    """The CTs of the atlas, evenly spaced over those there are, for the network and, with the names
+    of their patients, for the training cases. Weights to start from get those of this run, since
+    nobody knows whether theirs are of a patient of this one.
+    """
+    self.case_base = None
+    model = self.model
+    if model.atlas is None:
+        return
+    source = self.cohort.for_atlas
+    indices = torch.linspace(0, len(source) - 1, model.config.atlas_count).round().long()
+    model.atlas.take(Atlas.from_source(source.subset(indices.unique().tolist()), "of the run"))
+    self._keep_bases()
+    self.case_base = model.atlas.with_levels(model.atlas.levels)
+
+
+@patch
+def _keep_bases(self: DRR2CTRun) -> None:
+    "Bases are kept on disk, so that no fit is made twice."
+    if self.model.atlas is not None:
+        self.model.atlas.cache = DiskCache(default_cache_dir())
+
+
+@patch(as_prop=True)
+def beside(self: DRR2CTRun):
+    "What goes beside a training case: its base where that has to be fitted, else None."
+    return None if self.case_base is None else self.case_base.beside
+
+
+@patch
+def _bend_atlas(self: DRR2CTRun, progress: bool) -> None:
+    "The bases of all training cases, into the cache."
+    if self.case_base is None:
+        return
+    data = self.cohort.cases(beside=self.beside)
+    copies = max(copies for _, _, _, copies in data.entries)
+    for epoch in range(-(-self.settings.variants // copies) if self.is_real else 1):
+        materialize(data.in_epoch(epoch), "bending the atlas", progress, keep=False)
+
+
+@patch
+def _baselines(self: DRR2CTRun) -> list:
+    """What needs no training of a network; for one that corrects an atlas its start, and the
+    reconstruction by the same CTs with the full fit.
+    """
+    baselines = fit_baselines(self.training)
+    atlas = self.model.atlas
+    if atlas is None:
+        return [*baselines, atlas_baseline(self.training)]
+    full = tuple((one.size, one.intervals, one.iterations) for one in FitSettings().levels)
+    if atlas.levels != full:
+        baselines.append(KeptAtlas(atlas, "network_start"))
+    return [*baselines, KeptAtlas(atlas.with_levels(full))]
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-012
 FEWEST_LATENT_CHANNELS = 16
@@ -258,7 +391,7 @@ def _trainer(self: DRR2CTRun, stage: Stage) -> Trainer:
     torch.manual_seed(self.seed)  # for the parts that only a stage has
     teacher = None if self.teacher is None else load_drr2ct(self.teacher)
     objective = DRR2CTObjective(self.model.train(), stage, config.steps, self.seed, teacher)
-    data = self.cohort.cases(one_pose=stage.mixup > 0)
+    data = self.cohort.cases(one_pose=stage.mixup > 0, beside=self.beside)
     return Trainer(
         objective,
         torch.nn.Module.__call__,
@@ -309,6 +442,7 @@ def _narrow(self: DRR2CTRun, channels: int) -> None:
 @patch
 def _train(self: DRR2CTRun, progress: bool) -> list[dict]:
     "Train the stages one after the other."
+    self._bend_atlas(progress)
 
     def load(name):
         self.model = load_drr2ct(self.stage_folder(name))
@@ -332,13 +466,15 @@ def _finish(self: DRR2CTRun, cases: int = 8) -> None:
         predictor = ModelPredictor(self.model, consistency=consistency)
         found = []
         for item in items:
-            hu = predictor.predict(item["xrays"], item["geometry"])
+            hu = predictor.predict(item["xrays"], item["geometry"], item.get("base"))
             energy_kev = self.settings.network.energy_kev
             found += view_residuals(hu, item["xrays"], item["geometry"], energy_kev)[0]
         return found
 
-    self.residual = expected_residual(residuals(some(self.cohort.cases()), None))
-    held_out = some(self.cohort.held_out_with_noise)
+    self.residual = expected_residual(residuals(some(self.cohort.cases(beside=self.beside)), None))
+    held_out = self.cohort.held_out_with_noise
+    held_out.beside = self.beside
+    held_out = some(held_out)
     distances = [self.model.prior.distance(item["xrays"], item["geometry"]) for item in held_out]
     self.domain = domain_record(
         learnt_from(self.cohort.learnt_from, self.start), residuals(held_out, False), distances
@@ -380,8 +516,9 @@ def evaluate(
 @patch
 def restore(self: DRR2CTRun) -> None:
     "The weights, and the baselines fitted anew to the training cases."
-    self.baselines = [*fit_baselines(self.training), atlas_baseline(self.training)]
     self.model = load_drr2ct(self.out)
+    self._keep_bases()
+    self.baselines = self._baselines()
 
 # %% ../../nbs/drr2ct/09_train.ipynb #cell-017
 main = command(DRR2CTRun)

@@ -62,6 +62,10 @@ HELP = {
         "--index --weights --region --top-k",
         ["cosine similarity (-1 to 1)", "[default: 10; x>=1]", "nodule"],
     ),
+    "benchmark": (
+        "--data --out --size --folds",
+        ["MODULE:NAME", "HU (N, N, N)", "goes on with a run", "[default: 64]", "By default 7"],
+    ),
     "cache": ("--clear", ["CT_NB_CACHE", "what else lies in the folder stays"]),
 }
 

@@ -366,6 +366,34 @@ def test_whatever_changes_has_another_name(source, tmp_path):
     assert len(list(tmp_path.glob("*/*.entry"))) == len(variants)
 
 
+def test_variants_repeat_with_noise_of_their_own_and_are_kept(source, tmp_path, monkeypatch):
+    pairs = everything(source, variants=2, cache_dir=tmp_path)
+    quiet = everything(source, variants=2, noise=XrayNoise(), cache_dir=tmp_path)
+    first, second = (quiet.at(epoch, 1) for epoch in (0, 1))
+    assert same(first, everything(source, noise=XrayNoise()).at(0, 1))
+    assert not torch.equal(first["hu"], second["hu"])
+    assert torch.equal(pairs.at(0, 1)["hu"], pairs.at(2, 1)["hu"])
+    assert not torch.equal(pairs.at(0, 1)["xrays"], pairs.at(2, 1)["xrays"])
+    monkeypatch.setattr(XrayPairs, "_arrays", None)  # nothing may be rendered again
+    assert same(first, quiet.at(2, 1)) and same(second, quiet.at(5, 1))
+    with refused("variants"):
+        everything(source, variants=0)
+
+
+def test_what_goes_beside_a_pair_sees_it_before_noise(source):
+    def beside(item):
+        return {"base": item["xrays"].mean() + len(item["patient"])}
+
+    plain = XrayPairs(source, 16, geometry=VIEWS)
+    noisy = XrayPairs(source, 16, geometry=VIEWS, noise=XrayNoise(1e3), beside=beside)
+    for epoch in (0, 1):
+        item = noisy.at(epoch, 2)
+        assert item["base"] == beside(plain[2])["base"]
+        assert not torch.equal(item["xrays"], plain[2]["xrays"])
+    assert collate([noisy[0], noisy[1]])["base"].shape == (2,)
+    assert "base" not in collate([noisy[0], plain[1]])
+
+
 @pytest.mark.parametrize(
     "spoil", [lambda b: b[: len(b) // 2], lambda b: b[:-100] + bytes(100)], ids=["cut", "zeros"]
 )
