@@ -76,6 +76,7 @@ SMALL = {  # parameters of a recipe at its smallest, beside `preset`
     "bench_ct_encoder": dict(whole=False),
     "bench_drr2ct": dict(repeats=1, batches="1"),
     "bench_phantom": dict(data="phantom:4", patients="all", phantoms=4, size=64, linear=6, parts="measures sets page linear"),
+    "bench_planes": dict(data="phantom:1", length_mm=80.0, slab_mm=30.0),
     "bench_projector": dict(sizes="32", detector=32, rounds=1),
     "bench_registration": dict(
         data="phantom:1", cases=1, reaches="0.5", conditions="all single", size=32, starts=16
@@ -85,6 +86,7 @@ SMALL = {  # parameters of a recipe at its smallest, beside `preset`
     "evaluate": dict(data="phantom:2"),
     "reconstruct": dict(size=64),
     "robustness_drr2ct": dict(cases=1),
+    "train_planes": dict(data="phantom:1"),
     "two_views": dict(data="phantom:3", flat=16, solid=12, size=16, views="1 2 4", train=12),
 }
 

@@ -645,7 +645,14 @@ METHODS = {"regression": "regressor", "sample": "sample", "mean": "mean"}
 COVERS = {"extent": "slabs", "centers": "centres"}
 _ThickCt = Annotated[Path, typer.Argument(help=f"The CT in thick slices: {CT_HELP}.")]
 _SliceRun = Annotated[
-    Path, typer.Option(help="Run folder of train_slices (config.json, model.safetensors).")
+    Path | None,
+    typer.Option(
+        help=(
+            "Run folder of train_planes or train_slices (config.json, model.safetensors). By"
+            " default a network learns from the planes of this scan, in minutes; it is kept for"
+            " the next call."
+        )
+    ),
 ]
 _SpacingMm = Annotated[
     float,
@@ -671,8 +678,9 @@ _Method = Annotated[
     Literal["regression", "sample", "mean"] | None,
     typer.Option(
         help=(
-            "Regression network, one sample of the diffusion model, or the mean of"
-            " --num-samples. By default regression if the run has that network, or else mean."
+            "Of a run of train_slices: regression network, one sample of the diffusion model, or"
+            " the mean of --num-samples. By default regression if the run has that network, or"
+            " else mean."
         )
     ),
 ]
@@ -713,7 +721,7 @@ _Force = Annotated[
 @app.command("interpolate-slices", cls=Command)
 def interpolate_slices_command(
     ct: _ThickCt,
-    weights: _SliceRun,
+    weights: _SliceRun = None,
     spacing_mm: _SpacingMm = 1.0,
     out: _CtOut = Path("thin.nii.gz"),
     series: _Series = None,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'InterpolatedCT', 'thin_slice_affine', 'interpolate_volume', 'header_width', 'check_output_path',
-           'interpolate_file']
+           'interpolate_file', 'check_fold']
 
 # %% ../../nbs/slices/11_thin_ct_files.ipynb #cell-002
 import os
@@ -17,6 +17,7 @@ import torch
 
 from ..core.errors import InputError
 from ..core.files import write_json
+from ..data.cache import DiskCache, default_cache_dir
 from ..data.dicom_files import dicom_slices
 from ..data.dicom_series import choose_series
 from ..data.read import read_ct
@@ -29,8 +30,13 @@ from ct_nb.slices.inference import (
 )
 from .metrics import reaveraging_error
 from .pe_archive import plausible_thickness
+from .plane_network import PlaneNetwork, fold_for
+from .self_supervised import PlaneInterpolator
 from .slice_profile import SliceAxis, SliceProfile, thin_axis
 from .train import load_slices
+from .train_planes import SYSTEM as PLANES_SYSTEM
+from .train_planes import load_planes
+from ..training.checkpoints import read_config
 
 # %% ../../nbs/slices/11_thin_ct_files.ipynb #cell-005
 @dataclass
@@ -57,7 +63,7 @@ def thin_slice_affine(affine: np.ndarray, thick: SliceAxis, thin: SliceAxis) -> 
 # %% ../../nbs/slices/11_thin_ct_files.ipynb #cell-006
 def interpolate_volume(
     volume: Volume,  # in thick slices, along the first axis of its array
-    interpolator,  # a `RegressorInterpolator`, a `DiffusionInterpolator` or a baseline
+    interpolator,  # of a network, or a baseline
     spacing_mm: float = 1.0,  # of the thin slices
     # of the thick slices; None: rectangular, as wide as their spacing
     profile: SliceProfile | None = None,
@@ -181,17 +187,20 @@ def check_output_path(out: Path, path) -> str:
 def interpolate_file(
     path,  # a CT in thick slices: NIfTI, NRRD, MHA, npz, a DICOM folder or a zip of one
     out,  # the CT to write: .nii.gz, .nii, .nrrd, .mha or .npz
-    weights,  # folder of a training run (`ct_nb.slices.train`)
+    # folder of a run of `ct_nb.slices.train_planes` or `ct_nb.slices.train`; None: learn from this
+    # scan alone
+    weights=None,
     spacing_mm: float = 1.0,  # of the thin slices
     series: str | None = None,  # SeriesInstanceUID, where a DICOM folder or zip holds several
     # of the thick slices' profile; None: the DICOM header's thickness, or their spacing
     width_mm: float | None = None,
     shape: str = "rectangular",  # of the profile, or "gaussian"
-    # "regressor", "sample" or "mean" (of samples); None: the regressor if the run has one
+    # of a run of `ct_nb.slices.train`: "regressor", "sample" or "mean" (of samples); None: the
+    # regressor if the run has one
     model: str | None = None,
     samples: int = 8,  # in the mean
     steps: int = 20,  # of the sampler
-    seed: int = 0,  # of the samples
+    seed: int = 0,  # of the samples, or of learning from the scan
     consistent: bool = True,  # apply data consistency with the input slices
     noise_hu: float = 0.0,  # standard deviation of the input's noise, for data consistency
     # "slabs": thin slices fill the thick ones' length; "centres": from first to last centre
@@ -207,24 +216,20 @@ def interpolate_file(
     out = Path(out)
     ending = check_output_path(out, path)
     _check_settings(width_mm, shape, convention, model)
-    trained = load_slices(weights)
-    model = model or ("regressor" if trained.regressor is not None else "mean")
-    interpolator = _interpolator(
-        trained,
-        model,
-        weights,
-        dict(count=samples if model == "mean" else 1, steps=steps, seed=seed),
-        dict(consistent=consistent, noise_hu=noise_hu, memory_gib=memory_gib, progress=progress),
+    shared = dict(
+        consistent=consistent, noise_hu=noise_hu, memory_gib=memory_gib, progress=progress
     )
+    sampling = dict(count=samples, steps=steps, seed=seed)
+    make, trained, model = _trained(weights, model, sampling, shared)
     volume = read_ct(path, series)
     axis = check_scan(volume, spacing_mm, path)
+    interpolator = make(volume)
     if width_mm is None:
         width_mm, notes = header_width(path, axis, series)
         volume.notes += notes
     profile = SliceProfile(axis.spacing_mm if width_mm is None else width_mm, shape)
-    seen = trained.about.get("seen")
     result = interpolate_volume(
-        volume, interpolator, spacing_mm, profile, convention, seen, anyway, path
+        volume, interpolator, spacing_mm, profile, convention, trained.get("seen"), anyway, path
     )
     result.volume.save(out)
     about = {"input": Path(path).name, "series": series, "convention": convention, "model": model}
@@ -241,6 +246,47 @@ def _check_settings(width_mm, shape: str, convention: str, model: str | None) ->
         raise InputError("model", f"must be one of {', '.join(MODELS)}, got {model!r}")
 
 
+def _trained(weights, model: str | None, sampling: dict, shared: dict):
+    """A function scan → interpolator, what `config.json` says of the weights, and the name of the
+    model; refuses what does not fit before the scan is read.
+    """
+    about = {} if weights is None else read_config(weights, (PLANES_SYSTEM, "slices"))
+    if about.get("system") == "slices":
+        trained = load_slices(weights)
+        model = model or ("regressor" if trained.regressor is not None else "mean")
+        sampling = sampling | {"count": sampling["count"] if model == "mean" else 1}
+        interpolator = _interpolator(trained, model, weights, sampling, shared)
+        return lambda volume: interpolator, about, model
+    if model is not None:
+        given = "no weights were given" if weights is None else f"{weights} is none"
+        raise InputError(
+            "model",
+            f"{model!r} is of a run of train_slices, and {given}; leave it out to learn from the"
+            " scan",
+        )
+    start = None if weights is None else load_planes(weights)
+    options = shared | dict(start=start, seed=sampling["seed"])
+    PlaneInterpolator((1.0, 1.0), **options)  # refuses impossible settings
+
+    def make(volume: Volume) -> PlaneInterpolator:
+        columns, rows, _ = (float(mm) for mm in volume.grid.spacing_mm)
+        check_fold(start, max(rows, columns), weights)
+        return PlaneInterpolator((rows, columns), cache=DiskCache(default_cache_dir()), **options)
+
+    return make, about, "planes"
+
+
+def check_fold(start: PlaneNetwork | None, pixel_mm: float, weights) -> None:
+    "Raises InputError for weights of pixels of another size."
+    if start is not None and start.config.fold != fold_for(pixel_mm):
+        raise InputError(
+            "weights",
+            f"{weights} joins {start.config.fold} pixels to a column, for pixels of {pixel_mm:.3g}"
+            f" mm it has to join {fold_for(pixel_mm)}; leave the weights out, or train on scans"
+            " with such pixels",
+        )
+
+
 def _interpolator(trained, model: str, weights, sampling: dict, shared: dict):
     "The interpolator for a model of `MODELS`, on the fastest device."
     network = trained.regressor if model == "regressor" else trained.diffusion
@@ -255,7 +301,15 @@ def _interpolator(trained, model: str, weights, sampling: dict, shared: dict):
     return DiffusionInterpolator(network, **sampling, **shared)
 
 
-def _record(result: InterpolatedCT, weights, trained) -> dict:
+def _record(result: InterpolatedCT, weights, trained: dict) -> dict:
+    run = None
+    if weights is not None:
+        run = {
+            "run": Path(weights).resolve().name,
+            "preset": trained.get("preset"),
+            "training_fingerprint": trained.get("training", {}).get("fingerprint"),
+            "versions": trained.get("versions"),
+        }
     return {
         "thick": vars(result.thick_axis),
         "thin": vars(result.thin_axis),
@@ -263,10 +317,5 @@ def _record(result: InterpolatedCT, weights, trained) -> dict:
         "reaveraged_worst_hu": result.reaveraged_hu,
         "seconds": round(result.seconds, 1),
         "notes": result.notes,
-        "weights": {
-            "run": Path(weights).resolve().name,
-            "preset": trained.about.get("preset"),
-            "training_fingerprint": trained.about.get("training", {}).get("fingerprint"),
-            "versions": trained.about.get("versions"),
-        },
+        "weights": run,
     }

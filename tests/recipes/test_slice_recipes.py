@@ -8,6 +8,8 @@ import pytest
 import torch
 from places import ROOT
 
+from ct_nb.slices.open import open_stacks
+
 NBS = ROOT / "nbs"
 
 
@@ -99,3 +101,35 @@ def test_the_bench(run_recipe, tmp_path, capsys):
         and ranges["diffusion"]["VAE input"]["high"] <= 1
         and "1 thread, torch" in said
     )
+
+
+def test_the_bench_of_planes(run_recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CT_NB_CACHE", str(tmp_path / "cache"))
+    for number, stack in enumerate(open_stacks("phantom:2", size=64, side_mm=96)):
+        stack.volume.save(tmp_path / "data" / f"scan{number}.nii.gz")
+    said = run_recipe(
+        "bench_planes",
+        preset="smoke",
+        data=str(tmp_path / "data"),
+        protocols="8to2",
+        pretrain="smoke",
+        steps=3,
+        patients=1,
+        length_mm=80.0,
+        slab_mm=30.0,
+        out=str(tmp_path / "out"),
+    )
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"slabs.csv", "8to2_scan0.png", "without_scan0"}
+    trained = json.loads((tmp_path / "out" / "without_scan0" / "config.json").read_text())
+    assert trained["training"]["cases"] == ["scan1"]
+    methods = ["linear", "cubic", "back_projection", "planes", "planes_pretrained"]
+    assert list(dict.fromkeys(row["predictor"] for row in said["rows"])) == methods
+    assert "the worst slab is" in capsys.readouterr().out
+
+
+def test_training_on_planes(run_recipe, tmp_path, capsys):
+    run_recipe("train_planes", preset="smoke", data="phantom:1", out=str(tmp_path / "run"))
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"config.json", "model.safetensors", "training.png"}
+    assert "1 scans: phantom0" in capsys.readouterr().out
