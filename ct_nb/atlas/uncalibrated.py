@@ -6,6 +6,7 @@
 __all__ = ['MOST_PIXELS', 'Uncalibrated', 'pixel_sizes', 'uncalibrated']
 
 # %% ../../nbs/atlas/06b_uncalibrated.ipynb #cell-002
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +63,8 @@ def pixel_sizes(
     pixel_mm: float | None,  # what the caller says
 ) -> torch.Tensor:
     "Height and width of a pixel of each image, (M, 2) mm; `InputError` where nobody says them."
+    if pixel_mm is not None and not 0 < pixel_mm < math.inf:
+        raise InputError("pixel_mm", f"must be above 0, got {pixel_mm}")
     sizes = []
     for known, name in zip(taken, names):
         size = (pixel_mm, pixel_mm) if pixel_mm is not None else known.pixel_mm

@@ -989,6 +989,7 @@ def test_a_frozen_tower_is_no_part_of_the_weights(data, model, tmp_path):
         CTEncoderRun("smoke", text="minilm", text_trained=True)
 
 
+@FULL
 def test_the_bench_measures_the_networks_that_are_trained(tmp_path, monkeypatch):
     import nbformat
 

@@ -21,7 +21,7 @@ from peers.harness import (
     relative_l2,
     write_scene,
 )
-from places import ROOT
+from places import FULL, ROOT
 
 from ct_nb.physics.geometry import ConeBeam
 from ct_nb.physics.projector import project
@@ -237,6 +237,7 @@ def test_a_worker_that_fails_says_why(tmp_path):
         worker.setup(tmp_path / "none.npz")
 
 
+@FULL
 def test_the_bench_runs_without_peers(tmp_path):
     """The recipe by papermill, as small as it goes; it must write its table and name what is
     missing.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ct_nb, refusal
-from places import ROOT
+from places import FULL, ROOT
 from recipe_runs import run_recipe
 
 from ct_nb.cascade.train import CASCADE_PRESETS
@@ -129,6 +129,7 @@ def test_readme_s_first_picture_comes_from_a_run(trained, tmp_path):
     )
 
 
+@FULL
 def test_the_cascade_runs_through_its_stages(tmp_path):
     notebook = run_recipe("train_cascade", preset=PRESET, out=tmp_path / "cascade")
     assert pictures(notebook) >= 4
@@ -164,6 +165,7 @@ def test_slices_run_from_vae_to_scoreboard(tmp_path):
     assert metrics["predictors"]["diffusion_sample"]["reaveraged_worst_hu"] < 1
 
 
+@FULL
 def test_the_refiner_runs_on_the_trained_model(trained, tmp_path):
     out, _ = trained
     notebook = run_recipe(

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from places import FULL
 import torch
 from refinement_runs import NETWORK, cache, save_coarse  # noqa: F401 (cache is a fixture)
 from refusals import refused
@@ -203,6 +204,7 @@ def test_training_pairs_are_of_phantoms_the_coarse_model_has_not_seen(run, coars
     assert run.pairs.ids[0] == "phantom-00014"
 
 
+@FULL
 def test_a_refiner_is_judged_on_patients_of_another_folder(run, coarse, tmp_path):
     for seed in (901, 902):
         phantom(seed, 64).volume.save(tmp_path / "cts" / f"patient-{seed}.nii.gz")
@@ -679,6 +681,7 @@ def test_a_file_clipped_to_another_window_gets_a_sentence(run, tmp_path):
     assert torch.equal(asked(-1024, 1024), item["hu"].round().clip(-1024, 1024))
 
 
+@FULL
 def test_coarse_volumes_that_are_too_sharp_are_told_in_the_end(run, tmp_path):
     "From files to the verdict: a halo on every edge."
     for pairs in (run.training, run.validation):

@@ -154,6 +154,7 @@ def test_gradients_do_not_depend_on_the_number_of_pieces(kind, part, tmp_path, t
             assert found["contrast"] > 0.1
 
 
+@FULL
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     "Drr2ct's joint stage: each process with its share of the batch in one piece, and in two."
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

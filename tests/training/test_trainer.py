@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+from places import FULL
 import torch
 from refusals import refused
 from train_line_runs import TWO_PROCESSES, train
@@ -53,6 +54,7 @@ def test_two_processes_give_the_single_process_result(tmp_path, undisturbed):
     assert torch.allclose(both, undisturbed, atol=2e-6), (both - undisturbed).abs().max()
 
 
+@FULL
 def test_each_of_two_processes_goes_on_with_its_own_random_numbers(tmp_path):
     options = {"launcher": TWO_PROCESSES, "ACCELERATE_USE_CPU": "true"}
     train(tmp_path / "whole", "noise", **options)

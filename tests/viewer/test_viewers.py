@@ -14,7 +14,7 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from figure_marks import marks_faults
-from places import ROOT
+from places import FULL, ROOT
 from refusals import refused
 
 from ct_nb.app.reconstruction_explorer import ReconstructionExplorer, XrayComparison
@@ -644,6 +644,7 @@ def blank(png: str) -> bool:
     return (np.abs(image - np.median(image)) > 20).mean() < 0.05
 
 
+@FULL
 def test_papermill_gets_figures_of_all_explorers(tmp_path, monkeypatch):
     """A run without anybody: each explorer leaves one picture with something in it, and no widget.
 
