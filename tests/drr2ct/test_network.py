@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from places import FULL
 import torch
 from refusals import refused
 
@@ -93,6 +94,7 @@ def test_every_parameter_gets_a_gradient():
     ]
 
 
+@FULL
 def test_it_learns_one_case_by_heart():
     truth, xrays, geometry = scene()
     model = network(fitted=False)

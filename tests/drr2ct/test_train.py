@@ -139,6 +139,7 @@ def test_out_of_memory_lowers_batch_then_lists_then_latent_channels(tmp_path, mo
     )
 
 
+@FULL
 def test_accelerate_launches_two_processes(tmp_path):
     words = (
         "--cpu",

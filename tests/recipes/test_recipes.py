@@ -148,6 +148,7 @@ def test_the_cascade_runs_through_its_stages(tmp_path):
     assert (tmp_path / "samples.png").stat().st_size > 50_000
 
 
+@FULL
 def test_slices_run_from_vae_to_scoreboard(tmp_path):
     notebook = run_recipe("train_slices", preset=PRESET, out=tmp_path / "slices")
     assert pictures(notebook) >= 3
@@ -271,6 +272,7 @@ def test_the_parameters_cell_is_typed_and_commented():
     assert "Unknown type" not in text
 
 
+@FULL
 def test_reconstruct_and_evaluate_recipes(trained, tmp_path):
     out, _ = trained
     notebook = run_recipe("reconstruct", weights=out, out=tmp_path / "ct.nii.gz")

@@ -62,7 +62,6 @@ def done(trained, tmp_path_factory):
 
 
 def test_padding_in_a_batch_teaches_nothing(pairs):
-    crops = SliceCrops(pairs)
     items = [resample_thin(pairs.at(3, 0), 4.0), pairs.at(3, 0)]
     batch = collate_stacks(items)
     assert not batch["mask"].all()

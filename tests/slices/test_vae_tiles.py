@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import FULL
 import torch
 from refusals import refused
 
@@ -111,6 +112,7 @@ print(tiled, rss() - before, bound, tile_bytes(config, 64, 16, 16))
     not Path("/proc/self/status").is_file(),
     reason="the peak of memory is read from /proc, which only Linux has",
 )
+@FULL
 def test_memory_stays_within_the_bound():
     found = subprocess.run(
         [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True

@@ -12,7 +12,7 @@ from places import PROGRAMS
 from refusals import refused
 
 from ct_nb.physics.geometry import ConeBeam
-from ct_nb.physics.pose_errors import rotate, translate
+from ct_nb.physics.pose_errors import rotate
 from ct_nb.physics.projector import project
 from ct_nb.physics.volume import WINDOWS, Grid, hu_to_mu
 from ct_nb.training.adversarial import (

@@ -1,6 +1,7 @@
 """A killed run ends with the same weights: the trainer in the middle of a checkpoint is in test_trainer.py, here every system is stopped after each step or two and resumed."""
 
 import pytest
+from places import FULL
 import torch
 from safetensors.torch import load_file
 from trained_runs import SYSTEMS, options, run_class
@@ -42,7 +43,13 @@ def plain(rows):
     ]
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+# the same trainer as the others; they are stopped and resumed in `make test-all`
+LONG = ("slices", "refinement")
+
+
+@pytest.mark.parametrize(
+    "system", [pytest.param(name, marks=FULL) if name in LONG else name for name in SYSTEMS]
+)
 def test_a_killed_run_ends_with_the_same_weights(system, trained, tmp_path, mortal):
     reference = trained(system)
     history = None

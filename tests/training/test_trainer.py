@@ -36,6 +36,7 @@ def test_killed_in_mid_checkpoint_resumes_to_the_same_weights(tmp_path, undistur
     assert torch.equal(torch.load(tmp_path / "final.pt", weights_only=True), undisturbed)
 
 
+@FULL
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(tmp_path, undisturbed):
     done = train(tmp_path, "small-disk", expect=1)
     assert (
